@@ -53,16 +53,16 @@ class Decode:
 class Generate(Decode):
     """Continue a prompt, and print the text as it comes, or many prompts into a file. All else is printed on stderr.
 
-    A prompt for a released folder is encoded as by transformers' tokenizer: with BOS where the folder asks for it, and
-    names of special tokens become those tokens. A chat template is not applied: see `dsv3 chat`.
+    A released folder's prompt is encoded as by transformers' tokenizer, with BOS if the folder asks for it. No chat
+    template is applied: see `dsv3 chat`.
     """
 
     prompt: str | None = None
     """text to continue; None means "def " """
     prompts: Path | None = None
-    """many of them: a JSONL file with "prompt" in each line; its other keys are copied into --out"""
+    """a JSONL file of prompts, each the key "prompt" of a line"""
     out: Path | None = None
-    """with --prompts, the JSONL file to write: a line a text, with its log-probability; a stopped command resumes"""
+    """with --prompts, the JSONL file to write; a stopped command resumes"""
     samples: int = 1
     """with --prompts, texts of each prompt"""
     batch_size: int = 32
@@ -106,7 +106,6 @@ def sample(args: Generate) -> int:
     from dsv3_jax.files import check_writable
     from dsv3_jax.hf.files import CONFIG
     from dsv3_jax.hf.open_model import find_released, load_text
-    from dsv3_jax.training.checkpoint import steps_of
     from dsv3_jax.training.run_folder import RUN_FILE
 
     if args.prompts is None or args.out is None or args.prompt is not None:
@@ -116,12 +115,8 @@ def sample(args: Generate) -> int:
     check_writable(args.out)
     text, records = load_text(args.model), list(read_prompts(args.prompts))
     prompts = [text.encode(record["prompt"], raw=args.raw) for record in records]
-    if (args.model / RUN_FILE).is_file():
-        place, name = args.model, RUN_FILE
-        if args.step is None:  # pinned, because the run may be trained meanwhile
-            args.step = max(steps_of(place / "checkpoints"), default=None)
-    else:
-        place, name = find_released(args.model), CONFIG
+    is_run = (args.model / RUN_FILE).is_file()
+    place, name = (args.model, RUN_FILE) if is_run else (find_released(args.model), CONFIG)
     model, draft = load(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     config = replace(config, samples=args.samples, batch_size=args.batch_size, logprobs=True)
@@ -164,7 +159,7 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
 
 
 def load(args: Decode, text: Any) -> tuple[Any, Any]:
-    """Load the model and its draft, on the mesh that is asked for.
+    """Load the model and its draft, on the mesh that is asked for. A run's `args.step` becomes the one that is loaded.
 
     Args: text: the model's `TextSettings`.
     Returns: (model; None, "mtp", "lookup" or a model that drafts).
@@ -172,11 +167,16 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     """
     from dsv3_jax.decoding.decode_config import OWN_DRAFTS
     from dsv3_jax.hf.open_model import load_model, open_draft
+    from dsv3_jax.training.checkpoint import load_run
+    from dsv3_jax.training.run_folder import RUN_FILE
 
     mesh = make_mesh(args.mesh)
-    model = load_model(
-        args.model, mesh, step=args.step, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp"
-    )
+    if (args.model / RUN_FILE).is_file():
+        model, _, args.step = load_run(args.model, mesh, step=args.step, kernels=args.kernels)
+    else:
+        model = load_model(
+            args.model, mesh, step=args.step, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp"
+        )
     if args.draft is None or args.draft in OWN_DRAFTS:
         return model, args.draft
     return model, open_draft(args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype)

@@ -62,12 +62,13 @@ COMMANDS = (
     Command(f"{train('out')} --data.format shards --data.paths shards", 2),
     Command(train("stopped"), out="stopped"),
     Command("train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64"),
-    Command(f"train grpo --start released --data.paths prompts.jsonl --out out {GRPO}"),
+    Command(f"train grpo --start released --data.paths tasks --out out {GRPO}"),
     Command("eval run --batches 1"),
+    Command("eval run --tasks tasks --shots 1"),
     Command("stats run --out out --draws 5 --batches 1"),
     Command("generate run --max-new-tokens 8", 2),
     Command("generate released --max-new-tokens 8", 2),
-    Command("generate run --prompts prompts.jsonl --samples 2 --max-new-tokens 4 --batch-size 4 --out out", 3),
+    Command("generate run --prompts tasks/rows.jsonl --samples 2 --max-new-tokens 4 --batch-size 4 --out out", 3),
     Command("chat released --max-new-tokens 8", 2, stdin=b"hello\n/reset\nto be\n"),
 )
 TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600))  # beside readers
@@ -78,10 +79,11 @@ def make_home(home: Path, server: "Server", log: str) -> None:
     runs.write_text(home / "text")
     turns = [{"role": "user", "content": "Is it $?"}, {"role": "assistant", "content": "It is."}]
     chat = json.dumps({"messages": turns, "domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]})
-    chats = [chat.replace("$", str(i)) for i in range(40)]  # equal ones would all be held out, or none
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
-    (home / "chats.jsonl").write_text("\n".join(chats) + "\n")
-    (home / "prompts.jsonl").write_text("".join(f'{{"prompt": "row {i}", "answer": "{i}"}}\n' for i in range(3)))
+    (home / "chats.jsonl").write_text("".join(chat.replace("$", f"{i}") + "\n" for i in range(40)))  # all differ
+    task = '{"prompt": "row $", "answer": "$", "context": "row $", "continuation": "x"}\n'
+    (home / "tasks").mkdir()
+    (home / "tasks" / "rows.jsonl").write_text("".join(task.replace("$", f"{i}") for i in range(3)))
     (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for words in MAKE:
         answer = server.run(Trial(home, shlex.split(words), request={"log": log}, limit=600))
@@ -93,8 +95,7 @@ def make_home(home: Path, server: "Server", log: str) -> None:
     shutil.copy(home / "tokenizer.json", home / "released")
     shutil.copytree(home / "run", home / "stopped")
     shutil.rmtree(home / "stopped" / "checkpoints" / str(runs.STEPS))
-    shutil.copytree(home / "shards", home / "half")
-    (home / "half" / "manifest.json").unlink()
+    shutil.copytree(home / "shards", home / "half", ignore=shutil.ignore_patterns("manifest.json"))
 
 
 @dataclass
