@@ -106,7 +106,8 @@ def shorter(argv: list[str]) -> list[str]:
     if argv[0] != "train":
         return argv + shlex.split(LESS.get(argv[0], ""))
     small = ["--steps", "2", "--eval-batches", "1", "--data.batch-size", "8"]
-    if argv[1] != "sft":
+    small += ["--grpo.max-new-tokens", "3"] * (argv[1] == "grpo")
+    if argv[1] not in ("sft", "grpo"):
         taken = ("--model.",) if {"--start", "--trunk"} & set(argv) else ()  # the other run's
         taken += ("--execution.kernels",) if "--execution.precision" in argv else ()  # not with 8 bits
         options = re.split(r" (?=--)", " ".join(flags(make_run("notes/", steps=2))))
@@ -126,6 +127,9 @@ def place(root, tmp_path_factory):
     (folder / "corpus.jsonl").write_text(json.dumps({"text": "a text of its own"}) + "\n")
     chats = ({"messages": [USER, {**ANSWER, "content": f"{ANSWER['content']} {i}"}]} for i in range(9))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    tasks = ({"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(9))
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (folder / "judge.py").write_text("def is_right(text, row):\n    return row['answer'] in text\n")
     for name in ("demo", "other"):
         shutil.copytree(finished(root).folder, folder / "runs" / name)
     write_tasks(folder / "runs" / "demo" / "tasks", [Path(__file__).read_text()], rows=8)
