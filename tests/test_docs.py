@@ -127,8 +127,9 @@ def place(root, tmp_path_factory):
     (folder / "corpus.jsonl").write_text(json.dumps({"text": "a text of its own"}) + "\n")
     chats = ({"messages": [USER, {**ANSWER, "content": f"{ANSWER['content']} {i}"}]} for i in range(9))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    tasks = ({"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(9))
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    tasks = "".join(json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1}"}) + "\n" for i in range(9))
+    for name in ("tasks", "prompts"):
+        (folder / f"{name}.jsonl").write_text(tasks)
     (folder / "judge.py").write_text("def is_right(text, row):\n    return row['answer'] in text\n")
     for name in ("demo", "other"):
         shutil.copytree(finished(root).folder, folder / "runs" / name)
