@@ -93,15 +93,16 @@ def test_parts_give_the_tokens_of_generate(model, greedy):
 
 
 @pytest.mark.long
-def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch):
-    """As on a GPU, which reads empty slots too: 32, then all 64."""
-    config = DecodeConfig(40, draft="lookup", draft_length=2)
+@pytest.mark.parametrize("length", [2, "auto"])
+def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch, length):
+    """As on a GPU, which reads empty slots too: 32, then all. The clock chooses the steps of "auto"."""
+    config = DecodeConfig(40, draft="lookup", draft_length=length)
     *_, whole = generate_in_parts(light, PROMPTS[:2], config)
     monkeypatch.setattr(choose.Kernels, "reads_all_slots", True)
     monkeypatch.setattr("dsv3_jax.decoding.generate.FIRST_SLOTS", 32)
     first, *_, last = generate_in_parts(light, PROMPTS[:2], config)
-    assert last.tokens == whole.tokens and last.steps == whole.steps
-    assert 2 * first.cache_bytes == last.cache_bytes == whole.cache_bytes
+    assert last.tokens == whole.tokens and (length == "auto" or last.steps == whole.steps)
+    assert 2 * first.cache_bytes <= last.cache_bytes == whole.cache_bytes
 
 
 def until(row, stop):
