@@ -48,10 +48,12 @@ def count_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRo
     flat = expert_ids.reshape(-1)
     if flat.size > FEW:
         return sort_by_expert(expert_ids, num_experts)
-    place, expert = jnp.arange(flat.size, dtype=jnp.int32), jnp.arange(num_experts, dtype=flat.dtype)
-    before = (flat[None] < flat[:, None]) | ((flat[None] == flat[:, None]) & (place[None] < place[:, None]))
-    row = before.sum(axis=1, dtype=jnp.int32)
+    place = jnp.arange(flat.size, dtype=jnp.int32)
+    key, first = flat * flat.size + place, jnp.arange(num_experts, dtype=jnp.int32) * flat.size
+    # One sum counts the keys from `low` to `high`: those before each one, of the experts before, and of each expert.
+    low = jnp.concatenate([jnp.zeros(flat.size + num_experts, jnp.int32), first])
+    high = jnp.concatenate([key, first, first + flat.size])
+    counted = ((low[:, None] <= key[None]) & (key[None] < high[:, None])).sum(axis=1, dtype=jnp.int32)
+    row, starts, counts = jnp.split(counted, [flat.size, flat.size + num_experts])
     order = jnp.where(row[None] == place[:, None], place[None], 0).sum(axis=1, dtype=jnp.int32)
-    counts = (flat[None] == expert[:, None]).sum(axis=1, dtype=jnp.int32)
-    starts = (flat[None] < expert[:, None]).sum(axis=1, dtype=jnp.int32)
     return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)
