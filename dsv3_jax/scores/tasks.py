@@ -98,7 +98,7 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
     """
     root = Path(folder)
     if (root / CORE_FILE).exists():
-        entries = [{"continuation_delimiter": " "} | entry for entry in _entries(root / CORE_FILE)]
+        entries = _entries(root / CORE_FILE)
     else:
         entries = [{"label": file.stem, "dataset_uri": file.name} for file in sorted(root.glob("*.jsonl"))]
     if not entries:
@@ -129,12 +129,11 @@ def _entries(core: Path) -> list[dict[str, Any]]:
     import yaml
 
     try:
-        entries = yaml.safe_load(read_text(core))["icl_tasks"]
-        if not all(isinstance(entry[key], str) for entry in entries for key in ("label", "dataset_uri")):
-            raise ValueError("a task's label or dataset_uri is not a text")
-        if not all(isinstance(entry.get("continuation_delimiter", ""), str) for entry in entries):
-            raise ValueError("a task's continuation_delimiter is not a text")
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        entries = [{"continuation_delimiter": " "} | entry for entry in yaml.safe_load(read_text(core))["icl_tasks"]]
+        texts = ("label", "dataset_uri", "continuation_delimiter")
+        if not all(isinstance(entry[key], str) for entry in entries for key in texts):
+            raise ValueError(f"one of {', '.join(texts)} is not a text")
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{core} has no list icl_tasks with a label and a dataset_uri for each: {error}") from error
     return entries
 
