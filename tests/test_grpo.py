@@ -38,7 +38,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
     np.testing.assert_allclose(grad, slope, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["token_mean", "constant_length"])
+@pytest.mark.parametrize("form", ["token_mean", pytest.param("constant_length", marks=pytest.mark.long)])
 def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or those that they may have."""
     cfg, settings = replace(MODEL, mtp_depth=0), Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
@@ -89,6 +89,7 @@ def ready(tmp_path_factory):
     return root, ["train", "grpo", "--start", str(made.folder), "--data.paths", str(tasks), *words.split()]
 
 
+@pytest.mark.long
 def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resume_bitwise(ready, monkeypatch, capsys):
     """The run that its checker ended and that the same command went on with is the run that met no error."""
     (root, argv), states = ready, []
