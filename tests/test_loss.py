@@ -110,7 +110,7 @@ def test_losses_of_the_model_and_of_its_heads_equal_the_reference(kind):
     @jax.jit
     def run(state, batch):
         model = nnx.merge(graphdef, state)
-        return [loss.compute_loss(model, batch, MTP_WEIGHT, heads_only=only) for only in (False, True)]
+        return [loss.compute_loss(model, batch, weight) for weight in (MTP_WEIGHT, None)]
 
     (total, main, mtp, feature, balance), trunk = (
         reference.losses(reference.Context(c, POSITIONS, SEGMENTS), params, np.asarray(tokens), MTP_WEIGHT)

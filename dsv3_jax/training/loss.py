@@ -78,9 +78,8 @@ def target_counts(
 def compute_loss(
     model: Transformer,
     batch: dict[str, Array],
-    mtp_weight: Float[Array, ""] | float,
+    mtp_weight: Float[Array, ""] | float | None,
     *,
-    heads_only: bool = False,
     head_loss: HeadLoss = "ce",
     watch: tuple[str, ...] = (),
     grpo: Grpo | None = None,
@@ -94,9 +93,8 @@ def compute_loss(
             keys, a random key for each row, [B], for a router with noise; expert_ids, int32 [B, L, T, K], experts that
             take the place of the routers' choices, of the trunk's sparse layers and then of heads with experts;
             of answers their advantages, old_logprobs and possibly start_logprobs, float32 [B, T].
-        mtp_weight: λ.
-        heads_only: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses. λ has no other
-            loss to weigh them against, and is not used.
+        mtp_weight: λ. None: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses; there is
+            no other loss to weigh them against.
         head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token.
         watch: see `model.context.Options`.
         grpo: L_main is that of `training.grpo`. None means the cross-entropy.
@@ -128,9 +126,9 @@ def compute_loss(
         of_blocks = of_blocks | {"answers": of_answers}
     mtp = jnp.stack(nats) if nats else jnp.zeros((0,), jnp.float32)
     heads = feature + model.mtp[0].token_weight * mtp.mean() if nats else jnp.zeros((), jnp.float32)
-    balance = _balance(out, heads_only) * share
+    balance = _balance(out, heads_only=mtp_weight is None) * share
     measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
-    total = heads + balance if heads_only else main + balance + mtp_weight * heads
+    total = heads + balance if mtp_weight is None else main + balance + mtp_weight * heads
     measure = jnp.concatenate(measures) * share if measures else None
     if indexers := [of["index_kl"].sum() * share for of in out.metrics.values() if "index_kl" in of]:
         own = jnp.stack(indexers).sum()

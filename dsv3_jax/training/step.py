@@ -252,12 +252,11 @@ def _gradients(
     """The gradient of a batch with respect to what trains; its microbatches are read one after the other."""
     run, parts = job.run, job.run.optim.microbatches
     counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
-    weight = schedules.mtp_weight(run.optim, run.steps, state.step)
+    weight = schedules.mtp_weight(run.optim, run.steps, state.step) if run.trunk is None else None
     watch = () if run.optim.qk_clip is None else ("max_logit",)
     if run.model.attention == "dsa":
         watch += (f"index_{run.indexer_stage}",)
-    how: dict[str, Any] = {"heads_only": run.trunk is not None, "head_loss": run.head_loss, "watch": watch}
-    how["grpo"] = run.grpo if run.grpo.group else None
+    how: dict[str, Any] = {"head_loss": run.head_loss, "watch": watch, "grpo": run.grpo if run.grpo.group else None}
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
