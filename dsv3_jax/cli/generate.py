@@ -44,17 +44,16 @@ class Decode:
     dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of a released model in memory; None means float32 on a CPU, else bfloat16"""
     mesh: str | None = None
-    """devices to shard the model over, as data=N,expert=N,tensor=N; None means one device"""
+    """devices to shard over, as data=N,expert=N,tensor=N"""
     kernels: str | None = None
     """kernels to compute with: see `dsv3 info PRESET --kernels`; None means the run's own"""
 
 
 @dataclass
 class Generate(Decode):
-    """Continue a prompt, and print the text as it comes, or many prompts into a file. All else is printed on stderr.
+    """Continue a prompt and print the text, or many prompts into a file. All else is printed on stderr.
 
-    A released folder's prompt is encoded as by transformers' tokenizer, with BOS if the folder asks for it. No chat
-    template is applied: see `dsv3 chat`.
+    A prompt is encoded as by transformers' tokenizer, without a chat template: see `dsv3 chat`.
     """
 
     prompt: str | None = None

@@ -30,16 +30,15 @@ LOST = 75  # exit code: another process of the run is lost
 class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
-    To fine-tune a model on chats: dsv3 train sft --start MODEL --data.paths chats.jsonl. To learn from its own answers:
-    dsv3 train grpo --start MODEL --data.paths tasks.jsonl --grpo.checker number. --start takes the weights and settings
-    of a run or released model; --trunk freezes its trunk, and trains the heads of --model.mtp-kind.
+    dsv3 train sft --start MODEL --data.paths chats.jsonl fine-tunes on chats; grpo learns from answers.
+    --start takes a run's or released model's weights and settings; --trunk trains heads on its trunk.
     """
 
     out: Path
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     step: int | None = None
-    """resume from this step; later ones become STEP.superseded"""
+    """resume here; later checkpoints become STEP.superseded"""
     mesh: str | None = None
     """devices as data=N,expert=N,tensor=N, on a CPU simulated; None means all GPUs or TPUs along data"""
     cluster: str | None = None

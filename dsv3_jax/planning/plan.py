@@ -43,8 +43,7 @@ class PlanOptions:
     context: int | None = None
     """cached tokens a sequence. Default: 4,096 or max_positions"""
     weight_dtype: Literal["float32", "bfloat16", "fp8", "int4"] | None = None
-    """dtype of the weights while decoding, and of those that LoRA freezes, of which alone some may be in fp8 or int4.
-    Default: the compute dtype"""
+    """dtype of weights in decoding, and of those that LoRA freezes, alone in fp8 or int4. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
     """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
     memory: str | None = None
