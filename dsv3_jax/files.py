@@ -4,6 +4,7 @@ Content goes to a temporary name in the same folder, `.NAME.….part`, which is 
 old file or folder as it was. Its temporary one remains and can be deleted.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -56,6 +57,12 @@ def at_once(path: str, flags: int) -> int:
 def never_through_a_link(path: str, flags: int) -> int:
     """Open a file, and refuse a link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """Return the BLAKE2b hash of a file's bytes."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def read_bytes(path: str | os.PathLike, limit: int | None = MAX_JSON) -> bytes:

@@ -101,8 +101,8 @@ PINNED = ("raw", "draft", "draft_length", "dtype", "cache", "cache_dtype", "seed
 
 def sample(args: Generate) -> int:
     """Write the texts of a file of prompts."""
-    from dsv3_jax.cli.sample import digest, read_prompts, write_samples
-    from dsv3_jax.files import check_writable
+    from dsv3_jax.cli.sample import read_prompts, write_samples
+    from dsv3_jax.files import check_writable, file_hash
     from dsv3_jax.hf.files import CONFIG
     from dsv3_jax.hf.open_model import find_released, load_text
     from dsv3_jax.training.run_folder import RUN_FILE
@@ -121,7 +121,7 @@ def sample(args: Generate) -> int:
     config = replace(config, samples=args.samples, batch_size=args.batch_size, logprobs=True)
     config.check(model.cfg, prompts)
     settings = {name: getattr(args, name) for name in PINNED} | {"sampling": list(config.sampling), "step": args.step}
-    settings |= {"model": str(place.resolve()), name: digest(place / name), "prompts": digest(args.prompts)}
+    settings |= {"model": str(place.resolve()), name: file_hash(place / name), "prompts": file_hash(args.prompts)}
     show_kernels(model)
     write_samples(model, text, records, prompts, config, args.out, settings)
     return 0

@@ -4,7 +4,6 @@ While texts are missing the output is OUT.jsonl.part: a line with the settings, 
 The same command resumes.
 """
 
-import hashlib
 import json
 import reprlib
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsv3_jax.data.corpus import json_lines
-from dsv3_jax.files import never_through_a_link, open_file, parse_json, read_bytes, write_atomic
+from dsv3_jax.files import never_through_a_link, parse_json, read_bytes, write_atomic
 from dsv3_jax.lock import acquire
 
 ADDED = ("sample", "text", "tokens", "logprob", "ended")  # keys of the output beside the prompt's own
@@ -63,12 +62,6 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
         yield record
     if record is None:
         raise ValueError(f"{path} holds no prompt")
-
-
-def digest(path: Path) -> str:
-    """A hash of a file."""
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from dsv3_jax.config import DataConfig, first_difference
 from dsv3_jax.data.corpus import read_documents
 from dsv3_jax.data.packing import Piece, Record, fill
-from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, file_hash, read_manifest, read_sealed, sealed
+from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, read_manifest, read_sealed, sealed
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
-from dsv3_jax.files import PART, read_json, write_atomic
+from dsv3_jax.files import PART, file_hash, read_json, write_atomic
 from dsv3_jax.lock import acquire
 
 SETTINGS, LOCK = "settings.json", "tokenize.lock"

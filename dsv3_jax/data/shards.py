@@ -30,7 +30,7 @@ from dsv3_jax.data.batches import Row, Source
 from dsv3_jax.data.corpus import fingerprint_of
 from dsv3_jax.data.packing import Record
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import open_file, read_json
+from dsv3_jax.files import file_hash, read_json
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -140,12 +140,6 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
                     shard.read(record)
             except ValueError as error:
                 yield str(error)
-
-
-def file_hash(path: Path) -> str:
-    """Return the BLAKE2b hash of a file's bytes."""
-    with open_file(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 class Shard:
