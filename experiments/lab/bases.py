@@ -51,7 +51,7 @@ _CHAINS = replace(
 )  # fmt: skip
 # The same model with rows of two-token names. Muon finds the pairs after some 200 to 1,200 steps, by seed.
 _NAMES = replace(
-    _CHAINS, data=DataConfig(seq_len=40, batch_size=64), steps=600, eval_every=600, save_every=1200,
+    _CHAINS, data=DataConfig(seq_len=40, batch_size=64), steps=1200, eval_every=1200, save_every=1200,
     optim=replace(_CHAINS.optim, name="muon", learning_rate=1.2e-2, final_learning_rate=1.2e-2 / 20),
 )  # fmt: skip
 # Two sparse layers that learn some of the sums of two numbers below 100: see 28.
