@@ -89,9 +89,9 @@ def settings_of(run: RunConfig, task: Task | None = None, needed: Mapping[str, s
     return _flat(json.loads(json.dumps(values))) | {"task": task and task.to_dict()}
 
 
-def changed(run: RunConfig) -> str:
+def changed(run: RunConfig, needed: Mapping[str, str]) -> str:
     """Return a hash of the settings that differ from their defaults: a name for a run that another one starts from."""
-    settings = settings_of(run)
+    settings = settings_of(run, needed=needed)
     return _hash(
         {
             key: value

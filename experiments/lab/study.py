@@ -91,6 +91,7 @@ class Study:
         """
         variants = self.variants(base)
         runs: dict[tuple[str, int], StudyRun] = {}
+        named: dict[str, str] = {}  # run folder → a hash of what it is, which newer settings leave as it is
         for seed in seeds:
             for name, variant in variants.items():
                 needed: dict[str, str] = {}
@@ -102,9 +103,10 @@ class Study:
                     variant = variant.run(*needed.values())
                 task, run = (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
                 run = replace(run, seed=seed, data=replace(run.data, seed=seed))
-                names = {folder: changed(runs[other, seed].run) for other, folder in needed.items()}
-                identity = identify(run, self.root, task, names)
-                runs[name, seed] = StudyRun(run, f"{runs_folder}/{identity.mark}", needed, identity, task)
+                identity = identify(run, self.root, task, named)
+                folder = f"{runs_folder}/{identity.mark}"
+                named[folder] = changed(run, named)
+                runs[name, seed] = StudyRun(run, folder, needed, identity, task)
         return runs
 
     def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:

@@ -180,6 +180,8 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
     assert len({settings_hash(r) for r in (run, *others)} | {settings_hash(run, Facts())}) == 5
     started = replace(run, start="runs/lab/abc")
     assert settings_hash(started, None, {"runs/lab/abc": "x"}) != settings_hash(started, None, {"runs/lab/abc": "y"})
+    again = [fingerprints.changed(replace(run, start=folder), {folder: "x"}) for folder in ("runs/lab/a", "runs/lab/b")]
+    assert again[0] == again[1]  # what it starts from counts, not that folder's name, which newer settings change
     monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
     old = identify(run, tmp_path)
     assert old.matches(old.stored()) and not replace(old, corpus="other").matches(old.stored())
