@@ -22,7 +22,7 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops import routing
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
 from experiments.lab.claims import Claim, Stake
-from experiments.lab.matching import scaled
+from experiments.lab.matching import FACTORS, scaled
 
 STEPS = 180
 WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")  # as in 21_sizes
@@ -62,16 +62,19 @@ PAIRS = {
     FP8: (FORWARD_16._replace(precision="fp8"), FORWARD),
     ALL: (DECODE_16._replace(cache_dtype="int8"), FORWARD),
 }
-BASE, SOFTMAX, DOUBLE = "base width", "base width, softmax", "double width"
+BASE, SOFTMAX, GROUPS = "base width", "base width, softmax", "base width, 4 of 8 groups"
 
 
 def variants(base):
-    """V3's sigmoid router and bias at two widths, and a softmax router with the Switch loss."""
+    """Three widths with V3's sigmoid router and bias; at the base width also with groups, and a softmax router."""
     every = min(STEPS, base.steps)
     base = replace(base, steps=every, eval_every=every, save_every=every)
-    balance = Balance(bias_rate=0.0, sequence_alpha=0.0, switch_alpha=1e-2)
-    softmax = replace(base, model=replace(base.model, router="softmax", balance=balance))
-    return {BASE: base, SOFTMAX: softmax, DOUBLE: scaled(base, 2, WIDTHS)}
+    found = {f"{size} width": scaled(base, factor, WIDTHS) for size, factor in FACTORS.items()}
+    routers = {
+        GROUPS: dict(num_groups=8, groups_per_token=4),
+        SOFTMAX: dict(router="softmax", balance=Balance(bias_rate=0.0, sequence_alpha=0.0, switch_alpha=1e-2)),
+    }
+    return found | {name: replace(base, model=replace(base.model, **router)) for name, router in routers.items()}
 
 
 # What is measured
@@ -245,11 +248,12 @@ LEAST = 1e-3  # %, where the picture's axis of shares ends
 
 
 def draw(results, path):
-    figure = Figure(figsize=(15, 5.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    draw_shares(axes[0], results)
-    draw_distances(axes[1], results)
-    draw_gaps(axes[2], results)
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    axes = figure.subplots(2, 2)
+    draw_shares(axes[0, 0], results)
+    draw_gaps(axes[0, 1], results)
+    draw_distances(axes[1, 0], results)
+    draw_variants(axes[1, 1], results)
     figure.suptitle(drawing.answer(lambda: words(results), results.about["question"]), fontsize=12)
     write_figure(figure, path)
 
@@ -300,10 +304,24 @@ def draw_distances(ax, results):
             ax.plot(values, range(len(PAIRS)), "o", color=colour, markerfacecolor=face, markersize=5, alpha=0.8)
         ax.plot([], [], "o", color=colour, label=label)
     ax.plot([], [], "o", color="0.4", markerfacecolor="none", label="open: routers choose")
-    ax.set_yticks(range(len(PAIRS)), [""] * len(PAIRS))
+    ax.set_yticks(range(len(PAIRS)), PAIRS, fontsize=8)
     ax.set_ylim(len(PAIRS) - 0.5, -0.5)
     drawing.style_axes(ax, "How far log p of the same tokens moves", "nats; filled: with replay", "")
     ax.legend(frameon=False, fontsize=8, loc="lower left")
+
+
+def draw_variants(ax, results):
+    names = results.variants
+    for pair, offset in ((ENGINES, -0.12), (BFLOAT16, 0.12)):
+        key = of(pair, "choices")
+        for row, (name, half) in enumerate(zip(names, drawing.half_intervals(results, names, key), strict=True)):
+            drawing.plot_row(ax, results.values(name, key), row + offset, half, SHOWN[pair])
+        ax.plot([], [], "o-", color=SHOWN[pair], label=pair)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -1.2)  # space for the legend
+    ax.set_xlim(left=0)
+    drawing.style_axes(ax, "By size and by router", "% of choices that change; dots: seeds, bars: 95 % interval", "")
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 # The claims
@@ -326,11 +344,14 @@ def log_choices(numbers):
     return float(np.log(numbers["pairs"][BFLOAT16]["choices"]))
 
 
+def compared(text, variant, against, expect="higher", **more):
+    return Claim(text, variant, against, log_choices, expect, unit="ln choices", digits=2, **more)
+
+
 STUDY = Study(
     question="How often do routers disagree with themselves, and what does replay give back?",
     published="10 % of routers, 94 % of tokens in some layer, between two engines; replay halves the KL (2510.11370)",
     variants=variants,
-    seeds_of={SOFTMAX: 2, DOUBLE: 1},
     measure=measure,
     table=table,
     draw=draw,
@@ -343,10 +364,9 @@ STUDY = Study(
         replay_claim("replay halves the difference of log p of bfloat16 decoding and forward", "mean"),
         replay_claim("the same at tokens that change", "moved"),
         replay_claim("the same of the largest difference", "max"),
-        Claim(
-            "softmax changes as many choices as sigmoid, within 20 %", SOFTMAX, BASE, log_choices, "equal", margin=0.18,
-            unit="ln choices", digits=2,
-        ),
+        compared("at double width more choices change than at half", "double width", "half width"),
+        compared("with groups more choices change than without", GROUPS, BASE),
+        compared("softmax changes as many choices as sigmoid, within 20 %", SOFTMAX, BASE, "equal", margin=0.18),
     ),
     stakes={
         "experts": Stake(
@@ -355,4 +375,4 @@ STUDY = Study(
             "loss",
         )
     },
-)  # fmt: skip
+)
