@@ -1,6 +1,7 @@
 """Milliseconds of a decoded token by context: dense MLA against sparse, in turns in one process; the bytes by count.
 
-python experiments/26_sparse_attention/cost.py        # two minutes on an idle machine; writes cost.json
+python experiments/26_sparse_attention/cost.py             # two minutes on an idle machine; writes cost.json
+python experiments/26_sparse_attention/cost.py 1024 2048   # these contexts alone; the file keeps the others
 
 One layer with 16 heads of V3's widths and 8 index heads reads a float32 cache of random rows. It has no head.
 """
@@ -71,15 +72,16 @@ def bytes_read(cfg, context):
 
 
 def main():
-    found = {}
-    for context in CONTEXTS:
+    path, asked = Path(__file__).parent / "cost.json", [int(word) for word in sys.argv[1:]]
+    found = json.loads(path.read_text())["contexts"] if asked else {}
+    for context in asked or CONTEXTS:
         decoders = {kind: decoder(cfg, context) for kind, cfg in KINDS.items()}
         times = {kind: [] for kind in KINDS}
         for _ in range(ROUNDS):
             for kind, timed in decoders.items():
                 times[kind].append(round(timed(), 3))
-        found[context] = {"ms": times, "bytes": {kind: bytes_read(cfg, context) for kind, cfg in KINDS.items()}}
-        print(context, found[context], flush=True)
+        found[str(context)] = {"ms": times, "bytes": {kind: bytes_read(cfg, context) for kind, cfg in KINDS.items()}}
+        print(context, found[str(context)], flush=True)
     weights = sum(x.nbytes for x in jax.tree.leaves(Transformer(DENSE, rngs=nnx.Rngs(0)).prepare_decode()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = f"{cores} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
@@ -88,7 +90,7 @@ def main():
         f"also reads the layer's weights, {weights / 2**20:.0f} MiB of float32."
     )
     about = {"what": what, "machine": machine, "rounds": ROUNDS, "contexts": found}
-    write_atomic(Path(__file__).parent / "cost.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(about, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.training.evaluate import evaluate
 from experiments.lab import FollowUp, OnTask, Study, drawing, markdown_table, mean_spread, write_figure
-from experiments.lab.bases import OF_TASKS
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.tasks import Retrieval
 
@@ -486,13 +485,11 @@ def cost_of(name, key, scale):
 
 
 K, MOST = CHOICES["text"][1:]
-OF_KEYS = [name for name in variants(OF_TASKS["retrieval"]) if name.startswith("keys")]
 STUDY = Study(
     question="How few tokens does sparse attention need, and does its indexer need a warm-up?",
     published="k 2,048 of up to 128K, a warm-up of 1,000 steps: no substantial loss against V3.1 (V3.2 report)",
     variants=variants,
     base="retrieval",
-    seeds_of=dict.fromkeys(OF_KEYS, 2),
     measure=measure,
     table=table,
     draw=draw,
