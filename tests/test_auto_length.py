@@ -100,7 +100,7 @@ def any_length(monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.usefixtures("any_length")
-@pytest.mark.parametrize("scheme", ["lookup", "deepseek of 3"])
+@pytest.mark.parametrize("scheme", ["lookup", pytest.param("deepseek of 3", marks=pytest.mark.rare)])
 def test_greedy_text_is_that_of_plain_decoding(scheme):
     lookup = (random_model(LIGHT, execution=DENSE), "lookup")
     model, draft = lookup if scheme == "lookup" else drafting(scheme)["partly"]

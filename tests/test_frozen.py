@@ -124,8 +124,11 @@ def refuse(lowered):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled")
 
 
+INT4 = pytest.param("int4", {"w_gate": 4, "w_down": 3}, marks=pytest.mark.rare)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "groups"), [("fp8", {"w_gate": 2, "w_up": 2}), ("int4", {"w_gate": 4, "w_down": 3})])
+@pytest.mark.parametrize(("kind", "groups"), [("fp8", {"w_gate": 2, "w_up": 2}), INT4])
 def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind, groups):
     """In a step, in a checkpoint and to its readers; only a layer's are unpacked, and a plan counts their bytes."""
     place, cfg = tmp_path / "model", replace(CFG, dim=256) if kind == "fp8" else KIMI.cfg

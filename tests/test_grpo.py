@@ -38,7 +38,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
     np.testing.assert_allclose(grad, slope, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["token_mean", pytest.param("constant_length", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", ["token_mean", pytest.param("constant_length", marks=pytest.mark.rare)])
 def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or those that they may have."""
     cfg, settings = replace(MODEL, mtp_depth=0), Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
@@ -112,7 +112,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_groups_without_variance_are_skipped_and_counted(ready):
     """All answers are wrong: no gradient, beside the start's copy too."""
     out, words = ready[0] / "wrong", "--steps 1 --grpo.kl 0.1".split()

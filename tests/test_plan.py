@@ -67,7 +67,7 @@ def test_memory_of_a_decoding_step_equals_the_meshs():
     assert 0 < cost.bytes_read < cost.total
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_programs_of_v3_have_the_same_size_at_any_depth(monkeypatch):
     """A program that grew with depth would compile each layer again. Lowering alone takes seconds."""
     texts = []

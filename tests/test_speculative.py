@@ -193,7 +193,12 @@ def test_sampled_speculation_follows_the_model(scheme, monkeypatch):
     assert (shares[law == 0] == 0).all()
 
 
-@pytest.mark.parametrize("draft, how", [("mtp", "sampled"), ("model", "greedy"), ("lookup", "auto"), (None, "none")])
+REFILLED = ("mtp", "sampled"), ("model", "greedy"), ("lookup", "auto"), (None, "none")
+
+
+@pytest.mark.parametrize(
+    "draft, how", [pytest.param(*case, marks=[pytest.mark.rare] * (case[0] not in ("mtp", None))) for case in REFILLED]
+)
 def test_refilled_rows_give_the_text_of_a_whole_batch(draft, how):
     """A drafter's state begins anew with each text."""
     model, _ = drafting("deepseek of 1")["partly"]

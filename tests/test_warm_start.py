@@ -110,7 +110,7 @@ def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
     assert frozen["sparse", "moe", "bias"].all()
 
 
-@pytest.mark.parametrize("option", ["trunk", "lora"])  # adapters begin with another's weights, as `start` does
+@pytest.mark.parametrize("option", ["trunk", pytest.param("lora", marks=pytest.mark.rare)])  # as `start`
 def test_it_resumes_without_the_other(other, trunk, tmp_path, option):
     """Stopped, the other's folder taken away, resumed: bitwise what an unbroken run gives, data position too."""
     mine = shutil.copytree(trunk if option == "trunk" else other, tmp_path / "mine")

@@ -135,7 +135,7 @@ STUDY = Study("Why?", "x", variants, base="facts",
 """
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     """The real worker: SIGTERM stops it, finished runs are kept, and the same command makes the rest."""
     shutil.copytree(HERE / "experiments" / "lab", tmp_path / "experiments" / "lab")
