@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs="+", default=(1, 4))
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(8, 16))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(8, 16, 32))
     args = parser.parse_args()
     found = {str(n): measure(n, args.rounds, tuple(args.batch_sizes)) for n in args.samples}
     RESULTS.write_text(json.dumps({"jax": jax.__version__, "rounds": args.rounds, "samples": found}, indent=1) + "\n")
