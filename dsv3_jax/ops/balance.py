@@ -294,7 +294,7 @@ def max_vio(load: Float[Array, "*l E"]) -> Float[Array, "*l"]:
     """Compute the maximal violation MaxVio = (max load − mean load) / mean load.
 
     Args: load: counts, float32.
-    Returns: 0 if the load is even, E − 1 if one expert has all of it.
+    Returns: 0 if the load is even or there is none, E − 1 if one expert has all of it.
 
     Example:
         >>> max_vio(jnp.array([6.0, 2.0, 2.0, 2.0]))
@@ -303,7 +303,7 @@ def max_vio(load: Float[Array, "*l E"]) -> Float[Array, "*l"]:
     Source: arXiv 2408.15664, equation 4.
     """
     mean = jnp.maximum(load.mean(-1), 1e-20)
-    return load.max(-1) / mean - 1
+    return jnp.maximum(load.max(-1) / mean - 1, 0.0)
 
 
 def entropy(load: Float[Array, "*l E"]) -> Float[Array, "*l"]:
