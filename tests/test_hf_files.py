@@ -81,6 +81,7 @@ BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
     "no shard": (lambda f: (f / SHARD).unlink(), ["has no " + SHARD]),
     "a path": (lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: "../x"}})), ["file '../x'"]),
+    "a NUL": (lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: "x\0"}})), ["file 'x\\x00'"]),
     "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
     "truncated": (lambda f: os.truncate(f / SHARD, 9000), [SHARD, "is damaged"]),
     "missing": (edit_tensors(lambda arrays: arrays.pop(UP)), [UP + " is missing", "1 tensors"]),

@@ -60,7 +60,8 @@ def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
             ...
         ValueError: v3 names a file '../secret', which is not a plain file name in that folder
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name  # without NUL and surrogates
+    if not isinstance(name, str) or not plain or name in ("", ".", "..") or "\\" in name:
         raise ValueError(f"{folder} names a file {name!r}, which is not a plain file name in that folder")
     path = folder / under / name
     try:
