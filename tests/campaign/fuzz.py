@@ -131,7 +131,7 @@ def judge(made: Home, command: Command, trial: Trial, answer: Answer, names: Seq
         sentences = re.findall(r"^dsv3: .*", plain, re.MULTILINE)
         if len(sentences) != 1 or len(sentences[0]) > 500:
             faults.add("sentences")
-        elif names and not any(name in sentences[0] for name in [*names, "="]):  # a file, or name=value
+        elif names and not any(x in sentences[0] for x in [*names, "=", "chat template"]):  # or name=value
             faults.add("unnamed")
     shown = (getattr(answer, name) for name, path in trial.streams.items() if path == "terminal")
     if not BOX.search(plain) and any(map(ESCAPES.search, shown)):  # tyro's box holds the user's own words
