@@ -148,7 +148,7 @@ def _score(model: Transformer, text: TextSettings, task: Task, limit: int | None
 def pairs_of(task: Task, i: int, text: TextSettings, longest: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
     """Encode a row's options as (context, continuation), and say whether any lost its beginning, beyond `longest`.
 
-    Each prompt is encoded as one text, for a token may cover both sides of the border. The continuation begins where
+    Context and continuation are encoded together, because a token may be in both. The continuation begins where
     the options' tokens begin to differ. In a schema it is their common end. For a single continuation it begins where
     the tokens differ from the context's.
 
