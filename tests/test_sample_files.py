@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 from runs import finished, unhooked_cli
@@ -18,19 +19,24 @@ BROKEN = {
 
 
 @pytest.fixture
-def sample(tmp_path, tmp_path_factory, capsys, monkeypatch):
-    """A command of the finished run, stopped after some parts: its exit code, the lines of its output, stderr."""
-    folder, whole = finished(tmp_path_factory.getbasetemp()).folder, generate.generate_in_parts
+def folder(tmp_path_factory):
+    return finished(tmp_path_factory.getbasetemp()).folder
 
-    def command(prompts, out, *options, parts=None):
+
+@pytest.fixture
+def sample(folder, tmp_path, capsys, monkeypatch):
+    """A command of the finished run, stopped after some parts: its exit code, the lines of its output, stderr."""
+    whole = generate.generate_in_parts
+
+    def command(prompts, out, *options, parts=None, model=folder):
         def some(*args, **settings):
             yield from itertools.islice(whole(*args, **settings), parts)
             if parts:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(generate, "generate_in_parts", some)
-        words = "generate", folder, "--prompts", tmp_path / prompts, "--out", tmp_path / out, "--max-new-tokens", 24
-        code = unhooked_cli().main(list(map(str, (*words, *options))))
+        words = "--prompts", tmp_path / prompts, "--out", tmp_path / out, "--max-new-tokens", 24
+        code = unhooked_cli().main(list(map(str, ("generate", model, *words, *options))))
         lines = (tmp_path / out).read_text().splitlines() if (tmp_path / out).exists() else []
         return code, list(map(json.loads, lines)), capsys.readouterr().err
 
@@ -38,7 +44,7 @@ def sample(tmp_path, tmp_path_factory, capsys, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_stopped_command_resumes_to_the_same_file(sample, tmp_path):
+def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, RECORDS)))
     how = "--samples", 2, "--temperature", 1.5
     code, whole, err = sample("in.jsonl", "whole.jsonl", *how)
@@ -59,6 +65,13 @@ def test_a_stopped_command_resumes_to_the_same_file(sample, tmp_path):
     assert code == 0 and not part.exists()
     assert [line | {"logprob": 0} for line in lines] == [line | {"logprob": 0} for line in whole]
     assert [line["logprob"] for line in lines] == pytest.approx([line["logprob"] for line in whole])
+    # A released model that changes at its place is another one.
+    assert unhooked_cli().main(["convert", str(folder), str(tmp_path / "hf")]) == 0
+    assert sample("in.jsonl", "hf.jsonl", *how, parts=2, model=tmp_path / "hf")[0] == 130
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        os.utime(file, (0, 0))
+    code, _, err = sample("in.jsonl", "hf.jsonl", *how, model=tmp_path / "hf")
+    assert code == 2 and "weights=[" in err and "is not the [" in err
 
 
 def test_a_broken_line_is_named(sample, tmp_path):

@@ -122,6 +122,8 @@ def sample(args: Generate) -> int:
     config.check(model.cfg, prompts)
     settings = {name: getattr(args, name) for name in PINNED} | {"sampling": list(config.sampling), "step": args.step}
     settings |= {"model": str(place.resolve()), name: file_hash(place / name), "prompts": file_hash(args.prompts)}
+    weights = [] if is_run else [file.stat() for file in place.glob("*.safetensors")]
+    settings["weights"] = [sum(x.st_size for x in weights), max((x.st_mtime for x in weights), default=0)]
     show_kernels(model)
     write_samples(model, text, records, prompts, config, args.out, settings)
     return 0
