@@ -11,7 +11,7 @@ from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.stats import BiasWork, LoadLog, RoutingStats, Worth, specialisation
 from dsv3_jax.stats.bits import NAMES
 from dsv3_jax.stats.numbers import as_json, as_lists, by_domain, merge_small_domains, worth_json
-from dsv3_jax.stats.token_rows import AFTER, BEFORE, Contexts, TokenCounts, rows_of
+from dsv3_jax.stats.token_rows import rows_of
 
 HOSTILE = '</script><b onclick="x()">&\'"'
 
@@ -43,10 +43,6 @@ def made_up(
     )
     cells, steps = (total, experts), np.arange(10, 410, 10)
     document_load = rng.integers(50, 400, (60, *cells))
-    layer, expert, token = np.indices((*cells, 14)).reshape(3, -1)
-    where = np.indices((*cells, 8)).reshape(3, -1)[:2]
-    windows = rng.integers(97, 123, (where.shape[1], BEFORE + 1 + AFTER)).astype(np.int32)
-    gate = rng.uniform(0.2, 0.9, where.shape[1]).astype(np.float32)
     pairs = rng.integers(1, 99, (total, experts, experts))
     pairs += pairs.swapaxes(1, 2)
     if k == 1:
@@ -58,8 +54,6 @@ def made_up(
         document_score_entropy=rng.uniform(0.9, 1, (60, total)) * document_load.sum(-1) / k,
         document_gate_entropy=rng.uniform(0.8, 1, (60, total)) * document_load.sum(-1) / k,
         coactivation=pairs,
-        token_counts=TokenCounts(layer, expert, token + 97, rng.integers(20, 99, layer.size), rng.random(layer.size)),
-        contexts=Contexts(*where, gate, windows, gate / 2, np.arange(gate.size, dtype=np.int32) % 50),
         bias=BiasWork(rng.normal(0, 0.05, cells), rng.integers(9, 99, cells), rng.integers(99, 999, total)),
         rows=rows,
     )

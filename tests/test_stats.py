@@ -11,13 +11,11 @@ from flax import nnx
 from models import DENSE, random_model
 from runs import MODEL
 
-from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, measures, specialisation
 from dsv3_jax.stats.routing_stats import layer_names
-from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, TokenCounts
+from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, find_contexts, rows_of
 
-TOKENIZER = ByteTokenizer()
 B, T, E, K = 3, 20, MODEL.num_experts, MODEL.experts_per_token
 DOMAINS = ("even", "odd")
 
@@ -64,7 +62,7 @@ def counted() -> tuple[Transformer, RoutingStats, list[Layer], np.ndarray]:
     """A model, its statistics, what it chose for each token, and log p of the token after each."""
     model = random_model(MODEL_2, seed=2, execution=DENSE)
     empty = BATCHES[0] | {"segment_ids": np.zeros((B, T), np.int32)}
-    stats = collect(model, [BATCHES[0], empty, BATCHES[1]], TOKENIZER, DOMAINS)
+    stats = collect(model, [BATCHES[0], empty, BATCHES[1]], DOMAINS)
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -86,18 +84,6 @@ def counted() -> tuple[Transformer, RoutingStats, list[Layer], np.ndarray]:
     return model, stats, layers, np.concatenate(log_p).reshape(2 * B * T, -1)
 
 
-def pairs_of(layers: list[Layer]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct (layer, expert, token), sorted, and the number of each choice among them."""
-    tokens = flat("tokens")
-    keys = [
-        (i, e, token)
-        for i, one in enumerate(layers)
-        for e, token in zip(one.ids.ravel(), np.repeat(tokens[one.at], K), strict=True)
-    ]
-    distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
-    return distinct, inverse.ravel()
-
-
 def test_counts_equal_the_definitions(counted):
     _, stats, layers, _ = counted
     load, coactivation = np.zeros((7, len(layers), E), int), np.zeros((len(layers), E, E), int)
@@ -117,9 +103,6 @@ def test_counts_equal_the_definitions(counted):
     np.testing.assert_array_equal(stats.coactivation, coactivation)
     found = stats.document_gate_entropy, stats.document_score_entropy
     np.testing.assert_allclose(found, entropies[:, seen], rtol=1e-5)  # the model's float32
-    counts, (keys, inverse) = stats.token_counts, pairs_of(layers)
-    np.testing.assert_array_equal([counts.layer, counts.expert, counts.token], keys.T)
-    np.testing.assert_array_equal(counts.num_routed, np.bincount(inverse))
     weights = stats.load_by_domain.sum(-1) / stats.load.sum(-1)
     for sums, mean in zip(found, (stats.gate_entropy, stats.score_entropy), strict=True):
         np.testing.assert_allclose((weights * stats.mean_by_domain(sums)).sum(0), mean, rtol=1e-12)
@@ -137,7 +120,6 @@ def choose(choice: np.ndarray, count: int) -> np.ndarray:
 def test_bias_and_margins_equal_the_definitions(counted):
     """The bias's work is the difference to a choice by the scores alone; margins are over the best expert left out."""
     model, stats, layers, _ = counted
-    margins = []
     for i, (_, ids, gates, scores, bias) in enumerate(layers):
         of_ids = np.take_along_axis(scores, ids, 1)
         np.testing.assert_allclose(of_ids / of_ids.sum(1)[:, None], gates / gates.sum(1)[:, None], rtol=1e-5)
@@ -146,12 +128,9 @@ def test_bias_and_margins_equal_the_definitions(counted):
         assert stats.bias.changed[i] == (ids[:, :, None] != plain[:, None]).all(2).sum() > 0
         np.testing.assert_array_equal(stats.bias.load_without[i], np.bincount(plain.ravel(), minlength=E))
         sums = np.take_along_axis(scores + bias, ranked, 1)
-        margins.append(sums[:, :K] - sums[:, K:])
-        np.testing.assert_allclose(stats.rows.margin[i, stats.rows.counted[i]], margins[i], atol=1e-6)
+        margins = sums[:, :K] - sums[:, K:]
+        np.testing.assert_allclose(stats.rows.margin[i, stats.rows.counted[i]], margins, atol=1e-6)
     np.testing.assert_allclose(stats.bias.value, np.asarray(decisions.biases(model)))
-    inverse = pairs_of(layers)[1]
-    means = np.bincount(inverse, np.concatenate(margins).ravel()) / np.bincount(inverse)
-    np.testing.assert_allclose(stats.token_counts.margin, means, atol=1e-6)
 
 
 def test_rows_are_the_tokens_in_the_order_of_reading(counted):
@@ -183,7 +162,7 @@ def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counte
             if len(kept) < TOP and all(new[3] != old[3] and new[4] != old[4] for old in kept):
                 kept.append(new)
         want += kept
-    found = stats.contexts
+    found = find_contexts(stats.rows, E)
     columns = found.layer, found.expert, found.gate, found.tokens[:, BEFORE], found.document, found.tokens
     got = list(zip(*(column.tolist() for column in columns), strict=True))
     assert got == want and len(want) > E * len(layers)
@@ -231,11 +210,12 @@ def test_lift_of_experts_chosen_together(rng):
 def test_favourites_are_ranked_by_their_part_of_the_information():
     """A frequent token comes before a rare one of larger lift: its part p log2(p / (p_token p_expert)) is larger."""
     joint = np.array([[4, 0], [40, 10], [6, 40]])  # tokens 7, 8, 9 by expert
-    token, expert = np.nonzero(joint)
-    counts = TokenCounts(0 * expert, expert, token + 7, joint[token, expert])
-    stats = replace(of_loads(np.array([[[50, 50]]]), [0], 1), token_counts=counts)
+    token, expert = (np.repeat(x, joint.ravel()) for x in np.indices(joint.shape).reshape(2, -1))
+    rows = rows_of(expert[None, :, None])._replace(token=(token + 7).astype(np.int32))
+    rows = rows._replace(margin=np.arange(100, dtype=np.float32)[None, :, None])
+    stats = replace(of_loads(np.array([[[50, 50]]]), [0], 1), rows=rows)
     first = favourites(stats, 0, min_count=1)[0]
-    assert [(f.token, f.lift) for f in first] == [(8, 1.6), (7, 2.0)]
+    assert [(f.token, f.num_routed, f.lift, f.margin) for f in first] == [(8, 40, 1.6, 23.5), (7, 4, 2.0, 1.5)]
     np.testing.assert_allclose([f.bits for f in first], [0.4 * np.log2(1.6), 0.04], rtol=1e-12)
     assert [f.token for f in favourites(stats, 0, min_count=50)[0]] == [8]
 
@@ -244,4 +224,4 @@ def test_refuses_models_without_experts_and_batches_without_tokens(counted):
     dense = abstract(replace(MODEL, num_layers=3, num_dense_layers=3, mtp_depth=0))
     for model, sentence in ((dense, "no experts to count: all of its 3 layers are dense"), (counted[0], "no token to")):
         with pytest.raises(ValueError, match=sentence):
-            collect(model, [], TOKENIZER, DOMAINS)
+            collect(model, [], DOMAINS)

@@ -18,7 +18,7 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.counting import size
-from dsv3_jax.stats import ReportOptions, agreement, others, read_load, reading, report
+from dsv3_jax.stats import ReportOptions, agreement, read_load, reading, report, tokens
 from dsv3_jax.stats.page import SCRIPTS, WEB, render_page
 from dsv3_jax.training.evaluate import evaluate
 
@@ -103,7 +103,7 @@ def test_the_users_text_is_shown_and_not_counted(whole, reported):
     assert "".join(first["tokens"]) == TEXT and first["domain"] == "your text"
     assert numbers["domains"] == ["code", "prose"]
     model, config, _ = open_model(whole.folder)
-    rows = others.read_rows(model, reading.own_batches(TEXT, TOKENIZER, config.data))
+    rows = tokens(model, reading.own_batches(TEXT, TOKENIZER, config.data), ())
     for layer in range(2):
         for t, (experts, gates) in enumerate(zip(first["experts"][layer], first["gates"][layer], strict=True)):
             assert set(experts) == set(rows.expert_ids[layer, t].tolist()) and gates == sorted(gates, reverse=True)
@@ -115,7 +115,7 @@ def test_the_users_text_is_shown_and_not_counted(whole, reported):
 def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(whole, reported):
     _, numbers, _ = reported
     batches = reading.open_text(whole.run.data, whole.folder, TOKENIZER, batches=2).batches
-    shares = agreement(*(others.read_rows(open_model(whole.folder, step=step)[0], batches) for step in (12, 8)))
+    shares = agreement(*(tokens(open_model(whole.folder, step=step)[0], batches, ()) for step in (12, 8)))
     assert numbers["saturation"]["steps"] == [8, 12]
     np.testing.assert_allclose(numbers["saturation"]["share"], [shares, [1, 1, 1]], rtol=1e-5)
     other = numbers["against"]

@@ -154,20 +154,23 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
 
     Example:
         >>> from dataclasses import replace
-        >>> from dsv3_jax.stats.token_rows import TokenCounts
+        >>> from dsv3_jax.stats.token_rows import rows_of
         >>> stats = RoutingStats.from_loads(np.array([[[3, 5]]]), np.array([0]), ["code"])
-        >>> layer, expert, token, num_routed = np.array([[0, 0, 0], [0, 1, 1], [7, 7, 8], [3, 1, 4]])
-        >>> stats = replace(stats, token_counts=TokenCounts(layer, expert, token, num_routed))
+        >>> rows = rows_of(np.array([[[0], [0], [0], [1], [1], [1], [1], [1]]], np.int16))
+        >>> stats = replace(stats, rows=rows._replace(token=np.array([7, 7, 7, 7, 8, 8, 8, 8], np.int32)))
         >>> [(f.token, f.num_routed, f.lift, round(f.bits, 3)) for [f] in favourites(stats, 0, min_count=4)]
         [(7, 3, 2.0, 0.375), (8, 4, 1.6, 0.339)]
     """
-    counts, load = stats.token_counts, stats.load[layer]
-    of_layer = slice(*np.searchsorted(counts.layer, [layer, layer + 1]))
-    expert, token, num_routed = counts.expert[of_layer], counts.token[of_layer], counts.num_routed[of_layer]
-    margin = np.full(len(token), np.nan) if counts.margin is None else counts.margin[of_layer]
-    occurrences = np.bincount(token, num_routed) / stats.experts_per_token  # n_t
-    lift = (num_routed / occurrences[token]) / (load[expert] / stats.tokens[layer])
-    bits = num_routed / max(load.sum(), 1) * np.log2(lift)
+    counted, k = stats.rows.counted[layer], stats.experts_per_token
+    size, expert = int(stats.rows.token.max(initial=0)) + 1, stats.rows.expert_ids[layer, counted].astype(np.int64)
+    pairs = (expert * size + stats.rows.token[counted][:, None]).ravel()
+    pair, inverse, num_routed = np.unique(pairs, return_inverse=True, return_counts=True)
+    margin = np.bincount(inverse, stats.rows.margin[layer, counted].ravel(), len(pair)) / num_routed
+    expert, token = np.divmod(pair, size)
+    load = np.bincount(expert, num_routed, stats.load.shape[1])
+    occurrences = np.bincount(token, num_routed) / k  # n_t
+    lift = (num_routed / occurrences[token]) / (load[expert] / counted.sum())
+    bits = num_routed / max(len(pairs), 1) * np.log2(lift)
     order = np.lexsort((token, -num_routed, -bits, expert))
     order = order[((occurrences[token] >= min_count) & (lift > 1))[order]]
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))

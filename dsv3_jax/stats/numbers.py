@@ -22,7 +22,7 @@ from dsv3_jax.stats.knockouts import Worth
 from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, lift
 from dsv3_jax.stats.reading import LoadLog
 from dsv3_jax.stats.routing_stats import RoutingStats
-from dsv3_jax.stats.token_rows import TokenRows, context, readable
+from dsv3_jax.stats.token_rows import TokenRows, context, find_contexts, readable
 from dsv3_jax.training.evaluate import training_mix
 from dsv3_jax.training.run_folder import RUN_FILE, read_made
 
@@ -107,7 +107,7 @@ def as_json(
         "over_time": None if log is None else _over_time(log),
         "bias": _bias(stats, log),
         **_flow(stats),
-        "texts": None if stats.rows is None else texts(stats.rows, stats.domains, tokenizer),
+        "texts": texts(stats.rows, stats.domains, tokenizer),
         **dict.fromkeys(("header", "information", "worth", "saturation", "groups", "devices", "against")),
     } | dict(more or {})
 
@@ -206,15 +206,15 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[lis
 
 def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[list]]]:
     """List the contexts of each expert, the largest gate first; of many experts, shorter ones."""
-    kept, top = stats.contexts, _budget(MOST_CONTEXTS, stats.load.size, CONTEXTS)
+    top = _budget(MOST_CONTEXTS, stats.load.size, CONTEXTS)
     letters = MOST_LETTERS // (3 * top * stats.load.size) + 1
     listed: list[list[list[list]]] = [[[] for _ in of_layer] for of_layer in stats.load]
-    for row, (layer, expert) in enumerate(zip(kept.layer.tolist(), kept.expert.tolist(), strict=True)):
-        if len(listed[layer][expert]) < top:
-            before, token, after = context(tokenizer, kept.tokens[row])
-            numbers = round(float(kept.gate[row]), 4), _rounded(round(float(kept.margin[row]), 4))
-            text = before[-2 * letters :], token[: 2 * letters], after[:letters]
-            listed[layer][expert].append([*text, *numbers, int(kept.document[row])])
+    found = find_contexts(stats.rows, stats.load.shape[1], top=top)
+    for layer, expert, gate, window, margin, document in zip(*found, strict=True):
+        before, token, after = context(tokenizer, window)
+        text = before[-2 * letters :], token[: 2 * letters], after[:letters]
+        numbers = round(float(gate), 4), _rounded(round(float(margin), 4)), int(document)
+        listed[layer][expert].append([*text, *numbers])
     return listed
 
 
@@ -250,8 +250,6 @@ def _bias(stats: RoutingStats, log: LoadLog | None) -> dict[str, Any] | None:
 def _flow(stats: RoutingStats) -> dict[str, Any]:
     """transitions, repeats and heads."""
     rows, num_experts = stats.rows, stats.load.shape[1]
-    if rows is None:
-        return dict.fromkeys(("transitions", "repeats", "heads"))
     pairs, repeated = flow.transitions(rows, num_experts), flow.repeats(rows, num_experts)
     lifts = flow.transition_lift(pairs)
     names = [name for name in stats.layers if name.startswith("MTP")]
@@ -377,8 +375,8 @@ def make_header(
         "balance_rule": describe_balance(config.model),
         "version": made[0].get("version") if made else None,
         "commit": made[0].get("commit") if made else None,
-        "loss": None if stats.rows is None else as_lists(stats.rows.loss),
-        "bits_per_byte": None if stats.rows is None else as_lists(bits_per_byte(stats.rows, tokenizer)),
+        "loss": as_lists(stats.rows.loss),
+        "bits_per_byte": as_lists(bits_per_byte(stats.rows, tokenizer)),
         "max_vio_training_mix": _mixed(stats, config.model, tokenizer, mix),
     }
 
@@ -434,7 +432,7 @@ def _mixed(
 ) -> float | None:
     """MaxVio of the trunk's layers with the domains as they are mixed in training."""
     trunk, rows = stats.load_by_domain[:, : cfg.num_sparse_layers], stats.rows
-    if mix is None or rows is None or not cfg.num_sparse_layers or set(mix) != set(stats.domains):
+    if mix is None or not cfg.num_sparse_layers or set(mix) != set(stats.domains):
         return None
     known = ~np.isnan(rows.nll)
     bytes_ = np.bincount(rows.domain[known], tokenizer.byte_lengths[rows.token[known]], len(stats.domains))

@@ -1,30 +1,27 @@
 """Other checkpoints on the same text: earlier ones of the run, and one of another run."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float64, Int64
 from scipy.optimize import linear_sum_assignment
 
 from dsv3_jax.config import replace
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.data.batches import Batch, model_inputs
+from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.hf.open_model import open_model
-from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
-from dsv3_jax.stats.decisions import decide
 from dsv3_jax.stats.flow import shared
 from dsv3_jax.stats.numbers import as_lists, bits_per_byte
 from dsv3_jax.stats.reading import Reading, first_batches, open_text
-from dsv3_jax.stats.routing_stats import RoutingStats, collect
-from dsv3_jax.stats.token_rows import RowsTally, TokenRows, first_rows
+from dsv3_jax.stats.routing_stats import RoutingStats, collect, tokens
+from dsv3_jax.stats.token_rows import TokenRows, first_rows
 from dsv3_jax.training.checkpoint import Loaded, load_run, steps_of
 from dsv3_jax.training.run_folder import RUN_FILE
 
@@ -81,16 +78,6 @@ def _matched(here: np.ndarray, there: np.ndarray, num_experts: int) -> tuple[np.
     return match, float(tokens[experts, match].sum() / max(here.size, 1))
 
 
-def read_rows(model: Transformer, batches: Iterable[Batch]) -> TokenRows | None:
-    """Return the rows of a model on batches; None for batches without a token."""
-    rows = RowsTally(model.cfg.num_experts)
-    graphdef, state = nnx.split(model)
-    for batch in batches:
-        inputs = {key: value for key, value in model_inputs(batch).items() if key != "loss_mask"}
-        rows.add(batch, jax.device_get(decide(graphdef, state, inputs)))
-    return rows.rows()
-
-
 def saturation(
     folder: Path, step: int, rows: TokenRows, batches: Sequence[Batch], *, kernels: str | None = None
 ) -> dict[str, Any] | None:
@@ -111,8 +98,7 @@ def saturation(
         except ValueError as error:  # a damaged checkpoint, or one of another configuration: the others remain
             print(f"step {one} is left out of the run's earlier choices: {error}", file=sys.stderr)
             continue
-        found = read_rows(model, read)
-        assert found is not None
+        found = tokens(model, read, ())
         kept = min(len(found.token), len(rows.token))
         steps.append(one)
         shares.append(agreement(first_rows(rows, kept), first_rows(found, kept)))
@@ -179,8 +165,7 @@ def against(
         length = min(own.run.data.seq_len, run.model.max_positions)
         data = replace(own.run.data, tokenizer=run.data.tokenizer, seq_len=length)
         reading = open_text(data, folder, other.tokenizer, **text)
-    found = collect(model, reading.batches, other.tokenizer, reading.domains)
-    assert found.rows is not None and stats.rows is not None
+    found = collect(model, reading.batches, reading.domains)
     result: dict[str, Any] = {
         "run": other.name,
         "step": step,
@@ -209,8 +194,7 @@ def against(
     return result
 
 
-def _layers(rows: TokenRows | None, layers: Sequence[int]) -> TokenRows:
+def _layers(rows: TokenRows, layers: Sequence[int]) -> TokenRows:
     """The rows of some layers alone."""
-    assert rows is not None
     names = ("counted", "expert_ids", "gates", "margin")
     return rows._replace(**{name: getattr(rows, name)[list(layers)] for name in names})

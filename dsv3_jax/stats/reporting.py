@@ -33,10 +33,9 @@ from dsv3_jax.stats.numbers import (
     text_size,
     worth_json,
 )
-from dsv3_jax.stats.others import read_rows
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.reading import OWN, folder_name, open_text, read_load
-from dsv3_jax.stats.routing_stats import RoutingStats, collect
+from dsv3_jax.stats.routing_stats import RoutingStats, collect, tokens
 from dsv3_jax.stats.token_rows import TokenRows, join_rows, write_parquet
 
 T = TypeVar("T")
@@ -141,9 +140,8 @@ def report(
         flow.load_by_parts(np.zeros((1, cfg.num_experts)), options.devices)
     tokenizer = tokenizers.load(config.data.tokenizer)
     reading = open_text(config.data, run, tokenizer, paths=paths, text=options.text, batches=options.batches)
-    stats = collect(model, follow(reading.batches, len(reading.batches), "batches"), tokenizer, reading.domains)
-    assert stats.rows is not None
-    own = read_rows(model, reading.own)
+    stats = collect(model, follow(reading.batches, len(reading.batches), "batches"), reading.domains)
+    own = tokens(model, reading.own, (OWN,)) if reading.own else None
     header = make_header(run, config, step, reading.data, stats, tokenizer, reading.mix)
     more: dict[str, Any] = {key: header[key] for key in ("run", "step", "data")} | {"header": header}
     more["information"] = information_json(stats.rows, cfg.num_experts, len(stats.domains), seed)
@@ -182,13 +180,10 @@ def _write_tokens(
 ) -> None:
     """Write the rows of all tokens; the user's own text comes first, as document -1 of the domain OWN."""
     rows, domains = stats.rows, stats.domains
-    assert rows is not None
     if own is not None:
         last = len(domains)
         own = own._replace(document=np.full_like(own.document, -1), domain=np.full_like(own.domain, last))
-        rows = rows._replace(segment=rows.segment + own.segment[-1] + 1)
-        rows = join_rows([own, rows])
-        domains = (*domains, OWN)
+        rows, domains = join_rows([own, rows]), (*domains, OWN)
     write_parquet(path, rows, stats.layers, domains, tokenizer)
 
 

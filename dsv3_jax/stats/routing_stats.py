@@ -16,18 +16,9 @@ from jaxtyping import Float64, Int64, Num
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.batches import Batch
-from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.stats.decisions import Choices, biases, decide
-from dsv3_jax.stats.token_rows import (
-    Contexts,
-    RowsTally,
-    TokenCounts,
-    TokenRows,
-    TokenTally,
-    find_contexts,
-    no_contexts,
-)
+from dsv3_jax.stats.token_rows import MOST_CHOICES, TokenRows, join_rows, rows_of, rows_of_batch
 
 
 class BiasWork(NamedTuple):
@@ -54,10 +45,8 @@ class RoutingStats:
     document_gate_entropy: Float64[np.ndarray, "S L"]  # sum over tokens: entropy of the K chosen gates
     document_score_entropy: Float64[np.ndarray, "S L"]  # sum over tokens: entropy of the scores of all E experts
     coactivation: Int64[np.ndarray, "L E E"]  # tokens that chose both experts; the diagonal is the load
-    token_counts: TokenCounts
-    contexts: Contexts
+    rows: TokenRows  # of the first tokens, see `token_rows.MOST_CHOICES`
     bias: BiasWork | None = None  # None: the router reads no bias
-    rows: TokenRows | None = None  # of the first tokens, see `token_rows.MOST_CHOICES`
 
     @classmethod
     def from_loads(
@@ -66,7 +55,7 @@ class RoutingStats:
         document_domains: Int64[np.ndarray, " S"],
         domains: Sequence[str],
     ) -> "RoutingStats":
-        """Build statistics of one expert a token from loads alone: without tokens, contexts or score entropies.
+        """Build statistics of one expert a token from loads alone: without rows of tokens or score entropies.
 
         Example:
             >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
@@ -75,7 +64,6 @@ class RoutingStats:
         """
         num_documents, num_layers, num_experts = document_load.shape
         load = document_load.astype(np.int64)
-        none = np.zeros(0, np.int64)
         return cls(
             layers=tuple(f"layer {i}" for i in range(num_layers)),
             domains=tuple(domains),
@@ -85,8 +73,7 @@ class RoutingStats:
             document_gate_entropy=np.zeros((num_documents, num_layers)),
             document_score_entropy=np.full((num_documents, num_layers), np.nan),
             coactivation=load.sum(0)[:, :, None] * np.eye(num_experts, dtype=np.int64)[None],
-            token_counts=TokenCounts(none, none, none, none),
-            contexts=no_contexts(),
+            rows=rows_of(np.zeros((num_layers, 0, 1), np.int16)),
         )
 
     @property
@@ -147,45 +134,42 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
     return (*(f"layer {i}" for i in range(cfg.num_dense_layers, cfg.num_layers)), *heads)
 
 
-def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, domains: Sequence[str]) -> RoutingStats:
+def collect(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]) -> RoutingStats:
     """Count the routing decisions of a model on batches; padding (segment_ids of 0) is not counted.
 
     Args:
         batches: as `val_batches` returns them; each new shape compiles once more.
-        tokenizer: the tokenizer of the batches.
         domains: names of the domains that `Batch.domains` indexes.
     Raises: ValueError for a model without experts, and if the batches hold no token.
 
     Example:
         >>> from dsv3_jax.config import replace
         >>> from dsv3_jax.data.batches import one_row
-        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
-        >>> collect(model, [one_row(b"x = 1")], ByteTokenizer(), ["code"]).load[0, :6]
+        >>> collect(model, [one_row(b"x = 1")], ["code"]).load[0, :6]
         array([5, 5, 5, 5, 0, 0])
     """
     cfg, layers = model.cfg, layer_names(model.cfg)
     if not layers:
         raise ValueError(f"the model has no experts to count: all of its {cfg.num_layers} layers are dense")
     graphdef, state = nnx.split(model)
-    documents, rows = [], RowsTally(cfg.num_experts)
+    documents, parts, room, bias = [], [], MOST_CHOICES, biases(model)
     coactivation = np.zeros((len(layers), cfg.num_experts, cfg.num_experts), np.int64)
-    tally, bias = TokenTally(cfg.num_experts, tokenizer.vocab_size), biases(model)
     load_without, changed = np.zeros((len(layers), cfg.num_experts), np.int64), np.zeros(len(layers), np.int64)
     for batch in batches:
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
         choices = jax.device_get(decide(graphdef, state, inputs))
         if "loss_mask" in batch:
             choices = choices._replace(nll=np.where(batch["loss_mask"], choices.nll, np.float32(np.nan)))
-        rows.add(batch, choices)
+        parts.append(rows_of_batch(batch, choices, room))
+        room -= parts[-1].expert_ids.size
         if not choices.mask.any():
             continue
         documents.append(_by_document(batch, choices))
         coactivation += choices.coactivation.astype(np.int64)
-        tally.add(batch["tokens"], choices.expert_ids, choices.margin, choices.mask)
         if bias is not None:
             for layer, (ids, without, mask) in enumerate(
                 zip(choices.expert_ids, choices.without_bias, choices.mask, strict=True)
@@ -194,7 +178,7 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
                 changed[layer] += (ids[mask][:, :, None] != without[mask][:, None]).all(-1).sum()
     if not documents:
         raise ValueError("there is no token to count: the batches are empty or hold padding alone")
-    kept, (document, domain, *sums) = rows.rows(), map(np.concatenate, zip(*documents, strict=True))
+    document, domain, *sums = map(np.concatenate, zip(*documents, strict=True))
     _, first, number = np.unique(document, return_index=True, return_inverse=True)
     load, gate_entropy, score_entropy = (sum_by_domain(values, number, len(first)) for values in sums)
     return RoutingStats(
@@ -206,14 +190,12 @@ def collect(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, 
         gate_entropy,
         score_entropy,
         coactivation,
-        tally.counts(),
-        no_contexts() if kept is None else find_contexts(kept, cfg.num_experts),
+        join_rows(parts),
         None if bias is None else BiasWork(np.asarray(bias, np.float64), load_without, changed),
-        kept,
     )
 
 
-def tokens(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, domains: Sequence[str]) -> TokenRows:
+def tokens(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]) -> TokenRows:
     """Return each token's experts, gates and margins in every layer, as arrays.
 
     Args: as `collect`.
@@ -222,18 +204,15 @@ def tokens(model: Transformer, batches: Iterable[Batch], tokenizer: Tokenizer, d
     Example:
         >>> from dsv3_jax.config import replace
         >>> from dsv3_jax.data.batches import one_row
-        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
-        >>> rows = tokens(model, [one_row(b"x = 1")], ByteTokenizer(), ["code"])
+        >>> rows = tokens(model, [one_row(b"x = 1")], ["code"])
         >>> rows.expert_ids.shape, rows.expert_ids[0, 4].tolist()  # [L, n, K]
         ((1, 5, 4), [0, 1, 2, 3])
     """
-    rows = collect(model, batches, tokenizer, domains).rows
-    assert rows is not None
-    return rows
+    return collect(model, batches, domains).rows
 
 
 def _by_document(batch: Batch, choices: Choices) -> tuple[np.ndarray, ...]:

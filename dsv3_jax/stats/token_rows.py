@@ -1,7 +1,7 @@
 """Every token that was read, with its experts, gates and margins; what these rows say of each expert.
 
 `TokenRows` holds the choices, and `write_parquet` writes them to a file. `find_contexts` finds the text around an
-expert's largest gates. `TokenCounts` says how often each expert received each token.
+expert's largest gates.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -71,66 +71,46 @@ def first_rows(rows: TokenRows, count: int) -> TokenRows:
 
 
 def join_rows(parts: Sequence[TokenRows]) -> TokenRows:
-    """Concatenate rows, without changing what they hold.
+    """Concatenate rows; the pieces of one part are not those of another.
 
     Example:
         >>> one = rows_of(np.zeros((1, 3, 2), int))
-        >>> join_rows([one, one]).counted.shape
-        (1, 6)
+        >>> join_rows([one, one]).segment.tolist()
+        [0, 0, 0, 1, 1, 1]
     """
+    first = np.cumsum([0, *(part.segment.max(initial=-1) + 1 for part in parts)])
+    parts = [part._replace(segment=part.segment + np.int32(i)) for part, i in zip(parts, first, strict=False)]
     columns = zip(*parts, strict=True)
     return TokenRows(*(np.concatenate(column, axis=0 if column[0].ndim < 2 else 1) for column in columns))
 
 
-class RowsTally:
-    """The rows of the batches so far, up to MOST_CHOICES.
+def rows_of_batch(batch: Batch, choices: Choices, most: int = MOST_CHOICES) -> TokenRows:
+    """The tokens of a batch, row by row, without padding: the first ones with at most so many choices."""
+    real = np.asarray(batch["segment_ids"]) != 0
+    choices_a_token = int(np.prod(choices.expert_ids.shape)) // real.size
+    chosen = np.flatnonzero(real)[: most // max(choices_a_token, 1)]
 
-    Example:
-        >>> RowsTally(num_experts=8).rows() is None
-        True
-    """
+    def pick(values: Any) -> np.ndarray:  # [B, T]
+        return np.asarray(values).reshape(-1)[chosen]
 
-    def __init__(self, num_experts: int):
-        self._dtype = np.int16 if num_experts < 2**15 else np.int32
-        self._parts: list[TokenRows] = []
-        self._segments, self._choices = 0, 0
+    def pick_layers(values: Any) -> np.ndarray:  # [L, B, T, …]
+        return np.asarray(values).reshape(len(values), real.size, *np.shape(values)[3:])[:, chosen]
 
-    def add(self, batch: Batch, choices: Choices) -> None:
-        """Add the tokens of a batch, row by row; padding is left out."""
-        real = np.asarray(batch["segment_ids"]) != 0
-        room = (MOST_CHOICES - self._choices) // max(int(np.prod(choices.expert_ids.shape)) // real.size, 1)
-        chosen = np.flatnonzero(real)[: max(room, 0)]
-        if not len(chosen):
-            return
-
-        def pick(values: Any) -> np.ndarray:  # [B, T]
-            return np.asarray(values).reshape(-1)[chosen]
-
-        def pick_layers(values: Any) -> np.ndarray:  # [L, B, T, …]
-            return np.asarray(values).reshape(len(values), real.size, *np.shape(values)[3:])[:, chosen]
-
-        length = real.shape[1]
-        piece = (np.arange(real.size).reshape(real.shape) // length) * (length + 1) + batch["segment_ids"]
-        segment = np.unique(pick(piece), return_inverse=True)[1].reshape(-1) + self._segments
-        part = TokenRows(
-            pick(batch["tokens"]),
-            segment.astype(np.int32),
-            pick(batch["positions"]),
-            pick(batch["documents"]),
-            pick(batch["domains"]),
-            pick(choices.nll),
-            pick_layers(choices.mask),
-            pick_layers(choices.expert_ids).astype(self._dtype),
-            pick_layers(choices.gates).astype(np.float32),
-            pick_layers(choices.margin).astype(np.float32),
-        )
-        self._parts.append(part)
-        self._segments = int(segment[-1]) + 1
-        self._choices += part.expert_ids.size
-
-    def rows(self) -> TokenRows | None:
-        """Return the rows of all batches so far; None without any."""
-        return join_rows(self._parts) if self._parts else None
+    row = np.arange(len(real))[:, None]
+    piece = np.unique(pick(row * (real.shape[1] + 1) + batch["segment_ids"]), return_inverse=True)[1]
+    small = np.int16 if choices.coactivation.shape[-1] < 2**15 else np.int32
+    return TokenRows(
+        pick(batch["tokens"]),
+        piece.reshape(-1).astype(np.int32),
+        pick(batch["positions"]),
+        pick(batch["documents"]),
+        pick(batch["domains"]),
+        pick(choices.nll),
+        pick_layers(choices.mask),
+        pick_layers(choices.expert_ids).astype(small),
+        pick_layers(choices.gates).astype(np.float32),
+        pick_layers(choices.margin).astype(np.float32),
+    )
 
 
 def write_parquet(
@@ -207,17 +187,6 @@ class Contexts(NamedTuple):
     document: Int32[np.ndarray, " n"]
 
 
-def no_contexts() -> Contexts:
-    """Return contexts of no text.
-
-    Example:
-        >>> no_contexts().tokens.shape
-        (0, 45)
-    """
-    none, zeros = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return Contexts(none, none, zeros, np.zeros((0, BEFORE + 1 + AFTER), np.int32), zeros, none.astype(np.int32))
-
-
 def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Contexts:
     """Find the positions of each expert's largest gates; at most one of a token and of a document.
 
@@ -270,57 +239,6 @@ def _windows(rows: TokenRows, positions: np.ndarray) -> np.ndarray:
     window = np.where(inside, window, 0)
     same = rows.segment[window] == rows.segment[positions][:, None]
     return np.where(inside & same, rows.token[window], np.int32(-1))
-
-
-class TokenCounts(NamedTuple):
-    """Pairs of expert and token that occurred, in order of (layer, expert, token)."""
-
-    layer: Int64[np.ndarray, " n"]
-    expert: Int64[np.ndarray, " n"]
-    token: Int64[np.ndarray, " n"]
-    num_routed: Int64[np.ndarray, " n"]  # occurrences of the token that were routed to the expert, at least 1
-    margin: Float64[np.ndarray, " n"] | None = None  # mean of `Choices.margin` over them; NaN where there is none
-
-
-class TokenTally:
-    """Sums of expert by token over the batches so far.
-
-    Example:
-        >>> tally = TokenTally(num_experts=2, vocab_size=10)
-        >>> tokens, one = np.array([[7, 7]], np.int32), np.ones((1, 1, 2, 1), np.int32)  # both tokens go to expert 1
-        >>> tally.add(tokens, one, one.astype(np.float32), one[..., 0] > 0)
-        >>> counts = tally.counts()
-        >>> counts.expert.tolist(), counts.token.tolist(), counts.num_routed.tolist(), counts.margin.tolist()
-        ([1], [7], [2], [1.0])
-    """
-
-    def __init__(self, num_experts: int, vocab_size: int):
-        self._num_experts, self._vocab_size = num_experts, vocab_size
-        self._keys, self._counts = np.zeros((2, 0), np.int64)
-        self._margins = np.zeros(0)
-
-    def add(
-        self,
-        tokens: Int32[np.ndarray, "B T"],
-        expert_ids: Int32[np.ndarray, "L B T K"],
-        margin: Float[np.ndarray, "L B T K"],
-        mask: Bool[np.ndarray, "L B T"],
-    ) -> None:
-        """Add a batch; `mask` selects the positions that are counted."""
-        layer, b, t = np.nonzero(mask)
-        groups = layer[:, None] * self._num_experts + expert_ids[mask]  # [n, K]
-        cells = groups * self._vocab_size + tokens[b, t][:, None]
-        keys, inverse, counts = np.unique(cells, return_inverse=True, return_counts=True)
-        margins = np.bincount(inverse.ravel(), margin[mask].ravel(), len(keys))
-        self._keys, index = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
-        self._counts = np.bincount(index, np.concatenate([self._counts, counts])).astype(np.int64)
-        self._margins = np.bincount(index, np.concatenate([self._margins, margins]))
-
-    def counts(self) -> TokenCounts:
-        """Return the counts of all batches so far."""
-        group, token = np.divmod(self._keys, self._vocab_size)
-        layer, expert = np.divmod(group, self._num_experts)
-        return TokenCounts(layer, expert, token, self._counts, self._margins / np.maximum(self._counts, 1))
 
 
 def readable(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -34,7 +34,7 @@ def measure(trained):
     cfg = replace(trained.run.data, val_fraction=0.5, seed=0)
     source = open_source(cfg, trained.tokenizer)
     batches = source.val_batches(trained.run.eval_batches)
-    counts = stats.collect(trained.model, batches, trained.tokenizer, source.domains)
+    counts = stats.collect(trained.model, batches, source.domains)
     special = stats.specialisation(counts)
     excess = special.bits - special.shuffled_mean
     # Shuffles for chance alone: intervals come from the seeds here.

@@ -39,8 +39,7 @@ def measure(trained):
     batches = trained.held_out(min(8, trained.run.eval_batches))
     steps = sorted(int(p.name) for p in (trained.folder / "checkpoints").iterdir() if p.name.isdigit())
     found = [
-        stats.collect(load_run(trained.folder, step=step).model, batches, trained.tokenizer, trained.corpus.domains)
-        for step in steps
+        stats.collect(load_run(trained.folder, step=step).model, batches, trained.corpus.domains) for step in steps
     ]
     last = found[-1].rows
     numbers = {

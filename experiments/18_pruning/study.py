@@ -36,7 +36,7 @@ def measure(trained):
     reads, scored = batches[:half], batches[half:] or batches
     worth = stats.worth(trained.model, reads, resamples=2)
     costs = worth.without - worth.loss  # [L, E]
-    load = stats.collect(trained.model, reads, trained.tokenizer, trained.corpus.domains).load[: len(costs)]
+    load = stats.collect(trained.model, reads, trained.corpus.domains).load[: len(costs)]
     rng = np.random.default_rng(trained.run.seed)
     ways = {WORTH: [costs], LOAD: [load], CHANCE: [rng.random(costs.shape) for _ in range(DRAWS)], MERGED: [costs]}
     losses = {
@@ -71,13 +71,12 @@ def loss_without(trained, batches, removed, load, merge):
     from flax import nnx
 
     from dsv3_jax.model.moe import RouterBias
-    from dsv3_jax.stats.others import read_rows
 
     graph, params, bias, rest = nnx.split(trained.model, nnx.Param, RouterBias, ...)
     bias = nnx.map_state(lambda path, b: b.replace(jnp.where(removed, NEVER, b[...]).reshape(b[...].shape)), bias)
     if merge:
         params = merged(params, removed, load)
-    return float(read_rows(nnx.merge(graph, params, bias, rest), batches).loss)
+    return float(stats.tokens(nnx.merge(graph, params, bias, rest), batches, ()).loss)
 
 
 def merged(params, removed, load):
