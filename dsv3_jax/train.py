@@ -87,7 +87,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
 def chats_of(run: RunConfig, out: str | Path, read: tuple[TextSettings, Source] | None = None) -> dict[str, Any]:
     """Read a run's chats. Returns: options of `fit`. Call it before `keep_memory`, which hides what a template takes.
 
-    Args: read: what `read_for_epochs` has read of them. None means that they are read now.
+    Args: read: what `for_epochs` has read of them. None means that they are read now.
     Raises: ValueError as `open_chats`.
     """
     processes.agree({"run": to_dict(run)})
@@ -164,19 +164,15 @@ class KeepText(Callback):
             copy_to_run(start, out, self._text)
 
 
-def for_epochs(run: RunConfig, out: str | Path, epochs: float = EPOCHS, *, fit_rows: bool = False) -> RunConfig:
+def for_epochs(
+    run: RunConfig, out: str | Path, epochs: float = EPOCHS, *, fit_rows: bool = False
+) -> tuple[RunConfig, tuple[TextSettings, Source]]:
     """Set the steps of a run on chats to `epochs` passes over its examples.
 
     Args: fit_rows: choose the length of the rows, too, as `open_chats`.
+    Returns: the run, and what `open_chats` has read.
     Raises: ValueError as `open_chats`; ConfigError for epochs that are not positive.
     """
-    return read_for_epochs(run, out, epochs, fit_rows)[0]
-
-
-def read_for_epochs(
-    run: RunConfig, out: str | Path, epochs: float, fit_rows: bool
-) -> tuple[RunConfig, tuple[TextSettings, Source]]:
-    """Do as `for_epochs`. Returns: the run, and what `open_chats` has read."""
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"epochs={epochs} is not positive")
     read = open_chats(run, out, fit_rows=fit_rows)

@@ -22,7 +22,7 @@ from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEMPLATES, TEXTS,
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.template import ChatTemplate
-from dsv3_jax.chat.text_settings import SamplingDefaults, copy_to_run, read_settings, with_template
+from dsv3_jax.chat.text_settings import copy_to_run, read_settings, with_template
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.files import write_json
@@ -190,11 +190,11 @@ def test_a_template_reaches_nothing_and_its_errors_are_one_sentence(source):
 def test_stop_tokens_and_sampling_come_from_the_files(texts):
     v3, kimi, glm = (texts(name).tokenizer.added for name in ("V3", "Kimi", "GLM"))
     assert texts("V3").stop_ids == (v3["<｜end▁of▁sentence｜>"],)
-    assert texts("V3").sampling == SamplingDefaults(0.6, 0.95)
+    assert texts("V3").sampling == {"temperature": 0.6, "top_p": 0.95}
     assert texts("Kimi").stop_ids == (kimi["<|im_end|>"], kimi["[EOS]"])
     assert texts("Kimi").tokenizer.eos_id == kimi["[EOS]"]  # no known name: only the file says so
     assert texts("GLM").stop_ids == tuple(glm[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>"))
-    assert texts("strict").sampling == SamplingDefaults(temperature=0.0)
+    assert texts("strict").sampling == {"temperature": 0.0}
 
 
 def test_add_bos_token_adds_bos(tmp_path):
@@ -303,9 +303,9 @@ def test_defaults_of_the_sampling():
     """The command's own, where the folder says nothing; options come first."""
     generate = unhooked("dsv3_jax.cli.generate")
     for said, given, expected in (
-        (SamplingDefaults(), {}, (0.8, None, 0.95)),
-        (SamplingDefaults(0.6, 0.9), {}, (0.6, None, 0.9)),
-        (SamplingDefaults(temperature=0.0), {"top_p": 0.5, "top_k": 3}, (0.0, 3, 0.5)),
+        ({}, {}, (0.8, None, 0.95)),
+        ({"temperature": 0.6, "top_p": 0.9}, {}, (0.6, None, 0.9)),
+        ({"temperature": 0.0}, {"top_p": 0.5, "top_k": 3}, (0.0, 3, 0.5)),
     ):
         text = SimpleNamespace(sampling=said, stop_ids=(1,))
         options = generate.Generate(Path("m"), **given)
@@ -334,7 +334,7 @@ def test_a_run_reads_text_as_it_was_trained(tmp_path):
     claim(tmp_path / "run", make_run(str(tmp_path)))
     text = load_text(tmp_path / "run")
     assert text.encode("<eos>") == text.encode("<eos>", raw=True) == list(b"<eos>")
-    assert text.stop_ids == (256,) and text.sampling == SamplingDefaults()
+    assert text.stop_ids == (256,) and text.sampling == {}
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
     claim(tmp_path / "tuned", make_run(str(tmp_path), data=replace(make_run("").data, tokenizer=str(folder))))
     copy_to_run(folder, tmp_path / "tuned")

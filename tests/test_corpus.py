@@ -36,7 +36,7 @@ def test_folder_of_files(tmp_path):
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "a.jsonl, line 1, is not JSON: .* holds half a surrogate pair"),
-        ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 document"),
+        ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 in all"),
         ("b.txt", b"", "path='.*a.txt' does not exist"),
     ],
 )

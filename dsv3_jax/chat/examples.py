@@ -24,7 +24,7 @@ import numpy as np
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
-from dsv3_jax.data.corpus import fingerprint_of, held_out, rows_of
+from dsv3_jax.data.corpus import rows_of, split
 from dsv3_jax.data.packing import Packed, Piece
 
 KEYS = (
@@ -91,12 +91,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
-    is_val = held_out(digests, cfg.val_fraction)
-    train, val = ([p for p, v in zip(pieces, is_val, strict=True) if v is side] for side in (False, True))
-    if not train:
-        raise ValueError(
-            f"val_fraction={cfg.val_fraction} leaves no example for training: there are {len(pieces)}; add some"
-        )
+    train, val, fingerprint = split(pieces, digests, cfg.val_fraction)
     order = np.random.default_rng(cfg.seed).permutation(len(train)).tolist()
     rows = Packed((train[i] for i in order), cfg.seq_len, whole=True)
     of_domain = [[p for p in val if p.domain == i] for i in domains.values()]
@@ -104,7 +99,7 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     return Source(
         cfg,
         tuple(domains),
-        fingerprint_of(digest for digest, v in zip(digests, is_val, strict=True) if not v),
+        fingerprint,
         f"examples: {len(train):,} to train on, {len(val):,} held out; {sum(len(p.tokens) for p in train):,} tokens, "
         f"{num_targets:,} of them targets; {len(rows):,} rows of {cfg.seq_len:,}: "
         f"one pass takes {len(rows) / cfg.batch_size:,.1f} steps" + (left_out if counts else ""),

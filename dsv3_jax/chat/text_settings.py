@@ -34,15 +34,6 @@ TEXT_FILES = (JSON_FILE, TIKTOKEN_FILE, CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FIL
 
 
 @dataclass(frozen=True)
-class SamplingDefaults:
-    """Sampling by generation_config.json. None means that the file does not set it."""
-
-    temperature: float | None = None  # 0 where it says do_sample=false
-    top_p: float | None = None
-    top_k: int | None = None
-
-
-@dataclass(frozen=True)
 class TextSettings:
     """How a folder's model reads and ends text."""
 
@@ -51,7 +42,7 @@ class TextSettings:
     special_tokens: dict[str, str]  # bos_token, eos_token, …: their names, which templates use
     stop_ids: tuple[int, ...]  # any of them ends an answer
     templates: dict[str, str]  # chat templates by name; the usual one is "default"
-    sampling: SamplingDefaults
+    sampling: dict[str, Any]  # of generation_config.json: temperature, 0 where it says do_sample=false, top_p, top_k
     add_bos: bool  # tokenizer_config.json asks for a BOS that tokenizer.json does not add
     released: bool  # False: a run that was trained here, on documents without BOS or names of special tokens
     variables: dict[str, Any] = field(default_factory=dict)  # of the chat template, as a run was trained
@@ -230,13 +221,13 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _sampling(folder: Path) -> SamplingDefaults:
+def _sampling(folder: Path) -> dict[str, Any]:
     said = read_object(folder / GENERATION_FILE)
     values = {key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None}
     for key, value in values.items():
         if type(value) not in (int, float) or not math.isfinite(value) or (key == "top_k" and value != int(value)):
             raise ValueError(f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number")
     if said.get("do_sample") is False:
-        return SamplingDefaults(temperature=0.0)
-    temperature, top_p = (float(values[key]) if key in values else None for key in ("temperature", "top_p"))
-    return SamplingDefaults(temperature, top_p, int(values.get("top_k", 0)) or None)  # 0 means all
+        return {"temperature": 0.0}
+    kinds = {"temperature": float, "top_p": float, "top_k": int}
+    return {key: kinds[key](value) for key, value in values.items() if key != "top_k" or value}  # 0 means all

@@ -188,15 +188,11 @@ def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> A
     from dsv3_jax.decoding.decode_config import DecodeConfig
     from dsv3_jax.decoding.generate import Sampling
 
-    said = text.sampling
-    if said.temperature is said.top_p is said.top_k is None:
-        usual = Sampling(TEMPERATURE, None, TOP_P)
-    else:
-        usual = Sampling(1.0 if said.temperature is None else said.temperature, said.top_k, said.top_p)
+    usual = text.sampling or {"temperature": TEMPERATURE, "top_p": TOP_P}
     given = {name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None}
     return DecodeConfig(
         max_new_tokens,
-        usual._replace(**given),
+        Sampling(1.0)._replace(**usual | given),
         cache=args.cache,
         cache_dtype=args.cache_dtype,
         draft=draft,

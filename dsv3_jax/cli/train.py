@@ -123,7 +123,7 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
 
     Returns: the run, and its chats if they had to be read.
     """
-    from dsv3_jax.train import EPOCHS, read_for_epochs
+    from dsv3_jax.train import EPOCHS, for_epochs
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     if steps is not None and args.epochs is not None:
@@ -136,7 +136,7 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
     if steps is not None and (begun or seq_len is not None):
         return run, None
     epochs = EPOCHS if args.epochs is None else args.epochs
-    found, chats = read_for_epochs(run, args.out, epochs, seq_len is None and begun is None)
+    found, chats = for_epochs(run, args.out, epochs, fit_rows=seq_len is None and begun is None)
     return found if steps is None else replace(found, steps=run.steps), chats
 
 

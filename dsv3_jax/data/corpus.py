@@ -14,12 +14,13 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
 from dsv3_jax.files import check_regular, open_file, parse_json, read_text
 
+T = TypeVar("T")
 _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 _MAX_LINE_BYTES = 2**26  # of a line of JSONL
@@ -105,16 +106,8 @@ def load_corpus(cfg: DataConfig) -> Corpus:
     if not documents:
         raise ValueError("this Python installation holds no document; give paths of files or folders with text")
     digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text, _ in documents]
-    is_val = held_out(digests, cfg.val_fraction)
-    train = tuple(d for d, v in zip(documents, is_val, strict=True) if not v)
-    val = tuple(d for d, v in zip(documents, is_val, strict=True) if v)
-    if not train:
-        raise ValueError(
-            f"val_fraction={cfg.val_fraction} leaves no text for training: there are {len(documents)} document(s) with "
-            f"{len(set(digests))} distinct text(s); add text"
-        )
-    fingerprint = fingerprint_of(digest for digest, v in zip(digests, is_val, strict=True) if not v)
-    return Corpus(train, val, tuple(dict.fromkeys(d.domain for d in documents)), fingerprint)
+    train, val, fingerprint = split(documents, digests, cfg.val_fraction)
+    return Corpus(tuple(train), tuple(val), tuple(dict.fromkeys(d.domain for d in documents)), fingerprint)
 
 
 def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[Document]:
@@ -135,15 +128,24 @@ def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[
     return itertools.chain.from_iterable(_documents_of(path, text_column) for path in paths)
 
 
-def held_out(digests: list[bytes], fraction: float) -> list[bool]:
-    """Say by hashes of 8 bytes which texts are held out for validation: about a fraction, and at least one.
+def split(texts: Sequence[T], digests: Sequence[bytes], fraction: float) -> tuple[list[T], list[T], str]:
+    """Divide texts by hashes of 8 bytes into training and validation: about a fraction, and at least one.
+
+    Returns: (training, validation, a hash of the training texts in their order).
+    Raises: ValueError when all are held out.
 
     Example:
-        >>> held_out([bytes(8), b"\\xff" * 8, b"\\x7f" * 8], fraction=0.01)
-        [True, False, False]
+        >>> split("abc", [bytes(8), b"\\xff" * 8, b"\\x7f" * 8], fraction=0.01)[:2]
+        (['b', 'c'], ['a'])
     """
     threshold = max(int(fraction * 2**64), int.from_bytes(min(digests)) + 1)
-    return [int.from_bytes(digest) < threshold for digest in digests]
+    sides: tuple[list[T], list[T]] = [], []
+    for text, digest in zip(texts, digests, strict=True):
+        sides[int.from_bytes(digest) < threshold].append(text)
+    if not sides[0]:
+        distinct = f"{len(texts)} in all, {len(set(digests))} of them distinct"
+        raise ValueError(f"val_fraction={fraction} leaves no text for training: there are {distinct}; add text")
+    return *sides, fingerprint_of(digest for digest in digests if int.from_bytes(digest) >= threshold)
 
 
 def fingerprint_of(digests: Iterable[bytes]) -> str:
