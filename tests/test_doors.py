@@ -194,7 +194,7 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
     for work in (lambda: fit(recipe("tiny"), out), lambda: report(run, out)):
         with pytest.raises(OSError, match="Not a directory"):
             work()
-    for argv in (["tokenizer", str(out)], ["bench", "decode", run, "--json", str(out)], ["convert", run, str(out)],
+    for argv in (["tokenizer", str(out)], ["convert", run, str(out)],
                  ["data", "tokenize", run, "--out", str(out)], ["stats", run, "--tokens", str(out)]):  # fmt: skip
         assert main(argv) == 2
 
