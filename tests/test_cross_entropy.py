@@ -11,8 +11,8 @@ import pytest
 from dsv3_jax.ops.cross_entropy import chunked_cross_entropy, token_scores
 
 
-@pytest.mark.parametrize("n, chunk", [(23, 8), (5, 8)])
-def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk):
+@pytest.mark.parametrize("n, chunk, one_pass", [(23, 8, False), (5, 8, True)])
+def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk, one_pass):
     """Chunks that do not divide n, and one that is longer than n. Masked rows may hold huge values."""
     h, w = rng.standard_normal((n, 6)), rng.standard_normal((6, 11))
     mask = np.arange(n) % 3 > 0
@@ -23,7 +23,7 @@ def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk):
     num_correct = (mask & (best == targets)).sum()
 
     def ours(h, w, mask):
-        nats, correct = chunked_cross_entropy(h, w, jnp.asarray(targets), mask, chunk=chunk)
+        nats, correct = chunked_cross_entropy(h, w, jnp.asarray(targets), mask, chunk=chunk, one_pass=one_pass)
         return 3.0 * nats, correct
 
     def theirs(h, w):

@@ -249,6 +249,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
+        Implementation("one_pass", products.swiglu_in_one_pass, GPUS),
         _xla(products.swiglu),
         *_low_precision(low_precision.swiglu),
     ),

@@ -17,6 +17,7 @@ def chunked_cross_entropy(
     mask: Bool[Array, " n"],
     *,
     chunk: int = 1024,
+    one_pass: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute the summed negative log-likelihood of `targets` under softmax(h w), and how many are the argmax.
 
@@ -29,6 +30,7 @@ def chunked_cross_entropy(
         targets: token ids in 0 … W - 1.
         mask: positions where it is False do not count.
         chunk: about how many tokens are computed at a time.
+        one_pass: read the logits once for their maximum and their sum. A CPU is faster in two passes.
     Returns: (sum of nats, number of correct predictions), float32, or float64 if h is.
 
     Example:
@@ -37,7 +39,7 @@ def chunked_cross_entropy(
         >>> round(float(nats), 4)
         2.7726
     """
-    total, correct = _summed(h, w, targets, mask.astype(_wide(h.dtype)), chunk)
+    total, correct = _summed(h, w, targets, mask.astype(_wide(h.dtype)), chunk, one_pass)
     return total, jax.lax.stop_gradient(correct)
 
 
@@ -53,7 +55,7 @@ def cross_entropy_by_memory(
     chunks; with a single one there is no loop.
     """
     chunk = max(1, LOGITS_BYTES // (_wide(h.dtype).itemsize * w.shape[1]))
-    return chunked_cross_entropy(h, w, targets, mask, chunk=chunk)
+    return chunked_cross_entropy(h, w, targets, mask, chunk=chunk, one_pass=True)
 
 
 def token_scores(
@@ -99,17 +101,29 @@ def _split(x: Array, chunk: int) -> Array:
     return x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _forward(h, w, targets, weight, chunk, with_grad):
+def _in_one_pass(logits):
+    """(The logarithm of the sum of exponentials, the maximum) of each row: a part's sum counts from its own maximum."""
+
+    def join(a, b):
+        top = jnp.maximum(a[0], b[0])
+        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+    nothing = (jnp.array(x, logits.dtype) for x in (np.finfo(logits.dtype).min, 0))
+    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), tuple(nothing), join, (1,))
+    return top + jnp.log(total), top
+
+
+def _forward(h, w, targets, weight, chunk, one_pass, with_grad):
     """Return ((sum of nats, number correct), (dh in chunks, dw)). Without `with_grad`, dh and dw mean nothing."""
 
     def body(carry, xs):
         total, correct, dw = carry
         h_c, t_c, m_c = xs
         logits = _logits(h_c, w)
-        lse = jax.nn.logsumexp(logits, axis=-1)
+        lse, top = _in_one_pass(logits) if one_pass else (jax.nn.logsumexp(logits, axis=-1), logits.max(-1))
         picked = jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
         total = total + ((lse - picked) * m_c).sum()
-        correct = correct + jnp.where(picked >= logits.max(-1), m_c, 0).sum()
+        correct = correct + jnp.where(picked >= top, m_c, 0).sum()
         if not with_grad:
             return (total, correct, dw), None
         hot = jax.nn.one_hot(t_c, w.shape[1], dtype=logits.dtype)
@@ -126,18 +140,18 @@ def _forward(h, w, targets, weight, chunk, with_grad):
     return (total, correct), (dh, dw)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed(h, w, targets, weight, chunk):
-    return _forward(h, w, targets, weight, chunk, with_grad=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed(h, w, targets, weight, chunk, one_pass):
+    return _forward(h, w, targets, weight, chunk, one_pass, with_grad=False)[0]
 
 
-def _summed_fwd(h, w, targets, weight, chunk):
-    out, (dh, dw) = _forward(h, w, targets, weight, chunk, with_grad=True)
+def _summed_fwd(h, w, targets, weight, chunk, one_pass):
+    out, (dh, dw) = _forward(h, w, targets, weight, chunk, one_pass, with_grad=True)
     dh = dh.swapaxes(0, 1).reshape(-1, h.shape[1])[: h.shape[0]]
     return out, (dh, dw.astype(w.dtype), w[:0])
 
 
-def _summed_bwd(chunk, saved, cotangents):
+def _summed_bwd(chunk, one_pass, saved, cotangents):
     dh, dw, like_w = saved
     scale = cotangents[0]
     dw = dw * scale.astype(dw.dtype)

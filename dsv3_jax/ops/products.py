@@ -41,6 +41,16 @@ def swiglu(
     return product(jax.nn.silu(product(x, w_gate)) * product(x, w_up), w_down)
 
 
+def swiglu_in_one_pass(x: Float[Array, "*n D"], *weights: Float[Array, "..."]) -> Float[Array, "*n D"]:
+    """Compute `swiglu`, whose backward pass then reads the products before silu once on a GPU, not three times.
+
+    XLA does not join what reads a product there, but it joins what reads a barrier.
+    """
+    w_gate, w_up, w_down = weights
+    a, b = jax.lax.optimization_barrier((product(x, w_gate), product(x, w_up)))
+    return product(jax.nn.silu(a) * b, w_down)
+
+
 def product_by_head(
     x: Float[Array, "*n H K"], w: Float[Array, "H _ _"], *, transposed: bool = False
 ) -> Float[Array, "*n H N"]:
