@@ -70,7 +70,7 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
     cost, lowered = compile_step(target, rows)
     program = read_program(cost.text)
     assert program.launches <= launches * CFG.num_layers
-    assert target != GPU or program.nbytes <= 32.5e9
+    assert target != GPU or program.nbytes <= 31.9e9
     assert cost.fits(devices.DEVICES[devices.parse_target(target).kind].memory)
     # Scatters add in no float narrower than float32, neither as asked for nor as compiled. A GPU adds in one order, so
     # two runs of one seed give the same bits.
