@@ -60,7 +60,7 @@ def test_a_run_is_timed(options):
     )
     assert [line[:2] for line in lines] == [("latent", "none"), ("latent", "mtp"), ("none", "none")]
     for *_, milliseconds, speed in lines:
-        assert int(speed.replace(",", "")) == pytest.approx(2e3 / float(milliseconds), rel=0.02)
+        assert int(speed.replace(",", "")) == pytest.approx(2e3 / float(milliseconds), rel=0.1)  # two digits
     assert re.search(r"mtp of 1, 1\.\d\d tokens a step:", printed) and f" {2 * 7 * 4} bytes of cache a token" in printed
 
 

@@ -22,7 +22,6 @@ from dsv3_jax.files import parse_json
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]
 ROLES = ("system", "user", "assistant")  # others are known if the template names them
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing in different templates
 _PART = 8  # messages that are compared at once
 # Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
@@ -79,7 +78,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
-        continue_final_message: bool | str = False,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         any_order: bool = False,
         **variables: Any,
@@ -89,8 +88,7 @@ class ChatTemplate:
         Args:
             messages: dicts with a `role` and a `content`, and what else the template reads.
             add_generation_prompt: end with what precedes an assistant's answer.
-            continue_final_message: end where the content of the last message ends, so that the model continues it. A
-                text names another key of the message, as "reasoning_content".
+            continue_final_message: end where the content of the last message ends, so that the model continues it.
             tools: JSON schemas of functions. None means that there are none.
             any_order: leave the order of the messages to the template, as transformers does.
             variables: of the template, as `thinking=True`.
@@ -106,7 +104,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
-        continue_final_message: bool | str = False,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         any_order: bool = False,
         specials_in_messages: bool = False,
@@ -156,7 +154,7 @@ class ChatTemplate:
             )
         return _plain({"documents": None, "tools": tools} | variables, "tools and variables")
 
-    def _ended(self, messages: list[Message], values: Any, prompt: bool, open_end: bool | str) -> tuple[str, Spans]:
+    def _ended(self, messages: list[Message], values: Any, prompt: bool, open_end: bool) -> tuple[str, Spans]:
         """Run the template. Args: prompt: add the generation prompt; open_end: as `continue_final_message`.
 
         Source: transformers, `render_jinja_template`.
@@ -165,7 +163,7 @@ class ChatTemplate:
             return self._run(messages, prompt, values)
         if prompt:
             raise ValueError("continue_final_message and add_generation_prompt are both given; choose one")
-        last, content = _tagged(messages[-1], "content" if open_end is True else open_end)
+        last, content = _tagged(messages[-1])
         text, _ = self._run([*messages[:-1], last], False, values)
         end = text.rfind(_TAG.rstrip())
         if end < 0 or content.strip() not in text:
@@ -301,7 +299,8 @@ def check_messages(messages: Any, template: ChatTemplate, *, any_order: bool = F
             _check_order(i, role, before, template)
         if role != "system":
             before = role
-        reasoning = next((message[key] for key in _REASONING if key in message), None)
+        names = ("reasoning_content", "thinking", "reasoning")  # of one thing in different templates
+        reasoning = next((message[key] for key in names if key in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         checked.append(message)
@@ -337,17 +336,16 @@ def _writes_role(node: nodes.Node) -> bool:
     return not isinstance(node, nodes.Compare) and (role or any(map(_writes_role, node.iter_child_nodes())))
 
 
-def _tagged(message: Message, key: str) -> tuple[Message, str]:
+def _tagged(message: Message) -> tuple[Message, str]:
     """Put _TAG after the last text of a message. Returns: (a copy of the message, that text)."""
-    value = message.get(key)
+    value = message.get("content")
     parts = value if isinstance(value, list) else [{"text": value}]
     last = next((p for p in reversed(parts) if isinstance(p, dict) and isinstance(p.get("text"), str)), None)
     if last is None:
-        raise ValueError(f"continue_final_message: the last message has no {key!r} that is text")
+        raise ValueError("continue_final_message: the last message has no content that is text")
     tagged = {**last, "text": last["text"] + _TAG}
     open_end = tagged["text"] if isinstance(value, str) else [tagged if p is last else p for p in parts]
-    same = _REASONING if key in _REASONING else (key,)
-    return {k: open_end if k in same and v == value else v for k, v in message.items()}, last["text"]
+    return message | {"content": open_end}, last["text"]
 
 
 def _overlaps(characters: Spans, spans: Spans) -> list[bool]:

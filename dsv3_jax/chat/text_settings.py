@@ -41,7 +41,7 @@ class TextSettings:
     tokenizer: Tokenizer
     special_tokens: dict[str, str]  # bos_token, eos_token, …: their names, which templates use
     stop_ids: tuple[int, ...]  # any of them ends an answer
-    templates: dict[str, str]  # chat templates by name; the usual one is "default"
+    template: str | None  # the usual chat template
     sampling: dict[str, Any]  # of generation_config.json: temperature, 0 where it says do_sample=false, top_p, top_k
     add_bos: bool  # tokenizer_config.json asks for a BOS that tokenizer.json does not add
     released: bool  # False: a run that was trained here, on documents without BOS or names of special tokens
@@ -77,15 +77,12 @@ class TextSettings:
 
         Raises: ValueError when the folder has none, its text is no template, or it does not read a variable.
         """
-        if not self.templates:
+        if self.template is None:
             raise ValueError(
                 f"{self.name} has no chat template; train with a Jinja file as data.chat_template, or with 'plain'; "
                 "`dsv3 generate` continues a text without one"
             )
-        if "default" not in self.templates:
-            names = ", ".join(sorted(self.templates))
-            raise ValueError(f"{self.name} has chat templates {names} and none that is named default")
-        template = ChatTemplate(self.templates["default"], self.tokenizer, self.special_tokens | self.variables)
+        template = ChatTemplate(self.template, self.tokenizer, self.special_tokens | self.variables)
         template.values(self.variables)  # raises for one that it does not read
         return template
 
@@ -110,15 +107,13 @@ def with_template(text: TextSettings, template: str | None, words: Sequence[str]
     special_tokens = text.special_tokens
     if "eos_token" not in special_tokens and text.tokenizer.eos_id in names:
         special_tokens = special_tokens | {"eos_token": names[text.tokenizer.eos_id]}
-    templates = text.templates
-    if template == "plain":
-        templates = {"default": PLAIN_TEMPLATE}
-    elif template is not None:
+    source = PLAIN_TEMPLATE if template == "plain" else text.template
+    if template not in (None, "plain"):
         try:
-            templates = {"default": read_text(template, _MAX_TEMPLATE)}
+            source = read_text(template, _MAX_TEMPLATE)
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
-    found = replace(text, special_tokens=special_tokens, templates=templates, variables=variables_of(words))
+    found = replace(text, special_tokens=special_tokens, template=source, variables=variables_of(words))
     assert found.chat is not None  # raises without a template, and for a text that is none
     return found
 
@@ -194,31 +189,27 @@ def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings
     bos = names.get("bos_token")
     if add_bos and bos not in tokenizer.specials:
         raise ValueError(f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special token")
-    templates, sampling = _templates(folder, config), _sampling(folder)
+    template, sampling = _template(folder, config), _sampling(folder)
     return TextSettings(
-        str(folder), tokenizer, names, tuple(dict.fromkeys(stops)), templates, sampling, add_bos, released
+        str(folder), tokenizer, names, tuple(dict.fromkeys(stops)), template, sampling, add_bos, released
     )
 
 
-def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Find the chat templates. Separate files come first: then tokenizer_config.json's are not used.
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Find the usual chat template, of several the one named "default". Files come before the config's.
 
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
-    files = {path.stem: path for path in template_files(folder)}
     if os.path.lexists(folder / TEMPLATE_FILE):
-        files["default"] = folder / TEMPLATE_FILE
-    if files:
-        return {name: read_text(path, _MAX_TEMPLATE) for name, path in files.items()}
-    value = config.get("chat_template")
-    if isinstance(value, str):
-        return {"default": value}
-    named = {} if value is None else value
+        return read_text(folder / TEMPLATE_FILE, _MAX_TEMPLATE)
+    value = None if template_files(folder) else config.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        named = {entry.get("name"): entry.get("template") for entry in value}
-    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if isinstance(value, dict):
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
         raise ValueError(f"{folder / CONFIG_FILE} has a chat_template that is neither text nor a list of named texts")
-    return named
+    return value
 
 
 def _sampling(folder: Path) -> dict[str, Any]:
