@@ -1,17 +1,12 @@
-"""The decoding benchmark: the bytes of its bound, counted by hand, and the command on a finished run."""
+"""The decoding benchmark: the bytes of its bound, counted by hand."""
 
 import itertools
 import math
-import re
-from dataclasses import replace
 
 import pytest
 from flax import nnx
 from models import small
-from runs import said_by
 
-from dsv3_jax.cli import bench
-from dsv3_jax.cli.bench import Decode
 from dsv3_jax.model.counting import distinct_experts
 from dsv3_jax.model.transformer import abstract
 from experiments.bench.copying import decode_bytes
@@ -44,30 +39,3 @@ def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
         # `active` is rounded to whole parameters: half of one may be lost
         assert decode_bytes(cfg, batch, 10, 7) == pytest.approx(4 * total + batch * 10 * 7, abs=4 * 0.5)
         assert decode_bytes(cfg, batch, 10, 7, weight_bytes=2) == pytest.approx(2 * total + batch * 70, abs=2 * 0.5)
-
-
-@pytest.fixture
-def options(whole):
-    return Decode(whole.folder, batch=(2,), context=(16,), new_tokens=6, rounds=1)
-
-
-@pytest.mark.long
-def test_a_run_is_timed(options):
-    code, printed = said_by(bench.decode, replace(options, draft=("none", "mtp"), cache=("latent", "none")))
-    assert code == 0 and "kernels for cpu: " in printed and "step 12 of " in printed
-    lines = re.findall(
-        r"batch 2, context 16, cache (\w+) float32, draft (\w+).* ([\d.]+) ms a token, ([\d,]+) tok", printed
-    )
-    assert [line[:2] for line in lines] == [("latent", "none"), ("latent", "mtp"), ("none", "none")]
-    for *_, milliseconds, speed in lines:
-        assert int(speed.replace(",", "")) == pytest.approx(2e3 / float(milliseconds), rel=0.1)  # two digits
-    assert re.search(r"mtp of 1, 1\.\d\d tokens a step:", printed) and f" {2 * 7 * 4} bytes of cache a token" in printed
-
-
-def test_bad_options_are_refused(options):
-    for changes, sentence in (
-        ({"rounds": 0}, "rounds=0 is below 1"),
-        ({"context": (60,)}, "max_new_tokens=6 does not fit: the longest prompt has 60"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            bench.decode(replace(options, **changes))

@@ -21,7 +21,7 @@ from dsv3_jax.report.progress import say, text_console
 from dsv3_jax.training.checkpoint import load_run
 
 COMMANDS = (
-    "demo", "train", "eval", "stats", "generate", "chat", "bench decode", "convert", "runs list", "runs check",
+    "demo", "train", "eval", "stats", "generate", "chat", "convert", "runs list", "runs check",
     "data tokenize", "data check", "plan", "info", "tokenizer",
 )  # fmt: skip
 # Refused by tyro, in its words: what they must hold.
@@ -40,7 +40,6 @@ BAD = {
     "train tinny --out {new}": "did you mean 'tiny'?",
     "train --out {new}": "argument PRESET is missing",
     "runs chek {run}": "subcommand 'chek' is not one of list, check; did you mean 'check'?",
-    "bench fly {run}": "subcommand 'fly' is not one of decode",
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
     "CUDA train tiny --out {new} --execution.kernels cpu": "kernels='cpu' is not available on cuda in",
     "train tiny --out {new} --optim.lr 3": "did you mean --optim.learning-rate?",
@@ -63,7 +62,7 @@ BAD = {
     "tokenizer {new} --paths {text} --vocab-size 100": "vocab_size=100",
 }
 GOOD = {
-    **{f"help of {command}": f"{command} --help" for command in (*COMMANDS, "bench", "runs", "data")},
+    **{f"help of {command}": f"{command} --help" for command in (*COMMANDS, "runs", "data")},
     "long help": "train tiny --help-verbose",
     "help": "--help",
     "info": "info v3",

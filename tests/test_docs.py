@@ -82,14 +82,13 @@ LESS = {  # further words by command
     "chat": "--max-new-tokens 3",
     "eval": "--batches 1",
     "stats": "--batches 1 --draws 9 --worth-tokens 32",
-    "bench": "--context 8 --new-tokens 4 --rounds 1",
     "tokenizer": "--force",
 }
 INSTEAD = {
     "tokenize PATHS": "tokenize notes/ --val-fraction 0.3", "--row-tokens 4096": "--row-tokens 16",
     "--vocab-size 8192": "--vocab-size 300", "--profile 10:13": "--profile 1:2",
-    "--against runs/other:200": "--against runs/other:12", "--batch 1 8": "--batch 1",
-    "--draft-length 1 2": "--draft-length 1", "plan v3 --mesh data=128,expert=16": "plan tiny --mesh data=2,expert=4",
+    "--against runs/other:200": "--against runs/other:12",
+    "plan v3 --mesh data=128,expert=16": "plan tiny --mesh data=2,expert=4",
 }  # fmt: skip
 RELEASED = {  # cells of the parity grid by place
     "Moonlight-16B-A3B-Instruct": "Moonlight", "moonshotai/Moonlight-16B-A3B": "Moonlight", "DeepSeek-V3": "FP8 file",

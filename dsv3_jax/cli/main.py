@@ -32,7 +32,6 @@ COMMANDS = {
     "stats": ("RUN", "count which experts held-out text is routed to: numbers, a picture and a page"),
     "generate": ("MODEL", "continue a prompt with a run's last checkpoint or a released folder"),
     "chat": ("MODEL", "talk with a model that has a chat template"),
-    "bench": ("decode RUN", "time the decoding of a run's last checkpoint, by cache, batch, context and draft"),
     "convert": ("FOLDER OUT", "convert released weights (Hugging Face format) into a run, a run into them, or a dtype"),
     "runs": ("[list FOLDER]", "list runs: state, loss, speed; or check RUN: compare checkpoints with their checksums"),
     "data": ("tokenize PATHS", "write shards of token ids to train on, which no memory has to hold; check them"),
