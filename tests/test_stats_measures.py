@@ -10,10 +10,9 @@ from models import DENSE, forward, random_model
 from runs import MODEL
 from test_stats import BATCHES
 
-from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.stats import agreement, flow, information, knockouts, match_experts, mutual_information, worth
 from dsv3_jax.stats.bits import WIDE
-from dsv3_jax.stats.token_rows import TokenRows, rows_of, write_parquet
+from dsv3_jax.stats.token_rows import TokenRows, rows_of
 
 E, K, N = 6, 2, 400
 
@@ -134,18 +133,3 @@ def test_a_muted_expert_is_one_without_weights():
         assert loss == pytest.approx(np.mean(nll), rel=1e-5) and found.tokens == len(nll)
     assert np.abs(found.without - found.loss).max() > 1e-3  # the experts matter here
     assert (found.low <= found.high).all()
-
-
-def test_parquet_holds_every_counted_choice(rng, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow.parquet")
-    rows = random_rows(rng, n=30)
-    rows = rows._replace(nll=np.where(np.arange(30) % 3, rng.random(30), np.nan).astype(np.float32))
-    layers, at = np.nonzero(rows.counted)
-    assert write_parquet(tmp_path / "tokens", rows, ["layer 3", "MTP 1"], ["a", "b"], ByteTokenizer()) == len(at)
-    table = pyarrow.read_table(tmp_path / "tokens").to_pydict()
-    assert table["layer"] == [("layer 3", "MTP 1")[layer] for layer in layers]
-    assert table["domain"] == ["ab"[d] for d in rows.domain[at]]
-    assert table["expert"] == rows.expert_ids[layers, at].tolist()
-    assert table["nll"] == [None if np.isnan(x) else x for x in rows.nll[at].tolist()]
-    for name, column in (("document", rows.document), ("piece", rows.segment), ("token", rows.token)):
-        assert table[name] == column[at].tolist()

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Integer
 
-from dsv3_jax.config import ConfigError, DataConfig, replace
+from dsv3_jax.config import ConfigError, DataConfig
 from dsv3_jax.data.batches import Rows, Source
 from dsv3_jax.data.corpus import Corpus, load_corpus
 from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.shards import open_shards
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.data.tokenizer import load as load_tokenizer
 
 Tokens = Integer[np.ndarray, " n"]
 _FIM_ROWS = 4  # characters of a part that fill-in-the-middle rearranges, in units of T
@@ -151,32 +150,3 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; increase it")
-
-
-def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:
-    """Cut prompts of `context` tokens from held-out text; each starts with another document if there are enough.
-
-    A document that is too short continues with the next one. For chats and shards the default text is read.
-
-    Raises: ValueError if the held-out text has fewer tokens than one prompt.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for i in range(4):
-        ...         _ = pathlib.Path(folder, f"{i}.txt").write_text(f"document {i}")
-        ...     [prompt] = held_out_prompts(DataConfig(paths=(folder,)), batch=1, context=8)
-        >>> load_tokenizer("bytes").decode(prompt)
-        'document'
-    """
-    if cfg.format != "text":
-        cfg = replace(cfg, paths=(), format="text", chat_template=None, mixture=(), temperature=1.0)
-    documents, tokenizer = load_corpus(cfg).val, load_tokenizer(cfg.tokenizer)
-    encoded = [_encode(document.text, tokenizer) for document in documents]
-    size = sum(map(len, encoded))
-    if size < context:
-        raise ValueError(
-            f"context={context} is more than the {size} tokens of the held-out text; use a shorter context"
-        )
-    firsts = [i * len(encoded) // batch for i in range(batch)]
-    return [np.concatenate(encoded[first:] + encoded[:first])[:context].tolist() for first in firsts]

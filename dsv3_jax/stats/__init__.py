@@ -15,4 +15,4 @@ from dsv3_jax.stats.others import agreement, match_experts, saturation
 from dsv3_jax.stats.reading import LoadLog, read_load
 from dsv3_jax.stats.reporting import Report, ReportOptions, report
 from dsv3_jax.stats.routing_stats import BiasWork, RoutingStats, collect, tokens
-from dsv3_jax.stats.token_rows import TokenRows, context, find_contexts, readable, write_parquet
+from dsv3_jax.stats.token_rows import TokenRows, context, find_contexts, readable

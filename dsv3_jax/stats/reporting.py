@@ -3,6 +3,7 @@
 The folder is written under a temporary name and then renamed. An existing folder is replaced only if `report` wrote it.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import tyro
 
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.files import atomic_folder, check_writable
+from dsv3_jax.files import atomic_folder, check_writable, write_atomic
 from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.ops import routing
 from dsv3_jax.report.run_plots import routing_heatmap
@@ -36,7 +37,7 @@ from dsv3_jax.stats.numbers import (
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.reading import OWN, folder_name, open_text, read_load
 from dsv3_jax.stats.routing_stats import RoutingStats, collect, tokens
-from dsv3_jax.stats.token_rows import TokenRows, join_rows, write_parquet
+from dsv3_jax.stats.token_rows import TokenRows, join_rows
 
 T = TypeVar("T")
 NUMBERS, PAGE, PICTURE = "stats.json", "index.html", "load.png"
@@ -67,7 +68,7 @@ class ReportOptions:
     worth_tokens: int = WORTH_TOKENS
     # another run to read the same text, RUN or RUN:STEP; its experts are matched to this one's
     against: str | None = None
-    # Parquet file to write too, a row for each token and layer: experts, gates, margins and nats
+    # .npz file to write too, the arrays of `TokenRows`: each token's experts, gates, margins and nats
     tokens: Path | None = None
     # kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own
     kernels: str | None = None
@@ -163,7 +164,7 @@ def report(
         first = text_of(own, (OWN,), tokenizer, 0, min(len(own.token), text_size(own)[1]))
         numbers["texts"] = [first, *numbers["texts"]][:TEXTS]
     if options.tokens is not None:
-        _write_tokens(options.tokens, stats, own, tokenizer)
+        _write_tokens(options.tokens, stats, own)
     shown = merge_small_domains(stats)
     with atomic_folder(out, overwrite=True) as part:
         loads = dict(zip(shown.domains, shown.load_by_domain, strict=True)) if len(shown.domains) > 1 else None
@@ -175,16 +176,19 @@ def report(
     return Report(out, numbers)
 
 
-def _write_tokens(
-    path: str | Path, stats: RoutingStats, own: TokenRows | None, tokenizer: tokenizers.Tokenizer
-) -> None:
-    """Write the rows of all tokens; the user's own text comes first, as document -1 of the domain OWN."""
+def _write_tokens(path: Path, stats: RoutingStats, own: TokenRows | None) -> None:
+    """Write the rows of all tokens as arrays, with the names of layers and domains.
+
+    The user's own text comes first, as document -1 of the domain OWN.
+    """
     rows, domains = stats.rows, stats.domains
     if own is not None:
         last = len(domains)
         own = own._replace(document=np.full_like(own.document, -1), domain=np.full_like(own.domain, last))
         rows, domains = join_rows([own, rows]), (*domains, OWN)
-    write_parquet(path, rows, stats.layers, domains, tokenizer)
+    file = io.BytesIO()
+    np.savez(file, layers=stats.layers, domains=domains, **rows._asdict())
+    write_atomic(path, file.getvalue())
 
 
 def _check(out: Path) -> None:

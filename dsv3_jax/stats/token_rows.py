@@ -1,11 +1,9 @@
 """Every token that was read, with its experts, gates and margins; what these rows say of each expert.
 
-`TokenRows` holds the choices, and `write_parquet` writes them to a file. `find_contexts` finds the text around an
-expert's largest gates.
+`TokenRows` holds the choices. `find_contexts` finds the text around an expert's largest gates.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +11,6 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import write_atomic
 from dsv3_jax.stats.decisions import Choices
 
 MOST_CHOICES = 2**26  # L · n · K that are kept: some 700 MB; tokens beyond are counted, and have no row
@@ -111,69 +108,6 @@ def rows_of_batch(batch: Batch, choices: Choices, most: int = MOST_CHOICES) -> T
         pick_layers(choices.gates).astype(np.float32),
         pick_layers(choices.margin).astype(np.float32),
     )
-
-
-def write_parquet(
-    path: str | Path, rows: TokenRows, layers: Sequence[str], domains: Sequence[str], tokenizer: Tokenizer
-) -> int:
-    """Write a row for each token and layer: document, piece, position, domain, token, text, nll, layer, expert, gate,
-    margin.
-
-    `expert`, `gate` and `margin` are lists of K. `nll` is null for the first token of a piece, and `margin` where no
-    expert is left over.
-
-    Returns: the number of rows.
-    Raises: ValueError without pyarrow; OSError.
-
-    Example:
-        >>> import tempfile
-        >>> import pyarrow.parquet
-        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
-        >>> one, choice = np.zeros(1, np.int32), np.ones((1, 1, 1), np.float32)
-        >>> rows = TokenRows(one + 65, one, one, one, one, choice[0, 0], choice[0] > 0, choice.astype(np.int16), choice,
-        ...                  choice)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = write_parquet(f"{folder}/tokens.parquet", rows, ["layer 0"], ["text"], ByteTokenizer())
-        ...     pyarrow.parquet.read_table(f"{folder}/tokens.parquet").select(["text", "layer", "expert"]).to_pylist()
-        [{'text': 'A', 'layer': 'layer 0', 'expert': [1]}]
-    """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(
-            f"{path} needs pyarrow, which is not installed; run pip install 'dsv3-jax[parquet]'"
-        ) from error
-    ids, inverse = np.unique(rows.token, return_inverse=True)
-    texts = [readable(tokenizer, [int(i)]) for i in ids]
-    layer, index = np.nonzero(rows.counted)
-    size = rows.expert_ids.shape[-1]
-
-    def lists(values: np.ndarray) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), from_pandas=True), size)
-
-    def words(values: Sequence[str], where: np.ndarray) -> pa.Array:
-        return pa.DictionaryArray.from_arrays(pa.array(where.astype(np.int32)), pa.array(list(values), pa.string()))
-
-    table = pa.table(
-        {
-            "document": rows.document[index],
-            "piece": rows.segment[index],
-            "position": rows.position[index],
-            "domain": words(domains, rows.domain[index]),
-            "token": rows.token[index],
-            "text": words(texts, inverse.reshape(-1)[index]),
-            "nll": pa.array(rows.nll[index], from_pandas=True),
-            "layer": words(layers, layer),
-            "expert": lists(rows.expert_ids[layer, index]),
-            "gate": lists(rows.gates[layer, index]),
-            "margin": lists(rows.margin[layer, index]),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
-    write_atomic(path, sink.getvalue().to_pybytes())
-    return table.num_rows
 
 
 class Contexts(NamedTuple):

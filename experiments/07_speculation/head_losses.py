@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 import numpy as np
 
 from dsv3_jax.config import replace
-from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.files import write_atomic
 from dsv3_jax.presets import recipe
@@ -24,6 +23,7 @@ from dsv3_jax.train import fit, open_start
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import read_run
 from dsv3_jax.training.warm_start import on_trunk
+from experiments.bench.prompts import held_out_prompts
 from experiments.lab import markdown_table, mean_spread
 from experiments.lab.results import replace_block
 

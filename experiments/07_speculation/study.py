@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.counting import size
 from dsv3_jax.training.checkpoint import load_run
+from experiments.bench.prompts import held_out_prompts
 from experiments.lab import FollowUp, Study, drawing, format_number, markdown_table, mean_spread, write_figure
 from experiments.lab.claims import Claim
 from experiments.lab.results import MissingRuns

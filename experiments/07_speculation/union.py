@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from model_of_time import measured_union
 
-from dsv3_jax.data.source import held_out_prompts
 from dsv3_jax.model.counting import distinct_experts
 from dsv3_jax.training.checkpoint import load_run
+from experiments.bench.prompts import held_out_prompts
 from experiments.lab import markdown_table
 
 TOKENS, ROWS, DRAWS = (2, 3, 5, 9), 16, 300

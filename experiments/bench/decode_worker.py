@@ -81,10 +81,10 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     keep_memory()
     import jax
     from flax import nnx
+    from prompts import held_out_prompts
 
     from dsv3_jax.config import ModelConfig, from_dict
     from dsv3_jax.data import tokenizer
-    from dsv3_jax.data.source import held_out_prompts
     from dsv3_jax.decoding.generate import generate
     from dsv3_jax.hf.open_model import open_draft
     from dsv3_jax.training.checkpoint import load_run
