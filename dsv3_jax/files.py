@@ -87,10 +87,11 @@ def read_text(path: str | os.PathLike, limit: int | None = MAX_JSON) -> str:
         raise ValueError(f"{os.fspath(path)} is not UTF-8: {error}") from error
 
 
-def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
-    """Read a JSON file that another program may have written.
+def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Read a JSON file that holds an object, and that another program may have written.
 
-    Raises: ValueError that names the file, as `check_regular` and `parse_json`; OSError when it cannot be read.
+    Raises: ValueError that names the file, as `check_regular` and `parse_json`, or when it holds something else;
+        OSError when it cannot be read.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -100,9 +101,12 @@ def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> Any:
     """
     data = read_bytes(path, limit)
     try:
-        return parse_json(data)
+        values = parse_json(data)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{os.fspath(path)} holds a {type(values).__name__}, not an object")
+    return values
 
 
 def parse_json(data: str | bytes) -> Any:

@@ -282,7 +282,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     values = json.loads((tmp_path / "run" / RUN_FILE).read_text()) | {"run": {"colour": 3}}
     for text, sentence in (
         (json.dumps(values), "run.json: 'colour' is not a key of RunConfig"),
-        ("[]", "has a run of format=None, not 2: dsv3-jax 0.1.0 reads it"),
+        ("{}", "has a run of format=None, not 2: dsv3-jax 0.1.0 reads it"),
     ):
         (tmp_path / "run" / RUN_FILE).write_text(text)
         with pytest.raises(ValueError, match=sentence):

@@ -176,7 +176,7 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
     texts += [sealed(json.loads(good) | {"files": {"../train-00000.array_record": {}}})]
     for text in texts:
         (tmp_path / MANIFEST).write_text(text)
-        with pytest.raises(ValueError, match=f"{MANIFEST} is (damaged|not JSON|not of version 2)"):
+        with pytest.raises(ValueError, match=f"{MANIFEST} (is damaged|is not JSON|is not of version 2|holds a)"):
             open_shards(config(tmp_path), BYTES)
 
 

@@ -174,8 +174,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         if any(path.name != LOCK for path in out.iterdir()):
             raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
         write_atomic(file, json.dumps(settings, indent=1))
-    before: Any = read_json(file)
-    if difference := first_difference(before if isinstance(before, dict) else {}, settings):
+    if difference := first_difference(read_json(file), settings):
         raise ValueError(f"{difference[0]}={difference[2]!r:.200} is not what {file} has; choose another folder")
 
 

@@ -110,8 +110,8 @@ def read_sealed(file: Path) -> dict[str, Any]:
 
     Raises: ValueError that names the file, if any byte of the content has changed.
     """
-    values: Any = read_json(file)
-    if not isinstance(values, dict) or values.pop("seal", None) != _seal(values):
+    values = read_json(file)
+    if values.pop("seal", None) != _seal(values):
         raise ValueError(f"{file} is damaged, or of another version; run dsv3 data tokenize again")
     return values
 

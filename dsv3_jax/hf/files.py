@@ -96,8 +96,6 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     if not os.path.lexists(folder / CONFIG):
         raise ValueError(f"{folder} has no {CONFIG}")
     config = read_json(file_inside(folder, CONFIG), MAX_CONFIG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object")
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():  # preferred to an index, as in transformers
         return config, read_header(file_inside(folder, SINGLE))
     if not (folder / INDEX).exists():
@@ -106,8 +104,7 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
 
 
 def _read_index(folder: Path) -> dict[str, StoredTensor]:
-    index = read_json(file_inside(folder, INDEX))
-    file_of = index.get("weight_map") if isinstance(index, dict) else None
+    file_of = read_json(file_inside(folder, INDEX)).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ValueError(f"{folder / INDEX} has no weight_map")
     tensors: dict[str, StoredTensor] = {}

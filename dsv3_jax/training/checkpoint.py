@@ -76,7 +76,6 @@ def find_damage(folder: Path) -> str:
     """
     try:
         expected = read_json(folder / MANIFEST)
-        expected = expected if isinstance(expected, dict) else {}
         found = _checksums(folder, {name: of[0] for name, of in expected.items() if isinstance(of, list) and of})
     except (OSError, ValueError) as error:
         return f"a file is not readable: {error}"

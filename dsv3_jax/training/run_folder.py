@@ -66,8 +66,7 @@ def _read(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
     values = read_json(path, _MAX_RUN)
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
+    if (found := values.get("format")) != FORMAT:
         reader = OLDER if found is None else "the version that wrote it"
         raise ValueError(f"folder={str(folder)!r} has a run of format={found!s:.20}, not {FORMAT}: {reader} reads it")
     kinds = {"run": dict, "kernels": dict, "made": list, "history": list}
