@@ -12,9 +12,7 @@ from flax import nnx
 from models import DENSE, random_model, small, tokens_of
 
 from dsv3_jax.config import Layout
-from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import generate, generate_in_parts
-from dsv3_jax.kernels import choose
+from dsv3_jax.decoding.generate import generate
 from dsv3_jax.mesh import sharding
 
 pytestmark = pytest.mark.long
@@ -63,17 +61,6 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes, rows, settings, layout):
     # Greedy rows depend neither on drafts nor on other rows.
     assert got.tokens == (alone(rows, **settings) if "temperature" in settings else alone(8)[:rows])
     assert len({token for row in got.tokens for token in row}) > 2  # a model that repeats one token could not fail
-
-
-@pytest.mark.rare
-def test_a_cache_grows_on_a_mesh(monkeypatch):
-    """As on GPUs, which read empty slots too: 32, then all 64."""
-    want = generate(model_of(), PROMPTS[4:], 16)
-    monkeypatch.setattr(choose.Kernels, "reads_all_slots", True)
-    monkeypatch.setattr("dsv3_jax.decoding.generate.FIRST_SLOTS", 32)
-    model = model_of(mesh=sharding.make_mesh(2, 2, 2))
-    first, *_, last = generate_in_parts(model, PROMPTS[4:], DecodeConfig(16), part=8)
-    assert last.tokens == want.tokens and 2 * first.cache_bytes == last.cache_bytes == want.cache_bytes
 
 
 def test_sparse_attention_on_a_mesh():

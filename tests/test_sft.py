@@ -15,7 +15,6 @@ import dsv3_jax as ds
 from dsv3_jax import hf, reference
 from dsv3_jax.chat.examples import encode, load_examples
 from dsv3_jax.chat.text_settings import plain_settings
-from dsv3_jax.cli import train as cli
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import model_inputs, stack
 from dsv3_jax.data.packing import Packed, Piece
@@ -103,15 +102,6 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
         write(tmp_path, [{"text": "a"}, record])
         with pytest.raises(ValueError, match=f"line 2{sentence}"):
             load_examples(cfg, PLAIN)
-
-
-def test_templates_run_before_the_allocator_keeps_memory(tmp_path, monkeypatch):
-    """The heap that it reserves would be theirs."""
-    order, run = [], ds.replace(ds.recipe("tiny"), data=DataConfig(format="chat"))
-    monkeypatch.setattr(cli, "prepare_training", lambda mesh: order.append("allocator"))
-    monkeypatch.setattr(ds.train, "chats_of", lambda *_: order.append("chats") or {})
-    monkeypatch.setattr(ds.train, "fit", lambda *_, **__: order.append("fit"))
-    assert cli._fit(cli.Train(run=run, out=tmp_path), None) == 0 and order == ["chats", "allocator", "fit"]
 
 
 def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):

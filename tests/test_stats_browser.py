@@ -1,4 +1,4 @@
-"""The page of `dsv3 stats` in a headless Chromium: clicks, keys, search, sorting, addresses, themes, widths, names."""
+"""The page of `dsv3 stats` in a headless Chromium: clicks, search, sorting, addresses, themes, widths, names."""
 
 import contextlib
 import re
@@ -149,41 +149,3 @@ def test_search_and_the_sorted_table(tiny):
     assert [float(x.removeprefix("× ")) for x in column("load")] == sorted(RATIO.ravel().round(2))[:50]
     tiny.type("#filter", "mtp 1")
     assert len(tiny.texts("#all-experts tbody tr")) == 16
-
-
-def test_keys_reach_the_maps_and_the_charts(tiny):
-    tiny.run(f"document.querySelector('{MAP}').focus()")
-    tiny.press("ArrowRight", "ArrowRight", "ArrowDown")
-    assert tiny.text("#tip").startswith(f"layer 2, expert 1\n× {RATIO[1, 1]:.2f} mean load")
-    tiny.press("Enter")
-    assert tiny.run("location.hash") == "#layer=2&expert=1"
-    names = {"share": "shared with the token before", "by_chance": "by chance"}
-    tiny.run("document.querySelector('#repeats-charts svg[tabindex]').focus()")  # a chart of curves, by layer
-    tiny.press("ArrowRight")
-    lines = [f"{name}: {100 * NUMBERS['repeats'][key][0]:.1f} %" for key, name in names.items()]
-    assert tiny.text("#tip").split("\n")[1:] == lines
-    tiny.run("document.querySelector('#worth-charts canvas[tabindex]').focus()")
-    tiny.press("ArrowRight")  # from the open expert one to the right
-    cost = NUMBERS["worth"]["without"][1][2] - NUMBERS["worth"]["loss"]
-    tip = tiny.text("#tip").replace("−", "-")
-    assert tip.startswith("layer 2, expert 2\n") and f"without it: {cost:+.4f} nats [" in tip
-
-
-def test_light_and_dark(tiny, pages):
-    canvas, copy = f"document.querySelector('{MAP}')", "new OffscreenCanvas(9, 9).getContext('2d')"
-    pixel = f"(c => {{ c.drawImage({canvas}, -4, -40); return [...c.getImageData(0, 0, 1, 1).data].join(); }})({copy})"
-
-    def colours() -> tuple[str, str]:
-        return tiny.run("getComputedStyle(document.body).backgroundColor"), tiny.run(pixel)
-
-    light = colours()
-    tiny.click("#theme")
-    dark = colours()
-    assert light[0] == "rgb(255, 255, 255)" and light[0] != dark[0] and light[1] != dark[1]
-    tiny.open(pages["tiny"], dark=True)
-    assert colours() == dark
-    tiny.click("#theme")
-    assert colours() == light
-    tiny.click('[data-domain="2"]')
-    assert tiny.run("document.querySelector('[data-domain=\"2\"]').getAttribute('aria-pressed')") == "true"
-    assert colours()[1] != light[1]

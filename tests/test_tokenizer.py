@@ -182,15 +182,10 @@ def test_deepseek_names(tmp_path):
     assert t.byte_lengths.tolist() == [1, 0, 0, 0, 0, 0, 7]
 
 
-def test_train_bpe_writes_complete_files_only(tmp_path, bpe):
-    path = tmp_path / "new" / "tokenizer.json"
-    t = tok.train_bpe(iter([TEXT] * 20), 300, str(path))
+def test_train_bpe_has_as_many_ids_as_it_is_told(tmp_path, bpe):
+    t = tok.train_bpe(iter([TEXT] * 20), 300, str(tmp_path / "new" / "tokenizer.json"))
     assert t.vocab_size == 300 and t.eos_id == 0 and t.fim_ids == (1, 2, 3)
     assert len(bpe.encode(TEXT)) < len(t.encode(TEXT)) < len(TEXT.encode())
-    before = path.read_bytes()
-    with pytest.raises(ZeroDivisionError):
-        tok.train_bpe((TEXT[1 // i :] for i in (1, 0)), 300, str(path))
-    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
 
 
 def test_a_copy_keeps_the_end_of_a_document(tmp_path):

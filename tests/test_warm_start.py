@@ -11,7 +11,7 @@ from flax import nnx
 from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
 from runs import write_text as text_in
 
-from dsv3_jax.config import Balance, ConfigError, DataConfig, Execution, Layout, Lora, Yarn
+from dsv3_jax.config import Balance, ConfigError, DataConfig, Execution, Layout, Yarn
 from dsv3_jax.data import tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training import loop, warm_start
@@ -110,13 +110,10 @@ def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
     assert frozen["sparse", "moe", "bias"].all()
 
 
-@pytest.mark.parametrize("option", ["trunk", pytest.param("lora", marks=pytest.mark.rare)])  # as `start`
-def test_it_resumes_without_the_other(other, trunk, tmp_path, option):
+def test_it_resumes_without_the_other(trunk, tmp_path):
     """Stopped, the other's folder taken away, resumed: bitwise what an unbroken run gives, data position too."""
-    mine = shutil.copytree(trunk if option == "trunk" else other, tmp_path / "mine")
-    run = (run_on if option == "trunk" else run_from)(str(mine))
-    if option == "lora":
-        run = replace(run, lora=Lora(2, 3.0, ("attention", "routed")))
+    mine = shutil.copytree(trunk, tmp_path / "mine")
+    run = run_on(str(mine))
     assert loop.fit(run, tmp_path / "whole", quiet=True).finished
     assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
     shutil.rmtree(mine)
@@ -124,8 +121,7 @@ def test_it_resumes_without_the_other(other, trunk, tmp_path, option):
     (whole, position), (parts, again) = (last_state(tmp_path / name, run) for name in ("whole", "parts"))
     assert_bitwise(parts, whole)
     assert again == position and rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
-    if option == "trunk":
-        assert_bitwise(cut(whole)[1], cut(fresh_state(read_run(trunk)))[1])
+    assert_bitwise(cut(whole)[1], cut(fresh_state(read_run(trunk)))[1])
     assert load_run(tmp_path / "whole").model.cfg == run.model
 
 

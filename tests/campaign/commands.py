@@ -71,7 +71,6 @@ COMMANDS = (
     Command("generate run --prompts tasks/rows.jsonl --samples 2 --max-new-tokens 4 --batch-size 4 --out out", 3),
     Command("chat released --max-new-tokens 8", 2, stdin=b"hello\n/reset\nto be\n"),
 )
-TRAINING = Command(train("run", keep=1, save_every=1, eval_every=1000, steps=600))  # beside readers
 
 
 def make_home(home: Path, server: "Server", log: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.campaign import grammar
-from tests.campaign.commands import COMMANDS, LIMIT_S, TRAINING, Answer, Command, Server, Trial, make_home, result
+from tests.campaign.commands import COMMANDS, LIMIT_S, Answer, Command, Server, Trial, make_home, result
 
 ERRORS = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
 # Codes that a terminal obeys; colours, the cursor's place in a line and the erasing of a line are the program's own.
@@ -313,37 +313,9 @@ def kills(made: Home, rng: Draws) -> Done:
     return (f"kills: {how}", command.argv, f"after {times} s, or {size} bytes of a file", faults, answer)
 
 
-def pairs(made: Home, rng: Draws) -> Done:
-    """Let two commands work on one folder: both write it, or one trains the run that the other reads."""
-    fit = [c for c in made.weighted if "run" in c.argv or (c.argv[0] in MAY_LEAVE and c.code == 0)]
-    second = rng.turn(fit)
-    reads, trial = "run" in second.argv, made.trial(second)
-    first = TRAINING if reads else second
-    if reads:
-        shutil.rmtree(trial.folder / "run")
-    pid, faults, pauses = made.server.start(Trial(trial.folder, first.argv)), set(), 1000 if reads else 0
-    while pauses and not any(path.name.isdigit() for path in trial.folder.glob("run/checkpoints/*")):
-        time.sleep(0.1)
-        pauses -= 1
-    time.sleep(rng.random() * (1 if reads else made.usual(second).answer.cpu))
-    for _ in range(3 if reads else 1):
-        answer = made.server.run(trial)
-        wrong = answer.fault or ERRORS.search(answer.err) or answer.code not in (0, 2)
-        faults |= {answer.fault or "tracebacks"} if wrong else {"refused"} if reads and answer.code else set()
-        if faults:
-            break
-        subprocess.run(["rm", "-rf", trial.folder / "out"]) if reads else None
-    os.killpg(pid, 9) if reads else None
-    while (ended := made.server.ask({"poll": pid})) is None:
-        time.sleep(0.05)
-    if not reads and {ended[0], answer.code} not in ({0}, {0, 2}):
-        faults.add("tracebacks")
-    return ("pairs", second.argv, f"beside {' '.join(first.argv)[:60]}", faults, answer)
-
-
 KINDS: dict[str, tuple[int, Callable[[Home, Draws], Done]]] = {  # how many of a round, and what
     "files": (10, files), "names": (9, names), "options": (3, options), "streams": (2, streams),
-    "moments": (4, moments), "kills": (2, kills), "pairs": (1, pairs),
+    "moments": (4, moments), "kills": (2, kills),
 }  # fmt: skip
 
 
