@@ -107,6 +107,7 @@ cache generate speculative warm_start auto_length cluster stats_report accel low
 # Examples that compile a complete model run with the long tests.
 LONG_EXAMPLES = (
     "dsv3_jax.model.transformer.Transformer",
+    "dsv3_jax.balance.update",
     "dsv3_jax.train.fit",
     "dsv3_jax.decoding.generate.generate",
     "dsv3_jax.decoding.generate.generate_in_parts",

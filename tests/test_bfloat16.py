@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.ops import attention, cross_entropy, dispatch, draft_loss, embedding, mla, products
 
@@ -87,6 +88,7 @@ def all_results(inputs):
     return results
 
 
+@pytest.mark.long
 def test_bfloat16_is_float64_to_its_rounding():
     """An operand or a result is rounded by 2⁻⁹ of itself; experts and MLA round four or five times in a row."""
     found = all_results(drawn(jnp.bfloat16, np.float32))

@@ -90,7 +90,7 @@ def test_a_step_gives_the_digits_of_float32_weights(folder, on):
     assert ours["finite"] and ours["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("dtype", HOW)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tmp_path, dtype):
     run = claim(tmp_path / "run", run_from(folder, dtype))
     state = begin(run)

@@ -143,7 +143,8 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     Raises: ValueError when it does not.
 
     Example:
-        >>> check_vocab(load_tokenizer("bytes"), vocab_size=256)  # doctest: +ELLIPSIS
+        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> check_vocab(ByteTokenizer(), vocab_size=256)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
         ValueError: vocab_size=256 is below the tokenizer's 260 ids; ...
