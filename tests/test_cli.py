@@ -69,7 +69,7 @@ GOOD = {
     "changed info": "info v3 --mtp-depth 0 --execution.compute-dtype float32",
     "kernels here": "info tiny --kernels",
     "kernels of CUDA": "CUDA info tiny --kernels",
-    "eval": "eval {run} --batches 2",
+    "eval": "eval {run} --batches 2 --cache-dtype int8",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
     "check": "runs check {run}",
 }
@@ -191,6 +191,10 @@ def test_eval_says_what_training_said(answers, whole):
     assert lines["mtp_acceptance"] == f"{row['mtp_acceptance'][0]:.4f}"
     for domain, bits in row["bits_per_byte_by_domain"].items():
         assert f"{domain} {bits:.4f}" in lines["bits_per_byte_by_domain"]
+    note, exact, rounded = out.splitlines()[-3:]
+    assert "documents attend to one another" in note and "differ from val_loss" in note
+    assert re.match(r"through float32 cache +\d\.\d{4} \(\+0\.000%\), greedy tokens the same 100\.00%", exact)
+    assert re.match(r"through int8 cache +\d\.\d{4} \([+-]\d\.\d{3}%\), greedy tokens the same \d+\.\d\d%", rounded)
 
 
 def test_generate_is_greedy_decoding_and_names_the_kernels(answers, whole):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from dsv3_jax.cli.common import parse
+from dsv3_jax.config import CacheDtype
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Eval:
     """step of the checkpoint; None means the last"""
     batches: int = 8
     """number of batches to read, at most"""
+    cache_dtype: tuple[CacheDtype, ...] = ()
+    """read the same text through caches of these dtypes too, and compare them with float32"""
     tasks: Path | None = None
     """folder of tasks in JSON lines, such as DCLM's CORE or the tasks/ of a demo's run"""
     shots: int | None = None
@@ -52,6 +55,7 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console
+    from dsv3_jax.stats.cache_quality import cache_quality
     from dsv3_jax.training.evaluate import evaluate
 
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
@@ -63,6 +67,20 @@ def run(argv: list[str]) -> int:
     for name, value in measures.items():
         if name != "load":
             console.print(f"{name:25s} {_format(value)}")
+    if not args.cache_dtype:
+        return 0
+    if run.data.separate_documents:
+        console.print(
+            "Below, each row is read as one text: its documents attend to one another. So these losses differ from "
+            "val_loss above; compare them with one another."
+        )
+    by_dtype = cache_quality(model, batches, ("float32", *args.cache_dtype))
+    exact = by_dtype["float32"].val_loss
+    for name, quality in by_dtype.items():
+        console.print(
+            f"{f'through {name} cache':25s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
+            f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
+        )
     return 0
 
 

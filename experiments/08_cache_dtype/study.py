@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
-from experiments.bench.cache_quality import cache_quality
+from dsv3_jax.stats.cache_quality import cache_quality
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
 from experiments.lab.claims import Claim, Stake, noise_within, table_of
 from experiments.lab.statistics import against_constant

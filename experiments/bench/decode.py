@@ -22,7 +22,6 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from cache_quality import cache_quality
 from copying import copy_bandwidth, decode_bytes
 from decode_worker import DecodeWorker
 from peer_decode import PeerDecodeWorker
@@ -32,6 +31,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.data import open_source, tokenizer
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.presets import preset
+from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import read_run
 
