@@ -147,8 +147,9 @@ def test_recording_and_replaying_experts_gathers_no_weights_and_calls_no_host(ta
 
 
 @pytest.mark.long
-def test_a_layer_on_eight_gpus_has_the_rows_that_are_real():
-    """V3's experts over 8 H100s with 4,096 tokens each, forward and backward: 1.25 times the rows of even load."""
+@pytest.mark.parametrize("dtype, once, later, kept", [("bfloat16", 25e9, 24e9, 2.5e9), ("float32", 42e9, 46.5e9, 4e9)])
+def test_a_layer_on_eight_gpus_has_the_rows_that_are_real(dtype, once, later, kept):
+    """V3's experts over 8 H100s, 4,096 tokens each: 1.25 times the rows of even load. A step's are bfloat16."""
     cfg, layout, peers = preset("v3"), Layout(), 8
     mesh = mesh_of(f"{GPU}:{peers}", expert=peers)
     kernels = choose_kernels(Execution(compute_dtype="bfloat16"), mesh)
@@ -165,13 +166,13 @@ def test_a_layer_on_eight_gpus_has_the_rows_that_are_real():
         return y, pull_back(dy)
 
     tokens, k, (e, d, f) = 4096 * peers, cfg.experts_per_token, (cfg.num_experts, cfg.dim, cfg.expert_dim)
-    x, experts = array("bfloat16", tokens, d), tuple(array("float32", e, *shape) for shape in ((d, f), (d, f), (f, d)))
+    x, experts = array("bfloat16", tokens, d), tuple(array(dtype, e, *shape) for shape in ((d, f), (d, f), (f, d)))
     with jax.set_mesh(mesh):
         args = x, array("int32", tokens, k), array("float32", tokens, k), experts, x
         compiled = jax.jit(both).lower(*args).compile()
     program = read_program(compiled)
-    once, later = (sum(i.nbytes for i in program.all_launches if i.known == known) for known in (True, False))
-    assert once <= 42e9 and later <= 50e9  # of the later: 17 for casts, once, and 25 in each round
-    assert compiled.memory_analysis().temp_size_in_bytes <= 5.3e9
+    moved = {known: sum(i.nbytes for i in program.all_launches if i.known == known) for known in (True, False)}
+    assert moved[True] <= once and moved[False] <= later  # in one later round
+    assert compiled.memory_analysis().temp_size_in_bytes <= kept
     products = sum(i.flops for i in program.all_launches if i.known)
     assert products == pytest.approx(1.25 * 3 * 6 * (tokens // peers) * k * d * f, rel=0.01)

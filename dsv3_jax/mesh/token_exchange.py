@@ -265,14 +265,14 @@ def all_to_all(
     return y, (size.tokens + rounds * later.tokens).astype(jnp.float32) * ((peers - 1) / n)
 
 
-def _round(args: Args, table: PeerTable, start: Start, kernels: Kernels, size: Size, cast: Any = None) -> Array:
+def _round(args: Args, table: PeerTable, start: Start, kernels: Kernels, size: Size) -> Array:
     """Send the tokens of a round, and add up what returns."""
     now, _ = _in_round(table, start, size)
     now, rank = (jnp.take_along_axis(a, table.peer, axis=1) for a in (now, table.tokens_so_far - start[0] - 1))
     slots = start[0].size * size.tokens
     buffer = _send_buffer(jnp.where(now & table.first, table.peer * size.tokens + rank, slots), slots)
     across = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
-    return _at_their_experts(args, buffer, across, across, kernels, rows=start[0].size * size.choices, cast=cast)
+    return _at_their_experts(args, buffer, across, across, kernels, rows=start[0].size * size.choices)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -286,46 +286,39 @@ def _rounds_fwd(kernels, sizes, x, gates, experts, which):
     def first(x, gates, experts):
         return _round((x, ids, gates, experts), table, none, kernels, sizes[0])
 
-    def later(y, start, cast):
-        return y + _round((x, ids, gates, experts), table, start, kernels, sizes[1], cast)
+    def later(y, start):
+        return y + _round((x, ids, gates, experts), table, start, kernels, sizes[1])
 
     y, pull_back = jax.vjp(first, x, gates, experts)
-    y = _later_rounds(later, y, table, start, rounds, sizes[1], experts, x.dtype)
-    return y, (pull_back, x, gates, experts, which)
+    return _later_rounds(later, y, table, start, rounds, sizes[1]), (pull_back, x, gates, experts, which)
 
 
 def _rounds_bwd(kernels, sizes, saved, dy):
     pull_back, x, gates, experts, (ids, table, (_, start), rounds) = saved
 
-    def later(total, start, cast):
+    def later(total, start):
         def one(x, gates, experts):
-            return _round((x, ids, gates, experts), table, start, kernels, sizes[1], cast)
+            return _round((x, ids, gates, experts), table, start, kernels, sizes[1])
 
         return jax.tree.map(jnp.add, total, jax.vjp(one, x, gates, experts)[1](dy))
 
-    return *_later_rounds(later, pull_back(dy), table, start, rounds, sizes[1], experts, x.dtype), None
+    return *_later_rounds(later, pull_back(dy), table, start, rounds, sizes[1]), None
 
 
 _rounds.defvjp(_rounds_fwd, _rounds_bwd)
 
 
-def _later_rounds(add: Callable, total: Any, table: PeerTable, start: Start, rounds: Array, size: Size, experts, dtype):
-    """Call `total = add(total, start, cast)` in each round after the first; `cast` are the experts, cast once for all.
+def _later_rounds(add: Callable, total: Any, table: PeerTable, start: Start, rounds: Array, size: Size) -> Any:
+    """Call `total = add(total, start)` in each round after the first.
 
-    The outer loop has at most one turn, which casts. XLA updates what a loop carries in place, and copies what a
-    conditional returns.
+    Experts of another dtype are cast in each round: kept casts would be half of the program's temporary memory.
     """
 
-    def all_of_them(_, total):
-        cast = tuple(w.astype(dtype) for w in experts)
+    def one(_, carry):
+        total, start = carry
+        return add(total, start), _in_round(table, start, size)[1]
 
-        def one(_, carry):
-            total, start = carry
-            return add(total, start, cast), _in_round(table, start, size)[1]
-
-        return jax.lax.fori_loop(0, rounds, one, (total, start))[0]
-
-    return jax.lax.fori_loop(0, jnp.minimum(rounds, 1), all_of_them, total)
+    return jax.lax.fori_loop(0, rounds, one, (total, start))[0]
 
 
 # Ragged

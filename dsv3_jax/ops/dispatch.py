@@ -65,7 +65,6 @@ def grouped_swiglu(
     *,
     product: GroupedProduct = RAGGED_DOT,
     rows: int | None = None,
-    cast: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "n D"]:
     """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
@@ -78,7 +77,6 @@ def grouped_swiglu(
         w_gate, w_up, w_down: the experts' matrices, cast to x's dtype for use.
         product: the backend of the grouped products.
         rows: choices that name an expert, at most: the arrays have so many rows. None means all, n·K.
-        cast: the three matrices in x's dtype, where several calls share them; they take no gradient. None: cast here.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
@@ -88,17 +86,17 @@ def grouped_swiglu(
     """
     p = product.sort(expert_ids, w_gate.shape[0])
     p = p._replace(order=p.order[:rows])  # choices of no expert come last
-    return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), cast, p)
+    return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), p)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(product, x, gates, weights, cast, p: SortedRows):
-    return _forward(product, x, gates, weights, cast, p)[0]
+def _grouped(product, x, gates, weights, p: SortedRows):
+    return _forward(product, x, gates, weights, p)[0]
 
 
-def _grouped_fwd(product, x, gates, weights, cast, p):
-    y, inner = _forward(product, x, gates, weights, cast, p)
-    return y, (x, gates, weights, cast, p, inner)
+def _grouped_fwd(product, x, gates, weights, p):
+    y, inner = _forward(product, x, gates, weights, p)
+    return y, (x, gates, weights, p, inner)
 
 
 class _Rows(NamedTuple):
@@ -117,9 +115,9 @@ def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
     return _Rows(order // gates.shape[1], gate[:, None], in_expert[:, None])
 
 
-def _forward(product, x, gates, weights, cast, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
+def _forward(product, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave)."""
-    w_gate, w_up, w_down = _matrices(product, weights, cast, x.dtype)
+    w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows = _take(x, rows.token)
     inner = tuple(product.forward(x_rows, w, p.counts) for w in (w_gate, w_up))
@@ -129,8 +127,8 @@ def _forward(product, x, gates, weights, cast, p: SortedRows) -> tuple[Array, tu
 
 
 def _grouped_bwd(product, saved, dy):
-    x, gates, weights, cast, p, inner = saved
-    w_gate, w_up, w_down = _matrices(product, weights, cast, x.dtype)
+    x, gates, weights, p, inner = saved
+    w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
     rows = _sorted_rows(product, gates, p)
     x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
     a, b = (part.astype(wide(part.dtype)) for part in inner)
@@ -148,17 +146,15 @@ def _grouped_bwd(product, saved, dy):
         product.dw(h, dy_rows, p.counts, weights[2].dtype),
     )
     d_gates = jnp.where(p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)), 0)
-    return dx, d_gates.astype(gates.dtype), dw, None, None
+    return dx, d_gates.astype(gates.dtype), dw, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _matrices(product: GroupedProduct, weights: Any, cast: Any, dtype: Any) -> Any:
+def _matrices(product: GroupedProduct, weights: tuple[Array, ...], dtype: Any) -> tuple[Array, ...]:
     """w_gate, w_up and w_down as the backend takes them."""
-    if weights[0].dtype == dtype or not product.casts:
-        return weights
-    return cast if cast is not None else tuple(w.astype(dtype) for w in weights)
+    return tuple(w.astype(dtype) for w in weights) if product.casts else weights
 
 
 def _rounded(values: Array, rows: _Rows, dtype) -> Array:
