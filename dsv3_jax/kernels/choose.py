@@ -274,6 +274,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "expand": (
         Implementation("one_product", tpu_attention.expand, ("tpu",), ("bfloat16",)),
+        Implementation("in_place", mla.expand_in_place, GPUS),
         _xla(mla.expand),
         *_low_precision(low_precision.expand),
     ),
@@ -454,7 +455,7 @@ class Kernels:
 
         Example:
             >>> Kernels(Target("cuda", "xla"), (("tokamax", "it is not installed"),)).describe()
-            'kernels for cuda: large_blocks, xla, row_blocks, by_row, by_memory, in_order'
+            'kernels for cuda: large_blocks, xla, row_blocks, by_row, one_pass, by_memory, in_order, in_place'
         """
         line = f"kernels for {self.target.platform}: {', '.join(dict.fromkeys(self.chosen(dtype, devices).values()))}"
         wanted = {row.name for op in TABLE for row in self.target.rows(op)}
