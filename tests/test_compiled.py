@@ -14,7 +14,7 @@ import pytest
 from models import LIGHT, decode_program
 
 from dsv3_jax.config import ConfigError, Execution, Layout
-from dsv3_jax.kernels.choose import Target
+from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.model.transformer import abstract
@@ -22,6 +22,7 @@ from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import choose_kernels, decode_cost, train_cost
 from dsv3_jax.presets import preset, recipe
+from experiments.accel.kernels import gpu_latent_attention
 from experiments.accel.program import additions, read_program
 
 # Without its dense layer, whose attention would be compiled once more: 8 sparse layers in a loop.
@@ -78,22 +79,29 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
     assert not [a for a in added if a.narrow or (target == GPU and not a.unique)]
     assert all(cost.text.count(name) >= kernels.count(name) for name in kernels)
     # Without tokamax attention is XLA's loop, which computes blocks on the diagonal whole.
-    alone = target == GPU and tokamax_library.why_not(Target("cuda", chip=tokamax_library.HOPPER))
+    alone = target == GPU and tokamax_library.why_not(choose.Target("cuda", chip=tokamax_library.HOPPER))
     assert program.flops <= (1.12 if alone else 1.1) * cost.flops
     assert program.unknown_work() or program.flops >= 0.9 * cost.flops
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "target, name, blocks, most, launches", [(GPU, "v2_lite", 1, 1.25, 34), ("tpu:v6e:1x1", "mini", 8, 1.25, 140)]
+    "target, name, batch, blocks, most, launches, kernels",
+    [
+        (GPU, "v2_lite", 32, 1, 1.25, 34, "auto"),
+        pytest.param(GPU, "v2_lite", 128, 1, 1.1, 30, "cached_attention=latent", marks=pytest.mark.rare),
+        ("tpu:v6e:1x1", "mini", 32, 8, 1.25, 140, "auto"),
+    ],
 )
-def test_a_decoding_step_reads_what_it_must(target, name, blocks, most, launches):
-    """32 sequences of 4,096 tokens, by 3 layers; a TPU's loops over the cache have 8 blocks."""
+def test_a_decoding_step_reads_what_it_must(monkeypatch, target, name, batch, blocks, most, launches, kernels):
+    """Sequences of 4,096 tokens, by 3 layers; a TPU's loops over the cache have 8 blocks. "latent" waits for a chip."""
     mesh = mesh_of(target)
-    cfg = replace(preset(name), num_layers=3)
+    monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))
+    gpu_latent_attention.add()
+    cfg, execution = replace(preset(name), num_layers=3), Execution(compute_dtype="bfloat16", kernels=kernels)
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore")
-        cost = decode_cost(cfg, Execution(compute_dtype="bfloat16"), mesh, 32, 4096, target=target)
+        cost = decode_cost(cfg, execution, mesh, batch, 4096, target=target)
     program = read_program(cost.text)
     assert sum(x.nbytes * x.runs * (1 if x.known else blocks) for x in program.all_launches) <= most * cost.bytes_read
     assert program.launches <= launches * cfg.num_layers and len(program.unknown_loops) == (blocks > 1) * cfg.num_layers

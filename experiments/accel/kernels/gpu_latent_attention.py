@@ -5,7 +5,7 @@ memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows, exc
 then adds to one half of the output. All of it (512 wide in V3) does not fit in one warpgroup's registers. The shares of
 a sequence are combined in plain JAX by their log-sums. Rows beyond a sequence's last are not read.
 
-It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 276 bytes of registers a thread, or 408 with
+It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 288 bytes of registers a thread, or 448 with
 8-bit rows. It spills more with 64 or 32 columns at a time, or with other shares of registers.
 
 8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With V3's 576 numbers a
@@ -16,6 +16,7 @@ Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.141
 
 import inspect
 import math
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -26,12 +27,13 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import choose
 from dsv3_jax.ops.attention import scaled
-from experiments.accel.kernels.packed import Packed, in_the_table, is_latent
+from dsv3_jax.ops.cached_attention import Stored
 
 TILE = 64  # queries of a thread block, and rows that it visits at a time
 BUFFERS = 2  # blocks of rows in shared memory
 THREAD_BLOCKS = 132  # of an H100: one for each of its multiprocessors
 COLUMNS = 128  # of the output that a warpgroup adds to at a time: they take 64 more registers a thread
+COLUMNS_OF_A_TILE = 64  # of a swizzle's in shared memory, at most
 HIDDEN = -1e30  # score of a row that a query does not see; finite, as a share may have none that it sees
 MOST_SHARED = 232448  # bytes of shared memory that a thread block may use
 
@@ -51,11 +53,17 @@ def why_not(target: Any) -> str:
     return ""
 
 
-def fits(rows: Array) -> bool:
-    """Whether the kernel has the shapes: latent rows of 64 slots or more, in shared memory."""
-    _, _, groups, capacity, width = rows.shape
-    small = _shared_bytes(width, rows.dtype) < MOST_SHARED
-    return groups == 1 and capacity >= TILE and width % 16 == 0 and small
+def is_latent(queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any) -> bool:
+    """Whether a cache is latents and rotated keys, of one head."""
+    return len(keys) == 2 and values.rows.shape == keys[0].rows.shape and values.rows.shape[1] == 1
+
+
+def fits(queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any) -> bool:
+    """Whether a cache is latents, in blocks of the kernel's size that shared memory holds."""
+    widths = [key.rows.shape[-1] for key in keys]
+    small = _shared_bytes(sum(widths), values.rows.dtype) < MOST_SHARED
+    by_block = values.rows.shape[2] % TILE == 0 and all(width % COLUMNS_OF_A_TILE == 0 for width in widths)
+    return is_latent(queries, keys, values) and by_block and small
 
 
 def _shared_bytes(width: int, dtype: Any) -> int:
@@ -65,59 +73,61 @@ def _shared_bytes(width: int, dtype: Any) -> int:
 
 
 def latent_attention(
-    q: Float[Array, "B 1 Q K"],
-    stored: Packed,
-    layer: Int[Array, ""],
+    queries: Sequence[Float[Array, "B 1 Q _"]],
+    keys: Sequence[Stored],
+    values: Stored,
     last: Int[Array, "B Q"],
     *,
-    parts: tuple[int, int],
     scale: float,
     splits: int | None = None,
 ) -> Float[Array, "B 1 Q V"]:
-    """Compute `cached_attention` in bfloat16 for packed rows, whose first `parts[0]` are the values.
+    """Compute `ops.cached_attention.cached_attention` in bfloat16 for latents and rotated keys that `fits` accepts.
 
     Takes no gradient. A test runs it on the CPU under `plgpu.force_gpu_interpret_mode`.
 
-    Args:
-        splits: shares of each sequence's rows. None means enough to fill an H100.
-    Raises: ValueError for rows that are not latent or do not fit.
+    Args: splits: shares of each sequence's rows. None means enough to fill an H100.
     """
     _, plgpu = _pallas()
-    if not fits(stored.rows):
-        raise ValueError(f"rows={stored.rows.shape}: the kernel reads latent rows, 64 or more")
-    _, batch, _, capacity, width = stored.rows.shape
-    queries = q.shape[2]
-    tiles = -(-queries // TILE)
-    padding = tiles * TILE - queries
-    q = jnp.pad(scaled(q[:, 0], scale * math.log2(math.e)), ((0, 0), (0, padding), (0, width - q.shape[-1])))
+    batch, _, capacity, value_width = values.rows.shape
+    count = queries[0].shape[2]
+    size = min(TILE, -(-count // 8) * 8)  # of the queries that a thread block reads and writes
+    tiles = -(-count // size)
+    padding = tiles * size - count
+    rows = [key.rows[:, 0] for key in keys]
+    queries = [
+        jnp.pad(scaled(q[:, 0], scale * math.log2(math.e)), ((0, 0), (0, padding), (0, x.shape[-1] - q.shape[-1])))
+        for q, x in zip(queries, rows, strict=True)
+    ]
     ends = last.max(axis=1).astype(jnp.int32) + 1  # rows of each sequence that some query sees
     last = jnp.pad(last, ((0, 0), (0, padding))).astype(jnp.float32)  # exact up to 2^24 rows
     splits = splits or max(1, min(THREAD_BLOCKS // (batch * tiles), capacity // TILE))
-    scales = () if stored.scales is None else (stored.scales[:, :, 0].swapaxes(2, 3),)
-    value = jax.ShapeDtypeStruct((splits, batch, tiles * TILE, width), q.dtype)  # beyond parts[0]: nothing of use
-    logs = jax.ShapeDtypeStruct((splits, batch, tiles * TILE), jnp.float32)
+    scales = [key.scales[:, 0, :, 0] for key in keys if key.scales is not None]
+    value = jax.ShapeDtypeStruct((splits, batch, tiles * size, value_width), queries[0].dtype)
+    logs = jax.ShapeDtypeStruct((splits, batch, tiles * size), jnp.float32)
     out, log_sums = plgpu.kernel(
-        partial(_kernel, parts=parts, splits=splits, eight_bits=bool(scales)),
+        partial(_kernel, splits=splits, size=size),
         out_type=[value, logs],
         grid=(tiles, splits, batch),
         grid_names=("tile", "split", "batch"),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(jnp.asarray(layer, jnp.int32).reshape(1), ends, last, q, stored.rows, *scales)
+    )(ends, last, *queries, *rows, *scales)
+    if splits == 1:
+        return out[0][:, None, :count]
     share = jax.nn.softmax(log_sums * math.log(2), axis=0)[..., None]
-    return (out[..., : parts[0]].astype(jnp.float32) * share).sum(axis=0).astype(q.dtype)[:, None, :queries]
+    return (out.astype(jnp.float32) * share).sum(axis=0).astype(out.dtype)[:, None, :count]
 
 
-def _kernel(
-    layer_ref, ends_ref, last_ref, q_ref, rows_ref, *refs, parts: tuple[int, int], splits: int, eight_bits: bool
-):
-    """One thread block, see the module. `out` [splits, B, Q, X] is normalized by itself; `logs`, its log2 of sums."""
+def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *refs, splits: int, size: int):
+    """One thread block, see the module. `out` [splits, B, Q, V] is normalized by itself; `logs`, its log2 of sums."""
     pl, plgpu = _pallas()
 
-    *scales_ref, out_ref, logs_ref = refs
-    capacity, width = rows_ref.shape[3:]
-    half, part = parts[0] // 2, TILE // 2  # columns of the output, and rows of a block, of a warpgroup
+    *scale_refs, out_ref, logs_ref = refs
+    eight_bits = bool(scale_refs)
+    parts, q_refs = (latent_ref, key_ref), (q_latent_ref, q_key_ref)
+    capacity, widths = latent_ref.shape[1], [ref.shape[2] for ref in parts]
+    half, part = widths[0] // 2, TILE // 2  # columns of the output, and rows of a block, of a warpgroup
     step = min(half, COLUMNS)
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
@@ -125,28 +135,31 @@ def _kernel(
         """Shared memory as the tensor cores read it."""
         size = jnp.dtype(dtype).itemsize
         # Not 128: a product's two operands have the same swizzle, and the weights of 32 rows are 64 bytes wide.
-        swizzle = next((n for n in (64, 32) if shape[-1] * size % n == 0), None)
-        if swizzle is None:  # 8-bit rows of few numbers
-            return plgpu.SMEM(shape, dtype)
+        swizzle = next(n for n in (64, 32) if shape[-1] * size % n == 0)
         transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
+    def blocks_of(count: int, dtype: Any) -> list[Any]:
+        return [tiled((count, TILE, width), dtype) for width in widths]
+
     scratch = {
-        "q_smem": tiled((TILE, width), jnp.bfloat16),
-        "wide": tiled((1 if eight_bits else BUFFERS, TILE, width), jnp.bfloat16),
+        "queries": [tiled((TILE, width), jnp.bfloat16) for width in widths],
+        "wide": blocks_of(1 if eight_bits else BUFFERS, jnp.bfloat16),
         "weights": tiled((2, TILE, part), jnp.bfloat16),
         "shared": plgpu.SMEM((3, TILE), jnp.float32),  # last rows; what the warpgroups found in their parts of a block
-        "barriers": plgpu.Barrier(num_barriers=2 + 2 * BUFFERS, num_arrivals=2),
+        "loaded": plgpu.Barrier(num_arrivals=1 + len(parts)),
+        "filled": plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=len(parts) + len(scale_refs)),  # a block's copies
+        "barriers": plgpu.Barrier(num_barriers=1 + BUFFERS, num_arrivals=2),
     }
     if eight_bits:
-        scratch["narrow"] = tiled((BUFFERS, TILE, width), rows_ref.dtype)
+        scratch["narrow"] = blocks_of(BUFFERS, latent_ref.dtype)
         scratch["scales"] = plgpu.SMEM((BUFFERS, 2, TILE), jnp.float32)
 
     @partial(pl.run_scoped, collective_axes="warpgroup", **scratch)
-    def _thread_block(q_smem, wide, weights, shared, barriers, narrow=None, scales=None):
-        loaded, meeting = barriers.at[0], barriers.at[1]
-        layer, batch, split = layer_ref[0], jax.lax.axis_index("batch"), jax.lax.axis_index("split")
-        queries = pl.ds(jax.lax.axis_index("tile") * TILE, TILE)
+    def _thread_block(queries, wide, weights, shared, loaded, filled, barriers, narrow=None, scales=None):
+        meeting = barriers.at[0]
+        batch, split = jax.lax.axis_index("batch"), jax.lax.axis_index("split")
+        tile, own_rows = pl.ds(jax.lax.axis_index("tile") * size, size), pl.ds(0, size)  # others hold anything
         blocks = (ends_ref[batch] + TILE - 1) // TILE
         each = (blocks + splits - 1) // splits
         begin = split * each
@@ -163,19 +176,16 @@ def _kernel(
         @pl.when(jax.lax.axis_index("warpgroup") == 2)
         def _copy():
             plgpu.set_max_registers(40, action="decrease")
-            plgpu.copy_gmem_to_smem(last_ref.at[batch, queries], shared.at[2], loaded)
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, queries], q_smem, loaded)
+            plgpu.copy_gmem_to_smem(last_ref.at[batch, tile], shared.at[2, own_rows], loaded)
+            for q_ref, q in zip(q_refs, queries, strict=True):
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, tile], q.at[own_rows], loaded)
 
             def copy(i, slot):
-                first, filled = first_row(i), barriers.at[2 + slot]
-                if eight_bits:
-                    rows = pl.ds(first, TILE)
-                    plgpu.copy_gmem_to_smem(rows_ref.at[layer, batch, 0, rows], narrow.at[slot], filled)
-                    plgpu.copy_gmem_to_smem(scales_ref[0].at[layer, batch, :, rows], scales.at[slot], filled)
-                else:
-                    for n in (0, part):
-                        rows = rows_ref.at[layer, batch, 0, pl.ds(first + n, part)]
-                        plgpu.copy_gmem_to_smem(rows, wide.at[slot, pl.ds(n, part)], filled)
+                rows = pl.ds(first_row(i), TILE)
+                for rows_ref, block in zip(parts, narrow or wide, strict=True):
+                    plgpu.copy_gmem_to_smem(rows_ref.at[batch, rows], block.at[slot], filled.at[slot])
+                for n, scale_ref in enumerate(scale_refs):
+                    plgpu.copy_gmem_to_smem(scale_ref.at[batch, rows], scales.at[slot, n], filled.at[slot])
 
             for i in range(BUFFERS):
                 pl.when(i < count)(partial(copy, i, i))
@@ -183,7 +193,7 @@ def _kernel(
             @pl.loop(BUFFERS, jnp.maximum(count, BUFFERS))
             def _refill(i):
                 slot = jax.lax.rem(i, jnp.int32(BUFFERS))
-                plgpu.barrier_wait(barriers.at[2 + BUFFERS + slot])
+                plgpu.barrier_wait(barriers.at[1 + slot])
                 copy(i, slot)
 
         def compute(which: int):
@@ -195,28 +205,29 @@ def _kernel(
 
             def widen(slot):
                 """Write this warpgroup's share of the columns of a block in bfloat16, times their scales."""
-                some_columns = next(n for n in (64, 32, 16) if width % n == 0 and parts[0] % n == 0)
-                for at in range(which * some_columns, width, 2 * some_columns):
-                    at = pl.ds(at, some_columns)
-                    scale = plgpu.load(scales.at[slot, int(at.start >= parts[0])], layout=by_row)
-                    some = plgpu.load(narrow.at[slot, :, at], layout=plgpu.Layout.WGMMA, optimized=False)
-                    some = some.astype(jnp.float32) * jax.lax.broadcast_in_dim(scale, some.shape, [0])
-                    wide.at[0, :, at][...] = some.astype(jnp.bfloat16)
+                for n, width in enumerate(widths):
+                    scale = plgpu.load(scales.at[slot, n], layout=by_row)
+                    for at in range(which * COLUMNS_OF_A_TILE, width, 2 * COLUMNS_OF_A_TILE):
+                        at = pl.ds(at, COLUMNS_OF_A_TILE)
+                        some = plgpu.load(narrow[n].at[slot, :, at], layout=plgpu.Layout.WGMMA, optimized=False)
+                        some = some.astype(jnp.float32) * jax.lax.broadcast_in_dim(scale, some.shape, [0])
+                        wide[n].at[0, :, at][...] = some.astype(jnp.bfloat16)
 
             def visit(i, carry):
                 acc, top, total = carry
                 slot = jax.lax.rem(i, jnp.int32(BUFFERS))
-                plgpu.barrier_wait(barriers.at[2 + slot])
+                plgpu.barrier_wait(filled.at[slot])
                 if eight_bits:
                     meet()  # nobody reads the block before any more
                     widen(slot)
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(barriers.at[2 + BUFFERS + slot])
+                    plgpu.barrier_arrive(barriers.at[1 + slot])
                     meet()
-                block = wide.at[0 if eight_bits else slot]
+                blocks = [x.at[0 if eight_bits else slot] for x in wide]
 
                 def score(acc_ref):
-                    plgpu.wgmma(acc_ref, q_smem, block.at[own].transpose((1, 0)))
+                    for q, block in zip(queries, blocks, strict=True):
+                        plgpu.wgmma(acc_ref, q, block.at[own].transpose((1, 0)))
                     return acc_ref[...]
 
                 s = pl.run_scoped(score, plgpu.ACC((TILE, part), jnp.float32))
@@ -238,7 +249,7 @@ def _kernel(
 
                 def add(acc_ref, columns):
                     for n in range(2):
-                        plgpu.wgmma(acc_ref, weights.at[n], block.at[pl.ds(n * part, part), columns])
+                        plgpu.wgmma(acc_ref, weights.at[n], blocks[0].at[pl.ds(n * part, part), columns])
                     return acc_ref[...]
 
                 keep = jax.lax.broadcast_in_dim(keep, (TILE, step), [0])
@@ -247,7 +258,7 @@ def _kernel(
                     for old, at in zip(acc, columns, strict=True)
                 )
                 if not eight_bits:
-                    plgpu.barrier_arrive(barriers.at[2 + BUFFERS + slot])
+                    plgpu.barrier_arrive(barriers.at[1 + slot])
                 return acc, new_top, total
 
             def full(shape, value, layout):
@@ -263,7 +274,7 @@ def _kernel(
             total = jnp.maximum(total, 1e-30)  # a share without rows
             for at, some in zip(columns, acc, strict=True):
                 some = some / jax.lax.broadcast_in_dim(total, some.shape, [0])
-                q_smem.at[:, at][...] = some.astype(jnp.bfloat16)
+                queries[0].at[:, at][...] = some.astype(jnp.bfloat16)
             if which == 0:
                 shared.at[2][...] = top + jnp.log(total) * (1 / math.log(2))
             plgpu.commit_smem()
@@ -271,23 +282,17 @@ def _kernel(
 
             @pl.when(which == 0)
             def _write():
-                plgpu.copy_smem_to_gmem(q_smem, out_ref.at[split, batch, queries])
-                plgpu.copy_smem_to_gmem(shared.at[2], logs_ref.at[split, batch, queries])
+                plgpu.copy_smem_to_gmem(queries[0].at[own_rows], out_ref.at[split, batch, tile])
+                plgpu.copy_smem_to_gmem(shared.at[2, own_rows], logs_ref.at[split, batch, tile])
                 plgpu.wait_smem_to_gmem(0)
 
         for which in range(2):
             pl.when(jax.lax.axis_index("warpgroup") == which)(partial(compute, which))
 
 
-def fits_cache(queries: Any, keys: Any, values: Any, *others: Any, **settings: Any) -> bool:
-    """Whether a cache is latents, in blocks of the kernel's size: for others Pallas finds no layout."""
-    return is_latent(queries, keys, values, *others) and values.rows.shape[2] % TILE == 0
-
-
 def add() -> None:
     """Enter the table as "latent"."""
-    run = in_the_table(latent_attention, multiple=16)
     row = choose.Implementation(
-        "latent", run, ("cuda",), ("bfloat16",), one_device=True, fits=fits_cache, why_not=why_not
+        "latent", latent_attention, ("cuda",), ("bfloat16",), one_device=True, fits=fits, why_not=why_not
     )
     choose.add("cached_attention", row)

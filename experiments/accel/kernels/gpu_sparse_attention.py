@@ -22,8 +22,14 @@ from dsv3_jax.ops import indexer
 from dsv3_jax.ops.attention import scaled
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.sparse_attention import sparse_attention
-from experiments.accel.kernels.gpu_latent_attention import THREAD_BLOCKS, TILE, _pallas, latent_attention, why_not
-from experiments.accel.kernels.packed import in_the_table, is_latent
+from experiments.accel.kernels.gpu_latent_attention import (
+    THREAD_BLOCKS,
+    TILE,
+    _pallas,
+    is_latent,
+    latent_attention,
+    why_not,
+)
 
 BUFFERS = 3  # blocks of keys in shared memory
 AT_ONCE = 2  # thread blocks of a multiprocessor
@@ -117,5 +123,5 @@ def add() -> None:
     how = dict(platforms=("cuda",), dtypes=("bfloat16",), one_device=True, why_not=why_not)
     of_indexer = partial(indexer.choose, score=index_scores)
     choose.add("index_choose", choose.Implementation("hopper", of_indexer, fits=fits, **how))
-    of_rows = partial(sparse_attention, attend=in_the_table(latent_attention, multiple=16))
+    of_rows = partial(sparse_attention, attend=latent_attention)
     choose.add("sparse_attention", choose.Implementation("hopper", of_rows, fits=fits_chosen, **how))
