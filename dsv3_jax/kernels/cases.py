@@ -125,26 +125,25 @@ def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
         yield Case(label, (queries, keys, keys[0], jnp.asarray(ids)), settings=(("scale", 192**-0.5),))
 
 
-# (at a model's shapes alone?, tokens, choices of each, experts, D, F, the weights' dtype if it is not the tokens')
+# (at a model's shapes alone? None: always; tokens, choices of each, experts, D, F, weights' dtype or the tokens')
 MANY_ROWS = (
     (True, 2048, 6, 64, 2048, 1408, "f4"),
     (True, 1024, 2, 6, 7168, 2048, None),
-    (False, 150, 2, 8, 192, 320, "f4"),
-    (False, 70, 3, 8, 128, 160, None),
-    (False, 1, 2, 4, 128, 128, None),
+    (None, 150, 2, 8, 192, 320, "f4"),
+    (None, 70, 3, 8, 128, 160, None),
+    (False, 1, 2, 4, 128, 128, None),  # a model decodes so few
 )
 FEW_ROWS = (
-    (True, 8, 6, 64, 2048, 1408, None),
     (True, 64, 4, 64, 2048, 1408, None),
     (False, 8, 4, 8, 128, 192, None),
-    (False, 1, 4, 8, 128, 192, None),
+    (None, 1, 4, 8, 128, 192, None),
 )
 
 
 def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, large: bool) -> Iterator[Case]:
     """Each pattern of choices at each size."""
-    for is_large, tokens, each, count, dim, hidden, dtype in sizes:
-        if is_large and not large:
+    for at, tokens, each, count, dim, hidden, dtype in sizes:
+        if at not in (None, large):
             continue
         shapes = (dim, hidden), (dim, hidden), (hidden, dim)
         weights = [draw(count, *shape, std=shape[0] ** -0.5, dtype=dtype) for shape in shapes]
@@ -188,21 +187,12 @@ def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
 
 
 GRADIENTS = (0, 2, 3, 4, 5)  # of tokens, gates and the experts' weights
-ALONE = (
-    causal_attention,
-    cached_attention,
-    index_choose,
-    sparse_attention,
-    write_rows,
-    cross_entropy,
-    embedding,
-    optimizer,
-    rotate_last,
-)
+ALONE = (causal_attention, cached_attention, index_choose, sparse_attention, write_rows, cross_entropy, embedding,
+         optimizer, rotate_last)  # fmt: skip
 CASES: dict[str, Callable[[Draw, bool], Iterator[Case]]] = {
     **{op: partial(plain, op) for op in PLAIN},
     **{of_op.__name__: of_op for of_op in ALONE},
     "grouped_swiglu": partial(experts, MANY_ROWS, GRADIENTS, ()),
     "decode_experts": partial(experts, FEW_ROWS, (), ()),
-    "capacity_swiglu": partial(experts, FEW_ROWS[2:3], GRADIENTS, (("factor", 1.0),)),
+    "capacity_swiglu": partial(experts, ((None, 8, 4, 8, 128, 192, None),), GRADIENTS, (("factor", 1.0),)),
 }

@@ -239,7 +239,6 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         replace(_BY_PRODUCTS[0], fits=_shared_experts),
         Implementation("by_row", dispatch.decode_by_row, GPUS, fits=_few_choices),
         *_BY_PRODUCTS[1:],
-        *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),

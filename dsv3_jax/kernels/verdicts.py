@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dsv3_jax.kernels.cpu.library import private_folder
 
-PACKAGES = ("dsv3-jax", "jax", "jaxlib", "libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin")
+PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin",
+            "jax-rocm7-plugin")  # fmt: skip
 
 
 def path_of(platform: str, chip: str) -> Path:

@@ -28,7 +28,8 @@ from dsv3_jax.kernels import check, choose
 from dsv3_jax.kernels.cases import Draw
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import decode_cost, train_cost
-from experiments.accel import measuring, model_parts, op_parts, run, worker
+from dsv3_jax.training.step import Job, abstract_state
+from experiments.accel import measuring, model_parts, run, worker
 from experiments.accel.right import NAMES, OWN, PRECISIONS
 from experiments.accel.sizes import full
 
@@ -62,13 +63,6 @@ class Compiler:
         return 1.0
 
 
-def kernels_for(dtype: str = "bfloat16", kernels: str = "auto", precision: Any = "none") -> measuring.Recorder:
-    """`measuring.kernels_for` for the target."""
-    execution = Execution(compute_dtype=dtype, kernels=kernels, precision=precision)
-    found = choose.prepare(execution, platform="cuda", chip=CHIP)
-    return measuring.Recorder(found.target, found.missing)
-
-
 def traced(part: str, compiler: Compiler) -> None:
     """A part that calls `seconds_of`."""
     jax.eval_shape(lambda: list(worker.PARTS[part](full())) and None)
@@ -95,26 +89,26 @@ def right(compiler: Compiler, ops: Iterable[str] = choose.TABLE) -> None:
     def zeros(draw: Draw, *shape: int, std: float = 1.0, dtype: Any = None) -> np.ndarray:
         return np.broadcast_to(np.zeros((), dtype or draw.dtype), shape)
 
-    kernels = choose.prepare(Execution("bfloat16"), platform="cuda", chip=CHIP)
     with (
         patch.object(check, "program", program),
         patch.object(check, "_errors", nothing),
         patch.object(Draw, "__call__", zeros),
         patch.object(jax, "device_put", lambda tree: tree),
     ):
-        for _ in check.check(kernels, large=True, precisions=PRECISIONS, ops=ops, also=NAMES):
+        for _ in check.check(measuring.kernels_for(), large=True, precisions=PRECISIONS, ops=ops, also=NAMES):
             pass
 
 
 def step(compiler: Compiler) -> None:
     sizes = full()
-    _of_cost(compiler, partial(train_cost, model_parts.train_run(sizes.step, *sizes.step_batch), compiler.mesh))
+    of_step = model_parts.train_run(sizes.step, *sizes.step_batch)
+    _of_cost(compiler, partial(train_cost, of_step, compiler.mesh))
+    compiler.compile(model_parts.sums_of_bits, abstract_state(Job(of_step)))
 
 
 def exact(compiler: Compiler) -> None:
-    """Estimated: a training step, and for each of four texts a step of decoding and a prefill as long to compile."""
+    """Estimated: for each of four texts a step of decoding, and a prefill as long to compile."""
     sizes = full()
-    _of_cost(compiler, partial(train_cost, model_parts.train_run(sizes.exact, *sizes.exact_batch), compiler.mesh))
     for dtype, times in (("float32", 6), ("bfloat16", 2)):
         before = compiler.seconds
         _of_cost(compiler, partial(decode_cost, sizes.exact, Execution(dtype), compiler.mesh, 3, 128))
@@ -157,17 +151,15 @@ def main() -> None:
         with (
             patch.object(measuring, "seconds_of", compiler.of_call),
             patch.object(model_parts, "seconds_of", compiler.of_call),
-            patch.object(measuring, "kernels_for", kernels_for),
-            patch.object(op_parts, "kernels_for", kernels_for),
-            patch.object(model_parts, "kernels_for", kernels_for),
+            patch.object(choose, "prepare", partial(choose.prepare, platform="cuda", chip=CHIP)),
             patch.object(choose, "platform_of", lambda mesh=None: "cuda"),
         ):
             PARTS.get(name, partial(traced, name))(compiler)
+            without = [missing for missing, _ in measuring.kernels_for().missing]
         found = {"programs": compiler.programs, "seconds": round(compiler.seconds, 1)}
         print(name, found, f"{compiler.failed} failed")
         kept = json.loads(run.COMPILING.read_text())["parts"] if run.COMPILING.exists() else {}
         kept = {part: (kept | {name: found})[part] for part in run.PARTS if part in kept or part == name}
-        without = [missing for missing, _ in kernels_for().missing]
         content = {"target": TARGET, "jax": jax.__version__, "without": without, "parts": kept}
         run.COMPILING.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -52,8 +52,8 @@ class Failed(RuntimeError):
 class Worker:
     """The process that measures: `worker.py`. One that has failed is replaced at the next part."""
 
-    def __init__(self, toy: bool):
-        self.toy, self._command = toy, [sys.executable, str(HERE / "worker.py"), *(["--toy"] if toy else [])]
+    def __init__(self) -> None:
+        self._command = sys.executable, str(HERE / "worker.py")
         self._env = {**SETTINGS, **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         self.start()
 
@@ -196,7 +196,6 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--minutes", type=float, default=9.5, help="time for all parts; default: 9.5")
     parser.add_argument("--resume", action="store_true", help="keep the parts that are done")
-    parser.add_argument("--toy", action="store_true", help="small sizes, as always on a CPU")
     parser.add_argument("--out", type=Path, help="file of the results; default: results/<device>.json")
     args = parser.parse_args(argv)
     for name in args.parts or ():
@@ -217,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = options(argv)
         say(start, "starting the device")
-        worker = Worker(args.toy)
+        worker = Worker()
         path = args.out or default_path(worker.card, worker.toy)
         results = begin(path, worker, args.resume)
         kept = {name for name, part in results["parts"].items() if part["state"] == "done"}

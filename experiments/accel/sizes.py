@@ -33,7 +33,6 @@ class Sizes:
     draft_prompt: int
     draft_tokens: int
     exact: ModelConfig
-    exact_batch: tuple[int, int]  # B, T
     exact_tokens: int
     seconds: float  # that one timing may take, at least one call
 
@@ -65,8 +64,7 @@ def full() -> Sizes:
         draft_batches=(1, 32),
         draft_prompt=1024,
         draft_tokens=64,
-        exact=replace(mini, num_layers=3, mtp_depth=1),
-        exact_batch=(8, 512),
+        exact=replace(mini, num_layers=2, mtp_depth=1),
         exact_tokens=64,
         seconds=1.0,
     )
@@ -75,7 +73,7 @@ def full() -> Sizes:
 def toy() -> Sizes:
     """Sizes at which a CPU runs every part within a minute: they show that the parts work, and nothing else."""
     small = dict(num_layers=1, num_dense_layers=0, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1)
-    headed = replace(preset("tiny"), **small)  # its step is compiled once, for two parts
+    headed = replace(preset("tiny"), **small)
     plain = replace(headed, mtp_depth=0)
     return Sizes(
         large=False,
@@ -101,7 +99,6 @@ def toy() -> Sizes:
         draft_prompt=30,
         draft_tokens=12,
         exact=headed,
-        exact_batch=(2, 32),
         exact_tokens=12,
         seconds=0.02,
     )

@@ -40,7 +40,7 @@ def fake(monkeypatch):
 
         card, toy, figures = CARD, False, FIGURES
 
-        def __init__(self, toy):
+        def __init__(self):
             Worker.measured = []
 
         def measure(self, part, seconds):

@@ -4,59 +4,35 @@ It prints one line of JSON on the device. Then it measures the part that each li
 for each thing it says, each figure, and the end.
 """
 
-import argparse
 import json
 import os
 import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, verdicts
 from experiments.accel.measuring import Part, sentence
 from experiments.accel.model_parts import decode, drafts, exact, more_decode, step
 from experiments.accel.op_parts import attention, bounds, eight_bits, few_rows, grouped, layer, loss, more_grouped
 from experiments.accel.right import OWN, right
 from experiments.accel.sizes import Sizes, full, toy
 
-PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda13-plugin", "jax-cuda12-plugin",
-            "jax-rocm7-plugin")  # fmt: skip
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 PARTS: dict[str, Callable[[Sizes], Part]] = {
     part.__name__: part
-    for part in (
-        bounds,
-        right,
-        layer,
-        attention,
-        grouped,
-        step,
-        decode,
-        exact,
-        few_rows,
-        more_decode,
-        more_grouped,
-        drafts,
-        loss,
-        eight_bits,
-    )
-}
+    for part in (bounds, right, layer, attention, grouped, step, decode, exact,
+                 few_rows, more_decode, more_grouped, drafts, loss, eight_bits)
+}  # fmt: skip
 
 
 def card() -> dict[str, Any]:
     """The device, its driver and the versions of the packages."""
     device = jax.devices()[0]
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     drivers = [Path(name).read_text().split("\n")[0] for name in DRIVER_FILES if Path(name).exists()]
     return {
         "kind": device.device_kind,
@@ -65,14 +41,11 @@ def card() -> dict[str, Any]:
         "memory": (device.memory_stats() or {}).get("bytes_limit"),
         "runtime": " ".join(device.client.platform_version.split()),
         "driver": " ".join(drivers[0].split()) if drivers else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **verdicts.versions()},
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--toy", action="store_true")
-    args = parser.parse_args()
     for kernel in OWN:
         kernel.add()
     # Libraries print on descriptor 1 too: the replies get one of their own.
@@ -87,7 +60,7 @@ def main() -> int:
     except Exception as error:  # no device, or a broken installation
         send(failed=sentence(error))
         return 1
-    small = args.toy or info["platform"] == "cpu"
+    small = info["platform"] == "cpu"
     sizes = toy() if small else full()
     send(card=info, toy=small)
     for line in sys.stdin:

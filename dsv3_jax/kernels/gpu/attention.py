@@ -77,6 +77,10 @@ def tokamax_blocks(key: int, value: int) -> tuple[int, int]:
     return KEYS if forward < SHARED_MEMORY else KEYS // 2, 2 if backward < SHARED_MEMORY else 1
 
 
+def _asked(scale: float) -> dict[str, Any]:
+    return dict(is_causal=True, logits_soft_cap=None, logits_scale=scale)
+
+
 def _tokamax_forward(q, k, v, first, scale, *, residuals: bool):
     """(The output, (maxima and sums of each row [B, H, T]) or None)."""
     forward, _ = tokamax_library.flash_attention()
@@ -85,23 +89,9 @@ def _tokamax_forward(q, k, v, first, scale, *, residuals: bool):
 
     def attend(q, k, v, first):
         return forward.flash_attention_kernel(
-            q,
-            k,
-            v,
-            None,
-            None,
-            first,
-            None,
-            is_causal=True,
-            logits_soft_cap=None,
-            logits_scale=scale,
-            out_dtype=q.dtype,
-            normalize_output=True,
-            return_residuals=residuals,
-            use_stable_softmax=True,
-            rescale_threshold=1.0,
-            config=config,
-        )
+            q, k, v, None, None, first, None, **_asked(scale), out_dtype=q.dtype, normalize_output=True,
+            return_residuals=residuals, use_stable_softmax=True, rescale_threshold=1.0, config=config,
+        )  # fmt: skip
 
     return jax.vmap(attend)(q, k, v, first)
 
@@ -123,23 +113,8 @@ def _tokamax_bwd(scale, saved, d_out):
     config = backward.Config(block_q_dkv=ROWS, block_kv_dkv=ROWS, block_q_dq=ROWS, block_kv_dq=ROWS, num_stages=stages)
 
     def gradients(q, k, v, first, out, rows, d_out):
-        return backward.flash_attention_vjp_kernel(
-            q,
-            k,
-            v,
-            rows,
-            out,
-            d_out,
-            None,
-            None,
-            first,
-            None,
-            logits_scale=scale,
-            logits_soft_cap=None,
-            is_causal=True,
-            ds_dtype=None,
-            config=config,
-        )[:3]
+        arrays = q, k, v, rows, out, d_out, None, None, first, None
+        return backward.flash_attention_vjp_kernel(*arrays, **_asked(scale), ds_dtype=None, config=config)[:3]
 
     return *jax.vmap(gradients)(q, k, v, first, out, rows, d_out), None
 
