@@ -50,6 +50,7 @@ from dsv3_jax.ops import (
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
+MANY_ROWS = 256  # rows that no decoding step on a GPU has, as a rule
 LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
 ROWS_OF_AN_EXPERT = 4  # on average, up to which a GPU reads an expert's weights for each row by itself
 LARGE_EXPERTS = 32 << 20  # bytes of a layer's matrix that a GPU's cache does not hold: each row reads it from memory
@@ -97,6 +98,11 @@ def _few_rows(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool
     rows = x.size // max(math.prod(x.shape[x.ndim - axes :]), 1)
     few = rows <= SMALL_BATCH and (rows > 1 or weights[0].nbytes >= LARGE_WEIGHT)
     return few and _all_float32(x, *weights)
+
+
+def _many_rows(x: Array, *weights: Array, **settings: Any) -> bool:
+    """Whether rows are not those of a decoding step, which has no gradient."""
+    return x.size >= MANY_ROWS * x.shape[-1]
 
 
 def _few_choices(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any) -> bool:
@@ -248,7 +254,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
-        Implementation("one_pass", products.swiglu_in_one_pass, GPUS),
+        Implementation("one_pass", products.swiglu_in_one_pass, GPUS, fits=_many_rows),
         _xla(products.swiglu),
         *_low_precision(low_precision.swiglu),
     ),
