@@ -292,8 +292,9 @@ class Execution:
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations; what trains is always float32
     # what the backward pass keeps of a layer, most memory first. none recomputes nothing. dots keeps products and
-    # attention. attention keeps its results alone and so computes it once. full keeps nothing
-    remat: Literal["none", "dots", "attention", "full"] = "none"
+    # attention. queries keeps attention's results, the factors of norms, and on a TPU the queries. attention keeps its
+    # results alone and so computes it once. full keeps nothing
+    remat: Literal["none", "dots", "queries", "attention", "full"] = "none"
     # which kernels compute: auto takes the fastest, xla those that XLA compiles; `dsv3 info PRESET --kernels` lists
     # other names. OP=NAME forces the kernel of one op; commas join several
     kernels: str = "auto"

@@ -14,7 +14,7 @@ from dsv3_jax.ops.sort_by_expert import count_by_expert, sort_by_expert
 
 BACKENDS = {
     "blocks": blocks.blocks_swiglu,
-    "ragged_dot": dispatch.grouped_swiglu,
+    "ragged_dot": partial(dispatch.grouped_swiglu, complete=True),
     "row_blocks": partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS),
     "dense": dispatch.dense_swiglu,
 }

@@ -107,13 +107,7 @@ CASES = [  # (data, expert, tensor), tokens, kernel, layout, size of a round, of
         (1, 8, 1), 8, "ragged_dot", Layout(expert_comm="all_to_all"), ((1, 2), (1, 2), 0), id="one token a device"
     ),
     pytest.param(
-        (2, 2, 2),
-        64,
-        "ragged_dot",
-        replace(MANY, fsdp=True),
-        ((12, 16), (3, 4), 4),
-        marks=pytest.mark.long,
-        id="2,2,2 fsdp",
+        (2, 2, 2), 64, "ragged_dot", replace(MANY, fsdp=True), ((12, 16), (3, 4), 4), marks=pytest.mark.long, id="fsdp"
     ),
     # All of a device's 24 tokens go to one peer.
     pytest.param((1, 8, 1), 192, "blocks", MANY, ((6, 6), (2, 2), 21), marks=pytest.mark.rare, id="many rounds"),
@@ -131,6 +125,13 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, exp
         rounds[load] = count_rounds(ids, sizes[0], peers, size, later)
         assert sent == pytest.approx((size.tokens + rounds[load] * later.tokens) * (peers - 1) / n, rel=1e-6), load
     assert rounds["even"] == 0 and (size, later, rounds["one device"]) == expected
+
+
+@pytest.mark.long
+def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
+    monkeypatch.setattr(Kernels, "turns_experts", True)
+    run = sharded(CFG, Layout(expert_comm="gather", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot")
+    assert [load for load, *_ in by_load(rng, run, 64)] == list(LOADS)
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

@@ -46,7 +46,7 @@ EAGLE = dict(num_layers=1, mtp_kind="eagle", mtp_depth=1, attention="gqa", num_h
     "changes, kernels, remat",
     [
         (TIED, "cpu", "none"),
-        pytest.param(dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "attention", marks=pytest.mark.long),
+        pytest.param(dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "queries", marks=pytest.mark.long),
         pytest.param(EAGLE, "auto,grouped_swiglu=dense", "full", marks=pytest.mark.long),
     ],
 )

@@ -436,6 +436,14 @@ class Kernels:
         return self.target.platform in GPUS
 
     @property
+    def turns_experts(self) -> bool:
+        """Whether a grouped product's gradient is faster by transposed experts, which it would make itself.
+
+        A TPU's. Under fsdp each device transposes its part, before they are gathered.
+        """
+        return self.target.platform == "tpu" and self.target.precision == "none"
+
+    @property
     def reads_all_slots(self) -> bool:
         """Whether attention to a cache reads slots that hold nothing: a GPU's has no loop that ends before them."""
         return self.target.platform in GPUS

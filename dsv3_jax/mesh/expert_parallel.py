@@ -88,14 +88,15 @@ def grouped_swiglu(
         n, apart = args[0].shape[0], how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, n, how.peers) if apart else "gather"
         if comm == "gather":
-            return _gathered(partial(kernels, "grouped_swiglu"), how, *args)
+            return _gathered(partial(kernels, "grouped_swiglu", complete=how.peers == 1), how, *args)
+        args = args[:4]
         if comm == "all_to_all":
             y, sent = all_to_all(*args, kernels=kernels, size=round_size(cfg, layout, n, how.peers))
         else:
             y, sent = ragged(*args, kernels=kernels)
         return (jax.lax.psum(y, "tensor") if how.hidden else y), sent
 
-    return _on_shards(meet, layout, x, expert_ids, gates, experts)
+    return _on_shards(meet, layout, x, expert_ids, gates, experts, turn=kernels.turns_experts)
 
 
 def decode_experts(
@@ -112,26 +113,33 @@ def decode_experts(
     return _on_shards(partial(_gathered, partial(kernels, "decode_experts")), layout, x, expert_ids, gates, experts)[0]
 
 
-def _on_shards(meet: Callable, layout: Layout, x: Array, ids: Array, gates: Array, experts: Experts):
-    """Call `meet(how, x, ids, gates, experts)` on each device: its tokens, its experts with their complete width D."""
+def _on_shards(
+    meet: Callable, layout: Layout, x: Array, ids: Array, gates: Array, experts: Experts, turn: bool = False
+):
+    """Call `meet(how, x, ids, gates, experts)` on each device: its tokens, its experts with their complete width D.
+
+    Args: turn: gathered experts go along transposed as well.
+    """
     mesh, rows = jax.sharding.get_abstract_mesh(), row_axes(x.shape[0])
     specs = tuple(spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True))
     how = Sharded(rows, specs, mesh.shape["expert"])
 
     def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
+        gathered = ()
         if how.gathered:
+            gathered = (_gather(jax.lax.stop_gradient(experts), how, x.dtype, (0, 2, 1)),) if turn else ()
             experts = _gather(experts, how, x.dtype)
         # All of one type, so that the gradients of experts are summed over devices here, once.
         experts = tuple(as_varying(w, x) for w in experts)
         x, gates = (as_varying(a, experts[0]) for a in (x, gates))
-        return meet(how, x, ids, gates, experts)
+        return meet(how, x, ids, gates, experts, *gathered)
 
     tokens = P(rows)
     in_specs = tokens, tokens, tokens, specs
     return jax.shard_map(local, in_specs=in_specs, out_specs=(tokens, P()))(x, ids, gates, experts)
 
 
-def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
+def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, experts: Experts, turned: Any = None):
     """(y of this device's tokens, copies of a token sent), by `run` on the tokens of all peers."""
     shared, sent = how.peers > 1, 0.0
     if shared and "expert" in how.rows:
@@ -139,7 +147,7 @@ def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, e
         sent = how.peers - 1.0
     if shared:
         ids, gates = to_local_ids(ids, gates, experts[0].shape[0])
-    y = run(x, ids, gates, *experts)
+    y = run(x, ids, gates, *experts) if turned is None else run(x, ids, gates, *experts, turned=turned)
     if how.hidden:
         y = jax.lax.psum(y, "tensor")
     if shared and "expert" in how.rows:
@@ -149,13 +157,13 @@ def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, e
     return y, jnp.asarray(sent, jnp.float32)
 
 
-def _gather(experts: tuple[Array, ...], how: Sharded, dtype: Any) -> tuple[Array, ...]:
-    """The experts [E, …] cast, and gathered along "data"."""
+def _gather(experts: tuple[Array, ...], how: Sharded, dtype: Any, order: Any = (0, 1, 2)) -> tuple[Array, ...]:
+    """The experts [E, …] cast, their axes in that order, and gathered along "data"."""
     # If "data" does not shard the tokens, its devices all do the same with them, and JAX must know.
     to = "varying" if "data" in how.rows else "invarying"
     return tuple(
-        jax.lax.all_gather(w.astype(dtype), "data", axis=_along_data(spec)[0], tiled=True, to=to)
-        for spec, w in zip(how.experts, experts, strict=True)
+        jax.lax.all_gather(w.astype(dtype).transpose(order), "data", axis=order[_along_data(of)[0]], tiled=True, to=to)
+        for of, w in zip(how.experts, experts, strict=True)
     )
 
 

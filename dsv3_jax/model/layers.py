@@ -12,12 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.kernels.cpu.draws import compile_lightly
 from dsv3_jax.kernels.cpu.memory import views
-from dsv3_jax.ops.attention import RESULTS
+from dsv3_jax.ops.attention import QUERIES, RESULTS
+
+# Names for `jax.checkpoint`, see `recompute`.
+CHOICE = "choice"  # a router's logits and ids
+NORMS = "norms"  # each row's factor
 
 
 def param(
@@ -203,8 +208,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         wide = x.astype(np.promote_types(x.dtype, np.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        factor = checkpoint_name(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps), NORMS)
+        scale = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * factor * scale).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -260,17 +266,19 @@ def recompute(f: Callable, remat: str) -> Callable:
     """A function whose backward pass recomputes what `remat` does not keep.
 
     "none" keeps every result; "dots" keeps matrix products and attention; "attention" keeps attention's output and its
-    rows' log-sums, so that its forward pass runs once; "full" keeps only the arguments.
+    rows' log-sums, so that its forward pass runs once, and the router's choice; "queries" keeps beside these what a TPU
+    is slow to make again, queries and the factors of norms; "full" keeps only the arguments.
     """
     if remat == "none":
         return f
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names(RESULTS)
+    names = (RESULTS, CHOICE, *((QUERIES, NORMS) if remat == "queries" else ()))
+    attention = policies.save_only_these_names(*names)
     if remat == "dots":
         return jax.checkpoint(
             f, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
         )
-    return jax.checkpoint(f, policy=attention if remat == "attention" else None)
+    return jax.checkpoint(f, policy=None if remat == "full" else attention)
 
 
 def loop_layers(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig, check_inputs
@@ -13,7 +14,7 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import SwiGLU, draws_together, param
+from dsv3_jax.model.layers import CHOICE, SwiGLU, draws_together, param
 from dsv3_jax.ops import balance, dispatch, routing
 from dsv3_jax.ops.varying import as_varying
 
@@ -132,7 +133,9 @@ class MoE(nnx.Module):
             return *kernels("capacity_swiglu", x, ids, gates, *experts, factor=self.cfg.capacity_factor), none
         decode = not ctx.options.may_drop and gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
         if not on_mesh():
-            return kernels("decode_experts" if decode else "grouped_swiglu", x, ids, gates, *experts), none, none
+            if decode:
+                return kernels("decode_experts", x, ids, gates, *experts), none, none
+            return kernels("grouped_swiglu", x, ids, gates, *experts, complete=True), none, none
         if decode:
             y = expert_parallel.decode_experts(x, ids, gates, experts, kernels=kernels, layout=self.layout)
             return y, none, none
@@ -154,7 +157,7 @@ class MoE(nnx.Module):
 
         def local(w_router, bias, w_noise, layer, x, mask, tokens, keys, given):
             flat, needs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), {}
-            logits = self.kernels("exact_product", flat, w_router)
+            logits = checkpoint_name(self.kernels("exact_product", flat, w_router), CHOICE)
             if tokens is not None:
                 needs["tokens"] = tokens.reshape(-1)
             if keys is not None:
@@ -163,6 +166,7 @@ class MoE(nnx.Module):
             if given is not None:
                 needs["given"] = given.reshape(-1, given.shape[-1])
             flat = routing.route(logits, bias, cfg, **needs)
+            flat = flat._replace(expert_ids=checkpoint_name(flat.expert_ids, CHOICE))
             picked = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), flat)
             load, sequence_loss = balance.load(picked.expert_ids, cfg.num_experts, mask), jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:

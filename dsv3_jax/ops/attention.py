@@ -15,7 +15,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-RESULTS = "attention"  # name, for `jax.checkpoint`, of what the gradient needs of the forward pass: output, log-sums
+# Names for `jax.checkpoint`.
+RESULTS = "attention"  # what the gradient needs of the forward pass: output, log-sums
+QUERIES = "queries"  # as a kernel reads them, where it has them in an order of its own
 MAX_SCORES = 1 << 21  # numbers in the scores of one pair of blocks: 8 MB in float32
 LARGE_SCORES = 1 << 25  # the same for devices with more memory, where starting a product costs more: 128 MB in float32
 

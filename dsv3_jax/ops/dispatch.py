@@ -65,6 +65,8 @@ def grouped_swiglu(
     *,
     product: GroupedProduct = RAGGED_DOT,
     rows: int | None = None,
+    turned: tuple[Array, Array, Array] | None = None,
+    complete: bool = False,
 ) -> Float[Array, "n D"]:
     """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
@@ -77,6 +79,8 @@ def grouped_swiglu(
         w_gate, w_up, w_down: the experts' matrices, cast to x's dtype for use.
         product: the backend of the grouped products.
         rows: choices that name an expert, at most: the arrays have so many rows. None means all, n·K.
+        turned: the three transposed in x's dtype, for a backend whose `dx` would transpose them; they take no gradient.
+        complete: every id names an expert, so that no row must be masked.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
@@ -86,17 +90,18 @@ def grouped_swiglu(
     """
     p = product.sort(expert_ids, w_gate.shape[0])
     p = p._replace(order=p.order[:rows])  # choices of no expert come last
-    return _grouped(product, x, gates.astype(x.dtype), (w_gate, w_up, w_down), p)
+    complete = complete and rows is None and p.order.size % product.row_multiple == 0
+    return _grouped(product, complete, x, gates.astype(x.dtype), (w_gate, w_up, w_down), turned, p)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(product, x, gates, weights, p: SortedRows):
-    return _forward(product, x, gates, weights, p)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(product, complete, x, gates, weights, turned, p: SortedRows):
+    return _forward(product, complete, x, gates, weights, p)[0]
 
 
-def _grouped_fwd(product, x, gates, weights, p):
-    y, inner = _forward(product, x, gates, weights, p)
-    return y, (x, gates, weights, p, inner)
+def _grouped_fwd(product, complete, x, gates, weights, turned, p):
+    y, inner = _forward(product, complete, x, gates, weights, p)
+    return y, (x, gates, weights, turned, p, inner)
 
 
 class _Rows(NamedTuple):
@@ -104,49 +109,50 @@ class _Rows(NamedTuple):
 
     token: Array  # int32 [m]
     gate: Array  # float32 [m, 1]
-    in_expert: Array  # bool [m, 1]: not padding, and of an expert that is here
+    in_expert: Array | None  # bool [m, 1]: not padding, and of an expert that is here; None: all are
 
 
-def _sorted_rows(product: GroupedProduct, gates: Array, p: SortedRows) -> _Rows:
+def _sorted_rows(product: GroupedProduct, complete: bool, gates: Array, p: SortedRows) -> _Rows:
     pad = -p.order.size % product.row_multiple
     order = jnp.pad(p.order, (0, pad))
-    in_expert = jnp.arange(order.size, dtype=jnp.int32) < p.total
+    in_expert = None if complete else (jnp.arange(order.size, dtype=jnp.int32) < p.total)[:, None]
     gate = _take(gates.reshape(-1), order).astype(wide(gates.dtype))
-    return _Rows(order // gates.shape[1], gate[:, None], in_expert[:, None])
+    return _Rows(order // gates.shape[1], gate[:, None], in_expert)
 
 
-def _forward(product, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
+def _forward(product, complete, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave)."""
     w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
-    rows = _sorted_rows(product, gates, p)
+    rows = _sorted_rows(product, complete, gates, p)
     x_rows = _take(x, rows.token)
     inner = tuple(product.forward(x_rows, w, p.counts) for w in (w_gate, w_up))
     a, b = (part.astype(wide(part.dtype)) for part in inner)
     h = _rounded(jax.nn.silu(a) * b * rows.gate, rows, x.dtype)
-    return _sum_choices((product.forward(h, w_down, p.counts),), p), inner
+    return _sum_choices((product.forward(h, w_down, p.counts),), p, complete), inner
 
 
-def _grouped_bwd(product, saved, dy):
-    x, gates, weights, p, inner = saved
-    w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
-    rows = _sorted_rows(product, gates, p)
+def _grouped_bwd(product, complete, saved, dy):
+    x, gates, weights, turned, p, inner = saved
+    back = product.dx if turned is None else product.forward
+    w_gate, w_up, w_down = _matrices(product, weights, x.dtype) if turned is None else turned
+    rows = _sorted_rows(product, complete, gates, p)
     x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
     a, b = (part.astype(wide(part.dtype)) for part in inner)
     sig = jax.nn.sigmoid(a)
     silu = a * sig
     h = _rounded(silu * b * rows.gate, rows, x.dtype)
-    d_h = product.dx(dy_rows, w_down, p.counts).astype(a.dtype)
+    d_h = back(dy_rows, w_down, p.counts).astype(a.dtype)
     # Else XLA sums again what it has in hand, in the fusion that adds these to the router's gradient.
     d_gates = jax.lax.optimization_barrier((d_h * silu * b).sum(-1))
     d_h = d_h * rows.gate
     d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
-    dx = _sum_choices(tuple(product.dx(d, w, p.counts) for d, w in zip(d_inner, (w_gate, w_up), strict=True)), p)
+    dx = tuple(back(d, w, p.counts) for d, w in zip(d_inner, (w_gate, w_up), strict=True))
     dw = (
         *(product.dw(x_rows, d, p.counts, weights[0].dtype) for d in d_inner),
         product.dw(h, dy_rows, p.counts, weights[2].dtype),
     )
-    d_gates = jnp.where(p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)), 0)
-    return dx, d_gates.astype(gates.dtype), dw, None
+    d_gates = _or_zero(None if complete else p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)))
+    return _sum_choices(dx, p, complete), d_gates.astype(gates.dtype), dw, None, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
@@ -162,7 +168,7 @@ def _rounded(values: Array, rows: _Rows, dtype) -> Array:
     return _or_zero(rows.in_expert, values).astype(dtype)
 
 
-def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
+def _sum_choices(parts: tuple[Array, ...], p: SortedRows, complete: bool) -> Array:
     """y_t = Σ_k of row (t, k), in float32: each token fetches its rows, so no two additions meet. [n, K, D] never
     exists.
     """
@@ -171,15 +177,15 @@ def _sum_choices(parts: tuple[Array, ...], p: SortedRows) -> Array:
     for k in range(p.row.shape[1]):
         row = p.row[:, k]
         fetched = sum(_take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y.dtype) for part in parts)
-        y = y + _or_zero((row < total)[:, None], fetched)
+        y = y + _or_zero(None if complete else (row < total)[:, None], fetched)
     return y.astype(parts[0].dtype)
 
 
-def _or_zero(mask: Array, values: Any) -> Array:
-    """Values where the mask is true, else 0. The zeros depend on the mask: before a scan over layers JAX would write
-    others out as an array, which each layer then reads.
+def _or_zero(mask: Array | None, values: Any) -> Array:
+    """Values where the mask is true, else 0; without a mask, all. The zeros depend on the mask: before a scan over
+    layers JAX would write others out as an array, which each layer then reads.
     """
-    return jnp.where(mask, values, (mask ^ mask).astype(values.dtype))
+    return values if mask is None else jnp.where(mask, values, (mask ^ mask).astype(values.dtype))
 
 
 def _take(x: Array, rows: Array) -> Array:

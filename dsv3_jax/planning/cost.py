@@ -312,7 +312,7 @@ def _train_flops(run: RunConfig) -> float:
     counted = size(cfg, run.data.seq_len)
     scores = counted.attention_flops / 2  # a token sees half of the sequence on average
     total = train_flops_per_token(cfg, adapted=run.lora.on if run.lora.rank else ()) + 3 * scores
-    if remat in ("attention", "full"):
+    if remat in ("queries", "attention", "full"):
         head = cfg.vocab_size * cfg.dim
         total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth))
         total += scores if remat == "full" else 0

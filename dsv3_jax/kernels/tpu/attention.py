@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops import cached_attention
-from dsv3_jax.ops.attention import RESULTS, scaled
+from dsv3_jax.ops.attention import QUERIES, RESULTS, scaled
 
 LARGEST_BLOCK = 1024  # rows of a block; the fastest in its authors' timings on v5p and v6e, of lengths 1024 to 8192
 AT_A_TIME = 640  # keys whose scores are computed at once, at most; float32 scores then fit a v5p's 16 MB of scratch
@@ -79,7 +81,8 @@ def causal_attention(
 
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padded - length)), constant_values=-1)
     segments = splash.SegmentIds(segment_ids, segment_ids)
-    out = jax.vmap(attend)(heads_first(scaled(q, scale)), heads_first(k), heads_first(v), segments)
+    q = checkpoint_name(heads_first(scaled(q, scale)), QUERIES)
+    out = jax.vmap(attend)(q, heads_first(k), heads_first(v), segments)
     return out.swapaxes(1, 2)[:, :length]
 
 
@@ -94,12 +97,17 @@ def rotate_last(x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleav
     signs = np.zeros((x.shape[-1], x.shape[-1]), np.float32)
     signs[second, first], signs[first, second] = -1, 1
 
+    copies = np.zeros((half, x.shape[-1]), np.float32)
+    copies[np.arange(half), first] = copies[np.arange(half), second] = 1
+
     def spread(of_pairs: Array, of_rest: float) -> Array:
-        both = jnp.repeat(of_pairs, 2, axis=-1) if interleaved else jnp.concatenate([of_pairs, of_pairs], axis=-1)
-        return jnp.pad(both, [(0, 0)] * (both.ndim - 1) + [(rest, 0)], constant_values=of_rest)
+        both = jnp.dot(of_pairs, copies, precision=jax.lax.Precision.HIGHEST)  # exact
+        return both + np.where(np.arange(x.shape[-1]) < rest, np.float32(of_rest), 0).reshape(1, 1, 1, -1)
 
     # Heads first, as the kernel wants them.
     x, cos, sin = (a.swapaxes(1, 2) for a in (x, spread(cos, 1.0), spread(sin, 0.0)))
+    # Else XLA on a mesh makes queries with the positions last, and copies them for the product.
+    x = with_layout_constraint(x, Layout((0, 1, 2, 3)))
     return _turn(x, cos, sin, jnp.asarray(signs, x.dtype)).swapaxes(1, 2)
 
 
