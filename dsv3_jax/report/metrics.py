@@ -33,7 +33,7 @@ class Rows:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     rows = Rows(Path(folder, LOAD_FILE), after=0)
         ...     rows.write({"step": 1, "load": [[3, 1]]})
-        ...     rows.rows()
+        ...     read_rows(Path(folder, LOAD_FILE))
         [{'step': 1, 'load': [[3, 1]]}]
     """
 
@@ -53,10 +53,6 @@ class Rows:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-    def rows(self) -> list[dict]:
-        """Return all rows of the file."""
-        return read_rows(self._path)
 
 
 def load_every(run: RunConfig) -> int:

@@ -54,23 +54,19 @@ def cache_quality(
     found: dict[str, CacheQuality] = {}
     exact: list[np.ndarray] = []
     for name in dtypes:
+        dtype = pick_dtype(model.compute_dtype, name)
         nats, same, count = 0.0, 0.0, 0.0
         for i, batch in enumerate(batches):
             tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
-            read = _through_cache(graphdef, state, tokens, kind=kind, dtype=pick_dtype(model.compute_dtype, name))
-            nll, best = (np.asarray(x) for x in read)
+            nll, best = map(np.asarray, _through_cache(graphdef, state, tokens, kind=kind, dtype=dtype))
             if len(exact) == i:
                 exact.append(best)
             loss_mask = jnp.asarray(batch["loss_mask"]) if "loss_mask" in batch else None
             mask = np.asarray(targets(tokens, segment_ids, 1, loss_mask)[1])
             nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
             same += (best == exact[i])[mask].sum()
-        dtype = pick_dtype(model.compute_dtype, name)
-        found[name] = CacheQuality(
-            float(nats / max(count, 1)),
-            float(same / max(count, 1)),
-            bytes_per_token(cfg, kind, dtype),
-        )
+        count = max(count, 1)
+        found[name] = CacheQuality(float(nats / count), float(same / count), bytes_per_token(cfg, kind, dtype))
     return found
 
 

@@ -40,7 +40,7 @@ from dsv3_jax.files import check_writable
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
-from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows, load_every, load_row
+from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, Metrics, Rows, load_every, load_row, read_rows
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
 from dsv3_jax.report.speed import Speed
@@ -301,7 +301,7 @@ class Training:
                 order2 = order2_of(self.source, self.tokenizer, self.held_out)
             if self.options.report and processes.is_first():
                 self.lock.check()
-                pictures = draw(self.out, evaluation, self.metrics.rows(), self.job.run.model)
+                pictures = draw(self.out, evaluation, read_rows(self.out / METRICS_FILE), self.job.run.model)
             self.progress.show_result(evaluation, order2, self.out, pictures)
         else:
             self.progress.say(f"stopped and saved at step {self.step}; the same command resumes from there")
