@@ -66,7 +66,7 @@ def made_up(
     more["information"] = {name + end: as_lists(x * bits[name]) for name in NAMES for end, x in ends.items()}
     log = None
     if measured:
-        log = LoadLog(steps, rng.integers(1, 9, (40, *cells)), steps, rng.normal(0, 0.1, (40, *cells)))
+        log = LoadLog(steps, rng.integers(1, 9, (40, *cells)), rng.normal(0, 0.1, (40, *cells)))
         delta = rng.gamma(1.0, 0.004, (layers, experts))
         worth = Worth(3.0, 3.0 + delta, delta - 0.002, delta + 0.002, 20_000, 80, 100)
         found = {"match": [rng.permutation(experts).tolist() for _ in names]}

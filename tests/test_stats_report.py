@@ -42,12 +42,12 @@ def test_a_text_is_a_sentence_or_a_file(tmp_path):
 
 
 def test_loads_of_wrong_types_are_no_rows(tmp_path):
-    loads = [{"load": [[1, 2]]}, {"load": [[1, 2, 3]]}, {"load": [[1.5, 2]]}]
+    loads = [{"load": [[1, 2]], "bias": [[0, 0.5]]}, {"load": [[1, 2, 3]]}, {"load": [[1.5, 2]]}]
     loads += [{"load": [[1, 2]], "bias": bias} for bias in ([["0.5", 1.0]], [[0, 1.5]])]
     (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads)))
     log = read_load(tmp_path)
     assert log.steps.tolist() == [0, 4] and log.load.tolist() == [[[1, 2]]] * 2
-    assert log.bias_steps.tolist() == [4] and log.bias.tolist() == [[[0, 1.5]]]
+    assert log.bias.tolist() == [[[0, 0.5]], [[0, 1.5]]]
 
 
 @pytest.fixture(scope="module")

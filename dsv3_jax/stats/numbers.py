@@ -235,8 +235,8 @@ def _bias(stats: RoutingStats, log: LoadLog | None) -> dict[str, Any] | None:
     value, without, changed = stats.bias
     history = None
     if log is not None and log.bias is not None:
-        picked = _evenly(len(log.bias_steps), _budget(MOST_HISTORY, value.size, HISTORY))
-        history = {"steps": log.bias_steps[picked].tolist(), "value": as_lists(log.bias[picked])}
+        picked = _evenly(len(log.steps), _budget(MOST_HISTORY, value.size, HISTORY))
+        history = {"steps": log.steps[picked].tolist(), "value": as_lists(log.bias[picked])}
     return {
         "value": as_lists(value),
         "history": history,

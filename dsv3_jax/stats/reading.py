@@ -148,8 +148,7 @@ class LoadLog(NamedTuple):
 
     steps: Int64[np.ndarray, " S"]  # ascending
     load: Int64[np.ndarray, "S L E"]  # assignments
-    bias_steps: Int64[np.ndarray, " P"]  # the steps that have a bias: none in older runs
-    bias: Float64[np.ndarray, "P L E"] | None
+    bias: Float64[np.ndarray, "S L E"] | None  # None without a rule that moves it
 
 
 def read_load(run: str | Path) -> LoadLog | None:
@@ -162,11 +161,6 @@ def read_load(run: str | Path) -> LoadLog | None:
     rows = [row for row in read_rows(Path(run) / LOAD_FILE) if row.get("load")]
     if not rows:
         return None
-    load = np.array([row["load"] for row in rows])
-    biased = [row for row in rows if "bias" in row and np.shape(row["bias"]) == load.shape[1:]]
-    return LoadLog(
-        np.array([row["step"] for row in rows]),
-        load,
-        np.array([row["step"] for row in biased], np.int64),
-        np.array([row["bias"] for row in biased], np.float64) if biased else None,
-    )
+    steps, load = (np.array([row[key] for row in rows]) for key in ("step", "load"))
+    has_bias = all(np.shape(row.get("bias", 0)) == load.shape[1:] for row in rows)
+    return LoadLog(steps, load, np.array([row["bias"] for row in rows], np.float64) if has_bias else None)
