@@ -86,10 +86,11 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
     "by_product": ("tpu", "rotate_last", 0, nullcontext),
     "one_product": ("tpu", "expand", 0, nullcontext),
     "in_place": ("cuda", "expand", 0, nullcontext),
+    "two_rows": ("cuda", "swiglu", 2, nullcontext),
     "latent": ("tpu", "cached_attention", 1, tpu_interpreter),
 }
 
-IN_CI = ("mosaic", "splash", "latent", "by_product", "one_product", "in_place")
+IN_CI = ("mosaic", "splash", "latent", "by_product", "one_product", "in_place", "two_rows")
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,10 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
 @pytest.mark.parametrize(
     "target, name, batch, blocks, most, launches, kernels",
     [
-        (GPU, "v2_lite", 32, 1, 1.25, 33, "auto"),
-        pytest.param(GPU, "v2_lite", 128, 1, 1.1, 30, "cached_attention=latent", marks=pytest.mark.rare),
-        ("tpu:v6e:1x1", "mini", 32, 8, 1.25, 140, "auto"),
+        (GPU, "v2_lite", 1, 1, 1.13, 36, "auto"),
+        (GPU, "v2_lite", 32, 1, 1.27, 33, "auto"),  # 1.22 with all 27 layers: of the dense one w_down is padded
+        pytest.param(GPU, "v2_lite", 128, 1, 1.11, 30, "cached_attention=latent", marks=pytest.mark.rare),
+        ("tpu:v6e:1x1", "mini", 32, 8, 1.1, 140, "auto"),
     ],
 )
 def test_a_decoding_step_reads_what_it_must(monkeypatch, target, name, batch, blocks, most, launches, kernels):
@@ -155,7 +156,10 @@ def test_recording_and_replaying_experts_gathers_no_weights_and_calls_no_host(ta
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype, once, later, kept", [("bfloat16", 25e9, 24e9, 2.5e9), ("float32", 42e9, 46.5e9, 4e9)])
+@pytest.mark.parametrize(
+    "dtype, once, later, kept",
+    [pytest.param("bfloat16", 25e9, 24e9, 2.5e9, marks=pytest.mark.rare), ("float32", 42e9, 46.5e9, 4e9)],
+)
 def test_a_layer_on_eight_gpus_has_the_rows_that_are_real(dtype, once, later, kept):
     """V3's experts over 8 H100s, 4,096 tokens each: 1.25 times the rows of even load. A step's are bfloat16."""
     cfg, layout, peers = preset("v3"), Layout(), 8

@@ -100,6 +100,10 @@ def _few_rows(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool
     return few and _all_float32(x, *weights)
 
 
+def _one_row(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool:
+    return x.size == math.prod(x.shape[x.ndim - axes :])
+
+
 def _many_rows(x: Array, *weights: Array, **settings: Any) -> bool:
     """Whether rows are not those of a decoding step, which has no gradient."""
     return x.size >= MANY_ROWS * x.shape[-1]
@@ -248,6 +252,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
+        Implementation("two_rows", partial(products.in_two_rows, products.product), GPUS, fits=_one_row),
         _xla(products.product),
         *_low_precision(low_precision.product),
     ),
@@ -255,6 +260,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
         Implementation("one_pass", products.swiglu_in_one_pass, GPUS, fits=_many_rows),
+        Implementation("two_rows", partial(products.in_two_rows, products.swiglu), GPUS, fits=_one_row),
         _xla(products.swiglu),
         *_low_precision(low_precision.swiglu),
     ),
@@ -468,7 +474,7 @@ class Kernels:
 
         Example:
             >>> Kernels(Target("cuda", "xla"), (("tokamax", "it is not installed"),)).describe()
-            'kernels for cuda: large_blocks, xla, row_blocks, by_row, one_pass, by_memory, in_order, in_place'
+            'kernels for cuda: large_blocks, xla, row_blocks, by_row, two_rows, one_pass, by_memory, in_order, in_place'
         """
         line = f"kernels for {self.target.platform}: {', '.join(dict.fromkeys(self.chosen(dtype, devices).values()))}"
         wanted = {row.name for op in TABLE for row in self.target.rows(op)}

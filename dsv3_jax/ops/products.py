@@ -1,5 +1,7 @@
 """Products with a weight, in the dtype of the activations; the router's is exact float32 on every device."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,6 +17,23 @@ def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Fl
         Array([1., 6.], dtype=float32)
     """
     return jnp.tensordot(x, w.astype(x.dtype), axes)
+
+
+def in_two_rows(
+    multiply: Callable, x: Float[Array, "..."], *weights: Float[Array, "..."], **settings: int
+) -> Float[Array, "..."]:
+    """Compute `product` or `swiglu` for a single row by adding a row of zeros, which moves no more bytes on a GPU.
+
+    For one row XLA would write w times x, as large as w, and read it again to add it up.
+
+    Example:
+        >>> in_two_rows(product, jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [0.0, 3.0]]))
+        Array([1., 6.], dtype=float32)
+    """
+    lead = x.ndim - settings.get("axes", 1)
+    two = jnp.pad(x.reshape(1, *x.shape[lead:]), [(0, 1)] + [(0, 0)] * (x.ndim - lead))
+    y = multiply(two, *weights, **settings)[0]
+    return y.reshape(*x.shape[:lead], *y.shape)
 
 
 def exact_product(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:

@@ -249,12 +249,13 @@ def decode_cost(
         "batch": _shard_bytes(tokens),
     }
     reached = distinct_experts(cfg, batch * mesh.shape["expert"] // mesh.size) / cfg.num_experts
-    experts = weights.get("routed experts", 0)
-    bytes_read = sum(weights.values()) - experts * (1 - reached) + _shard_bytes(cache) * share_read(cfg, context, kind)
+    unread = weights.get("routed experts", 0) * (1 - reached)
+    unread += 0 if cfg.tie_embeddings else _shard_bytes(params["embed"])  # a step reads rows of it
+    read = sum(weights.values()) - unread + _shard_bytes(cache) * share_read(cfg, context, kind)
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
         "decoding step", mesh, target, jax.jit(step, donate_argnums=3), (params, bias, by_layer, cache, tokens),
-        tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=bytes_read,
+        tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=read,
     )  # fmt: skip
 
 
