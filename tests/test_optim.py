@@ -206,7 +206,7 @@ def test_unknown_names_are_refused_in_a_sentence():
         unhooked("dsv3_jax.training.optim").check(OptimConfig(), "adam")
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path):
     text, model = write_text(tmp_path / "text"), replace(MODEL, num_layers=1, mtp_depth=0)
     run = make_run(text, model=model, steps=4, eval_every=4, save_every=2, eval_batches=1)

@@ -28,7 +28,6 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 from dsv3_jax.files import PART, file_hash, read_json, write_atomic
 from dsv3_jax.lock import acquire
-from dsv3_jax.report.progress import track
 
 SETTINGS, LOCK = "settings.json", "tokenize.lock"
 
@@ -118,7 +117,7 @@ def encoder_of(job: Tokenize) -> Encoder:
 
 
 def tokenize(job: Tokenize) -> Manifest:
-    """Write the shards of a job that are not there yet, and the manifest.
+    """Write the shards of a job that are not there yet, and the manifest. Print a line after each shard.
 
     Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or that another process
         writes; for documents of which none is held out, or all are.
@@ -141,25 +140,28 @@ def tokenize(job: Tokenize) -> Manifest:
         domains: dict[str, int] = {}
         began = time.monotonic()
         shards: list[dict[str, Any]] = []
-        for group in track(_groups(job, domains), None, "shards"):
+        for group in _groups(job, domains):
             shards.append(_shard(job, encoder, settings, len(shards), group))
             lock.check()
+            print(_summary(shards, time.monotonic() - began), flush=True)
         files = {name: facts for shard in shards for name, facts in shard["files"].items()}
-        documents, tokens = (sum(facts[key] for facts in files.values()) for key in ("documents", "tokens"))
-        left_out, speed = sum(shard["left_out"] for shard in shards), tokens / max(time.monotonic() - began, 1e-9)
-        print(
-            f"{len(shards):,} shards, {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
-            + (f"; left out: {left_out:,} without an assistant's turn or too long" if left_out else "")
-        )
         for side, what in zip(SIDES, ("leaves no document for training", "holds no document out"), strict=True):
             if not any(facts["side"] == side for facts in files.values()):
                 raise ValueError(f"val_fraction={job.val_fraction} {what}; there are too few documents")
         values = {name: settings[name] for name in ("version", "format", "row_tokens", "tokenizer")} | {
             "vocab_size": encoder.tokenizer.vocab_size, "domains": list(domains), "files": files,
-            "documents": documents,
+            "documents": sum(facts["documents"] for facts in files.values()),
         }  # fmt: skip
         write_atomic(job.out / MANIFEST, sealed(values))
     return read_manifest(job.out)
+
+
+def _summary(shards: list[dict[str, Any]], seconds: float) -> str:
+    files = [facts for shard in shards for facts in shard["files"].values()]
+    documents, tokens = (sum(facts[key] for facts in files) for key in ("documents", "tokens"))
+    left_out, speed = sum(shard["left_out"] for shard in shards), tokens / max(seconds, 1e-9)
+    line = f"{len(shards):,} shards, {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
+    return line + (f"; left out: {left_out:,} without an assistant's turn or too long" if left_out else "")
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -140,8 +140,8 @@ class Progress:
         self.say(f"{drawn}numbers: {out / 'metrics.jsonl'}")
 
 
-def track(items: Iterable[T], total: int | None, name: str) -> Iterator[T]:
-    """Yield the items, with a progress bar on stderr if that is a terminal. None: nobody knows how many there are.
+def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
+    """Yield the items, with a progress bar on stderr if that is a terminal.
 
     Example:
         >>> list(track("abc", 3, "letters"))
