@@ -54,7 +54,7 @@ each = pytest.mark.parametrize("words", NAMES, indirect=True)
 
 
 @each
-def test_round_trip_and_bytes(words):
+def test_round_trip_and_bytes(words, monkeypatch):
     """decode(encode) is the text; byte lengths sum to its bytes."""
     text = TEXT + "ʘ"  # several tokens in every vocabulary
     ids = words.encode(text)
@@ -64,6 +64,7 @@ def test_round_trip_and_bytes(words):
     assert words.byte_lengths.dtype == np.int32 and words.byte_lengths.shape == (words.vocab_size,)
     assert words.byte_lengths[ids].sum() == len((prefix + text).encode())
     many = [text[i:] for i in range(70)]
+    monkeypatch.setattr(tok, "_BATCH", 100)
     assert [ids.tolist() for ids in words.encode_arrays(many)] == [words.encode(text) for text in many]
 
 
