@@ -15,7 +15,7 @@ from runs import MODEL, assert_bitwise, make_run, packed_batch
 
 import dsv3_jax as ds
 from dsv3_jax import train
-from dsv3_jax.config import ConfigError, Execution, Lora, RunConfig
+from dsv3_jax.config import ConfigError, Execution, Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.reading import load
 from dsv3_jax.mesh import sharding
@@ -161,6 +161,25 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
     step = make_step(Job(run))
     assert f"<{'x'.join(map(str, experts['w_gate'].shape))}xbf16>" not in step.lower(state, batch).as_text()
     (theirs, of_wide), (ours, of_ours) = step(wide, batch), step(state, batch)
+    assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
+    assert of_ours["finite"] and of_ours["grad_norm"] > 0
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)])
+def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypatch, sizes):
+    cfg, mesh = replace(CFG, dim=256), sharding.make_mesh(*sizes)
+    ds.hf.save(random_model(cfg), tmp_path / "model", fp8=True, quiet=True)
+    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    how = replace(HOW["bfloat16"], layout=Layout(fsdp=True))
+    run = replace(run_from(str(tmp_path / "model"), "bfloat16"), model=cfg, execution=how)
+    batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)
+    with jax.set_mesh(mesh):
+        state, _ = warm_start.begin(Job(run, mesh), train.open_start(run.start))
+        wide = widened(run, state, jnp.bfloat16)
+        wide = jax.device_put(wide, sharding.state_sharding(wide, mesh, fsdp=True))
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        (theirs, of_wide), (ours, of_ours) = (make_step(Job(run, mesh))(x, batch) for x in (wide, state))
     assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
     assert of_ours["finite"] and of_ours["grad_norm"] > 0
 
