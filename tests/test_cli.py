@@ -50,6 +50,7 @@ BAD = {
     "train tiny --out {new} --data.paths {absent}": "{absent}",
     "train tiny --out {new} --data.paths {text} --data.tokenizer {words}": "vocab_size=260 is below the tokenizer's",
     "eval {run} --batches 0": "batches=0",
+    "stats {run} --tokens rows.parquet": "tokens='rows.parquet' does not end in .npz",
     "generate {run} --samples 2": "samples=2 is for --prompts FILE.jsonl --out OUT.jsonl",
     "generate {run} --prompts {one}": "prompts and out go together",
     "generate {run} --prompts {one} --out {one}": "out='{one}' exists; delete it, or name another file",

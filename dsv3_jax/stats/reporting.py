@@ -74,13 +74,15 @@ class ReportOptions:
     kernels: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError for batches, draws, a seed or worth_tokens out of range."""
+        """Raise ValueError for batches, draws, a seed or worth_tokens out of range, and for tokens that are no .npz."""
         for name in ("batches", "draws", "worth_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is negative")
+        if self.tokens is not None and self.tokens.suffix != ".npz":
+            raise ValueError(f"tokens={str(self.tokens)!r} does not end in .npz")
 
 
 @dataclass(frozen=True, kw_only=True)
