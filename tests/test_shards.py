@@ -10,13 +10,16 @@ import pytest
 from runs import unhooked_cli
 from test_data import BYTES, assert_same, epoch, take
 
+import dsv3_jax as ds
+from dsv3_jax.chat.examples import load_examples
+from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.cli import tokenize as work
 from dsv3_jax.cli.tokenize import LOCK, SETTINGS, Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.packing import Piece, Record
-from dsv3_jax.data.shards import MANIFEST, check_files, open_shards, read_manifest, sealed
+from dsv3_jax.data.shards import MANIFEST, check_files, open_shards, read_manifest, read_sealed, sealed
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.lock import acquire
 
@@ -176,7 +179,7 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
     texts += [sealed(json.loads(good) | {"files": {"../train-00000.array_record": {}}})]
     for text in texts:
         (tmp_path / MANIFEST).write_text(text)
-        with pytest.raises(ValueError, match=f"{MANIFEST} (is damaged|is not JSON|is not of version 2|holds a)"):
+        with pytest.raises(ValueError, match=f"{MANIFEST} (is damaged|is not |holds a)"):
             open_shards(config(tmp_path), BYTES)
 
 
@@ -202,6 +205,35 @@ def test_refusals(shards, tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             open_shards(config(shards, **changes), tokenizer)
+
+
+def test_chats_are_held_out_by_what_is_learnt(tmp_path):
+    """Chats that occur twice, under other ids, are on one side: the side that they have in memory.
+
+    By public names and the command. Shards of chats of version 2 were split by ids, too, and are refused.
+    """
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(300)]
+    lines = [{"id": f"{i}{name}", "messages": chat} for name in "ab" for i, chat in enumerate(chats)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "shards"
+    argv = ["data", "tokenize", str(tmp_path / "chats.jsonl"), "--out", str(out), "--row-tokens", "64"]
+    argv += ["--val-fraction", "0.1", "--format", "chat", "--chat-template", "plain"]
+    assert unhooked_cli().main(argv) == 0
+    cfg = ds.DataConfig((str(out),), format="shards", seq_len=64, batch_size=1)
+    in_memory = replace(cfg, paths=(str(tmp_path / "chats.jsonl"),), format="chat", val_fraction=0.1)
+    sides = []
+    for source in (ds.data.open_source(cfg, ds.tokenizer.load("bytes")), load_examples(in_memory, plain_settings())):
+        rows = source.train_batches()
+        train = [next(rows) for _ in range(source.rows_per_epoch())]
+        sides.append([
+            [piece["tokens"].tobytes() for piece in documents_in(rows)] for rows in (train, source.val_batches(1000))
+        ])  # fmt: skip
+    assert all(len(train) + len(val) == 600 and val and not {*train} & {*val} for train, val in sides)
+    assert [*map(sorted, sides[0])] == [*map(sorted, sides[1])]
+    values = read_sealed(out / MANIFEST)
+    (out / MANIFEST).write_text(sealed(values | {"version": 2}))
+    with pytest.raises(ValueError, match=f"{MANIFEST} is not of version 3; tokenize again"):
+        read_manifest(out)
 
 
 def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):

@@ -17,9 +17,10 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
@@ -36,6 +37,21 @@ ROLE_OF = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
     "function_call": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+
+
+class Example(NamedTuple):
+    """An example as a model learns it."""
+
+    ids: Int32[np.ndarray, " n"]
+    targets: Bool[np.ndarray, " n"]
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of 8 bytes, which says on which side of the split the example is.
+
+        It is of what is learnt: a record's other keys, such as an id, do not count.
+        """
+        return hashlib.blake2b(self.ids.tobytes() + self.targets.tobytes(), digest_size=8).digest()
 
 
 def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None, *, keep: bool = False) -> Source:
@@ -69,25 +85,24 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     """
     examples = []
     for record, domain, location in itertools.islice(contents(cfg.paths, cfg.text_column), cfg.max_documents):
-        ids, targets = encode(record, text, location)
-        examples.append((np.array(ids, np.int32), np.array(targets, bool), domain, (record, location) if keep else ()))
+        examples.append((read_example(record, text, location), domain, (record, location) if keep else ()))
     if longest is not None and examples:
-        nearly_all = sorted(len(tokens) for tokens, *_ in examples)[math.ceil(0.99 * len(examples)) - 1]
+        nearly_all = sorted(len(example.ids) for example, *_ in examples)[math.ceil(0.99 * len(examples)) - 1]
         cfg = replace(cfg, seq_len=min(-(-nearly_all // _STEP) * _STEP, longest))
     domains: dict[str, int] = {}
     pieces: list[Piece] = []
     digests: list[bytes] = []
     kept: list[tuple] = []
     counts: Counter[str] = Counter()
-    for tokens, mask, domain, record in examples:
-        if len(tokens) > cfg.seq_len:
+    for example, domain, record in examples:
+        if len(example.ids) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
-        elif not mask[1:].any():
+        elif not example.targets[1:].any():
             counts["without an assistant's turn"] += 1
         else:
-            digests.append(hashlib.blake2b(tokens.tobytes() + mask.tobytes(), digest_size=8).digest())
-            pieces.append(Piece(tokens, domains.setdefault(domain, len(domains)), len(pieces), mask))
-            kept.append((tokens[: mask.argmax()], *record))
+            digests.append(example.digest)
+            pieces.append(Piece(example.ids, domains.setdefault(domain, len(domains)), len(pieces), example.targets))
+            kept.append((example.ids[: example.targets.argmax()], *record))
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
@@ -107,6 +122,12 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         lambda: [Packed(found, cfg.seq_len, whole=True) for found in of_domain if found],
         examples=[kept[piece.document] for piece in train] if keep else (),
     )
+
+
+def read_example(record: dict[str, Any], text: TextSettings, location: str) -> Example:
+    """Encode a record. Raises: ValueError as `encode`."""
+    ids, targets = encode(record, text, location)
+    return Example(np.array(ids, np.int32), np.array(targets, bool))
 
 
 def encode(record: dict[str, Any], text: TextSettings, location: str = "the record") -> tuple[list[int], list[bool]]:

@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from dsv3_jax.config import DataConfig, first_difference
 from dsv3_jax.data.corpus import read_documents
 from dsv3_jax.data.packing import Piece, Record, fill
-from dsv3_jax.data.shards import MANIFEST, SIDES, VERSION, Manifest, read_manifest, read_sealed, sealed
+from dsv3_jax.data.shards import MANIFEST, SIDES, VERSIONS, Manifest, read_manifest, read_sealed, sealed
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 from dsv3_jax.files import PART, file_hash, read_json, write_atomic
@@ -55,7 +55,7 @@ class Tokenize:
     row_tokens: int = 4096
     """tokens of a record; the sequence length of training must divide it"""
     val_fraction: float = 0.01
-    """share of documents that are held out for validation, chosen by their hash"""
+    """share of documents that are held out for validation, chosen by a hash of the text or of what a chat teaches"""
     text_column: str = "text"
     """key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages"""
     shard_mb: float = 64.0
@@ -65,7 +65,7 @@ class Tokenize:
 class Item(NamedTuple):
     """A document or chat example."""
 
-    content: Any  # str, or the record of a chat
+    content: Any  # str, or the record of a chat, which is later replaced by its `Example`
     domain: int
     document: int
     location: str  # for errors
@@ -76,6 +76,7 @@ class Encoder(NamedTuple):
 
     tokenizer: Tokenizer
     template: str | None  # the source of the chat template, and a line for each of its variables
+    read: Callable[[Item], Item] | None  # replaces the record of a chat by its `Example`
     encode: Callable[[Sequence[Item]], Iterable[tuple[np.ndarray, np.ndarray | None]]]
 
 
@@ -88,7 +89,7 @@ def encoder_of(job: Tokenize) -> Encoder:
         [[104, 105, 256]]
     """
     if job.format == "chat":
-        from dsv3_jax.chat.examples import encode
+        from dsv3_jax.chat.examples import read_example
         from dsv3_jax.chat.text_settings import plain_settings, with_template
         from dsv3_jax.hf.open_model import load_text
 
@@ -97,12 +98,13 @@ def encoder_of(job: Tokenize) -> Encoder:
         text = plain_settings(job.tokenizer) if job.start is None else load_text(job.start)
         text = with_template(text, job.chat_template, job.template)
 
-        def chats(items: Sequence[Item]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for item in items:
-                ids, mask = encode(item.content, text, item.location)
-                yield np.array(ids, np.int32), np.array(mask, bool)
+        def read(item: Item) -> Item:
+            return item._replace(content=read_example(item.content, text, item.location))
 
-        return Encoder(text.tokenizer, "\n".join([text.chat.source, *job.template]), chats)
+        def chats(items: Sequence[Item]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            return ((item.content.ids, item.content.targets) for item in items)
+
+        return Encoder(text.tokenizer, "\n".join([text.chat.source, *job.template]), read, chats)
     for name in ("start", "chat_template", "template"):
         if value := getattr(job, name):
             raise ValueError(f"{name}={value!r} is for format='chat'")
@@ -113,7 +115,7 @@ def encoder_of(job: Tokenize) -> Encoder:
         for ids in words.encode_arrays([item.content for item in items]):
             yield np.append(ids, end), None
 
-    return Encoder(words, None, texts)
+    return Encoder(words, None, None, texts)
 
 
 def tokenize(job: Tokenize) -> Manifest:
@@ -131,7 +133,7 @@ def tokenize(job: Tokenize) -> Manifest:
     encoder = encoder_of(job)
     names = ("format", "row_tokens", "val_fraction", "text_column", "shard_mb")
     settings: dict[str, Any] = {name: getattr(job, name) for name in names} | {
-        "version": VERSION, "tokenizer": encoder.tokenizer.fingerprint, "chat_template": encoder.template,
+        "version": VERSIONS[job.format], "tokenizer": encoder.tokenizer.fingerprint, "chat_template": encoder.template,
         "paths": list(job.paths),
     }  # fmt: skip
     job.out.mkdir(parents=True, exist_ok=True)
@@ -205,14 +207,15 @@ def _bytes_of(content: Any) -> bytes:
     return (content if isinstance(content, str) else json.dumps(content, sort_keys=True)).encode()
 
 
+def _hash(content: Any) -> bytes:
+    return hashlib.blake2b(_bytes_of(content), digest_size=8).digest()
+
+
 def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: int, group: list[Item]) -> dict[str, Any]:
     """Write one shard unless it is complete, and return its facts."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-    items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in group:
-        mark = hashlib.blake2b(_bytes_of(item.content), digest_size=8).digest()
-        digest.update(mark + repr(item[1:3]).encode())
-        items["val" if int.from_bytes(mark) < int(job.val_fraction * 2**64) else "train"].append(item)
+        digest.update(_hash(item.content) + repr(item[1:3]).encode())
     done = job.out / f"shard-{number:05d}.json"
     with contextlib.suppress(OSError, ValueError):  # a mark that cannot be read counts as absent
         before = read_sealed(done)
@@ -221,6 +224,10 @@ def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: in
         if before["input"] == digest.hexdigest() and whole:
             return before
     done.unlink(missing_ok=True)
+    items: dict[str, list[Item]] = {side: [] for side in SIDES}
+    for item in map(encoder.read, group) if encoder.read else group:
+        mark = item.content.digest if encoder.read else _hash(item.content)
+        items["val" if int.from_bytes(mark) < int(job.val_fraction * 2**64) else "train"].append(item)
     facts: dict[str, Any] = {"input": digest.hexdigest(), "files": {}, "left_out": 0}
     for side, own in items.items():
         order = np.random.default_rng(number).permutation(len(own))

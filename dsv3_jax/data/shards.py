@@ -33,7 +33,9 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import file_hash, read_json
 
 MANIFEST = "manifest.json"
-VERSION = 2
+# Of shards, by what they hold. Chats of version 2 were split by their records, ids included: those that were held out
+# may be trained on, too.
+VERSIONS = {"text": 2, "chat": 3}
 SIDES = ("train", "val")
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # reads no record that is not asked for
 
@@ -93,10 +95,11 @@ def read_manifest(folder: str | Path) -> Manifest:
         version, domains = values.pop("version"), tuple(values["domains"])
         found = Manifest(folder=Path(folder), **values | {"domains": domains})
         inside = all(Path(name).name == name for name in found.files)  # anybody can seal a manifest
+        newest = VERSIONS[found.format]
     except (KeyError, TypeError, AttributeError):
-        version, inside = None, False
-    if version != VERSION or not inside:
-        raise ValueError(f"{file} is not of version {VERSION}; tokenize again into an empty folder")
+        raise ValueError(f"{file} is not a manifest of shards; tokenize again into an empty folder") from None
+    if version != newest or not inside:
+        raise ValueError(f"{file} is not of version {newest}; tokenize again into an empty folder")
     return found
 
 
