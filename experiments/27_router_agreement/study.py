@@ -116,6 +116,7 @@ class Read(NamedTuple):
     """The result of a pass over n rows of T tokens."""
 
     log_p: np.ndarray  # [n, T - 1]: of each next token
+    log_all: np.ndarray  # [n, T - 1, V]: of all tokens
     expert_ids: np.ndarray  # [L, n, T, K]
     scores: np.ndarray | None  # [L, n, T, E]: of all experts, of a forward pass
 
@@ -127,9 +128,9 @@ def read(model, how, tokens, given):
     count, length = tokens.shape
     batch = min(how.batch, count)
     parts = tokens.reshape(-1, batch, length), given.reshape(len(given), -1, batch, *given.shape[2:]).swapaxes(0, 1)
-    log_p, *found = _read(graphdef, nnx.state(model), *parts, how=how)
+    log_p, log_all, *found = _read(graphdef, nnx.state(model), *parts, how=how)
     found = [x if x is None else np.moveaxis(x, 0, 1).reshape(len(given), count, length, -1) for x in found]
-    return Read(np.asarray(log_p).reshape(count, -1), *found)
+    return Read(np.asarray(log_p).reshape(count, -1), np.asarray(log_all).reshape(count, length - 1, -1), *found)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "how"))
@@ -140,8 +141,9 @@ def _read(graphdef, state, tokens, given, *, how):
 
     def one(part):
         h, expert_ids, scores = through(model, *part)
-        log_p = jax.nn.log_softmax(model.logits(h[:, :-1]))
-        return jnp.take_along_axis(log_p, part[0][:, 1:, None], axis=-1)[..., 0], expert_ids, scores
+        log_all = jax.nn.log_softmax(model.logits(h[:, :-1]))
+        log_p = jnp.take_along_axis(log_all, part[0][:, 1:, None], axis=-1)[..., 0]
+        return log_p, log_all, expert_ids, scores
 
     return jax.lax.map(one, (tokens, given))
 
@@ -185,7 +187,7 @@ def gaps(model, scores):
 def compare(own, again, other, gap):
     """Compare a pass with another one: experts as sets, and log p of the same next tokens, replayed `again` or not.
 
-    "moved" counts the tokens alone whose experts change in some layer.
+    "moved" counts the tokens alone whose experts change in some layer. "kl" is KL(other ‖ own or again) of next tokens.
     """
     kept = (own.expert_ids[..., :, None] == other.expert_ids[..., None, :]).any(-1)
     routers = ~kept.all(-1)  # [L, n, T]
@@ -201,7 +203,17 @@ def compare(own, again, other, gap):
         away = np.abs(one.log_p - other.log_p)
         of_moved = float(away[moved[:, :-1]].mean()) if moved[:, :-1].any() else None
         found |= {f"{name}mean": float(away.mean()), f"{name}moved": of_moved, f"{name}max": float(away.max())}
+        found[f"{name}kl"] = divergence(other.log_all, one.log_all)
     return found
+
+
+def divergence(log_p, log_q):
+    """KL(p ‖ q) in nats, mean over tokens: Σ p ln(p / q) − p + q. Its terms are all positive, so rounding is small."""
+    total = 0.0
+    for row_p, row_q in zip(log_p, log_q, strict=True):
+        row_p, row_q = row_p.astype(np.float64), row_q.astype(np.float64)
+        total += float((np.exp(row_p) * (row_p - row_q) - np.exp(row_p) + np.exp(row_q)).sum(-1).mean())
+    return total / len(log_p)
 
 
 # The table and the picture
@@ -214,8 +226,8 @@ def of(pair, key):
 
 def short(results, variant, pair, key):
     """The mean over the seeds that have the number, with two significant digits; of "max" the largest."""
-    values = results.values(variant, of(pair, key))
-    values = values[~np.isnan(values)]
+    numbers = [record["numbers"]["pairs"][pair].get(key) for record in results.records(variant)]
+    values = np.array([number for number in numbers if number is not None])
     return f"{values.max() if 'max' in key else values.mean():.2g}" if len(values) else "–"
 
 
@@ -228,8 +240,9 @@ def table(results):
     for key, text in DISTANCES.items():
         heads += [text, "replayed"]
         keys += [key, f"replayed_{key}"]
-    rows = [[pair, *(short(results, BASE, pair, key) for key in [*SHARES, *keys])] for pair in PAIRS]
-    parts = [markdown_table([f"{BASE}, sigmoid", *heads], rows)]
+    every = [*SHARES, *keys, "kl", "replayed_kl"]  # KL was measured of the base width alone
+    rows = [[pair, *(short(results, BASE, pair, key) for key in every)] for pair in PAIRS]
+    parts = [markdown_table([f"{BASE}, sigmoid", *heads, "KL, nats", "replayed"], rows)]
     for pair in (ENGINES, BFLOAT16):
         rows = []
         for variant in results.variants:
@@ -241,7 +254,7 @@ def table(results):
 
 COLUMNS = (
     "A router is a token in a layer; it changes if one of its K experts does. Log p is that of a next token, in nats. "
-    "It moves by its absolute difference, in the mean over tokens and seeds. The last two columns have the largest."
+    'It moves by its absolute difference, in the mean over tokens and seeds; "at most" is the largest.'
 )
 SHOWN = {ENGINES: "C0", BFLOAT16: "C2", INT8: "C1", FP8: "C3"}
 LEAST = 1e-3  # %, where the picture's axis of shares ends
