@@ -78,7 +78,7 @@ notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python notebooks/execute.py
 
 docs: $(VENV)/.installed-docs
-	@$(BIN)/python -c 'import furo, myst_nb, sphinx, sphinx_copybutton' 2>/dev/null || \
+	@$(BIN)/python -c 'import furo, myst_nb, sphinx, sphinx_copybutton; __import__("sphinx-mathjax-offline")' 2>/dev/null || \
 	  { echo "a package of the site is missing: rm $(VENV)/.installed-docs, then make docs installs it" >&2; exit 1; }
 	$(BIN)/python -m sphinx -nW --keep-going -q -b html -c docs . docs/_build
 	@echo "The site is docs/_build/index.html"

@@ -7,6 +7,7 @@ writes the pages below docs/generated from the code, before anything is read.
 import os
 import re
 import sys
+from importlib.metadata import distribution
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -21,7 +22,10 @@ generate.write_pages(ROOT / "docs/generated")
 
 project, author, copyright = "dsv3-jax", "The dsv3-jax authors", "The dsv3-jax authors, Apache-2.0"
 version = release = version_of("dsv3-jax")
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = [
+    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]  # fmt: skip
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md", "docs/**/*.md", "notebooks/*.ipynb", "experiments/README.md", "experiments/*/*.md",
@@ -34,11 +38,15 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 html_show_search_summary = False  # it fetches each page that is found, which a browser refuses for files
-html_static_path, html_css_files = ["site.css"], ["site.css"]
+# MathJax in one file of the site, which draws formulas as SVG: it asks for no font and no other file.
+MATHJAX = distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static/mathjax/tex-svg.js")
+html_static_path, html_css_files = ["site.css", str(MATHJAX)], ["site.css"]
+mathjax_path = "tex-svg.js"
+mathjax3_config = {"options": {"enableMenu": False}}  # the menu could ask for further files
 add_module_names = False
 
 nb_execution_mode = "off"  # the notebooks keep their outputs
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True

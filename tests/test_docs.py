@@ -6,14 +6,19 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import tyro
+from browser import Browser, needs_browser
 from released import GRID, Cell, write_folder
-from runs import MODEL, finished, flags, make_run, unhooked_cli, write_text
+from runs import MODEL, environment, finished, flags, make_run, unhooked_cli, write_text
 from texts import ANSWER, TEMPLATES, TEXTS, USER, write_text_files
 
 import dsv3_jax as ds
@@ -196,3 +201,61 @@ def test_a_card_holds_what_was_measured_and_the_site_says_what_has_not_run(tmp_p
     page = generate.cards(read_cards(tmp_path))
     assert "| speed | not run | 1 | not run |" in page and "| mini | 0.5 |" in page and "## TPU\n\nNot run." in page
     assert {card["task"] for card in read_cards()} <= TASKS.keys()
+
+
+SOURCES = [*PAGES[1:], *sorted(ROOT.glob("notebooks/*.ipynb")), *sorted(ROOT.glob("experiments/**/*.md"))]
+
+
+def formulas(source: Path) -> list[str]:
+    """The formulas of a page: what stands between dollars, outside of code."""
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    return re.findall(r"\$\$.+?\$\$|\$[^$]+\$", prose, re.DOTALL)
+
+
+WITH_FORMULAS = [source for source in SOURCES if formulas(source)]
+
+
+@pytest.fixture(scope="module")
+def site(root, tmp_path_factory):
+    """The site's pages with formulas, built with the site's own settings."""
+    try:
+        distribution("sphinx-mathjax-offline")
+    except PackageNotFoundError:
+        pytest.skip("the packages of `make docs` are not installed")
+    names = [source.relative_to(ROOT).as_posix() for source in WITH_FORMULAS]
+    folder = tmp_path_factory.mktemp("site")
+    only = ("-D", f"include_patterns={','.join(names)}", "-D", f"root_doc={Path(names[0]).with_suffix('')}")
+    command = (sys.executable, "-m", "sphinx", "-Q", "-b", "html", "-c", "docs", *only, ".", str(folder))
+    done = subprocess.run(command, cwd=ROOT, env=environment(root), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.long
+def test_every_formula_of_the_sources_is_one_of_the_site(site):
+    assert len(WITH_FORMULAS) > 4
+    for source in WITH_FORMULAS:
+        page = (site / source.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
+        text = re.sub(r"<(pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
+        assert "$$" not in text, source
+        assert text.count('class="math ') == len(formulas(source)), source
+
+
+@needs_browser
+@pytest.mark.long
+def test_formulas_are_drawn_and_nothing_outside_the_site_is_asked_for(site):
+    with contextlib.closing(Browser()) as browser:
+        for source in WITH_FORMULAS:
+            browser.open(site / source.relative_to(ROOT).with_suffix(".html"), width=360)
+            count = len(formulas(source))
+            browser.wait_for(f"document.querySelectorAll('.math > mjx-container > svg').length === {count}")
+            assert browser.run("document.querySelectorAll('svg [data-mml-node=merror]').length") == 0
+            assert browser.run("document.documentElement.scrollWidth") == 360  # a long formula scrolls in its own box
+            browser.run("document.querySelectorAll('pre, code, script, mjx-container').forEach(e => e.remove())")
+            assert not re.findall(r"\$.*\$|\\[a-zA-Z({\[]+", browser.text("article"))
+            assert browser.errors == []
+            assert {request[:8] for request in browser.requests} == {"file:///"}
