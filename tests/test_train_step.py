@@ -1,6 +1,7 @@
 """One training step: microbatches equal the batch, the bias follows the load, a step that is not finite is skipped."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import pytest
 from flax import nnx
 from runs import MODEL, STEPS, assert_bitwise, fresh_state, make_run, packed_batch
 
-from dsv3_jax.config import OptimConfig
+from dsv3_jax.config import Balance, DataConfig, Grpo, OptimConfig
 from dsv3_jax.ops import balance
 from dsv3_jax.training import step as train_step
+from dsv3_jax.training.metrics import over_layers
 from dsv3_jax.training.step import Job, first_bad_tensor, make_step
 
 B, T = 4, 16
@@ -53,6 +55,44 @@ def test_microbatches_are_the_whole_batch(run, parts):
     # 1e-5 of each tensor's largest entry: gradients are sums of up to 60 tokens' terms in float32
     for before, after in zip(jax.tree.leaves(whole.opt.mu), jax.tree.leaves(pieces.opt.mu), strict=True):
         np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+LAYER = replace(MODEL, num_layers=1, mtp_depth=0, balance=Balance(sequence_alpha=0.0))
+SPARSE = replace(LAYER, num_dense_layers=1, q_latent_dim=7, attention="dsa", index_heads=2, index_dim=6, index_topk=5)
+ANSWERS = {"data": DataConfig(seq_len=T, batch_size=B, format="chat"), "grpo": Grpo(group=2, kl=0.5)}
+# Each run's gradient is mostly that of one term of the loss.
+TERMS = {
+    "z-loss": {"model": replace(LAYER, mtp_depth=1, balance=Balance(z_alpha=1.0))},
+    "indexers": {"model": SPARSE, "start": "nowhere", "indexer_stage": "warm"},
+    "sequence-wise loss": {"model": replace(LAYER, balance=Balance(sequence_alpha=100.0))},
+    "heads": {"model": replace(LAYER, mtp_depth=1, mtp_kind="eagle"), "trunk": "nowhere", "head_loss": "kl"},
+    "answers": {"model": LAYER, **ANSWERS},
+    "answers of constant length": {"model": LAYER, **ANSWERS, "grpo": Grpo(group=2, form="constant_length", kl=0.5)},
+}
+FAST = "z-loss", "indexers"
+
+
+@pytest.mark.parametrize("term", [t if t in FAST else pytest.param(t, marks=pytest.mark.long) for t in TERMS])
+def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
+    """Four parts of 16, 13, 16 and 4 tokens; the indexers' metric is the mean over the batch's tokens, too."""
+    rng, batch = np.random.default_rng(3), make_batch()
+    logprobs = {name: rng.normal(-5, 1, (B, T)) for name in ("old_logprobs", "start_logprobs", "advantages")}
+    batch |= {name: jnp.asarray(x, jnp.float32) for name, x in logprobs.items()} if term.startswith("answers") else {}
+
+    def gradient(parts):
+        run = replace(RUN, **TERMS[term], optim=replace(RUN.optim, microbatches=parts))
+        job, state = Job(run), fresh_state(run)
+        args = *train_step.split_trainable(run, state.params), state, batch
+        return jax.jit(partial(train_step._gradients, job, train_step.graph_of(job)))(*args)
+
+    (whole, want), (pieces, got) = gradient(1), gradient(4)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(whole)) > 1e-3
+    for name, x in nnx.to_flat_state(whole):
+        # 1e-5 of each tensor's largest entry: float32 sums of 49 tokens in another order
+        np.testing.assert_allclose(dict(nnx.to_flat_state(pieces))[name], x, rtol=0, atol=1e-5 * np.abs(x).max())
+    np.testing.assert_allclose(got.total, want.total, rtol=1e-5)
+    for name, x in over_layers(want.metrics).items():
+        np.testing.assert_allclose(over_layers(got.metrics)[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_the_bias_follows_the_load_of_the_batch(step):

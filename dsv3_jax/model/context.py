@@ -47,6 +47,8 @@ class Context(NamedTuple):
     rows: Any = None
     # int32 [B, T, k]: the tokens that the last indexer chose, for layers that share its choice; None: each chooses
     chosen: Array | None = None
+    # float32 []: of losses that are means over tokens; None: the number of tokens in `mask`
+    divisor: Array | None = None
 
 
 LayerResult = tuple[Array, Context, dict[str, Any]]  # (x, the context for the next layer, metrics)

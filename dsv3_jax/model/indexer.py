@@ -80,6 +80,8 @@ class Indexer(nnx.Module):
     ) -> Float[Array, ""]:
         """Mean of `ops.indexer.divergence` over the tokens that are not padding.
 
+        Of a part of a batch it is their sum, divided by `ctx.divisor`.
+
         Args:
             queries: of latent rows.
             ids: the chosen tokens; None means all.
@@ -93,4 +95,4 @@ class Indexer(nnx.Module):
         of_indexer, of_attention = (rows["index_query"], w, index_keys), (list(queries.values()), keys)
         where = ids, from_zero(*ctx.mask.shape), ctx.segment_ids, ctx.mask
         (total, count), _ = shard_map_over_batch(summed, (), *of_indexer, *of_attention, *where)
-        return total / jnp.maximum(count, 1)
+        return total / (jnp.maximum(count, 1) if ctx.divisor is None else ctx.divisor)

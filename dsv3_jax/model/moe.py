@@ -30,7 +30,7 @@ class LayerRouting(NamedTuple):
     gates: Array  # float32 [B, T, K]
     score_entropy: Array  # float32 [B, T]: of the scores of all experts; 1 is even, see balance.entropy
     load: Array  # float32 [E]: assignments of tokens that count
-    balance_loss: Array  # float32 []: weighted, averaged over sequences
+    balance_loss: Array  # float32 []: weighted; each loss has its own mean, see ops.balance
     bias_measure: Array | None = None  # float32 [E]: what the bias's rule needs beside the load, see balance.RULES
     scores: Array | None = None  # float32 [B, T, E]: of all experts, without bias; None if nobody watches them
 
@@ -189,7 +189,7 @@ class MoE(nnx.Module):
             scores, ids = (a.reshape(-1, a.shape[-1]) for a in (picked.scores, picked.expert_ids))
             loss += cfg.balance.switch_alpha * balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
         if log_sums is not None:
-            loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask)
+            loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask, ctx.divisor)
         measure = rule.of_batch(of_tokens, ctx.mask, bias, cfg.experts_per_token) if rule and rule.of_batch else None
         kept = picked.scores if "scores" in ctx.options.watch else None
         routed = LayerRouting(picked.expert_ids, picked.gates, entropy, load, loss, measure, kept)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
@@ -201,6 +201,38 @@ def unshard_head(head: Head, unshard: Callable) -> Head:
     return nnx.merge(graphdef, unshard(state))
 
 
+def counted(
+    cfg: ModelConfig, mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None, k: int
+) -> Bool[Array, "B _"]:
+    """The positions of head k, from 1, that count for load and balance losses; those of the trunk for k = 0.
+
+    A position that reads padding or another document's token is not counted.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> segment_ids = jnp.array([[1, 1, 2, 0]])
+        >>> counted(preset("tiny"), segment_ids != 0, segment_ids, k=1)
+        Array([[ True, False, False]], dtype=bool)
+    """
+    short = mask.shape[1] - k  # later positions have no token k positions on
+    if segment_ids is None or not cfg.head_kind.reads_tokens:
+        return mask[:, :short]
+    return mask[:, :short] & (segment_ids[:, :short] == segment_ids[:, k:])
+
+
+def token_counts(cfg: ModelConfig, segment_ids: Int[Array, "B T"]) -> Float[Array, " depths"]:
+    """Count the positions of `counted`, of the trunk and of each head; at least 1, to divide by.
+
+    Example:
+        >>> from dsv3_jax.config import replace
+        >>> from dsv3_jax.presets import preset
+        >>> token_counts(replace(preset("tiny"), mtp_depth=2), jnp.array([[1, 1, 2, 0]]))
+        Array([3., 1., 1.], dtype=float32)
+    """
+    masks = [counted(cfg, segment_ids != 0, segment_ids, k) for k in range(1 + cfg.mtp_depth)]
+    return jnp.maximum(jnp.stack([mask.sum(dtype=jnp.float32) for mask in masks]), 1)
+
+
 @jax.named_scope("heads")
 def run_heads(
     heads: Iterable[Head],
@@ -211,6 +243,7 @@ def run_heads(
     ctx: Context,
     *,
     given: Sequence[Array | None] = (),
+    counts: Sequence[Array] = (),
     remat: str = "none",
     unshard: Callable = lambda state: state,
 ) -> tuple[tuple[Array, ...], tuple[dict[str, Any], ...]]:
@@ -220,6 +253,7 @@ def run_heads(
         embedding: embeds tokens as the trunk does.
         h: the trunk's output, as `mtp_input` has it.
         given: of each head, the experts that take the place of its router's choice, int32 [B, T-1-k, K].
+        counts: of each head, its context's `divisor`.
         remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; the metrics of each).
@@ -238,17 +272,17 @@ def run_heads(
 
     hidden, metrics, options = [], [], replace(ctx.options, edit_gates=None)
     for k, head in enumerate(heads, start=1):
-        short = tokens.shape[1] - k  # later positions have no token k positions on
-        segment_ids, counted = None, ctx.mask[:, :short]
-        if ctx.segment_ids is not None:
-            segment_ids = ctx.segment_ids[:, :short]
-            if reads_tokens:
-                # A position that reads padding or another document's token is not counted.
-                counted = counted & (segment_ids == ctx.segment_ids[:, k:])
+        mask = counted(cfg, ctx.mask, ctx.segment_ids, k)
+        short = mask.shape[1]
         part = ctx._replace(
-            cos=ctx.cos[:, :short], sin=ctx.sin[:, :short], segment_ids=segment_ids, mask=counted, options=options,
+            cos=ctx.cos[:, :short],
+            sin=ctx.sin[:, :short],
+            segment_ids=None if ctx.segment_ids is None else ctx.segment_ids[:, :short],
+            mask=mask,
+            options=options,
             expert_ids=given[k - 1] if given else None,
-        )  # fmt: skip
+            divisor=counts[k - 1] if len(counts) else None,
+        )
         if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
             part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
         if ctx.keys is not None:  # its own noise, numbered after the trunk's layers

@@ -125,6 +125,7 @@ class Transformer(nnx.Module):
         watch: Iterable[str] = (),
         edit_gates: Callable | None = None,
         expert_ids: Sequence[Array | None] = (None,),
+        counts: Float[Array, " depths"] | None = None,
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
@@ -133,6 +134,8 @@ class Transformer(nnx.Module):
             keys: a random key for each row, [B], of the router's noise. None means no noise.
             watch, edit_gates: see `context.Options`.
             expert_ids: of the trunk, then of each head, see `__call__`.
+            counts: divisors of the losses that are means over tokens, of the trunk, then of each head. None means the
+                numbers of their tokens, see `mtp.token_counts`.
         """
         cfg = self.cfg
         check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
@@ -145,11 +148,12 @@ class Transformer(nnx.Module):
         options = Options(watch=frozenset(watch), edit_gates=edit_gates)
         ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys, options=options)
         given, *of_heads_given = self._checked(expert_ids, batch, length)
-        x, _, metrics = self._trunk(tokens, ctx._replace(expert_ids=given))
+        divisor, *of_heads_counts = (None,) if counts is None else counts
+        x, _, metrics = self._trunk(tokens, ctx._replace(expert_ids=given, divisor=divisor))
         h = self.norm(x)
         mtp_h, of_heads = run_heads(
             self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
-            given=of_heads_given, remat=self.execution.remat, unshard=self.unshard,
+            given=of_heads_given, counts=of_heads_counts, remat=self.execution.remat, unshard=self.unshard,
         )  # fmt: skip
         metrics |= {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
         routing = {path: of_block.pop("routing") for path, of_block in metrics.items() if "routing" in of_block}

@@ -160,7 +160,8 @@ class Rule(NamedTuple):
     """A rule by which the bias moves after a step.
 
     A rule may need more of a batch than its load. A layer then takes two measures: `of_tokens` on the device that holds
-    the tokens, and `of_batch` of these over all devices.
+    the tokens, and `of_batch` of these over all devices. If the batch is split in microbatches, `update` gets the load
+    of all of them, and the mean of their measures.
     """
 
     update: Callable[[Array, Array, Any, Array], Array]  # (bias, load, measure or None, γ) → the new bias, all [*l, E]
@@ -201,7 +202,9 @@ def rule_of(cfg: ModelConfig) -> Rule | None:
     return rule
 
 
-def z_loss(logits_z: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array, ""]:
+def z_loss(
+    logits_z: Float[Array, "*n"], mask: Bool[Array, "*n"], count: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
     """Compute ST-MoE's z-loss of a batch: mean_t (ln Σ_e exp x_te)² over the tokens that count.
 
     Its weight is left to the caller.
@@ -209,6 +212,7 @@ def z_loss(logits_z: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array
     Args:
         logits_z: ln Σ_e exp x_te, the log-sum of each token's logits.
         mask: tokens where it is False are left out.
+        count: divisor of the sum, for a part of a batch. None means the number of tokens in `mask`.
 
     Example:
         >>> z_loss(jnp.array([2.0, 4.0, 9.0]), jnp.array([True, True, False]))
@@ -217,7 +221,7 @@ def z_loss(logits_z: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Float[Array
     Source: arXiv 2202.08906, equation 5.
     """
     weight = mask.astype(logits_z.dtype)
-    return (logits_z * logits_z * weight).sum() / jnp.maximum(weight.sum(), 1)
+    return (logits_z * logits_z * weight).sum() / (jnp.maximum(weight.sum(), 1) if count is None else count)
 
 
 def sequence_loss(
@@ -231,7 +235,8 @@ def sequence_loss(
     f_e = E/(K·T) · #{t : e in topK(s_t)};  P_e = mean_t s_te / Σ_e s_te
 
     The gradient flows through P alone, because f is a count. The loss is 1 if the routing of a sequence is even. Its
-    weight α and the mean over sequences are left to the caller.
+    weight α and the mean over sequences are left to the caller. A row of a batch is a sequence, whatever part of the
+    batch it is in and however many documents it holds.
 
     Args:
         scores: s, the scores of all experts, without bias. The top K are taken from them, without groups.
@@ -267,7 +272,8 @@ def switch_loss(
     """Compute Switch Transformer's balance loss of a batch: E · Σ_e f_e P_e.
 
     f_e is expert e's share of the assignments; P_e is the mean of its score, normalised over experts. The loss is 1 if
-    the routing is even and E if one expert has everything. Its weight α is left to the caller.
+    the routing is even and E if one expert has everything. Its weight α is left to the caller. It is a product of two
+    means, so it is no sum over the parts of a batch: with microbatches, each has its own.
 
     Args:
         scores: scores of all experts, without bias.

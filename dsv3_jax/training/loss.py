@@ -84,6 +84,7 @@ def compute_loss(
     watch: tuple[str, ...] = (),
     grpo: Grpo | None = None,
     counts: Float[Array, " depths"] | None = None,
+    token_counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
 ) -> Losses:
     """Compute all losses of a batch.
@@ -98,8 +99,9 @@ def compute_loss(
         head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token.
         watch: see `model.context.Options`.
         grpo: L_main is that of `training.grpo`. None means the cross-entropy.
-        counts: divisors of the sums, from `target_counts`: of the complete batch if this is a part of one.
-        share: of the complete batch that this part is: the weight of its balance losses.
+        counts: divisors of sums over targets, from `target_counts`: of the complete batch if this is a part of one.
+        token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and indexers' losses.
+        share: of the complete batch's rows that this part has: the weight of its other balance losses.
 
     Example:
         >>> import numpy as np, dsv3_jax as ds
@@ -114,8 +116,10 @@ def compute_loss(
     """
     tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
     given = _given(model, batch.get("expert_ids"))
+    # `share` weights these losses below too; it cancels, so that they are sums over the complete batch's counts.
+    divisors = None if token_counts is None else token_counts * share
     out = model.forward_hidden(
-        tokens, segment_ids, batch["positions"], batch.get("keys"), watch=watch, expert_ids=given
+        tokens, segment_ids, batch["positions"], batch.get("keys"), watch=watch, expert_ids=given, counts=divisors
     )
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)

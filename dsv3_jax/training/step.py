@@ -23,7 +23,7 @@ from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.kernels.cpu.draws import compile_lightly
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.model.mtp import HEADS, Head
+from dsv3_jax.model.mtp import HEADS, Head, token_counts
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance, routing, schedules
 from dsv3_jax.training import lora, optim, qk_clip
@@ -178,12 +178,13 @@ def model_of(job: Job, state: TrainState) -> Transformer:
 def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
 
-    The gradient of a batch split in microbatches is that of the complete batch: sums are divided by the complete
-    batch's target counts. Balance losses are divided by the number of parts, so the batch-wise Switch loss is a mean
-    over microbatches. The bias is updated once, after the optimizer, by the load of the complete batch. A router's
-    noise is that of the run's seed, the step and the row, in whatever part the row is. If the loss or
-    a gradient is not finite, or `go` is False, the state does not change, and `finite` in the metrics is False. Given
-    the last step's `finite` as `go`, a step may start before that is known, and changes nothing after a bad one.
+    The gradient of a batch split in microbatches is that of the complete batch: sums over targets or tokens are divided
+    by the complete batch's counts, and the sequence-wise loss by its rows. A microbatch has its own Switch loss, its
+    own capacity of experts, and its own target of the rule "quantile"; of the first and the last the mean is taken.
+    The bias is updated once, after the optimizer, by the load of the complete batch. A router's noise is that of the
+    run's seed, the step and the row, in whatever part the row is. If the loss or a gradient is not finite, or `go` is
+    False, the state does not change, and `finite` in the metrics is False. Given the last step's `finite` as `go`, a
+    step may start before that is known, and changes nothing after a bad one.
 
     Example:
         >>> import dsv3_jax as ds
@@ -251,16 +252,20 @@ def _gradients(
 ) -> tuple[nnx.State, Losses]:
     """The gradient of a batch with respect to what trains; its microbatches are read one after the other."""
     run, parts = job.run, job.run.optim.microbatches
-    counts = target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask"))
+    how: dict[str, Any] = {
+        "counts": target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask")),
+        "token_counts": token_counts(run.model, batch["segment_ids"]),
+        "share": 1 / parts,
+    }
     weight = schedules.mtp_weight(run.optim, run.steps, state.step) if run.trunk is None else None
     watch = () if run.optim.qk_clip is None else ("max_logit",)
     if run.model.attention == "dsa":
         watch += (f"index_{run.indexer_stage}",)
-    how: dict[str, Any] = {"head_loss": run.head_loss, "watch": watch, "grpo": run.grpo if run.grpo.group else None}
+    how |= {"head_loss": run.head_loss, "watch": watch, "grpo": run.grpo if run.grpo.group else None}
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
-        out = compute_loss(model, batch, weight, **how, counts=counts, share=1 / parts)
+        out = compute_loss(model, batch, weight, **how)
         return out.total, out
 
     def add(total: nnx.State, part: Batch) -> tuple[nnx.State, Losses]:
