@@ -114,6 +114,7 @@ def test_bad_tasks_are_refused_with_file_and_line(tmp_path):
         ([SINGLE, CHOICE], "a.jsonl, line 2, is no object with the keys context, continuation"),
         ([{**CHOICE, "gold": 3}], "line 1: gold=3 is not the index of one of choices="),
         ([{**CHOICE, "choices": ["a", 1, ""]}], "'q' and 1 are not a text"),
+        ([{**CHOICE, "choices": ["a"], "gold": 0}], "a.jsonl has one text in the choices of each row"),
         ([SINGLE] * 2, "shots=2 is no number of examples for .*a.jsonl, which has 2 rows"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -86,7 +86,8 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
 
     Args: shots: examples before each prompt. None means as core.yaml says, else 0.
     Raises: ValueError that names the file and line of a row that is of no kind, of another kind than the first, or
-        without a right answer; or for a folder without tasks, and a task with too few rows for its examples.
+        without a right answer; or for a folder without tasks, a task with too few rows for its examples, and one whose
+        rows leave nothing to choose.
 
     Example:
         >>> import tempfile
@@ -112,10 +113,13 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
         if delimiter is None:
             delimiter = "" if _has_space(rows) else " "
         blind = 0.0 if kind == "language_modeling" else sum(1 / len(row.options) for row in rows) / len(rows)
+        chance = chances.get(label, blind)
+        if chance == 1:
+            raise ValueError(f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is always right")
         for count in counts if isinstance(counts, list) else [counts]:
             if type(count) is not int or not 0 <= count < len(rows):
                 raise ValueError(f"shots={count!r} is no number of examples for {file}, which has {len(rows)} rows")
-            tasks.append(Task(label, kind, rows, count, delimiter, chances.get(label, blind)))
+            tasks.append(Task(label, kind, rows, count, delimiter, chance))
     return tasks
 
 
