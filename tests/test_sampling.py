@@ -33,6 +33,14 @@ def test_support_and_probabilities_are_exact(rng, filters):
         )
 
 
+@pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.6)])
+def test_tokens_that_equal_the_last_one_kept_are_kept(filters):
+    """Two of these three would do; no order among equal ones is made up."""
+    logits = jnp.log(jnp.array([0.1, 0.25, 0.4, 0.25]))
+    kept = sampling.processed_logits(logits, temperature=1.0, **filters)
+    np.testing.assert_array_equal(kept > -jnp.inf, [False, True, True, True])
+
+
 @pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[3]])
 def test_frequencies_follow_the_probabilities(filters):
     """Rows of one batch are the draws. By Hoeffding over W tokens a correct sampler fails with probability < 1e-9."""

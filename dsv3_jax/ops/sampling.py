@@ -33,7 +33,8 @@ def processed_logits(
         logits: float32, W tokens in the last axis.
         temperature: above 0.
         top_k: keep the top_k largest logits, and all that equal the smallest of these. None keeps all.
-        top_p: keep the fewest tokens, largest first, whose probabilities sum to at least top_p. None keeps all.
+        top_p: keep the fewest tokens, largest first, whose probabilities sum to at least top_p, and all that equal the
+            smallest of these. None keeps all.
     Returns: logits whose softmax is the distribution to sample from.
 
     Example:
