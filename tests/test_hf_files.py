@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_model, small
-from runs import assert_bitwise, unhooked_cli
+from runs import assert_bitwise, new_state, unhooked_cli
 from safetensors.numpy import save_file
 
 from dsv3_jax import hf
-from dsv3_jax.config import replace
+from dsv3_jax.config import DataConfig, RunConfig, replace
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf import files
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.hf.places import find
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.run_folder import claim
 
 CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1)
 SHARD = "model-00002-of-00003.safetensors"
@@ -164,6 +166,22 @@ def test_convert_between_dtypes(good, tmp_path):
     assert_bitwise(*(state_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
     contents = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again"))
     assert next(contents) == next(contents)
+
+
+def test_a_setting_that_a_released_folder_cannot_hold_is_named(good, tmp_path, capsys):
+    """By `save` and by `convert`; nothing is said of a model whose folder computes the same."""
+    cfg = small(num_layers=1, vocab_size=260, attention="dsa", index_heads=2, index_dim=32, index_topk=4)
+    for name, precision in (("plain", "none"), ("rounding", "fp8")):
+        hf.save(random_model(replace(cfg, index_precision=precision)), tmp_path / name)
+    said = "index_precision='fp8' is lost, since config.json has no key for it"
+    assert capsys.readouterr().err.count(said) == 1
+
+    params, bias = nnx.split(random_model(cfg), nnx.Param, RouterBias)[1:]
+    run = RunConfig(replace(cfg, index_precision="fp8"), data=DataConfig(seq_len=8))
+    claim(tmp_path / "run", run)
+    with Checkpoints(tmp_path / "run", run) as checkpoints:
+        checkpoints.save(new_state(run, params, bias), {}, wait=True)
+    assert said in hf.convert(tmp_path / "run", tmp_path / "back")
 
 
 def test_convert_refuses_what_it_cannot_do(good, tmp_path):

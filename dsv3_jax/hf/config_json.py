@@ -250,7 +250,7 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
     """Convert a ModelConfig to the config.json that was released and that transformers reads.
 
     The inverse of `config_from_dict`. Settings that config.json cannot express are left out: balance losses, dispatch,
-    remat and compute dtype.
+    remat, compute dtype, and the rounding of index queries and keys, see `left_out`.
 
     Args:
         cfg: a model with a released format, see `table.check_released`.
@@ -313,6 +313,22 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
             f"it requires {field}={getattr(restored, field)!r}"
         )
     return config
+
+
+def left_out(cfg: ModelConfig) -> str:
+    """Say which setting makes a released folder compute otherwise than the model; "" if none does.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> left_out(preset("v3"))
+        ''
+    """
+    if cfg.attention != "dsa" or cfg.index_precision == "none":
+        return ""
+    return (
+        f"index_precision={cfg.index_precision!r} is lost, since config.json has no key for it: "
+        "its readers do not round index queries and keys"
+    )
 
 
 def _expressible(cfg: ModelConfig, restored: ModelConfig) -> ModelConfig:

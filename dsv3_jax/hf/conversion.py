@@ -15,7 +15,7 @@ from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
 from dsv3_jax.files import atomic_folder, read_bytes
 from dsv3_jax.hf import files
-from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.config_json import config_to_dict, left_out
 from dsv3_jax.hf.families import text_config
 from dsv3_jax.hf.open_model import check_text, find_released, released_run, text_files
 from dsv3_jax.hf.reading import ReleasedFolder, load
@@ -99,8 +99,9 @@ def _run_to_released(
         texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
     write_released(out, config, table, tensors, quiet=quiet, texts=texts)
-    written = "fp8" if fp8 else config["torch_dtype"]
-    return f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, in Hugging Face format"
+    written, lost = "fp8" if fp8 else config["torch_dtype"], left_out(run.model)
+    sentence = f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, in Hugging Face format"
+    return f"{sentence}; {lost}" if lost else sentence
 
 
 def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: bool) -> str:

@@ -9,12 +9,12 @@ from flax import nnx
 
 from dsv3_jax.files import atomic_folder
 from dsv3_jax.hf import files
-from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.config_json import config_to_dict, left_out
 from dsv3_jax.hf.fp8 import quantize
 from dsv3_jax.hf.reading import BF16, ReleasedFolder
 from dsv3_jax.hf.table import SCALE_SUFFIX, entries, tensor_table
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.report.progress import transfer
+from dsv3_jax.report.progress import text_console, transfer
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16")
@@ -120,7 +120,7 @@ def save(
         shard_bytes: a shard holds at most so many bytes of tensors, or one tensor.
         dtype: float32 or bfloat16. Default: the embedding's. The correction bias is always float32.
         allow_nonfinite: write NaN and Inf as they are; never in FP8.
-        quiet: show no progress bar.
+        quiet: show no progress bar, and no sentence about a setting that is lost.
     Raises:
         ConfigError: the released format cannot express the configuration.
         ValueError: `path` is taken, the disk has no room, a weight (named) holds NaN or Inf, or shard_bytes is below 1.
@@ -140,6 +140,8 @@ def save(
     config, table, read = prepare(model, fp8, dtype)
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
     write_released(path, config, table, tensors, shard_bytes, quiet=quiet)
+    if lost := left_out(model.cfg):
+        text_console(quiet=quiet, stderr=True).print(lost)
 
 
 def prepare(model: Transformer, fp8: bool, dtype: Any) -> tuple[dict[str, Any], files.Table, ReadTensor]:
