@@ -47,9 +47,10 @@ class Table(dict[str, V]):
         dsv3_jax.config.ConfigError: router='sigmiod' is not one of sigmoid; did you mean 'sigmoid'?
     """
 
-    def __init__(self, setting: str, rows: Mapping[str, V]):
+    def __init__(self, setting: str, rows: Mapping[str, V], more: str = ""):
+        """Make a table. Args: more: a sentence for errors, on how it gets more rows."""
         super().__init__(rows)
-        self.setting = setting
+        self.setting, self.more = setting, f"; {more}" if more else ""
 
     def add(self, name: str, row: V) -> None:
         """Add a row. Raises: ConfigError if its name is taken, or no text."""
@@ -59,7 +60,7 @@ class Table(dict[str, V]):
 
     def __missing__(self, name: str) -> V:
         near = did_you_mean(name, self)
-        raise ConfigError(f"{self.setting}={_short(name)} is not one of {', '.join(self)}{near}")
+        raise ConfigError(f"{self.setting}={_short(name)} is not one of {', '.join(self)}{near}{self.more}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

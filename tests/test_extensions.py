@@ -1,5 +1,9 @@
 """Routers and balance rules in a layer and in a training step; a new one, or a new kind of head, is a row or two."""
 
+import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -9,7 +13,17 @@ import oracles
 import pytest
 from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
-from runs import MODEL, fresh_state, make_run, packed_batch
+from runs import (
+    MODEL,
+    SPEND_NO_SECONDS,
+    environment,
+    flags,
+    fresh_state,
+    make_run,
+    packed_batch,
+    unhooked_cli,
+    write_text,
+)
 
 from dsv3_jax import reference
 from dsv3_jax.config import HEAD_KINDS, Balance, HeadKind, ModelConfig, OptimConfig, from_dict, to_dict
@@ -19,6 +33,7 @@ from dsv3_jax.model.layers import param
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.ops import balance, routing
+from dsv3_jax.training.run_folder import read_made
 from dsv3_jax.training.step import Job, make_step
 
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
@@ -78,6 +93,84 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     load = np.bincount(np.concatenate([tokens, tokens + 1]) % 8, minlength=8)
     np.testing.assert_array_equal(metrics["load"][0], load)
     np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6)
+
+
+PROGRAM = """
+import jax
+import jax.numpy as jnp
+
+import dsv3_jax as ds
+from dsv3_jax.ops.balance import Rule
+from dsv3_jax.ops.routing import Router, Routing
+
+
+def my_hash(x, cfg):
+    ids = (x.tokens[:, None] + jnp.arange(cfg.experts_per_token)) % cfg.num_experts
+    scores = jax.nn.softmax(x.logits, axis=-1)
+    return Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
+
+
+print("the program runs")
+ds.register_router("my_hash", Router(my_hash, reads_bias=True, reads_tokens=True))
+ds.register_rule("drift", Rule(lambda bias, load, _, rate: bias + rate))
+"""
+COMMANDS = """
+import shlex, sys
+from dsv3_jax.cli.main import main
+
+for line in sys.stdin:
+    print("code", main(shlex.split(line)), flush=True)
+"""
+
+
+@pytest.mark.long
+def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(tmp_path, tmp_path_factory):
+    """Its run.json keeps the program's name. Without `--import` a sentence says it, and the program does not run."""
+    root = tmp_path_factory.getbasetemp()
+    (tmp_path / "mine.py").write_text(PROGRAM)
+    model = replace(PLAIN, router="my_hash", balance=Balance(rule="drift"))
+    words = shlex.join(flags(make_run(write_text(tmp_path / "text"), model=model, steps=2)))
+    train = f"train tiny {words} --out run"
+
+    def said_by(*commands):
+        how = {"cwd": tmp_path, "env": environment(root), "capture_output": True, "text": True, "timeout": 600}
+        program = [sys.executable, "-c", SPEND_NO_SECONDS + COMMANDS]
+        found = subprocess.run(program, input="\n".join(commands), **how)
+        return re.findall(r"^code (\d+)$", found.stdout, re.M), found.stdout, found.stderr
+
+    codes, out, error = said_by(train, f"{train} --import mine.py")
+    assert codes == ["2", "0"] and out.count("the program runs") == 1, (out, error)
+    assert "balance rule='drift' is not one of sign, proportional, quantile; --import NAME imports a program" in error
+    assert read_made(tmp_path / "run")[0]["imports"] == ["mine.py"]
+
+    opening = "generate run --max-new-tokens 3", "eval run --batches 1", "convert run released"
+    opening = *opening, "stats run --batches 1 --draws 9 --worth-tokens 32"
+    codes, out, error = said_by(*opening, f"train tiny {words} --start run --out more")
+    assert codes == ["2"] * 5 and "the program runs" not in out
+    assert error.count("router='my_hash' of the run in run is registered by a program") == 5, error
+    assert error.count("if you trust that program, add --import mine.py\n") == 5
+
+    codes, out, error = said_by(*(f"{command} --import mine.py" for command in opening))
+    assert codes == ["0", "0", "2", "0"] and out.count("the program runs") == 1, (out, error)
+    assert "router='my_hash' has no released format" in error
+
+
+def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """A failing file leaves no module; a file may not take the name of another module."""
+    main, files = unhooked_cli().main, {name: tmp_path / f"{name}.py" for name in ("failing", "ending", "json")}
+    for name, text in {"failing": "1 / 0", "ending": "raise SystemExit(0)", "json": ""}.items():
+        files[name].write_text(text)
+    wanted = {
+        f"{files['failing']}": "fails with ZeroDivisionError: division by zero",
+        f"{files['ending']}": "fails with SystemExit: 0",
+        f"{files['json']}": "has the name of the module 'json'; rename it",
+        "no_such_module": "fails with ModuleNotFoundError: No module named 'no_such_module'",
+        "": "is no name; give a Python file or a module",
+    }
+    for name, words in wanted.items():
+        assert main(["info", "tiny", "--import", name]) == 2
+        assert f"dsv3: import={name!r} {words}" in capsys.readouterr().err
+    assert not {"failing", "ending"} & sys.modules.keys()
 
 
 class HydraHead(Head):

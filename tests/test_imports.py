@@ -12,7 +12,7 @@ ROOT = Path(dsv3_jax.__file__).parent
 # From the ground up. A folder or file may import its own floor and those below; a new one must be given its place here.
 FLOORS = [
     {"config"},
-    {"files", "lock", "presets", "reference", "signals"},
+    {"files", "imports", "lock", "presets", "reference", "signals"},
     {"ops"},
     {"kernels"},
     {"mesh"},

@@ -12,6 +12,7 @@ import tyro
 
 from dsv3_jax.cli.common import parse
 from dsv3_jax.config import CacheDtype
+from dsv3_jax.imports import IMPORTED
 
 
 @dataclass
@@ -100,7 +101,8 @@ def _score(args: Eval, argv: list[str]) -> int:
     )
     if args.out is not None:
         versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
-        facts = {"command": shlex.join(["dsv3", "eval", *argv]), "model": str(args.run), "step": step}
+        imports = [word for name in IMPORTED for word in ("--import", name)]
+        facts = {"command": shlex.join(["dsv3", "eval", *argv, *imports]), "model": str(args.run), "step": step}
         result = facts | {"versions": versions} | dataclasses.asdict(scores)
         write_atomic(args.out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 0

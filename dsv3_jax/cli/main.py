@@ -21,6 +21,7 @@ import traceback
 
 from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
+from dsv3_jax.imports import import_program
 from dsv3_jax.presets import MODELS
 from dsv3_jax.signals import handled
 
@@ -47,6 +48,7 @@ def usage() -> str:
     return "\n".join([
         "usage: dsv3 COMMAND …", "", *lines, "",
         f"`dsv3 COMMAND --help` lists a command's options. Presets: {', '.join(MODELS)}.",
+        "`--import NAME`, with any command, imports a Python file or module of yours that registers a router or rule.",
         "`dsv3 train sft --start MODEL --data.paths chats.jsonl` fine-tunes a model on chats.",
     ])  # fmt: skip
 
@@ -106,8 +108,10 @@ def end(code: int) -> None:
 def dispatch(argv: list[str]) -> int:
     """Run a command.
 
-    Raises: ValueError for an unknown command, and for what the command refuses.
+    Raises: ValueError for an unknown command, for a program that `--import` names and that cannot be imported, and for
+        what the command refuses.
     """
+    argv = _without_imports(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -118,3 +122,18 @@ def dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
     return importlib.import_module(f"dsv3_jax.cli.{name}").run(rest)
+
+
+def _without_imports(argv: list[str]) -> list[str]:
+    """Import the program of each `--import NAME`, and return the other arguments."""
+    rest, words = [], iter(argv)
+    for word in words:
+        option, equals, name = word.partition("=")
+        if option != "--import":
+            rest.append(word)
+            continue
+        name = name if equals else next(words, "")
+        if not name or name.startswith("-"):
+            raise ValueError(f"import={name!r} is no name; give a Python file or a module, as in --import my_router.py")
+        import_program(name)
+    return rest

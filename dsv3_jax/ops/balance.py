@@ -175,7 +175,7 @@ RULES: Table[Rule] = Table("balance rule", {
     "quantile": Rule(
         lambda bias, _, target, rate: quantile_update(bias, target, rate), quantile_margins, quantile_target
     ),
-})  # fmt: skip
+}, more="--import NAME imports a program that registers more")  # fmt: skip
 register_rule = RULES.add
 
 

@@ -348,7 +348,7 @@ ROUTERS: Table[Router] = Table("router", {
     ),
     "dense": Router(lambda x, cfg: dense(x.logits)),
     "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(x, cfg)), reads_tokens=True),
-})  # fmt: skip
+}, more="--import NAME imports a program that registers more")  # fmt: skip
 register_router = ROUTERS.add
 
 

@@ -37,7 +37,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training import lora
 from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.orbax_noise import silence
-from dsv3_jax.training.run_folder import read_run
+from dsv3_jax.training.run_folder import check_registered, read_run
 from dsv3_jax.training.step import Job, TrainState, abstract_state, map_frozen, model_of
 
 MANIFEST = "checksums.json"
@@ -376,7 +376,7 @@ def load_run(
         kernels: as `Execution.kernels`. None means the run's own.
         widen: all weights are float32, to be trained.
     Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
-        does not fit the mesh, or its devices do not have the kernels.
+        does not fit the mesh, its devices do not have the kernels, or its router or rule is not registered.
 
     Example:
         >>> import tempfile
@@ -393,6 +393,7 @@ def load_run(
         (0, 1)
     """
     run = read_run(folder)
+    check_registered(run, folder)
     if kernels is not None:
         run = replace(run, execution=replace(run.execution, kernels=kernels))
     if mesh is not None:

@@ -7,16 +7,20 @@ copy of its tokenizer. The text that it was trained on stays where it is.
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import Execution, RunConfig, first_difference, from_dict, replace, to_dict
+from dsv3_jax.config import ConfigError, Execution, RunConfig, first_difference, from_dict, replace, to_dict
 from dsv3_jax.data import hub, tokenizer
 from dsv3_jax.files import PART, read_json, write_atomic
+from dsv3_jax.imports import IMPORTED
 from dsv3_jax.lock import LOCK_FILE
+from dsv3_jax.ops.balance import RULES
+from dsv3_jax.ops.routing import ROUTERS
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
 FORMAT = 2  # of run folders: raised when parameters or data positions change so that older ones cannot be read
@@ -136,7 +140,7 @@ def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] 
 
 
 def made_from(data: str, words: str) -> dict[str, Any]:
-    """Return the code's commit, versions, and the fingerprints of the training data and of the tokenizer.
+    """Return the code's commit, versions, fingerprints of the training data and of the tokenizer, imported programs.
 
     `commit` and `dirty` are None for a package that git does not track. `dirty` says that tracked files of the package
     differ from the commit.
@@ -147,7 +151,28 @@ def made_from(data: str, words: str) -> dict[str, Any]:
     """
     commit, dirty = _commit()
     versions = {"version": importlib.metadata.version("dsv3-jax"), "jax": importlib.metadata.version("jax")}
-    return {"commit": commit, "dirty": dirty} | versions | {"corpus": data, "tokenizer": words}
+    programs = {"imports": list(IMPORTED)} if IMPORTED else {}
+    return {"commit": commit, "dirty": dirty} | versions | {"corpus": data, "tokenizer": words} | programs
+
+
+def check_registered(run: RunConfig, folder: str | Path) -> None:
+    """Check that a run's router and rule are registered, if programs of the user's own did so when it was trained.
+
+    The programs are not imported: the folder may be a stranger's.
+
+    Raises: ConfigError that names them.
+    """
+    settings = ("router", run.model.router, ROUTERS), ("balance rule", run.model.balance.rule, RULES)
+    unknown = [f"{setting}={value!r:.80}" for setting, value, table in settings if value not in table]
+    starts = [start for start in read_made(folder) if isinstance(start, dict)] if unknown else []
+    lists = [start["imports"] for start in starts if isinstance(start.get("imports"), list)]
+    names = dict.fromkeys(name for names in lists for name in names if isinstance(name, str))
+    if names:
+        options = " ".join(f"--import {shlex.quote(name)}" for name in names)
+        raise ConfigError(
+            f"{unknown[0]} of the run in {folder} is registered by a program, which no folder starts by itself; "
+            f"if you trust that program, add {options}"
+        )
 
 
 @lru_cache

@@ -19,7 +19,7 @@ from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, t
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.checkpoint import load_run, steps_of
-from dsv3_jax.training.run_folder import read_run, same_tokenizer
+from dsv3_jax.training.run_folder import check_registered, read_run, same_tokenizer
 from dsv3_jax.training.step import Job, TrainState, init_state, split_heads
 
 # Keys of a model that may differ from the other run's.
@@ -58,6 +58,7 @@ def open_run(place: str) -> Start:
     Raises: ValueError if it holds no run or no checkpoint.
     """
     run = read_run(place)
+    check_registered(run, place)
     if not steps_of(Path(place, "checkpoints")):
         raise ValueError(f"folder={place!r} holds no checkpoint yet; training writes the first")
 

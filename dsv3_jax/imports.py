@@ -1,0 +1,57 @@
+"""Programs of the user's own, which register routers and balance rules: imported only where the user names them.
+
+A run's folder keeps the names, for sentences alone. Nothing imports them from there: a folder may be a stranger's.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from dsv3_jax.config import ConfigError
+
+IMPORTED: list[str] = []  # names as the user gave them
+
+
+def import_program(name: str) -> None:
+    """Import a program of the user's own, once. It should make no array: devices are chosen later.
+
+    Args: name: a Python file if it ends in .py, else a module on Python's path or in the current folder.
+    Raises: ConfigError if it cannot be imported, or a file has the name of another module.
+
+    Example:
+        >>> import_program("my_router")
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.ConfigError: import='my_router' fails with ModuleNotFoundError: No module named 'my_router'
+    """
+    try:
+        if name.endswith(".py"):
+            _import_file(Path(name).resolve(), name)
+        else:
+            if os.getcwd() not in sys.path:  # the command has its own folder there in place of the user's
+                sys.path.append(os.getcwd())
+            importlib.import_module(name)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"import={name!r} fails with {type(error).__name__}: {error}") from error
+    if name not in IMPORTED:
+        IMPORTED.append(name)
+
+
+def _import_file(path: Path, name: str) -> None:
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) != str(path):
+            raise ConfigError(f"import={name!r} has the name of the module {path.stem!r}; rename it")
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
