@@ -11,6 +11,7 @@ from flax import nnx
 from dsv3_jax.config import Balance, Execution, ModelConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.programs import Job, Programs
+from dsv3_jax.model.cache import pick_dtype
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 
@@ -81,13 +82,24 @@ def parameters(model: Transformer) -> dict:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
 
 
-def decode_program(model, draft=None, lengths=(0,), batch=2, width=32, new=16, capacity=4096, dtype="float32", **asked):
+def decode_program(
+    model,
+    draft=None,
+    lengths=(0,),
+    batch=2,
+    width=32,
+    new=16,
+    capacity=4096,
+    dtype="float32",
+    cache="latent",
+    **asked,
+):
     """(A request's programs, its job's leaves, its loop after the prompt), as shapes; `draft` may be a model."""
     models = [model, draft] if isinstance(draft, Transformer) else [model]
     with_weights = tuple((m, jax.eval_shape(lambda m: m.prepare_decode(), m)) for m in models)
     tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
     draft = "model" if len(models) > 1 else draft
-    config = DecodeConfig(new, cache="latent", cache_dtype=dtype, **asked)
+    config = DecodeConfig(new, cache=cache, cache_dtype=pick_dtype("float32", dtype), **asked)
     leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, config, capacity, capacity))
     made = Programs(tree, lengths)
     read, seed = jax.eval_shape(made.prefill, leaves, tokens, rows), jax.ShapeDtypeStruct((), jnp.uint32)

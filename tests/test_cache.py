@@ -1,19 +1,22 @@
 """The cache of decoding: 8-bit rows, attention to them, where rows go, and each cache against the forward pass."""
 
+import re
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from models import DENSE, LIGHT, forward, random_model, small
+from models import DENSE, LIGHT, decode_program, forward, random_model, small
 
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import calls, library
-from dsv3_jax.model.cache import empty_cache, pick_dtype, pick_kind
+from dsv3_jax.model.cache import CACHE_DTYPES, empty_cache, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token, elements_per_token
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.cached_attention import Stored, cached_attention, cached_attention_in_blocks
@@ -216,3 +219,45 @@ def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
 def test_a_baseline_decodes_the_tokens_of_its_forward():
     model = random_model(replace(LIGHT, num_heads=4, attention="gqa", qk_norm=True, num_kv_heads=2), execution=DENSE)
     assert not lost(model, generate(model, PROMPTS, NEW).tokens).any()
+
+
+# The compiled step
+
+SPARSE = replace(LIGHT, attention="dsa", index_heads=2, index_dim=16, index_topk=8)
+KEPT = {  # by the cache's rows: the model, the kind of cache
+    "latent": (LIGHT, "latent"),
+    "expanded": (LIGHT, "expanded"),
+    "heads": (replace(LIGHT, attention="mha", num_kv_heads=None), "expanded"),
+    "index keys": (SPARSE, "latent"),
+}
+STEPS = [  # rows kept, dtype, batch, draft
+    *(("latent", dtype, 1, None) for dtype in ("float32", "float8_e4m3")),
+    *((kept, "float32", 1, None) for kept in ("expanded", "index keys")),
+    *(("latent", "float32", 3, draft) for draft in (None, "lookup", "model")),
+]
+RARE_STEPS = [
+    pytest.param(*step, marks=pytest.mark.rare)
+    for step in product(KEPT, CACHE_DTYPES, (1, 3), (None, "mtp"))
+    if step not in STEPS
+]
+
+
+@pytest.mark.parametrize("kept, dtype, batch, draft", [*STEPS, *RARE_STEPS])
+@pytest.mark.skipif(library.why_not() != "", reason="the C++ kernels are missing")
+def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draft):
+    """A copy costs as much as to read the cache: steps would be up to twice as slow at long contexts."""
+    cfg, kind = KEPT[kept]
+    slots, length = 1000, 2 if draft else 0
+    model = abstract(replace(cfg, mtp_kind="deepseek", mtp_depth=1) if draft == "mtp" else cfg)
+    made, leaves, loop = decode_program(
+        model, model if draft == "model" else draft, (length,), batch, capacity=slots, dtype=dtype, cache=kind
+    )
+    until = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    text = made.decode.lower(leaves, loop, until, length=length).compile().as_text()
+    of_all_slots = re.compile(rf"\[[\d,]*\b{slots},\d+\]\S* (\S+?)\(")
+    made_by = Counter(of_all_slots.findall(text))
+    assert made_by["custom-call"]  # the pattern finds the cache, which a kernel writes
+    in_place = {"custom-call", "get-tuple-element", "bitcast", "parameter"}
+    if kept == "index keys":  # the indexer multiplies its keys in float32, and XLA gathers the chosen rows
+        in_place |= {"fusion", "convert", "dot", "multiply", "broadcast"}
+    assert set(made_by) <= in_place

@@ -86,7 +86,13 @@ class Cache:
     def read(self, layer: Array | int) -> dict[str, Stored]:
         """The arrays of one layer, [B, G, S, X]."""
         i, index = self.place(layer)
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self.parts[i])
+
+        def of_layer(x: Array) -> Array:
+            if x.shape[0] == 1:
+                return jax.lax.squeeze(x, [0])  # no index: a CPU would copy all slots to read them
+            return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+        return jax.tree.map(of_layer, self.parts[i])
 
     def fill(self, rows: Mapping[str, Float[Array, "L B T _ _"]], lengths: Int[Array, " B"]) -> "Cache":
         """The cache with prompts, whose first `lengths` tokens count."""

@@ -1,10 +1,11 @@
 """The decoding benchmark: our caches and transformers' in turns, and the gain of drafts.
 
 python experiments/bench/decode.py --run runs/demo          # all parts; writes decode_results.json beside this file
-python experiments/bench/decode.py caches                   # one part: caches, speculation or quality
+python experiments/bench/decode.py caches                   # one part: caches, speculation, quality or commits
 python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again    # measures only these cells, again
 python experiments/bench/decode.py speculation --run runs/demo runs/eagle runs/medusa --draft-run runs/small
 python experiments/bench/decode.py quality --run runs/demo  # the cost of each cache dtype in validation loss
+python experiments/bench/decode.py commits --against HEAD~1 # this tree and other commits in turns; see the README
 python experiments/bench/decode.py --table                  # prints decode_results.json in Markdown
 
 Cells that the results have already are skipped, so the same command resumes a stopped benchmark.
@@ -16,7 +17,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import product
@@ -37,7 +41,8 @@ from dsv3_jax.training.run_folder import read_run
 
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8)
 NEW_TOKENS = 33  # prefill makes the first
-MINI = replace(preset("mini"), max_positions=max(CONTEXTS) + NEW_TOKENS)
+NEW_TOKENS_OF_COMMITS = 129
+MINI = replace(preset("mini"), max_positions=max(CONTEXTS) + NEW_TOKENS_OF_COMMITS)
 # Side: the settings of `generate`; None means the peer.
 SIDES = {
     "transformers": None,
@@ -246,20 +251,61 @@ def quality_table(cells: dict) -> str:
     return "\n".join(lines)
 
 
+def commits(against: Sequence[str], context: int, batch: int, rounds: int) -> dict:
+    """Measure one cell with this tree and with other commits in turns, each from a work tree of its own.
+
+    Returns: by commit, the median of a step in ms, and the median over turns of this tree's step over the commit's.
+    """
+    repository = Path(__file__).parents[2]
+    replies: dict[str, list[dict]] = {name: [] for name in ("this tree", *against)}
+    with ExitStack() as running:
+        trees: dict[str, Path | None] = {"this tree": None}
+        for commit in against:
+            folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+            archive = subprocess.run(["git", "archive", commit], cwd=repository, check=True, stdout=subprocess.PIPE)
+            subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+            trees[commit] = folder
+        workers = {name: running.enter_context(DecodeWorker(MINI, tree=tree)) for name, tree in trees.items()}
+        for turn in range(rounds):
+            for name, worker in workers.items():
+                replies[name].append(worker.decode(batch, context, NEW_TOKENS_OF_COMMITS))
+            print(f"{context} x {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    mine = [reply["step_seconds"] for reply in replies["this tree"]]
+    cell = {}
+    for name, rows in replies.items():
+        steps = [reply["step_seconds"] for reply in rows]
+        ratios = [ours / theirs for ours, theirs in zip(mine, steps, strict=True)]
+        cell[name] = {"step_ms": 1e3 * statistics.median(steps), "step_over": statistics.median(ratios)}
+    return cell
+
+
+def commits_table(cells: dict) -> str:
+    lines = ["| context × batch | commit | ms per step | this tree's time over it |", "|---|---|---|---|"]
+    for cell, rows in cells.items():
+        lines += [f"| {cell} | {name} | {row['step_ms']:.2f} | {row['step_over']:.2f} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+TABLES = {"caches": caches_table, "speculation": speculation_table, "quality": quality_table, "commits": commits_table}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["caches", "speculation", "quality", []], help="default: all")
+    parser.add_argument("parts", nargs="*", choices=[*TABLES, []], help="default: the first three")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", nargs="*", help="cells of caches, as 1024x8; default: all")
     parser.add_argument("--run", nargs="+", help="run folders of `dsv3 train`; quality uses the first")
     parser.add_argument("--draft-run", help="for speculation: another run, whose model also drafts for the first run")
+    parser.add_argument("--against", nargs="+", help="for commits: what this tree is compared with, as HEAD~1")
     parser.add_argument("--again", action="store_true", help="measure cells again that have results")
     parser.add_argument("--table", action="store_true", help="only print the results")
     parser.add_argument("--peer-python", help="an interpreter with torch and transformers; default: this one")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("decode_results.json"))
     args = parser.parse_args()
     parts = args.parts or ["caches", "speculation", "quality"]
-    if parts != ["caches"] and not args.table and not args.run:
+    if "commits" in parts and not args.table and not args.against:
+        parser.error("--against is missing, but commits compares this tree with other commits")
+    if {"speculation", "quality"} & set(parts) and not args.table and not args.run:
         parser.error("--run is missing, but speculation and quality need a run folder of `dsv3 train` or `dsv3 demo`")
     known = [f"{context}x{batch}" for context, batch in product(CONTEXTS, BATCHES)]
     for cell in args.cells or ():
@@ -277,15 +323,17 @@ def main() -> int:
 
     if not args.table:
         for context, batch in product(CONTEXTS, BATCHES):
-            if "caches" in parts and (cell := f"{context}x{batch}") in (args.cells or known):
+            cell = f"{context}x{batch}"
+            if "caches" in parts and cell in (args.cells or known):
                 measure_cell("caches", cell, caches, context, batch, args.rounds, args.peer_python)
+            if "commits" in parts and cell in (args.cells or known):
+                measure_cell("commits", cell, commits, args.against, context, batch, args.rounds)
         for batch in BATCHES:
             if "speculation" in parts:
                 measure_cell("speculation", f"{batch}", speculation, args.run, args.draft_run, batch, args.rounds)
         if "quality" in parts:
             measure_cell("quality", "latent and expanded", quality, args.run[0])
-    tables = {"caches": caches_table, "speculation": speculation_table, "quality": quality_table}
-    for part, table in tables.items():
+    for part, table in TABLES.items():
         if part in results:
             print(f"\n{table(results[part])}")
     return 0

@@ -8,6 +8,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 from peer_transformers import draw_tokens
@@ -21,19 +23,27 @@ class DecodeWorker(Worker):
         cfg: ModelConfig for random weights; None means `run`.
         run: a run folder of `dsv3 train`; its checkpoint decodes its held-out text.
         draft_run: another run folder; its model drafts for cells with draft "run".
+        tree: the work tree of another commit, whose package and worker run in place of this tree's.
     """
 
-    def __init__(self, cfg=None, *, run=None, draft_run=None, seed=0):
-        from dsv3_jax.config import to_dict
-
-        command = [sys.executable, __file__, f"--seed={seed}"]
-        command += ["--config", json.dumps(to_dict(cfg))] if cfg is not None else ["--run", str(run)]
+    def __init__(self, cfg=None, *, run=None, draft_run=None, seed=0, tree: Path | None = None):
+        tree = tree or Path(__file__).parents[2]
+        command = [sys.executable, str(tree / "experiments/bench/decode_worker.py"), f"--seed={seed}"]
+        command += ["--config", json.dumps(_changed(cfg))] if cfg is not None else ["--run", str(run)]
         command += ["--draft-run", str(draft_run)] if draft_run is not None else []
-        super().__init__("dsv3-jax", command)
+        super().__init__("dsv3-jax", command, env={"PYTHONPATH": str(tree)})
 
     def decode(self, batch: int, context: int, new_tokens: int, **settings) -> dict:
         """Measure the seconds of a prefill and of a step after it, the cache's bytes, and the peak memory so far."""
         return self.ask(json.dumps({"batch": batch, "context": context, "new_tokens": new_tokens} | settings))
+
+
+def _changed(cfg) -> dict:
+    """The fields that differ from their defaults: a commit from before a new field reads them too."""
+    from dsv3_jax.config import to_dict
+
+    values = to_dict(cfg)
+    return {field.name: values[field.name] for field in fields(cfg) if getattr(cfg, field.name) != field.default}
 
 
 def random_model(cfg, seed: int):

@@ -24,7 +24,8 @@
 extern "C" {
 XLA_FFI_Error *Dsv3SmallBatchMatmul(XLA_FFI_CallFrame*), *Dsv3SmallBatchSwiglu(XLA_FFI_CallFrame*),
     *Dsv3SmallBatchByHead(XLA_FFI_CallFrame*), *Dsv3DecodeExperts(XLA_FFI_CallFrame*),
-    *Dsv3CachedAttention(XLA_FFI_CallFrame*), *Dsv3ExpertsSwiglu(XLA_FFI_CallFrame*),
+    *Dsv3CachedAttention(XLA_FFI_CallFrame*), *Dsv3WriteRows(XLA_FFI_CallFrame*),
+    *Dsv3ExpertsSwiglu(XLA_FFI_CallFrame*),
     *Dsv3ExpertsSwigluGradients(XLA_FFI_CallFrame*),
     *Dsv3CausalAttention(XLA_FFI_CallFrame*), *Dsv3CausalAttentionGradients(XLA_FFI_CallFrame*),
     *Dsv3Adamw(XLA_FFI_CallFrame*);
@@ -276,6 +277,22 @@ Call Cached(Random& rng) {
   return call;
 }
 
+Call Write(Random& rng) {
+  const int64_t l = Draw(rng, 1, 2), b = Draw(rng, 1, 4), g = Draw(rng, 1, 3), t = Size(rng, 9), s = t + Size(rng, 90);
+  const int64_t layer = Draw(rng, 0, 19) == 0 ? l : Draw(rng, 0, l - 1), arrays = Draw(rng, 1, 3);
+  std::vector<Array> args = {Ints({static_cast<int32_t>(layer)}, {}), Ints(Indices(rng, b, s - t), {b})}, stored, rows;
+  for (int64_t i = 0; i < arrays; ++i) {
+    const int64_t x = Size(rng, 80);
+    stored.push_back(Floats(rng, {l, b, g, s, x})), rows.push_back(Floats(rng, {b, g, t, x}));
+  }
+  Call call{"write rows", Dsv3WriteRows, args, stored, {}, {}, {}};
+  for (int i = 0; i < arrays; ++i) call.alias[i] = 2 + i, call.compared.push_back(i);
+  call.args.insert(call.args.end(), stored.begin(), stored.end());
+  call.args.insert(call.args.end(), rows.begin(), rows.end());
+  call.refused = layer == l;
+  return call;
+}
+
 // The shared arguments of the experts' kernels: n tokens that chose k of e experts.
 struct Routing {
   int64_t n, e, d, f, k;
@@ -382,8 +399,8 @@ bool Finite(const std::vector<uint8_t>& bytes) {
 
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
-  Call (*const kinds[])(Random&) = {Matmul,  Swiglu,           ByHead,        Decode, Cached,          Experts,
-                                    ExpertsGradients, Causal, CausalGradients, Adamw};
+  Call (*const kinds[])(Random&) = {Matmul,  Swiglu,           ByHead, Decode,          Cached, Write,
+                                    Experts, ExpertsGradients, Causal, CausalGradients, Adamw};
   const auto begin = std::chrono::steady_clock::now();
   const std::chrono::duration<double> limit(std::atof(argv[3]));
   for (int64_t number = std::atoll(argv[2]);; ++number) {

@@ -73,4 +73,6 @@ def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, "
 
         return jax.tree.map(one, stored, new)
 
-    return jax.lax.fori_loop(0, first.shape[0], put_one, stored)
+    written = jax.lax.fori_loop(0, first.shape[0], put_one, stored)
+    # Without the barrier XLA fuses the update of a single row with each of its readers, and copies all slots for it.
+    return jax.lax.optimization_barrier(written)

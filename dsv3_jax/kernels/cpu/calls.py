@@ -9,10 +9,11 @@ pads an expert's last block. The kernels give each thread an expert or a head, a
 
 Optimizer (adamw.cc). The kernel updates a parameter and its two means in one pass, in place.
 
-All arrays are float32 on one device, indices int32. Call `library.why_not()` first; it must return "".
+All arrays are float32 on one device but the cache's, indices int32. Call `library.why_not()` first; it must return "".
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,20 @@ def cached_attention(
     call = jax.ffi.ffi_call("dsv3_cached_attention", shape)
     of_keys = [x for q, key in zip(queries, keys, strict=True) for x in (q, *arrays(key))]
     return call(*arrays(values), last, *of_keys, scale=np.float32(scale))
+
+
+def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
+    """Compute `ops.cached_attention.write_rows`, in place if the arrays are donated or carried by a loop.
+
+    XLA would fuse the update of a single row with each of its readers, and copy all slots for each of them. It would
+    update 8-bit floats by way of float16, all slots of them.
+    """
+    arrays, tree = jax.tree.flatten(stored)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    in_place = {2 + i: i for i in range(len(arrays))}
+    call = jax.ffi.ffi_call("dsv3_write_rows", shapes, input_output_aliases=in_place)
+    written = call(jnp.asarray(layer, jnp.int32), first, *arrays, *jax.tree.leaves(new))
+    return jax.tree.unflatten(tree, written)
 
 
 def experts_swiglu(

@@ -31,6 +31,7 @@ TARGETS = {
     "dsv3_small_batch_by_head": "Dsv3SmallBatchByHead",
     "dsv3_decode_experts": "Dsv3DecodeExperts",
     "dsv3_cached_attention": "Dsv3CachedAttention",
+    "dsv3_write_rows": "Dsv3WriteRows",
     "dsv3_experts_swiglu": "Dsv3ExpertsSwiglu",
     "dsv3_experts_swiglu_gradients": "Dsv3ExpertsSwigluGradients",
     "dsv3_causal_attention": "Dsv3CausalAttention",

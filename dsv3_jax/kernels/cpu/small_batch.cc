@@ -1,7 +1,8 @@
 // The operations of a decoding step, for a few tokens:
 //   - products with a weight, SwiGLU, and products with one matrix a head;
 //   - the routed experts [E, D, F];
-//   - attention over the rows of a layer's cached arrays [B, G, S, X].
+//   - attention over the rows of a layer's cached arrays [B, G, S, X];
+//   - new rows into the cached arrays.
 //
 // A decoding step is limited by memory bandwidth, so weights and cache are read once and in place. Threads share strips
 // of a weight's columns, heads, chosen experts, or parts of the cache. Scratch memory holds rows of a few tokens, and
@@ -14,6 +15,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -450,6 +452,30 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::AnyBuffer values, Floats s
   return ffi::Error::Success();
 }
 
+// Kernel: T new rows of each sequence into one layer of cached arrays, in place. `arrays` are the cached arrays
+// [L, B, G, S, X], then the new rows [B, G, T, X] of each. Their bytes are copied, whatever numbers they are.
+ffi::Error WriteRows(Ints layer, Ints first, ffi::RemainingArgs arrays, ffi::RemainingRets written) {
+  for (size_t i = 0; i < written.size(); ++i) {
+    const auto stored = written.get<ffi::AnyBuffer>(i);
+    const auto rows = arrays.get<ffi::AnyBuffer>(written.size() + i);
+    if (!stored || !rows) return ffi::Error::InvalidArgument("a cache that is not served");
+    const auto cache = (*stored)->dimensions(), added = rows->dimensions();
+    const int64_t batch = cache[1], groups = cache[2], capacity = cache[3], count = added[2];
+    const int64_t bytes = cache[4] * static_cast<int64_t>(ffi::ByteWidth(rows->element_type()));  // of a row
+    const int64_t at = layer.typed_data()[0];
+    if (at < 0 || at >= cache[0] || count > capacity) return ffi::Error::InvalidArgument("rows outside the cache");
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t slot = std::clamp<int64_t>(first.typed_data()[b], 0, capacity - count);  // as XLA's updates
+      for (int64_t g = 0; g < groups; ++g) {
+        auto* to = static_cast<uint8_t*>((*stored)->untyped_data()) + ((at * batch + b) * groups + g) * capacity * bytes;
+        const auto* from = static_cast<const uint8_t*>(rows->untyped_data()) + (b * groups + g) * count * bytes;
+        std::memcpy(to + slot * bytes, from, count * bytes);
+      }
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3SmallBatchMatmul, SmallBatchMatmul,
@@ -496,5 +522,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                                   .RemainingArgs()                // q [B, G, Q, K], rows and scales of each array of keys
                                   .Ret<Floats>()                  // out [B, G, Q, X]
                                   .Attr<float>("scale"));         // of the scores
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3WriteRows, WriteRows,
+                              ffi::Ffi::Bind()
+                                  .Arg<Ints>()                    // the layer, []
+                                  .Arg<Ints>()                    // the first slot of each sequence, [B]
+                                  .RemainingArgs()                // cached arrays, then new rows
+                                  .RemainingRets());              // the cached arrays, in place
 
 }  // namespace dsv3
