@@ -11,6 +11,7 @@ from importlib.metadata import distribution
 from importlib.metadata import version as version_of
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
 from sphinx import addnodes
 
@@ -100,8 +101,18 @@ def _escaped(line: str) -> str:
 
 def setup(app):
     app.connect("autodoc-process-docstring", lambda *args: args[-1].__setitem__(slice(None), _as_text(args[-1])), 400)
+    app.connect("source-read", _say_commit)
     app.connect("doctree-resolved", _show_sources)
     app.connect("build-finished", _send_to_docs)
+
+
+def _say_commit(app, page, source) -> None:
+    """A notebook's last line names the commit whose outputs it has."""
+    if page.startswith("notebooks/"):
+        book = nbformat.reads(source[0], as_version=4)
+        text = f"*The outputs are those of commit `{book.metadata['dsv3_jax']['commit']}`.*"
+        book.cells.append(nbformat.v4.new_markdown_cell(text))
+        source[0] = nbformat.writes(book)
 
 
 def _show_sources(app, tree, page) -> None:

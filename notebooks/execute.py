@@ -3,12 +3,13 @@
     python notebooks/execute.py [--to FOLDER] [NOTEBOOK …]
 
 On one machine the outputs are the same each time, but for the speed that 04 measures. Times, paths and kernel metadata
-are not stored. Kernels run on the CPU and in an empty folder, so existing runs do not change the outputs. A run in
-DSV3_RUN, which 03 reads, does.
+are not stored. The metadata name the commit of the package whose outputs these are, and the site shows it. Kernels run
+on the CPU and in an empty folder, so existing runs do not change the outputs. A run in DSV3_RUN, which 03 reads, does.
 """
 
 import argparse
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,18 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-CELL_TIMEOUT = 600  # seconds
+CELL_TIMEOUT = 3600  # seconds, for a machine that others use too
+
+
+def code_commit() -> str:
+    """Return the last commit that changed the package, with "-changed" if its files differ from it; "" without git."""
+
+    def git(*words: str) -> str:
+        command = ("git", *words, "--", "dsv3_jax")
+        return subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+
+    commit = git("log", "-1", "--format=%H")[:12]
+    return f"{commit}-changed" if git("status", "--porcelain") else commit
 
 
 def execute(notebook: Path, to: Path) -> None:
@@ -31,6 +43,7 @@ def execute(notebook: Path, to: Path) -> None:
     Raises: CellExecutionError if a cell fails; then nothing is written.
     """
     book = nbformat.read(notebook, as_version=4)
+    commit = code_commit()  # of the code that runs, so before it runs
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             book,
@@ -44,7 +57,7 @@ def execute(notebook: Path, to: Path) -> None:
             config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
         )
         client.execute()
-    book.metadata = nbformat.from_dict(METADATA)
+    book.metadata = nbformat.from_dict(METADATA | {"dsv3_jax": {"commit": commit}})
     part = to / (notebook.name + ".part")
     nbformat.write(book, part)
     part.rename(to / notebook.name)
@@ -56,6 +69,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="the folder to write to; default: in place")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's log of a busy machine, such as a slow compilation, is no output
     if args.to:
         args.to.mkdir(parents=True, exist_ok=True)
     for notebook in args.notebooks or sorted(HERE.glob("*.ipynb")):
