@@ -95,20 +95,20 @@ def test_sums_of_bfloat16_are_accumulated_in_float32(rng, backend):
 
 @contextmanager
 def gpu_interpreter():
-    """Mosaic GPU kernels run on the CPU."""
+    """Mosaic GPU kernels run on the CPU. A race of two threads raises."""
     plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip("this JAX has no interpret mode for kernels of GPUs")
-    with plgpu.force_gpu_interpret_mode():
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
 
 @contextmanager
 def tpu_interpreter():
-    """Pallas kernels for TPUs run on the CPU."""
+    """Pallas kernels for TPUs run on the CPU, copies as late as they may. A race raises."""
     from jax.experimental.pallas import tpu as pltpu
 
-    with pltpu.force_tpu_interpret_mode():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
 
 

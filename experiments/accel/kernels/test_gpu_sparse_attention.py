@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_grouped_product import gpu_interpreter
 
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.ops.cached_attention import Stored
@@ -17,8 +18,6 @@ pytestmark = pytest.mark.rare
 
 def test_the_gpu_kernel_chooses_as_the_op():
     """Whole numbers and scales of powers of two, so that no rounding changes a choice; many ties."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if why := gpu.why_not(Target("cuda")):
         pytest.skip(why)
     rng = np.random.default_rng(0)
@@ -28,5 +27,5 @@ def test_the_gpu_kernel_chooses_as_the_op():
     args = q, w, Stored(rows, None), jnp.array([[511], [90]])
     assert gpu.fits(*args)
     want = jax.jit(partial(choose, k=100))(*args)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with gpu_interpreter():
         np.testing.assert_array_equal(jax.jit(partial(choose, k=100, score=gpu.index_scores))(*args), want)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_grouped_product import gpu_interpreter, tpu_interpreter
 
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
@@ -34,16 +35,14 @@ def assert_equals_the_op(kernel, dtype, q_dtype, atol):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 def test_the_tpu_kernel_equals_the_op(dtype):
     """In float32: unit roundoff 6e-8, softmax weights that add up to 1, values of about 1, sums of 600 products."""
-    kernel = partial(tpu_kernel, scale=0.1, block=32, interpret=True)
-    assert_equals_the_op(kernel, dtype, jnp.float32, atol=1e-5)
+    with tpu_interpreter():
+        assert_equals_the_op(partial(tpu_kernel, scale=0.1, block=32), dtype, jnp.float32, atol=1e-5)
 
 
 def test_the_gpu_kernel_equals_the_op():
     """Queries, weights, shares and the output are rounded to bfloat16, 2^-9 of each; values are about 2."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if why := gpu.why_not(Target("cuda")):
         pytest.skip(why)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with gpu_interpreter():
         kernel = partial(gpu.latent_attention, scale=0.1, splits=2)
         assert_equals_the_op(kernel, jnp.bfloat16, jnp.bfloat16, atol=6 * 2.0**-8)

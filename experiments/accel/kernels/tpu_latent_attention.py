@@ -35,7 +35,6 @@ def latent_attention(
     *,
     scale: float,
     block: int = BLOCK,
-    interpret: bool = False,
 ) -> Float[Array, "B 1 Q V"]:
     """Compute `ops.cached_attention.cached_attention` for latents, which are the values too, and rotated keys.
 
@@ -43,7 +42,6 @@ def latent_attention(
 
     Args:
         block: rows of a grid step, a multiple of 128 or all of the cache's.
-        interpret: run on the CPU, to test.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -88,7 +86,6 @@ def latent_attention(
             transcendentals=batch * count * capacity,
             bytes_accessed=sum(x.nbytes for x in (*rows, *queries, queries[0])),
         ),
-        interpret=interpret,
     )(ends, *queries, last[..., None], *rows, *scales)
     return out[:, None]
 
