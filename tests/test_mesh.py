@@ -1,6 +1,6 @@
 """A mesh changes nothing but speed: one step's loss, gradient, load and bias are a single device's on every mesh."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -121,6 +121,48 @@ def test_meshes_are_read():
     assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
     mesh = sharding.make_mesh(2, 1, 4)
     assert sharding.parse_mesh(sharding.format_mesh(mesh)) == dict(mesh.shape)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of one slice, as JAX describes a GPU of several nodes."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "H100"
+    process_index: int = 0
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """Sixteen GPUs of two nodes. JAX calls each node a slice, and its `make_mesh` refuses several."""
+    devices = [Device(i, i // 8) for i in range(16)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+
+
+@pytest.mark.parametrize(
+    "sizes, along",
+    [
+        ((4, 4, 1), (2, 1, 1)),
+        ((2, 4, 2), (2, 1, 1)),
+        ((1, 16, 1), (1, 2, 1)),  # "data" is not divisible, so "expert" is over both
+        ((1, 1, 16), (1, 1, 2)),
+        ((2, 4, 1), (1, 1, 1)),  # of the first node alone
+    ],
+)
+def test_slices_are_along_data_where_it_is_divisible(two_nodes, sizes, along):
+    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(sharding.make_mesh(*sizes).devices)
+    assert slices.shape == sizes
+    for axis, number in enumerate(along):
+        assert len(set(np.moveaxis(slices, axis, 0)[:, 0, 0])) == number
+
+
+def test_unequal_parts_of_slices_are_refused(two_nodes):
+    why = "mesh data=12,expert=1,tensor=1 does not divide evenly over 2 slices .* of 8 [+] 4 devices"
+    with pytest.raises(ConfigError, match=why):
+        sharding.make_mesh(12)
 
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch):

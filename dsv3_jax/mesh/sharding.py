@@ -12,6 +12,7 @@ evenly is replicated.
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
@@ -71,7 +73,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     """Make a mesh of data × expert × tensor devices of all processes.
 
-    Raises: ConfigError if there are fewer devices.
+    Raises: ConfigError if there are fewer devices, or several slices that the mesh does not divide evenly over.
 
     Example:
         >>> make_mesh(data=1).axis_names
@@ -84,11 +86,36 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
             f"{jax.device_count()} here"
         )
     sizes, kinds = (data, expert, tensor), (AxisType.Auto,) * len(AXES)
+    devices = jax.devices()[:count]
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) > 1:
+        return Mesh(_over_slices(sizes, devices, slices), AXES, axis_types=kinds)
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds)
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
     except NotImplementedError:  # a TPU's torus has no axes of these sizes: one of its axes is split
-        devices = mesh_utils.create_device_mesh(sizes, jax.devices()[:count], allow_split_physical_axes=True)
-        return Mesh(devices, AXES, axis_types=kinds)
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(array, AXES, axis_types=kinds)
+
+
+def _over_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: Counter[int]) -> np.ndarray:
+    """Arrange devices of several slices: nodes of GPUs, or TPU pods. The network between slices is the slower one.
+
+    Slices are counted along "data", and along "expert" and "tensor" only as far as "data" is not divisible by them.
+
+    Args: slices: the number of devices by slice.
+    """
+    left, over = len(slices), []
+    for size in sizes:
+        over.append(math.gcd(size, left))
+        left //= over[-1]
+    if left > 1 or len(set(slices.values())) > 1:
+        mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        counts = " + ".join(map(str, slices.values()))
+        raise ConfigError(
+            f"mesh {mesh} does not divide evenly over {len(slices)} slices (nodes or pods) of {counts} devices"
+        )
+    inside = [size // number for size, number in zip(sizes, over, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=True)
 
 
 def format_mesh(mesh: Mesh | AbstractMesh) -> str:
