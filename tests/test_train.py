@@ -14,6 +14,7 @@ from runs import CLOCK, SECONDS, STEPS, assert_bitwise, flags, rows_of, said_by,
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.data import tokenizer
+from dsv3_jax.report import speed
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.prepare import Callback
@@ -50,6 +51,14 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert place == want_place
     assert rows_of(folder) == rows_of(whole)
     assert (folder / "load.jsonl").read_text() == (whole / "load.jsonl").read_text()
+
+
+def test_the_peak_of_mfu_is_measured_with_random_numbers(monkeypatch):
+    """On a GPU a product of equal numbers needs less power and is faster than any product of a model."""
+    seen = []
+    monkeypatch.setattr(jax, "jit", lambda product: lambda a: seen.append(a) or product(a))
+    SECONDS[speed, "gemm_flops"](size=8, seconds=1e-3)
+    assert len(np.unique(seen[0])) == 64
 
 
 def test_a_run_folder_holds_what_it_should(whole):
