@@ -85,6 +85,18 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("target", ["tpu:v5p:2x2x1", "tpu:v5e:2x2", "tpu:v6e:2x2"])
+def test_a_chips_memory_is_what_its_compiler_allows(target):
+    """libtpu names its limit where a program needs more."""
+    mesh = mesh_of(target)
+    too_large = jax.ShapeDtypeStruct((30 * 10**9,), "float32", sharding=jax.NamedSharding(mesh, jax.P()))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
+        jax.jit(jax.numpy.negative).lower(too_large).compile()
+    limit = float(re.findall(r"([\d.]+)G\)", str(error.value))[-1]) * 2**30
+    assert devices.DEVICES[devices.parse_target(target).kind].memory == pytest.approx(limit, rel=2e-3)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "target, name, batch, blocks, most, launches, kernels",
     [

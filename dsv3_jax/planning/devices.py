@@ -24,8 +24,8 @@ class Device:
     """One accelerator. Bandwidths are the sum of all its links, in one direction.
 
     Example:
-        >>> DEVICES["v5e"].memory, DEVICES["v5e"].node is None  # 16 GB; links are equally fast in all of a mesh
-        (16000000000.0, True)
+        >>> DEVICES["v5e"].memory, DEVICES["v5e"].node is None  # links are equally fast in all of a mesh
+        (16900000000.0, True)
     """
 
     memory: float  # bytes
@@ -41,12 +41,13 @@ class Device:
 # NVIDIA's data sheets give a link's figure for both directions, of which this is half. Each GPU has a network card of
 # 400 Gb/s, as in the DeepSeek-V3 report, section 3.1. Google's pages on TPU v5e, v5p and v6e, also halved. A TPU's
 # clock is its FLOP/s over 2 for each cell of its matrix units: 4 of 128 × 128 in v5e, 8 in v5p, 4 of 256 × 256 in v6e.
+# Its memory is what libtpu's compiler allows a program: 95.73, 15.75 and 31.24 GiB.
 DEVICES = {
     "h800": Device(80e9, 989e12, 495e12, 3.35e12, 8, 200e9, 50e9),
     "h100": Device(80e9, 989e12, 495e12, 3.35e12, 8, 450e9, 50e9),
-    "v5p": Device(95e9, 459e12, 459e12, 2.765e12, None, 600e9, 600e9, clock=1.75e9),
-    "v5e": Device(16e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
-    "v6e": Device(32e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
+    "v5p": Device(102.8e9, 459e12, 459e12, 2.765e12, None, 600e9, 600e9, clock=1.75e9),
+    "v5e": Device(16.9e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
+    "v6e": Device(33.5e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
 }
 # XLA's compiler for NVIDIA GPUs needs a description of one, a file beside this one. XLA prints the text on a machine
 # with the device.
