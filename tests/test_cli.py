@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 from runs import rows_of, unhooked_cli
 
@@ -250,3 +251,32 @@ def test_absent_devices_are_left_out_where_only_their_compilers_are(monkeypatch)
         monkeypatch.setattr(cli.os, "environ", {"JAX_PLATFORMS": wish} if wish else {})
         cli.leave_out_absent_devices()
         assert cli.os.environ.get("JAX_PLATFORMS") == chosen
+
+
+def test_jax_takes_most_of_a_gpus_memory_unless_the_user_says_otherwise(monkeypatch):
+    """JAX refuses to start where both names are set."""
+    new, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for given, want in (({}, {new: "0.92"}), ({old: ".5"}, {old: ".5"}), ({new: ".5"}, {new: ".5"})):
+        monkeypatch.setattr(cli.os, "environ", dict(given))
+        cli.take_gpu_memory()
+        assert cli.os.environ == want
+
+
+def test_programs_of_accelerators_are_kept(monkeypatch, tmp_path):
+    """A setting of the user's has the last word, and on a CPU nothing is kept."""
+    name, folder = "JAX_COMPILATION_CACHE_DIR", str(tmp_path / "dsv3_jax" / "programs")
+    before = jax.config.jax_compilation_cache_dir
+    for nodes, platforms, given, want in (
+        (["/dev/nvidia0"], "", None, folder),
+        (["/dev/nvidia0"], "", "mine", None),
+        (["/dev/nvidia0"], "cpu", None, None),
+        ([], "", None, None),
+    ):
+        monkeypatch.setattr(cli.glob, "glob", lambda pattern, nodes=nodes: nodes)
+        monkeypatch.setattr(cli.os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": platforms})
+        jax.config.update("jax_compilation_cache_dir", given)
+        try:
+            cli.keep_programs()
+            assert (jax.config.jax_compilation_cache_dir, cli.os.environ.get(name)) == (want or given, want)
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)

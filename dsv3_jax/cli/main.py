@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA's messages, which it reads with the first device
     leave_out_absent_devices()
+    take_gpu_memory()
+    keep_programs()
     with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
         try:
             code = guarded(lambda: dispatch(list(given)))
@@ -90,6 +92,26 @@ def leave_out_absent_devices() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         if jax := sys.modules.get("jax"):
             jax.config.update("jax_platforms", "cpu")
+
+
+def take_gpu_memory() -> None:
+    """Let JAX allocate 92 % of a GPU's memory, by default 75 %. JAX refuses both names of the variable at once."""
+    if not (os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.92"
+
+
+def keep_programs() -> None:
+    """Keep compiled programs of GPUs and TPUs in the user's cache folder: a restart does not compile for minutes."""
+    import jax
+
+    from dsv3_jax.kernels.cpu.library import private_folder
+
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(glob.glob, NODES))
+    if on_cpu or jax.config.jax_compilation_cache_dir:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # there is no private folder, so nothing is kept
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(private_folder() / "programs")
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dsv3_jax.cli.main import take_gpu_memory
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.files import write_atomic
 from experiments.accel.table import report, write_cards
@@ -35,10 +36,9 @@ PARTS = {
     "few_rows": 20, "more_decode": 40, "more_grouped": 40, "drafts": 60, "loss": 20, "eight_bits": 30,
 }  # fmt: skip
 COMPILING = HERE / "compile_seconds.json"  # of each part: programs, and CPU seconds that compiling them takes
-# of the worker's environment; JAX's own share of the memory, 0.75, leaves no room for the large batches
+# of the worker's environment: a later run does not compile again
 SETTINGS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
-    # A later run does not compile again.
+    "TF_CPP_MIN_LOG_LEVEL": "2",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "accel-cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }  # fmt: skip
@@ -53,6 +53,7 @@ class Worker:
     """The process that measures: `worker.py`. One that has failed is replaced at the next part."""
 
     def __init__(self) -> None:
+        take_gpu_memory()
         self._command = sys.executable, str(HERE / "worker.py")
         self._env = {**SETTINGS, **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         self.start()
