@@ -1,6 +1,8 @@
 """`dsv3 info --check`: implementations that are wrong are named, kept by chip and versions, and left out of "auto"."""
 
+import itertools
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,7 +15,7 @@ from test_grouped_product import gpu_interpreter, tpu_interpreter
 
 from dsv3_jax.cli import main
 from dsv3_jax.config import Execution
-from dsv3_jax.kernels import check, choose, verdicts
+from dsv3_jax.kernels import check, check_apart, choose, verdicts
 from dsv3_jax.kernels.cases import CASES, Draw
 from dsv3_jax.kernels.choose import Implementation, prepare
 from dsv3_jax.kernels.tpu import attention as tpu_attention
@@ -31,30 +33,47 @@ def test_every_op_has_cases():
     assert CASES.keys() == choose.TABLE.keys()
 
 
+def checker(folder, op: str, rows: str) -> list[str]:
+    """The command of a process that checks one op, of which `rows` are the first. They are Python's source."""
+    (folder / "checker.py").write_text(f"""
+import os, sys, time
+import jax
+from dsv3_jax.kernels import check_apart, choose
+from dsv3_jax.kernels.choose import Implementation
+from dsv3_jax.ops import dispatch, products
+
+{rows}
+for op in [op for op in choose.TABLE if op != {op!r}]:
+    del choose.TABLE[op]
+choose.TABLE[{op!r}] = (*ROWS, *choose.TABLE[{op!r}])
+sys.exit(check_apart.main())
+""")
+    return [sys.executable, str(folder / "checker.py")]
+
+
+ONE_PERCENT = """
 @jax.custom_vjp
-def one_percent(w):
-    """The identity, of which expert 1's gradient is 1 % too large."""
+def one_percent(w):  # the identity, of which expert 1's gradient is 1 % too large
     return w
-
-
 one_percent.defvjp(lambda w: (w, None), lambda _, d: (d.at[1].multiply(1.01),))
+def wrong(x, ids, gates, w_gate, w_up, w_down):
+    return dispatch.grouped_swiglu(x, ids, gates, w_gate, w_up, one_percent(w_down))
+ROWS = [Implementation("bad", wrong, dtypes=("float32",))]
+"""
 
 
 @pytest.mark.long
-def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypatch, capsys):
+def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypatch, capsys, tmp_path_factory):
     """Expert 1 has a single row in a case. Afterwards "auto" takes the next row, and its line says why."""
-
-    def wrong(x, ids, gates, w_gate, w_up, w_down):
-        return dispatch.grouped_swiglu(x, ids, gates, w_gate, w_up, one_percent(w_down))
-
-    rows = choose.TABLE["grouped_swiglu"]
-    bad = Implementation("bad", wrong, dtypes=("float32",))
-    monkeypatch.setitem(choose.TABLE, "grouped_swiglu", (bad, *rows))
-    monkeypatch.setattr(check, "check", partial(check.check, ops=["grouped_swiglu"]))
+    command = checker(tmp_path_factory.mktemp("checker"), "grouped_swiglu", ONE_PERCENT)
+    monkeypatch.setattr(check_apart, "COMMAND", command)
+    monkeypatch.setattr(check_apart, "SECONDS", 600.0)  # for a machine that is busy with other tests
     assert main.main(["info", "tiny", "--check"]) == 1
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "WRONG: gradient of w_down[1] is 1.0" in lines.pop("grouped_swiglu=bad")
-    assert all(" right: " in line for name, line in lines.items() if "=" in name)
+    assert not [line for name, line in lines.items() if "=" in name and " right: " not in line]
+    bad = Implementation("bad", dispatch.grouped_swiglu, dtypes=("float32",))
+    monkeypatch.setitem(choose.TABLE, "grouped_swiglu", (bad, *choose.TABLE["grouped_swiglu"]))
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] != "bad"
     assert "; not grouped_swiglu=bad, which is wrong here: gradient of w_down[1]" in kernels.describe()
@@ -64,6 +83,56 @@ def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypat
     for text in (path.read_text()[:-9], "[1]", json.dumps(kept | {"versions": {}}), json.dumps(kept | {"wrong": [1]})):
         path.write_text(text)
         assert prepare().wrong == ()
+
+
+HANGS = """
+def hangs(x, w):
+    time.sleep(1000)
+def ends(x, w):
+    os._exit(3)
+def lost(x, w):
+    print("a library that prints")
+    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+by_hand = dict(dtypes=("float32",))
+like_xla = dict(fits=lambda *arrays, **settings: True)
+ROWS = [
+    Implementation("ends", ends, **by_hand), Implementation("hangs", hangs, **like_xla),
+    Implementation("lost", lost, **like_xla),
+    Implementation("good", lambda x, w: products.exact_product(x, w), **like_xla),
+]
+"""
+
+
+@pytest.mark.long
+def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(folder, tmp_path_factory):
+    """So has one that ends its process. Each verdict is on disk when the next kernel begins."""
+    command, kept = checker(tmp_path_factory.mktemp("checker"), "exact_product", HANGS), []
+    found = {}
+    for verdict in check_apart.check_and_keep(Execution(), command=command, seconds=20.0):
+        found[verdict.name.removeprefix("exact_product=")] = verdict.wrong
+        kept.append(dict(prepare().wrong))
+        assert kept[-1].get(verdict.name, "") == verdict.wrong
+    assert found.pop("ends") == "it ended with code 3; its last words are above"
+    assert found.pop("hangs") == "it did not end in 20 s"
+    assert found.pop("lost").startswith("RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS")
+    assert "good" in found and not any(found.values())
+    assert all(earlier.items() <= later.items() for earlier, later in itertools.pairwise(kept))
+
+
+def test_a_check_that_is_stopped_leaves_the_kernel_out(folder):
+    """Nobody may be there to say that a kernel hangs: what is tried counts as wrong until it ends."""
+
+    def replies(command, seconds):
+        if len(command) == len(check_apart.COMMAND) + 1:
+            yield {"platform": "cpu", "chip": "", "rows": {"product=cpu": True, "product=xla": False}}
+        else:
+            yield {"trying": "product=cpu"}
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(check_apart, "_replies", replies)
+        list(check_apart.check_and_keep(Execution()))
+    assert dict(prepare().wrong) == {"product=cpu": "its check began and did not end"}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

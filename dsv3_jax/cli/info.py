@@ -73,17 +73,15 @@ def describe_kernels(execution: Execution) -> list[str]:
 
 def check_kernels(execution: Execution) -> int:
     """Check the kernels of the default device, and keep what is wrong for `choose.prepare`. Returns: the exit code."""
-    from dsv3_jax.kernels import choose
-    from dsv3_jax.kernels.check import check_and_keep
+    from dsv3_jax.kernels.check_apart import check_and_keep
 
-    kernels = choose.prepare(execution)
-    precisions = ("none", execution.precision)
-    found = check_and_keep(kernels, large=kernels.target.platform != "cpu", precisions=precisions)
-    for name, verdict in found.items():
+    count = wrong = 0
+    for verdict in check_and_keep(execution, precisions=("none", execution.precision)):
         state = f"WRONG: {verdict.wrong}" if verdict.wrong else f"right: {verdict.share:.0%} of the bound at most"
-        print(f"{name:32s} {state}")
-    wrong = sum(bool(verdict.wrong) for verdict in found.values())
-    print(f"{len(found) - wrong} of {len(found)} are right")
+        print(f"{verdict.name:32s} {state}", flush=True)
+        count += 1
+        wrong += bool(verdict.wrong)
+    print(f"{count - wrong} of {count} are right")
     return 1 if wrong else 0
 
 

@@ -9,7 +9,7 @@ would hide a small expert that is wrong. Two measures see different faults, each
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.kernels import verdicts
 from dsv3_jax.kernels.cases import CASES, Case, Draw
 from dsv3_jax.kernels.choose import IN_FLOAT32, TABLE, Implementation, Kernels
 
@@ -42,6 +41,8 @@ def check(
     precisions: Iterable[str] = ("none",),
     ops: Iterable[str] = TABLE,
     also: Iterable[str] = (),
+    names: Collection[str] | None = None,
+    trying: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Verdict]:
     """Check the implementations that "auto" may choose for a target, on JAX's default device.
 
@@ -49,7 +50,21 @@ def check(
         large: at a model's shapes too.
         precisions: of `Execution`; a recipe of 8 bits is checked in one case of each op.
         also: names of implementations that run only if they are named.
+        names: the implementations to check, as `Implementation.of` names them. None means all.
+        trying: is called with an implementation's name before it runs.
     """
+    for op, precision, dtype, found in rows_by_op(kernels, precisions=precisions, ops=ops, also=also):
+        rows = [row for row in found if names is None or row.of(op) in names]
+        draw = Draw(jnp.dtype(dtype), np.random.default_rng(0))
+        cases = CASES[op](draw, large and precision == "none")
+        for case in itertools.islice(cases, (None if precision == "none" else 1) if rows else 0):
+            yield from _check_case(op, rows, reference_of(op, precision), case, draw, precision, trying)
+
+
+def rows_by_op(
+    kernels: Kernels, *, precisions: Iterable[str] = ("none",), ops: Iterable[str] = TABLE, also: Iterable[str] = ()
+) -> Iterator[tuple[str, str, str, list[Implementation]]]:
+    """What `check` checks. Yields: (op, precision, dtype, implementations)."""
     for op, precision in itertools.product(ops, dict.fromkeys(precisions)):
         if precision not in {row.precision for row in TABLE[op]}:
             continue
@@ -58,10 +73,7 @@ def check(
         dtype = "float32" if op in IN_FLOAT32 or target.platform == "cpu" else "bfloat16"
         rows = [row for row in (*target.rows(op), *named) if row.name not in dict(kernels.missing)]
         rows = [row for row in rows if row.serves(dtype, 1) and (row.run, dtype) != (reference, "float32")]
-        draw = Draw(jnp.dtype(dtype), np.random.default_rng(0))
-        cases = CASES[op](draw, large and precision == "none")
-        for case in itertools.islice(cases, (None if precision == "none" else 1) if rows else 0):
-            yield from _check_case(op, rows, reference, case, draw, precision)
+        yield op, precision, dtype, rows
 
 
 def reference_of(op: str, precision: str) -> Callable[..., Any]:
@@ -71,7 +83,15 @@ def reference_of(op: str, precision: str) -> Callable[..., Any]:
     return [row.run for row in rows if row.name in names and row.precision == precision][-1]
 
 
-def _check_case(op, rows: list[Implementation], reference, case: Case, draw: Draw, precision: str) -> Iterator[Verdict]:
+def _check_case(
+    op: str,
+    rows: list[Implementation],
+    reference: Callable[..., Any],
+    case: Case,
+    draw: Draw,
+    precision: str,
+    trying: Callable[[str], None] = lambda name: None,
+) -> Iterator[Verdict]:
     args, arrays = jax.device_put((case.args, case.arrays))
     shapes = jax.eval_shape(partial(reference, **dict(case.settings)), *args, **arrays)
     d_out = jax.tree.map(lambda y: jnp.asarray(draw(*y.shape), y.dtype), shapes)
@@ -85,6 +105,8 @@ def _check_case(op, rows: list[Implementation], reference, case: Case, draw: Dra
     for row in rows:
         if row.fits is not None and not row.fits(*args, **arrays, **dict(case.settings)):
             continue
+        jax.block_until_ready(want)  # else its time would count as the implementation's
+        trying(row.of(op))
         try:
             errors = _errors(names, program(row.run, case.wrt, case.settings)(args, arrays, d_out), want)
             share, wrong = _judge(names, jax.device_get(errors), bounds)
@@ -93,22 +115,6 @@ def _check_case(op, rows: list[Implementation], reference, case: Case, draw: Dra
         yield Verdict(row.of(op), share, wrong and f"{wrong} ({case.label})")
         if share == np.inf:
             jax.block_until_ready(jnp.zeros(()))  # raises if the device was lost: others are not to blame
-
-
-def check_and_keep(kernels: Kernels, **settings: Any) -> dict[str, Verdict]:
-    """The worst verdict on each implementation. Wrong ones are kept for `choose.prepare`, also if the device is lost.
-
-    Args: as `check`.
-    """
-    worst: dict[str, Verdict] = {}
-    try:
-        for verdict in check(kernels, **settings):
-            worst[verdict.name] = max(verdict, worst.get(verdict.name, verdict), key=lambda one: one.share)
-    finally:
-        chip = kernels.target.platform, kernels.target.chip
-        others = {name: wrong for name, wrong in verdicts.read(*chip).items() if name not in worst}
-        verdicts.write(*chip, others | {name: verdict.wrong for name, verdict in worst.items() if verdict.wrong})
-    return worst
 
 
 @cache

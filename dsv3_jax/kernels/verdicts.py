@@ -1,4 +1,4 @@
-"""Implementations that `check.py` found to be wrong on a chip: a file in the user's cache folder.
+"""Implementations that `check_apart.py` found to be wrong on a chip: a file in the user's cache folder.
 
 It is of one chip and of the versions of what compiles for it. One of other versions, or damaged, counts as absent.
 """
@@ -30,10 +30,14 @@ def read(platform: str, chip: str) -> dict[str, str]:
     return {}
 
 
-def write(platform: str, chip: str, wrong: dict[str, str]) -> None:
-    """Keep the reasons. Raises: as `private_folder`."""
-    text = json.dumps({"versions": versions(), "wrong": wrong}, indent=1, ensure_ascii=False)
-    path_of(platform, chip).write_text(text, encoding="utf-8")
+def keep(platform: str, chip: str, name: str, wrong: str) -> None:
+    """Keep what is wrong with an implementation; "" means that it is right. Raises: as `private_folder`."""
+    others = {other: reason for other, reason in read(platform, chip).items() if other != name}
+    content = {"versions": versions(), "wrong": others | ({name: wrong} if wrong else {})}
+    path = path_of(platform, chip)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.replace(path)  # in one step: a process that is killed loses no verdict
 
 
 @cache

@@ -1,14 +1,20 @@
 """The part that comes first of all: which implementations compute what they should on this device.
 
-The package's check does the work, see `dsv3_jax/kernels/check.py`. Kernels that run only if they are named are checked
-beside the others: those of `kernels/` here. What is wrong is kept, and no later part takes it by "auto".
+The package's check does the work, see `dsv3_jax/kernels/check_apart.py`. Kernels that run only if they are named are
+checked beside the others: those of `kernels/` here. What is wrong is kept, and no later part takes it by "auto". As a
+program this file is the process that checks.
 """
 
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dsv3_jax.config import Execution
-from dsv3_jax.kernels import choose
-from dsv3_jax.kernels.check import check_and_keep
+from dsv3_jax.kernels import check_apart
 from experiments.accel.kernels import (
     gpu_latent_attention,
     gpu_sparse_attention,
@@ -16,8 +22,7 @@ from experiments.accel.kernels import (
     hopper_products,
     tpu_latent_attention,
 )
-from experiments.accel.measuring import Figure, Part
-from experiments.accel.sizes import Sizes
+from experiments.accel.measuring import Figure
 
 # Each enters the table by `add`.
 OWN = (hopper_products, hopper_fp8, gpu_latent_attention, gpu_sparse_attention, tpu_latent_attention)
@@ -25,12 +30,18 @@ NAMES = ("hopper", "latent")  # of their rows
 PRECISIONS = ("none", "fp8")  # other recipes round otherwise, and multiply by the same kernels
 
 
-def right(sizes: Sizes) -> Part:
+def right() -> Iterator[Figure]:
     """Each implementation's largest error over its bound, forward and in all gradients."""
-    kernels = choose.prepare(Execution(compute_dtype="bfloat16"))
-    yield "all implementations"
-    found = check_and_keep(kernels, large=sizes.large, precisions=PRECISIONS, also=NAMES)
-    for name, verdict in found.items():
+    command = [sys.executable, str(Path(__file__).resolve())]
+    execution = Execution(compute_dtype="bfloat16")
+    for verdict in check_apart.check_and_keep(execution, precisions=PRECISIONS, also=NAMES, command=command):
         share = verdict.share if math.isfinite(verdict.share) else None
         why = "" if share is not None else f"WRONG: {verdict.wrong}"
-        yield Figure(f"{name}, largest error over its bound", share, "times", bar="right", note=verdict.wrong, why=why)
+        name = f"{verdict.name}, largest error over its bound"
+        yield Figure(name, share, "times", bar="right", note=verdict.wrong, why=why)
+
+
+if __name__ == "__main__":
+    for kernel in OWN:
+        kernel.add()
+    sys.exit(check_apart.main())

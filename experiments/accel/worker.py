@@ -19,13 +19,13 @@ from dsv3_jax.kernels import choose, verdicts
 from experiments.accel.measuring import Part, sentence
 from experiments.accel.model_parts import decode, drafts, exact, more_decode, step
 from experiments.accel.op_parts import attention, bounds, eight_bits, few_rows, grouped, layer, loss, more_grouped
-from experiments.accel.right import OWN, right
+from experiments.accel.right import OWN
 from experiments.accel.sizes import Sizes, full, toy
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 PARTS: dict[str, Callable[[Sizes], Part]] = {
     part.__name__: part
-    for part in (bounds, right, layer, attention, grouped, step, decode, exact,
+    for part in (bounds, layer, attention, grouped, step, decode, exact,
                  few_rows, more_decode, more_grouped, drafts, loss, eight_bits)
 }  # fmt: skip
 
