@@ -133,6 +133,16 @@ def test_who_multiplies_experts_on_each_chip(monkeypatch, platform, chip, dtype,
             assert experts(kernels, x, stack) == kernels.chosen(dtype, devices=2)["grouped_swiglu"] == "ragged_dot"
 
 
+def test_where_a_kernel_of_dw_is_wrong_the_next_has_another_one():
+    """Mosaic's forward and dx stay; where the check finds these wrong too, nothing of Mosaic is left."""
+    wrong: tuple[tuple[str, str], ...] = ()
+    for name in ("mosaic", "mosaic_but_dw", "row_blocks"):
+        kernels = Kernels(Target("cuda", chip="9.0"), wrong=wrong)
+        assert kernels.chosen("bfloat16")["grouped_swiglu"] == name
+        assert kernels.chosen("bfloat16")["decode_experts"] == "mosaic"  # it has no dw, and a verdict of its own
+        wrong += ((f"grouped_swiglu={name}", "it did not end in 60 s"),)
+
+
 def test_a_row_that_is_added_runs_if_it_is_named(monkeypatch):
     monkeypatch.setitem(TABLE, "grouped_swiglu", TABLE["grouped_swiglu"])
     choose.add("grouped_swiglu", choose.Implementation("mine", dispatch.dense_swiglu))

@@ -149,7 +149,8 @@ _cpp = partial(
 _xla = partial(Implementation, "xla")
 _loops = partial(Implementation, "blocks", platforms=("cpu",))
 _cuda = partial(Implementation, platforms=("cuda",), dtypes=("bfloat16",))
-_mosaic = partial(_cuda, "mosaic", fits=gpu_products.fits, why_not=gpu_products.why_not)
+_by_mosaic = partial(_cuda, fits=gpu_products.fits, why_not=gpu_products.why_not)
+_mosaic, _mosaic_but_dw = partial(_by_mosaic, "mosaic"), partial(_by_mosaic, "mosaic_but_dw")
 # megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it.
 _megablox = partial(
     Implementation, "megablox", platforms=("tpu",), dtypes=("bfloat16",), one_device=True, fits=tpu_products.fits
@@ -236,10 +237,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_experts.grouped_swiglu),
         _loops(blocks.blocks_swiglu),
         _megablox(partial(dispatch.grouped_swiglu, product=tpu_products.MEGABLOX)),
-        *_BY_PRODUCTS,
+        _BY_PRODUCTS[0],
+        _mosaic_but_dw(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC_BUT_DW)),
+        *_BY_PRODUCTS[1:],
         Implementation("ragged_dot", dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu),
         *_rounded_before(_mosaic, gpu_products.MOSAIC),
+        *_rounded_before(_mosaic_but_dw, gpu_products.MOSAIC_BUT_DW),
         *_rounded_before(_megablox, tpu_products.MEGABLOX),
         *_rounded_before(_ragged_on_tpu, tpu_products.RAGGED_DOT),
         *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
