@@ -11,6 +11,7 @@ from flax import nnx
 from runs import MODEL, STEPS, assert_bitwise, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, DataConfig, Grpo, OptimConfig
+from dsv3_jax.kernels import choose
 from dsv3_jax.ops import balance
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.metrics import over_layers
@@ -93,6 +94,35 @@ def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
     np.testing.assert_allclose(got.total, want.total, rtol=1e-5)
     for name, x in over_layers(want.metrics).items():
         np.testing.assert_allclose(over_layers(got.metrics)[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("attention", ["mla", pytest.param("dsa", marks=pytest.mark.rare)])
+def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, attention):
+    """cuDNN's kernel takes no segments. Padding after a document changes no number of the step, nor QK-clip's."""
+    given, pick = [], choose.Kernels.pick
+
+    def record(self, op, *args, **settings):
+        if op in ("causal_attention", "index_choose"):
+            given.append(settings.get("segment_ids", args[4] if op == "index_choose" and len(args) > 4 else None))
+        return pick(self, op, *args, **settings)
+
+    monkeypatch.setattr(choose.Kernels, "pick", record)
+    index = dict(q_latent_dim=7, index_heads=2, index_dim=6, index_topk=5) if attention == "dsa" else {}
+    clip = 0.01 if attention == "mla" else None
+    model = replace(MODEL, attention=attention, num_layers=1, **index)
+    run = replace(RUN, model=model, optim=replace(RUN.optim, qk_clip=clip))
+    joined = replace(run, data=replace(run.data, separate_documents=False))
+    lengths = np.array([T, 9, T, 3])
+    batch = packed_batch(np.random.default_rng(0), (np.arange(T) < lengths[:, None]).astype(np.int32))
+    state, want = make_step(Job(run))(fresh_state(run), dict(batch))
+    assert all(ids is not None for ids in given)
+    given.clear()
+    other, got = make_step(Job(joined))(fresh_state(joined), dict(batch))
+    assert given and all(ids is None for ids in given)
+    for metrics in (want, got):
+        del metrics["near_ties"]  # padding counts there
+    assert float(want["loss"]) > 1
+    assert_bitwise((other, got), (state, want))
 
 
 def test_the_bias_follows_the_load_of_the_batch(step):

@@ -282,8 +282,7 @@ def attend_causally(
     if segment_ids is not None:
         names, args = [*names, ("batch", None)], [*args, segment_ids]
     out, *maxima = shard_map_by_names(attend, names, (0, 0)[: 1 + watched], *args, has_kernel=True)
-    if segment_ids is not None:  # tokens of segment 0 are padding
-        maxima = [jnp.where((segment_ids != 0)[:, :, None, None], x, -jnp.inf) for x in maxima]
+    maxima = [jnp.where(ctx.mask[:, :, None, None], x, -jnp.inf) for x in maxima]  # without padding
     return out, {"max_logit": maxima[0].max((0, 1, 3))} if maxima else {}
 
 

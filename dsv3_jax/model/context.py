@@ -63,10 +63,12 @@ def make_context(
     keys: Array | None = None,
     cache: Cache | None = None,
     options: Options = Options(),
+    one_document: bool = False,
 ) -> Context:
     """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding.
 
-    Only a router that reads them gets `tokens` [B, T] and `keys` [B].
+    Only a router that reads them gets `tokens` [B, T] and `keys` [B]. With `one_document` the segment ids of a row are
+    1, then 0. No token sees the padding after it, so attention needs no segments.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -78,8 +80,9 @@ def make_context(
     mask = jnp.ones(positions.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
     zero = jnp.zeros((), jnp.int32)
     router = ROUTERS[cfg.router]
+    segments = None if one_document else segment_ids
     return Context(
-        *rope.cos_sin(positions, freqs, cfg.yarn), segment_ids, mask, zero, cache, options=options,
+        *rope.cos_sin(positions, freqs, cfg.yarn), segments, mask, zero, cache, options=options,
         tokens=tokens if router.reads_tokens else None, keys=keys if router.has_noise else None,
     )  # fmt: skip
 

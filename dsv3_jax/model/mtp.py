@@ -215,9 +215,10 @@ def counted(
         Array([[ True, False, False]], dtype=bool)
     """
     short = mask.shape[1] - k  # later positions have no token k positions on
-    if segment_ids is None or not cfg.head_kind.reads_tokens:
+    if not cfg.head_kind.reads_tokens:
         return mask[:, :short]
-    return mask[:, :short] & (segment_ids[:, :short] == segment_ids[:, k:])
+    real = mask[:, :short] & mask[:, k:]
+    return real if segment_ids is None else real & (segment_ids[:, :short] == segment_ids[:, k:])
 
 
 def token_counts(cfg: ModelConfig, segment_ids: Int[Array, "B T"]) -> Float[Array, " depths"]:

@@ -126,11 +126,14 @@ class Transformer(nnx.Module):
         edit_gates: Callable | None = None,
         expert_ids: Sequence[Array | None] = (None,),
         counts: Float[Array, " depths"] | None = None,
+        one_document: bool = False,
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
         Args:
             tokens, segment_ids, positions: as `__call__`.
+            one_document: each row holds one document, and padding after it. Attention then runs without segments, also
+                by a kernel that knows none. What it gives for padding is another number, and counts nowhere.
             keys: a random key for each row, [B], of the router's noise. None means no noise.
             watch, edit_gates: see `context.Options`.
             expert_ids: of the trunk, then of each head, see `__call__`.
@@ -146,7 +149,9 @@ class Transformer(nnx.Module):
             raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
         positions = from_zero(batch, length) if positions is None else positions
         options = Options(watch=frozenset(watch), edit_gates=edit_gates)
-        ctx = make_context(cfg, positions, segment_ids, tokens=tokens, keys=keys, options=options)
+        ctx = make_context(
+            cfg, positions, segment_ids, tokens=tokens, keys=keys, options=options, one_document=one_document
+        )
         given, *of_heads_given = self._checked(expert_ids, batch, length)
         divisor, *of_heads_counts = (None,) if counts is None else counts
         x, _, metrics = self._trunk(tokens, ctx._replace(expert_ids=given, divisor=divisor))

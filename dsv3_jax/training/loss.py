@@ -86,6 +86,7 @@ def compute_loss(
     counts: Float[Array, " depths"] | None = None,
     token_counts: Float[Array, " depths"] | None = None,
     share: float = 1.0,
+    one_document: bool = False,
 ) -> Losses:
     """Compute all losses of a batch.
 
@@ -102,6 +103,7 @@ def compute_loss(
         counts: divisors of sums over targets, from `target_counts`: of the complete batch if this is a part of one.
         token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and indexers' losses.
         share: of the complete batch's rows that this part has: the weight of its other balance losses.
+        one_document: see `Transformer.forward_hidden`.
 
     Example:
         >>> import numpy as np, dsv3_jax as ds
@@ -119,7 +121,14 @@ def compute_loss(
     # `share` weights these losses below too; it cancels, so that they are sums over the complete batch's counts.
     divisors = None if token_counts is None else token_counts * share
     out = model.forward_hidden(
-        tokens, segment_ids, batch["positions"], batch.get("keys"), watch=watch, expert_ids=given, counts=divisors
+        tokens,
+        segment_ids,
+        batch["positions"],
+        batch.get("keys"),
+        watch=watch,
+        expert_ids=given,
+        counts=divisors,
+        one_document=one_document,
     )
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)

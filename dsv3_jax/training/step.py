@@ -256,6 +256,7 @@ def _gradients(
         "counts": target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask")),
         "token_counts": token_counts(run.model, batch["segment_ids"]),
         "share": 1 / parts,
+        "one_document": bool(run.grpo.group) or not run.data.separate_documents,
     }
     weight = schedules.mtp_weight(run.optim, run.steps, state.step) if run.trunk is None else None
     watch = () if run.optim.qk_clip is None else ("max_logit",)
