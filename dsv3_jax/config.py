@@ -504,7 +504,7 @@ def _check_indexer(c: ModelConfig) -> None:
 # Settings of `DataConfig` that are for some formats; others leave them at their default.
 ONLY_FOR = {
     "mixture": ("shards",), "temperature": ("shards",), "max_documents": ("text", "chat"), "chat_template": ("chat",),
-    "template": ("chat",), "fim_rate": ("text",), "separate_documents": ("text", "shards"),
+    "template": ("chat",), "prompts": ("chat",), "fim_rate": ("text",), "separate_documents": ("text", "shards"),
 }  # fmt: skip
 
 
@@ -536,6 +536,9 @@ class DataConfig:
     # template of the model that training starts with
     chat_template: str | None = None
     template: tuple[str, ...] = ()  # for chat: variables of the template, as in ("thinking=true",)
+    # for chat: what the prompt of a task is if it is a text: a user's turn of the chat template, or text that the model
+    # continues
+    prompts: Literal["turn", "text"] = "turn"
     # key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages
     text_column: str = "text"
     # for shards: weights of domains, as in ("code=2", "English=1"), other domains are left out; empty means all

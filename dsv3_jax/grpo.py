@@ -27,6 +27,7 @@ from dsv3_jax.training.step import Job, TrainState, graph_of
 from dsv3_jax.training.warm_start import Open
 
 ROUNDS = 8  # times that a step asks prompts, at most
+_SHOWN = 400  # characters of the beginning and of the end of a prompt that are printed
 
 
 class Answer(NamedTuple):
@@ -168,7 +169,7 @@ def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_star
     checker, tasks = Checker(cfg.checker), []
     for prompt, record, location in examples.examples:
         checker.look_at(record, location)
-        if not len(prompt):
+        if prompt is None or not len(prompt):
             raise ValueError(f"{location} has an empty prompt")
         if len(prompt) <= room:
             tasks.append((prompt, record, location))
@@ -178,11 +179,13 @@ def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_star
             "prompt is so short"
         )
     out = len(examples.examples) - len(tasks)
-    summary = f"{len(tasks):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} answers each" + (
+    asked = f"{len(tasks):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} answers each" + (
         f"; left out: {out:,} longer than {room}" if out else ""
     )
+    first = text.tokenizer.decode_with_names(tasks[0][0].tolist())
+    shown = first if len(first) <= 2 * _SHOWN else f"{first[:_SHOWN]} … {first[-_SHOWN:]}"
     return replace(
         examples,
-        summary=summary,
+        summary=f"{examples.summary}\n{asked}\nthe first prompt, as the model sees it: {shown!r}",
         sampled=lambda current: Answers(run, text, tasks, open_start, current, examples.fingerprint),
     )

@@ -21,6 +21,7 @@ from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEMPLATES, TEXTS,
 
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
+from dsv3_jax.chat.examples import read_example
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import copy_to_run, read_settings, with_template
 from dsv3_jax.config import replace
@@ -255,6 +256,45 @@ def test_chat_continues_the_conversation(dsv3, talker):
     (tokens,) = ds.generate(ds.load_model(talker), [ids], 9).tokens
     code, out, _ = dsv3("chat", talker, *GREEDY, "--prefill", "the", lines="hello\n")
     assert (code, out) == (0, "the" + load_text(talker).tokenizer.decode(tokens) + "\n")
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "R1, thinking", "R1"])
+def test_grpo_asks_what_chat_asks(dsv3, talker, tmp_path, monkeypatch, name):
+    """A task's prompt is what the command feeds to the model, generation prompt and variables included."""
+    from dsv3_jax.decoding import generate
+
+    fed, words, r1 = [], ("thinking=true",) if "," in name else (), (TEMPLATES / "r1.jinja").read_text()
+    folder = Path(shutil.copytree(talker, tmp_path / "model"))
+    for file in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        (folder / file).unlink(missing_ok=True)
+    write_text_files(folder, TEXTS[name] if name in TEXTS else replace(TEXTS["V3"], jinja=r1))
+
+    def parts(model, prompts, config):
+        fed.extend(prompts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate_in_parts", parts)
+    template = ("--template.thinking", "true") if words else ()
+    assert dsv3("chat", folder, *template, lines="hello world\n")[0] == 0
+    tasks = [{"question": "hello world", "answer": "2"}, {"prompt": "hello world", "answer": "2"},
+             {"prompt": [USER], "answer": "2"}, {"messages": [USER], "answer": "2"},
+             {"messages": [USER, ANSWER], "answer": "2"}]  # fmt: skip
+    text = with_template(load_text(folder), None, words)
+    for task in tasks:
+        prompt, thought = read_example(task, text, "here").prompt.tolist(), text.tokenizer.added.get("<think>")
+        assert [prompt] == fed and (prompt[-1] == thought) == bool(words), task
+
+
+def test_a_prompt_of_text_is_encoded_without_its_answer(texts, tmp_path):
+    """As `dsv3 generate` encodes it, although the tokenizer joins its end with the answer."""
+    for name in TEXTS:
+        for prompt in filter(None, PROMPTS):
+            example = read_example({"prompt": prompt, "answer": " the"}, texts(name), "here", "text")
+            assert example.prompt.tolist() == texts(name).encode(prompt), (name, prompt)
+            assert example.side == read_example({"prompt": prompt, "answer": "1"}, texts(name), "here", "text").side
+    joined = read_example({"prompt": "hello ", "answer": "world"}, texts("V3"), "here", "text")
+    assert texts("V3").tokenizer.decode(joined.prompt) == "hello "
+    assert texts("V3").tokenizer.decode(joined.ids[: joined.targets.argmax()]) == "hello"
 
 
 @pytest.mark.long

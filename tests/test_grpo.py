@@ -99,7 +99,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
         importlib.import_module("judge").left = left
         code, said = said_by(unhooked_cli().main, [*argv, "--out", str(out)])
         if left == 20:
-            wanted = "'judge:even' fails at", "line", "ZeroDivisionError", "stopped and saved at step 2"
+            wanted = "'judge:even' fails at", "line", "ZeroDivisionError", "stopped and saved at step"
             said += capsys.readouterr().err
             assert code == 2 and all(part in said for part in wanted), said
             continue
@@ -110,6 +110,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
     assert rows_of(root / "again") == rows_of(root / "run") and len(rows) == 4 and "4 answers each" in said
     assert all(row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1 for row in rows), rows
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
+    assert "as the model sees it: 'user\\n0+1=<eos>\\nassistant\\n'" in said
 
 
 @pytest.mark.rare

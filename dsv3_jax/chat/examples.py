@@ -5,16 +5,20 @@ The first of these that a record has says what its targets are. It may have furt
     messages, or ShareGPT's conversations   the assistant's tokens, by the chat template
     prompt, completion     two lists of messages: the assistant's tokens of the completion; or two strings, without the
                            template: the completion and the end of a document
-    prompt, answer         a text or messages, and a text: as prompt and completion
+    prompt, answer         a task: messages, or a text, which is a user's turn, or by `DataConfig.prompts` a text that
+                           the answer continues. The prompt may also be named "question" (GSM8K) or "messages"
     instruction, output    Alpaca's, with or without an input: a turn of the user, and the assistant's tokens
     text                   a document: all of its tokens, and its end
 
-A record with messages may also have `tools`, JSON schemas of functions. Any record may have a `domain`.
+A record with messages may also have `tools`, JSON schemas of functions, or their JSON as a text. Any record may have a
+`domain`.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,11 +29,13 @@ from jaxtyping import Bool, Int32
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
-from dsv3_jax.data.corpus import rows_of, split
+from dsv3_jax.data.corpus import fingerprint_of, rows_of, split
 from dsv3_jax.data.packing import Packed, Piece
+from dsv3_jax.files import parse_json
 
 KEYS = (
-    "messages", "conversations", "system", "prompt", "completion", "answer", "instruction", "input", "output", "text",
+    "messages", "conversations", "system", "prompt", "question", "completion", "answer", "instruction", "input",
+    "output", "text",
 )  # fmt: skip
 _STEP = 64  # of the lengths of rows
 # Other names of roles.
@@ -44,27 +50,35 @@ class Example(NamedTuple):
 
     ids: Int32[np.ndarray, " n"]
     targets: Bool[np.ndarray, " n"]
+    prompt: Int32[np.ndarray, " m"] | None  # of a record with an answer: what a model is asked. None: it asks nothing
 
     @property
     def digest(self) -> bytes:
-        """A hash of 8 bytes, which says on which side of the split the example is.
+        """A hash of what is learnt: other keys of the record, such as an id, do not count."""
+        return _hash(self.ids.tobytes() + self.targets.tobytes())
 
-        It is of what is learnt: a record's other keys, such as an id, do not count.
-        """
-        return hashlib.blake2b(self.ids.tobytes() + self.targets.tobytes(), digest_size=8).digest()
+    @property
+    def side(self) -> bytes:
+        """The hash that decides the side of the split. Tasks that differ in the answer alone are on one side."""
+        return self.digest if self.prompt is None else _hash(self.prompt.tobytes())
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None, *, keep: bool = False) -> Source:
     """Read and encode the examples of `cfg.paths`, and split them by a hash of each.
 
-    Equal examples are on the same side. An example's domain is the one it states, else the name of its file. Rows hold
-    whole examples. Those with more than T tokens, or without a target, are left out.
+    Equal examples are on the same side, and so are tasks with equal prompts. An example's domain is the one it states,
+    else the name of its file. Rows hold whole examples. Those with more than T tokens, or without a target, are left
+    out.
 
     Args:
         text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
         longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples. None means
             `cfg.seq_len`.
-        keep: keep the records too, as `Source.examples`.
+        keep: keep the prompts and records too, as `Source.examples`.
     Raises: ValueError with the file and line of a record that is none of those above, or whose messages the chat
         template refuses. Also if there is no example, or too few for two sides.
 
@@ -85,12 +99,14 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     """
     examples = []
     for record, domain, location in itertools.islice(contents(cfg.paths, cfg.text_column), cfg.max_documents):
-        examples.append((read_example(record, text, location), domain, (record, location) if keep else ()))
+        example = read_example(record, text, location, cfg.prompts)
+        examples.append((example, domain, (record, location) if keep else ()))
     if longest is not None and examples:
         nearly_all = sorted(len(example.ids) for example, *_ in examples)[math.ceil(0.99 * len(examples)) - 1]
         cfg = replace(cfg, seq_len=min(-(-nearly_all // _STEP) * _STEP, longest))
     domains: dict[str, int] = {}
     pieces: list[Piece] = []
+    sides: list[bytes] = []
     digests: list[bytes] = []
     kept: list[tuple] = []
     counts: Counter[str] = Counter()
@@ -100,39 +116,51 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         elif not example.targets[1:].any():
             counts["without an assistant's turn"] += 1
         else:
+            sides.append(example.side)
             digests.append(example.digest)
             pieces.append(Piece(example.ids, domains.setdefault(domain, len(domains)), len(pieces), example.targets))
-            kept.append((example.ids[: example.targets.argmax()], *record))
+            kept.append((example.prompt, *record))
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
-    train, val, fingerprint = split(pieces, digests, cfg.val_fraction)
+    train, val, _ = split(pieces, sides, cfg.val_fraction)
     order = np.random.default_rng(cfg.seed).permutation(len(train)).tolist()
     rows = Packed((train[i] for i in order), cfg.seq_len, whole=True)
     of_domain = [[p for p in val if p.domain == i] for i in domains.values()]
     num_targets = sum(int(piece.loss_mask.sum()) for piece in train if piece.loss_mask is not None)
+    summary = f"examples: {len(train):,} to train on, {len(val):,} held out"
+    if not keep:  # prompts are drawn one by one
+        summary += (
+            f"; {sum(len(p.tokens) for p in train):,} tokens, {num_targets:,} of them targets; {len(rows):,} rows of "
+            f"{cfg.seq_len:,}: one pass takes {len(rows) / cfg.batch_size:,.1f} steps"
+        )
     return Source(
         cfg,
         tuple(domains),
-        fingerprint,
-        f"examples: {len(train):,} to train on, {len(val):,} held out; {sum(len(p.tokens) for p in train):,} tokens, "
-        f"{num_targets:,} of them targets; {len(rows):,} rows of {cfg.seq_len:,}: "
-        f"one pass takes {len(rows) / cfg.batch_size:,.1f} steps" + (left_out if counts else ""),
+        fingerprint_of(digests[piece.document] for piece in train),
+        summary + (left_out if counts else ""),
         lambda: [rows],
         lambda: [Packed(found, cfg.seq_len, whole=True) for found in of_domain if found],
         examples=[kept[piece.document] for piece in train] if keep else (),
     )
 
 
-def read_example(record: dict[str, Any], text: TextSettings, location: str) -> Example:
-    """Encode a record. Raises: ValueError as `encode`."""
-    ids, targets = encode(record, text, location)
-    return Example(np.array(ids, np.int32), np.array(targets, bool))
+def read_example(record: dict[str, Any], text: TextSettings, location: str, prompts: str = "turn") -> Example:
+    """Encode a record. Args: prompts: as `DataConfig.prompts`. Raises: ValueError as `encode`."""
+    ids, targets = encode(record, text, location, prompts)
+    with _located(location):
+        prompt = None if record.get("answer") is None else _asked(_task(record, prompts), text)
+    return Example(
+        np.array(ids, np.int32), np.array(targets, bool), None if prompt is None else np.array(prompt, np.int32)
+    )
 
 
-def encode(record: dict[str, Any], text: TextSettings, location: str = "the record") -> tuple[list[int], list[bool]]:
+def encode(
+    record: dict[str, Any], text: TextSettings, location: str = "the record", prompts: str = "turn"
+) -> tuple[list[int], list[bool]]:
     """Return the ids of a record, and which of them are targets.
 
+    Args: prompts: as `DataConfig.prompts`.
     Raises: ValueError naming the location.
 
     Example:
@@ -140,10 +168,10 @@ def encode(record: dict[str, Any], text: TextSettings, location: str = "the reco
         >>> encode({"prompt": "1+1=", "completion": "2"}, plain_settings())
         ([49, 43, 49, 61, 50, 256], [False, False, False, False, True, True])
     """
-    record = _answered(record)
+    record = _task(record, prompts)
     has = {key for key in KEYS if record.get(key) is not None}
-    try:
-        turns, tools = _turns(record, has), record.get("tools")
+    with _located(location):
+        turns, tools = _turns(record), _tools(record)
         if turns is not None:
             rendered = text.chat.render(_usual(turns, text), tools=tools, assistant_mask=True)
             return rendered.ids, rendered.mask
@@ -152,37 +180,80 @@ def encode(record: dict[str, Any], text: TextSettings, location: str = "the reco
         if isinstance(record.get("text"), str):
             ids = [*text.encode(record["text"]), text.tokenizer.eos_id]
             return ids, [True] * len(ids)
-    except ValueError as error:
-        raise ValueError(f"{location}: {error}") from error
     if "text" in has:
         raise ValueError(f"{location}: text={record['text']!r} is not text")
     forms = "messages, conversations, prompt and completion, prompt and answer, instruction and output, or text"
     raise ValueError(f"{location} has {', '.join(sorted(record)) or 'nothing'}; give it {forms}")
 
 
-def _answered(record: dict[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _located(location: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{location}: {error}") from error
+
+
+def _task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
     """A task, as its prompt and a completion; other records as they are, and messages that end in an answer."""
-    prompt, answer = record.get("prompt", record.get("messages")), record.get("answer")
-    if prompt is None or answer is None or "completion" in record:
+    found = (record.get(key) for key in ("prompt", "question", "messages"))
+    prompt, answer = next((value for value in found if value is not None), None), record.get("answer")
+    if prompt is None or answer is None or record.get("completion") is not None:
         return record
+    if isinstance(prompt, str) and prompts == "turn":
+        prompt = [*_system(record), {"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         return {"prompt": prompt, "completion": answer}
-    if prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+    if prompt and _is_answer(prompt[-1]):
         return record
     turn = {"role": "assistant", "content": answer}
     return {"prompt": prompt, "completion": [turn], "tools": record.get("tools")}
 
 
-def _turns(record: dict[str, Any], has: set[str]) -> Any:
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role") == "assistant"
+
+
+def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
+    """The ids after which a model answers a task, encoded without the answer; None if the task asks nothing.
+
+    For messages they are what `dsv3 chat` feeds. Of a conversation, the last answer is the one that is asked for.
+    """
+    turns = _usual(_turns(task), text)
+    if isinstance(turns, list):
+        asked = turns[:-1] if turns and _is_answer(turns[-1]) else turns
+    else:
+        asked = _usual(task.get("prompt"), text)
+    if isinstance(asked, list):
+        return text.chat.render(asked, tools=_tools(task), add_generation_prompt=True).ids
+    return [*_begin(text), *text.tokenizer.encode_with_specials(asked)[0]] if isinstance(asked, str) else None
+
+
+def _turns(record: dict[str, Any]) -> Any:
     """Return the messages of a record that is a conversation, else None."""
-    if "messages" in has:
+    if record.get("messages") is not None:
         return record["messages"]
     turns = record.get("conversations")
-    if turns is None and has >= {"instruction", "output"}:
+    if turns is None and record.get("instruction") is not None and record.get("output") is not None:
         asked = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return [*system, *turns] if isinstance(turns, list) else turns
+    return [*_system(record), *turns] if isinstance(turns, list) else turns
+
+
+def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": record["system"]}] if record.get("system") else []
+
+
+def _tools(record: dict[str, Any]) -> list[Any] | None:
+    """The tools of a record, which may be JSON as a text. Raises: ValueError when they are no list."""
+    tools = record.get("tools")
+    try:
+        found = parse_json(tools or "null") if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"tools={tools!r:.60} is not JSON: {error}") from error
+    if found is not None and not isinstance(found, list):
+        raise ValueError(f"tools={tools!r:.60} is not a list of functions")
+    return found
 
 
 def _usual(turns: Any, text: TextSettings) -> Any:
@@ -210,20 +281,29 @@ def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) ->
             f"prompt={prompt!r:.60} and completion={completion!r:.60} are not two texts or two lists of messages"
         )
     ids, spans = text.tokenizer.encode_with_specials(prompt + completion)
-    first = text.encode("")  # BOS, where the model's texts begin with it
-    first = first[:1] if first and first[0] != text.tokenizer.eos_id else []
+    first = _begin(text)
     mask = [end > len(prompt) for _, end in spans]
     return [*first, *ids, text.tokenizer.eos_id], [*(False for _ in first), *mask, True]
 
 
+def _begin(text: TextSettings) -> list[int]:
+    """BOS, where the model's texts begin with it."""
+    first = text.encode("")
+    return first[:1] if first and first[0] != text.tokenizer.eos_id else []
+
+
 def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Yield (record, domain, location) of the examples of some paths.
+    """Yield (record, domain, location) of the examples of some paths. Say if one has functions, which are not read.
 
     Args: column: another name of "messages", or of "text" where it holds a string.
     """
     keys = KEYS if column == "text" else (column,)
+    named = False
     for path in paths:
         for location, record, domain in rows_of(path, keys, chats=True):
+            if record.get("functions") and not named:
+                named = True
+                print(f'passed over "functions", first in {location}: give them as "tools"', file=sys.stderr)
             if column != "text":
                 if record.get(column) is None:
                     raise ValueError(f"{location}, has no {column!r}; it has {sorted(record)}")

@@ -111,20 +111,8 @@ def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> s
             _say(f"the answer ends here: {full if room == len(tokens) else f'max_new_tokens={len(tokens)}'}")
     except KeyboardInterrupt:
         _say("stopped")
-    return _with_names(text.tokenizer, [t for t in tokens if t not in text.stop_ids])
-
-
-def _with_names(tokenizer: Any, tokens: list[int]) -> str:
-    """Decode an answer, with the names of its special tokens, so that they become tokens in the next turn again.
-
-    Example:
-        >>> from dsv3_jax.data.tokenizer import ByteTokenizer
-        >>> _with_names(ByteTokenizer(), [257, 257, 104, 105])
-        '<fim_prefix><fim_prefix>hi'
-    """
-    names = {i: name for name, i in tokenizer.specials.items()}
-    runs = itertools.groupby(tokens, names.get)
-    return "".join(name * len(list(run)) if name else tokenizer.decode(run) for name, run in runs)
+    # With names, special tokens become tokens in the next turn again.
+    return text.tokenizer.decode_with_names(t for t in tokens if t not in text.stop_ids)
 
 
 def _turns(lines: Iterator[str]) -> Iterator[str]:

@@ -52,6 +52,8 @@ class Tokenize:
     """for chat: the file of a Jinja template, or plain; None means the template of --start"""
     template: tuple[str, ...] = ()
     """for chat: variables of the template, as in --template.thinking true"""
+    prompts: Literal["turn", "text"] = "turn"
+    """for chat: what the prompt of a task is if it is a text: a user's turn, or text that the model continues"""
     row_tokens: int = 4096
     """tokens of a record; the sequence length of training must divide it"""
     val_fraction: float = 0.01
@@ -75,7 +77,7 @@ class Encoder(NamedTuple):
     """Turns items into pairs of ids and loss mask. No mask means that all ids are targets."""
 
     tokenizer: Tokenizer
-    template: str | None  # the source of the chat template, and a line for each of its variables
+    template: str | None  # the source of the chat template, a line for each of its variables, and `prompts`
     read: Callable[[Item], Item] | None  # replaces the record of a chat by its `Example`
     encode: Callable[[Sequence[Item]], Iterable[tuple[np.ndarray, np.ndarray | None]]]
 
@@ -99,14 +101,14 @@ def encoder_of(job: Tokenize) -> Encoder:
         text = with_template(text, job.chat_template, job.template)
 
         def read(item: Item) -> Item:
-            return item._replace(content=read_example(item.content, text, item.location))
+            return item._replace(content=read_example(item.content, text, item.location, job.prompts))
 
         def chats(items: Sequence[Item]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             return ((item.content.ids, item.content.targets) for item in items)
 
-        return Encoder(text.tokenizer, "\n".join([text.chat.source, *job.template]), read, chats)
-    for name in ("start", "chat_template", "template"):
-        if value := getattr(job, name):
+        return Encoder(text.tokenizer, "\n".join([text.chat.source, *job.template, job.prompts]), read, chats)
+    for name in ("start", "chat_template", "template", "prompts"):
+        if (value := getattr(job, name)) != getattr(Tokenize, name):
             raise ValueError(f"{name}={value!r} is for format='chat'")
     words = load_tokenizer(job.tokenizer)
     end = np.int32(words.eos_id)
@@ -226,7 +228,7 @@ def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: in
     done.unlink(missing_ok=True)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in map(encoder.read, group) if encoder.read else group:
-        mark = item.content.digest if encoder.read else _hash(item.content)
+        mark = item.content.side if encoder.read else _hash(item.content)
         items["val" if int.from_bytes(mark) < int(job.val_fraction * 2**64) else "train"].append(item)
     facts: dict[str, Any] = {"input": digest.hexdigest(), "files": {}, "left_out": 0}
     for side, own in items.items():

@@ -206,7 +206,7 @@ class Source:
         held_out: returns the held-out rows of each domain.
         corpus: the documents. None for chats and shards.
         training_bytes: bytes of the training text by domain. None where only the source knows its mix.
-        examples: of chats, if asked for, what is trained on: the tokens before the first target, the record, its place.
+        examples: of chats, if asked for, what is trained on: the tokens of the prompt, the record, its place.
         sampled: makes training batches of what the model itself writes, and is given a function that returns its job
             and state. None means that rows do not depend on the model.
     """

@@ -243,12 +243,12 @@ def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[t
 
     Args:
         needed: keys; Parquet and datasets must have one of them. The first one is that of a file's text.
-        chats: read `tools`, too; pass over files other than JSONL and Parquet.
+        chats: read `tools` and `functions`, too; pass over files other than JSONL and Parquet.
     Returns: triples of where the row is, for errors, the row, and its domain. That is the one that it states, else the
         first folder below the path or the file's suffix, for chats the file's name.
     Raises: ValueError that names the path, file or row.
     """
-    also = ("domain", "tools") if chats else ("domain",)
+    also = ("domain", "tools", "functions") if chats else ("domain",)
     if is_dataset(path):
         name = Path(parts_of(path)[0]).name
         found = ((location, row, name) for location, row in dataset_rows(path, needed, also))

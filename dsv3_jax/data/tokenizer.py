@@ -166,6 +166,17 @@ class Tokenizer(abc.ABC):
         """
         return self.bytes_of(ids).decode("utf-8", "replace")
 
+    def decode_with_names(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, with the names of special tokens.
+
+        Example:
+            >>> ByteTokenizer().decode_with_names([257, 257, 104, 105])
+            '<fim_prefix><fim_prefix>hi'
+        """
+        names = {i: name for name, i in self.specials.items()}
+        runs = itertools.groupby(ids, names.get)
+        return "".join(name * len(list(run)) if name else self.decode(run) for name, run in runs)
+
     def bytes_of(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Return the bytes of `ids`; the first and last character may be incomplete."""
         return b"".join(self._token_bytes[i] for i in map(index, ids) if 0 <= i < self.vocab_size)

@@ -39,7 +39,7 @@ def grpo(base, kind, replay, steps, start):
     how = Grpo(group=8, max_new_tokens=NEW, checker="exact", replay=replay, **KINDS[kind])
     data = replace(
         base.data, format="chat", paths=(base.data.paths[0].replace("text", "tasks"),), chat_template="plain",
-        seq_len=16, batch_size=128, val_fraction=0.02,
+        prompts="text", seq_len=16, batch_size=128, val_fraction=0.02,
     )  # fmt: skip
     optim = replace(
         base.optim, learning_rate=3e-4, final_learning_rate=3e-5, beta2=0.99, warmup_steps=5, weight_decay=0.0,
