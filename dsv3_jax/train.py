@@ -12,7 +12,7 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError, RunConfig, check_kind, replace, to_dict
 from dsv3_jax.data.batches import Source
 from dsv3_jax.grpo import with_answers
-from dsv3_jax.hf import files, reading
+from dsv3_jax.hf import reading
 from dsv3_jax.hf.conversion import keep_origin
 from dsv3_jax.hf.open_model import find_released, load_text, released_run
 from dsv3_jax.hf.places import find
@@ -81,6 +81,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     if run.data.format == "chat" and options.get("source") is None:
         chats = chats_of(run, out)
         options |= chats | {"callbacks": [*chats["callbacks"], *options.get("callbacks", ())]}
+    options["callbacks"] = [KeepOrigin(), *options.get("callbacks", ())]
     return loop.fit(run, out, **{"open_start": open_start} | options)
 
 
@@ -158,10 +159,16 @@ class KeepText(Callback):
     def on_start(self, run: RunConfig, out: Path, step: int) -> None:
         if not (out / TEMPLATE_FILE).exists():
             assert run.start is not None
-            start = find(run.start)
-            if (start / files.CONFIG).is_file():
-                keep_origin(start, out)
-            copy_to_run(start, out, self._text)
+            copy_to_run(find(run.start), out, self._text)
+
+
+class KeepOrigin(Callback):
+    """Keeps what `dsv3 convert` needs of the released folder that a run's start or trunk is, or was made of."""
+
+    def on_start(self, run: RunConfig, out: Path, step: int) -> None:
+        place = run.start or run.trunk
+        if place is not None and step == 0:  # later the other run may be gone
+            keep_origin(find(place), out)
 
 
 def for_epochs(

@@ -19,6 +19,7 @@ from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import model_inputs, stack
 from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
+from dsv3_jax.hf.files import write_json
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.train import _outlook
@@ -150,6 +151,9 @@ def test_the_packed_loss_is_that_of_each_example_alone():
     np.testing.assert_allclose([main, mtp[0]], sums / wanted, rtol=2e-6)
 
 
+ORIGIN = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": [256]}  # of the released folder
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model of bytes to start with, as a released folder without a template, and chats."""
@@ -157,6 +161,8 @@ def base(tmp_path_factory):
     model = random_model(replace(MODEL, max_positions=48), execution=DENSE)
     hf.save(model, root / "base", quiet=True)
     (root / "base" / "tokenizer.json").write_text(byte_tokenizer_json(), encoding="utf-8")
+    config = json.loads((root / "base" / "config.json").read_text())
+    write_json(root / "base" / "config.json", config | ORIGIN)
     return root / "base", write(root, [{"messages": chat(i)} for i in range(24)])
 
 
@@ -188,6 +194,23 @@ def test_a_run_learns_its_answers(tuned, base):
     text, (ids, mask) = load_text(out), encode({"messages": chat(5)}, PLAIN)
     prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
     assert prompt == ids[: mask.index(True)] and text.stop_ids == (256,)
+
+
+@pytest.mark.long
+def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tmp_path):
+    """Released → SFT → SFT, and released → a run on text: dtype, BOS and the ids that end a text stay."""
+    again = [{str(base[0]): str(tuned[0]), str(tuned[0]): str(tmp_path / "chats")}.get(word, word) for word in tuned[2]]
+    again[again.index("--epochs") : again.index("--epochs") + 2] = ["--steps", "1"]
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"to be or not to be {name}. " * 9)
+    text = ["train", "tiny", "--start", str(base[0]), "--out", str(tmp_path / "text"), "--steps", "1"]
+    text += ["--data.paths", *(str(tmp_path / f"{name}.txt") for name in "ab"), "--data.batch-size", "2"]
+    for name, command in (("chats", again), ("text", text)):
+        for argv in (command, ["convert", str(tmp_path / name), str(tmp_path / f"{name}-back")]):
+            code, said = said_by(unhooked_cli().main, argv)
+            assert code == 0, said
+        config = json.loads((tmp_path / f"{name}-back" / "config.json").read_text())
+        assert {key: config[key] for key in ORIGIN} == ORIGIN and "tensors in bfloat16" in said
 
 
 def test_a_model_without_a_template_is_refused(base, tmp_path, capsys):

@@ -142,6 +142,10 @@ def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
 def keep_origin(source: Path, run: str | Path) -> None:
     """Copy a released folder's config.json into a run that is made of it: it is converted back with its dtype and ids.
 
+    Args: source: the released folder, or a run that may have been made of one.
     Raises: ValueError when it is no JSON, or a link out of the folder.
     """
-    files.write_json(Path(run) / ORIGIN, text_config(files.read_json(files.file_inside(source, files.CONFIG))))
+    is_run = (source / RUN_FILE).is_file()
+    config = files.file_inside(source, ORIGIN if is_run else files.CONFIG)
+    if config.is_file():
+        files.write_json(Path(run) / ORIGIN, text_config(files.read_json(config)))
