@@ -21,7 +21,7 @@ from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEMPLATES, TEXTS,
 
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
-from dsv3_jax.chat.examples import read_example
+from dsv3_jax.chat.examples import contents, read_example
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import copy_to_run, read_settings, with_template
 from dsv3_jax.config import replace
@@ -295,6 +295,46 @@ def test_a_prompt_of_text_is_encoded_without_its_answer(texts, tmp_path):
     joined = read_example({"prompt": "hello ", "answer": "world"}, texts("V3"), "here", "text")
     assert texts("V3").tokenizer.decode(joined.prompt) == "hello "
     assert texts("V3").tokenizer.decode(joined.ids[: joined.targets.argmax()]) == "hello"
+
+
+def test_tools_are_those_of_training(dsv3, talker, tmp_path, monkeypatch):
+    """The prompt with --tools is that of a record with `tools`; /tool is a message of that role."""
+    from dsv3_jax.decoding import generate
+
+    fed, text, file = [], load_text(talker), tmp_path / "tools.json"
+    answer = SimpleNamespace(
+        tokens=[[*text.tokenizer.encode("the"), text.stop_ids[0]]], decode_seconds=0, acceptance=()
+    )
+
+    def parts(model, prompts, config):
+        fed.extend(prompts)
+        yield answer
+
+    monkeypatch.setattr(generate, "generate_in_parts", parts)
+    tools = [{"name": "add"}]  # the context is short
+    file.write_text(json.dumps(tools))
+    code, _, err = dsv3("chat", talker, "--tools", file, lines="/tool 2\nhello world\n/tool\n/tool 2 é\n")
+    assert code == 0 and err.count("(/tool TEXT gives the result of a call") == 2
+    for given in (tools, json.dumps(tools)):
+        assert read_example({"messages": [USER], "tools": given, "answer": ""}, text, "").prompt.tolist() == fed[0]
+    called = [USER, {"role": "assistant", "content": "the"}, {"role": "tool", "content": "2 é"}]
+    assert fed[1:] == [text.chat.render(called, tools=tools, add_generation_prompt=True).ids]
+    for content, sentence in (("{}", "='{}' is not a list of functions"), ("[", "='[' is not JSON: ")):
+        file.write_text(content)
+        code, out, err = dsv3("chat", talker, "--tools", file)
+        assert (code, out) == (2, "") and f"--tools {file} cannot be read: tools{sentence}" in err
+    other = Path(shutil.copytree(talker, tmp_path / "model"))
+    (other / "chat_template.jinja").write_text(V3)
+    file.write_text(json.dumps(tools))
+    assert dsv3("chat", other, "--tools", file)[0] == 2
+
+
+def test_functions_are_named_as_not_read(tmp_path, capsys):
+    record = {"messages": [USER, ANSWER], "functions": TOOLS}
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(record)] * 2))
+    assert len(list(contents((str(tmp_path / "chats.jsonl"),), "text"))) == 2
+    said = capsys.readouterr().err
+    assert said.count('passed over "functions", first in') == 1 and "line 1: give them as" in said
 
 
 @pytest.mark.long

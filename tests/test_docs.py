@@ -19,7 +19,7 @@ import tyro
 from browser import Browser, needs_browser
 from released import GRID, Cell, write_folder
 from runs import MODEL, environment, finished, flags, make_run, unhooked_cli, write_text
-from texts import ANSWER, TEMPLATES, TEXTS, USER, write_text_files
+from texts import ANSWER, TEMPLATES, TEXTS, TOOLS, USER, write_text_files
 
 import dsv3_jax as ds
 from dsv3_jax import presets, train
@@ -98,6 +98,7 @@ INSTEAD = {
 RELEASED = {  # cells of the parity grid by place
     "Moonlight-16B-A3B-Instruct": "Moonlight", "moonshotai/Moonlight-16B-A3B": "Moonlight", "DeepSeek-V3": "FP8 file",
     "DeepSeek-V3.1": "groups", "DeepSeek-V2-Lite": "V2-Lite, greedy", "deepseek-ai/DeepSeek-V2-Lite": "V2-Lite, greedy",
+    "Kimi-K2": "Moonlight",
 }  # fmt: skip
 
 
@@ -141,7 +142,9 @@ def place(root, tmp_path_factory):
     for name, cell in RELEASED.items():
         write_folder(folder / name, Cell(cell, GRID[cell].config | {"vocab_size": 384}))
         write_text_files(folder / name, TEXTS["V3"])
-    shutil.copy(TEMPLATES / "r1.jinja", folder / "DeepSeek-V3.1" / "chat_template.jinja")
+    for name, template in (("DeepSeek-V3.1", "r1"), ("Kimi-K2", "kimi")):
+        shutil.copy(TEMPLATES / f"{template}.jinja", folder / name / "chat_template.jinja")
+    (folder / "tools.json").write_text(json.dumps(TOOLS))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert unhooked_cli().main(["tokenizer", "mine.json", "--vocab-size", "300", "--paths", "notes/"]) == 0

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from dsv3_jax.chat.template import read_tools
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, rows_of, split
 from dsv3_jax.data.packing import Packed, Piece
-from dsv3_jax.files import parse_json
 
 KEYS = (
     "messages", "conversations", "system", "prompt", "question", "completion", "answer", "instruction", "input",
@@ -171,7 +171,7 @@ def encode(
     record = _task(record, prompts)
     has = {key for key in KEYS if record.get(key) is not None}
     with _located(location):
-        turns, tools = _turns(record), _tools(record)
+        turns, tools = _turns(record), read_tools(record.get("tools"))
         if turns is not None:
             rendered = text.chat.render(_usual(turns, text), tools=tools, assistant_mask=True)
             return rendered.ids, rendered.mask
@@ -225,7 +225,7 @@ def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
     else:
         asked = _usual(task.get("prompt"), text)
     if isinstance(asked, list):
-        return text.chat.render(asked, tools=_tools(task), add_generation_prompt=True).ids
+        return text.chat.render(asked, tools=read_tools(task.get("tools")), add_generation_prompt=True).ids
     return [*_begin(text), *text.tokenizer.encode_with_specials(asked)[0]] if isinstance(asked, str) else None
 
 
@@ -242,18 +242,6 @@ def _turns(record: dict[str, Any]) -> Any:
 
 def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": record["system"]}] if record.get("system") else []
-
-
-def _tools(record: dict[str, Any]) -> list[Any] | None:
-    """The tools of a record, which may be JSON as a text. Raises: ValueError when they are no list."""
-    tools = record.get("tools")
-    try:
-        found = parse_json(tools or "null") if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise ValueError(f"tools={tools!r:.60} is not JSON: {error}") from error
-    if found is not None and not isinstance(found, list):
-        raise ValueError(f"tools={tools!r:.60} is not a list of functions")
-    return found
 
 
 def _usual(turns: Any, text: TextSettings) -> Any:

@@ -44,6 +44,7 @@ class ChatTemplate:
         special_tokens: role → name, as bos_token, and other variables of the template.
     Attributes:
         variables: names of what the template reads beside messages and tools.
+        reads_tools: whether it reads tools.
     Raises: ValueError when `source` is no template.
 
     Example:
@@ -64,7 +65,7 @@ class ChatTemplate:
             reads, self.writes_role = meta.find_undeclared_variables(program), _writes_role(program)
         self._tracker: Any = environment.extensions[Generation.identifier]
         others = {"messages", "tools", "add_generation_prompt", *environment.globals}
-        self.variables = reads - others
+        self.variables, self.reads_tools = reads - others, "tools" in reads
         written = "\0".join(
             [node.data for node in program.find_all(nodes.TemplateData)]
             + [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
@@ -264,6 +265,24 @@ class ChatTemplate:
         skip = len(self.tokenizer.encode_with_specials(head)[0])
         ids, spans = self.tokenizer.encode_with_specials(head + text)
         return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
+
+
+def read_tools(tools: Any) -> list[Any] | None:
+    """Return tools that may be JSON as a text; an empty text means None.
+
+    Raises: ValueError when they are no list.
+
+    Example:
+        >>> read_tools('[{"name": "add"}]'), read_tools("")
+        ([{'name': 'add'}], None)
+    """
+    try:
+        found = parse_json(tools or "null") if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"tools={tools!r:.60} is not JSON: {error}") from error
+    if found is not None and not isinstance(found, list):
+        raise ValueError(f"tools={tools!r:.60} is not a list of functions")
+    return found
 
 
 def check_messages(messages: Any, template: ChatTemplate, *, any_order: bool = False) -> list[Message]:

@@ -5,6 +5,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dsv3_jax.cli.common import parse, sentence, with_variables
@@ -28,10 +29,13 @@ class Chat(Decode):
     """text with which each answer begins"""
     template: tuple[str, ...] = ()
     """variables of the chat template: --template.NAME VALUE"""
+    tools: Path | None = None
+    """a JSON file with a list of functions that the model may call"""
 
 
 FENCE = '"""'
 HELP = """/reset or /clear begins a new conversation; /exit or Ctrl-D ends; Ctrl-C stops an answer
+/tool TEXT gives the result of a call to the model
 a turn of several lines: end a line with \\, or write \"\"\" on a line before and after it"""
 
 
@@ -41,8 +45,9 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.hf.open_model import load_text
 
     text = load_text(args.model)
+    tools = _tools(args, text)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    _prompt(text, [*start, {"role": "user", "content": "a"}], args)  # errors before loading
+    _prompt(text, [*start, {"role": "user", "content": "a"}], args, tools)  # errors before loading
     model, draft = load(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     replace(config, max_new_tokens=1).check(model.cfg, [[text.stop_ids[0]]])
@@ -58,9 +63,14 @@ def run(argv: list[str]) -> int:
             messages = start
             _say("the conversation is empty")
         elif command:
-            asked = [*messages, {"role": "user", "content": turn}]
+            result = command.removeprefix("/tool").strip() if command.split()[0] == "/tool" else None
+            if result is not None and (not result or messages == start):
+                _say("/tool TEXT gives the result of a call in the last answer; there is no answer, or no TEXT")
+                continue
+            turn = {"role": "user", "content": turn} if result is None else {"role": "tool", "content": result}
+            asked = [*messages, turn]
             try:
-                ids = _prompt(text, asked, args)
+                ids = _prompt(text, asked, args, tools)
                 new = _answer(model, text, ids, args, replace(config, seed=(args.seed + number) % (1 << 32)))
             except ValueError as error:
                 _say(sentence(error))
@@ -70,15 +80,31 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _prompt(text: Any, messages: list[dict[str, Any]], args: Chat) -> list[int]:
+def _tools(args: Chat, text: Any) -> list[Any] | None:
+    """The functions of --tools. Raises: ValueError when the file is none of a list, or the template reads no tools."""
+    from dsv3_jax.chat.template import read_tools
+    from dsv3_jax.files import read_text
+
+    if args.tools is None:
+        return None
+    try:
+        found = read_tools(read_text(args.tools))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tools {args.tools} cannot be read: {error}") from error
+    if not text.chat.reads_tools:
+        raise ValueError(f"--tools {args.tools} is for a chat template that reads tools, and this one does not")
+    return found
+
+
+def _prompt(text: Any, messages: list[dict[str, Any]], args: Chat, tools: list[Any] | None) -> list[int]:
     """The ids after which an answer to the messages begins. Raises: ValueError when the template refuses them."""
     from dsv3_jax.chat.text_settings import variables_of
 
     variables = variables_of(args.template)
     if args.prefill is None:
-        return text.chat.render(messages, add_generation_prompt=True, **variables).ids
+        return text.chat.render(messages, tools=tools, add_generation_prompt=True, **variables).ids
     messages = [*messages, {"role": "assistant", "content": args.prefill}]
-    return text.chat.render(messages, continue_final_message=True, **variables).ids
+    return text.chat.render(messages, tools=tools, continue_final_message=True, **variables).ids
 
 
 def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> str:
