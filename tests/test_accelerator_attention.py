@@ -90,7 +90,7 @@ def test_why_a_library_is_not_in_use(monkeypatch):
     with pytest.raises(ConfigError, match="kernels='causal_attention=tokamax' is not available here: its kernels need"):
         prepare(Execution(kernels="causal_attention=tokamax"), platform="cuda", chip="8.0")
     line = prepare(platform="cuda", chip="8.0").describe("bfloat16")
-    assert line.endswith("; without tokamax, cudnn, mosaic: see `dsv3 info tiny --kernels`")
+    assert line.endswith("; without tokamax, cudnn, mosaic, mosaic_but_dw: see `dsv3 info tiny --kernels`")
 
 
 # The table
