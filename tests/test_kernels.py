@@ -162,7 +162,7 @@ def test_the_default_device_says_the_platform():
 
 
 def test_without_a_compiler_xla_runs_and_the_line_says_so(monkeypatch):
-    assert Kernels(Target("cpu")).describe().startswith("kernels for cpu: cpu, blocks, xla")
+    assert Kernels(Target("cpu")).describe().startswith("kernels for cpu: cpu, xla")
     monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler (c++, g++, clang++)")
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] == experts(kernels, X, STACK) == "blocks"

@@ -218,7 +218,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _xla(cached_attention.cached_attention),
     ),
     "write_rows": (
-        _cpp(calls.write_rows, dtypes=(), fits=None),
+        _cpp(calls.write_rows, dtypes=calls.CACHE_DTYPES, fits=None),
         _loops(cpu_attention.write_rows),
         Implementation("select", tpu_cache_rows.write_rows, ("tpu",)),
         _xla(cached_attention.write_rows),

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.sort_by_expert import SortedRows
 
-CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # dtypes of the rows that `cached_attention` reads
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # dtypes of the rows that the kernels read and write
 
 
 def small_batch_matmul(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
