@@ -305,4 +305,10 @@ STUDY = Study(
             "of keys",
         )
     },
+    facts={
+        "0.91": "2.529 - 1.615",
+        "0.15": "1.761 - 1.615",
+        "3.14": lambda results: results.values("L", "own/loss")[:, -1].mean(),
+        "1.73": lambda results: results.values("L, then 4L", "own/loss")[:, -1].mean(),
+    },
 )

@@ -207,4 +207,7 @@ STUDY = Study(
             1,
         )
     },
+    facts={
+        "176 steps": "a setting: 160 and a tenth more",
+    },
 )

@@ -14,6 +14,7 @@ from dsv3_jax.ops import balance
 from dsv3_jax.training.checkpoint import load_run
 from experiments.lab import FollowUp, Study, drawing, format_number, markdown_table, mean_spread, write_figure
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.results import lookup
 
 BEFORE = "before"
 # Name → what is not float32 of a run.
@@ -128,7 +129,20 @@ def table(results):
             mean_spread(100 * results.values(name, key), n) for key, n in (("clipped", 3), ("skipped", 0))
         )
         rows.append([*row, mean_spread(results.values(name, "changed"), 1), *small, clipped, skipped])
-    return markdown_table(header, rows)
+    return f"{markdown_table(header, rows)}\n\n{by_seed(results)}"
+
+
+def by_seed(results):
+    """Each seed's right answers before and after, as their starts differ more than anything else."""
+    rows = []
+    for seed in results.common_seeds(FIRST, BEFORE):
+        row = [seed]
+        for key in ("right/likeliest", CARRY):
+            before, after = (lookup(results.runs[name][seed]["numbers"], key) for name in (BEFORE, FIRST))
+            row += [f"{before:.1f}", f"{after:.1f}", format_number(after - before, 1, sign=True)]
+        rows.append(row)
+    header = ["seed", "all sums: before, %", "after, %", "difference"]
+    return markdown_table([*header, "with a carry: before, %", "after, %", "difference"], rows)
 
 
 def draw(results, path):
@@ -201,5 +215,9 @@ STUDY = Study(
             "points",
             1,
         )
+    },
+    facts={
+        "1e-4": "a weight",
+        "600 steps": "a setting",
     },
 )

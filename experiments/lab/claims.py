@@ -104,7 +104,8 @@ class Check:
         return f"Manipulation check, {stake.text}: costs {cost} {stake.unit}, noise of a run {noise}: {outcome}."
 
 
-NoiseOf = Callable[[Key], Noise]
+# (number, the variants that are compared) → its noise. Without variants it is that of independent runs.
+NoiseOf = Callable[..., Noise]
 
 
 def table_of(results: Results, key: Key) -> Table:
@@ -128,9 +129,35 @@ def distinct(table: Table) -> Table:
     return kept
 
 
+def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] = ()) -> Table:
+    """Leave out what would count one run more than once: variants that continue from one parent are nearly copies.
+
+    Two of them that are compared differ less than two independent runs, so their noise is that of such variants alone.
+    Else one variant of each parent counts: the compared one, or the first.
+
+    Args: begun: variant → its parent, whose weights it begins with.
+
+    >>> table, begun = {"a": {}, "b": {}, "c": {}, "d": {}}, {"b": "a", "c": "a", "d": "a"}
+    >>> [list(independent(table, begun, pair)) for pair in (("b", "c"), ("c", "a"), ())]
+    [['b', 'c', 'd'], ['a', 'c'], ['a', 'b']]
+    """
+    parents = {begun.get(variant) for variant in compared}
+    if len(compared) == 2 and len(parents) == 1 and None not in parents:
+        return {variant: numbers for variant, numbers in table.items() if begun.get(variant) in parents}
+
+    chosen: dict[tuple[str, bool], str] = {}  # the variant that counts
+    for variant in (*compared, *table):
+        chosen.setdefault((begun.get(variant, variant), variant in begun), variant)
+    return {variant: numbers for variant, numbers in table.items() if variant in chosen.values()}
+
+
 def noise_within(results: Results) -> NoiseOf:
     """Return a function that pools a number's noise over the variants of one study."""
-    return lambda key: pool([distinct(table_of(results, key))])
+
+    def noise(key: Key, compared: Sequence[str] = ()) -> Noise:
+        return pool([independent(distinct(table_of(results, key)), results.begun, compared)])
+
+    return noise
 
 
 def judge(
@@ -140,14 +167,17 @@ def judge(
 
     Returns: verdicts in the claims' order, and the manipulation checks.
     """
-    checks = {name: _check(stake, results, noise_of) for name, stake in stakes.items()}
+    checks = {}
+    for name, stake in stakes.items():
+        needing = [_compared(claim) for claim in claims if claim.stake == name]
+        checks[name] = _check(stake, results, noise_of, needing[0] if needing else ())
     judged: list[tuple[Claim, Difference]] = []
     for claim in claims:
         table = table_of(results, claim.key)
         if claim.variant not in table or (isinstance(claim.against, str) and claim.against not in table):
             continue
         try:
-            judged.append((claim, _difference(claim, table, noise_of(claim.key))))
+            judged.append((claim, _difference(claim, table, noise_of(claim.key, _compared(claim)))))
         except ValueError:  # too few seeds
             continue
     adjusted = holm([found.p for _, found in judged])
@@ -159,6 +189,10 @@ def judge(
         answer: Answer = "no verdict" if reason else answer_to(claim, found, p)
         verdicts.append(Verdict(claim, answer, found, p, visible, reason))
     return verdicts, list(checks.values())
+
+
+def _compared(claim: Claim) -> tuple[str, ...]:
+    return (claim.variant, claim.against) if isinstance(claim.against, str) else (claim.variant,)
 
 
 def _difference(claim: Claim, table: Table, noise: Noise) -> Difference:
@@ -184,13 +218,14 @@ def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
     return "yes" if (found.mean < 0) == (claim.expect == "lower") else "no"
 
 
-def _check(stake: Stake, results: Results, noise_of: NoiseOf) -> Check:
+def _check(stake: Stake, results: Results, noise_of: NoiseOf, compared: Sequence[str]) -> Check:
+    """Check by the noise of the variants that the claims compare, of which the first is enough to know the kind."""
     try:
         cost = stake.cost(results)
     except (KeyError, IndexError):
         cost = np.zeros(0)
     try:
-        noise = noise_of(stake.key).sd
+        noise = noise_of(stake.key, compared).sd
     except ValueError:
         noise = float("nan")
     if np.isnan(noise):  # one variant, or one seed

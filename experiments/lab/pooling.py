@@ -44,9 +44,9 @@ def noise_for(results: Results, experiments: Path) -> NoiseOf:
     """Return each number's noise: of the validation loss over all studies of the recipe, else over this study."""
     within = noise_within(results)
 
-    def noise(key: Key) -> Noise:
+    def noise(key: Key, compared: Sequence[str] = ()) -> Noise:
         if key != POOLED:
-            return within(key)
+            return within(key, compared)
         steps = {r["steps"] for name in results.variants for r in results.records(name)}
         others = [r for r in siblings(experiments) if r.path != results.path]
         return recipe_noise([results, *others], results.about.get("base"), steps)

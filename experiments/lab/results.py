@@ -49,6 +49,7 @@ class Results:
         runs: what is shown: results of the asked identities, or all while there are none of these.
         names: hash `keys` of records → names of their settings.
         is_current: whether `runs` are of the identities that `select` was asked for.
+        begun: variant → the one whose run it continues, for variants that begin with another one's weights.
         noise, verdicts: what `Study.judge` judged by, and found; pictures show them.
     """
 
@@ -61,7 +62,8 @@ class Results:
         self.runs = self.stored
         self.is_current = False
         self.about = values | dict(about or {})
-        self.noise: Callable[[Key], Any] | None = None
+        self.begun: Mapping[str, str] = {}
+        self.noise: Callable[..., Any] | None = None
         self.verdicts: Sequence[Any] = ()
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsv3_jax.config import RunConfig, replace
 from experiments.lab import drawing
+from experiments.lab.bases import base_run
 from experiments.lab.claims import Check, Claim, NoiseOf, Stake, Verdict, judge
 from experiments.lab.fingerprints import Identity, changed, identify
 from experiments.lab.pooling import noise_for
@@ -73,6 +74,8 @@ class Study:
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
     noise: Callable[[Results], NoiseOf] | None = None  # pools noise otherwise than over variants, see `claims.judge`
     stakes: Mapping[str, Stake] = field(default_factory=dict)  # manipulation checks that claims refer to by name
+    # Numbers of README.md that its tables lack → an expression of numbers that they have, a function, or the source.
+    facts: Mapping[str, str | Callable[[Results], float]] = field(default_factory=dict)
     folder: Path = Path()  # experiments/NN_name, set by `load`
 
     @property
@@ -109,8 +112,20 @@ class Study:
                 runs[name, seed] = StudyRun(run, folder, needed, identity, task)
         return runs
 
+    def begun(self) -> dict[str, str]:
+        """Return variant → the one whose run it continues, for variants that begin with another one's weights."""
+        found = {}
+        for name, variant in self.variants(base_run(self.base, [], RUNS_FOLDER)).items():
+            if isinstance(variant, FollowUp):
+                made = variant.run(*variant.needs)  # names in place of folders
+                start = (made.run if isinstance(made, OnTask) else made).start
+                if start in variant.needs:
+                    found[name] = start
+        return found
+
     def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:
         """Judge the study's claims on its results, which keep the noise and the verdicts for their picture."""
+        results.begun = self.begun()
         results.noise = self.noise(results) if self.noise else noise_for(results, self.folder.parent)
         results.verdicts, checks = judge(results, self.claims, self.stakes, results.noise)
         return results.verdicts, checks

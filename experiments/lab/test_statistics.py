@@ -106,6 +106,20 @@ def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
     assert noise_for(first, tmp_path)("val_loss") == recipe_noise([first], "lab", {5})
 
 
+def test_runs_that_continue_from_one_parent_are_not_independent(tmp_path):
+    """Copies of a gain change nothing of its interval, and copies that are compared have their own noise."""
+    seeds = {"before": [60.0, 45.0, 20.0], "after": [90.0, 55.0, 25.0]}
+    copies = {f"copy {i}": [value + 0.1 * i * s for s, value in enumerate(seeds["after"])] for i in range(4)}
+    few, many = (fill(tmp_path / f"{len(x)}", x) for x in (seeds, seeds | copies))
+    many.begun = dict.fromkeys(["after", *copies], "before")
+    gain = Claim("gain", "after", "before", expect="higher")
+    (alone,), _ = judge(few, [gain], {}, noise_within(few))
+    found, _ = judge(many, [gain, Claim("same", "copy 1", "copy 2")], {}, noise_within(many))
+    own = stats.sem([30.0, 10.0, 5.0]) * stats.t.ppf(0.975, 2)  # of the three gains
+    assert found[0].difference == alone.difference and alone.difference.half == pytest.approx(own)
+    assert found[1].difference.half < 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("folder", overview.folders(HERE / "experiments"), ids=lambda folder: folder.name)
 def test_every_study_is_complete(folder, monkeypatch, tmp_path):
@@ -119,7 +133,8 @@ def test_every_study_is_complete(folder, monkeypatch, tmp_path):
     assert results.recipe == RECIPE and set(results.variants) == {name for name, _ in asked}
     for variant in results.variants:
         assert results.seeds_of(variant) == [str(seed) for seed in range(study.seeds_of.get(variant, study.seeds))]
-    verdicts, _ = study.judge(results)
+    results.runs = {name: results.runs[name] for name, _ in asked}  # tables have the study's order
+    verdicts, checks = study.judge(results)
     kept = [(v["claim"], v["answer"]) for v in results.about["verdicts"]]
     found = [(v.claim.text, v.answer) for v in verdicts]
     assert found == kept, "studies share their noise: run python -m experiments.lab run all --redraw"
@@ -130,4 +145,4 @@ def test_every_study_is_complete(folder, monkeypatch, tmp_path):
     assert overview.verdict(folder) != "pending" and f"python -m experiments.lab run {folder.name[:2]}" in page
     assert f"({folder.name}/README.md)" in (HERE / "experiments" / "README.md").read_text()
     study.draw(results, tmp_path / "picture.png")
-    assert drawn[0].axes and study.make_table(results).startswith("| ")
+    assert drawn[0].axes and f"{verdict_table(verdicts, checks)}\n\n{study.make_table(results)}" in page
