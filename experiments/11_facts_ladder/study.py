@@ -21,9 +21,11 @@ def draw(results, path):
 
 
 def words(results):
-    pairs = (SWITCH, DENSE), (SHARED, GSHARD)
+    pairs = (SWITCH, DENSE), (SHARED, GSHARD), (FINE_4, GSHARD)
     changes = (drawing.change(results, *pair, unknown_bits, 2) for pair in pairs)
-    return "One expert of eight against dense: {} bits; a shared one against none: {}".format(*changes)
+    return "One expert of eight against dense: {} bits; 1 + 1 of 15 against 2 of 16: {}; 1 + 7 of 63: {}".format(
+        *changes
+    )
 
 
 STUDY = Study(
@@ -40,11 +42,17 @@ STUDY = Study(
         claim("one expert of eight stores more than dense", SWITCH, DENSE),
         claim("two of sixteen store more than one of eight", GSHARD, SWITCH),
         claim("a shared expert stores more than none", SHARED, GSHARD),
-        claim("experts of half the width store more", FINE_2, SHARED),
-        claim("experts of a quarter store more than of half", FINE_4, FINE_2),
-        claim("the finest store more than dense", FINE_4, DENSE),
+        claim("1 + 3 of 31 store more than 1 + 1 of 15", FINE_2, SHARED),
+        claim("1 + 7 of 63 store more than 1 + 3 of 31", FINE_4, FINE_2),
+        claim("the finest, 1 + 7 of 63, store more than dense", FINE_4, DENSE),
+        claim("the finest store more than two of sixteen", FINE_4, GSHARD),
     ),
     stakes={
         "facts": bits_stake("no routed expert: dense", lambda results: results.paired(DENSE, SWITCH, unknown_bits))
+    },
+    facts={
+        "0.037": "3.6753 - 3.6385",
+        "0.17, 2.5e-3": "trials on seed 100",
+        "800, 2.3, 1,500": "runs at twice the rate, which results.json does not hold",
     },
 )

@@ -41,9 +41,9 @@ def draw(results, path):
 
 
 def words(results):
-    pairs = [(name_of(FINE_4, size), name_of(SHARED, size)) for size in FACTORS]
+    pairs = [(name_of(FINE_4, size), name_of(GSHARD, size)) for size in FACTORS]
     gains = [drawing.change(results, *pair, unknown_bits, 2) for pair in pairs]
-    return f"Finer experts, from half to double width: {', '.join(gains)} bits unknown"
+    return f"1 + 7 of 63 experts against 2 of 16, from half to double width: {', '.join(gains)} bits unknown"
 
 
 STUDY = Study(
@@ -56,8 +56,9 @@ STUDY = Study(
     claims=tuple(
         claim(text, first, second, size)
         for text, first, second in (
-            ("experts of a quarter of the width store more", FINE_4, SHARED),
+            ("1 + 7 of 63 store more than 1 + 1 of 15", FINE_4, SHARED),
             ("a shared expert stores more than none", SHARED, GSHARD),
+            ("1 + 7 of 63 store more than 2 of 16", FINE_4, GSHARD),
         )
         for size in FACTORS
     ),
