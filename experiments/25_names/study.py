@@ -4,9 +4,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab import Column, OnTask, Study, drawing, format_number, write_figure
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
+from experiments.lab.statistics import compare, pool
+from experiments.lab.tables import results_table
 from experiments.lab.tasks import Names
 
 TASK = Names(names=3, tokens=40, share=1.0)
@@ -22,6 +24,29 @@ def measure(trained):
     """`formed`: the step at which half of what a row's pairs are worth is learnt."""
     half = (TASK.bits_without_pairs + TASK.best_bits) / 2
     return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - TASK.best_bits}
+
+
+def run_seconds(results, variant):
+    """Return the seconds of each seed's training, compiling and evaluation."""
+    return np.array([record["seconds"] for record in results.records(variant)])
+
+
+def seconds(results, variant):
+    """Return the seconds until names have formed, by seed, if all steps take alike."""
+    steps = np.array([record["steps"] for record in results.records(variant)])
+    return run_seconds(results, variant) * results.values(variant, "formed") / steps
+
+
+def table(results):
+    """The columns, and the differences in ln seconds with their intervals: a step with heads takes longer."""
+    logs = {name: dict(zip(results.seeds(), np.log(seconds(results, name)), strict=True)) for name in results.variants}
+    noise, sentences = pool([logs]), []
+    for name in (MODULE, PARALLEL):
+        found = compare(logs[name], logs[PLAIN], noise)
+        mean, low, high = (format_number(x, 2, sign=True) for x in (found.mean, *found.interval))
+        share = f"{100 * np.exp(found.mean):.0f} % of the seconds"
+        sentences.append(f"Until then, {name} against {PLAIN}: {mean} ({low} to {high}) ln seconds, {share}.")
+    return "\n\n".join([results_table(results, COLUMNS), *sentences])
 
 
 def draw(results, path):
@@ -63,6 +88,12 @@ def sooner(text, variant):
     return Claim(text, variant, PLAIN, log_formed, unit="ln steps", digits=2, stake="pairs")
 
 
+COLUMNS = (
+    Column("step at which half is learnt", "formed", 0),
+    Column("seconds until then", seconds, 0),
+    Column("seconds of the run", run_seconds, 0),
+    Column("bits above the optimum", "above", 3, paired=True),
+)
 STUDY = Study(
     question="Do multi-token heads bring the induction of two-token names forward?",
     published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
@@ -70,10 +101,8 @@ STUDY = Study(
     base="names",
     seeds=6,
     measure=measure,
-    columns=(
-        Column("step at which half is learnt", "formed", 0),
-        Column("bits above the optimum", "above", 3, paired=True),
-    ),
+    columns=COLUMNS,
+    table=table,
     draw=draw,
     claims=(
         sooner("a module brings names forward", MODULE),
@@ -83,5 +112,15 @@ STUDY = Study(
         "pairs": bits_stake(
             "no pair of a name", lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits)
         )
+    },
+    facts={
+        "1.12": lambda _: TASK.best_bits,
+        "1.66": lambda _: TASK.bits_without_pairs,
+        "1.39": lambda _: (TASK.best_bits + TASK.bits_without_pairs) / 2,
+        "41 %": "exp(-0.90)",
+        "1.9 times": "130 / 69",
+        "2.6 times": "182 / 69",
+        "0.16": lambda results: results.values(PLAIN, "above").max(),
+        "600 steps": "trials",
     },
 )
