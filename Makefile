@@ -38,7 +38,7 @@ help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
 	@echo "                 ACCELERATOR=cuda13 or tpu: on a GPU or TPU, whose packages it installs too"
 	@echo "make demo-short  the same with a few steps, to see that everything runs: about a minute"
-	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, in 4 to 5 hours"
+	@echo "make lab         run the studies that have no results yet; LAB_ARGS=--fresh runs all of them, in over 5 hours"
 	@echo "make notebooks   execute the notebooks and keep their outputs: some minutes"
 	@echo "make docs        build the site of docs/, in a minute: guides, API, notebooks, studies"
 	@echo "make wheel       build a wheel, install it elsewhere, and run the short demo there"

@@ -178,4 +178,8 @@ STUDY = Study(
         Claim("the bias has a lower loss than a sequence-wise loss", BIAS, SEQUENCE, stake="balance", published=-0.005),
     ),
     stakes={"balance": Stake("no balance", lambda results: results.paired("none", BIAS, "val_loss"))},
+    facts={
+        "1e5": "published",
+        "100 steps, 500 steps": "the run's length",
+    },
 )

@@ -143,4 +143,10 @@ STUDY = Study(
             lambda results: results.paired(name_of(1), NO_LIMIT, unknown_bits),
         )
     },
+    facts={
+        "1.25": "a setting",
+        "18 %": "1 - 2287 / 2774",
+        "63 %": "1 - 1.76 / 4.73",
+        "0.018": "an earlier version on text, which results.json does not hold",
+    },
 )

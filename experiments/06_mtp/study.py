@@ -110,4 +110,9 @@ STUDY = Study(
             digits=1,
         ),
     ),
+    facts={
+        "0.3": "a weight, and published sizes",
+        "90 %": "published",
+        "0.040": "recipe 1, which results.json does not hold",
+    },
 )

@@ -175,4 +175,7 @@ STUDY = Study(
     draw=draw,
     claims=(keeps("int8"), keeps("6 bits"), keeps("4 bits"), more_than_keys("int8"), more_than_keys("3 bits")),
     stakes={"bits": Stake("2 bits a number", lambda results: results.values("MLA", change("latent", "2 bits")))},
+    facts={
+        "8 bits": "a format",
+    },
 )

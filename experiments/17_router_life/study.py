@@ -169,4 +169,11 @@ STUDY = Study(
             "no balance", lambda results: results.paired(UNBALANCED, BIAS, log_vio), log_vio, "ln MaxVio", 2
         )
     },
+    facts={
+        "60 %, 40 %, 80 %, 50,000": "published: 1 % of 5 trillion tokens; here 1 million",
+        "3.1": "1.18 * exp(0.96)",
+        **{f"{share} %": f"0.{share}" for share in (21, 39, 41, 45, 51, 62, 66)},
+        "55 %": lambda results: results.values(BIAS, "changed").mean(0).max(),
+        "4.3": lambda results: results.values(BIAS, "max_vio_without").mean(0).max(),
+    },
 )

@@ -129,4 +129,7 @@ STUDY = Study(
             "no context: chance", lambda results: TASK.chance_bits - results.values(MLA, unknown_bits)
         )
     },
+    facts={
+        "7.6": "log2(48) + 2",
+    },
 )

@@ -147,4 +147,7 @@ STUDY = Study(
             "one expert for all tokens: dense", lambda results: results.paired("dense", BIAS, unknown_bits)
         )
     },
+    facts={
+        "0.005": "published: 2.258 − 2.253",
+    },
 )
