@@ -111,7 +111,7 @@ TABLES = {f.name[:2]: (f / "README.md").read_text().partition(BEGIN)[2].partitio
 
 
 def test_a_changed_digit_is_found():
-    table, none = "| a | −0.080 (−0.104 to −0.057) nats | 0.50 |", Results(HERE / "none")
+    table, none = "| a | −0.080 (−0.104 to −0.057) nats | 50.2 |", Results(HERE / "none")
     for prose, facts, missing in (
         ("It is 0.08 nats (0.057 to 0.104) below, 50 %.", {}, []),
         ("It is 0.08 nats (0.057 to 0.103) below, 51 %.", {}, ["0.057 and 0.103", "0.103", "51 %"]),
