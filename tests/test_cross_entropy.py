@@ -55,6 +55,23 @@ def test_the_logits_never_exist_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < n * w * 4 / 4
 
 
+def test_a_temperature_divides_the_logits_and_not_what_they_are_made_of(rng):
+    """In bfloat16, to float32 rounding: a hidden state over 0.7 would be rounded again, and be 1e-2 nats away."""
+    h, w = (jnp.asarray(4 * rng.standard_normal(shape), jnp.bfloat16) for shape in ((23, 6), (6, 11)))
+    targets = jnp.asarray(rng.integers(0, 11, 23), jnp.int32)
+    logits = np.asarray(h, np.float64) @ np.asarray(w, np.float64) / 0.7
+    probs = np.array([oracles.softmax_probs(row) for row in logits])
+
+    def ours(h):
+        nats = token_scores(h, w, targets, temperature=0.7, chunk=8)[0]
+        return nats.sum(), nats
+
+    grad, nats = jax.jit(jax.grad(ours, has_aux=True))(h)
+    np.testing.assert_allclose(nats, -np.log(probs[np.arange(23), targets]), rtol=1e-5, atol=1e-5)
+    slope = (probs - np.eye(11)[targets]) / 0.7 @ np.asarray(w, np.float64).T
+    np.testing.assert_allclose(np.asarray(grad, np.float64), slope, atol=1e-2 * np.abs(slope).max())  # of bfloat16
+
+
 def test_token_scores_keep_the_order_of_tokens(x64, rng):
     h, w, targets = rng.standard_normal((23, 6)), rng.standard_normal((6, 11)), rng.integers(0, 11, 23, np.int32)
     nats, best = jax.jit(partial(token_scores, chunk=8))(h, w, targets)

@@ -72,5 +72,5 @@ def next_token_scores(
     """(Nats of each next token, the likeliest one), [B, T-1]. Padding comes last, so no token that counts sees it."""
     model = nnx.merge(graphdef, state)
     x, *_ = model.run_layers(constrain(tokens, "batch", None), None)
-    nats, best = score_by_rows(model.norm(x)[:, :-1] / temperature, model.head_matrix(), tokens[:, 1:])
+    nats, best = score_by_rows(model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:], temperature)
     return constrain(nats), constrain(best)

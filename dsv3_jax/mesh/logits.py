@@ -44,7 +44,7 @@ def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts
 
 
 def score_by_rows(
-    h: Float[Array, "B S D"], matrix: Float[Array, "D W"], wanted: Int[Array, "B S"]
+    h: Float[Array, "B S D"], matrix: Float[Array, "D W"], wanted: Int[Array, "B S"], temperature: float = 1.0
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
     """`ops.cross_entropy.token_scores`: nats of the wanted tokens, and the likeliest ones; each device its own rows.
 
@@ -56,7 +56,7 @@ def score_by_rows(
     """
 
     def score(matrix, h, wanted):
-        found = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1))
+        found = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), temperature=temperature)
         return (), tuple(x.reshape(wanted.shape) for x in found)
 
     return shard_map_over_batch(score, (matrix,), h, wanted)[1]

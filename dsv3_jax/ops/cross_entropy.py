@@ -59,13 +59,20 @@ def cross_entropy_by_memory(
 
 
 def token_scores(
-    h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], *, chunk: int = 1024
+    h: Float[Array, "n D"],
+    w: Float[Array, "D W"],
+    targets: Int[Array, " n"],
+    *,
+    temperature: float = 1.0,
+    chunk: int = 1024,
 ) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
     """Compute each target's negative log-likelihood, and the most likely token at its position.
 
     A backward pass computes each chunk's logits again.
 
-    Args: h, w, targets, chunk: as in `chunked_cross_entropy`.
+    Args:
+        h, w, targets, chunk: as in `chunked_cross_entropy`.
+        temperature: divides the logits, in their wide dtype, as `ops.sampling` does.
     Returns: (nats of each target, int32 argmax tokens).
 
     Example:
@@ -76,7 +83,7 @@ def token_scores(
 
     def body(_, xs):
         h_c, t_c = xs
-        logits = _logits(h_c, w)
+        logits = _logits(h_c, w) / temperature
         nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
         return None, (nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 

@@ -198,7 +198,7 @@ def _of_answers(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """(GRPO's loss, the accuracy, the measures of `policy_loss`.) The measures' means over parts are the batch's."""
     _, h, wanted, mask = next(_by_depth(out, batch))
-    nats, best = score_by_rows(h / cfg.temperature, model.head_matrix(), wanted)
+    nats, best = score_by_rows(h, model.head_matrix(), wanted, cfg.temperature)
     of_wanted = {name: x[:, 1:] for name, x in batch.items() if x.ndim == 2}
     old, start, gains = of_wanted["old_logprobs"], of_wanted.get("start_logprobs"), of_wanted["advantages"]
     loss, found = policy_loss(-nats, old, start, gains, mask, cfg)
