@@ -69,7 +69,8 @@ class Answers(Batches):
         job, state = self._current()
         self._graph = self._graph or graph_of(job)
         with jax.transfer_guard("allow"):
-            policy = nnx.merge(self._graph, lora.merged_copy(job.run.lora, state.params), state.bias)
+            weights = lora.policy(job.run.lora, state.params, job.run.execution.compute_dtype)
+            policy = nnx.merge(self._graph, weights, state.bias)
             groups, row = [], self._row
             for _ in range(ROUNDS):
                 groups += (new := self._asked(policy, row))

@@ -17,6 +17,7 @@ from runs import MODEL, assert_bitwise, make_run, new_state, packed_batch, write
 from dsv3_jax import reference
 from dsv3_jax.config import Execution, Layout, Lora, OptimConfig, RunConfig
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import lora, warm_start
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
@@ -180,6 +181,38 @@ def test_a_run_adds_new_adapters_to_its_start(trained):
     assert jax.tree.structure(state.opt.mu) == jax.tree.structure(adapters)
     want = jax.tree.map(np.array, weights)
     assert_bitwise(lora.merge(run.lora, state.params), want)  # new adapters change nothing
+
+
+def pack(w: np.ndarray) -> tuple[Packed, np.ndarray]:
+    """(4-bit numbers in groups of 2 inputs, their float32.)"""
+    numbers = np.clip(np.rint(w / 0.1), -8, 7).astype(np.int32)
+    scales = np.full((*w.shape[:-2], w.shape[-2] // 2, w.shape[-1]), 0.125, np.float32)
+    low, high = (numbers[..., i::2, :] + 8 for i in (0, 1))
+    return Packed(jnp.asarray(low | high << 4, jnp.uint8), jnp.asarray(scales)), np.float32(numbers * 0.125)
+
+
+def test_the_policy_has_what_adapters_change_in_the_compute_dtype():
+    """From bfloat16 and from 4 bits; what has no adapter is not copied, and stays packed."""
+    run = replace(RUN, model=replace(CFG, expert_dim=8), lora=Lora(RANK, 1e-3, ("attention", "routed")))
+    adapters, weights = lora.split(state_of(run).params)
+    start, used = {}, {}
+    for path, v in nnx.to_flat_state(weights):
+        value = v.get_value().astype(jnp.bfloat16)
+        used[path] = np.asarray(value, np.float64)
+        if "experts" in path or path[-2:] == ("shared", "w_up"):
+            value, used[path] = pack(np.asarray(v.get_value()))
+        start[path] = v.replace(value)
+    found = lora.policy(run.lora, nnx.merge_state(nnx.from_flat_state(start), adapters), "float32")
+    for path, v in nnx.to_flat_state(found):
+        if ("lora", *path, "a") not in flat(adapters):
+            ours, theirs = (jax.tree.leaves(x) for x in (v, start[path]))
+            assert len(ours) == len(theirs) and all(x is y for x, y in zip(ours, theirs, strict=True)), path
+            continue
+        of_a, of_b, of_w = PRODUCTS[path[-1]]
+        a, b = (np.asarray(flat(adapters)["lora", *path, side], np.float64) for side in "ab")
+        change = 1e-3 / RANK * np.einsum(f"...{of_a},...{of_b}->...{of_w}", a, b)
+        assert v.get_value().dtype == jnp.float32 and 0 < np.abs(change).max() < 2e-3
+        np.testing.assert_allclose(v.get_value(), used[path] + change, rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 
 @pytest.mark.long

@@ -146,6 +146,21 @@ def unpacked(x: Any) -> Any:
     return x.unpack() if isinstance(x, Packed) else x
 
 
+def unpack_all(v: Any) -> Any:
+    """Variables in any structure, none of them packed.
+
+    Example:
+        >>> w = nnx.Param(Packed(jnp.array([[0x29]], jnp.uint8), jnp.array([[0.5]])))
+        >>> unpack_all({"w": w})["w"].shape
+        (2, 1)
+    """
+
+    def of(v: nnx.Variable) -> nnx.Variable:
+        return v.replace(v.get_value().unpack()) if isinstance(v.get_value(), Packed) else v
+
+    return jax.tree.map(of, v, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 class Frozen(NamedTuple):
     """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
 
@@ -317,7 +332,8 @@ def loop_layers(
         ys = []
         for index, layer in enumerate(layers):
             sliced = jax.tree.map(lambda x, i=index: x[i], state)
-            carry, y = body(nnx.merge(graphdef, nnx.merge_state(sliced, layer)), carry, index)
+            whole = unpack_all(nnx.merge_state(sliced, layer))
+            carry, y = body(nnx.merge(graphdef, whole), carry, index)
             ys.append(y)
         return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *ys)
 

@@ -17,8 +17,9 @@ Frozen weights keep the dtype of their start in memory and in checkpoints: float
 matrices, FP8 and 4 bits (`model.layers.Packed`). They are unpacked and cast where they are used, one layer at a time,
 so float32 of them would give the same numbers.
 
-Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`). A checkpoint holds
-weights and adapters, so a run resumes bitwise and does not depend on its start.
+Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`), and GRPO samples from
+merged copies (`policy`). A checkpoint holds weights and adapters, so a run resumes bitwise and does not depend on its
+start.
 
 Source: LoRA (arXiv 2106.09685), section 4.1.
 Departs from the paper: any matrix of attention and experts may change, and W + A B is formed before it meets a token.
@@ -28,6 +29,7 @@ This costs the products of a training step without LoRA; what it saves is the op
 import math
 import zlib
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,12 +143,6 @@ def merge(cfg: Lora, params: nnx.State) -> nnx.State:
     return jax.jit(partial(_merged, cfg), donate_argnums=0, out_shardings=where)(weights, adapters)
 
 
-def merged_copy(cfg: Lora, params: nnx.State) -> nnx.State:
-    """As `merge`, in memory of its own: the parameters stay as they are."""
-    adapters, weights = split(params)
-    return _merged_copy(cfg, weights, adapters) if adapters else weights
-
-
 def _merged(cfg: Lora, weights: nnx.State, adapters: nnx.State) -> nnx.State:
     joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
     pairs = ((path, v, v.get_value()) for path, v in joined)
@@ -155,4 +151,38 @@ def _merged(cfg: Lora, weights: nnx.State, adapters: nnx.State) -> nnx.State:
     )
 
 
-_merged_copy = jax.jit(_merged, static_argnums=0)
+def policy(cfg: Lora, params: nnx.State, dtype: Any) -> nnx.State:
+    """The weights that a training step computes with, to sample from: those with adapters are merged copies.
+
+    A copy has the compute dtype, to which a step casts what it merges. In the dtype of a bfloat16 start it would lose
+    all changes below 2^-9 of a weight, so the sampler would be another policy than the trainer. Beside the frozen
+    weights, the copies take 4 bytes in float32 and 2 in bfloat16 for each number of a matrix with adapters. All else is
+    not copied: packed matrices stay packed, and are unpacked layer by layer (`model.layers.loop_layers`).
+
+    Args: dtype: the compute dtype.
+
+    Example:
+        >>> w = nnx.Param(jnp.ones((1, 1), jnp.bfloat16), axes=("dim", "hidden"))
+        >>> a, b = nnx.Param(jnp.array([[1.0]])), nnx.Param(jnp.array([[1e-3]]))
+        >>> params = nnx.State({"w": w, "lora": {"w": {"a": a, "b": b}}})
+        >>> policy(Lora(rank=1, alpha=1.0), params, jnp.float32)["w"][...]  # bfloat16 would be 1
+        Array([[1.001]], dtype=float32)
+    """
+
+    def merged(v: nnx.Variable) -> nnx.Variable:
+        x = v.get_value()
+        if not isinstance(x, Frozen):
+            return v
+        return v.replace(_merged_copy(x, len(x.w.shape) > len(names_of(v)), dtype))
+
+    return jax.tree.map(merged, join(cfg, params), is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _merged_copy(x: Frozen, is_stack: bool, dtype: Any) -> Array:
+    """Merge in float32, one layer at a time: what is unpacked and changed meanwhile has the size of a layer."""
+
+    def of_layer(x: Frozen) -> Array:
+        return x.merge().astype(dtype)
+
+    return jax.lax.map(of_layer, x) if is_stack else of_layer(x)
