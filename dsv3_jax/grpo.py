@@ -147,9 +147,9 @@ class Answers(Batches):
         return row
 
     def _near(self, job: Job, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
-        """The model to stay near: LoRA's frozen weights, else a copy of the start's."""
+        """The model to stay near: LoRA's frozen weights with the start's biases, else a copy of the start."""
         if job.run.lora.rank:
-            return nnx.split(nnx.merge(self._graph, lora.split(state.params)[1], state.bias))
+            return nnx.split(nnx.merge(self._graph, lora.split(state.params)[1], state.start_bias))
         if self._start is None:
             assert self._run.start is not None
             self._start = nnx.split(self._open_start(self._run.start).load(job)[0])

@@ -174,7 +174,7 @@ class Checkpoints:
             before stay.
         """
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(_parts(state)),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(to_dict(self.run) | {PACKED: _packed(state.params)}),
         )
@@ -305,21 +305,29 @@ class Checkpoints:
         if not widen:  # Orbax restores the dtype that was saved if neither names one
             item = replace(item, params=map_frozen(lambda _: 0, self.run, item.params))
             how = replace(how, params=map_frozen(lambda args: replace(args, dtype=None), self.run, how.params))
+        item, how = _parts(item), _parts(how)
         if not optimizer:  # whose types a reader may not know
-            item, how = ({name: getattr(tree, name) for name in ("params", "bias", "step")} for tree in (item, how))
+            item, how = ({name: parts[name] for name in ("params", "bias", "step")} for parts in (item, how))
         # Not StandardRestore, which reads no part of a tree.
         state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=not optimizer)
         try:
             found = self._orbax.restore(folder, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"step={step}: the checkpoint in {self.folder} does not fit the optimizer") from error
+            raise ValueError(
+                f"step={step}: the checkpoint in {self.folder} does not fit the optimizer, or is of an earlier version"
+            ) from error
         if optimizer:
-            return found.state, found.data
+            return TrainState(**found.state), found.data
         params = found.state.pop("params")
         if packed:
             widest = jax.numpy.float32 if widen else jax.numpy.bfloat16
             params = jax.jit(partial(in_use, dtype=widest), out_shardings=of_use)(params)
         return TrainState(lora.merge(self.run.lora, params), opt=(), **found.state), found.data
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """A state's trees by name; without the start's biases in a run that needs none, whose checkpoints have no such."""
+    return {name: tree for name, tree in vars(state).items() if name != "start_bias" or tree}
 
 
 def _packed(params: nnx.State) -> list:

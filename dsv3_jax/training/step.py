@@ -31,7 +31,7 @@ from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_coun
 from dsv3_jax.training.metrics import of_load, over_layers
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step", "start_bias"], meta_fields=[])
 @dataclass(frozen=True)
 class TrainState:
     """All that training changes."""
@@ -41,6 +41,8 @@ class TrainState:
     bias: Any  # nnx.State: the router's correction biases
     opt: Any  # the optimizer's, of the parameters that train; see `optim`
     step: Any  # int32 []: optimizer steps taken
+    # nnx.State: the start's router biases. Only for GRPO's KL with LoRA: its start is these and the frozen weights
+    start_bias: Any = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> Tra
     params = nnx.merge_state(nnx.state(model, nnx.Param), params)
     params = nnx.merge_state(params, lora.init(job.run.lora, params, key))
     bias = nnx.merge_state(nnx.state(model, RouterBias), bias)
-    return TrainState(params, bias, init_optimizer(job, params), jnp.zeros((), jnp.int32))
+    start_bias = bias if job.run.grpo.kl and job.run.lora.rank else ()
+    return TrainState(params, bias, init_optimizer(job, params), jnp.zeros((), jnp.int32), start_bias)
 
 
 def init_optimizer(job: Job, params: nnx.State) -> Any:
@@ -219,7 +222,7 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
         moved = updated_bias(bias, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
         bias = nnx.merge_state(moved, _split_moving(run, bias)[1])
     params = nnx.merge_state(params, frozen)
-    new = TrainState(params, bias, opt, state.step + finite.astype(jnp.int32))
+    new = replace(state, params=params, bias=bias, opt=opt, step=state.step + finite.astype(jnp.int32))
     return _constrain(job, new), _metrics(job, state, out, bias) | {"grad_norm": norm, "finite": finite}
 
 
