@@ -85,6 +85,15 @@ def read_by(model, k: int) -> int:
     return k if model.cfg.head_kind.reads_tokens else 0
 
 
+@pytest.mark.parametrize("wrong", [-1, 37])
+def test_a_token_outside_the_vocabulary_is_named(wrong):
+    """The embedding would clip it, and answer for another token."""
+    tokens = TOKENS.copy()
+    tokens[1, 3] = wrong
+    with pytest.raises(ValueError, match=f"^tokens holds {wrong}, which is no id of a vocabulary of 37$"):
+        random_model(small())(jnp.asarray(tokens))
+
+
 # values
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -110,7 +111,7 @@ class Transformer(nnx.Module):
                 token whose ids are −1 chooses freely. See `ops.routing.replay`.
             mtp_expert_ids: the same of each head that has experts, [B, T-1-k, K], as in `mtp_routing`.
         Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are others; outside jit, for
-            expert ids out of range, or the same one twice for a token.
+            token or expert ids out of range, or the same expert twice for a token.
         """
         out = self.forward_hidden(tokens, segment_ids, positions, expert_ids=(expert_ids, *mtp_expert_ids))
         return Output(self.logits(out.h), tuple(self.logits(h) for h in out.mtp_h), out.routing, out.mtp_routing)
@@ -142,6 +143,7 @@ class Transformer(nnx.Module):
         """
         cfg = self.cfg
         check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
+        _check_ids(tokens, cfg.vocab_size)
         batch, length = tokens.shape
         if length > cfg.max_positions:
             raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
@@ -326,6 +328,16 @@ class Transformer(nnx.Module):
     @property
     def compute_dtype(self):
         return jnp.dtype(self.execution.compute_dtype)
+
+
+def _check_ids(tokens: Array, vocab_size: int) -> None:
+    """Check token ids, which the embedding would clip. Under jit they are not known."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"tokens holds {wrong[0]}, which is no id of a vocabulary of {vocab_size}")
 
 
 def abstract(cfg: ModelConfig, execution: Execution | None = None, kernels: Kernels | None = None) -> Transformer:
