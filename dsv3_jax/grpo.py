@@ -2,7 +2,7 @@
 
 A step takes the next prompts in the run's order, and a group of answers to each. A group whose answers are all right or
 all wrong teaches nothing: it is skipped, and its rows are padding. If all groups of a step are, the next prompts are
-asked, `ROUNDS` times at most; after that the step has no answers.
+asked, `ROUNDS` times at most; after that the step has no answers, and moves no weight.
 
 An answer depends on the model, the run's seed, its prompt and the step's place in the order of prompts. So a run that
 resumes writes the same answers, and its position is that place.
@@ -21,6 +21,7 @@ from dsv3_jax.config import ConfigError, RunConfig, replace
 from dsv3_jax.data.batches import Batch, Batches, Row, Source, endless, stack
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import next_token_scores
+from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.training import lora
 from dsv3_jax.training.grpo import advantages
 from dsv3_jax.training.step import Job, TrainState, graph_of
@@ -156,6 +157,18 @@ class Answers(Batches):
         return self._start
 
 
+def check_model(run: RunConfig) -> None:
+    """Refuse what changes a training step and not the sampler: the ratios would be of two different policies."""
+    model, group = run.model, f"grpo group={run.grpo.group}"
+    if ROUTERS[model.router].has_noise:
+        raise ConfigError(f"model.router={model.router!r} trains with noise, and {group} samples without; use another")
+    if model.capacity_factor is not None:
+        raise ConfigError(
+            f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} samples without it; "
+            "use None"
+        )
+
+
 def _teaches(group: list[Answer]) -> bool:
     return len({answer.reward for answer in group}) > 1
 
@@ -165,8 +178,10 @@ def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_star
 
     Args: examples: from `load_examples(…, keep=True)`.
     Raises: ValueError naming the line of a task whose answer the checker cannot use, or if no prompt is short enough.
+        ConfigError for a model that trains with other experts than it samples with.
     """
     cfg, room = run.grpo, run.data.seq_len - run.grpo.max_new_tokens
+    check_model(run)
     checker, tasks = Checker(cfg.checker), []
     for prompt, record, location in examples.examples:
         checker.look_at(record, location)

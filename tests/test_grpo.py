@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, random_model
-from runs import MODEL, assert_bitwise, finished, packed_batch, rows_of, said_by, unhooked_cli
+from released import GRID, write_folder
+from runs import MODEL, assert_bitwise, finished, fresh_state, make_run, packed_batch, rows_of, said_by, unhooked_cli
 
+import dsv3_jax as ds
 from dsv3_jax.chat.checkers import CHECKERS, Checker
-from dsv3_jax.config import ConfigError, Grpo
+from dsv3_jax.config import ConfigError, DataConfig, Grpo
 from dsv3_jax.data.batches import NoBatch
+from dsv3_jax.data.tokenizer import byte_tokenizer_json
+from dsv3_jax.grpo import check_model
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.grpo import policy_loss
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.run_folder import read_run
+from dsv3_jax.training.step import Job, make_step
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
@@ -73,20 +78,57 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     assert measures["max_mismatch"] < 1e-5 and measures["clipped"] == 0
 
 
-JUDGE = "left = 1\ndef even(text, row):\n global left\n left -= 1\n return len(text) % 2 == 0 if left else 1 / 0"
+def test_a_step_without_answers_moves_nothing(rng):
+    """Neither by the means of the step before nor by weight decay; it counts as a step."""
+    run = make_run("nowhere", model=replace(MODEL, num_layers=1, mtp_depth=0), grpo=Grpo(group=2), data=CHATS)
+    batch, step = packed_batch(rng, np.ones((4, 16), np.int32)), make_step(Job(run))
+    batch |= {"loss_mask": batch["positions"] > 9, "old_logprobs": jnp.zeros((4, 16))}
+    batch["advantages"] = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(batch["loss_mask"]))
+    state, metrics = step(fresh_state(run), batch)
+    before = jax.tree.map(np.array, state)
+    assert metrics["grad_norm"] > 0 and max(np.abs(x).max() for x in jax.tree.leaves(before.opt.mu)) > 0
+    after, metrics = step(state, jax.tree.map(jnp.zeros_like, batch))
+    assert (metrics["loss"], metrics["grad_norm"], metrics["finite"], after.step) == (0, 0, True, 2)
+    assert_bitwise(replace(after, step=before.step), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"router": "noisy_topk", "num_groups": 1}, "model.router='noisy_topk' trains with noise, and grpo group=2"),
+        ({"capacity_factor": 1.5}, "model.capacity_factor=1.5 drops tokens in training, and grpo group=2"),
+    ],
+)
+def test_a_model_that_trains_with_other_experts_than_it_samples_with_is_refused(changes, said):
+    run = make_run("nowhere", model=replace(MODEL, **changes), grpo=Grpo(group=2), data=CHATS)
+    with pytest.raises(ConfigError, match=said):
+        check_model(run)
+
+
+CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
+MOVE_BIASES = "--optim.bias-freeze 1 --model.balance.bias-rate 0.3".split()
+JUDGE = "left = 1\ndef even(text, row):\n global left\n left -= 1\n return len(text) % 2 == 0 if left else 1 / 0\n"
+JUDGE += "def odd(text, row):\n return sum(text.encode()) % 2 == 1"
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    """(A folder with a checker and tasks, arguments of the command without OUT.)"""
+def asked(tmp_path_factory):
+    """(A folder with a checker and tasks, arguments of the command without START and OUT.)"""
     root = tmp_path_factory.mktemp("grpo")
-    tasks, made = root / "tasks.jsonl", finished(tmp_path_factory.getbasetemp())
+    tasks = root / "tasks.jsonl"
     records = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
     tasks.write_text("\n".join(map(json.dumps, records)))
     (root / "judge.py").write_text(JUDGE)
     words = "--data.chat-template plain --data.seq-len 32 --data.batch-size 8 --data.val-fraction 0.3 --eval-batches 1 "
     words += "--grpo.group 4 --grpo.max-new-tokens 6 --optim.learning-rate 1e-2 --optim.warmup-steps 1 --steps 4"
-    return root, ["train", "grpo", "--start", str(made.folder), "--data.paths", str(tasks), *words.split()]
+    return root, ["train", "grpo", "--data.paths", str(tasks), *words.split()]
+
+
+@pytest.fixture(scope="module")
+def ready(asked, tmp_path_factory):
+    """The same with a run as START."""
+    root, argv = asked
+    return root, [*argv, "--start", str(finished(tmp_path_factory.getbasetemp()).folder)]
 
 
 @pytest.mark.long
@@ -94,7 +136,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
     """The run that its checker ended and that the same command went on with is the run that met no error."""
     (root, argv), states = ready, []
     monkeypatch.syspath_prepend(root)
-    argv = [*argv, "--grpo.checker", "judge:even", "--grpo.kl", "0.1", "--lora.rank", "2"]
+    argv = [*argv, "--grpo.checker", "judge:even", "--grpo.kl", "0.1", "--lora.rank", "2", *MOVE_BIASES]
     for out, left in ((root / "run", 1000), (root / "again", 20), (root / "again", 1000)):
         importlib.import_module("judge").left = left
         code, said = said_by(unhooked_cli().main, [*argv, "--out", str(out)])
@@ -120,6 +162,54 @@ def test_groups_without_variance_are_skipped_and_counted(ready):
     code, said = said_by(unhooked_cli().main, [*ready[1], "--out", str(out), "--grpo.no-replay", *words])
     row = rows_of(out)[0]
     assert code == 0 and (row["skipped"], row["reward"], row["loss"], row["grad_norm"]) == (1, 0, 0, 0), (said, row)
+
+
+def zeroed(model: ds.Transformer) -> ds.Transformer:
+    """Its layers add nothing, so sampler and trainer have the same hidden states, and differ in their heads at most."""
+    for w in (model.dense.attn.w_o, model.dense.ffn.w_down):
+        w.set_value(jnp.zeros_like(w[...]))
+    return model
+
+
+KIMI = GRID["Kimi K2-Thinking"]  # its experts have 4 bits, and all else is float32
+ONE_LAYER = replace(MODEL, num_layers=1, mtp_depth=0)
+FOLDERS = {
+    "bfloat16": lambda folder: ds.hf.save(random_model(ONE_LAYER), folder, dtype="bfloat16", quiet=True),
+    "fp8": lambda folder: ds.hf.save(
+        random_model(replace(ONE_LAYER, dim=256, init_std=0.05)), folder, fp8=True, quiet=True
+    ),
+    "4 bits": lambda folder: write_folder(folder, replace(KIMI, config=KIMI.config | {"vocab_size": 260})),
+    "head": lambda folder: ds.hf.save(zeroed(random_model(replace(ONE_LAYER, num_dense_layers=1))), folder, quiet=True),
+}
+LORA, HARDLY, NOT = "--lora.rank 2 --lora.on", "--optim.learning-rate 3e-5", "--optim.learning-rate 1e-20"
+CASES = {
+    "bfloat16, all": ("bfloat16", f"{LORA} attention shared routed {HARDLY}"),
+    "fp8, attention": ("fp8", f"{LORA} attention {HARDLY}"),
+    "fp8, routed": ("fp8", f"{LORA} routed {HARDLY}"),
+    "4 bits, attention": ("4 bits", f"{LORA} attention {HARDLY}"),
+    "4 bits, routed": ("4 bits", f"{LORA} routed {HARDLY}"),
+    "temperature": ("head", f"--grpo.temperature 0.7 --execution.compute-dtype bfloat16 {NOT}"),
+    "start's biases": ("bfloat16", f"{LORA} routed --grpo.kl 0.1 {NOT} {' '.join(MOVE_BIASES)}"),
+}
+RARE = "4 bits, attention", "4 bits, routed"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.rare if name in RARE else ()) for name in CASES])
+def test_a_released_start_is_sampled_as_it_is_trained_by_public_names(asked, tmp_path, monkeypatch, case):
+    """π is the sampler's up to float32 rounding, whatever the frozen weights' dtype; KL is that from the start."""
+    (root, argv), (start, words) = asked, CASES[case]
+    monkeypatch.syspath_prepend(root)
+    FOLDERS[start](tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(byte_tokenizer_json())
+    argv = [*argv, "--grpo.checker", "judge:odd", "--start", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
+    code, said = said_by(unhooked_cli().main, [*argv, *words.split()])
+    rows = [row for row in rows_of(tmp_path / "run") if "reward" in row]
+    assert code == 0 and len(rows) == 4, said
+    assert all(row["max_mismatch"] < 1e-5 for row in rows), rows
+    assert 0 < sum(row["reward"] for row in rows) < 4 and rows[-1]["grad_norm"] > 0
+    if "kl" in rows[0]:
+        assert rows[0]["kl"] < 1e-6 and min(row["kl"] for row in rows[1:]) > 1e-3
 
 
 def test_bad_checkers_and_tasks_are_named(monkeypatch):

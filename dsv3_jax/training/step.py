@@ -187,7 +187,8 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     The bias is updated once, after the optimizer, by the load of the complete batch. A router's noise is that of the
     run's seed, the step and the row, in whatever part the row is. If the loss or a gradient is not finite, or `go` is
     False, the state does not change, and `finite` in the metrics is False. Given the last step's `finite` as `go`, a
-    step may start before that is known, and changes nothing after a bad one.
+    step may start before that is known, and changes nothing after a bad one. A step of GRPO without
+    answers counts, but has nothing to learn from: neither momentum nor weight decay moves a weight.
 
     Example:
         >>> import dsv3_jax as ds
@@ -211,15 +212,16 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
     grads, out = _gradients(job, graph, trained, frozen, state, batch)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(out.total) & jnp.isfinite(norm) & go
+    moves = finite & batch["loss_mask"].any() if run.grpo.group else finite
     move = optim.make(cfg, run.steps, job.chosen(), job.optimizer).update
-    params, opt = move(state.step, trained, state.opt, grads, norm, finite)
+    params, opt = move(state.step, trained, state.opt, grads, norm, moves)
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
-        params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, finite)
+        params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, moves)
     bias, rule = state.bias, balance.rule_of(run.model)
     if rule is not None:
         gamma = schedules.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
-        moved = updated_bias(bias, out.load, jnp.where(finite, gamma, 0.0), rule, out.bias_measure)
+        moved = updated_bias(bias, out.load, jnp.where(moves, gamma, 0.0), rule, out.bias_measure)
         bias = nnx.merge_state(moved, _split_moving(run, bias)[1])
     params = nnx.merge_state(params, frozen)
     new = replace(state, params=params, bias=bias, opt=opt, step=state.step + finite.astype(jnp.int32))
