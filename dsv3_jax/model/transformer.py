@@ -331,8 +331,8 @@ class Transformer(nnx.Module):
 
 
 def _check_ids(tokens: Array, vocab_size: int) -> None:
-    """Check token ids, which the embedding would clip. Under jit they are not known."""
-    if isinstance(tokens, jax.core.Tracer):
+    """Check token ids, which the embedding would clip. Under jit, and on other processes, they are not known."""
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
     ids = np.asarray(tokens)
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
