@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 comma := ,
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo demo-short lab notebooks docs wheel environment everything test test-core test-long test-all campaign compilers lint parity clean
+.PHONY: help demo demo-short lab notebooks docs wheel environment everything test test-core test-long test-all pairs campaign compilers lint parity clean
 
 help:
 	@echo "make demo        train a small model, evaluate it and let it write: about five minutes on two CPU cores"
@@ -47,6 +47,7 @@ help:
 	@echo "make test        run the tests: about three minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
 	@echo "make test-all    run all of them, the rare ones too, which CI leaves out"
+	@echo "make pairs       settings by pairs: tiny runs and requests in which each two meet; an hour or two, resumable"
 	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; MINUTES=10, SEED=1"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
@@ -112,6 +113,9 @@ test-long: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) -m "not parity" $(PYTEST_ARGS)
+
+pairs: $(VENV)/.installed-test
+	$(BIN)/python -m tests.pairs --out runs/pairs $(PAIRS_ARGS)
 
 campaign: $(VENV)/.installed-test
 	tests/campaign/sanitizers.sh $(BIN)/python $$(($(or $(MINUTES),120) * 6)) $(or $(SEED),0)

@@ -1,0 +1,195 @@
+"""Decoding by pairs. A row decodes prompts of several lengths as it says, and each prompt alone in the plainest way.
+
+greedy      The text of each prompt is the plain one: alone, on one device, without drafts. Drafts, a batch and a mesh
+            change no text at temperature 0.
+sampled     A text depends on seed, prompt and sample alone. Without drafts and with "lookup" it is the plain one, with
+            other drafts that of the same drafts alone. (With "auto" it depends on times too, and is not compared.)
+log p       The model's own log-probabilities are those of one pass over prompt and text.
+routing     The experts are those of that pass.
+
+Plain texts have the row's cache, and its dtype. Numbers are compared in float32 with a cache of float32. With fewer
+bits a sampled text may be another one, and a greedy token may be another one that is about as likely.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from models import forward, random_model
+
+import dsv3_jax as ds
+from dsv3_jax.config import RunConfig
+from dsv3_jax.kernels.choose import prepare
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model.cache import pick_kind
+from dsv3_jax.ops.sampling import Sampling
+
+from . import training
+from .covering import Row
+from .training import changed, refused, same_text
+
+DONE = "decoded"
+PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [5, 9]]
+NEW, SEED = 7, 3
+PART = 1e-4  # of log-probabilities in nats
+
+
+def of_model(*names: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Factors of training that make the model."""
+    return {name: training.FACTORS[name] for name in names}
+
+
+FACTORS: dict[str, dict[str, dict[str, Any]]] = {
+    "draft": {
+        "none": {},
+        "mtp": {"draft": "mtp"},
+        "mtp, 2": {"draft": "mtp", "draft_length": 2},
+        "mtp, auto": {"draft": "mtp", "draft_length": "auto"},
+        "lookup": {"draft": "lookup", "draft_length": 3},
+        "lookup, auto": {"draft": "lookup", "draft_length": "auto"},
+        "model": {"draft": "model", "draft_length": 2},
+    },
+    "sampling": {
+        "greedy": {},
+        "0.8": {"temperature": 0.8},
+        "top 5": {"temperature": 0.8, "top_k": 5},
+        "p 0.7": {"temperature": 1.0, "top_p": 0.7},
+    },
+    "samples": {"1": {}, "3": {"samples": 3}},
+    "cache": {"default": {}, **{kind: {"cache": kind} for kind in ("latent", "expanded", "none")}},
+    "cache dtype": {
+        "default": {},
+        **{name: {"cache_dtype": name} for name in ("float32", "bfloat16", "int8", "float8_e4m3")},
+    },
+    "batch": {"all": {}, "1": {"batch_size": 1}, "2": {"batch_size": 2}},
+    "log p": {"no": {}, "yes": {"logprobs": True}},
+    "routing": {"no": {}, "yes": {"return_routing": True}},
+    "stop": {"none": {}, "half": {"stop_tokens": list(range(0, 260, 2))}},
+    **of_model("attention", "layers", "heads"),
+    "router": {name: of for name, of in training.FACTORS["router"].items() if "sigmoid, " not in name},
+    **of_model("capacity", "tied", "positions", "mesh", "dtype", "precision", "kernels"),
+}
+OF_MODEL = [name for name in FACTORS if name in training.FACTORS]
+_FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
+BASES = [
+    _FIRST | beside
+    for beside in ({}, {"sampling": "0.8"}, {"heads": "deepseek"}, {"attention": "mha"}, {"heads": "medusa"})
+] + [_FIRST | {"sampling": "0.8", "heads": "deepseek"}]
+
+
+class Plan:
+    """A row as the package sees it. Raises: ValueError where the package refuses it."""
+
+    def __init__(self, row: Row):
+        of_run, self.asked = {}, {}
+        for name, value in row.items():
+            (of_run if name in OF_MODEL else self.asked).update(FACTORS[name][value])
+        self.run: RunConfig = changed(training.RUN, of_run)
+        mesh = row["mesh"].split(", ")[0]
+        self.mesh = None if mesh == "none" else sharding.make_mesh(**sharding.parse_mesh(mesh))
+        if self.mesh is not None:
+            sharding.check_model(self.mesh, self.run.model, self.run.execution.layout)
+        prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
+        self.draft = self.asked.pop("draft", None)
+        cfg, asked = self.run.model, dict(self.asked)
+        sampling = Sampling(asked.pop("temperature", 0.0), asked.pop("top_k", None), asked.pop("top_p", None))
+        own = None if self.draft == "model" else self.draft
+        ds.DecodeConfig(NEW, sampling, draft=own, seed=SEED, **asked).check(cfg, PROMPTS)
+        if self.draft and asked.get("cache") == "none":
+            ds.DecodeConfig(NEW, draft="lookup", cache="none")  # refuses it
+        if asked.get("cache") != "none":
+            pick_kind(cfg, asked.get("cache"))
+
+    @property
+    def exact(self) -> bool:
+        """Whether all is computed and kept in float32."""
+        return self.run.execution.compute_dtype == "float32" and self.asked.get("cache_dtype") in (None, "float32")
+
+
+def refusal(row: Row, scratch: Path | None = None) -> str | None:
+    """The sentence by which the package refuses a row; None where it accepts it."""
+    return _refusal(tuple(row.items()))
+
+
+@cache
+def _refusal(items: tuple[tuple[str, str], ...]) -> str | None:
+    try:
+        Plan(dict(items))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def write_data(scratch: Path) -> None:
+    """Nothing is read from files."""
+
+
+def model_of(plan: Plan, *, placed: bool, seed: int = 0, **changes: Any) -> Any:
+    """A random model, on the row's mesh or on one device."""
+    model = random_model(ds.replace(plan.run.model, **changes), seed, plan.run.execution)
+    if plan.mesh is None or not placed:
+        return model
+    graph, state = nnx.split(model)
+    return nnx.merge(
+        graph, jax.device_put(state, sharding.state_sharding(state, plan.mesh, fsdp=plan.run.execution.layout.fsdp))
+    )
+
+
+def check_row(row: Row, scratch: Path | None = None) -> str:
+    """Do one row. Returns and raises as `training.check_row`, "decoded" in place of "trained"."""
+    try:
+        plan = Plan(row)
+    except ValueError as error:
+        return refused(error)
+    model, alone = (model_of(plan, placed=placed) for placed in (True, False))
+    draft, draft_alone = plan.draft, plan.draft
+    if plan.draft == "model":  # much like the model, so that some of its drafts are right
+        draft, draft_alone = (model_of(plan, placed=placed, num_layers=2, mtp_depth=0) for placed in (True, False))
+    found = ds.generate(model, PROMPTS, NEW, seed=SEED, draft=draft, **plan.asked)
+    samples, greedy = plan.asked.get("samples", 1), "temperature" not in plan.asked
+    same = {k: v for k, v in plan.asked.items() if k not in ("batch_size", "logprobs", "return_routing")}
+    if greedy or plan.draft in (None, "lookup"):
+        draft_alone = None
+        same.pop("draft_length", None)
+    texts = iter(found.tokens)
+    for i, prompt in enumerate(PROMPTS):
+        before = PROMPTS[:i].count(prompt) * samples
+        # A prompt that occurs again has the next samples.
+        wanted = ds.generate(
+            alone, [prompt] * (PROMPTS[:i].count(prompt) + 1), NEW, seed=SEED, draft=draft_alone, **same
+        )
+        for text in wanted.tokens[before:]:
+            here = next(texts)
+            if greedy:
+                same_text(alone, prompt, here, text, exact=plan.exact)
+            elif plan.exact and not (same.get("draft_length") == "auto"):
+                assert here == text, f"{prompt} → {here}, alone {text}"
+    if plan.exact:
+        _check_numbers(plan, alone, found, samples)
+    return DONE
+
+
+def _check_numbers(plan: Plan, model: Any, found: Any, samples: int) -> None:
+    model = model.in_compute_dtype()
+    if plan.run.model.capacity_factor is not None:  # decoding drops no token
+        model = model_of(plan, placed=False, capacity_factor=None).in_compute_dtype()
+    for row, text in enumerate(found.tokens):
+        prompt = PROMPTS[row // samples]
+        out = forward(model, jnp.array([prompt + text + [0] * (16 - len(prompt + text))]))
+        if found.model_logprobs is not None:
+            logits = np.asarray(out.logits[0], np.float64)[len(prompt) - 1 :][: len(text)]
+            nats = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            nats -= logits.max(-1, keepdims=True)
+            wanted = nats[np.arange(len(text)), text]
+            worst = np.abs(wanted - found.model_logprobs[row]).max()
+            assert worst < PART, f"row {row}: log p differs by {worst:.2g}"
+        if found.expert_ids is not None:
+            read = len(prompt + text) - 1
+            ids, wanted = (
+                np.sort(x, -1)[:, :read] for x in (found.expert_ids[row], np.asarray(out.routing.expert_ids)[:, 0])
+            )
+            np.testing.assert_array_equal(ids, wanted)

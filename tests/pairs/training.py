@@ -1,0 +1,442 @@
+"""Training by pairs. A row trains a model of two layers for four steps, and is compared with itself done otherwise.
+
+resumed     Two steps, stop, restore, two steps: state and metrics are those of four steps, bit for bit. A checkpoint
+            holds all that a step depends on.
+plain       The first steps on one device, without microbatches or recomputation and by the simplest kernels give the
+            same metrics up to rounding: an `Execution`, a mesh and microbatches change nothing else. In float32 the
+            bound is `TIGHT`, else `WIDE`, and counts are not compared.
+policy      The sampler of GRPO and its trainer compute the same log-probabilities, in float32 without 8-bit products.
+loaded      The model that a reader loads has the loss on held-out text that the run reported.
+decoded     Greedy text of prompts of several lengths, with the model's own drafts and on the row's mesh, is that of
+            each prompt alone, on one device, without drafts or cache. In bfloat16 another token may come instead where
+            both are about as likely (`NEAR`).
+
+Two settings that cannot be combined are refused by one sentence, before the run has a folder.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from models import forward, random_model
+from released import INT4, Cell, write_folder
+from runs import assert_bitwise, fresh_state, rows_of, unhooked_cli, write_text
+
+import dsv3_jax as ds
+from dsv3_jax import hf
+from dsv3_jax.config import Balance, ModelConfig, RunConfig, from_dict, to_dict
+from dsv3_jax.data.tokenizer import byte_tokenizer_json
+from dsv3_jax.grpo import check_model
+from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.kernels.choose import prepare
+from dsv3_jax.mesh import sharding
+from dsv3_jax.training import warm_start
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.run_folder import claim, read_run
+
+from .covering import Row
+
+TIGHT, WIDE = 1e-3, 0.1  # of a metric's size
+SMOOTH = {"loss", "mtp_loss", "feature_loss", "balance_loss", "grad_norm"}  # metrics that count nothing
+NEAR = 0.5  # of the logits' standard deviation: a token may go to another expert
+STEPS = 4
+MODEL = ModelConfig(
+    vocab_size=260, dim=32, num_layers=2, num_dense_layers=1, dense_dim=24, num_heads=2, q_latent_dim=16,
+    kv_latent_dim=12, nope_head_dim=8, rope_head_dim=4, v_head_dim=8, num_experts=8, experts_per_token=2,
+    num_shared_experts=1, expert_dim=12, balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2), max_positions=64,
+    init_std=0.2,
+)  # fmt: skip
+# AdamW's eps is large: the rounding of gradients near 0 does not become whole steps of either sign.
+OPTIM = ds.OptimConfig(learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=1, eps=0.1)
+DATA = ds.DataConfig(seq_len=32, batch_size=8, val_fraction=0.3)
+RUN = RunConfig(MODEL, data=DATA, optim=OPTIM, steps=STEPS, eval_every=STEPS, eval_batches=1, save_every=2, log_every=1)
+
+CHATS = {"data.format": "chat", "data.chat_template": "plain"}
+GRPO = CHATS | {"grpo.group": 4, "grpo.max_new_tokens": 4, "grpo.checker": "regex"}
+DSA = {"model.attention": "dsa", "model.index_heads": 2, "model.index_dim": 8, "model.index_topk": 6}
+SHARED = DSA | {"model.index_types": ("full", "shared"), "model.index_precision": "fp8"}
+GROUPS = {"model.num_groups": 2, "model.groups_per_token": 1}
+# Factor → value → what it changes of RUN. A setting that matters beside another one only is named with it.
+FACTORS: dict[str, dict[str, dict[str, Any]]] = {
+    "how": {
+        "text": {},
+        "shards": {"data.format": "shards"},
+        "chats": CHATS,
+        "GRPO": GRPO,
+        "GRPO, KL": GRPO | {"grpo.kl": 0.1, "grpo.form": "constant_length"},
+        "GRPO, KL at 0.7": GRPO | {"grpo.kl": 0.1, "grpo.temperature": 0.7, "grpo.cache_dtype": "float32"},
+        "GRPO at 0.7, no replay": GRPO | {"grpo.temperature": 0.7, "grpo.replay": False},
+        "warm-up": {"indexer_stage": "warm"},
+    },
+    "start": {
+        "none": {},
+        "run": {},
+        "trunk": {},
+        "trunk, KL": {"head_loss": "kl"},
+        "trunk, TV": {"head_loss": "tv"},
+        "float32": {},
+        "bfloat16": {},
+        "FP8": {},
+        "int4": {},
+    },
+    "lora": {
+        "none": {},
+        "attention": {"lora.rank": 2},
+        "experts": {"lora.rank": 2, "lora.on": ("shared", "routed")},
+        "all": {"lora.rank": 2, "lora.on": ("attention", "dense", "shared", "routed")},
+    },
+    "attention": {
+        "mla": {},
+        "mla, full queries": {"model.q_latent_dim": None},
+        "dsa": DSA,
+        "dsa, shared FP8": SHARED,
+        "mha": {"model.attention": "mha", "model.qk_norm": True},
+        "gqa": {"model.attention": "gqa", "model.num_kv_heads": 2},
+        "mqa": {"model.attention": "mqa"},
+    },
+    "layers": {"dense, sparse": {}, "sparse": {"model.num_dense_layers": 0}},
+    "heads": {
+        "none": {},
+        "deepseek": {"model.mtp_depth": 1},
+        "deepseek of 2, raw": {"model.mtp_depth": 2, "model.mtp_input": "raw"},
+        "meta": {"model.mtp_depth": 2, "model.mtp_kind": "meta"},
+        "medusa": {"model.mtp_depth": 2, "model.mtp_kind": "medusa"},
+        "eagle": {"model.mtp_depth": 1, "model.mtp_kind": "eagle"},
+    },
+    "router": {
+        "sigmoid": {},
+        "sigmoid in groups": GROUPS,
+        "sigmoid, proportional": {"model.balance.rule": "proportional"},
+        "sigmoid, quantile": {"model.balance.rule": "quantile", "model.balance.bias_rate": 0.5},
+        "sqrtsoftplus": {"model.router": "sqrtsoftplus"},
+        "softmax": {"model.router": "softmax", "model.normalize_gates": False},
+        "topk": {"model.router": "topk"},
+        "noisy_topk": {"model.router": "noisy_topk"},
+        "dense": {"model.router": "dense", "model.experts_per_token": 8},
+        "hash": {"model.router": "hash"},
+    },
+    "capacity": {"none": {}, "1": {"model.capacity_factor": 1.0}},
+    "losses": {
+        "sequence": {},
+        "Switch, z": {
+            "model.balance.switch_alpha": 1e-2,
+            "model.balance.z_alpha": 1e-2,
+            "model.balance.sequence_alpha": 0.0,
+        },
+        "bias alone": {"model.balance.sequence_alpha": 0.0},
+    },
+    "tied": {"no": {}, "yes": {"model.tie_embeddings": True}},
+    "positions": {
+        "plain": {},
+        "YaRN": {"model.yarn.factor": 4.0, "model.yarn.original_max_positions": 16},
+        "halves": {"model.rope_interleaved": False},
+    },
+    "optimizer": {
+        "adamw": {},
+        "bfloat16 means": {"optim.moments_dtype": "bfloat16"},
+        "muon": {"optim.name": "muon"},
+        "optax": {},
+    },
+    "QK-clip": {"none": {}, "0.1": {"optim.qk_clip": 0.1}},
+    "microbatches": {"1": {}, "2": {"optim.microbatches": 2}},
+    "mesh": {
+        "none": {},
+        "data=2": {},
+        "data=2, FSDP": {"execution.layout.fsdp": True},
+        "expert=2": {"execution.layout.expert_comm": "all_to_all", "execution.layout.capacity_slack": 1.0},
+        "tensor=2": {},
+        "data=2,expert=2": {"execution.layout.fsdp": True, "execution.layout.expert_comm": "gather"},
+    },
+    "dtype": {"float32": {}, "bfloat16": {"execution.compute_dtype": "bfloat16"}},
+    "precision": {name: {"execution.precision": name} for name in ("none", "fp8", "fp8_ue8m0", "mxfp8")},
+    "remat": {name: {"execution.remat": name} for name in ("none", "dots", "queries", "attention", "full")},
+    "kernels": {
+        "auto": {},
+        "XLA": {"execution.kernels": "xla"},
+        "ragged": {"execution.kernels": "xla,grouped_swiglu=ragged_dot"},
+    },
+}
+# Rows beside which two values are tried, until the package accepts them.
+_FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
+BASES = [
+    _FIRST | beside
+    for beside in (
+        {"start": "run"},
+        {"start": "none"},
+        {"start": "run", "heads": "deepseek"},
+        {"start": "trunk", "heads": "medusa"},
+        {"start": "trunk", "heads": "deepseek"},
+        {"start": "run", "how": "GRPO"},
+        {"start": "run", "attention": "dsa"},
+        {"start": "run", "attention": "dsa", "how": "warm-up"},
+        {"start": "float32"},
+        {"start": "float32", "how": "GRPO"},
+        {"start": "float32", "attention": "dsa"},
+        {"start": "int4", "lora": "attention"},
+        {"start": "int4", "lora": "attention", "how": "GRPO"},
+    )
+]
+DONE = "trained"
+RELEASED = ("float32", "bfloat16", "FP8", "int4")
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """A configuration with other values, by names with dots; all of them at once, so in any order."""
+    values = to_dict(config)
+    for name, value in changes.items():
+        *folders, key = name.split(".")
+        inner = values
+        for folder in folders:
+            inner = inner[folder]
+        inner[key] = value
+    return from_dict(type(config), values)
+
+
+class Plan:
+    """A row as the package sees it. Raises: ValueError where the package refuses it.
+
+    Args: scratch: a folder for texts, starts and runs.
+    """
+
+    def __init__(self, row: Row, scratch: Path):
+        self.row, self.scratch, changes = row, scratch, {}
+        for name, value in row.items():
+            changes |= FACTORS[name][value]
+        self.kind = row["start"].split(",")[0]
+        name = hashlib.blake2b(repr(row).encode(), digest_size=6).hexdigest()
+        self.folder = scratch / "rows" / name
+        if self.kind != "none":
+            changes["trunk" if self.kind == "trunk" else "start"] = str(self.folder / "start")
+        how = row["how"].split(",")[0].split(" at")[0]
+        changes["data.paths"] = (str(scratch / how.replace("warm-up", "text")),)
+        if self.kind in RELEASED:
+            changes["data.tokenizer"] = str(scratch / "tokenizer.json")
+        self.run = changed(RUN, changes)
+        if self.run.data.format == "chat" and self.run.start is None:
+            ds.train.open_chats(self.run, self.folder)  # refuses it
+        if self.run.grpo.group:
+            check_model(self.run)
+        self.check_start()
+        mesh = row["mesh"].split(", ")[0]
+        self.mesh = None if mesh == "none" else sharding.make_mesh(**sharding.parse_mesh(mesh))
+        self.options: dict[str, Any] = {"mesh": self.mesh, "quiet": True, "report": False}
+        if row["optimizer"] == "optax":
+            self.options["optimizer"] = optax.lion(1e-3)
+        if self.mesh is not None:
+            sharding.check(self.mesh, self.run)
+        prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
+
+    @cached_property
+    def start_model(self) -> ModelConfig:
+        """The model of the start: heads are new on a trunk, and indexers in their warm-up."""
+        model = self.run.model
+        if self.kind == "trunk":
+            model = replace(model, mtp_depth=0, mtp_kind="deepseek", mtp_input="normed")
+        if self.run.indexer_stage == "warm":
+            without = {key: getattr(MODEL, key) for key in vars(MODEL) if key.startswith("index_")}
+            model = replace(model, attention="mla", **without)
+        return model
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of a released start."""
+        dtype = "float32" if self.kind == "float32" else "bfloat16"
+        config = config_to_dict(self.start_model, fp8=self.kind == "FP8", dtype=dtype)
+        if self.kind == "int4":
+            config |= {"model_type": "kimi_k2", "torch_dtype": "float32", "quantization_config": INT4}
+        return config
+
+    def check_start(self) -> None:
+        """Refuse a start that this run cannot begin with, or that has no released format."""
+        if self.kind == "none":
+            return
+        released = self.kind in RELEASED
+        model = hf.config_from_dict(self.config) if released else self.start_model
+        theirs = replace(RUN, model=model, data=replace(RUN.data, tokenizer=self.run.data.tokenizer))
+        start = warm_start.Start("start", theirs, released, lambda job: None, four_bits=self.kind == "int4")
+        warm_start.check(self.run, start)
+
+    def write_start(self) -> None:
+        """Write the folder that the run begins with: random numbers throughout, biases too."""
+        folder = self.folder / "start"
+        if self.kind == "none":
+            return
+        if self.kind == "int4":
+            write_folder(folder, Cell("Kimi K2-Thinking", self.config))
+        elif self.kind in RELEASED:
+            how: dict[str, Any] = {"fp8": True} if self.kind == "FP8" else {"dtype": self.kind}
+            hf.save(random_model(self.start_model), folder, quiet=True, **how)
+        else:
+            run = claim(folder, replace(RUN, model=self.start_model))
+            with Checkpoints(folder, run) as checkpoints:
+                checkpoints.save(fresh_state(run, 7), {}, wait=True)
+        if self.kind in RELEASED:
+            shutil.copy(self.scratch / "tokenizer.json", folder)
+
+    def plain(self) -> RunConfig:
+        """The run as one device computes it in the simplest way.
+
+        Two things are those of a part of the batch, so its parts are kept: the Switch loss, and an expert's capacity.
+        """
+        run = self.run
+        kept = run.model.capacity_factor is not None or run.model.balance.switch_alpha > 0
+        dtype, precision = run.execution.compute_dtype, run.execution.precision
+        kernels = "xla,grouped_swiglu=dense" if precision == "none" else "xla"
+        execution = ds.Execution(dtype, kernels=kernels, precision=precision)
+        parts = run.optim.microbatches if kept else 1
+        return replace(run, execution=execution, optim=replace(run.optim, microbatches=parts))
+
+
+def write_data(scratch: Path) -> None:
+    """Write what rows train on, once: texts, shards, chats, tasks, and a tokenizer of bytes."""
+    if (scratch / "tokenizer.json").exists():
+        return
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    text = scratch / "text"
+    text.mkdir()
+    write_text(text)
+    for name, record in (
+        ("chats", {"messages": [{"role": "user", "content": "$?"}, {"role": "assistant", "content": "$"}]}),
+        ("GRPO", {"prompt": "$+1=", "answer": "[\x00-\x3f]"}),  # a random model's answers are partly right
+    ):
+        (scratch / name).mkdir()
+        lines = (json.dumps(record).replace("$", str(i)) for i in range(48))
+        (scratch / name / "rows.jsonl").write_text("\n".join(lines))
+    words = "--row-tokens 32 --val-fraction 0.3 --shard-mb 0.01"
+    argv = ["data", "tokenize", str(text), "--out", str(scratch / "shards"), *words.split()]
+    assert unhooked_cli().main(argv) == 0
+    (scratch / "tokenizer.json").write_text(byte_tokenizer_json())  # last: it says that all is there
+
+
+def refusal(row: Row, scratch: Path) -> str | None:
+    """The sentence by which the package refuses a row; None where it accepts it. Nothing is computed."""
+    return _refusal(tuple(row.items()), scratch)
+
+
+@cache
+def _refusal(items: tuple[tuple[str, str], ...], scratch: Path) -> str | None:
+    try:
+        Plan(dict(items), scratch)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_row(row: Row, scratch: Path) -> str:
+    """Do one row.
+
+    Returns: "trained", or "refused: " and the sentence.
+    Raises: AssertionError where two results differ, and whatever else goes wrong.
+    """
+    try:
+        plan = Plan(row, scratch)
+    except ValueError as error:
+        return refused(error)
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    plan.folder.mkdir(parents=True)
+    plan.write_start()
+    out = plan.folder / "whole"
+    try:
+        result = ds.train.fit(plan.run, out, **plan.options)
+    except ValueError as error:
+        if out.exists():
+            raise AssertionError(f"refused after the run had begun: {error}") from error
+        return refused(error)
+    if not result.finished:
+        raise KeyboardInterrupt  # a signal stopped it
+    _check_resumed(plan)
+    _check_plain(plan)
+    _check_policy(plan)
+    _check_loaded(plan, result)
+    _check_decoded(plan)
+    shutil.rmtree(plan.folder)
+    return "trained"
+
+
+def refused(error: ValueError) -> str:
+    sentence = str(error)
+    assert sentence and "\n" not in sentence, f"no sentence: {sentence!r}"
+    return f"refused: {sentence}"
+
+
+def _state(plan: Plan, name: str) -> Any:
+    folder = plan.folder / name
+    with Checkpoints(folder, read_run(folder), read_only=True, optimizer=plan.options.get("optimizer")) as checkpoints:
+        return checkpoints.restore()
+
+
+def _check_resumed(plan: Plan) -> None:
+    out = plan.folder / "parts"
+    assert ds.train.fit(plan.run, out, stop_after=2, **plan.options).step == 2
+    assert ds.train.fit(plan.run, out, **plan.options).resumed_from == 2
+    assert_bitwise(_state(plan, "parts"), _state(plan, "whole"))
+    assert rows_of(out) == rows_of(plan.folder / "whole"), "metrics of the resumed run differ"
+
+
+def _exact(plan: Plan) -> bool:
+    return plan.run.execution.compute_dtype == "float32" and plan.run.execution.precision == "none"
+
+
+def _check_plain(plan: Plan) -> None:
+    if plan.run.grpo.group and not _exact(plan):
+        return  # other answers are sampled after another rounding
+    ds.train.fit(plan.plain(), plan.folder / "plain", stop_after=2, **plan.options | {"mesh": None})
+    got, want = (rows_of(plan.folder / name)[:2] for name in ("whole", "plain"))
+    for a, b in zip(got, want, strict=True):
+        named = a.keys() & b.keys() - {"mismatch", "max_mismatch"}  # a mesh has measures of its own
+        for key in sorted(named if _exact(plan) else named & SMOOTH):
+            x, y = np.asarray(a[key], np.float64), np.asarray(b[key], np.float64)
+            size = max(1.0, np.abs(y).max(initial=0)) if key in ("loss", "mtp_loss") else np.abs(y).max(initial=1e-3)
+            bound = TIGHT if _exact(plan) else WIDE
+            assert np.abs(x - y).max(initial=0) <= bound * size, f"step {a['step']}: {key}={x}, plain {y}"
+
+
+def _check_policy(plan: Plan) -> None:
+    if plan.run.grpo.group and _exact(plan):
+        rows = rows_of(plan.folder / "whole")
+        worst = max(row["max_mismatch"] for row in rows if "max_mismatch" in row)
+        assert worst < 1e-4, f"max_mismatch={worst}"
+
+
+def _check_loaded(plan: Plan, result: Any) -> None:
+    """Evaluate the loaded model, on one device."""
+    model, out = ds.load_model(plan.folder / "whole"), plan.folder / "whole"
+    source = hf.open_model.measured_on(read_run(out).data, out)
+    found = ds.evaluate.evaluate(model, source.val_batches(plan.run.eval_batches), ds.load_text(out).tokenizer)
+    wanted = result.evaluation["val_loss"]
+    # A start in 8 or 16 bits that is frozen takes its adapters in these bits.
+    bound = TIGHT if _exact(plan) and plan.kind not in ("bfloat16", "FP8", "int4") else WIDE
+    assert abs(found["val_loss"] - wanted) <= bound * wanted, f"val_loss={found['val_loss']}, of the run {wanted}"
+
+
+PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31]]
+NEW = 6
+
+
+def _check_decoded(plan: Plan) -> None:
+    model, alone = (ds.load_model(plan.folder / "whole", mesh) for mesh in (plan.mesh, None))
+    draft = "mtp" if model.cfg.mtp_depth else None
+    found = ds.generate(model, PROMPTS, NEW, draft=draft).tokens
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        wanted = ds.generate(alone, [prompt], NEW, cache="none").tokens[0]
+        same_text(alone, prompt, tokens, wanted, exact=plan.run.execution.compute_dtype == "float32")
+
+
+def same_text(model: Any, prompt: list[int], found: list[int], wanted: list[int], *, exact: bool) -> None:
+    """Two greedy texts are equal, or where numbers are rounded the first tokens that differ are about as likely."""
+    if found == wanted:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
+    assert at is not None and not exact, f"{prompt} → {found}, alone {wanted}"
+    logits = np.asarray(forward(model.in_compute_dtype(), jnp.array([prompt + wanted[:at]])).logits[0, -1], np.float64)
+    apart = abs(logits[found[at]] - logits[wanted[at]]) / logits.std()
+    assert math.isfinite(apart) and apart < NEAR, f"{prompt} → {found}, alone {wanted}: {apart:.2g} apart"
