@@ -47,7 +47,7 @@ help:
 	@echo "make test        run the tests: about three minutes; PYTEST_ARGS='-k router' runs some of them"
 	@echo "make test-long   run the long tests: meshes, several processes, all drafts, notebooks"
 	@echo "make test-all    run all of them, the rare ones too, which CI leaves out"
-	@echo "make pairs       settings by pairs: tiny runs and requests in which each two meet; an hour or two, resumable"
+	@echo "make pairs       settings by pairs: tiny runs and requests in which each two meet; two hours, resumable"
 	@echo "make campaign    hostile inputs, damage, kills, sanitizers: two hours; MINUTES=10, SEED=1"
 	@echo "make compilers   install the compilers for GPUs and TPUs (360 MB), which the long tests use if they are there"
 	@echo "make lint        check style, format and types"
