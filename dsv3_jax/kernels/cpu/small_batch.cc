@@ -456,7 +456,7 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::AnyBuffer values, Floats s
 // [L, B, G, S, X], then the new rows [B, G, T, X] of each. Their bytes are copied, whatever numbers they are.
 ffi::Error WriteRows(Ints layer, Ints first, ffi::RemainingArgs arrays, ffi::RemainingRets written) {
   for (size_t i = 0; i < written.size(); ++i) {
-    const auto stored = written.get<ffi::AnyBuffer>(i);
+    auto stored = written.get<ffi::AnyBuffer>(i);  // not const: older headers of JAX have no access to a const result
     const auto rows = arrays.get<ffi::AnyBuffer>(written.size() + i);
     if (!stored || !rows) return ffi::Error::InvalidArgument("a cache that is not served");
     const auto cache = (*stored)->dimensions(), added = rows->dimensions();
