@@ -1,7 +1,7 @@
 """Do all rows, one after another: python -m tests.pairs --out runs/pairs
 
-A line a row goes to OUT/verdicts.jsonl as soon as it is known. The same command goes on after the rows that are there,
-and does those again that were faults. It ends with exit code 1 if there is any.
+Each row's verdict is appended to OUT/verdicts.jsonl at once. The same command resumes: it skips rows with a verdict, and
+repeats faults. The exit code is 1 if a fault is left.
 """
 
 import argparse

@@ -282,9 +282,9 @@ class Plan:
             shutil.copy(self.scratch / "tokenizer.json", folder)
 
     def plain(self) -> RunConfig:
-        """The run as one device computes it in the simplest way.
+        """The same run on one device, by the simplest kernels.
 
-        Two things are those of a part of the batch, so its parts are kept: the Switch loss, and an expert's capacity.
+        Microbatches stay where the Switch loss or an expert's capacity is computed for each of them.
         """
         run = self.run
         kept = run.model.capacity_factor is not None or run.model.balance.switch_alpha > 0
