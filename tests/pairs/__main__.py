@@ -1,7 +1,7 @@
 """Do all rows, one after another: python -m tests.pairs --out runs/pairs
 
-Each row's verdict is appended to OUT/verdicts.jsonl at once. The same command resumes: it skips rows with a verdict, and
-repeats faults. The exit code is 1 if a fault is left.
+Each row's verdict is appended to OUT/verdicts.jsonl at once. The same command resumes: it skips rows that have a
+verdict, but repeats faults. The exit code is 1 if a fault is left.
 """
 
 import argparse
