@@ -114,15 +114,18 @@ class Answers(Batches):
         return [answers[i : i + cfg.group] for i in range(0, len(answers), cfg.group)]
 
     def _stacked(self, groups: list[list[Answer]]) -> Batch:
-        rewards = np.array([[answer.reward for answer in group] for group in groups]).reshape(-1, self._run.grpo.group)
-        answers = zip((answer for group in groups for answer in group), advantages(rewards).ravel(), strict=True)
-        rows = [self._row_of(answer, advantage) for answer, advantage in answers]
-        size, cfg = self._run.data.batch_size, self._run.model
+        """The batch of some groups; rows that are left are padding."""
+        rewards = np.array([[answer.reward for answer in group] for group in groups])
+        gains = advantages(rewards.reshape(-1, self._run.grpo.group)).ravel()
+        answers = [answer for group in groups for answer in group]
+        rows = [self._row_of(answer, gain) for answer, gain in zip(answers, gains, strict=True)]
+
         empty = Answer(0, np.zeros(0, np.int32), 0, [], None, 0.0)
+        cfg = self._run.model
         if self._run.grpo.replay and cfg.num_sparse_layers:
             none = np.zeros((cfg.num_sparse_layers, 0, cfg.experts_per_token), np.int32)
             empty = empty._replace(expert_ids=none)
-        return stack(rows + [self._row_of(empty, 0.0)] * (size - len(rows)))
+        return stack(rows + [self._row_of(empty, 0.0)] * (self._run.data.batch_size - len(rows)))
 
     def _row_of(self, answer: Answer, advantage: float) -> Row:
         tokens, begin, length = answer.tokens, answer.begin, self._run.data.seq_len

@@ -143,15 +143,20 @@ def _errors(names: tuple[str, ...], found: Any, want: Any) -> list[tuple[jax.Arr
     """(Of the factor, of the peak) of each array's groups. A group of zeros must be zeros."""
 
     def measure(name: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        b = b.astype(jnp.float32)
+        off = a.astype(jnp.float32) - b
+
         # Tokens and their gradients by token, stacks of matrices by matrix, and single matrices at once.
         own = HEADS.get(name, (0,) if b.ndim != 2 or name in (names[0], "x", "h") else ())
-        b, off = b.astype(jnp.float32), a.astype(jnp.float32) - b.astype(jnp.float32)
         axes = tuple(i for i in range(b.ndim) if i not in own)
+
+        # The factor by which all numbers are off together, and the one that is off most.
         factors = jnp.abs((off * b).sum(axes)), jnp.square(b).sum(axes)
         peaks = jnp.abs(off).max(axes), jnp.abs(b).max(axes)
         return tuple(jnp.where(error == 0, 0, error / size) for error, size in (factors, peaks))
 
-    return [measure(*item) for item in zip(names, jax.tree.leaves(found), jax.tree.leaves(want), strict=True)]
+    arrays = zip(names, jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
+    return [measure(name, a, b) for name, a, b in arrays]
 
 
 def _judge(names: tuple[str, ...], errors: list, bounds: tuple[float, float]) -> tuple[float, str]:

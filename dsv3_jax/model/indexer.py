@@ -91,8 +91,12 @@ class Indexer(nnx.Module):
             kl = divergence(q, w, key, queries, keys, ids, last, segment_ids, scale=scale)
             return (jnp.where(counted, kl, 0.0).sum(), counted.sum(dtype=kl.dtype)), ()
 
-        w, index_keys, *keys = (rows[name][:, :, 0] for name in ("index_weight", "index_key", *queries))
-        of_indexer, of_attention = (rows["index_query"], w, index_keys), (list(queries.values()), keys)
+        # Index keys and latent rows have one head, which all query heads share.
+        of_indexer = rows["index_query"], rows["index_weight"][:, :, 0], rows["index_key"][:, :, 0]
+        of_attention = list(queries.values()), [rows[name][:, :, 0] for name in queries]
         where = ids, from_zero(*ctx.mask.shape), ctx.segment_ids, ctx.mask
         (total, count), _ = shard_map_over_batch(summed, (), *of_indexer, *of_attention, *where)
-        return total / (jnp.maximum(count, 1) if ctx.divisor is None else ctx.divisor)
+
+        # A microbatch is divided by the tokens of the complete batch.
+        divisor = jnp.maximum(count, 1) if ctx.divisor is None else ctx.divisor
+        return total / divisor

@@ -199,12 +199,17 @@ def _of_answers(
     """(GRPO's loss, the accuracy, the measures of `policy_loss`.) The measures' means over parts are the batch's."""
     _, h, wanted, mask = next(_by_depth(out, batch))
     nats, best = score_by_rows(h, model.head_matrix(), wanted, cfg.temperature)
+    right = jnp.where(mask, best == wanted, False).sum(dtype=jnp.float32)
+
+    # What the sampler and the start said of each token, at the position that predicts it.
     of_wanted = {name: x[:, 1:] for name, x in batch.items() if x.ndim == 2}
-    old, start, gains = of_wanted["old_logprobs"], of_wanted.get("start_logprobs"), of_wanted["advantages"]
-    loss, found = policy_loss(-nats, old, start, gains, mask, cfg)
-    means = {name: x if name.startswith("max_") else x / count / share for name, x in found.items()}
+    start = of_wanted.get("start_logprobs")
+    loss, found = policy_loss(-nats, of_wanted["old_logprobs"], start, of_wanted["advantages"], mask, cfg)
+
+    # Sums become means over the complete batch; a maximum stays one.
     tokens = count if cfg.form == "token_mean" else len(wanted) / share * cfg.max_new_tokens
-    return loss / tokens, jnp.where(mask, best == wanted, False).sum(dtype=jnp.float32) / count, means
+    means = {name: x if name.startswith("max_") else x / count / share for name, x in found.items()}
+    return loss / tokens, right / count, means
 
 
 def _by_depth(out: ForwardOut, batch: dict[str, Array]) -> Iterator[tuple[int, Array, Array, Array]]:
