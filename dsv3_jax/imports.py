@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from dsv3_jax.config import ConfigError
 
@@ -30,15 +31,25 @@ def import_program(name: str) -> None:
         if name.endswith(".py"):
             _import_file(Path(name).resolve(), name)
         else:
-            if os.getcwd() not in sys.path:  # the command has its own folder there in place of the user's
-                sys.path.append(os.getcwd())
-            importlib.import_module(name)
+            module_here(name)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
         raise ConfigError(f"import={name!r} fails with {type(error).__name__}: {error}") from error
     if name not in IMPORTED:
         IMPORTED.append(name)
+
+
+def module_here(name: str) -> ModuleType:
+    """Import a module on Python's path or in the current folder.
+
+    Example:
+        >>> module_here("json").__name__
+        'json'
+    """
+    if os.getcwd() not in sys.path:  # the command has its own folder there in place of the user's
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
 
 
 def _import_file(path: Path, name: str) -> None:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "mesh": {"config", "ops", "kernels"},
     "model": {"config", "ops", "kernels", "mesh"},
     "data": {"config", "files", "lock"},
-    "chat": {"config", "files", "signals", "data"},
+    "chat": {"config", "files", "imports", "signals", "data"},
     "decoding": {"config", "ops", "kernels", "mesh", "model"},
     "scores": {"config", "files", "model", "data", "chat", "decoding", "report", "hf"},
 }

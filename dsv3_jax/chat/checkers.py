@@ -4,10 +4,7 @@ A checker is a function (text, row) → bool. The row is the task's record, whos
 a row of `CHECKERS`.
 """
 
-import importlib
-import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,6 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError, Table
 from dsv3_jax.data.batches import NoBatch
+from dsv3_jax.imports import module_here
 from dsv3_jax.signals import cpu_limit
 
 MAX_SECONDS = 10.0  # of CPU for one answer: a pattern may take time that is exponential in the text's length
@@ -75,10 +73,8 @@ class Checker:
         module, colon, name = self.name.partition(":")
         if not colon:
             return CHECKERS[self.name]
-        if os.getcwd() not in sys.path:  # the command has its own folder there in place of the user's
-            sys.path.append(os.getcwd())
         try:
-            function = getattr(importlib.import_module(module), name)
+            function = getattr(module_here(module), name)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"grpo checker={self.name!r} cannot be imported: {reason}") from error
