@@ -1,7 +1,8 @@
 """Do all rows, one after another: python -m tests.pairs --out runs/pairs
 
 Each row's verdict is appended to OUT/verdicts.jsonl at once. The same command resumes: it skips rows that have a
-verdict, but repeats faults. The exit code is 1 if a fault is left.
+verdict, but repeats faults. The exit code is 1 if a fault is left. Several processes share the work by --part 1/2 and
+2/2; the command without it counts what all have done.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def main() -> int:
     parser.add_argument("--only", choices=list(AREAS), nargs="+", default=list(AREAS))
     parser.add_argument("--having", default="", help="only rows whose line has this text")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after so many")
+    parser.add_argument("--part", default="1/1", help="2/3: every third row, from the second on")
     args, begun = parser.parse_args(), time.monotonic()
+    part, parts = map(int, args.part.split("/"))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
@@ -53,11 +56,11 @@ def main() -> int:
     done = {(line["area"], json.dumps(line["row"])): line["verdict"] for line in lines}
     faults = 0
     for area in args.only:
-        module, scratch = AREAS[area], (args.out / "scratch").absolute()
+        module, scratch = AREAS[area], (args.out / f"scratch-{part}").absolute()
         module.write_data(scratch)
         refusal = partial(module.refusal, scratch=scratch)
         accepted, refused = cover(module.FACTORS, module.BASES, refusal)
-        for row in accepted + refused:
+        for row in (accepted + refused)[part - 1 :: parts]:
             key, text = (area, json.dumps(row)), said(area, row)
             if args.having not in text or not done.get(key, "FAULT").startswith("FAULT"):
                 continue
