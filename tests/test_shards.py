@@ -147,6 +147,25 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
         tokenize(job)
 
 
+def test_changed_text_has_no_manifest_until_all_of_it_is_written(folder, tmp_path, monkeypatch, capsys):
+    """The old manifest cannot see a new shard of the same size. Shards that a shorter text lacks are deleted."""
+    lines = (folder / "text.jsonl").read_text().splitlines()
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    tokenize(job := job_of(tmp_path))
+    lines = [line.replace("1", "2") for line in lines]  # as many bytes
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    with monkeypatch.context() as patch:
+        counted(patch, 20)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(job)
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        open_shards(config(job.out), BYTES)
+    (tmp_path / "text.jsonl").write_text("\n".join(lines[:30]))
+    tokenize(job)
+    assert {path.name for path in job.out.glob("*.array_record")} == {*read_manifest(job.out).files}
+    assert "deleted " in capsys.readouterr().out and open_shards(config(job.out), BYTES)
+
+
 def test_damaged_shards_are_named(folder):
     job = job_of(folder, "damaged")
     tokenize(job)

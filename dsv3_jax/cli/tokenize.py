@@ -157,6 +157,11 @@ def tokenize(job: Tokenize) -> Manifest:
             "documents": sum(facts["documents"] for facts in files.values()),
         }  # fmt: skip
         write_atomic(job.out / MANIFEST, sealed(values))
+        kept = {*files, *(f"shard-{number:05d}.json" for number in range(len(shards)))}
+        for path in (*job.out.glob("shard-*.json"), *job.out.glob("*.array_record")):
+            if path.name not in kept:
+                print(f"deleted {path}: the text that was here before was longer")
+                path.unlink()
     return read_manifest(job.out)
 
 
@@ -219,12 +224,15 @@ def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: in
     for item in group:
         digest.update(_hash(item.content) + repr(item[1:3]).encode())
     done = job.out / f"shard-{number:05d}.json"
-    with contextlib.suppress(OSError, ValueError):  # a mark that cannot be read counts as absent
+    # A mark that cannot be read counts as absent.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         before = read_sealed(done)
         files = [(job.out / name, found) for name, found in before["files"].items()]
         whole = all(x.stat().st_size == found["bytes"] and file_hash(x) == found["hash"] for x, found in files)
         if before["input"] == digest.hexdigest() and whole:
             return before
+    # The old manifest goes before the first shard that it names: it cannot see that one has other bytes.
+    (job.out / MANIFEST).unlink(missing_ok=True)
     done.unlink(missing_ok=True)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in map(encoder.read, group) if encoder.read else group:
