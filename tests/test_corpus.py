@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.corpus import load_corpus, read_documents
 
 
 def read(*paths, **settings):
@@ -65,6 +65,16 @@ def test_parquet(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow.*dsv3-jax\[parquet\]"):
         read(file)
+
+
+def test_a_file_that_is_deleted_while_its_folder_is_read(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}')
+    documents = read_documents([str(tmp_path)])
+    next(documents)
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"b\.jsonl cannot be read: No such file"):
+        next(documents)
 
 
 def test_split_is_by_text(tmp_path):
