@@ -202,6 +202,29 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
             open_shards(config(tmp_path), BYTES)
 
 
+SEALED = [
+    *(("row_tokens", x) for x in (None, 0, "x", 64.0)), *(("vocab_size", x) for x in (None, "x", -1, 10**9)),
+    *(("documents", x) for x in (None, "x", 1.5)), *(("tokenizer", x) for x in (None, 5)),
+    *(("domains", x) for x in (None, 5, [], [7], ["\x1b[2J"])), *(("format", x) for x in (None, [], "tar")),
+    *(("files", x) for x in (None, 5, [], {}, {"train-0": {}, "val-0": 5})), ("extra", 1), ("version", None),
+    *(("file.side", x) for x in (None, "x", [], "val")), *(("file.bytes", x) for x in (None, "x", -1)),
+    *(("file.records", x) for x in (None, 0, 7, "x")), *(("file.hash", x) for x in (None, 5, "g", "00")),
+    *(("file.domains", x) for x in (None, 5, [], [[7, 1, 1]], [["a", "b", "c"]], [[0, 1]], [[0, 10**9, 10**12]])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value"), SEALED)
+def test_a_manifest_that_a_stranger_sealed(shards, tmp_path, place, value):
+    """The seal is right, a value is not. None means that the key is missing."""
+    values = read_sealed(shards / MANIFEST)
+    *of_file, key = place.split(".")
+    facts = next(iter(values["files"].values())) if of_file else values
+    facts.pop(key, None) if value is None else facts.update({key: value})
+    (tmp_path / MANIFEST).write_text(sealed(values))
+    with pytest.raises(ValueError, match=f"{MANIFEST} is not |is not that of shards="):
+        open_shards(config(tmp_path), BYTES)
+
+
 @pytest.mark.parametrize("change", [{"tokens": [-7, 9]}, {"tokens": [9, 260]}, {"starts": [1]}, {"domains": [77]}])
 def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, change):
     """They are found with a right hash, too: by a sample when a folder is opened, and all of them by the check."""

@@ -15,6 +15,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -92,15 +94,45 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}")
     values = read_sealed(file)
     try:
-        version, domains = values.pop("version"), tuple(values["domains"])
-        found = Manifest(folder=Path(folder), **values | {"domains": domains})
-        inside = all(Path(name).name == name for name in found.files)  # anybody can seal a manifest
-        newest = VERSIONS[found.format]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file} is not a manifest of shards; tokenize again into an empty folder") from None
-    if version != newest or not inside:
-        raise ValueError(f"{file} is not of version {newest}; tokenize again into an empty folder")
-    return found
+        version, newest = values.pop("version"), VERSIONS[values["format"]]
+        if version != newest:
+            raise ValueError(f"{file} is not of version {newest}; tokenize again into an empty folder")
+        _check(values)
+        return Manifest(folder=Path(folder), **values | {"domains": tuple(values["domains"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a manifest of shards: {error}; tokenize again into an empty folder") from None
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Check types and ranges: anybody can seal a manifest. Raises: TypeError that names a value."""
+    domains, files = values.get("domains"), values.get("files")
+    files = files if isinstance(files, dict) else {}
+    possible = {key: _is_count(values.get(key)) for key in ("row_tokens", "vocab_size", "documents")}
+    possible["tokenizer"] = isinstance(values.get("tokenizer"), str)
+    possible["domains"] = isinstance(domains, list) and all(isinstance(x, str) and x.isprintable() for x in domains)
+    possible["files"] = {name.partition("-")[0] for name in files} == {*SIDES}
+    possible |= {name: _fits(name, facts, values) for name, facts in files.items()}
+    for key, good in possible.items():
+        if not good:
+            raise TypeError(f"{key}={reprlib.repr((values | files).get(key))} is not possible")
+
+
+def _fits(name: str, facts: Any, values: dict[str, Any]) -> bool:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        side, size, parts = facts["side"], values["row_tokens"], facts["domains"]
+        shortest = size if values["format"] == "text" else 1  # but for the last record of a domain
+        return (
+            bool(side in SIDES and re.fullmatch(rf"{side}-\d+\.array_record", name))
+            and bool(re.fullmatch("[0-9a-f]{32}", facts["hash"]) and _is_count(facts["bytes"]))
+            and all(_is_count(domain, 0, len(values["domains"]) - 1) and _is_count(n) for domain, n, _ in parts)
+            and all(_is_count(tokens, (n - 1) * shortest + 1, n * size) for _, n, tokens in parts)
+            and sum(n for _, n, _ in parts) == facts["records"] > 0
+        )
+    return False
+
+
+def _is_count(value: Any, least: int = 1, most: int = 2**53) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def sealed(values: dict[str, Any]) -> str:
@@ -253,7 +285,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     """
     folder = cfg.paths[0]
     manifest = read_manifest(folder)
-    if manifest.tokenizer != tokenizer.fingerprint:
+    if manifest.tokenizer != tokenizer.fingerprint or manifest.vocab_size > tokenizer.vocab_size:
         raise ValueError(f"tokenizer={cfg.tokenizer!r} is not that of shards={folder!r}; name theirs")
     if manifest.row_tokens % cfg.seq_len or (manifest.format == "chat" and manifest.row_tokens != cfg.seq_len):
         whole = " equal" if manifest.format == "chat" else " divide"
