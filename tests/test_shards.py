@@ -18,7 +18,7 @@ from dsv3_jax.cli.tokenize import LOCK, SETTINGS, Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.data.packing import Piece, Record
+from dsv3_jax.data.packing import Record
 from dsv3_jax.data.shards import MANIFEST, check_files, open_shards, read_manifest, read_sealed, sealed
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.lock import acquire
@@ -225,17 +225,42 @@ def test_a_manifest_that_a_stranger_sealed(shards, tmp_path, place, value):
         open_shards(config(tmp_path), BYTES)
 
 
-@pytest.mark.parametrize("change", [{"tokens": [-7, 9]}, {"tokens": [9, 260]}, {"starts": [1]}, {"domains": [77]}])
-def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, change):
+def with_tokens(record, more):
+    return record._replace(tokens=np.resize(record.tokens, len(record.tokens) + more))
+
+
+RECORDS = {
+    "text, id -1": lambda r: r._replace(tokens=r.tokens - 258),
+    "text, id 260": lambda r: r._replace(tokens=r.tokens + 4),
+    "text, starts": lambda r: r._replace(starts=r.starts + 1),
+    "text, another domain": lambda r: r._replace(domains=(r.domains + 1) % 3),
+    "text, no such domain": lambda r: r._replace(domains=r.domains + 77),
+    "text, longer": lambda r: with_tokens(r, 1),
+    "text, shorter": lambda r: with_tokens(r, -1),
+    "text, a mask": lambda r: r._replace(loss_mask=np.ones(len(r.tokens), bool)),
+    "chat, no mask": lambda r: r._replace(loss_mask=None),
+    "chat, a mask of 2": lambda r: r._replace(loss_mask=r.loss_mask.view(np.uint8) * 2),
+    "chat, a short mask": lambda r: r._replace(loss_mask=r.loss_mask[:-1]),
+    "chat, shorter": lambda r: with_tokens(r, -1)._replace(loss_mask=r.loss_mask[:-1]),
+    "chat, longer": lambda r: with_tokens(r, R)._replace(loss_mask=np.ones(len(r.tokens) + R, bool)),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, name):
     """They are found with a right hash, too: by a sample when a folder is opened, and all of them by the check."""
-    record = Record.of([Piece(np.array([104, 256], np.int32), 0, 0)])
-    data = record._replace(**{key: np.array(value) for key, value in change.items()}).to_bytes()
+    job, to_bytes = replace(job_of(folder), out=tmp_path / "shards"), Record.to_bytes
+    if name.startswith("chat"):
+        lines = [{"prompt": f"{i}?", "completion": str(i % 7)} for i in range(40)]
+        (file := tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        job = replace(job, paths=(str(file),), format="chat", chat_template="plain", text_column="text")
     with monkeypatch.context() as patch:
-        patch.setattr(Record, "to_bytes", lambda self: data)
-        tokenize(replace(job_of(folder), out=tmp_path))
-    with pytest.raises(ValueError, match=r"array_record' is damaged in record 0: .* are not possible"):
-        open_shards(config(tmp_path), BYTES)
-    assert len(list(check_files(read_manifest(tmp_path), wholly=True))) == len(read_manifest(tmp_path).files)
+        patch.setattr(Record, "to_bytes", lambda self: to_bytes(RECORDS[name](self)))
+        tokenize(job)
+    if name != "chat, shorter":  # only their sum is known
+        with pytest.raises(ValueError, match=r"array_record' is damaged in record 0: .* are not possible"):
+            open_shards(config(job.out, seq_len=R), BYTES)
+    assert len(list(check_files(read_manifest(job.out), wholly=True))) == len(read_manifest(job.out).files)
 
 
 def test_refusals(shards, tmp_path):

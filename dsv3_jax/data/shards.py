@@ -171,8 +171,9 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
         else:
             try:
                 shard = Shard(manifest, name)
-                for record in range(facts["records"] if wholly else 1):
-                    shard.read(record)
+                tokens = sum(len(shard.read(record).tokens) for record in range(facts["records"] if wholly else 1))
+                if wholly and tokens != (expected := sum(part[2] for part in facts["domains"])):
+                    yield f"shard {str(path)!r} has {tokens:,} tokens of {expected:,}"
             except ValueError as error:
                 yield str(error)
 
@@ -182,6 +183,8 @@ class Shard:
 
     def __init__(self, manifest: Manifest, name: str):
         self._manifest, self._path = manifest, manifest.folder / name
+        self._domains = manifest.files[name]["domains"]
+        self._ends = list(itertools.accumulate(records for _, records, _ in self._domains))
         with self._named("the index"):
             self._reader = ArrayRecordReader(str(self._path), _READER)
             if self._reader.num_records() != manifest.files[name]["records"]:
@@ -192,13 +195,19 @@ class Shard:
         with self._named(f"record {number}"):
             record = Record.from_bytes(self._reader.read([number])[0])
             starts, tokens, mask = record.starts, record.tokens, record.loss_mask
+            # By the manifest. A text's records are full but for the last one of a domain.
+            part = bisect.bisect_right(self._ends, number)
+            domain, records, total = self._domains[part]
+            size = self._manifest.row_tokens
+            length = size if number + 1 < self._ends[part] else total - (records - 1) * size
             if not (
                 (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
                 and (starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
-                and 0 <= record.domains[0] < len(self._manifest.domains)
-                and (mask is None or len(mask) == len(tokens))
+                and (record.domains[0] == domain and (mask is None) == (self._manifest.format == "text"))
+                and (len(tokens) == length if mask is None else len(mask) == len(tokens) <= size)
+                and (mask is None or mask.view(np.uint8).max() <= 1)
             ):
-                raise ValueError("its ids, starts or domain are not possible")
+                raise ValueError("its ids, starts, domain, length or loss mask are not possible")
             return record
 
     @contextlib.contextmanager
