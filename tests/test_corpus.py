@@ -1,12 +1,16 @@
 """Documents get their domain, equal texts get the same side, and an error names file and position."""
 
+import datetime
+import decimal
 import json
+import re
 import sys
+import tracemalloc
 
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import load_corpus, read_documents
+from dsv3_jax.data.corpus import load_corpus, read_documents, rows_of
 
 
 def read(*paths, **settings):
@@ -54,16 +58,16 @@ def test_parquet(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": ["p1", "p2"], "domain": ["web", None], "n": [1, 2]}), file)
     assert read(file)[1] == [("p1", "web"), ("p2", "parquet")]
     pq.write_table(pa.table({"body": ["p1"]}), file)
-    with pytest.raises(ValueError, match=r"a\.parquet has no column \"text\" among \['body'\]"):
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read .* no column 'text' among \['body'\]"):
         read(file)
     pq.write_table(pa.table({"text": ["p1", None]}), file)
     with pytest.raises(ValueError, match=r'a\.parquet, row 2: "text" is None'):
         read(file)
     file.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: Parquet file size is 4 bytes"):
         read(file)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow.*dsv3-jax\[parquet\]"):
+    with pytest.raises(ValueError, match=r"a\.parquet .* needs pyarrow.*dsv3-jax\[parquet\]"):
         read(file)
 
 
@@ -75,6 +79,66 @@ def test_a_file_that_is_deleted_while_its_folder_is_read(tmp_path):
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(ValueError, match=r"b\.jsonl cannot be read: No such file"):
         next(documents)
+
+
+NO_JSON = {
+    "a time": lambda pa: datetime.datetime(2026, 1, 2),
+    "bytes": lambda pa: b"ab",
+    "a decimal": lambda pa: decimal.Decimal("1.5"),
+    "a duration": lambda pa: datetime.timedelta(1),
+    "a time that Python lacks": lambda pa: pa.scalar(2**62, pa.timestamp("ms")),
+    "no UTF-8": lambda pa: pa.array([b"\xff"]).view(pa.string())[0],
+}
+
+
+@pytest.mark.parametrize("name", NO_JSON)
+def test_values_of_parquet_that_are_not_of_json(tmp_path, name):
+    """As a text, as a domain, and in a message: a sentence that names file and row."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    bad = pa.array([NO_JSON[name](pa)])
+    messages = pa.StructArray.from_arrays([pa.array(["user"]), bad], ["role", "more"])
+    chats = pa.ListArray.from_arrays([0, 1], messages)
+    for columns in ({"text": bad}, {"text": ["a"], "domain": bad}, {"messages": chats}):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: "):
+            list(rows_of(str(tmp_path), list(columns), chats="messages" in columns))
+
+
+def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch):
+    """A dictionary makes 64 MB, or as well gigabytes, of a file of kilobytes."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["x" * 2**20] * 64}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    tracemalloc.start()
+    assert sum(1 for _ in rows_of(str(tmp_path), ["text"])) == 64
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+    monkeypatch.setattr("dsv3_jax.data.corpus._MAX_LINE_BYTES", 10**6)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: .* more than 1,000,000"):
+        next(rows_of(str(tmp_path), ["text"]))
+
+
+def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
+    """Parquet has no checksum of its footer. Each place there that may be the number is changed by one bit."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), file)
+    data, refused = file.read_bytes(), 0
+    number = bytes([600 % 128 + 128, 600 // 128])  # 300 as Thrift writes it
+    for place in (match.start() for match in re.finditer(re.escape(number), data)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        try:
+            assert len(list(rows_of(str(tmp_path), ["text"]))) == 300
+        except ValueError as error:
+            refused += "a.parquet cannot be read after row" in str(error)
+    assert refused >= 2
 
 
 def test_split_is_by_text(tmp_path):

@@ -1,5 +1,6 @@
 """Datasets of Hugging Face are read as files with the same rows are; without the package there is one sentence."""
 
+import datetime
 import json
 import sys
 
@@ -34,6 +35,15 @@ def test_a_dataset_has_the_documents_of_its_rows(saved):
         list(read_documents([f"hf:{saved}/splits@dev"], "body"))
 
 
+def test_a_time_in_a_message_is_no_value_of_json(saved):
+    import datasets
+
+    turns = [{"role": "user", "content": "hi", "time": datetime.datetime(2026, 1, 2)}]
+    datasets.Dataset.from_list([{"body": turns}]).save_to_disk(str(saved / "times"))
+    with pytest.raises(ValueError, match="times cannot be read after row 0: Object of type datetime is not JSON"):
+        list(contents((f"hf:{saved / 'times'}",), "body"))
+
+
 def test_the_column_of_chats_can_have_another_name(tmp_path):
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     (file := tmp_path / "chats.jsonl").write_text(json.dumps({"turns": turns, "id": 7, "domain": "sums"}))
@@ -43,7 +53,7 @@ def test_the_column_of_chats_can_have_another_name(tmp_path):
 
 def test_names(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"path='hf:a/b' needs datasets.*dsv3-jax\[datasets\]"):
+    with pytest.raises(ValueError, match=r"hf:a/b .* needs datasets.*dsv3-jax\[datasets\]"):
         list(read_documents(["hf:a/b"]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()

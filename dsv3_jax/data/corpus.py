@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.hub import dataset_rows, is_dataset, parts_of
+from dsv3_jax.data.hub import dataset_rows, is_dataset, numbered, parts_of
 from dsv3_jax.files import check_regular, open_file, parse_json, read_text
 
 T = TypeVar("T")
 _MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
-_MAX_LINE_BYTES = 2**26  # of a line of JSONL
+_MAX_LINE_BYTES = 2**26  # of a line of JSONL, or a row of a library
 _MAX_CHAT_BYTES = 2**23  # of a line of chats: the places of its tokens take a hundred times as much
+_PARQUET_ROWS = 16  # that are decoded at once: a file of kilobytes may hold many rows of megabytes
 MAX_DOMAIN = 200  # characters of a domain's name
 _MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are added: Debian moves headers and tests away
 _MAX_INSTALLED_BYTES = 2**18  # larger installed files are left out: most of them are tables
@@ -249,11 +250,13 @@ def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[t
     Raises: ValueError that names the path, file or row.
     """
     also = ("domain", "tools", "functions") if chats else ("domain",)
+    limit = _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES
     if is_dataset(path):
         name = Path(parts_of(path)[0]).name
-        found = ((location, row, name) for location, row in dataset_rows(path, needed, also))
+        rows = numbered(path, dataset_rows(path, needed, also), limit)
+        found = ((location, row, name) for location, row in rows)
     else:
-        found = _rows_of_files(Path(path), needed, also, chats)
+        found = _rows_of_files(Path(path), needed, also, chats, limit)
     for location, row, domain in found:
         if not isinstance(row, dict):
             raise ValueError(f"{location}, is not an object")
@@ -265,7 +268,7 @@ def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[t
 
 
 def _rows_of_files(
-    root: Path, needed: Sequence[str], also: Sequence[str], chats: bool
+    root: Path, needed: Sequence[str], also: Sequence[str], chats: bool, limit: int
 ) -> Iterator[tuple[str, Any, str]]:
     if not root.exists():
         raise ValueError(f"path={str(root)!r} does not exist")
@@ -278,9 +281,9 @@ def _rows_of_files(
         try:
             check_regular(file)
             if suffix == ".jsonl":
-                rows = json_lines(file, _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES)
+                rows = json_lines(file, limit)
             elif suffix == ".parquet":
-                rows = parquet_rows(file, needed, also)
+                rows = numbered(str(file), parquet_rows(file, needed, also), limit)
             elif not chats and not (root.is_dir() and _is_binary(file)):
                 rows = [(str(file), {needed[0]: read_text(file, _MAX_TEXT_BYTES)})]
             for location, row in rows:
@@ -312,28 +315,28 @@ def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
-def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Read a Parquet file row by row.
 
     Args: needed, also: columns to read; one of `needed` must be there.
-    Returns: pairs as `json_lines`.
-    Raises: ValueError for a file that is not Parquet, has none of the columns, or without pyarrow.
+    Raises: ValueError for a file that has none of the columns or other rows than it says, or without pyarrow; and
+        errors of many kinds for one that is damaged or not Parquet.
     """
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow: pip install 'dsv3-jax[parquet]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = set(file.schema_arrow.names)
-            if not names & set(needed):
-                raise ValueError(f'{path} has no column "{needed[0]}" among {sorted(names)}')
-            batches = file.iter_batches(columns=sorted(names & {*needed, *also}))
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+        raise ValueError("it needs pyarrow: pip install 'dsv3-jax[parquet]'") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = set(file.schema_arrow.names)
+        if not names & set(needed):
+            raise ValueError(f"there is no column {needed[0]!r} among {sorted(names)}")
+        num_rows = 0
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=sorted(names & {*needed, *also})):
+            num_rows += batch.num_rows
+            for i in range(batch.num_rows):  # one by one: each may hold megabytes
+                yield from batch.slice(i, 1).to_pylist()
+        if num_rows != file.metadata.num_rows:
+            raise ValueError(f"the file says that it has {file.metadata.num_rows:,} rows")
 
 
 def _split_long(text: str) -> Iterable[str]:

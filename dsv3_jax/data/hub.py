@@ -8,8 +8,9 @@
 Rows come one by one, so memory does not depend on their number. The package `datasets` is the extra of that name.
 """
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,36 +45,48 @@ def parts_of(path: str) -> tuple[str, str | None, str]:
     return name, config or None, split or SPLIT
 
 
-def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Read a dataset row by row.
 
     Args: needed, also: columns to keep; one of `needed` must be there.
-    Returns: pairs of a location, for errors, and a row.
-    Raises: ValueError for a dataset that cannot be found or read, has none of the columns, or without `datasets`.
+    Raises: ValueError for a dataset that has none of the columns or no such split, or without `datasets`; and errors of
+        many kinds for one that cannot be found or read.
     """
     name, config, split = parts_of(path)
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"path={path!r} needs datasets: pip install 'dsv3-jax[datasets]'") from error
+        raise ValueError("it needs datasets: pip install 'dsv3-jax[datasets]'") from error
+    if any((Path(name) / file).is_file() for file in SAVED):
+        found = datasets.load_from_disk(name)
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                raise ValueError(f"there is no split {split!r} among {sorted(found)}")
+            found = found[split]
+    else:
+        found = datasets.load_dataset(name, config, split=split, streaming=True)
+    columns = found.column_names
+    if columns is not None:
+        if not set(columns) & set(needed):
+            raise ValueError(f"there is no column {needed[0]!r} among {sorted(columns)}")
+        found = found.select_columns([column for column in columns if column in {*needed, *also}])
+    yield from found
+
+
+def numbered(path: str, rows: Iterable[dict[str, Any]], limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows that a library reads, each with its location for errors.
+
+    Args: limit: characters of a row as JSON, at most.
+    Raises: ValueError with path and row when the library fails, or when JSON cannot hold a value: a time, bytes.
+    """
     number = 0
     try:
-        if any((Path(name) / file).is_file() for file in SAVED):
-            found = datasets.load_from_disk(name)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise ValueError(f"there is no split {split!r} among {sorted(found)}")
-                found = found[split]
-        else:
-            found = datasets.load_dataset(name, config, split=split, streaming=True)
-        columns = found.column_names
-        if columns is not None:
-            if not set(columns) & set(needed):
-                raise ValueError(f"there is no column {needed[0]!r} among {sorted(columns)}")
-            found = found.select_columns([column for column in columns if column in {*needed, *also}])
-        for number, row in enumerate(found, 1):
+        for row in rows:
+            if (size := len(json.dumps(row, ensure_ascii=False))) > limit:
+                raise ValueError(f"the next row has {size:,} characters, more than {limit:,}")
+            number += 1
             yield f"{path}, row {number}", row
-    except Exception as error:  # the library's have many kinds
+    except Exception as error:  # the libraries' have many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{path} cannot be read after row {number}: {reason}") from error
 
