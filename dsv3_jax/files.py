@@ -6,6 +6,7 @@ old file or folder as it was. Its temporary one remains and can be deleted.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
@@ -113,7 +114,7 @@ def parse_json(data: str | bytes) -> Any:
     """Parse JSON in linear time, and refuse values that later code could not print, store or convert.
 
     Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64 deep, or holds NaN,
-        half a surrogate pair, or an integer of more than 100 digits.
+        half a surrogate pair, an integer of more than 100 digits, or a number above float64's range.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
@@ -123,7 +124,8 @@ def parse_json(data: str | bytes) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
-        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int, parse_constant=_refuse)
+        parsers: dict[str, Any] = {"parse_int": _parse_int, "parse_float": _parse_float, "parse_constant": _refuse}
+        values = json.loads(text, object_pairs_hook=_without_duplicates, **parsers)
     except RecursionError:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} deep") from None
     level = [[values]]
@@ -156,8 +158,13 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(digits)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant:.20} is no number of JSON or float64")
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:

@@ -78,10 +78,11 @@ def test_every_key_of_a_config_json(value):
         ("[" * 100_000 + "]" * 100_000, "64 deep"),
         ('["\\ud83d\\ude42", "\\ud83d"]', "half a surrogate pair"),
         ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": [-1e999]}', "-1e999 is no number"),
         ("1" * 101, "an integer has 101 digits"),
         (b"\xff", "can't decode byte 0xff"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_json_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
