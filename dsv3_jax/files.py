@@ -1,9 +1,10 @@
 """The one door for files: those that others wrote are read with limits, and what is written appears in one step.
 
-Content goes to a temporary name in the same folder, `.NAME.….part`, which is then renamed. A killed process leaves the
-old file or folder as it was. Its temporary one remains and can be deleted.
+Content goes to a temporary name in the same folder, `.NAME.….part`, is synced, and then renamed. A killed process or a
+loss of power leaves the old file or folder, or the new one. A temporary one may remain, and can be deleted.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
 _MAX_DEPTH = 64  # of lists and objects: Python's recursion ends at some hundreds
 _MAX_DIGITS = 100  # transformers writes 10^30 for "no limit"
+NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system has no locks, or does not sync folders
 
 
 def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
@@ -167,6 +169,19 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant:.20} is no number of JSON or float64")
 
 
+def sync(*paths: str | os.PathLike) -> None:
+    """Wait until files' content, and the names in folders, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+        finally:
+            os.close(descriptor)
+
+
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Write a file in one step: a reader sees the old content or the new one, never a part.
 
@@ -195,7 +210,9 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     try:
         part.touch(exist_ok=False)  # never through a link
         part.write_bytes(content)
+        sync(part)
         part.replace(path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -251,9 +268,11 @@ def atomic_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
         os.umask(mask)
         part.chmod(0o777 & ~mask)  # mkdtemp gives access to the owner only; mkdir follows the umask
         yield part
+        sync(*part.rglob("*"), part)
         if overwrite and path.exists():
             path.rename(old)
         part.rename(path)
+        sync(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)

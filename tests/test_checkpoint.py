@@ -155,6 +155,7 @@ def test_damage_is_named_by_file(run, tmp_path):
         damage(folder)
         found = find_damage(folder)
         assert f"{folder}/" in found and "\n" not in found and len(found) < 300
+        assert ("the guide to training says how to make another" in found) == (number > 2)
 
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monkeypatch):

@@ -1,16 +1,26 @@
-"""Files and folders appear complete or not at all, whether writing fails or the process is killed."""
+"""Files and folders appear complete or not at all: writing fails, the process is killed, or the power is lost."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from runs import HERE
+from runs import HERE, fresh_state, make_run
 
-from dsv3_jax.files import PART, atomic_folder, write_atomic
+from dsv3_jax.cli import sample
+from dsv3_jax.cli.tokenize import Tokenize, tokenize
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.decoding.decode_config import DecodeConfig
+from dsv3_jax.files import PART, atomic_folder, sync, write_atomic
+from dsv3_jax.hf.files import write_shards
+from dsv3_jax.training.checkpoint import LATE, Checkpoints
 
 
 def names(folder: Path) -> list[str]:
@@ -107,3 +117,96 @@ def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
     assert len(left) == 2 and all(name.startswith(".") and name.endswith(PART) for name in left)
     write_atomic(path / "old", "new content")
     assert (path / "old").read_text() == "new content"
+
+
+# Loss of power
+
+
+class Disk:
+    """What a loss of power leaves of a folder: content as of its last fsync, names as of their folder's."""
+
+    def __init__(self, root: Path, patch):
+        self.root, self.content, self.names = root, {}, {}
+        calls = {"fsync": self.keep, "rename": self.appear, "replace": self.appear, "unlink": self.go}
+        for module, name, look in [*((os, *pair) for pair in calls.items()), (shutil, "rmtree", self.go)]:
+            patch.setattr(module, name, partial(self.call, look, getattr(module, name)))
+
+    @staticmethod
+    def call(look, real, *args, **options):
+        if "dir_fd" not in options:  # which `rmtree` gives; it was looked at
+            look(*args)
+        return real(*args, **options)
+
+    def keep(self, descriptor):
+        status = os.fstat(descriptor)
+        if os.path.isdir(descriptor):
+            self.names[status.st_ino] = {entry.name: entry.inode() for entry in os.scandir(descriptor)}
+        else:
+            self.content[status.st_ino] = status.st_mtime_ns
+
+    def appear(self, path, target):
+        if not self.passes(target := Path(target)):
+            assert not self.lost(Path(path)), "a name is given to what is not synced"
+            names = self.names.get(target.parent.stat().st_ino, {}).keys() - {target.name, *os.listdir(target.parent)}
+            back = [name for name in names if not self.passes(target.with_name(name))]
+            assert all(map(str.isdigit, back)), "what was deleted comes back"  # checksums see half a checkpoint
+
+    def go(self, path, *_):
+        if os.path.lexists(path) and Path(path).is_relative_to(self.root):
+            assert not self.lost(self.root), f"{path} is deleted before that is synced"
+
+    def passes(self, path: Path) -> bool:
+        """Whether the path is one that a process uses while it writes, and nobody reads."""
+        parts = path.relative_to(self.root).parts
+        return any(part[0] == "." or part.endswith((PART, ".lock", ".deleted")) or "tmp" in part for part in parts)
+
+    def lost(self, top: Path) -> list[Path]:
+        found = []
+        for path in [top, *top.rglob("*")]:
+            inner, own = path != top, path.stat()
+            if inner and ((self.passes(path) and not self.passes(top)) or path.name in LATE[1:]):
+                continue
+            named = self.names.get(path.parent.stat().st_ino, {}).get(path.name) == own.st_ino
+            whole = path.is_dir() or self.content.get(own.st_ino) == own.st_mtime_ns
+            found += [] if whole and (named or not inner) else [path]
+        return found
+
+
+def write_file(folder, number, _):
+    write_atomic(folder / "file", str(number))
+
+
+def write_released(folder, number, _):
+    with atomic_folder(folder / "released", overwrite=True) as part:
+        write_shards(part, {"a": ((1,), "float32")}, 1000, [np.full(1, number, "float32")])
+
+
+def write_checkpoint(folder, number, _):
+    run = make_run("some text", keep=1)
+    with Checkpoints(folder, run) as checkpoints:
+        for step in (2 * number, 2 * number + 1):
+            checkpoints.save(fresh_state(run, step), {})
+
+
+def write_texts(folder, number, patch):
+    patch.setattr(sample, "complete", lambda *_: iter([(0, [72], [-1.0])]))
+    text = SimpleNamespace(tokenizer=ByteTokenizer(), stop_ids=(0,))
+    sample.write_samples(None, text, [{"prompt": "x"}], [[1]], DecodeConfig(1), folder / f"{number}.jsonl", {})
+
+
+def write_tokens(folder, number, _):
+    source = folder.with_name("text.jsonl")
+    source.write_text("\n".join(f'{{"text": "{number} and {i}"}}' for i in range(20)))
+    tokenize(Tokenize((str(source),), folder / "shards", val_fraction=0.3, row_tokens=16))
+
+
+@pytest.mark.parametrize("write", [write_file, write_released, write_checkpoint, write_texts, write_tokens])
+def test_what_was_written_outlives_a_loss_of_power(tmp_path, monkeypatch, write):
+    """Nothing is replaced or deleted before what takes its place is synced, and in the end all is."""
+    for name in ("checkpoints", "shards"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+    disk = Disk(tmp_path / "disk", monkeypatch)
+    sync(disk.root)
+    for number in range(2):
+        write(disk.root, number, monkeypatch)
+        assert len(list(disk.root.rglob("*"))) > 2 and not disk.lost(disk.root)

@@ -26,7 +26,7 @@ from dsv3_jax.data.packing import Piece, Record, fill
 from dsv3_jax.data.shards import MANIFEST, SIDES, VERSIONS, Manifest, read_manifest, read_sealed, sealed
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
-from dsv3_jax.files import PART, file_hash, read_json, write_atomic
+from dsv3_jax.files import PART, file_hash, read_json, sync, write_atomic
 from dsv3_jax.lock import acquire
 
 SETTINGS, LOCK = "settings.json", "tokenize.lock"
@@ -234,6 +234,7 @@ def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: in
     # The old manifest goes before the first shard that it names: it cannot see that one has other bytes.
     (job.out / MANIFEST).unlink(missing_ok=True)
     done.unlink(missing_ok=True)
+    sync(job.out)
     items: dict[str, list[Item]] = {side: [] for side in SIDES}
     for item in map(encoder.read, group) if encoder.read else group:
         mark = item.content.side if encoder.read else _hash(item.content)
@@ -282,6 +283,7 @@ def _write(path: Path, items: list[Item], job: Tokenize, encoder: Encoder) -> tu
         records, tokens = (sum(counts[i] for counts in domains) for i in (1, 2))
         facts = {"records": records, "tokens": tokens, "documents": used[True], "domains": domains,
                  "bytes": part.stat().st_size, "hash": file_hash(part)}  # fmt: skip
+        sync(part)
         part.replace(path)
         return facts, used[False]
     finally:

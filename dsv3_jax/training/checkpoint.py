@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
-from dsv3_jax.files import open_file, read_json
+from dsv3_jax.files import open_file, read_json, sync
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.layers import Packed, in_use
@@ -57,8 +57,9 @@ class DamagedCheckpoint(ValueError):
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint's folder whose other files are complete."""
+    """Write the manifest of a checkpoint's folder whose other files are complete, and sync them all."""
     (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=0) + "\n")
+    sync(*folder.rglob("*"), folder)
 
 
 def find_damage(folder: Path) -> str:
@@ -78,7 +79,8 @@ def find_damage(folder: Path) -> str:
         expected = read_json(folder / MANIFEST)
         found = _checksums(folder, {name: of[0] for name, of in expected.items() if isinstance(of, list) and of})
     except (OSError, ValueError) as error:
-        return f"a file is not readable: {error}"
+        remedy = "; the guide to training says how to make another" if MANIFEST in str(error) else ""
+        return f"a file is not readable: {error}{remedy}"
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             what = "damaged: its size or checksum is not the one that was written" if name in found else "absent"
@@ -193,8 +195,10 @@ class Checkpoints:
         """Delete the remains of saves that failed, and all but the last `keep` checkpoints; None keeps all."""
         if self._read_only or not processes.is_first():
             return
-        for step in [] if keep is None else steps_of(self.folder)[:-keep]:
-            (self.folder / str(step)).rename(self.folder / f"{step}.deleted")  # so that none is half there
+        if keep is not None and (steps := steps_of(self.folder)):
+            sync(self.folder)  # the new one's name, before an older one is deleted
+            for step in steps[:-keep]:
+                (self.folder / str(step)).rename(self.folder / f"{step}.deleted")  # so that none is half there
         for pattern in REMAINS:
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
