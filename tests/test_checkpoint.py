@@ -25,7 +25,7 @@ from dsv3_jax.training.checkpoint import (
     find_damage,
     load_run,
 )
-from dsv3_jax.training.run_folder import RUN_FILE, claim, read_run, settled
+from dsv3_jax.training.run_folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
 
 # A save or restore that fails inside Orbax leaves its event loop open.
@@ -268,6 +268,24 @@ def test_a_folder_is_claimed_once(tmp_path):
     history = json.loads((tmp_path / RUN_FILE).read_text())["history"]
     changed = [{"steps": [RUN.steps, RUN.steps + 8], "save_every": [RUN.save_every, 3]}, {"keep": [RUN.keep, 9]}]
     assert [entry["changed"] for entry in history] == changed
+
+
+@pytest.mark.parametrize("name", [*REPLACED, "checkpoints"])
+def test_a_run_is_not_written_through_a_link(saved, run, tmp_path, name):
+    """A stranger's folder may link to what the user owns. A link of checkpoints/ to a larger disk is good."""
+    own = tmp_path / "own"
+    own.mkdir()
+    target = saved / name if name == "checkpoints" else own / name
+    shutil.rmtree(run / "checkpoints")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{run / name}'? is a link .*{'the run' if name == 'checkpoints' else own}"):
+        claim(run, RUN)
+    assert steps_in(saved) == {"4", "8"} and list(own.iterdir()) == []
+    (run / name).unlink()
+    (run / "checkpoints").symlink_to(own)
+    if name != RUN_FILE:
+        claim(run, RUN)
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):

@@ -51,7 +51,7 @@ class Rows:
         """Add a row; it must have a "step"."""
         if self._read_only:
             return
-        with self._path.open("a") as file:
+        with open(self._path, "a", opener=never_through_a_link) as file:
             file.write(json.dumps(row) + "\n")
 
 

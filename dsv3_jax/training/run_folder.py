@@ -23,6 +23,7 @@ from dsv3_jax.ops.balance import RULES
 from dsv3_jax.ops.routing import ROUTERS
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+REPLACED = (RUN_FILE, "metrics.jsonl", "load.jsonl", "training.png", "routing.png")  # files that training writes
 FORMAT = 2  # of run folders: raised when parameters or data positions change so that older ones cannot be read
 OLDER = "dsv3-jax 0.1.0"  # reads run folders without a format
 # Settings that may change when a run is resumed. The learning rate's schedule is a function of steps.
@@ -92,7 +93,7 @@ def claim(
         made: what the run is trained with, see `made_from`. The file keeps one of each distinct start in its list
             `made`, so that a run that resumes with other code or another text says so.
     Returns: `settled`.
-    Raises: ValueError if the folder is another run's, or holds other files.
+    Raises: ValueError if the folder is another run's, holds other files, or has links to what others own.
 
     Example:
         >>> import tempfile
@@ -105,6 +106,12 @@ def claim(
         ValueError: seed=9 is not that of the run in ..., 0; choose another --out
     """
     folder = Path(folder)
+    for path in (folder / name for name in REPLACED):
+        if path.is_symlink():  # training would write through it
+            raise ValueError(f"file={str(path)!r} is a link to {os.readlink(path)!r}; replace it by the file itself")
+    held_in = Path(os.path.realpath(folder / "checkpoints")).parent  # another folder, if checkpoints/ is a link
+    if held_in != folder.resolve() and (held_in / RUN_FILE).exists():
+        raise ValueError(f"{folder}/checkpoints is a link into the run {held_in}, whose checkpoints would be deleted")
     if (folder / RUN_FILE).exists():
         held = read_run(folder)
         if different := difference(held, run):
