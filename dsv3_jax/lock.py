@@ -4,7 +4,7 @@ The system releases `flock` when the process ends, however it ends. A second wri
 the first. A lock that a dead process left is deleted, and a new one takes its place. So a holder that finds no lock, or
 another one, in its folder was moved or replaced, and must not write any more.
 
-On most shared file systems `flock` reaches all hosts. A file system without locks refuses nobody.
+On most shared file systems `flock` reaches all hosts. Without locks, each record is taken for a living process's.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from dsv3_jax.files import check_regular, open_file, parse_json
+from dsv3_jax.files import NOT_SUPPORTED, check_regular, open_file, parse_json
 
 LOCK_FILE = "run.lock"
 
@@ -46,12 +46,12 @@ class FolderLock:
 
 
 @contextmanager
-def acquire(folder: str | Path, name: str = LOCK_FILE) -> Iterator[FolderLock]:
+def acquire(folder: str | Path, name: str = LOCK_FILE, out: str | Path | None = None) -> Iterator[FolderLock]:
     """Become the only writer of an existing folder, for the length of a `with` block.
 
-    Args: name: of the lock file in the folder.
+    Args: name: of the lock file in the folder; out: the file of the folder that it is for. None means the folder.
     Raises: FolderInUse, which names the process that holds the lock. ValueError or OSError if something else, such as
-        a pipe, has the file's name.
+        a pipe, has the file's name, or it cannot be locked.
 
     Example:
         >>> import tempfile
@@ -64,7 +64,7 @@ def acquire(folder: str | Path, name: str = LOCK_FILE) -> Iterator[FolderLock]:
     """
     path, sentence = Path(folder) / name, ""
     while True:
-        descriptor = _open_locked(path)
+        descriptor = _open_locked(path, str(out or path.parent))
         before, in_place = _describe(descriptor), _is_open_file(path, descriptor)
         if in_place and not before:
             break
@@ -103,10 +103,10 @@ def holder(folder: str | Path, name: str = LOCK_FILE) -> str:
     return ""
 
 
-def _open_locked(path: Path) -> int:
-    """Open the lock file, made if absent, under `flock` where the file system has it.
+def _open_locked(path: Path, out: str) -> int:
+    """Open the lock file of `out`, made if absent, under `flock` where the file system has it.
 
-    Raises: FolderInUse if another process holds it.
+    Raises: FolderInUse if another process holds it, or may do so; OSError if it cannot be locked.
     """
     if path.exists():
         check_regular(path)
@@ -120,10 +120,16 @@ def _open_locked(path: Path) -> int:
             if last:
                 other = _describe(descriptor) or "another process"
                 os.close(descriptor)
-                raise FolderInUse(f"out={str(path.parent)!r} is in use by {other}; wait for it, or stop it") from None
+                raise FolderInUse(f"out={out!r} is in use by {other}; wait for it, or stop it") from None
             time.sleep(0.05)
-        except OSError:  # not supported here
-            break
+        except OSError as error:
+            other = _describe(descriptor)
+            if error.errno in NOT_SUPPORTED and not other:
+                break
+            os.close(descriptor)
+            if error.errno in NOT_SUPPORTED:
+                raise FolderInUse(f"{path} is of {other}; there are no locks here: delete it if that ended") from None
+            raise OSError(error.errno, error.strerror, str(path)) from error
     return descriptor
 
 

@@ -1,5 +1,6 @@
 """A folder has one writer: a second one is refused, a dead one's lock is taken over, a moved folder is noticed."""
 
+import errno
 import fcntl
 import json
 import os
@@ -42,8 +43,10 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
     """Also by a process that Ctrl-Z has stopped."""
     other.send_signal(signal.SIGSTOP)
     name = f"process {other.pid} on {socket.gethostname()}, which started at 2"
-    with pytest.raises(FolderInUse, match=f"^out='{tmp_path}' is in use by {name}"), acquire(tmp_path):
-        pass
+    for out in (None, tmp_path / "a.jsonl"):
+        sentence = f"^out='{out or tmp_path}' is in use by {name}"
+        with pytest.raises(FolderInUse, match=sentence), acquire(tmp_path, out=out):
+            pass
     assert holder(tmp_path).startswith(name) and record_of(tmp_path)["pid"] == other.pid
     other.send_signal(signal.SIGKILL)
     other.wait()
@@ -54,13 +57,23 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
         lock.check()
 
 
-def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
-    def not_supported(*_):
-        raise OSError(95, "Operation not supported")
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_where_locks_fail_a_living_writer_is_not_robbed(tmp_path, monkeypatch, number):
+    """Nobody knows whether it lives. Without locks the first writer is admitted; an error of the locks is named."""
 
-    monkeypatch.setattr(fcntl, "flock", not_supported)
+    def fail(*_):
+        raise OSError(number, "it fails")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    if number in (errno.ENOLCK, errno.EIO):
+        with pytest.raises(OSError, match=f"it fails: '{tmp_path / LOCK_FILE}'"), acquire(tmp_path):
+            pass
+        return
     with acquire(tmp_path) as lock:
+        with pytest.raises(FolderInUse, match=f"is of process {os.getpid()} .* delete it"), acquire(tmp_path):
+            pass
         lock.check()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["", '{"pid": "7"}'])

@@ -31,7 +31,7 @@ def write_samples(
     """
     total, part = len(prompts) * config.samples, Path(f"{out}.part")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with acquire(out.absolute().parent, f".{out.name}.lock"), resumed(part, settings, total) as (file, lines):
+    with acquire(out.absolute().parent, f".{out.name}.lock", out), resumed(part, settings, total) as (file, lines):
         for row, tokens, logprobs in complete(model, prompts, config, set(lines), total):
             shown = text.tokenizer.bytes_of(token for token in tokens if token not in text.stop_ids)
             # Further digits of the logprob depend on the batch.
