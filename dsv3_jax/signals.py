@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT)
+terminated = threading.Event()  # by SIGTERM: Python drops what a handler raises in a garbage collector's callback
 
 
 @contextmanager
@@ -100,6 +101,8 @@ def asked_to_stop() -> Iterator[threading.Event]:
     sent.setblocking(False)
     threading.Thread(target=_answer, args=(heard,), daemon=True).start()
     with sent, handled(note, *STOP):
+        if terminated.is_set():  # before, but the exception was lost
+            raise SystemExit(128 + signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread():
             yield asked
             return

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from runs import HERE, environment
 
+from dsv3_jax import signals
 from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, DataConfig, RunConfig, from_dict, to_dict
@@ -20,6 +21,7 @@ from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.hf.reading import ReleasedFolder
 from dsv3_jax.presets import preset, recipe
+from dsv3_jax.signals import asked_to_stop
 
 TINY = preset("tiny")
 RUN = to_dict(recipe("tiny"))
@@ -136,6 +138,30 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "dispatch", convert)
     assert cli.main([]) == 143
     assert not list(tmp_path.iterdir())
+
+
+class Lost:
+    """Gets SIGTERM where Python drops what its handler raises."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def train(argv):
+    with asked_to_stop():
+        raise AssertionError("it trains")
+
+
+def restore(argv):
+    raise RuntimeError("of asyncio")
+
+
+@pytest.mark.parametrize("command", [train, restore, lambda argv: 0])
+def test_a_sigterm_whose_exception_is_lost_still_ends_the_command(monkeypatch, capfd, command):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    monkeypatch.setattr(cli, "dispatch", lambda argv: (Lost(), command(argv))[1])
+    assert cli.main([]) == 143 and not signals.terminated.is_set()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.long

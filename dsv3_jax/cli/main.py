@@ -23,7 +23,7 @@ from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.imports import import_program
 from dsv3_jax.presets import MODELS
-from dsv3_jax.signals import handled
+from dsv3_jax.signals import handled, terminated
 
 # Command: its arguments, and what it does. Each is a file beside this one, with a function `run(argv) -> exit code`.
 COMMANDS = {
@@ -67,10 +67,14 @@ def main(argv: list[str] | None = None) -> int:
         try:
             code = guarded(lambda: dispatch(list(given)))
         except Exception:
-            if argv is not None:
-                raise
-            traceback.print_exc()
+            if not terminated.is_set():  # asyncio makes other errors of `_terminate`'s
+                if argv is not None:
+                    raise
+                traceback.print_exc()
             code = 1
+    if terminated.is_set():
+        terminated.clear()
+        code = 128 + signal.SIGTERM
     if argv is None and code:
         end(code)
     return code
@@ -116,6 +120,7 @@ def keep_programs() -> None:
 
 def _terminate(number: int, frame: object) -> None:
     """End by an exception, so that temporary files and folders are deleted on the way."""
+    terminated.set()
     raise SystemExit(128 + number)
 
 
