@@ -217,10 +217,17 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_writable(*paths: str | os.PathLike | None) -> None:
-    """Check that files or folders can be written, before the work that makes their content. None is passed over.
+def check_name(path: str | os.PathLike) -> None:
+    """Raise ValueError if a path is not UTF-8: TensorStore and ArrayRecord cannot open it."""
+    if re.search("[\ud800-\udfff]", os.fspath(path)):
+        raise ValueError(f"path={os.fspath(path)!r} is not UTF-8; choose another name")
 
-    Raises: OSError when the folder of that name, or the first above it that exists, is read-only or its disk is full.
+
+def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> None:
+    """Check that files, or `folders`, can be written before the work that makes their content. None is passed over.
+
+    Raises: ValueError for a name that is not UTF-8, or that a folder has; OSError when the folder of that name, or the
+        first above it that exists, is read-only or its disk is full.
 
     Example:
         >>> check_writable(Path(__file__) / "run")  # doctest: +ELLIPSIS
@@ -229,6 +236,9 @@ def check_writable(*paths: str | os.PathLike | None) -> None:
         NotADirectoryError: [Errno 20] Not a directory: '...files.py/run'
     """
     for path in (Path(path).absolute() for path in paths if path is not None):
+        check_name(path)
+        if path.is_dir() and not folders:
+            raise ValueError(f"out={str(path)!r} is a folder; name a file")
         if path.is_dir() or path.is_file() or not path.exists():  # not a device or a pipe
             folder = next(place for place in [path, *path.parents][path.is_file() :] if place.exists())
             try:

@@ -25,6 +25,7 @@ from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.shards import MANIFEST, read_manifest
 from dsv3_jax.data.special_tokens import read_object
 from dsv3_jax.data.tokenizer import ByteTokenizer, byte_tokenizer_json
+from dsv3_jax.files import check_writable
 from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.hf.reading import ReleasedFolder
 from dsv3_jax.kernels import choose
@@ -32,6 +33,7 @@ from dsv3_jax.presets import recipe
 from dsv3_jax.signals import handled
 from dsv3_jax.stats.reporting import report
 from dsv3_jax.train import fit
+from dsv3_jax.training.checkpoint import load_run
 from dsv3_jax.training.run_folder import claim, read_run
 
 EOS = {"eos_token": "<eos>"}
@@ -200,6 +202,25 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
         assert main(argv) == 2
 
 
+@pytest.mark.parametrize("name", ["ev\udcff", "folder"])
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, name):
+    """It is not UTF-8, which Orbax and ArrayRecord need, or a folder's where a file is to be written."""
+    claim(tmp_path / "run", recipe("tiny"))
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / name
+    sentence = "is a folder" if name == "folder" else "is not UTF-8"
+    with pytest.raises(ValueError, match=sentence):
+        check_writable(out)
+    if name != "folder":
+        (tmp_path / "run").rename(tmp_path / f"run{name}")
+        shards = Tokenize((str(tmp_path / "text.jsonl"),), out)
+        for work in (fit, recipe("tiny"), out), (tokenize, shards), (load_run, tmp_path / f"run{name}"):
+            with pytest.raises(ValueError, match=sentence):
+                work[0](*work[1:])
+        assert not out.exists()
+
+
 # Streams
 
 
@@ -220,6 +241,16 @@ def test_closed_streams(monkeypatch, capsys):
         patch.setattr(sys, "stdout", Gone())
         assert main(["info", "tiny"]) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_output_that_is_ascii_gets_the_names_of_other_letters(monkeypatch):
+    for encoding, text in (("ascii", "COMMAND \\u2026"), ("utf-8", "COMMAND …")):
+        with io.TextIOWrapper(io.BytesIO(), encoding) as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert unhooked_cli().main(["--help"]) == 0
+            print("ev\udcff", file=stream, flush=True)
+            written = stream.buffer.getvalue().decode(encoding)
+        assert text in written and written.endswith("ev\\udcff\n")
 
 
 def test_a_full_disk_behind_the_errors_keeps_the_exit_code(monkeypatch):

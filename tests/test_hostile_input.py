@@ -122,6 +122,7 @@ def test_links_that_lead_nowhere_are_passed_over_and_names_of_domains_can_be_pri
 def test_a_sentence_is_short_and_plain():
     long = common.sentence(ValueError("begin " + "x" * 10**6 + " end"))
     assert len(long) <= common.MAX_SENTENCE and long.startswith("begin x")
+    assert common.sentence(FileNotFoundError(2, "No such file", "in.jsonl")) == "No such file: 'in.jsonl'"
     assert common.sentence(ValueError("a\x1b[31m\ud800\u202e é\n漢")) == "a\\x1b[31m\\ud800\\u202e é 漢"
 
 

@@ -208,7 +208,8 @@ def sentence(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or error.strerror}; what was saved before is complete"
-    text = visible(" ".join(str(error)[: 100 * MAX_SENTENCE].split())) or type(error).__name__
+    text = str(error).removeprefix(f"[Errno {getattr(error, 'errno', None)}] ")
+    text = visible(" ".join(text[: 100 * MAX_SENTENCE].split())) or type(error).__name__
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 151]} … {text[-148:]}"
 
 

@@ -104,7 +104,7 @@ def _score(args: Eval, argv: list[str]) -> int:
         imports = [word for name in IMPORTED for word in ("--import", name)]
         facts = {"command": shlex.join(["dsv3", "eval", *argv, *imports]), "model": str(args.run), "step": step}
         result = facts | {"versions": versions} | dataclasses.asdict(scores)
-        write_atomic(args.out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     return 0
 
 

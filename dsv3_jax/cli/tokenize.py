@@ -26,7 +26,7 @@ from dsv3_jax.data.packing import Piece, Record, fill
 from dsv3_jax.data.shards import MANIFEST, SIDES, VERSIONS, Manifest, read_manifest, read_sealed, sealed
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
-from dsv3_jax.files import PART, file_hash, read_json, sync, write_atomic
+from dsv3_jax.files import PART, check_writable, file_hash, read_json, sync, write_atomic
 from dsv3_jax.lock import acquire
 
 SETTINGS, LOCK = "settings.json", "tokenize.lock"
@@ -138,6 +138,7 @@ def tokenize(job: Tokenize) -> Manifest:
         "version": VERSIONS[job.format], "tokenizer": encoder.tokenizer.fingerprint, "chat_template": encoder.template,
         "paths": list(job.paths),
     }  # fmt: skip
+    check_writable(job.out, folders=True)
     job.out.mkdir(parents=True, exist_ok=True)
     with acquire(job.out, LOCK) as lock:
         _claim(job.out, settings)

@@ -184,7 +184,7 @@ def check_new(path: Path, nbytes: int) -> None:
         raise ValueError(f"{path} exists and is not an empty folder; choose another path")
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder, so {path.name} cannot be created in it; create it first")
-    check_writable(path)
+    check_writable(path, folders=True)
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + (64 << 20):
         raise ValueError(f"{path.parent} has no room for {nbytes / 1e6:,.0f} MB: {free / 1e6:,.0f} MB are free")

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:  # of `print` and of a table's cells
-        return super().render_str(visible(text) if self.file.isatty() else text, **options)
+        return super().render_str(visible(text), **options)
 
     def on_broken_pipe(self) -> None:  # rich would end the process with code 1
         raise BrokenPipeError
@@ -28,7 +28,7 @@ class _Console(Console):
 def text_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """Where text appears as it is: `[b]` is no markup, `:smile:` no picture, and numbers have no colour.
 
-    On a terminal, control codes in it are visible and do nothing.
+    Control codes in it are visible and do nothing.
 
     Example:
         >>> text_console().print("[b] :smile: 1")

@@ -131,7 +131,8 @@ def report(
     options.check()
     paths, seed, kernels = options.paths, options.seed, options.kernels
     run = Path(run)
-    check_writable(run / "stats" if out is None else out, options.tokens)
+    check_writable(run / "stats" if out is None else out, folders=True)
+    check_writable(options.tokens)
     if out is not None:
         _check(Path(out))
     other = None if options.against is None else others.open_other(options.against, kernels=kernels)

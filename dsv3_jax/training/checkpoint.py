@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
-from dsv3_jax.files import open_file, read_json, sync
+from dsv3_jax.files import check_name, open_file, read_json, sync
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.layers import Packed, in_use
@@ -136,6 +136,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False, optimizer: Transform = None):
+        check_name(folder)
         silence()  # Orbax's errors are raised, too
         self.folder, self.run = Path(folder).absolute() / "checkpoints", run
         self._optimizer, self._read_only = optimizer, read_only

@@ -114,7 +114,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
 @contextmanager
 def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
-    processes.by_first(lambda: check_writable(out))
+    processes.by_first(lambda: check_writable(out, folders=True))
     job = agree(run, options)
     check(job)
     words, source, start = read(job, out, options)
