@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import os
 import re
 import sys
 import tracemalloc
@@ -48,6 +49,17 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name.replace("b", "a"))
+
+
+def test_folders_that_the_system_lists_only_to_some_depth(tmp_path, monkeypatch):
+    """`os.walk` calls itself before Python 3.12."""
+
+    def walk(top, **_):
+        raise RecursionError
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(ValueError, match=f"path='{tmp_path}' has too many folders within each other"):
+        read(tmp_path)
 
 
 def test_parquet(tmp_path, monkeypatch):

@@ -65,10 +65,13 @@ def test_of_several_first_runs_at_once_one_compiles(cache):
     assert cache.compiled() == 1
 
 
-def test_a_folder_that_is_not_private_is_refused(cache):
+def test_a_folder_that_is_not_private_is_refused(cache, monkeypatch):
     cache.load()
     cache.folder.chmod(0o777)
     with pytest.raises(OSError, match="is not private; set XDG_CACHE_HOME"):
+        cache.load()
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # would be another one in each current folder
+    with pytest.raises(OSError, match="folder=caches/dsv3_jax is relative"):
         cache.load()
 
 

@@ -145,6 +145,8 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
         tokenize(job)
     with acquire(job.out, LOCK), pytest.raises(ValueError, match="is in use by process"):
         tokenize(job)
+    with pytest.raises(ValueError, match="shard_mb=inf is .* no finite number"):
+        tokenize(job_of(folder, "inf", shard_mb=float("inf")))
 
 
 def test_changed_text_has_no_manifest_until_all_of_it_is_written(folder, tmp_path, monkeypatch, capsys):

@@ -127,8 +127,8 @@ def tokenize(job: Tokenize) -> Manifest:
         writes; for documents of which none is held out, or all are.
     """
     for name, least in (("row_tokens", 2), ("shard_mb", 1e-6)):
-        if not getattr(job, name) >= least:
-            raise ValueError(f"{name}={getattr(job, name)} is below {least}")
+        if not least <= getattr(job, name) < float("inf"):
+            raise ValueError(f"{name}={getattr(job, name)} is below {least}, or no finite number")
     if not 0 < job.val_fraction < 1:
         raise ValueError(f"val_fraction={job.val_fraction} is outside (0, 1)")
     DataConfig(paths=job.paths)  # refuses names that are no text

@@ -217,9 +217,12 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
         if error.filename != str(root) or root.exists():
             raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    for folder, folders, files in os.walk(root, onerror=fail):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skip)
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+    try:
+        for folder, folders, files in os.walk(root, onerror=fail):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skip)
+            yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+    except RecursionError:  # of `os.walk` before Python 3.12
+        raise ValueError(f"path={str(root)!r} has too many folders within each other") from None
 
 
 # The user's files

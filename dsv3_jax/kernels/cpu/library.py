@@ -94,6 +94,8 @@ def private_folder() -> Path:
     Raises: OSError if it cannot be created, or others own it or may write to it; RuntimeError if the user has no home.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+    if not folder.is_absolute():  # a compiler would run again in each current folder
+        raise OSError(f"folder={folder} is relative; set HOME or XDG_CACHE_HOME to an absolute path")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
