@@ -225,8 +225,7 @@ def _shard(job: Tokenize, encoder: Encoder, settings: dict[str, Any], number: in
     for item in group:
         digest.update(_hash(item.content) + repr(item[1:3]).encode())
     done = job.out / f"shard-{number:05d}.json"
-    # A mark that cannot be read counts as absent.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a bad mark counts as absent
         before = read_sealed(done)
         files = [(job.out / name, found) for name, found in before["files"].items()]
         whole = all(x.stat().st_size == found["bytes"] and file_hash(x) == found["hash"] for x, found in files)

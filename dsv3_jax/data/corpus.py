@@ -256,8 +256,7 @@ def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[t
     limit = _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES
     if is_dataset(path):
         name = Path(parts_of(path)[0]).name
-        rows = numbered(path, dataset_rows(path, needed, also), limit)
-        found = ((location, row, name) for location, row in rows)
+        found = ((*located, name) for located in numbered(path, dataset_rows(path, needed, also), limit))
     else:
         found = _rows_of_files(Path(path), needed, also, chats, limit)
     for location, row, domain in found:
@@ -322,8 +321,7 @@ def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iter
     """Read a Parquet file row by row.
 
     Args: needed, also: columns to read; one of `needed` must be there.
-    Raises: ValueError for a file that has none of the columns or other rows than it says, or without pyarrow; and
-        errors of many kinds for one that is damaged or not Parquet.
+    Raises: ValueError without the columns or pyarrow; errors of many kinds for a file that is damaged or not Parquet.
     """
     try:
         import pyarrow.parquet
