@@ -3,10 +3,10 @@
 import io
 import os
 import re
-import resource
 import signal
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,11 +53,18 @@ def soon():
 
 LOOP = "{% for i in range(99999) %}"
 DOUBLE = "{% set n = namespace(s='a', i=9) %}{% for i in range(40) %}"
+TREES = "{% set n = namespace(s=[0], i=[0]) %}{% for i in range(40) %}"
+TREES += "{% set n.s = [n.s, n.s] %}{% set n.i = [n.i, n.i] %}{% endfor %}"
 ENDLESS = {
     "runs for more than": [
         "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}",
         DOUBLE + "{% set n.i = n.i * n.i %}{% endfor %}",
         "{{ 9 ** 999999999 }}",
+        # C code that no handler of a signal interrupts: two trees of 2^40 leaves, keys of one hash, large powers
+        TREES + "{{ n.s == n.i }}",
+        TREES + "{{ n.s in [n.i] }}",
+        "{{ dict(range(0, 99999 * (2**61 - 1), 2**61 - 1) | batch(2) | list) | length }}",
+        "{{ ('9' * 4300) | int ** 99999 % 7 }}",
     ],
     "fails with RecursionError": ["{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}"],
     "takes more than": [
@@ -72,13 +79,22 @@ ENDLESS = {
 
 @pytest.mark.parametrize(("sentence", "source"), [(key, source) for key, some in ENDLESS.items() for source in some])
 def test_a_template_ends(monkeypatch, sentence, source):
-    """Range bombs, recursion, and ways to a large value; with a small part of the limits of use."""
+    """Range bombs, recursion, and ways to a large value, in any thread; with a small part of the limits of use."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(sandbox, "MAX_BYTES", 2**25)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ValueError, match=f"^the chat template {sentence}"):
-        ChatTemplate(source, ByteTokenizer(), EOS).text([USER])
-    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getitimer(signal.ITIMER_VIRTUAL)) == (before, (0, 0))
+    work = lambda: ChatTemplate(source, ByteTokenizer(), EOS).text([USER])  # noqa: E731
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=f"^the chat template {sentence}"):
+        pool.submit(work).result()
+    assert plain_settings().chat.text([USER])  # the next one has a process that lives
+
+
+def test_an_interrupted_template_answers_no_later_question(monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 5)
+    slow = ChatTemplate("{% for i in range(99999) %}{% if i in range(i) %}{% endif %}{% endfor %}a", ByteTokenizer())
+    with handled(signal.default_int_handler, signal.SIGALRM), pytest.raises(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        slow.text([USER])
+    assert ChatTemplate("b", ByteTokenizer()).text([USER]) == "b"
 
 
 TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(80)]

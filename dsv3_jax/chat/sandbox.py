@@ -1,36 +1,93 @@
 """The sandbox of chat templates: a template is a program of someone else's, which must reach nothing, and must end.
 
-Jinja's own sandbox keeps a template from the process. The operating system bounds its time and memory, see `limits`.
+Jinja's own sandbox keeps a template from the process. The operating system bounds its time and memory: templates run in
+another process, which the kernel ends, since no handler in Python interrupts C code that compares or multiplies. That
+process is this file as a program: it imports Jinja, starts with the first template, and answers JSON line by line.
 """
 
+import atexit
+import contextlib
+import functools
+import itertools
 import json
 import resource
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dsv3_jax.signals import cpu_limit
-
-MAX_SECONDS = 20.0  # of CPU; a conversation of 10,000 turns takes a tenth of a second
+MAX_SECONDS = 20.0  # of CPU for a conversation; one of 10,000 turns takes a tenth of a second
 MAX_BYTES = 2**29  # that a template may take
-_ONE_AT_A_TIME = threading.Lock()  # the limit of memory is the process's
+_ONE_AT_A_TIME = threading.Lock()  # there is one process for all templates
+_process: subprocess.Popen[str] | None = None
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """Bound what templates take within the context, that of one conversation: time, and on Linux memory."""
+    global _process
+    with _ONE_AT_A_TIME:
+        if _process is None or _process.poll() is not None:  # also in a fork: the process is its parent's
+            _end()
+            _process = subprocess.Popen(
+                [sys.executable, "-P", __file__],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                process_group=0,  # Ctrl-C is for this process alone
+            )  # fmt: skip
+        print(json.dumps([MAX_SECONDS, MAX_BYTES]), file=_process.stdin)
+        yield
+
+
+def ask(source: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run a template within `limits`. Without values, look at it.
+
+    Returns: its text, and the spans of its generation blocks; or what it reads, and the texts that are written in it.
+    Raises: ValueError for whatever the template raises, and when it takes too much time or memory.
+    """
+    process = _process
+    assert process and process.stdout
+    try:
+        request = {"source": source, "values": values, "now": datetime.now().isoformat()}
+        print(json.dumps(request), file=process.stdin, flush=True)
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    except BaseException:
+        _end()  # its answer is not that to the next request
+        raise
+    if not line.endswith("\n"):
+        late = process.wait() == -signal.SIGPROF
+        reason = f"runs for more than {MAX_SECONDS:g} seconds" if late else f"takes more than {MAX_BYTES >> 20} MiB"
+        raise ValueError(f"the chat template {reason}")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer
+
+
+@atexit.register
+def _end() -> None:
+    global _process
+    if _process is not None:
+        with contextlib.suppress(BrokenPipeError), _process:
+            _process.kill()
+        _process = None
+
+
+# The program
 
 
 class Refused(jinja2.TemplateError):
     """The template called raise_exception."""
-
-
-class TooMuch(ValueError):
-    """The template takes too much memory, or runs too long."""
 
 
 class Generation(Extension):
@@ -61,60 +118,70 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        self.filters["tojson"] = _to_json
+        self.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(message: str) -> None:
     raise Refused(message)
 
 
-def _late(*_: Any) -> None:
-    raise TooMuch(f"the chat template runs for more than {MAX_SECONDS:g} seconds")
-
-
-@contextmanager
-def limits() -> Iterator[None]:
-    """Bound the time and memory of the templates that run within the context.
-
-    The time is the process's on its CPUs, and is bounded in the main thread alone; the memory is bounded on Linux
-    alone.
-
-    Raises: TooMuch.
-
-    Example:
-        >>> with limits():
-        ...     Sandbox().from_string("{{ 'a' * 10**9 }}").render()
-        Traceback (most recent call last):
-            ...
-        dsv3_jax.chat.sandbox.TooMuch: the chat template takes more than 512 MiB
-    """
-    with _ONE_AT_A_TIME, cpu_limit(MAX_SECONDS, _late):
-        before = resource.getrlimit(resource.RLIMIT_AS)
+def _serve() -> None:
+    """Answer the lines of stdin. A list has the limits of the lines up to the next list."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends the process
+    for line in sys.stdin:
+        request = json.loads(line)
+        if isinstance(request, list):
+            _limit(*request)
+            continue
         try:
-            if sys.platform == "linux":
-                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                most = [n for n in (used + MAX_BYTES, *before) if n != resource.RLIM_INFINITY]
-                resource.setrlimit(resource.RLIMIT_AS, (min(most), before[1]))
-            yield
-        except MemoryError as error:
-            raise TooMuch(f"the chat template takes more than {MAX_BYTES >> 20} MiB") from error
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
+            answer = _answer(**request)
+        except MemoryError:
+            raise  # it ends the process
+        except Exception as error:
+            reason = "refuses the messages" if isinstance(error, Refused) else f"fails with {type(error).__name__}"
+            answer = {"error": f"the chat template {reason}: {' '.join(str(error).split())}"}
+        print(json.dumps(answer), flush=True)
 
 
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turn whatever a template raises into a ValueError."""
-    try:
-        yield
-    except (TooMuch, MemoryError):
-        raise
-    except Exception as error:
-        reason = "refuses the messages" if isinstance(error, Refused) else f"fails with {type(error).__name__}"
-        raise ValueError(f"the chat template {reason}: {' '.join(str(error).split())}") from error
+def _limit(seconds: float, size: int) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (min(used + size, hard % 2**64), hard))  # -1 is no limit
+
+
+_compiled = functools.lru_cache(maxsize=4)(lambda source: Sandbox().from_string(source))
+
+
+def _answer(source: str, values: dict[str, Any] | None, now: str) -> dict[str, Any]:
+    template = _compiled(source)
+    environment = template.environment
+    environment.globals["strftime_now"] = datetime.fromisoformat(now).strftime
+    if values is None:
+        program = environment.parse(source)
+        constants = [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
+        return {
+            "reads": list(meta.find_undeclared_variables(program) - environment.globals.keys()),
+            "writes_role": _writes_role(program),
+            "written": "\0".join([*(node.data for node in program.find_all(nodes.TemplateData)), *constants]),
+        }
+    tracker: Any = environment.extensions[Generation.identifier]
+    tracker.blocks, tracker.found = [], []
+    for block in template.generate(values):
+        tracker.blocks.append(block)
+    starts = [0, *itertools.accumulate(map(len, tracker.blocks))]
+    spans = [(starts[i], starts[i] + length) for i, length in tracker.found]
+    return {"text": "".join(tracker.blocks), "spans": spans}
+
+
+def _writes_role(node: nodes.Node) -> bool:
+    """Say whether a template does anything with a message's role but compare it."""
+    role = isinstance(node, nodes.Getattr) and node.attr == "role"
+    role |= isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "role"
+    return not isinstance(node, nodes.Compare) and (role or any(map(_writes_role, node.iter_child_nodes())))
+
+
+if __name__ == "__main__":
+    _serve()

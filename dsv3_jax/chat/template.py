@@ -5,16 +5,13 @@ tokens and a few functions, and nothing else of the process. Templates find the 
 Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
-import itertools
 import json
 import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import meta, nodes
-
-from dsv3_jax.chat.sandbox import Generation, Sandbox, limits, one_sentence
+from dsv3_jax.chat.sandbox import ask, limits
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.data.tokenizer import Tokenizer, any_of
 from dsv3_jax.files import parse_json
@@ -59,18 +56,11 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, Any] | None = None):
         self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
-        environment = Sandbox()
-        with limits(), one_sentence():
-            self._template, program = environment.from_string(source), environment.parse(source)
-            reads, self.writes_role = meta.find_undeclared_variables(program), _writes_role(program)
-        self._tracker: Any = environment.extensions[Generation.identifier]
-        others = {"messages", "tools", "add_generation_prompt", *environment.globals}
-        self.variables, self.reads_tools = reads - others, "tools" in reads
-        written = "\0".join(
-            [node.data for node in program.find_all(nodes.TemplateData)]
-            + [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
-        )
-        added, specials = tokenizer.added, tokenizer.specials
+        with limits():
+            found = ask(source)
+        self.variables = set(found["reads"]) - {"messages", "tools", "add_generation_prompt"}
+        self.reads_tools, self.writes_role = "tools" in found["reads"], found["writes_role"]
+        added, specials, written = tokenizer.added, tokenizer.specials, found["written"]
         self._control_name = any_of(n for n in added if n in specials or (n in written and not n.isspace()))
         self.marks_assistant = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
@@ -173,15 +163,9 @@ class ChatTemplate:
 
     def _run(self, messages: list[Message], add_generation_prompt: bool, values: dict[str, Any]) -> tuple[str, Spans]:
         """Run the template. Returns: (text, the characters of its generation blocks)."""
-        blocks: list[str] = []
-        found: list[tuple[int, int]] = []
-        self._tracker.blocks, self._tracker.found = blocks, found
         values = self.special_tokens | values | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        with one_sentence():
-            for block in self._template.generate(values):
-                blocks.append(block)
-        starts = [0, *itertools.accumulate(map(len, blocks))]
-        return "".join(blocks), [(starts[i], starts[i] + length) for i, length in found]
+        found = ask(self.source, values)
+        return found["text"], [(start, end) for start, end in found["spans"]]
 
     def names(self, role: str) -> bool:
         """Say whether the template has a text that is this role."""
@@ -346,13 +330,6 @@ def _check_order(i: int, role: str, before: str | None, template: ChatTemplate) 
         raise ValueError(f"message {i} is the assistant's, and no user's message precedes it")
     if role == before and role in ("user", "assistant"):
         raise ValueError(f"message {i} is a second one of role={role!r} in a row; join the two")
-
-
-def _writes_role(node: nodes.Node) -> bool:
-    """Say whether a template does anything with a message's role but compare it."""
-    role = isinstance(node, nodes.Getattr) and node.attr == "role"
-    role |= isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "role"
-    return not isinstance(node, nodes.Compare) and (role or any(map(_writes_role, node.iter_child_nodes())))
 
 
 def _tagged(message: Message) -> tuple[Message, str]:
