@@ -167,12 +167,34 @@ def test_json_that_no_program_should_write(tmp_path):
         READ["shards"]("\udcff")
 
 
-def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
+def with_parts(folder: Path, **parts):
+    """A tokenizer of bytes with another normalizer or pre-tokenizer."""
     inner = tokenizers.Tokenizer.from_str(byte_tokenizer_json())
-    inner.normalizer = tokenizers.normalizers.Replace("", "a" * 1000)
-    inner.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="tokenizer.json' has a normalizer that makes 1000 letters of three"):
-        tokenizer.load(str(tmp_path))
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    inner.save(str(folder / "tokenizer.json"))
+    return tokenizer.load(str(folder))
+
+
+def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
+    """Those of released models pass."""
+    made = tokenizers.normalizers
+    replace, runs = made.Replace, made.Replace(tokenizers.Regex(" {2,}"), " ")
+    doubles = made.Sequence([replace(tokenizers.Regex("(?=q)"), "q")] * 30)
+    for normalizer in (replace("", "a" * 1000), replace("q", "a" * 10**6), doubles, made.Prepend("a" * 1000)):
+        with pytest.raises(ValueError, match="tokenizer.json' has a normalizer that may make .* letters of one"):
+            with_parts(tmp_path, normalizer=normalizer)
+    usual = [made.Prepend("▁"), replace(" ", "▁"), made.NFKC(), replace("``", '"'), runs, replace("\n", "<0x0A>")]
+    assert with_parts(tmp_path, normalizer=made.Sequence(usual)).encode("a") == [*"▁a".encode()]
+
+
+def test_a_panic_of_the_library_is_one_sentence(tmp_path):
+    """Its regular expressions give up on such a text, and Rust's panic is no Exception."""
+    slow = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a|aa)+$"), "isolated")
+    words = with_parts(tmp_path, pre_tokenizer=slow)
+    for encode in (words.encode, words.encode_prompt, words.encode_with_specials, words.encode_plain):
+        with pytest.raises(ValueError, match="the tokenizer cannot encode .*aaa!'.*: Onig"):
+            encode("a" * 60 + "!")
 
 
 # Files of a wrong kind

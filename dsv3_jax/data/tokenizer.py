@@ -12,12 +12,14 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -39,7 +41,7 @@ _FIM = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
 _BATCH = 2**21  # characters that are encoded at once: the library keeps 100 bytes a token meanwhile
-_MAX_GROWTH = 1000  # letters that a normalizer may make of three
+_MAX_GROWTH = 100  # letters that a normalizer may make of one: the library takes 160 bytes for each
 # A text that tokenizers split in different ways, for the fingerprint.
 _PROBE = f"to be, or not: é 漢字 🙂\n{'a' * 64}! {' ' * 64}x {'1' * 64}- {'=' * 64}é{'ab ' * 32}\n\n"
 
@@ -242,19 +244,17 @@ class FileTokenizer(Tokenizer):
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"tokenizer={path!r} is neither 'bytes' nor a {JSON_FILE}; give one of them")
-        try:
-            inner = tokenizers.Tokenizer.from_buffer(read_bytes(file))
-        except Exception as error:  # the library raises no other kind
-            raise ValueError(f"tokenizer={str(file)!r} cannot be read: {error}") from error
-        if inner.normalizer is not None and len(inner.normalizer.normalize_str("a b")) > _MAX_GROWTH:
-            raise ValueError(f"tokenizer={str(file)!r} has a normalizer that makes {_MAX_GROWTH} letters of three")
+        inner = _called(f"tokenizer={str(file)!r} cannot be read", tokenizers.Tokenizer.from_buffer, read_bytes(file))
+        settings = json.loads(inner.to_str())
+        if (growth := _growth(settings["normalizer"])) > _MAX_GROWTH:
+            raise ValueError(f"tokenizer={str(file)!r} has a normalizer that may make {growth:.3g} letters of one")
         inner.encode_special_tokens = True  # text may contain names of specials; only this project adds specials
         inner.no_padding()
         inner.no_truncation()
         eos = _eos_of(file, inner.token_to_id)
         found = ([i for name in names if (i := inner.token_to_id(name)) is not None] for names in _FIM)
         fim = next(((a, b, c) for a, b, c in (ids for ids in found if len(ids) == 3)), None)
-        self.inner, self._byte_level = inner, '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
+        self.inner, self._byte_level = inner, '"ByteLevel"' in json.dumps(settings["decoder"])
         self.puts_space_before = not self._byte_level
         tokens = inner.get_added_tokens_decoder().items()
         specials = {token.content: i for i, token in tokens if token.special}
@@ -270,28 +270,26 @@ class FileTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> Iterator[Int32[np.ndarray, " n"]]:
         ends = itertools.accumulate(map(len, texts))
         for _, group in itertools.groupby(zip(ends, texts, strict=True), lambda pair: pair[0] // _BATCH):
-            try:  # it leaves out the offsets, and uses all cores
-                batch = self.inner.encode_batch_fast([text for _, text in group], add_special_tokens=False)
-            except Exception as error:  # the library raises no other kind
-                raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
+            # It leaves out the offsets, and uses all cores.
+            batch = _encoded(self.inner.encode_batch_fast, [text for _, text in group], add_special_tokens=False)
             for found in batch:
                 yield np.array(found.ids, np.int32)
 
     def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self._with_specials.encode(text, add_special_tokens=False)
+        found = _encoded(self._with_specials.encode, text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._with_specials.encode(text, add_special_tokens=True).ids
+        return _encoded(self._with_specials.encode, text, add_special_tokens=True).ids
 
     def encode_plain(self, text: str) -> list[int]:
         # Step by step: the library's encoder always finds added tokens that are not special.
         if self.inner.normalizer is not None:
-            text = self.inner.normalizer.normalize_str(text)
+            text = _encoded(self.inner.normalizer.normalize_str, text)
         pieces = [text]
         if self.inner.pre_tokenizer is not None:
-            pieces = [piece for piece, _ in self.inner.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for piece in pieces for token in self.inner.model.tokenize(piece)]
+            pieces = [piece for piece, _ in _encoded(self.inner.pre_tokenizer.pre_tokenize_str, text)]
+        return [token.id for piece in pieces for token in _encoded(self.inner.model.tokenize, piece)]
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
@@ -303,7 +301,8 @@ class FileTokenizer(Tokenizer):
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         if self._byte_level:
             return super().decode(ids)
-        return self.inner.decode([i for i in map(index, ids) if 0 <= i < self.vocab_size])
+        known = [i for i in map(index, ids) if 0 <= i < self.vocab_size]
+        return _called("the tokenizer cannot decode", self.inner.decode, known)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -343,6 +342,29 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> Int32[np.ndarray, " n"]:
         return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+
+def _called(what: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the library. Raises: ValueError for all that it raises, also a panic of Rust, which is no Exception."""
+    try:
+        return function(*args, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _encoded(function: Callable[..., Any], text: str | list[str], **options: Any) -> Any:
+    return _called(f"the tokenizer cannot encode {reprlib.repr(text)}", function, text, **options)
+
+
+def _growth(normalizer: dict[str, Any] | None) -> float:
+    """Return how many letters a normalizer may make of one, by the texts that its file replaces others with."""
+    part = normalizer or {}
+    written = len(part.get("content", "")) + len(part.get("prepend", ""))
+    replaced = len(part.get("pattern", {}).get("String", ""))  # a regular expression may match no letter
+    own = max(1.0, written / replaced if replaced else 1.0 + written)
+    return own * math.prod(map(_growth, part.get("normalizers", ())))
 
 
 def _bytes_by_id(inner: tokenizers.Tokenizer, byte_level: bool, special_ids: set[int]) -> list[bytes]:
