@@ -3,10 +3,13 @@
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from runs import finished, unhooked_cli
 
+from dsv3_jax.cli.sample import write_samples
+from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.decoding import generate
 
 RECORDS = [{"prompt": "def f", "answer": [1.5, "é"]}, {"prompt": "x"}, {"id": 7, "prompt": "for in range(9)"}]
@@ -56,8 +59,6 @@ def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     assert sample("in.jsonl", "out.jsonl", *how, parts=3)[:2] == (130, [])
     kept = part.read_bytes()
     assert 1 < kept.count(b"\n") < 7
-    part.write_bytes(kept + kept.splitlines(keepends=True)[-1])
-    assert "is no text of it, or twice in it; delete it" in sample("in.jsonl", "out.jsonl", *how)[2]
     part.write_bytes(kept + b'{"row": 5, "li')  # killed while it wrote
     code, lines, err = sample("in.jsonl", "out.jsonl", *how, "--seed", 1)
     assert (code, lines) == (2, []) and "seed=1 is not the 0 that" in err and part.read_bytes().startswith(kept)
@@ -68,10 +69,72 @@ def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     # A released model that changes at its place is another one.
     assert unhooked_cli().main(["convert", str(folder), str(tmp_path / "hf")]) == 0
     assert sample("in.jsonl", "hf.jsonl", *how, parts=2, model=tmp_path / "hf")[0] == 130
-    for file in (tmp_path / "hf").glob("*.safetensors"):
-        os.utime(file, (0, 0))
-    code, _, err = sample("in.jsonl", "hf.jsonl", *how, model=tmp_path / "hf")
+    hf, again = tmp_path / "hf", lambda: sample("in.jsonl", "hf.jsonl", *how, model=tmp_path / "hf")
+    words = (hf / "tokenizer.json").read_text()
+    bos = {"add_bos_token": True, "bos_token": "<eos>"}
+    for file, content, said in (
+        ("tokenizer.json", swapped(words), "tokenizer='"),
+        ("generation_config.json", json.dumps({"eos_token_id": 7}), "stop_ids=[7, "),
+        ("tokenizer_config.json", json.dumps(bos), "add_bos=True is not the False"),
+    ):
+        before = (hf / file).read_bytes() if (hf / file).exists() else b"{}"
+        (hf / file).write_text(content)
+        code, _, err = again()
+        assert code == 2 and said in err and "is not the " in err, err
+        (hf / file).write_bytes(before)
+    for weights in hf.glob("*.safetensors"):
+        os.utime(weights, (0, 0))
+    code, _, err = again()
     assert code == 2 and "weights=[" in err and "is not the [" in err
+
+
+def swapped(words: str) -> str:
+    """A tokenizer.json in which two ids have changed places."""
+    values = json.loads(words)
+    vocab = values["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    return json.dumps(values)
+
+
+DAMAGE = {
+    "a letter is changed": lambda lines: [lines[0], lines[1].replace(b'"text": "1', b'"text": "9'), *lines[2:]],
+    "zeros after a loss of power": lambda lines: [lines[0], b"\0" * 40, *lines[2:]],
+    "two lines are one": lambda lines: [lines[0], lines[1] + b" " + lines[2], *lines[3:]],
+    "a line of somebody else": lambda lines: [lines[0], b'{"row": 1, "line": {"a": 1}}', *lines[2:]],
+    "a carriage return": lambda lines: [lines[0], lines[1] + b"\r", *lines[2:]],
+    "a line stands twice": lambda lines: [*lines, lines[-1]],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_is_sampled_again(tmp_path, monkeypatch, capsys, damage):
+    """The other lines are kept, and the output is that of a command that was not stopped."""
+    drawn: list[int] = []
+
+    def complete(model, prompts, config, done, total):
+        for row in sorted(set(range(total)) - done):
+            if row == model:
+                raise KeyboardInterrupt
+            drawn.append(row)
+            yield row, [*str(row).encode(), 256], [-1.0]
+
+    def write(name, stop=None):
+        drawn.clear()
+        text, config = SimpleNamespace(tokenizer=ByteTokenizer(), stop_ids=(256,)), SimpleNamespace(samples=2)
+        write_samples(stop, text, RECORDS, [[1]] * 3, config, tmp_path / name, {"seed": 0})
+        return (tmp_path / name).read_bytes()
+
+    monkeypatch.setattr("dsv3_jax.cli.sample.complete", complete)
+    whole = write("whole.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        write("out.jsonl", stop=5)
+    part = tmp_path / "out.jsonl.part"
+    head, *lines = part.read_bytes().splitlines()
+    part.write_bytes(b"\n".join([head, *damage(lines), b'1234 {"row": 5, "li']))
+    assert write("out.jsonl") == whole
+    twice = damage is DAMAGE["a line stands twice"]
+    assert drawn[-1] == 5 and (len(drawn) == 1) == twice and len(drawn) <= 3
+    assert ("out.jsonl.part: 1; texts to sample: " in capsys.readouterr().err) == (not twice)
 
 
 def test_a_broken_line_is_named(sample, tmp_path):

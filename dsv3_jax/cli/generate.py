@@ -122,6 +122,7 @@ def sample(args: Generate) -> int:
     config.check(model.cfg, prompts)
     settings = {name: getattr(args, name) for name in PINNED} | {"sampling": list(config.sampling), "step": args.step}
     settings |= {"model": str(place.resolve()), name: file_hash(place / name), "prompts": file_hash(args.prompts)}
+    settings |= {"tokenizer": text.tokenizer.fingerprint, "stop_ids": list(text.stop_ids), "add_bos": text.add_bos}
     weights = [] if is_run else [file.stat() for file in place.glob("*.safetensors")]
     settings["weights"] = [sum(x.st_size for x in weights), max((x.st_mtime for x in weights), default=0)]
     show_kernels(model)

@@ -8,6 +8,7 @@ import json
 import reprlib
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ def write_samples(
             ended = tokens[-1] in text.stop_ids
             record = records[row // config.samples] | dict(zip(ADDED, (*added, ended), strict=True))
             lines[row] = json.dumps(record)
-            file.write(f'{{"row": {row}, "line": {lines[row]}}}\n'.encode())
+            content = f'{{"row": {row}, "line": {lines[row]}}}'.encode()
+            file.write(b"%08x %s\n" % (zlib.crc32(content), content))
             file.flush()
         write_atomic(out, "".join(lines[row] + "\n" for row in range(total)))
         part.unlink()
@@ -66,32 +68,31 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def resumed(part: Path, settings: dict[str, Any], total: int) -> Iterator[tuple[IO[bytes], dict[int, str]]]:
-    """Open the unfinished file to add to it; a line that a killed process left is cut off.
+    """Open the unfinished file to add to it; a line that a killed process left is cut off, a damaged one passed over.
 
     Returns: in a `with` statement, (the file, its lines of the output by row).
     Raises: ValueError for other settings, or another file.
     """
-    lines: dict[int, str] = {}
     data = read_bytes(part, None) if part.exists() else b""
-    head, *rows = data[: data.rfind(b"\n") + 1].splitlines() or [b""]
+    size = data.rfind(b"\n") + 1
+    head, *rows = data[: max(size - 1, 0)].split(b"\n")
     try:
-        before = parse_json(head) if head else settings
-        for row in map(parse_json, rows):
-            if type(row["row"]) is not int or not 0 <= row["row"] < total or row["row"] in lines:
-                raise ValueError(f"row {row['row']!r:.20} is no text of it, or twice in it")
-            lines[row["row"]] = json.dumps(dict(row["line"]))
-        other = [name for name, value in settings.items() if before[name] != value]
+        before = dict(parse_json(head)) if size else settings
+        found = [parse_json(row[9:]) for row in rows if row[:9] == b"%08x " % zlib.crc32(row[9:])]
+        lines = {row["row"]: json.dumps(row["line"]) for row in found}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{part} is not an unfinished file of samples: {error}; delete it") from error
-    if other:
-        name = other[0]
-        raise ValueError(
-            f"{name}={settings[name]!r} is not the {before[name]!r} that {part} was begun with; delete it, or name "
-            "another out"
-        )
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name}={value!r} is not the {before.get(name)!r} that {part} was begun with; delete it, or name "
+                "another out"
+            )
+    if damaged := len(rows) - len(found):
+        print(f"damaged lines in {part}: {damaged}; texts to sample: {total - len(lines)}", file=sys.stderr)
     with open(part, "ab", opener=never_through_a_link) as file:
-        file.truncate(sum(len(line) + 1 for line in (head, *rows)) if head else 0)
-        if not head:
+        file.truncate(size)
+        if not size:
             file.write(json.dumps(settings).encode() + b"\n")
         yield file, lines
 
