@@ -119,8 +119,23 @@ def test_bad_tasks_are_refused_with_file_and_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             read_tasks(write(tmp_path, a=lines), shots=2)
-    (tmp_path / "core.yaml").write_text("icl_tasks: [{label: a}]")
-    with pytest.raises(ValueError, match="core.yaml has no list icl_tasks"):
+    write(tmp_path, a=[SINGLE] * 3)
+    for task, said in (
+        ("{label: a}", "core.yaml has no list icl_tasks"),
+        ("!!timestamp x", "core.yaml has no list icl_tasks"),  # AttributeError
+        (f"!!float '{'1:' * 400}1'", "core.yaml has no list icl_tasks"),  # OverflowError
+        ('{label: a, dataset_uri: "a\\0b"}', f"{tmp_path} has a task 'a': a name has one line"),
+        ('{label: "a\\nb", dataset_uri: a.jsonl}', r"has a task 'a\\nb': a name has one line"),
+        (f"{{label: {'a' * 10**6}, dataset_uri: a.jsonl}}", "has a task 'aaa"),
+        ("{label: a, dataset_uri: a.jsonl, num_fewshot: []}", r"shots=\[\] is no number of examples for .*a.jsonl"),
+        ("{label: a, dataset_uri: a.jsonl}, {label: a, dataset_uri: a.jsonl}", "has task 'a' with shots=0 twice"),
+    ):
+        (tmp_path / "core.yaml").write_text(f"icl_tasks: [{task}]")
+        with pytest.raises(ValueError, match=said) as refused:
+            read_tasks(tmp_path)
+        assert len(str(refused.value)) < 1000
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,25\na,50\n")
+    with pytest.raises(ValueError, match=r"eval_meta_data.csv is no table .*, or a task has two"):
         read_tasks(tmp_path)
 
 

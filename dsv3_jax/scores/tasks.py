@@ -27,6 +27,7 @@ KINDS = {
 }
 CORE_FILE, CHANCE_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
 _MAX_LINE = 2**23  # bytes
+_MAX_LABEL = 100  # letters
 
 
 class Row(NamedTuple):
@@ -104,9 +105,12 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
         entries = [{"label": file.stem, "dataset_uri": file.name} for file in sorted(root.glob("*.jsonl"))]
     if not entries:
         raise ValueError(f"tasks={str(folder)!r} has neither a {CORE_FILE} nor a file *.jsonl")
-    chances, tasks = _chances(root / CHANCE_FILE), []
+    chances = _chances(root / CHANCE_FILE)
+    tasks: list[Task] = []
     for entry in entries:
         label, file = entry["label"], root / entry["dataset_uri"]
+        if not (label + entry["dataset_uri"]).isprintable() or len(label) > _MAX_LABEL:
+            raise ValueError(f"{root} has a task {label!r:.80}: a name has one line, and up to {_MAX_LABEL} letters")
         kind, rows = _read(file if file.exists() else root / DATA_FOLDER / entry["dataset_uri"])
         counts = entry.get("num_fewshot", 0) if shots is None else shots
         delimiter = entry.get("continuation_delimiter")
@@ -116,9 +120,11 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
         chance = chances.get(label, blind)
         if chance == 1:
             raise ValueError(f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is always right")
-        for count in counts if isinstance(counts, list) else [counts]:
+        for count in counts if counts and isinstance(counts, list) else [counts]:
             if type(count) is not int or not 0 <= count < len(rows):
                 raise ValueError(f"shots={count!r} is no number of examples for {file}, which has {len(rows)} rows")
+            if any((task.label, task.shots) == (label, count) for task in tasks):
+                raise ValueError(f"{root / CORE_FILE} has task {label!r} with shots={count} twice")
             tasks.append(Task(label, kind, rows, count, delimiter, chance))
     return tasks
 
@@ -137,7 +143,7 @@ def _entries(core: Path) -> list[dict[str, Any]]:
         texts = ("label", "dataset_uri", "continuation_delimiter")
         if not all(isinstance(entry[key], str) for entry in entries for key in texts):
             raise ValueError(f"one of {', '.join(texts)} is not a text")
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # the readers of YAML's tags raise many kinds
         raise ValueError(f"{core} has no list icl_tasks with a label and a dataset_uri for each: {error}") from error
     return entries
 
@@ -147,10 +153,10 @@ def _chances(file: Path) -> dict[str, float]:
     if not file.exists():
         return {}
     try:
-        table = csv.DictReader(read_text(file).splitlines())
+        table = list(csv.DictReader(read_text(file).splitlines()))
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
-        if not all(0 <= chance < 1 for chance in chances.values()):
-            raise ValueError("a random baseline is below 0 or not below 100 percent")
+        if not all(0 <= chance < 1 for chance in chances.values()) or len(chances) < len(table):
+            raise ValueError("a random baseline is below 0 or not below 100 percent, or a task has two")
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f'{file} is no table with "Eval Task" and "Random baseline" in percent: {error}') from error
     return chances
