@@ -204,7 +204,7 @@ REQUESTS = [
     ([[1], []], "prompt 1 is empty; give at least one token"),
     ([[True]], "prompt 0 holds token True, which is no id of a vocabulary of 37"),
     (np.array([[1], [37]]), "prompt 1 holds token np.int64(37), which is no id of a vocabulary of 37"),
-    ([[1], [2] * 28], "max_new_tokens=101 does not fit: the longest prompt has 28, and max_positions=128"),
+    ([[1], [2] * 28], "max_new_tokens=101 does not fit: prompt 1 has 28, the most, and max_positions=128"),
 ]
 
 

@@ -104,11 +104,12 @@ class DecodeConfig:
                 f"draft_length={self.draft_length} is more than mtp_depth={depth}: a {cfg.mtp_kind} head drafts one"
             )
         reach, longest = min(cfg.max_positions, other.max_positions), max(map(len, prompts))
+        number = [*map(len, prompts)].index(longest)
         if longest + self.max_new_tokens + self.num_drafts > reach:
             drafts = f" with {self.num_drafts} drafts a step" if self.num_drafts else ""
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens}{drafts} does not fit: the longest prompt has {longest}, and "
-                f"max_positions={reach}"
+                f"max_new_tokens={self.max_new_tokens}{drafts} does not fit: prompt {number} has {longest}, the most, "
+                f"and max_positions={reach}"
             )
 
 
