@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from models import DENSE, random_model
 from runs import assert_bitwise, make_run, unhooked_cli
 
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.train import fit
 from dsv3_jax.training import checkpoint, optim
 from dsv3_jax.training.checkpoint import (
     LATE,
@@ -100,6 +102,18 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
         with Checkpoints(run, RUN) as checkpoints:
             checkpoints.save(make_state(9), PLACE)
     assert steps_in(run) == {"4", "8"}
+
+
+def test_a_path_that_orbax_takes_for_a_pattern(saved, tmp_path):
+    """A run that was trained elsewhere is read there; none begins there, and no save counts or deletes an older one."""
+    run = Path(shutil.copytree(saved, tmp_path / "in[1]" / "run"))
+    with pytest.raises(SaveFailed, match=r"^the checkpoint of step 9 .* Orbax has not written state/manifest.ocdbt;"):
+        save(run, 9, run=replace(RUN, keep=1))
+    assert steps_in(run) == {"8"} and load_run(run).step == LAST
+    for name in ("a[1]", "a*", "a?", "in[1]/b"):
+        with pytest.raises(ValueError, match=f"^out='{re.escape(str(tmp_path / name))}/run' holds '.', which Orbax"):
+            fit(RUN, tmp_path / name / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"in[1]"}
 
 
 # damage

@@ -26,7 +26,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.signals import STOP, deferred
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.optim import AdamState
-from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim
+from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, check_place, claim
 from dsv3_jax.training.step import TrainState
 
 ORIGIN = "released_config.json"  # in a run: config.json of the released folder that it was made of
@@ -79,6 +79,7 @@ def convert(
         return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
     accept: dict[str, Any] = {"mtp": mtp, "allow_nonfinite": allow_nonfinite, "allow_unknown_keys": allow_unknown_keys}
     if dtype is None:
+        check_place(out.resolve())
         return _released_to_run(source, out, load(source, jnp.float32, quiet=quiet, **accept))
     return _released_to_dtype(ReleasedFolder(source, **accept), out, dtype, quiet)
 

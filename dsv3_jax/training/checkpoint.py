@@ -190,7 +190,10 @@ class Checkpoints:
                 self._orbax.wait_until_finished()
 
     def _write_manifest(self) -> None:
-        write_manifest(next(self.folder.glob(f"{self._saving}{PART}*"), self.folder / str(self._saving)))
+        folder = next(self.folder.glob(f"{self._saving}{PART}*"), self.folder / str(self._saving))
+        if not (folder / "state" / "manifest.ocdbt").is_file():  # without it Orbax reads no array
+            raise OSError("Orbax has not written state/manifest.ocdbt")
+        write_manifest(folder)
 
     def _tidy(self, keep: int | None = None) -> None:
         """Delete the remains of saves that failed, and all but the last `keep` checkpoints; None keeps all."""

@@ -36,7 +36,6 @@ from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.batches import NoBatch, Source, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import check_writable
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
@@ -49,7 +48,7 @@ from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.evaluate import evaluate
 from dsv3_jax.training.metrics import as_row
 from dsv3_jax.training.prepare import Options, agree, check, kernels_of, read
-from dsv3_jax.training.run_folder import claim, made_from
+from dsv3_jax.training.run_folder import check_place, claim, made_from
 from dsv3_jax.training.step import (
     Batch,
     Job,
@@ -114,7 +113,7 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
 @contextmanager
 def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
-    processes.by_first(lambda: check_writable(out, folders=True))
+    processes.by_first(lambda: check_place(out))
     job = agree(run, options)
     check(job)
     words, source, start = read(job, out, options)

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv3_jax.config import ConfigError, Execution, RunConfig, first_difference, from_dict, replace, to_dict
 from dsv3_jax.data import hub, tokenizer
-from dsv3_jax.files import PART, read_json, write_atomic
+from dsv3_jax.files import PART, check_writable, read_json, write_atomic
 from dsv3_jax.imports import IMPORTED
 from dsv3_jax.lock import LOCK_FILE
 from dsv3_jax.ops.balance import RULES
@@ -78,6 +78,16 @@ def _read(folder: str | Path) -> dict[str, Any]:
     if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"file={str(path)!r} is damaged: it has no {wrong[0]!r}")
     return values
+
+
+def check_place(folder: Path) -> None:
+    """Check that a run can be written there. Raises: OSError; ValueError for a path that Orbax takes for a pattern."""
+    path = str(folder.absolute())
+    if found := [letter for letter in "[*?" if letter in path]:
+        raise ValueError(
+            f"out={path!r} holds {found[0]!r}, which Orbax reads as a pattern of names; choose another path"
+        )
+    check_writable(folder, folders=True)
 
 
 def claim(
