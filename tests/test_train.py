@@ -14,6 +14,7 @@ from runs import CLOCK, SECONDS, STEPS, assert_bitwise, flags, rows_of, said_by,
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.data import tokenizer
+from dsv3_jax.data.batches import Batches
 from dsv3_jax.report import speed
 from dsv3_jax.training import loop
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
@@ -174,6 +175,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capf
     assert "step 8 met" in said and "first bad tensor: parameter head" in said
     assert "last good checkpoint is step 8" in said
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 8  # without the poison
+    assert_same_run(begun, whole.folder)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch, capfd, ahead):
+    """The step before it is saved, also if later batches are made ahead; without it the same command goes on."""
+    good = Batches.__next__
+
+    def read(self):
+        if self._row == 7 * whole.run.data.batch_size:
+            raise ValueError("shard 'a' is damaged in record 82")
+        return good(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__next__", read)
+        patch.setattr(loop, "AHEAD", {"cpu": ahead})
+        assert train_by_command(whole.run, begun, capfd) == "dsv3: shard 'a' is damaged in record 82"
+    assert rows_of(begun) == rows_of(whole.folder)[:8]  # 7 steps, and an evaluation
+    assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
 
 

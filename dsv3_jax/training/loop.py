@@ -34,7 +34,7 @@ import optax
 
 from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig
-from dsv3_jax.data.batches import NoBatch, Source, model_inputs
+from dsv3_jax.data.batches import Source, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
@@ -154,7 +154,7 @@ class Training:
         self.speed = Speed(run, devices if self.options.report else 0)
         self.stopped = False
         self.evaluation: dict[str, Any] | None = None
-        self.error: Exception | None = None  # the first of a callback
+        self.error: Exception | None = None  # the first of a callback, or of the source
         sentences = [self.lock.sentence, *self.checkpoints.rewind(self.options.step)]
         found = self.checkpoints.restore(self.job.mesh)
         if found is None:
@@ -205,22 +205,24 @@ class Training:
                     started.append(self._started(arrays, metrics, ask_often=not ahead))
                     waits = started[-1].evaluate or started[-1].save or self.step == end
                     batch = self._next_batch() if ahead and not waits else None
-                while len(started) > (0 if waits else ahead):
+                while len(started) > (0 if waits or self.stopped else ahead):
                     settled, since = self._settled(started.popleft()), time.perf_counter()
                     yield settled
                     if waits:
                         self.speed.away += time.perf_counter() - since
                 if self.step == end:
                     trace.close()
+        if self.error is not None and self.step and self.checkpoints.latest != self.step:
+            self.save()
 
     def _next_batch(self) -> Batch | None:
-        """Put the next batch on the devices. None if there is none: `finish` raises why, and the state is saved."""
+        """Put the next batch on the devices. None if it cannot be made: the run is saved, and `finish` raises why."""
         try:
             batch = next(self.batches)
-        except NoBatch as error:
+        except (ValueError, OSError) as error:
+            if jax.process_count() > 1:
+                raise  # the others may have their batch, and do not save
             self.stopped, self.error = True, error
-            if self.step and self.checkpoints.latest != self.step:
-                self.save()
             return None
         return processes.put(model_inputs(batch), self.job.mesh, self.job.run.data.batch_size)
 
