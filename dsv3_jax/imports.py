@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.signals import terminated
 
 IMPORTED: list[str] = []  # names as the user gave them
 
@@ -34,8 +36,8 @@ def import_program(name: str) -> None:
             module_here(name)
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"import={name!r} fails with {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        raise ConfigError(f"import={name!r} fails with {failure_of(error)}") from error
     if name not in IMPORTED:
         IMPORTED.append(name)
 
@@ -50,6 +52,13 @@ def module_here(name: str) -> ModuleType:
     if os.getcwd() not in sys.path:  # the command has its own folder there in place of the user's
         sys.path.append(os.getcwd())
     return importlib.import_module(name)
+
+
+def failure_of(error: BaseException) -> str:
+    """Describe how a program of the user's own failed, which may be by `sys.exit`. Ctrl-C and SIGTERM are raised."""
+    if isinstance(error, KeyboardInterrupt) or terminated.is_set():
+        raise error
+    return " ".join("".join(traceback.format_exception_only(error)).split())  # also if its `str` fails
 
 
 def _import_file(path: Path, name: str) -> None:

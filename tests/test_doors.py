@@ -15,11 +15,12 @@ from runs import unhooked_cli
 from texts import USER
 
 from dsv3_jax.chat import sandbox
+from dsv3_jax.chat.checkers import Checker
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_settings, with_template
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
-from dsv3_jax.config import DataConfig, replace
+from dsv3_jax.config import ConfigError, DataConfig, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.shards import MANIFEST, read_manifest
@@ -120,6 +121,74 @@ def test_turns_whose_parts_do_not_join_are_compared_after_all_turns_before():
     ids, mask = template.render(TURNS[:40], assistant_mask=True)
     text = bytes(i for i, ours in zip(ids, mask, strict=True) if ours).decode()
     assert text == "".join(f"turn {i}|" for i in range(1, 40, 2))
+
+
+# Reward functions
+
+
+REWARDS = """
+import signal, sys
+class Mute(Exception):
+    def __str__(self):
+        1 / 0
+    __repr__ = __str__
+def leaves(text, row):
+    sys.exit("the server is down")
+def generates(text, row):
+    raise GeneratorExit
+def is_mute(text, row):
+    raise Mute
+def returns(text, row):
+    return Mute()
+def closes(text, row):
+    sys.stdout.close()
+    return True
+def is_stopped(text, row):
+    signal.raise_signal(signal.SIGTERM)
+def is_interrupted(text, row):
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # nobody closes what takes its place
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("leaves", "SystemExit: the server is down"),
+        ("generates", "GeneratorExit"),
+        ("is_mute", "rewards.Mute"),
+        ("returns", "ZeroDivisionError"),
+        ("closes", "ValueError: it closes stdout"),
+    ],
+)
+def test_a_reward_function_that_ends_the_process_ends_the_run_alone(tmp_path, monkeypatch, name, said):
+    """Training saves before it raises this; Ctrl-C and SIGTERM pass."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(ValueError, match=f"^grpo checker='rewards:{name}' fails at line 3 with {said}"):
+        Checker(f"rewards:{name}").check("text", {}, "line 3")
+    print("it can be said")
+    with pytest.raises(ConfigError, match="^grpo checker='leaving:f' cannot be imported: SystemExit: 0$"):
+        Checker("leaving:f")
+
+
+@pytest.mark.parametrize(("name", "code"), [("is_stopped", 143), ("is_interrupted", 130), ("leaves", 2)])
+def test_ctrl_c_and_sigterm_end_a_command_that_runs_a_reward_function(tmp_path, monkeypatch, capsys, name, code):
+    """Training itself notes them, and saves."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    main = unhooked_cli()
+    monkeypatch.setattr(main, "dispatch", lambda argv: Checker(f"rewards:{name}").check("text", {}, "line 3"))
+    assert main.main([]) == code and bool(capsys.readouterr().err) == (code == 2)
+
+
+def test_a_program_that_ends_the_process_with_a_text(monkeypatch, capsys):
+    """Python prints the text and ends with 1."""
+    main = unhooked_cli()
+    monkeypatch.setattr(main, "dispatch", lambda argv: sys.exit("the server is down"))
+    assert (main.main([]), capsys.readouterr().err) == (1, "dsv3: the server is down\n")
 
 
 # Lines and values

@@ -17,7 +17,6 @@ from runs import MODEL, assert_bitwise, finished, fresh_state, make_run, packed_
 import dsv3_jax as ds
 from dsv3_jax.chat.checkers import CHECKERS, Checker
 from dsv3_jax.config import ConfigError, DataConfig, Grpo
-from dsv3_jax.data.batches import NoBatch
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.grpo import check_model
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -107,7 +106,8 @@ def test_a_model_that_trains_with_other_experts_than_it_samples_with_is_refused(
 
 CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
 MOVE_BIASES = "--optim.bias-freeze 1 --model.balance.bias-rate 0.3".split()
-JUDGE = "left = 1\ndef even(text, row):\n global left\n left -= 1\n return len(text) % 2 == 0 if left else 1 / 0\n"
+JUDGE = "import sys\nleft = 1\ndef even(text, row):\n global left\n left -= 1\n"
+JUDGE += " return len(text) % 2 == 0 if left else sys.exit()\n"
 JUDGE += "def odd(text, row):\n return sum(text.encode()) % 2 == 1"
 
 
@@ -141,7 +141,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
         importlib.import_module("judge").left = left
         code, said = said_by(unhooked_cli().main, [*argv, "--out", str(out)])
         if left == 20:
-            wanted = "'judge:even' fails at", "line", "ZeroDivisionError", "stopped and saved at step"
+            wanted = "'judge:even' fails at", "line", "SystemExit", "stopped and saved at step"
             said += capsys.readouterr().err
             assert code == 2 and all(part in said for part in wanted), said
             continue
@@ -216,8 +216,11 @@ def test_bad_checkers_and_tasks_are_named(monkeypatch):
     assert Checker("regex").check("so 12", {"answer": r"\b12$"}, "")
     monkeypatch.setitem(CHECKERS, "none", (lambda text, row: None, str))
     monkeypatch.setattr("dsv3_jax.chat.checkers.MAX_SECONDS", 0.05)
-    for name, answer, said in (("regex", "(a+)+$b", "more than 0.05 seconds"), ("none", "", "returns None at line 3")):
-        with pytest.raises(NoBatch, match=said):
+    for name, answer, said in (
+        ("regex", "(a+)+$b", "more than 0.05 seconds"),
+        ("none", "", "fails at line 3 with TypeError: it returns None, not True or False"),
+    ):
+        with pytest.raises(ValueError, match=said):
             Checker(name).check("a" * 40, {"answer": answer}, "line 3")
     for name, answer, said in (
         ("number", "none", "line 3: answer='none' does not fit 'number': it holds no number"),

@@ -4,7 +4,9 @@ A checker is a function (text, row) → bool. The row is the task's record, whos
 a row of `CHECKERS`.
 """
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -13,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import ConfigError, Table
-from dsv3_jax.data.batches import NoBatch
-from dsv3_jax.imports import module_here
+from dsv3_jax.imports import failure_of, module_here
 from dsv3_jax.signals import cpu_limit
 
 MAX_SECONDS = 10.0  # of CPU for one answer: a pattern may take time that is exponential in the text's length
@@ -75,9 +76,8 @@ class Checker:
             return CHECKERS[self.name]
         try:
             function = getattr(module_here(module), name)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"grpo checker={self.name!r} cannot be imported: {reason}") from error
+        except BaseException as error:
+            raise ConfigError(f"grpo checker={self.name!r} cannot be imported: {failure_of(error)}") from error
         if not callable(function):
             raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → bool")
         return function, str
@@ -93,14 +93,16 @@ class Checker:
             raise ValueError(f"{location}: answer={answer!r:.60} does not fit {self.name!r}: {error}") from error
 
     def check(self, text: str, row: dict[str, Any], location: str) -> bool:
-        """Whether a text is a right answer. Raises: NoBatch if the checker raises, or returns no bool."""
+        """Whether a text is a right answer. Raises: ValueError if the checker fails, however, or returns no bool."""
         function, _ = self._pair()
         try:
             with cpu_limit(MAX_SECONDS, _late):
                 right = function(text, row)
-        except Exception as error:
-            reason = f"fails at {location} with {type(error).__name__}: {error}"
-            raise NoBatch(f"grpo checker={self.name!r} {reason}") from error
-        if not isinstance(right, bool | np.bool_):
-            raise NoBatch(f"grpo checker={self.name!r} returns {right!r:.60} at {location}, not True or False")
+                if not isinstance(right, bool | np.bool_):
+                    raise TypeError(f"it returns {right!r:.60}, not True or False")
+            if getattr(sys.stdout, "closed", False):
+                sys.stdout = open(os.devnull, "w")  # for the sentences that follow
+                raise ValueError("it closes stdout")
+        except BaseException as error:
+            raise ValueError(f"grpo checker={self.name!r} fails at {location} with {failure_of(error)}") from error
         return bool(right)

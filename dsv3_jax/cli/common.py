@@ -185,7 +185,7 @@ def guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:  # of tyro after --help or a bad option, and of SIGTERM
-        return int(stop.code or 0)
+        return int(stop.code or 0) if isinstance(stop.code, int | None) else fail(sentence(stop), 1)
     except Exception as error:
         if traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             wish = os.environ.get("JAX_PLATFORMS")

@@ -47,10 +47,6 @@ class Batch(TypedDict):
 Row = Batch
 
 
-class NoBatch(ValueError):
-    """A source cannot make its next batch; training saves the run before it raises this."""
-
-
 @runtime_checkable  # tests check signatures when functions are called
 class Rows(Protocol):
     """Random access to rows: `Packed` documents in memory, `ShardRows` on disk, and what Grain makes of them."""
