@@ -222,6 +222,9 @@ def test_bad_checkers_and_tasks_are_named(monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             Checker(name).check("a" * 40, {"answer": answer}, "line 3")
+    row = {"answer": "", "seen": []}
+    monkeypatch.setitem(CHECKERS, "writes", (lambda text, row: not row["seen"].append(text), str))
+    assert Checker("writes").check("a", row, "") and row == {"answer": "", "seen": []}
     for name, answer, said in (
         ("number", "none", "line 3: answer='none' does not fit 'number': it holds no number"),
         ("regex", "(", r"line 3: answer='\(' does not fit 'regex': missing"),

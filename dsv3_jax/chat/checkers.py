@@ -4,6 +4,7 @@ A checker is a function (text, row) → bool. The row is the task's record, whos
 a row of `CHECKERS`.
 """
 
+import copy
 import os
 import re
 import sys
@@ -97,7 +98,7 @@ class Checker:
         function, _ = self._pair()
         try:
             with cpu_limit(MAX_SECONDS, _late):
-                right = function(text, row)
+                right = function(text, copy.deepcopy(row))
                 if not isinstance(right, bool | np.bool_):
                     raise TypeError(f"it returns {right!r:.60}, not True or False")
             if getattr(sys.stdout, "closed", False):
