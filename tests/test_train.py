@@ -146,16 +146,23 @@ def change_steps(patch, before, after) -> None:
     patch.setattr(loop, "_compiled_step", make)
 
 
-@pytest.mark.parametrize("what", ["parameter head", pytest.param("an optimizer state", marks=pytest.mark.long)])
+SPOILED = {
+    "parameter head": lambda state: (state.params, "head", 1e30),
+    "router bias sparse.moe.bias": lambda state: (state.bias["sparse"]["moe"], "bias", np.float32("nan")),
+    "an optimizer state": lambda state: (state.opt.mu, "head", np.float32("nan")),
+}
+
+
+@pytest.mark.parametrize("what", [*list(SPOILED)[:2], pytest.param("an optimizer state", marks=pytest.mark.long)])
 def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch, capfd):
     def spoil(state):
-        part, factor = (state.params, 1e30) if what == "parameter head" else (state.opt.mu, np.float32("nan"))
+        part, name, factor = SPOILED[what](state)
         if state.step == 8:
-            part["head"] = part["head"].replace(part["head"][...] * factor)
+            part[name] = part[name].replace(part[name][...] * factor)
 
     change_steps(monkeypatch, lambda state: None, spoil)
     said = train_by_command(whole.run, begun, capfd)
-    assert f"step 8 made {what}, whose norm is not finite" in said
+    assert f"step 8 has {what}, whose norm is not finite" in said
     assert f"the last good checkpoint is step {BEGUN} in {begun}" in said
     assert not (begun / "checkpoints" / "8").exists()
 

@@ -286,8 +286,9 @@ class Training:
         moved = split_trainable(self.job.run, self.state.params)[0], self.state.opt
         arrays = [x for x in jax.tree.leaves(moved) if x.ndim]  # optax begins at infinity
         if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
-            bad = first_nonfinite("parameter", self.state.params) or "an optimizer state"
-            raise self._not_good(f"step {self.step} made {bad}, whose norm is not finite; a smaller rate may help")
+            bad = first_nonfinite("parameter", self.state.params) or first_nonfinite("router bias", self.state.bias)
+            bad = bad or "an optimizer state"
+            raise self._not_good(f"step {self.step} has {bad}, whose norm is not finite; a smaller rate may help")
         self.lock.check()
         ends = self.stopped or self.step == self.job.run.steps
         self.checkpoints.save(self.state, self.batches.get_state(), wait=ends)
