@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 import runs
@@ -26,6 +27,7 @@ from dsv3_jax.training.checkpoint import (
     SaveFailed,
     find_damage,
     load_run,
+    write_manifest,
 )
 from dsv3_jax.training.run_folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.training.step import TrainState
@@ -252,8 +254,57 @@ def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch, capsys):
 def test_a_checkpoint_of_another_model_is_refused(run):
     """run.json was edited by hand: one sentence, not a page of Orbax."""
     (run / RUN_FILE).write_text((run / RUN_FILE).read_text().replace('"mtp_depth": 1', '"mtp_depth": 2'))
-    with pytest.raises(ValueError, match="mtp_depth=2 is not that of the checkpoint of step 8 in .*, 1$"):
+    with pytest.raises(
+        ValueError, match="^step=8: the checkpoint in .*: model.mtp_depth=2 is not that of the checkpoint, 1$"
+    ):
         load_run(run)
+
+
+TWO = [[8, 260], "uint8"], [[1, 260], "float32"]
+PACKED_LISTS = [
+    *(5, None, "x", [5], [[5]], [None], {"a": 1}, [[["head"], 5]], [[["head"], [[5, 5]] * 2]]),
+    [[["head"], [[[8, 260], "float8_e4m3fn"], TWO[1]]]],  # it is not packed
+    *([[path, TWO]] for path in (["nowhere"], [3], None, [["head"]], "head", ["head"])),
+    *(
+        [[["head"], arrays]]
+        for arrays in (TWO[:1], [*TWO, TWO[1]], [[[8, 260], "x"], TWO[1]], [[[-8, 260], "uint8"]] * 2)
+    ),
+]
+CHANGES = {
+    "packed": ("config", [lambda config, packed=packed: config | {"packed": packed} for packed in PACKED_LISTS]),
+    "config": ("config", [lambda config: [config], lambda config: "text", lambda config: {}, lambda config: None]),
+    "data": ("data", [lambda data: [data], lambda data: 3]),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_checkpoint_that_is_sealed_again_is_refused_in_a_sentence(run, what):
+    """Anyone can write checksums. The sentence names the checkpoint and its step."""
+    name, changes = CHANGES[what]
+    file = last(run) / name / "metadata"
+    before = file.read_text()
+    for change in changes:
+        file.write_text(json.dumps(change(json.loads(before))))
+        write_manifest(last(run))
+        with pytest.raises(ValueError, match=f"^step=8: the checkpoint in {run}/checkpoints cannot be read: "):
+            load_run(run)
+    file.write_text(before[:9])
+    write_manifest(last(run))
+    with pytest.raises(ValueError, match=f"^step=8: .*{file} is not JSON: "):
+        load_run(run)
+
+
+def test_an_array_without_its_file_and_a_router_bias_of_nan(run):
+    state = make_state(LAST)
+    bias = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.bias)
+    with Checkpoints(run, RUN) as checkpoints:
+        checkpoints.save(replace(state, bias=bias, step=state.step + 1), PLACE)
+    with pytest.raises(ValueError, match="^step=9: the checkpoint in .* the norm of router bias mtp.* is not finite"):
+        load_run(run)
+    shutil.rmtree(last(run) / "state" / "ocdbt.process_0" / "d")
+    write_manifest(last(run))
+    with pytest.raises(ValueError, match="^step=8: the checkpoint in .* cannot be read: "):
+        load_run(run, step=LAST)
 
 
 # a folder is one run's

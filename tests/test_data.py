@@ -86,6 +86,9 @@ def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sour
         assert_same([{k: np.stack([a[k][0], b[k][0], c[k][0], a[k][1]]) for k in a}], [whole[n]])
     with pytest.raises(ValueError, match="is not the saved one, 'other'"):
         resumed.set_state({"corpus": "other", "row": 4})
+    for wrong in ({}, {"row": "a"}, {"row": -1}, {"row": None}, {"row": 1.5}):
+        with pytest.raises(ValueError, match="^row=.* is no position in the data"):
+            resumed.set_state({"corpus": "other"} | wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -155,12 +155,14 @@ class Batches(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Resume from a position, in constant time.
 
-        Raises: ValueError when it belongs to other data.
+        Raises: ValueError when it is no position, or belongs to other data.
         """
-        if state["corpus"] != self._fingerprint:
-            saved = state["corpus"]
+        saved, row = state.get("corpus"), state.get("row")
+        if type(row) is not int or row < 0:
+            raise ValueError(f"row={row!r:.80} is no position in the data")
+        if saved != self._fingerprint:
             raise ValueError(f"corpus={self._fingerprint!r} is not the saved one, {saved!r}; resume with the same data")
-        self._row = state["row"]
+        self._row = row
 
 
 def endless(parts: Sequence[Rows], seed: int, weights: Sequence[float] = (1.0,)) -> Rows:

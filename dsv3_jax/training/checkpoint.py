@@ -38,7 +38,7 @@ from dsv3_jax.training import lora
 from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import check_registered, read_run
-from dsv3_jax.training.step import Job, TrainState, abstract_state, map_frozen, model_of
+from dsv3_jax.training.step import Job, TrainState, abstract_state, first_nonfinite, map_frozen, model_of
 
 MANIFEST = "checksums.json"
 LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax completes its two later; nothing reads them
@@ -294,17 +294,23 @@ class Checkpoints:
                     return found
         return None
 
-    def _read_state(
-        self, step: int, mesh: Mesh | None, optimizer: bool, widen: bool
-    ) -> tuple[TrainState, dict[str, Any]]:
-        folder = self.folder / str(step)
-        # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        saved = self._orbax.restore(folder, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+    def _read_state(self, step: int, *how: Any) -> tuple[TrainState, dict[str, Any]]:
+        try:
+            return self._read(self.folder / str(step), *how)
+        except Exception as error:  # of any type: Orbax raises plain ones, too
+            if jax.process_count() > 1 and processes.is_connection_error(error):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"step={step}: the checkpoint in {self.folder} cannot be read: {reason}") from error
+
+    def _read(self, folder: Path, mesh: Mesh | None, optimizer: bool, widen: bool) -> tuple[TrainState, dict[str, Any]]:
+        saved, position = (read_json(folder / name / "metadata") for name in ("config", "data"))
         packed = saved.pop(PACKED, [])
+        # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
         theirs, ours = ({key: to_dict(run)[key] for key in SHAPES} for run in (from_dict(RunConfig, saved), self.run))
         if different := first_difference(theirs, ours):
             key, a, b = different
-            raise ValueError(f"{key}={b!r} is not that of the checkpoint of step {step} in {self.folder}, {a!r}")
+            raise ValueError(f"{key}={b!r} is not that of the checkpoint, {a!r}")
         target = abstract_state(Job(self.run, optimizer=self._optimizer))
         place = partial(sharding.state_sharding, mesh=mesh, fsdp=self.run.execution.layout.fsdp)
         of_use, target = place(target.params), replace(target, params=_with_packed(target.params, packed))
@@ -318,19 +324,16 @@ class Checkpoints:
             item, how = ({name: parts[name] for name in ("params", "bias", "step")} for parts in (item, how))
         # Not StandardRestore, which reads no part of a tree.
         state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=not optimizer)
-        try:
-            found = self._orbax.restore(folder, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"step={step}: the checkpoint in {self.folder} does not fit the optimizer, or is of an earlier version"
-            ) from error
+        found = self._orbax.restore(folder, args=ocp.args.Composite(state=state)).state
+        if bad := first_nonfinite("router bias", found["bias"]):
+            raise ValueError(f"the norm of {bad} is not finite")
         if optimizer:
-            return TrainState(**found.state), found.data
-        params = found.state.pop("params")
+            return TrainState(**found), position
+        params = found.pop("params")
         if packed:
             widest = jax.numpy.float32 if widen else jax.numpy.bfloat16
             params = jax.jit(partial(in_use, dtype=widest), out_shardings=of_use)(params)
-        return TrainState(lora.merge(self.run.lora, params), opt=(), **found.state), found.data
+        return TrainState(lora.merge(self.run.lora, params), opt=(), **found), position
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -347,9 +350,14 @@ def _packed(params: nnx.State) -> list:
 def _with_packed(params: nnx.State, packed: list) -> nnx.State:
     """The shapes of parameters, of which some are packed, as `_packed` lists them."""
     flat = dict(nnx.to_flat_state(params))
-    for path, arrays in packed:
-        shapes = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays)
-        flat[tuple(path)] = flat[tuple(path)].replace(Packed(*shapes))
+    try:
+        for path, arrays in packed:
+            value = Packed(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
+            if jax.eval_shape(Packed.unpack, value).shape != flat[tuple(path)].shape:
+                raise ValueError("its matrix has another shape")
+            flat[tuple(path)] = flat[tuple(path)].replace(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{PACKED}={packed!r:.100} is no list of its packed weights") from error
     return nnx.from_flat_state(flat)
 
 

@@ -161,7 +161,10 @@ class Training:
             self.state, sentence = begin(self.job, start)
         else:
             self.state, position = found
-            self.batches.set_state(position)
+            try:
+                self.batches.set_state(position)
+            except ValueError as error:
+                raise ValueError(f"step={int(self.state.step)} in {self.checkpoints.folder}: {error}") from error
             sentence = f"resumed from the checkpoint of step {int(self.state.step)} in {self.checkpoints.folder}"
         self.step = int(self.state.step)
         self.resumed_from = None if found is None else self.step
