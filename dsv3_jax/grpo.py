@@ -207,4 +207,5 @@ def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_star
         examples,
         summary=f"{examples.summary}\n{asked}\nthe first prompt, as the model sees it: {shown!r}",
         sampled=lambda current: Answers(run, text, tasks, open_start, current, examples.fingerprint),
+        checker=checker.fingerprint(),
     )

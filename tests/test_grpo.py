@@ -139,6 +139,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
     argv = [*argv, "--grpo.checker", "judge:even", "--grpo.kl", "0.1", "--lora.rank", "2", *MOVE_BIASES]
     for out, left in ((root / "run", 1000), (root / "again", 20), (root / "again", 1000)):
         importlib.import_module("judge").left = left
+        (root / "judge.py").write_text(JUDGE + f"\n# {left}")
         code, said = said_by(unhooked_cli().main, [*argv, "--out", str(out)])
         if left == 20:
             wanted = "'judge:even' fails at", "line", "SystemExit", "stopped and saved at step"
@@ -152,6 +153,7 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
     assert rows_of(root / "again") == rows_of(root / "run") and len(rows) == 4 and "4 answers each" in said
     assert all(row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1 for row in rows), rows
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
+    assert "checker='judge:even' has changed since the last start" in said
     assert "as the model sees it: 'user\\n0+1=<eos>\\nassistant\\n'" in said
 
 

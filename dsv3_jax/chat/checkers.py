@@ -4,7 +4,10 @@ A checker is a function (text, row) → bool. The row is the task's record, whos
 a row of `CHECKERS`.
 """
 
+import contextlib
 import copy
+import hashlib
+import inspect
 import os
 import re
 import sys
@@ -82,6 +85,14 @@ class Checker:
         if not callable(function):
             raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → bool")
         return function, str
+
+    def fingerprint(self) -> str:
+        """A hash of the source of the user's module that is named; "" for a name of `CHECKERS`, or without source."""
+        module, colon, _ = self.name.partition(":")
+        with contextlib.suppress(OSError, TypeError):
+            source = inspect.getsource(module_here(module)) if colon else ""
+            return source and hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+        return ""
 
     def look_at(self, row: dict[str, Any], location: str) -> None:
         """Look at a task before the first step. Raises: ValueError that names the line of one that cannot be used."""

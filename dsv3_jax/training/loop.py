@@ -119,7 +119,7 @@ def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"
     words, source, start = read(job, out, options)
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
-        _only_writer(job, out, made_from(source.fingerprint, words.fingerprint)) as lock,
+        _only_writer(job, out, made_from(source.fingerprint, words.fingerprint, source.checker)) as lock,
         Checkpoints(out, job.run, optimizer=options.optimizer) as checkpoints,
         asked_to_stop() as asked,
         sharding.use_mesh(options.mesh),
@@ -286,7 +286,7 @@ class Training:
 
     def save(self) -> None:
         """Save the state and the data position; in the background unless the run ends here."""
-        moved = split_trainable(self.job.run, self.state.params)[0], self.state.opt
+        moved = split_trainable(self.job.run, self.state.params)[0], self.state.bias, self.state.opt
         arrays = [x for x in jax.tree.leaves(moved) if x.ndim]  # optax begins at infinity
         if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
             bad = first_nonfinite("parameter", self.state.params) or first_nonfinite("router bias", self.state.bias)

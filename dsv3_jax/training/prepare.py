@@ -22,7 +22,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.report.units import format_bytes
 from dsv3_jax.training import optim, run_folder, warm_start
 from dsv3_jax.training.checkpoint import steps_of
-from dsv3_jax.training.run_folder import RUN_FILE
+from dsv3_jax.training.run_folder import RUN_FILE, read_made
 from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
 
@@ -154,6 +154,10 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
     if run.grpo.group and source.sampled is None:
         raise ConfigError(f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it")
     processes.agree({"text": source.fingerprint})
+    before = [start.get("checker") for start in read_made(out)[-1:] if isinstance(start, dict)] if begun else []
+    if source.checker and before not in ([], [None], [source.checker]):
+        line = f"grpo checker={run.grpo.checker!r} has changed since the last start: rewards are by the new one"
+        source = replace(source, summary=f"{source.summary}\n{line}")
     return words, source, start
 
 

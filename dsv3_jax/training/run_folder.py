@@ -53,7 +53,7 @@ def read_run(folder: str | Path) -> RunConfig:
 
 
 def read_made(folder: str | Path) -> list[dict[str, Any]]:
-    """Return what a run was trained with, one entry for each distinct start.
+    """Return what a run was trained with, one entry for each start that differs from the one before.
 
     Example:
         >>> import tempfile
@@ -100,8 +100,8 @@ def claim(
 
     Args:
         kernels: the implementation chosen for each op, to be recorded.
-        made: what the run is trained with, see `made_from`. The file keeps one of each distinct start in its list
-            `made`, so that a run that resumes with other code or another text says so.
+        made: what the run is trained with, see `made_from`. The file keeps each start that differs from the one before
+            in its list `made`, so that a run that resumes with other code or another text says so.
     Returns: `settled`.
     Raises: ValueError if the folder is another run's, holds other files, or has links to what others own.
 
@@ -146,9 +146,9 @@ def claim(
 
 
 def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] | None) -> None:
-    """Write changed settings into run.json and its history, and a start into `made` if it is new."""
+    """Write changed settings into run.json and its history, and a start into `made` if it is unlike the last."""
     values, pairs = _read(folder), {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
-    if made and made not in values["made"]:
+    if made and [made] != values["made"][-1:]:
         values["made"].append(made)
     if changed := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         values["history"].append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed})
@@ -156,8 +156,8 @@ def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] 
     write_atomic(folder / RUN_FILE, json.dumps(values, indent=1) + "\n")
 
 
-def made_from(data: str, words: str) -> dict[str, Any]:
-    """Return the code's commit, versions, fingerprints of the training data and of the tokenizer, imported programs.
+def made_from(data: str, words: str, checker: str = "") -> dict[str, Any]:
+    """Return the code's commit, versions, fingerprints of data, tokenizer and the user's checker, imported programs.
 
     `commit` and `dirty` are None for a package that git does not track. `dirty` says that tracked files of the package
     differ from the commit.
@@ -168,7 +168,7 @@ def made_from(data: str, words: str) -> dict[str, Any]:
     """
     commit, dirty = _commit()
     versions = {"version": importlib.metadata.version("dsv3-jax"), "jax": importlib.metadata.version("jax")}
-    programs = {"imports": list(IMPORTED)} if IMPORTED else {}
+    programs = {name: what for name, what in (("imports", list(IMPORTED)), ("checker", checker)) if what}
     return {"commit": commit, "dirty": dirty} | versions | {"corpus": data, "tokenizer": words} | programs
 
 
