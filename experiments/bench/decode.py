@@ -254,6 +254,8 @@ def quality_table(cells: dict) -> str:
 def commits(against: Sequence[str], context: int, batch: int, rounds: int) -> dict:
     """Measure one cell with this tree and with other commits in turns, each from a work tree of its own.
 
+    No prompt is read: a step's time does not depend on the cache's rows, and reading long prompts takes minutes.
+
     Returns: by commit, the median of a step in ms, and the median over turns of this tree's step over the commit's.
     """
     repository = Path(__file__).parents[2]
@@ -268,7 +270,7 @@ def commits(against: Sequence[str], context: int, batch: int, rounds: int) -> di
         workers = {name: running.enter_context(DecodeWorker(MINI, tree=tree)) for name, tree in trees.items()}
         for turn in range(rounds):
             for name in (list(workers), list(reversed(workers)))[turn % 2]:  # who comes first may have it easier
-                replies[name].append(workers[name].decode(batch, context, NEW_TOKENS_OF_COMMITS))
+                replies[name].append(workers[name].decode(batch, context, NEW_TOKENS_OF_COMMITS, filled=True))
             print(f"{context} x {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     mine = [reply["step_seconds"] for reply in replies["this tree"]]
     cell = {}

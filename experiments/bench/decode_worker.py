@@ -2,14 +2,17 @@
 
 The object is {"batch", "context", "new_tokens", "cache", "cache_dtype", "draft", "draft_length"}. The first three are
 required; the others are options of `generate`. Cells with new shapes run once before they are timed, to compile.
+With "filled", no prompt is read: the cache is filled with random rows, as a step's time does not depend on them.
 """
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from peer_transformers import draw_tokens
@@ -23,12 +26,12 @@ class DecodeWorker(Worker):
         cfg: ModelConfig for random weights; None means `run`.
         run: a run folder of `dsv3 train`; its checkpoint decodes its held-out text.
         draft_run: another run folder; its model drafts for cells with draft "run".
-        tree: the work tree of another commit, whose package and worker run in place of this tree's.
+        tree: the work tree of another commit, whose package runs in place of this tree's.
     """
 
     def __init__(self, cfg=None, *, run=None, draft_run=None, seed=0, tree: Path | None = None):
         tree = tree or Path(__file__).parents[2]
-        command = [sys.executable, str(tree / "experiments/bench/decode_worker.py"), f"--seed={seed}"]
+        command = [sys.executable, __file__, f"--seed={seed}"]
         command += ["--config", json.dumps(_changed(cfg))] if cfg is not None else ["--run", str(run)]
         command += ["--draft-run", str(draft_run)] if draft_run is not None else []
         super().__init__("dsv3-jax", command, env={"PYTHONPATH": str(tree)})
@@ -72,6 +75,38 @@ def random_model(cfg, seed: int):
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
+@contextlib.contextmanager
+def filled_caches() -> Iterator[None]:
+    """Fill caches with random rows where a model would read prompts."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv3_jax.model.cache import Cache
+    from dsv3_jax.model.transformer import Transformer
+
+    def filled(cache, lengths):
+        leaves, treedef = jax.tree.flatten(cache)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        drawn = [
+            jax.random.normal(key, x.shape).astype(x.dtype) if x.ndim > 1 else x
+            for key, x in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, drawn).at_lengths(lengths)
+
+    def prefill(model, tokens, lengths, cache, weights=None):
+        x = model.embedding(tokens)
+        chosen = (model.cfg.num_sparse_layers, *tokens.shape, model.cfg.experts_per_token)
+        return x, filled(cache, lengths), jnp.zeros(chosen, jnp.int32)
+
+    def prefill_of_old(cache, model, tokens, lengths):  # before commit 0620e6a it was the cache's
+        return model.embedding(tokens), filled(cache, lengths)
+
+    is_old = hasattr(Cache, "prefill")
+    place, made = (Cache, prefill_of_old) if is_old else (Transformer, prefill)
+    with mock.patch.object(place, "prefill", made):
+        yield
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a ModelConfig as JSON, for random weights")
@@ -94,19 +129,19 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     from prompts import held_out_prompts
 
     from dsv3_jax.config import ModelConfig, from_dict
-    from dsv3_jax.data import tokenizer
     from dsv3_jax.decoding.generate import generate
-    from dsv3_jax.hf.open_model import open_draft
-    from dsv3_jax.training.checkpoint import load_run
 
-    run = None
+    run, drafts = None, {}
     if args.run:
+        from dsv3_jax.data import tokenizer
+        from dsv3_jax.hf.open_model import open_draft
+        from dsv3_jax.training.checkpoint import load_run
+
         model, run, _ = load_run(args.run)
+        if args.draft_run:
+            drafts["run"] = open_draft(args.draft_run, tokenizer.load(run.data.tokenizer))
     else:
         model = random_model(from_dict(ModelConfig, json.loads(args.config)), args.seed)
-    drafts = {}
-    if args.draft_run and run:
-        drafts["run"] = open_draft(args.draft_run, tokenizer.load(run.data.tokenizer))
     ran: set[str] = set()
 
     def handle(line: str) -> dict:
@@ -118,10 +153,11 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
             prompts = held_out_prompts(run.data, cell["batch"], cell["context"])
         else:
             prompts = draw_tokens(args.seed, cell["batch"], cell["context"], model.cfg.vocab_size).tolist()
-        if line not in ran:
-            generate(model, prompts, cell["new_tokens"], **settings)
-            ran.add(line)
-        output = generate(model, prompts, cell["new_tokens"], **settings)
+        with filled_caches() if cell.get("filled") else contextlib.nullcontext():
+            if line not in ran:
+                generate(model, prompts, cell["new_tokens"], **settings)
+                ran.add(line)
+            output = generate(model, prompts, cell["new_tokens"], **settings)
         return {
             "prefill_seconds": output.prefill_seconds,
             "decode_seconds": output.decode_seconds,
