@@ -260,4 +260,6 @@ def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draf
     in_place = {"custom-call", "get-tuple-element", "bitcast", "parameter"}
     if kept == "index keys":  # the indexer multiplies its keys in float32, and XLA gathers the chosen rows
         in_place |= {"fusion", "convert", "dot", "multiply", "broadcast"}
+        if dtype == "float8_e4m3":  # a gather of 8-bit floats goes through float16
+            in_place |= {"copy"}
     assert set(made_by) <= in_place

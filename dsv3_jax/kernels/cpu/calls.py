@@ -97,7 +97,8 @@ def cached_attention(
     """
 
     def arrays(stored: Stored) -> tuple[Array, Array]:
-        return stored.rows, jnp.zeros((0,), jnp.float32) if stored.scales is None else stored.scales
+        # As the cache has them, with an axis of layers: XLA copies 8-bit floats where it takes the axis away.
+        return stored.rows[None], jnp.zeros((0,), jnp.float32) if stored.scales is None else stored.scales[None]
 
     shape = jax.ShapeDtypeStruct((*queries[0].shape[:3], values.rows.shape[-1]), queries[0].dtype)
     call = jax.ffi.ffi_call("dsv3_cached_attention", shape)

@@ -100,34 +100,42 @@ struct Factors {
   int64_t width, step;
 };
 
-// y[r, j] = Σ x[r] · k[j] over all factors, for R rows of x from `first` on and `count` rows of k.
-template <int R>
-void Dots(const std::vector<Factors>& factors, int64_t first, int64_t count, float* const* y) {
+// y[r, j] = Σ x[r] · k[j] over N factors, for R rows of x from `first` on and `count` rows of k.
+template <int R, int N>
+void Dots(const Factors* factors, int64_t first, int64_t count, float* const* y) {
   for (int64_t j = 0; j < count; ++j) {
     Vec sum[R] = {};
     float rest[R] = {};
-    for (const Factors& f : factors) {
-      const float *row = f.k + j * f.step, *const* x = &f.x[first];
+#pragma GCC unroll 3
+    for (int i = 0; i < N; ++i) {  // written out, so that the sums stay in registers
+      const int64_t width = factors[i].width;
+      const float *row = factors[i].k + j * factors[i].step, *const* x = &factors[i].x[first];
       int64_t n = 0;
-      for (; n + kLanes <= f.width; n += kLanes) {
+      for (; n + kLanes <= width; n += kLanes) {
         if (n % kLine == 0) __builtin_prefetch(row + n + kAhead, 0, 2);
         const Vec part = Load(row + n);
         for (int r = 0; r < R; ++r) sum[r] = Add(sum[r], Load(x[r] + n), part);
       }
-      for (; n < f.width; ++n)
+      for (; n < width; ++n)
         for (int r = 0; r < R; ++r) rest[r] += x[r][n] * row[n];
     }
     for (int r = 0; r < R; ++r) y[first + r][j] = Sum(sum[r]) + rest[r];
   }
 }
 
-// Dots for any number of rows of x.
+constexpr size_t kMostFactors = 3;
+
+// Dots for any number of rows of x, and up to kMostFactors factors.
 void AllDots(const std::vector<Factors>& factors, int64_t count, const std::vector<float*>& y) {
   const int64_t rows = static_cast<int64_t>(y.size());
+  const auto dots = [&](auto size, int64_t first) {
+    constexpr auto of = std::array{Dots<size, 1>, Dots<size, 2>, Dots<size, 3>};
+    of[factors.size() - 1](factors.data(), first, count, y.data());
+  };
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) Dots<8>(factors, r, count, y.data());
-  for (; r + 4 <= rows; r += 4) Dots<4>(factors, r, count, y.data());
-  for (; r < rows; ++r) Dots<1>(factors, r, count, y.data());
+  for (; r + 8 <= rows; r += 8) dots(std::integral_constant<int, 8>(), r);
+  for (; r + 4 <= rows; r += 4) dots(std::integral_constant<int, 4>(), r);
+  for (; r < rows; ++r) dots(std::integral_constant<int, 1>(), r);
 }
 
 // y = x w, or y = silu(x w) ⊙ (x w_up) if w_up is given. A unit of work is a strip of columns.
@@ -309,7 +317,7 @@ void Widen(const void* stored, int64_t count, float scale, float* to) {
   std::memcpy(to + j, &rest, (count - j) * sizeof(float));
 }
 
-// One of a layer's cached arrays, [B · G, S, X]. In 8-bit formats each row has a scale.
+// One of a layer's cached arrays, [1, B, G, S, X]. In 8-bit formats each row has a scale.
 struct Stored {
   const uint8_t* at;     // the first row
   const float* scales;   // [B · G, S], or null
@@ -318,7 +326,7 @@ struct Stored {
 
   // Returns what is wrong with the arrays, or null.
   const char* Set(ffi::AnyBuffer rows, Floats row_scales) {
-    at = static_cast<const uint8_t*>(rows.untyped_data()), width = rows.dimensions()[3];
+    at = static_cast<const uint8_t*>(rows.untyped_data()), width = rows.dimensions().back();
     scales = row_scales.element_count() > 0 ? row_scales.typed_data() : nullptr;
     switch (rows.element_type()) {
       case ffi::F32: bytes = 4, widen = nullptr; break;
@@ -424,12 +432,13 @@ struct Attention : Work {
 // Kernel: attention of a few queries to one layer of a cache. `keys` are queries, rows and scales of each array of keys.
 ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::AnyBuffer values, Floats scales, Ints last,
                            ffi::RemainingArgs keys, ffi::ResultBuffer<ffi::F32> out, float scale) {
-  const auto values_dims = values.dimensions(), out_dims = out->dimensions();  // [B, G, S, X], [B, G, Q, X]
+  const auto values_dims = values.dimensions(), out_dims = out->dimensions();  // [1, B, G, S, X], [B, G, Q, X]
   auto work = std::make_shared<Attention>();
   work->groups = out_dims[1], work->pairs = out_dims[0] * out_dims[1], work->queries = out_dims[2];
-  work->capacity = values_dims[2], work->last = last.typed_data(), work->scale = scale;
+  work->capacity = values_dims[3], work->last = last.typed_data(), work->scale = scale;
   if (const char* wrong = work->values.Set(values, scales)) return ffi::Error::InvalidArgument(wrong);
-  int64_t width = values_dims[3];
+  int64_t width = values_dims[4];
+  if (keys.size() / 3 > kMostFactors) return ffi::Error::InvalidArgument("more arrays of keys than are served");
   for (size_t i = 0; i < keys.size(); i += 3) {
     const auto q = keys.get<Floats>(i), key_scales = keys.get<Floats>(i + 2);
     const auto rows = keys.get<ffi::AnyBuffer>(i + 1);
@@ -446,7 +455,7 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::AnyBuffer values, Floats s
   }
   work->parts = most / kPart + 1;
   const int64_t results = work->units() * work->queries;
-  work->top.resize(results), work->total.resize(results), work->out.resize(results * values_dims[3]);
+  work->top.resize(results), work->total.resize(results), work->out.resize(results * values_dims[4]);
   Share(work, pool, work->pairs * (most + 1) * width * static_cast<int64_t>(sizeof(float)));
   work->Combine(out->typed_data());
   return ffi::Error::Success();
@@ -516,8 +525,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3DecodeExperts, DecodeExperts,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv3CachedAttention, CachedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()          // rows of the values [B, G, S, X]
-                                  .Arg<Floats>()                  // their scales [B, G, S, 1], or [0]
+                                  .Arg<ffi::AnyBuffer>()          // rows of the values [1, B, G, S, X]
+                                  .Arg<Floats>()                  // their scales [1, B, G, S, 1], or [0]
                                   .Arg<Ints>()                    // last [B, Q]
                                   .RemainingArgs()                // q [B, G, Q, K], rows and scales of each array of keys
                                   .Ret<Floats>()                  // out [B, G, Q, X]
