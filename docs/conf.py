@@ -30,7 +30,7 @@ extensions = [
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md", "docs/**/*.md", "notebooks/*.ipynb", "experiments/README.md", "experiments/*/*.md",
-    "experiments/scale/launch/*.md", "CHANGELOG.md", "CONTRIBUTING.md",
+    "experiments/scale/launch/*.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "runs", "build", "docs/_build", "shared", "experiments/scale/plan_table.md"]
 
