@@ -48,7 +48,7 @@ def check(argv: list[str]) -> int:
         text_console().print(damage)
     if damages:
         raise ValueError(f"shards={str(args.folder)!r} has {len(damages)} damaged shards; tokenize again")
-    print(f"{args.folder}: {len(manifest.files):,} shards are whole")
+    text_console().print(f"{args.folder}: {len(manifest.files):,} shards are whole")
     return 0
 
 

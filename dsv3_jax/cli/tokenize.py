@@ -161,7 +161,7 @@ def tokenize(job: Tokenize) -> Manifest:
         kept = {*files, *(f"shard-{number:05d}.json" for number in range(len(shards)))}
         for path in (*job.out.glob("shard-*.json"), *job.out.glob("*.array_record")):
             if path.name not in kept:
-                print(f"deleted {path}: the text that was here before was longer")
+                print(f"deleted {str(path)!r}: the text that was here before was longer")
                 path.unlink()
     return read_manifest(job.out)
 

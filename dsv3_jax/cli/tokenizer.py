@@ -33,10 +33,11 @@ def run(argv: list[str]) -> int:
     check_writable(args.out)
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
+    from dsv3_jax.report.progress import text_console
 
     corpus = load_corpus(DataConfig(paths=args.paths))
     trained = tokenizer.train_bpe((d.text for d in corpus.train), args.vocab_size, str(args.out))
     sample = "".join(d.text for d in corpus.val)[:200_000]
     ratio = len(sample.encode()) / max(len(trained.encode(sample)), 1)
-    print(f"{args.out}: {trained.vocab_size} tokens, {ratio:.2f} bytes a token on held-out text")
+    text_console().print(f"{args.out}: {trained.vocab_size} tokens, {ratio:.2f} bytes a token on held-out text")
     return 0

@@ -276,7 +276,7 @@ def _rows_of_files(
         raise ValueError(f"path={str(root)!r} does not exist")
     for file in files_below(root) if root.is_dir() else (root,):
         if file.is_symlink() and not file.exists():
-            print(f"passed over {file}: a link that leads nowhere", file=sys.stderr)
+            print(f"passed over {str(file)!r}: a link that leads nowhere", file=sys.stderr)
             continue
         suffix, folders = file.suffix.lower(), file.relative_to(root).parts[:-1]
         rows: Iterable[tuple[str, Any]] = ()

@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from dsv3_jax.mesh.sharding import state_sharding
 from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.report.progress import transfer
+from dsv3_jax.report.progress import text_console, transfer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
@@ -252,7 +251,7 @@ def load(
     folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
     if not quiet:
         for note in folder.notes:
-            print(f"{folder.path}: {note}", file=sys.stderr, flush=True)
+            text_console(stderr=True).print(f"{folder.path}: {note}")
     narrow = (dtype or folder.own_dtype(folder.entries[_EMBED])) == BF16
     execution = Execution(compute_dtype="bfloat16" if narrow else "float32", kernels=kernels)
     prepared = choose.prepare(execution, mesh=mesh)
