@@ -20,6 +20,7 @@ from dsv3_jax.presets import MODELS, RECIPES
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from experiments.cards import DEVICES, TASKS, read_cards  # noqa: E402
+from experiments.count_lines import CORE, with_sums  # noqa: E402
 
 PARTS = {
     "config": "What a model and a run are",
@@ -56,7 +57,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def tables() -> str:
-    """The tables of presets, kernels, families and sharding rules, and what each preset counts."""
+    """The tables of presets, kernels, families, sharding rules and the code, and what each preset counts."""
     counted = {name: dict(describe(cfg, name)) for name, cfg in MODELS.items()}
     quantities = ("total parameters", "active parameters", "cache")
     sizes = [(f"`{name}`", *(of[quantity] for quantity in quantities)) for name, of in counted.items()]
@@ -74,6 +75,10 @@ def tables() -> str:
         for name, of in FAMILIES.items()
     ]
     sharding = [(f"`{name}`", ", ".join(FSDP_RULES[name]), ", ".join(RULES.get(name, ()))) for name in FSDP_RULES]
+    code = [
+        (f"`{name}`", of.files, f"{of.code:,}", f"{of.tokens:,}", f"{of.tokens / of.code:.1f}")
+        for name, of in with_sums().items()
+    ]
     return f"""# Tables
 
 The code prints these tables; they cannot be older than it.
@@ -101,6 +106,12 @@ Rows of an op are in order of preference: the first that serves platform, dtype,
 Which mesh axes shard an axis of that name, with `--execution.layout.fsdp` and without.
 
 {table(("axis of an array", "weights with FSDP", "else"), sharding)}
+
+## The code
+
+The core is {", ".join(CORE)}. A line of code holds more than a comment or a docstring.
+
+{table(("part of the package", "files", "lines of code", "tokens", "tokens a line"), code)}
 """
 
 

@@ -1,4 +1,4 @@
-"""The README is short and right about the code: its links lead to files, and its counts of lines to five percent."""
+"""The README is short and right about the code: its links lead to files."""
 
 import importlib.util
 import re
@@ -6,8 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-
-from experiments.count_lines import CORE, count
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,16 +32,6 @@ def test_links_lead_to_files(page):
         if "generated/" not in target
     ]
     assert targets and [(str(path), target) for path, target in targets if not (path.parent / target).exists()] == []
-
-
-def test_the_counts_of_lines():
-    core = re.search(r"about ([\d,]+) lines of\s+code in (\d+)\s+files, or ([\d,]+) with", README)
-    whole = re.search(r"whole package has about ([\d,]+)", README)
-    assert core and whole
-    counts = count()
-    files, code, lines = (sum(counts[name][i] for name in CORE) for i in range(3))
-    said = [int(text.replace(",", "")) for text in (core[1], core[2], core[3], whole[1])]
-    assert said == pytest.approx([code, files, lines, sum(code for _, code, _ in counts.values())], rel=0.05)
 
 
 @pytest.mark.parametrize("page", ["AGENTS.md", "CONTRIBUTING.md"])
