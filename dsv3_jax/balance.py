@@ -26,7 +26,8 @@ def update(model: Transformer, *routings: LayerRouting, rate: float | None = Non
         >>> sorted(set(model.sparse.moe.bias[...].ravel().tolist()))  # by the sign of mean load − load
         [-0.5, 0.5]
     """
-    rule, bias = rule_of(model.cfg), nnx.state(model, RouterBias)
+    rule = rule_of(model.cfg)
+    bias = nnx.state(model, RouterBias)
     if rule is None:
         return
     load = jnp.concatenate([jnp.atleast_2d(routing.load) for routing in routings])

@@ -50,7 +50,8 @@ class Table(dict[str, V]):
     def __init__(self, setting: str, rows: Mapping[str, V], more: str = ""):
         """Make a table. Args: more: a sentence for errors, on how it gets more rows."""
         super().__init__(rows)
-        self.setting, self.more = setting, f"; {more}" if more else ""
+        self.setting = setting
+        self.more = f"; {more}" if more else ""
 
     def add(self, name: str, row: V) -> None:
         """Add a row. Raises: ConfigError if its name is taken, or no text."""
@@ -113,7 +114,9 @@ def _check_fields(config, prefix: str = "") -> None:
     """Refuse values of another type or outside their interval, at once, where the message can still name the key."""
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
-        value, hint, name = getattr(config, item.name), hints[item.name], prefix + item.name
+        value = getattr(config, item.name)
+        hint = hints[item.name]
+        name = prefix + item.name
         if type(value) is int and (hint is float or hint == float | None) and abs(value) < 2**127:
             value = float(value)
             object.__setattr__(config, item.name, value)
@@ -180,7 +183,8 @@ def _short(value: Any) -> str:
 
 
 def _matches(value, hint) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is Literal:
         return value in args
     if origin is tuple:
@@ -411,7 +415,8 @@ class ModelConfig:
         _check_experts(self)
         _check_attention(self)
         kind, depth = self.head_kind, self.mtp_depth
-        most, raw = kind.max_depth, self.mtp_input == "raw" and depth > 0
+        most = kind.max_depth
+        raw = self.mtp_input == "raw" and depth > 0
         _require({
             f"mtp_depth={depth} is more than the {most} of mtp_kind={self.mtp_kind!r}": most is None or depth <= most,
             f"mtp_input='raw' needs a norm in the head: mtp_kind={self.mtp_kind!r} has none": kind.reads_raw or not raw,
@@ -450,7 +455,9 @@ class ModelConfig:
 
 
 def _check_experts(c: ModelConfig) -> None:
-    experts, chosen, groups = f"num_experts={c.num_experts}", f"experts_per_token={c.experts_per_token}", c.num_groups
+    experts = f"num_experts={c.num_experts}"
+    chosen = f"experts_per_token={c.experts_per_token}"
+    groups = c.num_groups
     pairs = ("num_dense_layers", "num_layers"), ("experts_per_token", "num_experts"), ("groups_per_token", "num_groups")
     for small, large in pairs:
         a, b = getattr(c, small), getattr(c, large)
@@ -458,7 +465,8 @@ def _check_experts(c: ModelConfig) -> None:
     _require({f"num_groups={groups} does not divide {experts}": c.num_experts % groups == 0})
     size = c.num_experts // groups
     fits = c.experts_per_token <= c.groups_per_token * size
-    all_chosen, enough = c.experts_per_token == c.num_experts, groups == 1 or c.group_score == "max" or size >= 2
+    all_chosen = c.experts_per_token == c.num_experts
+    enough = groups == 1 or c.group_score == "max" or size >= 2
     _require({
         f"{chosen} does not fit in groups_per_token={c.groups_per_token} groups of {size}": fits,
         f"group_score='top2_sum' needs 2 experts a group, num_groups={groups} leaves {size}": enough,
@@ -467,8 +475,11 @@ def _check_experts(c: ModelConfig) -> None:
 
 
 def _check_attention(c: ModelConfig) -> None:
-    count, kind, mla = c.num_kv_heads, f"attention={c.attention!r}", c.has_latent
-    reach, plain = c.yarn.original_max_positions * c.yarn.factor, c.yarn.factor == 1
+    count = c.num_kv_heads
+    kind = f"attention={c.attention!r}"
+    mla = c.has_latent
+    reach = c.yarn.original_max_positions * c.yarn.factor
+    plain = c.yarn.factor == 1
     _require({
         f"rope_head_dim={c.rope_head_dim} is odd": c.rope_head_dim % 2 == 0,
         f"num_kv_heads={count} with {kind}: it is for 'gqa', which needs it": (c.attention == "gqa") == bool(count),
@@ -483,7 +494,9 @@ def _check_attention(c: ModelConfig) -> None:
 
 
 def _check_indexer(c: ModelConfig) -> None:
-    types, width, rounds = c.index_types, f"index_dim={c.index_dim}", c.index_precision != "none"
+    types = c.index_types
+    width = f"index_dim={c.index_dim}"
+    rounds = c.index_precision != "none"
     for kind in types or ():
         _require({f"index_types={kind!r} is not one of full, shared": kind in ("full", "shared")})
     _require({
@@ -549,11 +562,14 @@ class DataConfig:
     def __post_init__(self):
         _check_fields(self)
         for name, formats in ONLY_FOR.items():
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            fits, either = value == default or self.format in formats, " or ".join(map(repr, formats))
+            value = getattr(self, name)
+            default = type(self).__dataclass_fields__[name].default
+            fits = value == default or self.format in formats
+            either = " or ".join(map(repr, formats))
             _require({f"{name}={value!r} is for format={either}, not {self.format!r}": fits})
         self.weights()  # refuses a mixture that is none
-        few, folder = self.batch_size * self.seq_len <= 2**30, self.format != "shards" or len(self.paths) == 1
+        few = self.batch_size * self.seq_len <= 2**30
+        folder = self.format != "shards" or len(self.paths) == 1
         _require({
             f"paths={self.paths} is not one folder of shards; name what `dsv3 data tokenize` wrote": folder,
             f"batch_size={self.batch_size} x seq_len={self.seq_len} is over 2^30 tokens": few,
@@ -632,7 +648,8 @@ class OptimConfig:
         if not self.name.startswith(OPTAX):
             OPTIMIZERS[self.name]  # refuses a name that it does not have
         # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean could not decay.
-        most, dtype = 0.99 if self.moments_dtype == "bfloat16" else 1, self.moments_dtype
+        most = 0.99 if self.moments_dtype == "bfloat16" else 1
+        dtype = self.moments_dtype
         start, end = self.decay_start, self.decay_end
         for name in ("beta1", "beta2", "muon_beta"):
             beta = getattr(self, name)
@@ -729,9 +746,16 @@ class RunConfig:
 
     def __post_init__(self):
         _check_fields(self)
-        d, m, on, clip = self.data, self.model, self.trunk, self.optim.qk_clip
-        parts, loss, attention = self.optim.microbatches, self.head_loss, f"attention='mla', not {m.attention!r}"
-        fits, warm, sparse = d.seq_len <= m.max_positions, self.indexer_stage == "warm", m.attention == "dsa"
+        d = self.data
+        m = self.model
+        on = self.trunk
+        clip = self.optim.qk_clip
+        parts = self.optim.microbatches
+        loss = self.head_loss
+        attention = f"attention='mla', not {m.attention!r}"
+        fits = d.seq_len <= m.max_positions
+        warm = self.indexer_stage == "warm"
+        sparse = m.attention == "dsa"
         rank = self.lora.rank
         _require({
             f"head_loss={loss!r} compares heads with a frozen trunk; trunk=None needs 'ce'": loss == "ce" or bool(on),
@@ -759,7 +783,10 @@ class RunConfig:
 
 
 def _check_lora(run: RunConfig) -> None:
-    m, rank, on, clip = run.model, f"lora rank={run.lora.rank}", run.trunk, run.optim.qk_clip
+    m = run.model
+    rank = f"lora rank={run.lora.rank}"
+    on = run.trunk
+    clip = run.optim.qk_clip
     _require({
         f"{rank} is not supported on a frozen trunk={on!r}; use start": on is None,
         f"{rank} changes given weights, and those of start=None are random; give start": run.start is not None,
@@ -772,7 +799,8 @@ def _check_lora(run: RunConfig) -> None:
 
 
 def _check_grpo(run: RunConfig) -> None:
-    group, data = f"grpo group={run.grpo.group}", run.data
+    group = f"grpo group={run.grpo.group}"
+    data = run.data
     _require({
         f"{group} asks the prompts of chat examples; data.format={data.format!r} must be 'chat'": data.format == "chat",
         f"{group} does not divide batch_size={data.batch_size}": data.batch_size % run.grpo.group == 0,

@@ -198,7 +198,8 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
         ...     print((Path(folder) / "runs" / "note.txt").read_text())
         complete
     """
-    path, content = Path(path).resolve(), data.encode() if isinstance(data, str) else data
+    path = Path(path).resolve()
+    content = data.encode() if isinstance(data, str) else data
     if path.exists() and not path.is_file():
         with open(path, "wb", opener=at_once) as file:
             os.set_blocking(file.fileno(), True)

@@ -61,8 +61,12 @@ class Answers(Batches):
             raise ConfigError(f"grpo group={run.grpo.group} samples in one process, not {jax.process_count()}")
         order = endless([range(len(tasks))], run.data.seed)
         super().__init__(order, run.data.batch_size // run.grpo.group, fingerprint=fingerprint)
-        self._run, self._text, self._tasks, self._current = run, text, tasks, current
-        self._checker, self._open_start = Checker(run.grpo.checker), open_start
+        self._run = run
+        self._text = text
+        self._tasks = tasks
+        self._current = current
+        self._checker = Checker(run.grpo.checker)
+        self._open_start = open_start
         self._graph: Any = None
         self._start: Any = None  # the model to stay near, if it is not among the run's frozen weights
 
@@ -72,7 +76,8 @@ class Answers(Batches):
         with jax.transfer_guard("allow"):
             weights = lora.policy(job.run.lora, state.params, job.run.execution.compute_dtype)
             policy = nnx.merge(self._graph, weights, state.bias)
-            groups, row = [], self._row
+            groups = []
+            row = self._row
             for _ in range(ROUNDS):
                 groups += (new := self._asked(policy, row))
                 row += self._batch_size
@@ -128,7 +133,9 @@ class Answers(Batches):
         return stack(rows + [self._row_of(empty, 0.0)] * (self._run.data.batch_size - len(rows)))
 
     def _row_of(self, answer: Answer, advantage: float) -> Row:
-        tokens, begin, length = answer.tokens, answer.begin, self._run.data.seq_len
+        tokens = answer.tokens
+        begin = answer.begin
+        length = self._run.data.seq_len
         size = len(tokens)
         is_answer = (np.arange(length) >= begin) & (np.arange(length) < size)
 
@@ -162,7 +169,8 @@ class Answers(Batches):
 
 def check_model(run: RunConfig) -> None:
     """Refuse what changes a training step and not the sampler: the ratios would be of two different policies."""
-    model, group = run.model, f"grpo group={run.grpo.group}"
+    model = run.model
+    group = f"grpo group={run.grpo.group}"
     if ROUTERS[model.router].has_noise:
         raise ConfigError(f"model.router={model.router!r} trains with noise, and {group} samples without; use another")
     if model.capacity_factor is not None:
@@ -183,9 +191,11 @@ def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_star
     Raises: ValueError naming the line of a task whose answer the checker cannot use, or if no prompt is short enough.
         ConfigError for a model that trains with other experts than it samples with.
     """
-    cfg, room = run.grpo, run.data.seq_len - run.grpo.max_new_tokens
+    cfg = run.grpo
+    room = run.data.seq_len - run.grpo.max_new_tokens
     check_model(run)
-    checker, tasks = Checker(cfg.checker), []
+    checker = Checker(cfg.checker)
+    tasks = []
     for prompt, record, location in examples.examples:
         checker.look_at(record, location)
         if prompt is None or not len(prompt):

@@ -30,7 +30,8 @@ class FolderLock:
     """The right to write to a folder, from `acquire`. Without a path it is a reader's, and `check` passes."""
 
     def __init__(self, path: Path | None = None, descriptor: int = -1, sentence: str = ""):
-        self._path, self._descriptor = path, descriptor
+        self._path = path
+        self._descriptor = descriptor
         self.sentence = sentence  # to print: whose lock was taken over, or empty
 
     def check(self) -> None:
@@ -62,10 +63,12 @@ def acquire(folder: str | Path, name: str = LOCK_FILE, out: str | Path | None = 
             ...
         dsv3_jax.lock.FolderInUse: out='...' is in use by process ... on ..., which started at ...
     """
-    path, sentence = Path(folder) / name, ""
+    path = Path(folder) / name
+    sentence = ""
     while True:
         descriptor = _open_locked(path, str(out or path.parent))
-        before, in_place = _describe(descriptor), _is_open_file(path, descriptor)
+        before = _describe(descriptor)
+        in_place = _is_open_file(path, descriptor)
         if in_place and not before:
             break
         if in_place:  # of a dead process

@@ -207,7 +207,9 @@ def choose(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Array:
     The first R of X features are rotated, by `index_interleaved`.
     Source: DeepSeek-V3.2 report, section 2.1.
     """
-    cfg, xp, indexer = ctx.cfg, ctx.xp, p["indexer"]
+    cfg = ctx.cfg
+    xp = ctx.xp
+    indexer = p["indexer"]
     c_q = rms_norm(x @ p["w_dq"], p["q_norm"])
     q = xp.einsum("btq,qix->btix", c_q, indexer["w_iq"])
     k = layer_norm(x @ indexer["w_ik"], indexer["k_norm"])

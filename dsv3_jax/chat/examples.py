@@ -171,7 +171,8 @@ def encode(
     record = _task(record, prompts)
     has = {key for key in KEYS if record.get(key) is not None}
     with _located(location):
-        turns, tools = _turns(record), read_tools(record.get("tools"))
+        turns = _turns(record)
+        tools = read_tools(record.get("tools"))
         if turns is not None:
             rendered = text.chat.render(_usual(turns, text), tools=tools, assistant_mask=True)
             return rendered.ids, rendered.mask
@@ -197,7 +198,8 @@ def _located(location: str) -> Iterator[None]:
 def _task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
     """A task, as its prompt and a completion; other records as they are, and messages that end in an answer."""
     found = (record.get(key) for key in ("prompt", "question", "messages"))
-    prompt, answer = next((value for value in found if value is not None), None), record.get("answer")
+    prompt = next((value for value in found if value is not None), None)
+    answer = record.get("answer")
     if prompt is None or answer is None or record.get("completion") is not None:
         return record
     if isinstance(prompt, str) and prompts == "turn":

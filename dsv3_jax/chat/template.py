@@ -55,12 +55,17 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, Any] | None = None):
-        self.source, self.tokenizer, self.special_tokens = source, tokenizer, dict(special_tokens or {})
+        self.source = source
+        self.tokenizer = tokenizer
+        self.special_tokens = dict(special_tokens or {})
         with limits():
             found = ask(source)
         self.variables = set(found["reads"]) - {"messages", "tools", "add_generation_prompt"}
-        self.reads_tools, self.writes_role = "tools" in found["reads"], found["writes_role"]
-        added, specials, written = tokenizer.added, tokenizer.specials, found["written"]
+        self.reads_tools = "tools" in found["reads"]
+        self.writes_role = found["writes_role"]
+        added = tokenizer.added
+        specials = tokenizer.specials
+        written = found["written"]
         self._control_name = any_of(n for n in added if n in specials or (n in written and not n.isspace()))
         self.marks_assistant = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
@@ -86,7 +91,8 @@ class ChatTemplate:
         Raises: ValueError as `check_messages`, when the template does not read a variable, refuses the messages, fails,
             or tries to reach anything outside.
         """
-        messages, values = check_messages(messages, self, any_order=any_order), self.values(variables, tools)
+        messages = check_messages(messages, self, any_order=any_order)
+        values = self.values(variables, tools)
         with limits():
             return self._ended(messages, values, add_generation_prompt, continue_final_message)[0]
 
@@ -122,7 +128,8 @@ class ChatTemplate:
         Raises: ValueError as `text`, or when the mask is asked for and the template, without `{% generation %}`, writes
             earlier turns in another way when later ones follow.
         """
-        messages, values = check_messages(messages, self, any_order=any_order), self.values(variables, tools)
+        messages = check_messages(messages, self, any_order=any_order)
+        values = self.values(variables, tools)
         if assistant_mask and continue_final_message:
             raise ValueError("assistant_mask=True is for whole messages; leave out continue_final_message")
         if not specials_in_messages:
@@ -181,7 +188,8 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] == "user" and i >= starts[-1] + _PART:
                 starts.append(i)
-        spans, end = [], 0
+        spans = []
+        end = 0
         try:
             for before, first, stop in zip([0, *starts], starts, [*starts[1:], len(messages)], strict=False):
                 head = self._run(messages[before:first], False, values)[0] if first else ""
@@ -242,7 +250,8 @@ class ChatTemplate:
         """Encode a part of a text that is not its first: then a tokenizer must not put a space before it."""
         head = "" if first or not self.tokenizer.puts_space_before else "\n"  # it puts none after a line's end
         if quoted:
-            skip, ids = len(self.tokenizer.encode_plain(head)), self.tokenizer.encode_plain(head + text)
+            skip = len(self.tokenizer.encode_plain(head))
+            ids = self.tokenizer.encode_plain(head + text)
             if self.tokenizer.added.get(text) in ids:
                 raise ValueError(f"the tokenizer cannot write {text!r} as text; take it out of the message")
             return ids[skip:], [(1, 1 + len(text))] * len(ids[skip:])  # after the first private character

@@ -182,14 +182,16 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
 
 
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
-    config, names = read_object(folder / CONFIG_FILE), named_specials(folder)
+    config = read_object(folder / CONFIG_FILE)
+    names = named_specials(folder)
     stops = [*(end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")), tokenizer.eos_id]
     adds_specials = isinstance(tokenizer, FileTokenizer) and tokenizer.encode_prompt("") != []
     add_bos = released and config.get("add_bos_token") is True and not adds_specials
     bos = names.get("bos_token")
     if add_bos and bos not in tokenizer.specials:
         raise ValueError(f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special token")
-    template, sampling = _template(folder, config), _sampling(folder)
+    template = _template(folder, config)
+    sampling = _sampling(folder)
     return TextSettings(
         str(folder), tokenizer, names, tuple(dict.fromkeys(stops)), template, sampling, add_bos, released
     )

@@ -61,7 +61,8 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
         [('--layout.', 'no-fsdp'), ('--layout.', 'expert-comm=auto'), ('--layout.', 'capacity-slack=1.25')]
     """
     for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), item.name.replace("_", "-")
+        value = getattr(config, item.name)
+        name = item.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             yield from _settings(value, f"{prefix}{name}.")
         elif isinstance(value, bool):
@@ -107,7 +108,9 @@ def with_variables(argv: list[str], option: str) -> list[str]:
         >>> with_variables(["--template.thinking", "true", "--template.effort=low", "--seed", "1"], "--template")
         ['--seed', '1', '--template', 'thinking=true', 'effort=low']
     """
-    rest, pairs, words = [], [], iter(argv)
+    rest = []
+    pairs = []
+    words = iter(argv)
     for word in words:
         if word.startswith(f"{option}."):
             name, equals, value = word.removeprefix(f"{option}.").partition("=")

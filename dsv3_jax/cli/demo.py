@@ -64,7 +64,8 @@ def run(argv: list[str]) -> int:
 
     console = text_console()
     start = time.perf_counter()
-    tokenizer_path, tasks = out / TOKENIZER_FILE, out / "tasks"
+    tokenizer_path = out / TOKENIZER_FILE
+    tasks = out / "tasks"
     run = demo_run(tokenizer_path, short)
     corpus = load_corpus(run.data)
     if not tokenizer_path.exists():
@@ -76,7 +77,8 @@ def run(argv: list[str]) -> int:
     result = fit(run, out)
     if not tasks.exists():
         write_tasks(tasks, [document.text for document in corpus.val], rows=16 if short else 200)
-    model, text = load_run(out).model, load_text(out)
+    model = load_run(out).model
+    text = load_text(out)
     score_tasks(model, text, tasks, say=console.print)
     generated = generate(
         model,

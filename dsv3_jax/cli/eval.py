@@ -60,7 +60,8 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.training.evaluate import evaluate
 
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
-    source, text = measured_on(run.data, args.run, args.paths), tokenizer.load(run.data.tokenizer)
+    source = measured_on(run.data, args.run, args.paths)
+    text = tokenizer.load(run.data.tokenizer)
     batches = source.val_batches(args.batches)
     measures = evaluate(model, batches, text, source.domains, mix=None if args.paths else source.training_bytes)
     console = text_console()

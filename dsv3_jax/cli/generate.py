@@ -112,7 +112,8 @@ def sample(args: Generate) -> int:
     if os.path.lexists(args.out):
         raise ValueError(f"out={str(args.out)!r} exists; delete it, or name another file")
     check_writable(args.out)
-    text, records = load_text(args.model), list(read_prompts(args.prompts))
+    text = load_text(args.model)
+    records = list(read_prompts(args.prompts))
     prompts = [text.encode(record["prompt"], raw=args.raw) for record in records]
     is_run = (args.model / RUN_FILE).is_file()
     place, name = (args.model, RUN_FILE) if is_run else (find_released(args.model), CONFIG)
@@ -139,7 +140,8 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
     """
     from dsv3_jax.report.progress import say
 
-    characters, result = codecs.getincrementaldecoder("utf-8")("replace"), None
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    result = None
     times: list[tuple[int, float]] = []
     try:
         for result in parts:

@@ -103,7 +103,8 @@ def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> lis
     itemsize = jnp.dtype(compute_dtype).itemsize
     kind = pick_kind(cfg, None)
     elements, mha_elements = (elements_per_token(cfg)[name] for name in (kind, "mha"))
-    forward, scores = format_count(2 * counts.active), format_count(counts.attention_flops)
+    forward = format_count(2 * counts.active)
+    scores = format_count(counts.attention_flops)
     lines = [
         ("model", name),
         ("total parameters", format_count(counts.total)),

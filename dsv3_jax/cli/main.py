@@ -156,7 +156,8 @@ def dispatch(argv: list[str]) -> int:
 
 def _without_imports(argv: list[str]) -> list[str]:
     """Import the program of each `--import NAME`, and return the other arguments."""
-    rest, words = [], iter(argv)
+    rest = []
+    words = iter(argv)
     for word in words:
         option, equals, name = word.partition("=")
         if option != "--import":

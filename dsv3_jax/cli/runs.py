@@ -35,7 +35,8 @@ def check(argv: list[str]) -> int:
     from dsv3_jax.training.run_folder import read_run
 
     read_run(args.run)
-    damaged, steps = 0, steps_of(args.run / "checkpoints")
+    damaged = 0
+    steps = steps_of(args.run / "checkpoints")
     for step in steps:
         folder = args.run / "checkpoints" / str(step)
         damage = find_damage(folder)
@@ -106,7 +107,8 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
     try:
-        run, rows = read_run(folder), read_rows(folder / METRICS_FILE)
+        run = read_run(folder)
+        rows = read_rows(folder / METRICS_FILE)
         last_step = max(steps_of(folder / "checkpoints"), default=0)
     except (ValueError, OSError) as error:
         fail(f"passed over: {sentence(error)}")

@@ -30,7 +30,8 @@ def write_samples(
 
     Args: prompts: the tokens of the records' prompts; settings: what the texts depend on, to compare after a stop.
     """
-    total, part = len(prompts) * config.samples, Path(f"{out}.part")
+    total = len(prompts) * config.samples
+    part = Path(f"{out}.part")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with acquire(out.absolute().parent, f".{out.name}.lock", out), resumed(part, settings, total) as (file, lines):
         for row, tokens, logprobs in complete(model, prompts, config, set(lines), total):
@@ -107,7 +108,10 @@ def complete(model: Any, prompts: list, config: Any, done: set[int], total: int)
 
     if len(done) == total:
         return
-    ended, count, start, speed = len(done), 0, 0.0, 0.0
+    ended = len(done)
+    count = 0
+    start = 0.0
+    speed = 0.0
     with transfer("texts", total) as advance:
         advance(ended)
         for result in generate_in_parts(model, prompts, config, part=PART, skip=done):
@@ -115,7 +119,8 @@ def complete(model: Any, prompts: list, config: Any, done: set[int], total: int)
             new = result.ended[ended - len(done) :]
             for row in new:
                 yield row, result.tokens[row], result.model_logprobs[row] if result.model_logprobs else []
-            ended, count = ended + len(new), count + sum(len(result.tokens[row]) for row in new)
+            ended = ended + len(new)
+            count = count + sum(len(result.tokens[row]) for row in new)
             speed = count / max(time.perf_counter() - start, 1e-9)
             advance(len(new), f"{ended} of {total} texts, {speed:,.0f} tokens/s")
     print(f"{total} texts; {speed:,.0f} tokens/s", file=sys.stderr)

@@ -169,7 +169,8 @@ def tokenize(job: Tokenize) -> Manifest:
 def _summary(shards: list[dict[str, Any]], seconds: float) -> str:
     files = [facts for shard in shards for facts in shard["files"].values()]
     documents, tokens = (sum(facts[key] for facts in files) for key in ("documents", "tokens"))
-    left_out, speed = sum(shard["left_out"] for shard in shards), tokens / max(seconds, 1e-9)
+    left_out = sum(shard["left_out"] for shard in shards)
+    speed = tokens / max(seconds, 1e-9)
     line = f"{len(shards):,} shards, {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
     return line + (f"; left out: {left_out:,} without an assistant's turn or too long" if left_out else "")
 
@@ -206,7 +207,8 @@ def _groups(job: Tokenize, domains: dict[str, int]) -> Iterator[list[Item]]:
         size += len(_bytes_of(content))
         if size >= job.shard_mb * 1e6:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
     if group:
         yield group
 
@@ -259,7 +261,8 @@ def _write(path: Path, items: list[Item], job: Tokenize, encoder: Encoder) -> tu
     """
     part = path.with_name(f".{path.name}{PART}")
     part.unlink(missing_ok=True)  # it may be a link
-    whole, used = job.format == "chat", Counter[bool]()
+    whole = job.format == "chat"
+    used = Counter[bool]()
 
     def pieces(items: list[Item]) -> Iterator[Piece]:
         for item, (ids, mask) in zip(items, encoder.encode(items), strict=True):

@@ -128,7 +128,8 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
 
     if steps is not None and args.epochs is not None:
         raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
-    run, begun = args.run, read_run(args.out) if (args.out / RUN_FILE).exists() else None
+    run = args.run
+    begun = read_run(args.out) if (args.out / RUN_FILE).exists() else None
     if begun and seq_len is None:
         run = replace(run, data=replace(run.data, seq_len=begun.data.seq_len))
     if begun and steps is None and args.epochs is None:

@@ -229,7 +229,8 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int) -> dict[s
     """
     if mesh is None:
         return {name: jax.device_put(array) for name, array in batch.items()}
-    make, rows = jax.make_array_from_process_local_data, sharding.batch_sharding(mesh)
+    make = jax.make_array_from_process_local_data
+    rows = sharding.batch_sharding(mesh)
     with jax.transfer_guard("allow"):  # meant, though JAX calls it implicit
         return {name: make(rows, array, (size, *array.shape[1:])) for name, array in batch.items()}
 

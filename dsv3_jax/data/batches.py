@@ -110,7 +110,8 @@ def one_row(tokens: Sequence[int], domain: int = 0) -> Batch:
         ([[120, 32, 61, 32, 49]], [[0, 1, 2, 3, 4]])
     """
     ids = np.array([list(tokens)], np.int32)
-    zeros, positions = np.zeros_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None]
+    zeros = np.zeros_like(ids)
+    positions = np.arange(ids.shape[1], dtype=np.int32)[None]
     return Batch(tokens=ids, segment_ids=zeros + 1, positions=positions, domains=zeros + domain, documents=zeros)
 
 
@@ -140,7 +141,10 @@ class Batches(Iterator[Batch]):
     def __init__(self, order: Rows, batch_size: int, mine: Sequence[int] | np.ndarray | None = None,
                  fingerprint: str = ""):  # fmt: skip
         mine = np.arange(batch_size) if mine is None else np.asarray(mine)
-        self._order, self._batch_size, self._mine, self._fingerprint = order, batch_size, mine, fingerprint
+        self._order = order
+        self._batch_size = batch_size
+        self._mine = mine
+        self._fingerprint = fingerprint
         self._row = 0
 
     def __next__(self) -> Batch:

@@ -176,7 +176,8 @@ def _installed_documents() -> Iterator[Document]:
 
 def _python_files(tests: bool) -> list[Path]:
     """The standard library's sources, or its tests."""
-    tables, found = {"encodings", "pydoc_data", "entities.py"}, []
+    tables = {"encodings", "pydoc_data", "entities.py"}
+    found = []
     root = Path(sysconfig.get_path("stdlib"))
     for path in files_below(root, skip=("site-packages", "dist-packages")):
         names = set(path.relative_to(root).parts)
@@ -278,7 +279,8 @@ def _rows_of_files(
         if file.is_symlink() and not file.exists():
             print(f"passed over {str(file)!r}: a link that leads nowhere", file=sys.stderr)
             continue
-        suffix, folders = file.suffix.lower(), file.relative_to(root).parts[:-1]
+        suffix = file.suffix.lower()
+        folders = file.relative_to(root).parts[:-1]
         rows: Iterable[tuple[str, Any]] = ()
         try:
             check_regular(file)

@@ -157,7 +157,9 @@ class Packed:
             filled = list(fill(pieces, seq_len, whole))
             pieces = [piece for row in filled for piece in row]
             bounds = np.cumsum([0, *(sum(len(piece.tokens) for piece in row) for row in filled)])
-        self._record, self._seq_len, self._separate = Record.of(list(pieces)), seq_len, separate
+        self._record = Record.of(list(pieces))
+        self._seq_len = seq_len
+        self._separate = separate
         self._bounds = bounds if whole else np.arange(0, len(self._record.tokens) + seq_len, seq_len)
 
     def __len__(self) -> int:

@@ -92,7 +92,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}")
     values = read_sealed(file)
     try:
-        version, newest = values.pop("version"), VERSIONS[values["format"]]
+        version = values.pop("version")
+        newest = VERSIONS[values["format"]]
         if version != newest:
             raise ValueError(f"{file} is not of version {newest}; tokenize again into an empty folder")
         _check(values)
@@ -180,7 +181,8 @@ class Shard:
     """The records of a file. Every read is checked. Raises: ValueError that names a damaged shard."""
 
     def __init__(self, manifest: Manifest, name: str):
-        self._manifest, self._path = manifest, manifest.folder / name
+        self._manifest = manifest
+        self._path = manifest.folder / name
         self._domains = manifest.files[name]["domains"]
         self._ends = list(itertools.accumulate(records for _, records, _ in self._domains))
         with self._named("the index"):
@@ -226,7 +228,9 @@ class ShardRows:
     """
 
     def __init__(self, manifest: Manifest, parts: Sequence[Part], cfg: DataConfig):
-        self._parts, self._cfg, self._per_record = parts, cfg, manifest.row_tokens // cfg.seq_len
+        self._parts = parts
+        self._cfg = cfg
+        self._per_record = manifest.row_tokens // cfg.seq_len
         rows = (p.records if self._per_record == 1 else -(-p.tokens // cfg.seq_len) for p in parts)
         self._first = [0, *itertools.accumulate(rows)]
         self._shard = cache(partial(Shard, manifest))
@@ -238,7 +242,8 @@ class ShardRows:
         part = bisect.bisect_right(self._first, row) - 1
         file, skip = self._parts[part][:2]
         record, i = divmod(row - self._first[part], self._per_record)
-        first, stop = i * self._cfg.seq_len, (i + 1) * self._cfg.seq_len
+        first = i * self._cfg.seq_len
+        stop = (i + 1) * self._cfg.seq_len
         return self._shard(file).read(skip + record).row(first, stop, self._cfg.seq_len, self._cfg.separate_documents)
 
 

@@ -98,7 +98,8 @@ def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterat
     then represent all documents.
     """
     rng = np.random.default_rng(0)
-    keys, remaining = list(texts), []  # (key, windows, index of the first one)
+    keys = list(texts)
+    remaining = []  # (key, windows, index of the first one)
     for i in rng.permutation(len(texts)):
         tokens = _encode(texts[keys[i]], tokenizer)
         windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
@@ -120,12 +121,14 @@ def _rearranged(text: str, tokenizer: Tokenizer, cfg: DataConfig, rng: np.random
 
     Source: prefix-suffix-middle order of arXiv 2207.14255.
     """
-    size, begin = _FIM_ROWS * cfg.seq_len, 0
+    size = _FIM_ROWS * cfg.seq_len
+    begin = 0
     while begin < len(text):
         stop = len(text)
         if stop - begin > 1.5 * size:
             stop = text.rfind("\n", begin + size // 2, begin + size) + 1 or begin + size
-        part, begin = text[begin:stop], stop
+        part = text[begin:stop]
+        begin = stop
         if rng.random() < cfg.fim_rate:
             a, b = sorted(rng.integers(0, len(part) + 1, size=2).tolist())
             ids = (

@@ -254,7 +254,8 @@ class FileTokenizer(Tokenizer):
         eos = _eos_of(file, inner.token_to_id)
         found = ([i for name in names if (i := inner.token_to_id(name)) is not None] for names in _FIM)
         fim = next(((a, b, c) for a, b, c in (ids for ids in found if len(ids) == 3)), None)
-        self.inner, self._byte_level = inner, '"ByteLevel"' in json.dumps(settings["decoder"])
+        self.inner = inner
+        self._byte_level = '"ByteLevel"' in json.dumps(settings["decoder"])
         self.puts_space_before = not self._byte_level
         tokens = inner.get_added_tokens_decoder().items()
         specials = {token.content: i for i, token in tokens if token.special}
@@ -446,7 +447,8 @@ def keep_copy(spec: str, folder: Path) -> Path:
     own = folder / (TIKTOKEN_FILE if source.name == TIKTOKEN_FILE else JSON_FILE)
     if own.exists() and own.samefile(source):
         return own
-    words, config = load(str(source)), source.parent / CONFIG_FILE
+    words = load(str(source))
+    config = source.parent / CONFIG_FILE
     write_atomic(own, read_bytes(source))
     if not isinstance(words, FileTokenizer):
         if config.is_file():

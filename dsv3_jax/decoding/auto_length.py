@@ -34,7 +34,8 @@ def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
         >>> draft_lengths("mtp", preset("tiny")), draft_lengths("lookup", preset("tiny"))
         ((0, 1, 2, 4), (0, 1, 2, 4, 8))
     """
-    least, most = 1, 8 if draft == "lookup" else 4
+    least = 1
+    most = 8 if draft == "lookup" else 4
     if draft == "mtp":
         least = cfg.mtp_depth if HEADS[cfg.mtp_kind].remembers else 1  # such a head must read every position
         most = 4 if cfg.head_kind.reads_tokens else cfg.mtp_depth
@@ -58,11 +59,14 @@ class LengthChoice:
     """
 
     def __init__(self, lengths: Sequence[int]):
-        self.lengths, self.best = lengths, 0
+        self.lengths = lengths
+        self.best = 0
         self.start: dict[int, float] = {}  # seconds of a part without steps
         self.seconds = {length: deque[float](maxlen=5) for length in lengths}  # of a step
         self.accepted, self.tried = np.zeros((2, lengths[-1]))
-        self.part, self.known, self.patience = TRIAL, 0.0, SOONEST
+        self.part = TRIAL
+        self.known = 0.0
+        self.patience = SOONEST
 
     def next(self) -> tuple[int, int]:
         """(Drafts a step, tokens) of the next part."""
@@ -82,7 +86,10 @@ class LengthChoice:
         if not self.seconds[best]:
             return best, TRIAL
         if best != self.best:
-            self.best, self.part, self.known, self.patience = best, TRIAL, 0.0, SOONEST
+            self.best = best
+            self.part = TRIAL
+            self.known = 0.0
+            self.patience = SOONEST
         self.part = min(2 * self.part, LONGEST_DRAFTED if best else LONGEST_PLAIN)
         return best, min(self.part, int(self.patience - self.known) + 1)  # others are tried within a text, too
 
@@ -97,7 +104,8 @@ class LengthChoice:
         self.tried[:length] = self.tried[:length] * fade + tried
         self.known += steps * (1 + sum(accepted) / max(tried, 1))
         if self.known > self.patience:
-            self.known, self.patience = 0.0, min(2 * self.patience, LATEST)
+            self.known = 0.0
+            self.patience = min(2 * self.patience, LATEST)
             self.accepted[self.best :], self.tried[self.best :] = 0, 0
             for other in set(self.lengths) - {self.best}:
                 self.seconds[other].clear()

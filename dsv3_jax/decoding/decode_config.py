@@ -45,7 +45,9 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         temperature, top_k, top_p = self.sampling if isinstance(self.sampling, Sampling) else GREEDY
-        least, kinds, rows = 0 if self.draft is None else 1, get_args(CacheKind), self.batch_size
+        least = 0 if self.draft is None else 1
+        kinds = get_args(CacheKind)
+        rows = self.batch_size
         drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
         auto_or_int = self.draft_length == "auto" or _is_int(self.draft_length, least)
         for right, name, value, what in (
@@ -86,7 +88,9 @@ class DecodeConfig:
 
         Raises: ValueError, one sentence with the offending value.
         """
-        size, depth, other = cfg.vocab_size, cfg.mtp_depth, getattr(self.draft, "cfg", cfg)
+        size = cfg.vocab_size
+        depth = cfg.mtp_depth
+        other = getattr(self.draft, "cfg", cfg)
         if not _is_list(prompts) or not len(prompts):
             raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
         for i, tokens in enumerate((*prompts, self.stop_tokens)):
@@ -103,7 +107,8 @@ class DecodeConfig:
             raise ValueError(
                 f"draft_length={self.draft_length} is more than mtp_depth={depth}: a {cfg.mtp_kind} head drafts one"
             )
-        reach, longest = min(cfg.max_positions, other.max_positions), max(map(len, prompts))
+        reach = min(cfg.max_positions, other.max_positions)
+        longest = max(map(len, prompts))
         number = [*map(len, prompts)].index(longest)
         if longest + self.max_new_tokens + self.num_drafts > reach:
             drafts = f" with {self.num_drafts} drafts a step" if self.num_drafts else ""

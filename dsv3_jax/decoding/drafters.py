@@ -53,7 +53,8 @@ class Drafter:
     """The protocol of a drafter."""
 
     def __init__(self, model: Transformer, weights: DecodeWeights | None):
-        self.model, self.weights = model, weights
+        self.model = model
+        self.weights = weights
         self.heads = [unshard_head(head, model.unshard) for head in model.mtp]
 
     def start(self, prompt: Prompt) -> Any:
@@ -80,7 +81,8 @@ class ModelDrafter(Drafter):
     """An independent model with the target's vocabulary."""
 
     def start(self, prompt: Prompt) -> Any:
-        cfg, batch = self.model.cfg, prompt.tokens.shape[0]
+        cfg = self.model.cfg
+        batch = prompt.tokens.shape[0]
         cache = self.model.empty_cache(batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
         # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
         tokens = prompt.tokens[:, : cfg.max_positions]
@@ -125,7 +127,9 @@ class ChainDrafter(Drafter):
     """
 
     def start(self, prompt: Prompt) -> tuple[_ChainState, ...]:
-        cfg, h, states = self.model.cfg, self.model.read_by_heads(prompt.x), []
+        cfg = self.model.cfg
+        h = self.model.read_by_heads(prompt.x)
+        states = []
         batch, length = prompt.tokens.shape
         for k, head in enumerate(self.heads, start=1):
             tokens = prompt.tokens[:, k:]
@@ -137,15 +141,18 @@ class ChainDrafter(Drafter):
 
     def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
         h, text, count, start = unread
-        trained, rows = min(keys.shape[0], len(self.heads)), jnp.arange(start.size, dtype=jnp.int32)
-        states, drawn = list(state), list[Drafts]()
+        trained = min(keys.shape[0], len(self.heads))
+        rows = jnp.arange(start.size, dtype=jnp.int32)
+        states = list(state)
+        drawn = list[Drafts]()
         # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
         tokens = window(text, start + 1, h.shape[1] + trained)
         for k, head in enumerate(state[:trained], start=1):
             # Positions before 0, if the text is shorter than the chain, are skipped.
             skipped = jnp.maximum(k - 1 - start, 0)
             cache = head.cache.at_lengths(start - k + 1 + skipped)
-            read, width = window(tokens, skipped, h.shape[1]), h.shape[1]
+            read = window(tokens, skipped, h.shape[1])
+            width = h.shape[1]
             out, cache = self._continue(k - 1, read, window(h, skipped, width), cache)
             out = window(out, -skipped, width)
             end = _pick(out, count + k - 2)  # at position m − 1
@@ -172,11 +179,14 @@ class ParallelDrafter(Drafter):
 
     def start(self, prompt: Prompt) -> tuple[Cache, ...]:
         ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING)
-        h, read = self.model.read_by_heads(prompt.x), prompt.lengths - 1  # the first step reads the last position
+        h = self.model.read_by_heads(prompt.x)
+        read = prompt.lengths - 1  # the first step reads the last position
         return tuple(_head_cache(self.model, prompt, head(h, ctx)[1].rows, read) for head in self.heads)
 
     def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
-        caches, drawn, tokens = list(state), list[Drafts](), window(unread.text, unread.start, unread.h.shape[1])
+        caches = list(state)
+        drawn = list[Drafts]()
+        tokens = window(unread.text, unread.start, unread.h.shape[1])
         for k in range(keys.shape[0]):
             h, caches[k] = self._continue(k, tokens, unread.h, state[k].at_lengths(unread.start))
             drawn.append(draw(self.model.logits(_pick(h, unread.num_valid - 1)), keys[k], sampling))

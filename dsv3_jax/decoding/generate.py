@@ -145,7 +145,10 @@ class _Request:
     def __init__(
         self, model: Transformer, prompts: Sequence[Sequence[int]], config: DecodeConfig, skip: Collection[int]
     ):
-        cfg, draft, lengths, models = model.cfg, config.draft, (config.num_drafts,), [model.in_compute_dtype()]
+        cfg = model.cfg
+        draft = config.draft
+        lengths = (config.num_drafts,)
+        models = [model.in_compute_dtype()]
         kind = "none" if config.cache == "none" else pick_kind(cfg, config.cache)
         dtype = pick_dtype(model.compute_dtype, config.cache_dtype)
         self.mesh = sharding.mesh_of(models)
@@ -168,7 +171,8 @@ class _Request:
         grows = kind != "none" and model.kernels.reads_all_slots
         self.slots = min(FIRST_SLOTS, self.capacity) if grows else self.capacity
         self._raise_slots(self.width)
-        self.config, self.steps = config, dict.fromkeys(lengths, 0)
+        self.config = config
+        self.steps = dict.fromkeys(lengths, 0)
         self.loop: Any = None
         self.seen: Any = None  # the loop's small arrays, as NumPy's
         self.read: Prefilled | None = None
@@ -198,7 +202,8 @@ class _Request:
                 self._read_prompts()
             begins = np.full((3, self.prompt_lengths.size), -1, np.int32)
             while free and self.waiting and self.waiting[0].prompt in self.places:
-                row, text = free.popleft(), self.waiting.popleft()
+                row = free.popleft()
+                text = self.waiting.popleft()
                 self.rows[row], self.prompt_lengths[row] = text.row, len(text.prompt)
                 begins[:, row] = self.places[text.prompt], _hash(text.prompt), text.sample
             in_order = self.loop is None and np.array_equal(begins[0], np.arange(self.group))
@@ -265,7 +270,8 @@ class _Request:
         Returns: (steps; steps, and accepted drafts by position, of the rows that were furthest behind before it: they
             decide how long the request takes; seconds).
         """
-        before, rows = self.seen, behind == behind.max()
+        before = self.seen
+        rows = behind == behind.max()
         seconds = self._run(self.programs.decode, until, length=length)
         steps = self.seen.steps - before.steps
         self.steps[length] += (most := int(steps.max()))
@@ -298,7 +304,8 @@ class _Request:
                 found.ended.append(index)
                 del self.rows[row]
         found.acceptance = (self.seen.num_accepted.sum(0) / max(self.seen.steps.sum(), 1)).tolist()
-        found.steps, found.steps_by_length = sum(self.steps.values()), dict(self.steps)
+        found.steps = sum(self.steps.values())
+        found.steps_by_length = dict(self.steps)
         found.cache_bytes = self.loop.cache.nbytes
         copies: dict[str, Any] = {name: list(of) for name, of in vars(found).items() if isinstance(of, list)}
         return replace(found, **copies)
@@ -329,7 +336,8 @@ _grown = jax.jit(with_slots, static_argnames="slots")
 
 def _texts(prompts: Sequence[Sequence[int]], samples: int, skip: Collection[int]) -> list[Text]:
     """The texts of a request, longest prompts first; equal prompts are neighbours, whatever the order was."""
-    found, count = list[Text](), Counter[tuple[int, ...]]()
+    found = list[Text]()
+    count = Counter[tuple[int, ...]]()
     for i, prompt in enumerate(prompts):
         same = tuple(map(int, prompt))
         found += [Text(same, count[same] + k, i * samples + k) for k in range(samples)]
@@ -344,7 +352,8 @@ def _hash(prompt: tuple[int, ...]) -> int:
 
 def _pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """(Tokens [rows, width], lengths [rows]); rows without a prompt have one token."""
-    tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    tokens = np.zeros((rows, width), np.int32)
+    lengths = np.ones(rows, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
     return tokens, lengths

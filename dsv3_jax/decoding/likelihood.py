@@ -59,7 +59,8 @@ def loglikelihood(
         with sharding.use_mesh(mesh):
             nats, best = jax.device_get(next_token_scores(graphdef, state, tokens))
         for row, i in enumerate(chosen):
-            start, stop = len(pairs[i][0]) - 1, sum(map(len, pairs[i])) - 1
+            start = len(pairs[i][0]) - 1
+            stop = sum(map(len, pairs[i])) - 1
             likeliest = best[row, start:stop] == tokens[row, start + 1 : stop + 1]
             scores[i] = -float(nats[row, start:stop].sum(dtype=np.float64)), bool(likeliest.all())
     return scores

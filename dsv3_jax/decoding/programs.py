@@ -117,7 +117,9 @@ def _admit(
     longest, config, batch, (source, texts, samples) = job.lengths[-1], job.config, begins.shape[1], begins
     if not in_order:
         read = jax.tree.map(lambda x: x.take(jnp.maximum(source, 0), axis=_rows_axis(x)), read)
-    zero, h, ids = jnp.zeros((batch,), jnp.int32), None, read.expert_ids
+    zero = jnp.zeros((batch,), jnp.int32)
+    h = None
+    ids = read.expert_ids
     if job.draft == "mtp":  # plain steps may leave all their positions unread
         unread = longest + 1 + (config.max_new_tokens if len(job.lengths) > 1 else 0)
         h = constrain(jnp.zeros((batch, unread, read.x.shape[2]), read.x.dtype), "batch", None, None)
@@ -223,7 +225,8 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
 
     Args: x [B, F, D], the trunk's output at the newest token and at each draft.
     """
-    model, config = job.models[0][0], job.config
+    model = job.models[0][0]
+    config = job.config
     rows, index = (jnp.arange(n, dtype=jnp.int32)[None] for n in x.shape[:2])
     raw = model.logits(model.norm(x))
     logits, left = process_by_rows(raw, config.sampling)
@@ -233,7 +236,9 @@ def _advance(job: Job, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     room = jnp.where(loop.done, 0, config.max_new_tokens - loop.written)  # a row that is done does not move
     added = (index <= num_accepted[:, None]) & (index < room[:, None]) & (jnp.cumsum(stops, axis=1) == stops)
     count = added.sum(axis=1, dtype=jnp.int32)
-    start, written, h = loop.cache.lengths, loop.written + count, loop.h
+    start = loop.cache.lengths
+    written = loop.written + count
+    h = loop.h
     column = jnp.where(added, start[:, None] + 1 + index, job.capacity)  # past it: dropped
     if h is not None:
         new = constrain(model.read_by_heads(x), "batch", None, None)

@@ -172,7 +172,8 @@ def check_quantization(values: dict[str, Any]) -> None:
     if config.get("quant_method") == int4.METHOD:
         int4.group_size(config)
         return
-    method, fmt = config.get("quant_method"), config.get("fmt", "e4m3")
+    method = config.get("quant_method")
+    fmt = config.get("fmt", "e4m3")
     size = config.get("weight_block_size", _BLOCK_SIZE)
     if method != "fp8" or fmt != "e4m3" or size != _BLOCK_SIZE:
         raise ConfigError(
@@ -183,8 +184,10 @@ def check_quantization(values: dict[str, Any]) -> None:
 
 def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     """Return our fields of the router."""
-    label, methods = values["model_type"], family.methods
-    scoring, method = values.get("scoring_func", family.scoring), values.get("topk_method", methods[0])
+    label = values["model_type"]
+    methods = family.methods
+    scoring = values.get("scoring_func", family.scoring)
+    method = values.get("topk_method", methods[0])
     if scoring != family.scoring:
         raise ConfigError(f"scoring_func={scoring!r} is not supported for {label}; use {family.scoring!r}")
     if method not in methods:

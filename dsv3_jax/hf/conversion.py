@@ -91,7 +91,8 @@ def _run_to_released(
     model, run, step = load_run(source, step=step, kernels="auto")  # the run's own may be of other devices
     origin = read_object(files.file_inside(source, ORIGIN))
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
-    fp8, name = dtype == "fp8", next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
+    fp8 = dtype == "fp8"
+    name = next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
     config, table, read = prepare(model, fp8, name)
     ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
     config |= ids | {k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None}
@@ -100,14 +101,16 @@ def _run_to_released(
         texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
     write_released(out, config, table, tensors, quiet=quiet, texts=texts)
-    written, lost = "fp8" if fp8 else config["torch_dtype"], left_out(run.model)
+    written = "fp8" if fp8 else config["torch_dtype"]
+    lost = left_out(run.model)
     sentence = f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, in Hugging Face format"
     return f"{sentence}; {lost}" if lost else sentence
 
 
 def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: bool) -> str:
     """Convert to another dtype with one tensor in memory at a time."""
-    embed, fp8 = folder.stored["model.embed_tokens.weight"].dtype.name, dtype == "fp8"
+    embed = folder.stored["model.embed_tokens.weight"].dtype.name
+    fp8 = dtype == "fp8"
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
@@ -125,7 +128,8 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
 def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
     """Convert to a run at step 0 with a new optimizer state, as `dsv3 generate` and `dsv3 eval` read it."""
     run = released_run(source, model.cfg)
-    params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
+    params = nnx.state(model, nnx.Param)
+    bias = nnx.state(model, RouterBias)
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)  # untouched pages take no memory
     state = TrainState(params, bias, AdamState(zeros, zeros), jnp.zeros((), jnp.int32))
     files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))

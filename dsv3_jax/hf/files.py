@@ -228,7 +228,8 @@ def write_shards(folder: Path, table: Table, shard_bytes: int, tensors: Iterable
             shard_size = 0
         shards[-1][name] = (shape, dtype)
         shard_size += nbytes
-    file_of, remaining = {}, iter(tensors)
+    file_of = {}
+    remaining = iter(tensors)
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         file_of.update(dict.fromkeys(shard, file))
@@ -241,7 +242,8 @@ def _write_file(path: Path, shard: Table, tensors: Iterator[np.ndarray]) -> None
     end = 0
     # The widest dtypes first, so that every tensor begins at a multiple of its item size.
     for name, (shape, dtype) in sorted(shard.items(), key=lambda row: -np.dtype(row[1][1]).itemsize):
-        start, end = end, end + table_bytes({name: (shape, dtype)})
+        start = end
+        end = end + table_bytes({name: (shape, dtype)})
         header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

@@ -72,7 +72,8 @@ class ReleasedFolder:
     def __init__(
         self, place: str | Path, *, mtp: bool = True, allow_nonfinite: bool = False, allow_unknown_keys: bool = False
     ):
-        self.path, self.allow_nonfinite = find(place), allow_nonfinite
+        self.path = find(place)
+        self.allow_nonfinite = allow_nonfinite
         self.config, stored = open_folder(self.path)
         self.notes: list[str] = []
         try:
@@ -157,7 +158,8 @@ class ReleasedFolder:
 
     def _wanted(self, entry: Entry) -> dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]:
         """The one or two tensors that store a released tensor: name → (shape, possible dtypes)."""
-        name, stored = entry.name, self.stored.get(entry.name)
+        name = entry.name
+        stored = self.stored.get(entry.name)
         if entry.quantized and stored is not None and stored.dtype == E4M3:
             return {name: (entry.shape, (E4M3,)), name + SCALE_SUFFIX: (entry.scale_shape, READABLE_DTYPES[:1])}
         if entry.quantized and self._group and name + int4.PACKED in self.stored:
@@ -167,7 +169,8 @@ class ReleasedFolder:
 
     def _check_tensors(self, all_entries: list[Entry]) -> None:
         """Raises: ValueError that lists all tensors that are missing, unknown, or of a wrong shape or dtype."""
-        wrong, known = [], set()
+        wrong = []
+        known = set()
         for entry in all_entries:
             wanted = self._wanted(entry)
             known |= {*wanted, entry.name + int4.SHAPE}
@@ -297,7 +300,8 @@ def load(
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(flat))
     with transfer("loading", total, quiet=quiet) as advance:
         for path, variable in flat.items():
-            wanted, where = variable.get_value(), shardings[path].get_value()
+            wanted = variable.get_value()
+            where = shardings[path].get_value()
             if isinstance(wanted, Packed):
                 value = Packed(*map(partial(array, path), wanted, where, Packed._fields))
             else:

@@ -97,7 +97,8 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
 
 
 def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[Entry]:
-    name, path = f"model.layers.{cfg.num_layers + k}", ("mtp", k)
+    name = f"model.layers.{cfg.num_layers + k}"
+    path = ("mtp", k)
     yield replace(embed, name=f"{name}.embed_tokens.weight", copy_of=embed.name)
     yield _norm(f"{name}.enorm", cfg.dim, (*path, "embed_norm"), ())
     yield _norm(f"{name}.hnorm", cfg.dim, (*path, "hidden_norm"), ())
@@ -140,7 +141,9 @@ def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, i
 
 
 def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterator[Entry]:
-    h, qk, v = cfg.num_heads, cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim
+    h = cfg.num_heads
+    qk = cfg.nope_head_dim + cfg.rope_head_dim
+    v = cfg.v_head_dim
 
     def linear(part: str, shape: Shape, *ours: str, **layout: Any) -> Entry:
         slices = tuple(ParamSlice((*path, w), index) for w in ours)
@@ -155,16 +158,20 @@ def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterato
         yield linear("q_a_proj", (cfg.q_latent_dim, cfg.dim), "w_dq")
         yield _norm(f"{name}.q_a_layernorm", cfg.q_latent_dim, (*path, "q_norm"), index)
         yield queries("q_b_proj", cfg.q_latent_dim, "w_uq")
-    latent, parts = cfg.kv_latent_dim, (cfg.nope_head_dim, v)
+    latent = cfg.kv_latent_dim
+    parts = (cfg.nope_head_dim, v)
     yield linear("kv_a_proj_with_mqa", (latent + cfg.rope_head_dim, cfg.dim), "w_dkv")
     yield _norm(f"{name}.kv_a_layernorm", latent, (*path, "kv_norm"), index)
-    both, heads = (h * sum(parts), latent), (h, sum(parts), latent)
+    both = (h * sum(parts), latent)
+    heads = (h, sum(parts), latent)
     yield linear("kv_b_proj", both, "w_uk", "w_uv", order=(0, 1, 2), heads=heads, parts=parts)
     yield linear("o_proj", (cfg.dim, h * v), "w_o", order=(1, 2, 0), heads=(cfg.dim, h, v))
 
 
 def _indexer(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterator[Entry]:
-    heads, width, latent = cfg.index_heads, cfg.index_dim, cfg.q_latent_dim or 0  # it has one
+    heads = cfg.index_heads
+    width = cfg.index_dim
+    latent = cfg.q_latent_dim or 0  # it has one
     w_iq, w_ik, w_iw = ((ParamSlice((*path, ours), index),) for ours in ("w_iq", "w_ik", "w_iw"))
     queries = Entry(f"{name}.wq_b.weight", (heads * width, latent), w_iq, quantized=True)
     yield replace(queries, order=(2, 0, 1), heads=(heads, width, latent))

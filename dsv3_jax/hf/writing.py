@@ -40,7 +40,8 @@ def cast(read: ReadTensor, table: files.Table, *, allow_nonfinite: bool) -> Iter
     for name, (_, dtype) in table.items():
         if name.endswith(SCALE_SUFFIX):
             continue  # written with its tensor
-        value, fp8 = read(name), dtype not in DTYPES
+        value = read(name)
+        fp8 = dtype not in DTYPES
         if (fp8 or not allow_nonfinite) and not np.isfinite(value).all():
             reason = ", which FP8 cannot represent" if fp8 else "; allow_nonfinite=True accepts it"
             raise ValueError(f"{name} holds NaN or Inf{reason}")

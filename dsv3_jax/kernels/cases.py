@@ -148,7 +148,8 @@ def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, lar
         shapes = (dim, hidden), (dim, hidden), (hidden, dim)
         weights = [draw(count, *shape, std=shape[0] ** -0.5, dtype=dtype) for shape in shapes]
         for pattern in ("holes", "one full", "elsewhere")[: 2 if draw.dtype == np.float32 else 3]:
-            scores, gates = draw.rng.random((tokens, count)), draw.rng.uniform(0.1, 1, (tokens, each))
+            scores = draw.rng.random((tokens, count))
+            gates = draw.rng.uniform(0.1, 1, (tokens, each))
             scores[:, [0, 1, count // 2, count - 1]] -= 1  # experts without rows; the second has a single one
             scores[-1, 1] = 2
             ids = np.argsort(-scores, axis=1)[:, :each].astype(np.int32)
@@ -162,7 +163,8 @@ def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, lar
 
 def cross_entropy(draw: Draw, large: bool) -> Iterator[Case]:
     tokens, dim, vocab = (4096, 2048, 102_400) if large else (70, 64, 1000)
-    targets, mask = draw.rng.integers(0, vocab, tokens, np.int32), draw.rng.random(tokens) < 0.8
+    targets = draw.rng.integers(0, vocab, tokens, np.int32)
+    mask = draw.rng.random(tokens) < 0.8
     yield Case(f"{tokens} tokens, {vocab} words", (draw(tokens, dim), draw(dim, vocab, std=0.1), targets, mask), (0, 1))
 
 
@@ -182,7 +184,8 @@ def rotate_last(draw: Draw, large: bool) -> Iterator[Case]:
 
 def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
     p, mu, g = (draw(300, 256, std=0.01) for _ in range(3))
-    numbers, settings = np.array([0.7, 3.0, 9.0, 1e-3, 1.0], np.float32), (("betas", (0.9, 0.95)), ("eps", 1e-8))
+    numbers = np.array([0.7, 3.0, 9.0, 1e-3, 1.0], np.float32)
+    settings = (("betas", (0.9, 0.95)), ("eps", 1e-8))
     yield Case("300 × 256", (p, mu, np.square(mu), g, numbers), settings=(*settings, ("decay", 0.1)))
 
 

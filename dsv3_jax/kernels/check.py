@@ -68,7 +68,8 @@ def rows_by_op(
     for op, precision in itertools.product(ops, dict.fromkeys(precisions)):
         if precision not in {row.precision for row in TABLE[op]}:
             continue
-        reference, target = reference_of(op, precision), replace(kernels.target, precision=precision)
+        reference = reference_of(op, precision)
+        target = replace(kernels.target, precision=precision)
         named = [row for row in target.here(op) if row.name in also]
         dtype = "float32" if op in IN_FLOAT32 or target.platform == "cpu" else "bfloat16"
         rows = [row for row in (*target.rows(op), *named) if row.name not in dict(kernels.missing)]
@@ -111,7 +112,8 @@ def _check_case(
             errors = _errors(names, program(row.run, case.wrt, case.settings)(args, arrays, d_out), want)
             share, wrong = _judge(names, jax.device_get(errors), bounds)
         except Exception as error:  # of a compiler or a library: any type
-            share, wrong = np.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            share = np.inf
+            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         yield Verdict(row.of(op), share, wrong and f"{wrong} ({case.label})")
         if share == np.inf:
             jax.block_until_ready(jnp.zeros(()))  # raises if the device was lost: others are not to blame

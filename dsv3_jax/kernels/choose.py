@@ -369,7 +369,8 @@ class Target:
     def rows(self, op: str) -> list[Implementation]:
         """The rows of an op that may run, in order: to the first that serves everything."""
         xla_only = self.asked[0] == "xla" and not self.name_of(op)
-        rows, forced = [row for row in self.here(op) if not (xla_only and row.dtypes)], self.forced(op)
+        rows = [row for row in self.here(op) if not (xla_only and row.dtypes)]
+        forced = self.forced(op)
         last = next(i for i, row in enumerate(rows) if not (row.dtypes or row.fits or row.why_not))
         return ([] if forced is None else [forced]) + [row for row in rows[: last + 1] if row is not forced]
 
@@ -398,7 +399,8 @@ class Kernels:
         Raises: ConfigError if a row was asked for by name and does not serve the dtype or the mesh.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        dtype, devices = jax.tree.leaves(args)[0].dtype.name, 1 if mesh.empty else mesh.size
+        dtype = jax.tree.leaves(args)[0].dtype.name
+        devices = 1 if mesh.empty else mesh.size
         if self.target.forced(op) is not None:
             self._check(op, dtype, devices)
         for row in self._available(op):
@@ -414,7 +416,9 @@ class Kernels:
 
     def _check(self, op: str, dtype: str, devices: int) -> None:
         """Refuse a row that is asked for by name, where it cannot run."""
-        target, name, row = self.target, self.target.name_of(op), self.target.forced(op)
+        target = self.target
+        name = self.target.name_of(op)
+        row = self.target.forced(op)
         if not name:
             return
         if row is None:
@@ -536,7 +540,8 @@ def prepare(
     """
     execution = execution or Execution()
     if platform is None:
-        platform, chip = platform_of(mesh), _chip_of(_device_of(mesh))
+        platform = platform_of(mesh)
+        chip = _chip_of(_device_of(mesh))
     target = Target(platform, execution.kernels, chip, execution.precision)
     rows = {row.name: row.why_not for op in TABLE for row in target.rows(op) if row.why_not is not None}
     missing = tuple((name, reason) for name, why_not in rows.items() if (reason := why_not(target)))

@@ -85,7 +85,8 @@ def grouped_swiglu(
     """
 
     def meet(how: Sharded, *args) -> tuple[Array, Array]:
-        n, apart = args[0].shape[0], how.peers > 1 and "expert" in how.rows
+        n = args[0].shape[0]
+        apart = how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, n, how.peers) if apart else "gather"
         if comm == "gather":
             return _gathered(partial(kernels, "grouped_swiglu", complete=how.peers == 1), how, *args)
@@ -120,7 +121,8 @@ def _on_shards(
 
     Args: turn: gathered experts go along transposed as well.
     """
-    mesh, rows = jax.sharding.get_abstract_mesh(), row_axes(x.shape[0])
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = row_axes(x.shape[0])
     specs = tuple(spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True))
     how = Sharded(rows, specs, mesh.shape["expert"])
 
@@ -141,7 +143,8 @@ def _on_shards(
 
 def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, experts: Experts, turned: Any = None):
     """(y of this device's tokens, copies of a token sent), by `run` on the tokens of all peers."""
-    shared, sent = how.peers > 1, 0.0
+    shared = how.peers > 1
+    sent = 0.0
     if shared and "expert" in how.rows:
         x, ids, gates = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, ids, gates))
         sent = how.peers - 1.0

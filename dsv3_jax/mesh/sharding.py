@@ -85,7 +85,8 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data},expert={expert},tensor={tensor} needs {count} devices, and there are "
             f"{jax.device_count()} here"
         )
-    sizes, kinds = (data, expert, tensor), (AxisType.Auto,) * len(AXES)
+    sizes = (data, expert, tensor)
+    kinds = (AxisType.Auto,) * len(AXES)
     devices = jax.devices()[:count]
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) > 1:
@@ -104,7 +105,8 @@ def _over_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: Counter
 
     Args: slices: the number of devices by slice.
     """
-    left, over = len(slices), []
+    left = len(slices)
+    over = []
     for size in sizes:
         over.append(math.gcd(size, left))
         left //= over[-1]
@@ -332,12 +334,14 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
     mesh = jax.sharding.get_abstract_mesh()
 
     def gather(v):
-        names, exact = names_of(v), v.get_metadata().get("exact", False)
+        names = names_of(v)
+        exact = v.get_metadata().get("exact", False)
         if "expert" in names:
             return v
 
         def of(x):
-            used, kept = spec(names, x.shape, mesh), spec(names, x.shape, mesh, fsdp=True)
+            used = spec(names, x.shape, mesh)
+            kept = spec(names, x.shape, mesh, fsdp=True)
             return x if used == kept else _gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
 
         return jax.tree.map(of, v)

@@ -70,7 +70,8 @@ def round_size(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> Siz
         >>> round_size(preset("v3"), Layout(capacity_slack=1.0), tokens=1000, peers=8)  # 1000 · 3.63 / 8, 1000 · 8 / 8
         Size(tokens=454, choices=1000)
     """
-    share, most = layout.capacity_slack * tokens / peers, most_choices(cfg.experts_per_token, cfg.num_experts // peers)
+    share = layout.capacity_slack * tokens / peers
+    most = most_choices(cfg.experts_per_token, cfg.num_experts // peers)
     slots = min(tokens, math.ceil(share * mean_reach(cfg, peers)))
     return Size(slots, max(most, min(slots * most, math.ceil(share * cfg.experts_per_token))))
 
@@ -255,8 +256,11 @@ def all_to_all(
         size: of the first round.
     Returns: (y, copies of a token sent, empty slots included, mean over tokens).
     """
-    n, peers, held = x.shape[0], jax.lax.axis_size("expert"), experts[0].shape[0]
-    table, later = peer_table(expert_ids, held, peers), later_size(size, most_choices(expert_ids.shape[1], held))
+    n = x.shape[0]
+    peers = jax.lax.axis_size("expert")
+    held = experts[0].shape[0]
+    table = peer_table(expert_ids, held, peers)
+    later = later_size(size, most_choices(expert_ids.shape[1], held))
     none = zeros((1, peers), table.peer)
     starts = (none, none), _in_round(table, (none, none), size)[1]
     rounds = _count_rounds(table, starts[1], later)
@@ -342,7 +346,9 @@ def ragged(
     A device has slots for every token of all its peers, as with `gather`.
     Returns: as there; exactly the copies that had to be sent.
     """
-    n, me, peers = x.shape[0], jax.lax.axis_index("expert"), jax.lax.axis_size("expert")
+    n = x.shape[0]
+    me = jax.lax.axis_index("expert")
+    peers = jax.lax.axis_size("expert")
     table = peer_table(expert_ids, experts[0].shape[0], peers)
     own = table.tokens_so_far[-1]
     counts = jax.lax.all_gather(own, "expert")  # [from, to]
@@ -350,7 +356,8 @@ def ragged(
     lands = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts  # in the receiver's
     out = starts[me], own, lands[me], counts[:, me]
     home = lands[:, me], counts[:, me], starts[:, me], own
-    size, received = n * min(expert_ids.shape[1], peers), n * peers  # whatever the router does
+    size = n * min(expert_ids.shape[1], peers)  # whatever the router does
+    received = n * peers
     rank = jnp.take_along_axis(table.tokens_so_far, table.peer, axis=1) - 1
     buffer = _send_buffer(jnp.where(table.first, starts[me][table.peer] + rank, size), size)
 

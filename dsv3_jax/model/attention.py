@@ -39,7 +39,8 @@ class Attention(nnx.Module):
     ):
         self.make_weights(cfg, rngs)
         self.w_o = param(rngs, (cfg.num_heads, cfg.v_head_dim, cfg.dim), ("heads", None, "dim"), cfg.init_std)
-        self.cfg, self.kernels = cfg, kernels or prepare(execution)
+        self.cfg = cfg
+        self.kernels = kernels or prepare(execution)
         self.scale = rope.softmax_scale(cfg.nope_head_dim + cfg.rope_head_dim, cfg.yarn)
 
     def __call__(
@@ -145,7 +146,8 @@ class MLA(Attention):
         self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std)
 
     def project(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T H K"], Rows]:
-        product, cfg = partial(self.kernels, "product"), self.cfg
+        product = partial(self.kernels, "product")
+        cfg = self.cfg
         c_q = x if cfg.q_latent_dim is None else self.q_norm(product(x, self.w_dq[...]))
         q = product(c_q, (self.w_q if cfg.q_latent_dim is None else self.w_uq)[...])
         c_kv, k_rope = jnp.split(product(x, self.w_dkv[...])[:, :, None], [cfg.kv_latent_dim], axis=-1)
@@ -207,12 +209,16 @@ class DSA(MLA):
         return jnp.array(True) if ctx.chosen is None else jnp.array(self.cfg.has_indexer)[ctx.layer]
 
     def attend_to_new(self, q: Float[Array, "B T H K"], rows: Rows, ctx: Context) -> LayerResult:
-        watch, ids, own = ctx.options.watch, None, self.has_indexer(ctx)
+        watch = ctx.options.watch
+        ids = None
+        own = self.has_indexer(ctx)
         if q.shape[1] <= self.cfg.index_topk or "index_warm" in watch:
             out, ctx, metrics = super().attend_to_new(q, rows, ctx)
         else:
             latent, ctx = self.attend_to_rows(self.absorb(q), "latent", rows, ctx)
-            out, ids, metrics = self.up(latent), ctx.chosen, {}
+            out = self.up(latent)
+            ids = ctx.chosen
+            metrics = {}
         if watch & {"index_warm", "index_sparse"}:
             kl = self.indexer.loss(self.absorb(q), rows, ids, ctx, self.scale)
             metrics |= {"index_kl": jnp.where(own, kl, 0.0)}
@@ -242,7 +248,9 @@ class GQA(Attention):
     """
 
     def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
-        qk_dim, axes, std = cfg.nope_head_dim + cfg.rope_head_dim, ("dim", "heads", None), cfg.init_std
+        qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
+        axes = ("dim", "heads", None)
+        std = cfg.init_std
         self.w_q = param(rngs, (cfg.dim, cfg.num_heads, qk_dim), axes, std)
         self.w_k = param(rngs, (cfg.dim, cfg.kv_heads, qk_dim), axes, std)
         self.w_v = param(rngs, (cfg.dim, cfg.kv_heads, cfg.v_head_dim), axes, std)
@@ -267,7 +275,8 @@ def attend_causally(
 
     Returns: (the result, metrics: each head's largest logit, [H], if the context watches them).
     """
-    segment_ids, watched = ctx.segment_ids, "max_logit" in ctx.options.watch
+    segment_ids = ctx.segment_ids
+    watched = "max_logit" in ctx.options.watch
     kernel = partial(module.kernels, "causal_attention", scale=module.scale)
 
     def attend(q, k, v, segment_ids=None):
@@ -278,9 +287,11 @@ def attend_causally(
 
     if not shards_alike(HEAD_AXES, q.shape, k.shape):
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-    names, args = [HEAD_AXES] * 3, [q, k, v]
+    names = [HEAD_AXES] * 3
+    args = [q, k, v]
     if segment_ids is not None:
-        names, args = [*names, ("batch", None)], [*args, segment_ids]
+        names = [*names, ("batch", None)]
+        args = [*args, segment_ids]
     out, *maxima = shard_map_by_names(attend, names, (0, 0)[: 1 + watched], *args, has_kernel=True)
     maxima = [jnp.where(ctx.mask[:, :, None, None], x, -jnp.inf) for x in maxima]  # without padding
     return out, {"max_logit": maxima[0].max((0, 1, 3))} if maxima else {}
@@ -328,7 +339,10 @@ def attend_to_chosen(
 
     Without a cache it attends to the rows themselves. The context then has the choice, and the rows or the cache.
     """
-    cache, kernels, before, topk = ctx.cache, module.kernels, ctx.chosen, module.cfg.index_topk
+    cache = ctx.cache
+    kernels = module.kernels
+    before = ctx.chosen
+    topk = module.cfg.index_topk
     part, index = (None, None) if cache is None else cache.place(ctx.layer)
     batch, length, heads, _ = next(iter(queries.values())).shape
     groups, width = rows[values].shape[2:]
@@ -339,7 +353,9 @@ def attend_to_chosen(
             last = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), q.shape[:2])
         else:
             local = Cache([stored], lengths).write(kept, index, kernels)
-            arrays, last, stored = local.read(index), local.positions(length), local.parts[0]
+            arrays = local.read(index)
+            last = local.positions(length)
+            stored = local.parts[0]
 
         def choose():
             return kernels("index_choose", q, w, arrays["index_key"], last, segment_ids, k=topk)

@@ -138,7 +138,8 @@ def keep_sharded(cache: Cache) -> Cache:
 
 
 def _as_stored(x: Array, like: Stored) -> Stored:
-    rows, scales = x.astype(like.rows.dtype), None
+    rows = x.astype(like.rows.dtype)
+    scales = None
     if like.scales is not None:
         rows, scales = quantize_rows(x, like.rows.dtype)
     padding = like.rows.shape[-1] - x.shape[-1]

@@ -50,7 +50,8 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
     idle = 1 - cfg.experts_per_token / cfg.num_experts
     looked_up = cfg.vocab_size * cfg.dim if not cfg.tie_embeddings else 0
     head = cfg.vocab_size * cfg.dim * cfg.mtp_depth
-    qk, v = cfg.nope_head_dim + cfg.rope_head_dim, cfg.v_head_dim
+    qk = cfg.nope_head_dim + cfg.rope_head_dim
+    v = cfg.v_head_dim
     scored = 2 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
     return Size(
         total=counted["trunk"],
@@ -168,7 +169,8 @@ def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
         >>> bytes_per_token(preset("v3"), "latent", "bfloat16")
         70272
     """
-    size, rows = jnp.dtype(dtype).itemsize, ATTENTION[cfg.attention].cache_rows(cfg, kind)
+    size = jnp.dtype(dtype).itemsize
+    rows = ATTENTION[cfg.attention].cache_rows(cfg, kind)
     return cfg.num_layers * sum(heads * (width * size + (4 if size == 1 else 0)) for heads, width in rows.values())
 
 
@@ -181,5 +183,6 @@ def share_read(cfg: ModelConfig, context: int, kind: CacheKind) -> float:
         1.0
     """
     widths = {name: n * width for name, (n, width) in ATTENTION[cfg.attention].cache_rows(cfg, kind).items()}
-    index, total = widths.get("index_key", 0), sum(widths.values())
+    index = widths.get("index_key", 0)
+    total = sum(widths.values())
     return (index + (total - index) * attended(cfg, context) / context) / total

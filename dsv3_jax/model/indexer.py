@@ -57,7 +57,8 @@ class Indexer(nnx.Module):
     ) -> dict[str, Array]:
         """The rows "index_query" [B, T, I, X], "index_key" [B, T, 1, X] and "index_weight" [B, T, 1, I]."""
         x, c_q = jax.lax.stop_gradient((x, c_q))
-        q, k = kernels("product", c_q, self.w_iq[...]), self.k_norm(kernels("product", x, self.w_ik[...]))
+        q = kernels("product", c_q, self.w_iq[...])
+        k = self.k_norm(kernels("product", x, self.w_ik[...]))
         made = {"index_query": self._rotate(q, ctx), "index_key": self._rotate(k[:, :, None], ctx)}
         return made | {"index_weight": kernels("product", x, self.w_iw[...])[:, :, None]}
 

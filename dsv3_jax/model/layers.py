@@ -98,7 +98,8 @@ def draws_together(init: Callable) -> Callable:
         finally:
             _WAITS.reset(token)
         params = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Param) and isinstance(v.get_value(), Draw)]
-        draws, draw = [v.get_value() for v in params], draw_all
+        draws = [v.get_value() for v in params]
+        draw = draw_all
         if not any(isinstance(d.key, jax.core.Tracer) for d in draws):
             draw = compile_lightly(draw_all, next(iter(draws[0].key.devices())))
         for v, value in zip(params, draw(draws), strict=True):

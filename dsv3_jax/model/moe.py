@@ -75,10 +75,12 @@ class MoE(nnx.Module):
     ):
         self.w_router = param(rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
-        self.rule, self.router = balance.rule_of(cfg), routing.ROUTERS[cfg.router]
+        self.rule = balance.rule_of(cfg)
+        self.router = routing.ROUTERS[cfg.router]
         zeros = jnp.zeros((cfg.dim, cfg.num_experts), jnp.float32)  # as in arXiv 1701.06538, appendix A
         self.w_noise = nnx.Param(zeros, axes=("dim", None), exact=True) if self.router.has_noise else None
-        self.cfg, self.kernels = cfg, kernels or prepare(execution)
+        self.cfg = cfg
+        self.kernels = kernels or prepare(execution)
         self.layout = (execution or Execution()).layout
         shared = cfg.num_shared_experts * cfg.expert_dim
         self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs, kernels=self.kernels) if shared else None
@@ -127,7 +129,8 @@ class MoE(nnx.Module):
     @jax.named_scope("experts")
     def _run_experts(self, x: Array, ids: Array, gates: Array, ctx: Context) -> tuple[Array, Array, Array]:
         """Returns: (y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
-        none, kernels = jnp.zeros((), jnp.float32), self.kernels
+        none = jnp.zeros((), jnp.float32)
+        kernels = self.kernels
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
         if self.cfg.capacity_factor is not None and ctx.options.may_drop:
             return *kernels("capacity_swiglu", x, ids, gates, *experts, factor=self.cfg.capacity_factor), none
@@ -152,11 +155,15 @@ class MoE(nnx.Module):
         """
         if self.router.reads_tokens and ctx.tokens is None:
             raise ValueError(f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]")
-        cfg, rule, keys, bias = self.cfg, self.rule, ctx.keys, self.bias[...]
+        cfg = self.cfg
+        rule = self.rule
+        keys = ctx.keys
+        bias = self.bias[...]
         noisy = (None, None) if keys is None or self.w_noise is None else (self.w_noise[...], jnp.asarray(ctx.layer))
 
         def local(w_router, bias, w_noise, layer, x, mask, tokens, keys, given):
-            flat, needs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), {}
+            flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+            needs = {}
             logits = checkpoint_name(self.kernels("exact_product", flat, w_router), CHOICE)
             if tokens is not None:
                 needs["tokens"] = tokens.reshape(-1)
@@ -168,7 +175,8 @@ class MoE(nnx.Module):
             flat = routing.route(logits, bias, cfg, **needs)
             flat = flat._replace(expert_ids=checkpoint_name(flat.expert_ids, CHOICE))
             picked = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), flat)
-            load, sequence_loss = balance.load(picked.expert_ids, cfg.num_experts, mask), jnp.zeros((), jnp.float32)
+            load = balance.load(picked.expert_ids, cfg.num_experts, mask)
+            sequence_loss = jnp.zeros((), jnp.float32)
             if cfg.balance.sequence_alpha:
                 sequence_loss = balance.sequence_loss(picked.scores, cfg.experts_per_token, mask, given).sum()
             log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2]) if cfg.balance.z_alpha else None
@@ -209,7 +217,9 @@ def check_expert_ids(cfg: ModelConfig, expert_ids: Any, lead: tuple[int, ...], n
             ...
         ValueError: expert_ids holds 16, which is neither one of 16 experts nor -1
     """
-    shape, k, dtype = (*lead, cfg.experts_per_token), cfg.experts_per_token, getattr(expert_ids, "dtype", None)
+    shape = (*lead, cfg.experts_per_token)
+    k = cfg.experts_per_token
+    dtype = getattr(expert_ids, "dtype", None)
     if getattr(expert_ids, "shape", None) != shape or dtype != jnp.int32:
         found = f"{dtype} {expert_ids.shape}" if hasattr(expert_ids, "shape") else type(expert_ids).__name__
         raise ValueError(f"{name} is {found}, not an array int32 {shape}")
@@ -230,7 +240,8 @@ NEAR = 1e-3  # scores that rounding to bfloat16 may reorder
 
 def near_ties(scores: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig) -> Bool[Array, " n"]:
     """Whether a token's K-th and (K+1)-th score for the choice are nearer than NEAR; False if none is left over."""
-    k, router = cfg.experts_per_token, routing.ROUTERS[cfg.router]
+    k = cfg.experts_per_token
+    router = routing.ROUTERS[cfg.router]
     groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)
     if k == cfg.num_experts // groups * kept or router.reads_tokens:
         return jnp.zeros_like(scores[:, 0], jnp.bool_)

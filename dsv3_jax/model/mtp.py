@@ -271,7 +271,9 @@ def run_heads(
 
         return recompute(plain, remat)(state, h, part, embedded)
 
-    hidden, metrics, options = [], [], replace(ctx.options, edit_gates=None)
+    hidden = []
+    metrics = []
+    options = replace(ctx.options, edit_gates=None)
     for k, head in enumerate(heads, start=1):
         mask = counted(cfg, ctx.mask, ctx.segment_ids, k)
         short = mask.shape[1]

@@ -90,7 +90,9 @@ class Transformer(nnx.Module):
         head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), ("dim", "vocab"), cfg.init_std)
         self.head = head
         self.mtp = nnx.List(make_heads(cfg, execution, rngs, kernels))
-        self.cfg, self.execution, self.kernels = cfg, execution, kernels
+        self.cfg = cfg
+        self.execution = execution
+        self.kernels = kernels
 
     def __call__(
         self,
@@ -208,7 +210,8 @@ class Transformer(nnx.Module):
         """
         if ctx.cache is not None and weights is None:
             weights = self.prepare_decode()
-        decoding, given = not ctx.options.may_drop, ctx.expert_ids
+        decoding = not ctx.options.may_drop
+        given = ctx.expert_ids
         how: dict[str, Any] = {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
 
         def run(stacked, first, layers, carry):
@@ -276,7 +279,8 @@ class Transformer(nnx.Module):
         self, batch: int, capacity: int, kind: CacheKind, dtype: Any, *, layers: int | None = None
     ) -> Cache:
         """An empty cache of the trunk, or of so many layers. See `model.cache.empty_cache`."""
-        layers, multiple = layers or self.cfg.num_layers, self.kernels.cache_row_multiple
+        layers = layers or self.cfg.num_layers
+        multiple = self.kernels.cache_row_multiple
         rows = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind)
         rows = {name: (heads, -(-width // multiple) * multiple) for name, (heads, width) in rows.items()}
         return empty_cache(rows, [1] * layers if self.unrolls else [layers], batch, capacity, dtype)

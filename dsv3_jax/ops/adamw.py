@@ -36,7 +36,8 @@ def adamw_update(
     clip, to_mean, to_square, rate, keep = numbers
     beta1, beta2 = betas
     keep = keep > 0
-    g, kept_dtype = g * clip, mu.dtype
+    g = g * clip
+    kept_dtype = mu.dtype
     mu, nu = mu.astype(g.dtype), nu.astype(g.dtype)
     mu = jnp.where(keep, beta1 * mu + (1 - beta1) * g, mu)
     nu = jnp.where(keep, beta2 * nu + (1 - beta2) * g * g, nu)

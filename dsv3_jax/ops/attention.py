@@ -127,7 +127,8 @@ def block_size(products: int, length: int, *, large: bool = False) -> int:
     At most MAX_SCORES, and a sixteenth of the text, so that few scores beyond the diagonal are computed. If `large`, at
     most LARGE_SCORES.
     """
-    block, most = 128, LARGE_SCORES if large else MAX_SCORES
+    block = 128
+    most = LARGE_SCORES if large else MAX_SCORES
     while (block < length if large else 16 * block <= length) and products * (2 * block) ** 2 <= most:
         block *= 2
     return block
@@ -192,7 +193,8 @@ def _attend(q, k, v, seg, block):
 
 
 def _attend_fwd(q, k, v, seg, block):
-    shape, wide = q.shape[:3], np.promote_types(q.dtype, np.float32)
+    shape = q.shape[:3]
+    wide = np.promote_types(q.dtype, np.float32)
 
     def visit(carry, pair):
         i, j = (n * block for n in pair)

@@ -116,7 +116,9 @@ def quantile_target(
         >>> jax.jit(partial(quantile_target, k=1))(margins, jnp.ones(4, bool), jnp.zeros(2))  # each is over two tokens
         Array([ 0.25, -0.  ], dtype=float32)
     """
-    num_experts, tokens, each = margins.shape[-1], tuple(range(mask.ndim)), (1,) * mask.ndim + (-1,)
+    num_experts = margins.shape[-1]
+    tokens = tuple(range(mask.ndim))
+    each = (1,) * mask.ndim + (-1,)
     count = mask.sum(dtype=jnp.int32)
     # ⌊N K / E⌋ in whole numbers that do not overflow.
     q = count // num_experts * k + count % num_experts * k // num_experts
@@ -189,7 +191,8 @@ def rule_of(cfg: ModelConfig) -> Rule | None:
         >>> rule_of(preset("tiny")) is RULES["sign"], rule_of(preset("v2")) is None
         (True, True)
     """
-    rule, name = RULES[cfg.balance.rule], cfg.balance.rule
+    rule = RULES[cfg.balance.rule]
+    name = cfg.balance.rule
     if not ROUTERS[cfg.router].reads_bias:
         if name != "sign":
             raise ConfigError(f"rule={name!r} moves a bias, which router={cfg.router!r} does not read")

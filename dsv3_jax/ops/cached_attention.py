@@ -93,7 +93,8 @@ def cached_attention_in_blocks(
     Args: take_out: a block is copied, where both products then read it: for a TPU, which copies it into its own memory.
     """
     (capacity, width), dtype = values.rows.shape[2:], queries[0].dtype
-    block, wide = min(block, capacity), np.promote_types(dtype, np.float32)
+    block = min(block, capacity)
+    wide = np.promote_types(dtype, np.float32)
 
     def visit(i, carry):
         first = i.astype(jnp.int32) * block
@@ -123,7 +124,8 @@ def block_rows(keys: Sequence[Stored], values: Stored, numbers: int) -> int:
 
 def _scores(queries, keys: Sequence[Stored], first: Array, last: Array, scale: float) -> Float[Array, "B G Q S"]:
     """Scores of the rows `first` … `last`, -inf for others, in float32 or wider."""
-    wide, total = np.promote_types(queries[0].dtype, np.float32), 0
+    wide = np.promote_types(queries[0].dtype, np.float32)
+    total = 0
     for q, stored in zip(queries, keys, strict=True):
         q = jnp.pad(scaled(q, scale), [(0, 0)] * 3 + [(0, stored.rows.shape[-1] - q.shape[-1])])
         s = jnp.einsum("bgqk,bgsk->bgqs", q, stored.rows.astype(q.dtype), preferred_element_type=wide)

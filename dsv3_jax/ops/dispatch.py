@@ -321,10 +321,13 @@ def decode_by_row(
     """
     n, num_choices = expert_ids.shape
     group = jnp.minimum(expert_ids.reshape(-1), w_gate.shape[0] - 1)  # elsewhere: the gate is 0
-    rows, row = jnp.repeat(x, num_choices, axis=0), None
+    rows = jnp.repeat(x, num_choices, axis=0)
+    row = None
     if n > 1:
         p = count_by_expert(expert_ids, w_gate.shape[0])
-        group, rows, row = _take(group, p.order), _take(x, p.order // num_choices), p.row
+        group = _take(group, p.order)
+        rows = _take(x, p.order // num_choices)
+        row = p.row
 
     def product(rows: Array, w: Array) -> Array:
         one = _take(w, group)

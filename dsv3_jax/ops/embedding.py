@@ -38,14 +38,16 @@ def _rows_fwd(table, tokens):
 
 def _rows_bwd(saved, d_rows):
     tokens, like_table = saved
-    num_tokens, dim = like_table.shape[0], d_rows.shape[-1]
+    num_tokens = like_table.shape[0]
+    dim = d_rows.shape[-1]
     flat = jnp.clip(tokens.reshape(-1), 0, num_tokens - 1)
     order = jnp.argsort(flat, stable=True)
     pad = -flat.size % BLOCK
     ids = jnp.pad(flat[order], (0, pad), constant_values=num_tokens)  # an id after all others
     rows = jnp.pad(d_rows.reshape(-1, dim)[order], ((0, pad), (0, 0))).reshape(-1, BLOCK, dim)
     block = ids.reshape(-1, BLOCK)
-    first, last = block[:, 0], block[:, -1]
+    first = block[:, 0]
+    last = block[:, -1]
 
     def add(mask, rows):
         # The products are with 0 and 1, so they are exact, if the rows are not rounded.

@@ -96,7 +96,8 @@ def row_blocks(counts: Int[Array, " G"], num_rows: int, size: int) -> RowBlocks:
     num_groups = counts.shape[0]
     num_blocks = num_rows // size + min(num_groups, num_rows)  # Σ ceil(count / size) is never larger
     blocks = -(-counts // size)
-    ends, starts = jnp.cumsum(blocks, dtype=jnp.int32), jnp.cumsum(counts, dtype=jnp.int32) - counts
+    ends = jnp.cumsum(blocks, dtype=jnp.int32)
+    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     j = jnp.arange(num_blocks, dtype=jnp.int32)
     # The group of each block: how many groups have had all of theirs. One comparison of all; a search would loop.
     group = jnp.minimum((ends[None] <= j[:, None]).sum(axis=1, dtype=jnp.int32), num_groups - 1)
@@ -128,7 +129,8 @@ def row_blocks_dx(dy: Array, w: Array, counts: Array) -> Array:
 
 
 def _over_blocks(rows: Array, w: Array, counts: Array, width: int, product: Callable) -> Array:
-    m, size = rows.shape[0], block_size(rows.shape[0], counts.shape[0])
+    m = rows.shape[0]
+    size = block_size(rows.shape[0], counts.shape[0])
     padded = jnp.pad(rows, ((0, size), (0, 0)))
 
     def visit(out, block):
@@ -143,7 +145,8 @@ def _over_blocks(rows: Array, w: Array, counts: Array, width: int, product: Call
 
 def row_blocks_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
     """`GroupedProduct.dw` by blocks of rows; the blocks of a group are added up in order."""
-    m, size = x.shape[0], block_size(x.shape[0], counts.shape[0])
+    m = x.shape[0]
+    size = block_size(x.shape[0], counts.shape[0])
     x, dy = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, dy))
 
     def visit(dw, block):

@@ -87,7 +87,8 @@ def by_query(f: Callable, block: int, *queries: Any) -> Any:
     The backward pass computes each block again.
     """
     by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), queries)
-    block, length = max(block, 1), jax.tree.leaves(queries)[0].shape[1]
+    block = max(block, 1)
+    length = jax.tree.leaves(queries)[0].shape[1]
     if length == 1:
         made = jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], by_time)))
     elif length <= block:
@@ -124,12 +125,16 @@ def divergence(
         Array([[0., 0.]], dtype=float32)
     """
     queries, keys = jax.lax.stop_gradient((tuple(queries), tuple(keys)))
-    wide, slots = np.promote_types(q.dtype, np.float32), index_keys.shape[1]
+    wide = np.promote_types(q.dtype, np.float32)
+    slots = index_keys.shape[1]
 
     def one(q, w, queries, ids, last, segment):
-        some, own, seen = index_keys, keys, visible(slots, last, segment, segment_ids)
+        some = index_keys
+        own = keys
+        seen = visible(slots, last, segment, segment_ids)
         if ids is not None:
-            seen, place = ids >= 0, jnp.maximum(ids, 0)[..., None]
+            seen = ids >= 0
+            place = jnp.maximum(ids, 0)[..., None]
             some, own = jax.tree.map(lambda x: jnp.take_along_axis(x, place, 1), (index_keys, keys))
         products = zip(queries, own, strict=True)
         logits = sum(jnp.einsum("bhx,bsx->bhs", scaled(a, scale), b, preferred_element_type=wide) for a, b in products)

@@ -16,7 +16,8 @@ def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B
         >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
         Array([2], dtype=int32)
     """
-    before, slots = LONGEST_MATCH - 1, text.shape[1]
+    before = LONGEST_MATCH - 1
+    slots = text.shape[1]
     padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
     same = earlier = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
     length = jnp.zeros(text.shape, jnp.int32)

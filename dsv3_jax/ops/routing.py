@@ -229,7 +229,8 @@ def hash_tokens(
     # MurmurHash3's last mixing: a bijection of 32-bit integers, so two experts of a token never have the same hash.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    expert_ids, scores = choose(x, **limits), jax.nn.sigmoid(logits)
+    expert_ids = choose(x, **limits)
+    scores = jax.nn.sigmoid(logits)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 

@@ -24,7 +24,8 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
     warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
     start, end = cfg.decay_start * steps, cfg.decay_end * steps
     if cfg.schedule == "cosine":
-        start, end = float(cfg.warmup_steps), float(steps)
+        start = float(cfg.warmup_steps)
+        end = float(steps)
     along = jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
     low, high = cfg.final_learning_rate, cfg.learning_rate
     if cfg.schedule == "wsd":

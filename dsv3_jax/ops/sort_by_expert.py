@@ -49,7 +49,8 @@ def count_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRo
     if flat.size > FEW:
         return sort_by_expert(expert_ids, num_experts)
     place = jnp.arange(flat.size, dtype=jnp.int32)
-    key, first = flat * flat.size + place, jnp.arange(num_experts, dtype=jnp.int32) * flat.size
+    key = flat * flat.size + place
+    first = jnp.arange(num_experts, dtype=jnp.int32) * flat.size
     # One sum counts the keys from `low` to `high`: those before each one, of the experts before, and of each expert.
     low = jnp.concatenate([jnp.zeros(flat.size + num_experts, jnp.int32), first])
     high = jnp.concatenate([key, first, first + flat.size])

@@ -211,7 +211,8 @@ def decode_cost(
     rows = sharding.batch_sharding(mesh)
     cfg = replace(cfg, mtp_depth=0)  # plain decoding uses no multi-token heads
     compute_dtype = jnp.dtype(execution.compute_dtype)
-    dtype, fsdp = jnp.dtype(weight_dtype or compute_dtype), execution.layout.fsdp
+    dtype = jnp.dtype(weight_dtype or compute_dtype)
+    fsdp = execution.layout.fsdp
     graph, *variables = nnx.split(abstract(cfg, execution, choose_kernels(execution, mesh)), nnx.Param, RouterBias)
     params, bias = variables
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
@@ -262,7 +263,10 @@ def decode_cost(
 def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: tuple, **known) -> Cost:
     """Compile a function for a mesh and return its cost; `known` are the fields that need no compiler."""
     start = time.perf_counter()
-    compile_error, temporaries, sent, text = "", None, Traffic([], 0), ""
+    compile_error = ""
+    temporaries = None
+    sent = Traffic([], 0)
+    text = ""
     with jax.set_mesh(mesh):
         lowered = function.lower(*args)
     try:
@@ -272,7 +276,8 @@ def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: 
             compiled = lowered.compile()
             text = compiled.as_text() or ""
         analysis: Any = compiled.memory_analysis()
-        temporaries, sent = analysis.temp_size_in_bytes, traffic(text, mesh.shape)
+        temporaries = analysis.temp_size_in_bytes
+        sent = traffic(text, mesh.shape)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -309,7 +314,8 @@ def _parameter_bytes(params: nnx.State) -> dict[str, int]:
 
 def _train_flops(run: RunConfig) -> float:
     """Return the FLOPs of a trained token, with attention's scores and recomputed layers."""
-    cfg, remat = run.model, run.execution.remat
+    cfg = run.model
+    remat = run.execution.remat
     counted = size(cfg, run.data.seq_len)
     scores = counted.attention_flops / 2  # a token sees half of the sequence on average
     total = train_flops_per_token(cfg, adapted=run.lora.on if run.lora.rank else ()) + 3 * scores

@@ -134,7 +134,8 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
         raise ConfigError(
             f"mesh={mesh} needs {needed} devices, but target={text!r} has {len(devices)}; change one of them"
         )
-    shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    shape = tuple(sizes.values())
+    kinds = (AxisType.Auto,) * len(sizes)
     if target.platform == "tpu" and len(devices) == needed:
         from jax.experimental import mesh_utils
 

@@ -208,7 +208,8 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         devices = re.search(r"num_partitions=(\d+)", self.text)
         self.num_devices = int(devices[1]) if devices else 1
-        self.entry, current = "", {}
+        self.entry = ""
+        current = {}
         for line in self.text.split("\n"):
             if match := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line):
                 current = self.computations[match[2]] = {}
@@ -257,7 +258,8 @@ class Module:
         self, computation: str, loop: Instruction, condition: str, compare: Instruction, index: int
     ) -> int | None:
         """Return the first value of an operand of a loop's condition; None if it is not a constant."""
-        value, where = self._source(condition, self.operand(condition, compare, index)), condition
+        value = self._source(condition, self.operand(condition, compare, index))
+        where = condition
         if value is not None and value.opcode == "get-tuple-element":  # what the loop began with
             place = re.search(r"\bindex=(\d+)", value.rest)
             init = self.operand(computation, loop, 0)
@@ -268,7 +270,8 @@ class Module:
                 kept = self._source(body, self.operand(body, self.root(body), int(place[1])))
                 if kept is None or kept.opcode != "get-tuple-element" or not re.search(rf"\b{place[0]}\b", kept.rest):
                     return None
-            value, where = self.operand(computation, init, int(place[1])), computation
+            value = self.operand(computation, init, int(place[1]))
+            where = computation
         value = self._source(where, value)
         return int(value.operands[0]) if value is not None and value.opcode == "constant" else None
 
@@ -291,8 +294,10 @@ class Module:
         if i.opcode.removesuffix("-start") in COLLECTIVES:
             return Traffic([self._collective(computation, i, axes)], 0)
         if i.opcode == "while":
-            body, trips = self.traffic(i.called("body")[0], axes), self.trip_count(computation, i)
-            known, trips = trips is not None, 1 if trips is None else trips
+            body = self.traffic(i.called("body")[0], axes)
+            trips = self.trip_count(computation, i)
+            known = trips is not None
+            trips = 1 if trips is None else trips
             collectives = [replace(c, runs=c.runs * trips, known=c.known and known) for c in body.collectives]
             return Traffic(collectives, body.unknown_loops + (not known and bool(collectives)))
         if i.opcode == "conditional":
@@ -303,12 +308,15 @@ class Module:
         return Traffic([], 0)
 
     def _collective(self, computation: str, i: Instruction, axes: dict[str, int]) -> Collective:
-        kind, arrays = i.opcode.removesuffix("-start"), i.arrays
+        kind = i.opcode.removesuffix("-start")
+        arrays = i.arrays
         if i.opcode != kind and kind != "all-reduce":  # asynchronous: operands precede the results
             arrays = arrays[len(i.operands) : 2 * len(i.operands)]
-        group, nbytes = first_group(i.rest, self.num_devices), math.ceil(sum(a.nbytes for a in arrays))
+        group = first_group(i.rest, self.num_devices)
+        nbytes = math.ceil(sum(a.nbytes for a in arrays))
         if kind == "all-reduce" and self._is_sliced(computation, i, len(group)):
-            kind, nbytes = "reduce-scatter", nbytes // len(group)
+            kind = "reduce-scatter"
+            nbytes = nbytes // len(group)
         along: tuple[str, ...] = ()
         if axes:  # those along which the devices of the group differ
             places = np.unravel_index(np.array(group), tuple(axes.values()))
@@ -317,7 +325,8 @@ class Module:
 
     def _is_sliced(self, computation: str, all_reduce: Instruction, n: int) -> bool:
         """Say whether an all-reduce's result is used only by a slice to one of n parts."""
-        size, current = sum(a.size for a in all_reduce.arrays), all_reduce
+        size = sum(a.size for a in all_reduce.arrays)
+        current = all_reduce
         while True:
             users = self.users(computation).get(current.name, [])
             if len(users) != 1 or current.root:

@@ -38,7 +38,8 @@ class Rows:
     """
 
     def __init__(self, path: Path, after: int, *, read_only: bool = False):
-        self._path, self._read_only = path, read_only
+        self._path = path
+        self._read_only = read_only
         self.sentence = ""  # to print: which lines were no rows and are dropped
         if read_only:
             return

@@ -69,6 +69,7 @@ def _trigrams(documents: Iterable[bytes]) -> Int[np.ndarray, " n"]:
 
 def _interpolate(counts: Int[np.ndarray, "n 256"], lower: Float64[np.ndarray, "n 256"]) -> Float64[np.ndarray, "n 256"]:
     """Mix counts of n contexts with the lower order's probabilities; an unseen context keeps the latter."""
-    seen, distinct = counts.sum(1, keepdims=True), np.count_nonzero(counts, axis=1, keepdims=True)
+    seen = counts.sum(1, keepdims=True)
+    distinct = np.count_nonzero(counts, axis=1, keepdims=True)
     mixed = (counts + distinct * lower) / np.maximum(seen + distinct, 1)
     return np.where(seen > 0, mixed, lower)

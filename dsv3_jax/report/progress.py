@@ -70,7 +70,8 @@ class Progress:
             disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=steps, line="")
-        self._steps, self._first = steps, (0, 0.0)  # the step and time of the first update
+        self._steps = steps
+        self._first = (0, 0.0)  # the step and time of the first update
 
     def __enter__(self) -> "Progress":
         self._bar.start()

@@ -87,7 +87,8 @@ def routing_heatmap(
     top = max(2.0, float(np.percentile(values, 99))) if values.size else 2.0
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
 
-    num_layers, columns = overall.shape[0], min(max(len(domains), 1), 4)
+    num_layers = overall.shape[0]
+    columns = min(max(len(domains), 1), 4)
     rows = math.ceil(len(domains) / columns)
     main_height, small_height = 0.7 + 0.14 * max(num_layers, 10), 0.5 + 0.05 * max(num_layers, 16)
     figure = Figure(figsize=(11.0, 0.6 + main_height + rows * small_height), dpi=DPI, layout="constrained")

@@ -31,7 +31,9 @@ def order2_of(source: Source, tokenizer: Tokenizer, held_out: Sequence[Batch]) -
 
 def draw(out: Path, evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cfg: ModelConfig) -> list[Path]:
     """Draw the routing, if there is any, and the curves of training. Returns the pictures."""
-    load, routing, training = np.asarray(evaluation["load"]), out / "routing.png", out / "training.png"
+    load = np.asarray(evaluation["load"])
+    routing = out / "routing.png"
+    training = out / "training.png"
     training_curves(rows, training)
     if not load.size:
         return [training]

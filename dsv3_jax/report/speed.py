@@ -32,7 +32,8 @@ class Speed:
 
     def since_last(self, step: int) -> dict[str, float]:
         """The measures since the last row; none at the first, which holds the compilation."""
-        before, now = self.last, time.perf_counter() - self.away
+        before = self.last
+        now = time.perf_counter() - self.away
         self.last = step, now
         if before is None:
             return {}
@@ -54,7 +55,8 @@ def gemm_flops(dtype="float32", size: int | None = None, seconds: float = 0.5) -
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     jax.block_until_ready(product(a))  # compiles
-    best, end = float("inf"), time.perf_counter() + seconds
+    best = float("inf")
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         jax.block_until_ready(product(a))

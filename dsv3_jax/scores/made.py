@@ -39,7 +39,8 @@ def write_tasks(folder: str | Path, documents: Sequence[str], *, rows: int = 200
         >>> task.label, task.rows[0].options[task.rows[0].gold]
         ('brackets', ('x = call(some, arguments', ')'))
     """
-    rng, entries = random.Random(seed), []
+    rng = random.Random(seed)
+    entries = []
     with atomic_folder(folder) as part:
         for label, find in (("brackets", _brackets), ("names", _names), ("keywords", _keywords)):
             by_answer = defaultdict(list)
@@ -77,7 +78,8 @@ def _names(text: str) -> _Found:
     for word, signs, name in keys:
         followers[word, signs].add(name)
     for i, (word, signs, name) in enumerate(keys):
-        end, first = found[i].start(3), max(i - _WORDS, 0)
+        end = found[i].start(3)
+        first = max(i - _WORDS, 0)
         if keys[i] in keys[first:i] and not keyword.iskeyword(name):
             near = [match.groups() for match in found[first:i] if match.start() >= end - _WINDOW]
             others = {other for *_, other in near if not keyword.iskeyword(other)} - followers[word, signs]

@@ -100,7 +100,8 @@ def score_tasks(
     check_kind("folder", folder, str | Path)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit={limit!r} is not an int of 1 or above")
-    say, tasks = say or (lambda line: None), read_tasks(folder, shots)
+    say = say or (lambda line: None)
+    tasks = read_tasks(folder, shots)
     width = max(len(task.label) for task in tasks)
     say(f"{'task':{width}}  shots   rows  accuracy  95 % interval   chance  centred")
     scores = []
@@ -123,7 +124,9 @@ def score_tasks(
 
 def _score(model: Transformer, text: TextSettings, task: Task, limit: int | None) -> Score:
     """Score a model on the first rows of a task."""
-    rows, right, cut = len(task.rows[:limit]), 0, 0
+    rows = len(task.rows[:limit])
+    right = 0
+    cut = 0
     at_once = math.ceil(rows / max(rows // _AT_ONCE, 1))  # no small rest: it would be compiled again
     with transfer(task.label, rows) as advance:
         for first in range(0, rows, at_once):
@@ -139,7 +142,8 @@ def _score(model: Transformer, text: TextSettings, task: Task, limit: int | None
                 right += scores[0][1] if single else means.index(max(means)) == task.rows[i].gold
                 cut += shortened
             advance(len(part))
-    accuracy, interval = right / rows, wilson(right, rows)
+    accuracy = right / rows
+    interval = wilson(right, rows)
     centred, low, high = ((share - task.chance) / (1 - task.chance) for share in (accuracy, *interval))
     numbers = (task.shots, rows, cut, task.chance, accuracy, interval, centred, (low, high))
     return Score(task.label, task.kind, *numbers)
@@ -169,13 +173,16 @@ def pairs_of(task: Task, i: int, text: TextSettings, longest: int) -> tuple[list
         starts = [_common([*options, text.encode(context.rstrip() if task.delimiter else context)])]
     else:
         starts = [_common(options)] * len(options)
-    pairs, cut = [], False
+    pairs = []
+    cut = False
     for tokens, start in zip(options, starts, strict=True):
         start = min(start, len(tokens) - 1)  # one option may begin with another one
         if start == 0:  # the end of the document before is the context
-            tokens, start = [text.tokenizer.eos_id, *tokens], 1
+            tokens = [text.tokenizer.eos_id, *tokens]
+            start = 1
         excess = max(len(tokens) - longest, 0)
-        start, cut = max(start, excess + 1), cut or excess > 0
+        start = max(start, excess + 1)
+        cut = cut or excess > 0
         pairs.append((tokens[excess:start], tokens[start:]))
     return pairs, cut
 
@@ -193,6 +200,8 @@ def wilson(right: int, rows: int) -> Interval:
         >>> [round(end, 3) for end in wilson(8, 10)]
         [0.49, 0.943]
     """
-    share, square = right / rows, _Z**2 / rows
-    middle, half = share + square / 2, _Z * math.sqrt(share * (1 - share) / rows + square / rows / 4)
+    share = right / rows
+    square = _Z**2 / rows
+    middle = share + square / 2
+    half = _Z * math.sqrt(share * (1 - share) / rows + square / rows / 4)
     return max((middle - half) / (1 + square), 0.0), min((middle + half) / (1 + square), 1.0)

@@ -108,7 +108,8 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
     chances = _chances(root / CHANCE_FILE)
     tasks: list[Task] = []
     for entry in entries:
-        label, file = entry["label"], root / entry["dataset_uri"]
+        label = entry["label"]
+        file = root / entry["dataset_uri"]
         if not (label + entry["dataset_uri"]).isprintable() or len(label) > _MAX_LABEL:
             raise ValueError(f"{root} has a task {label!r:.80}: a name has one line, and up to {_MAX_LABEL} letters")
         kind, rows = _read(file if file.exists() else root / DATA_FOLDER / entry["dataset_uri"])
@@ -164,7 +165,8 @@ def _chances(file: Path) -> dict[str, float]:
 
 def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
     """The kind, which the first row has, and the rows of a file."""
-    kind, rows = "", []
+    kind = ""
+    rows = []
     try:
         for where, record in json_lines(file, _MAX_LINE):
             keys = record.keys() if isinstance(record, dict) else set()

@@ -100,11 +100,14 @@ class _Counts:
     """Assignments of one layer by (token, expert) and document, as a sparse matrix [cells, S]."""
 
     def __init__(self, token: np.ndarray, ids: np.ndarray, document: np.ndarray, num_experts: int, num_documents: int):
-        self._token, self._ids, self._num_experts = token, ids, num_experts
+        self._token = token
+        self._ids = ids
+        self._num_experts = num_experts
         k = ids.shape[1]
         cells = (token[:, None] * num_experts + ids).ravel()
         self._cells, row = np.unique(cells, return_inverse=True)
-        ones, column = np.ones(len(row)), np.repeat(document, k)
+        ones = np.ones(len(row))
+        column = np.repeat(document, k)
         shape = (len(self._cells), num_documents)
         self._by_document = sparse.csr_matrix((ones, (row.ravel(), column)), shape=shape)
         self._tokens, of_token = np.unique(self._cells // num_experts, return_inverse=True)

@@ -49,7 +49,8 @@ def cache_quality(
         >>> round(quality.val_loss, 2), quality.bytes_per_token  # ln 260; 48 numbers and two float32 scales
         (5.56, 56)
     """
-    cfg, kind = model.cfg, pick_kind(model.cfg, cache)
+    cfg = model.cfg
+    kind = pick_kind(model.cfg, cache)
     graphdef, state = nnx.split(model)
     found: dict[str, CacheQuality] = {}
     exact: list[np.ndarray] = []
@@ -63,7 +64,8 @@ def cache_quality(
                 exact.append(best)
             loss_mask = jnp.asarray(batch["loss_mask"]) if "loss_mask" in batch else None
             mask = np.asarray(targets(tokens, segment_ids, 1, loss_mask)[1])
-            nats, count = nats + nll.astype(np.float64)[mask].sum(), count + mask.sum()
+            nats = nats + nll.astype(np.float64)[mask].sum()
+            count = count + mask.sum()
             same += (best == exact[i])[mask].sum()
         count = max(count, 1)
         found[name] = CacheQuality(float(nats / count), float(same / count), bytes_per_token(cfg, kind, dtype))
@@ -77,7 +79,8 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     batch, length = tokens.shape
     steps = -(-length // STEP)
     padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
-    start, weights = model.empty_cache(batch, steps * STEP, kind, dtype), model.prepare_decode()
+    start = model.empty_cache(batch, steps * STEP, kind, dtype)
+    weights = model.prepare_decode()
 
     def read(cache, part):
         x, cache, _ = model.run_layers(part, cache, weights)

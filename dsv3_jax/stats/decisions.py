@@ -59,7 +59,8 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
     model = nnx.merge(graphdef, state)
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     out = model.forward_hidden(tokens, segment_ids, batch["positions"], watch=("scores",))
-    bias, parts = biases(model), []
+    bias = biases(model)
+    parts = []
     trunk = model.cfg.num_sparse_layers
     if out.routing is not None:
         mask = jnp.broadcast_to(segment_ids != 0, out.routing.score_entropy.shape)
@@ -100,10 +101,13 @@ def _decisions(layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: Model
     """Expert ids, gates, margin, score entropy and the choice without bias of `Choices`, with a leading layer axis."""
     ids, scores = layer.expert_ids, layer.scores
     assert scores is not None
-    shape, k, router = ids.shape, cfg.experts_per_token, routing.ROUTERS[cfg.router]
+    shape = ids.shape
+    k = cfg.experts_per_token
+    router = routing.ROUTERS[cfg.router]
     groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)
     how: dict[str, Any] = dict(groups=groups, groups_kept=kept, group_score=cfg.group_score)
-    flat_ids, flat = ids.reshape(-1, k), scores.reshape(-1, cfg.num_experts)
+    flat_ids = ids.reshape(-1, k)
+    flat = scores.reshape(-1, cfg.num_experts)
     choice = flat if bias is None else (scores + bias[:, None, None]).reshape(flat.shape)
     without = flat_ids if bias is None else routing.choose(flat, k, **how)
     if k == cfg.num_experts // groups * kept or router.reads_tokens:  # none is left over, or no score chooses

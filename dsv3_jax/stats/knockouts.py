@@ -97,7 +97,8 @@ def worth(
     drawn = more[:, present] @ weights.T / np.maximum(weights @ sizes[present], 1)  # [L E, resamples]
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
     shape = (len(layers), cfg.num_experts)
-    total, loss = sizes.sum(), base.sum() / sizes.sum()
+    total = sizes.sum()
+    loss = base.sum() / sizes.sum()
     without = loss + more.sum(-1) / total
     return Worth(
         float(loss), without.reshape(shape), low.reshape(shape), high.reshape(shape), int(total), size, resamples

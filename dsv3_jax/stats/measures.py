@@ -108,7 +108,8 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
     """
     if draws < 1:
         raise ValueError(f"draws={draws} is below 1")
-    bits, upper_bound = mutual_information(stats.load_by_domain), domain_entropy(stats.load_by_domain)
+    bits = mutual_information(stats.load_by_domain)
+    upper_bound = domain_entropy(stats.load_by_domain)
     # All tokens of a document move together: they are alike whatever its domain, and a shuffle of single tokens would
     # count that as specialisation.
     rng = np.random.default_rng(seed)
@@ -161,8 +162,10 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
         >>> [(f.token, f.num_routed, f.lift, round(f.bits, 3)) for [f] in favourites(stats, 0, min_count=4)]
         [(7, 3, 2.0, 0.375), (8, 4, 1.6, 0.339)]
     """
-    counted, k = stats.rows.counted[layer], stats.experts_per_token
-    size, expert = int(stats.rows.token.max(initial=0)) + 1, stats.rows.expert_ids[layer, counted].astype(np.int64)
+    counted = stats.rows.counted[layer]
+    k = stats.experts_per_token
+    size = int(stats.rows.token.max(initial=0)) + 1
+    expert = stats.rows.expert_ids[layer, counted].astype(np.int64)
     pairs = (expert * size + stats.rows.token[counted][:, None]).ravel()
     pair, inverse, num_routed = np.unique(pairs, return_inverse=True, return_counts=True)
     margin = np.bincount(inverse, stats.rows.margin[layer, counted].ravel(), len(pair)) / num_routed

@@ -249,8 +249,10 @@ def _bias(stats: RoutingStats, log: LoadLog | None) -> dict[str, Any] | None:
 
 def _flow(stats: RoutingStats) -> dict[str, Any]:
     """transitions, repeats and heads."""
-    rows, num_experts = stats.rows, stats.load.shape[1]
-    pairs, repeated = flow.transitions(rows, num_experts), flow.repeats(rows, num_experts)
+    rows = stats.rows
+    num_experts = stats.load.shape[1]
+    pairs = flow.transitions(rows, num_experts)
+    repeated = flow.repeats(rows, num_experts)
     lifts = flow.transition_lift(pairs)
     names = [name for name in stats.layers if name.startswith("MTP")]
     heads = flow.heads_against_trunk(rows, num_experts, len(names))
@@ -399,7 +401,8 @@ def describe_balance(cfg: ModelConfig) -> str:
         >>> describe_balance(MODELS["tiny"])
         'bias by rule sign, rate 0.003; sequence-wise loss, weight 0.0001'
     """
-    balance, parts = cfg.balance, []
+    balance = cfg.balance
+    parts = []
     if routing.ROUTERS[cfg.router].reads_bias and balance.bias_rate:
         parts.append(f"bias by rule {balance.rule}, rate {balance.bias_rate:g}")
     for name, weight in (
@@ -431,7 +434,8 @@ def _mixed(
     stats: RoutingStats, cfg: ModelConfig, tokenizer: Tokenizer, mix: Mapping[str, float] | None
 ) -> float | None:
     """MaxVio of the trunk's layers with the domains as they are mixed in training."""
-    trunk, rows = stats.load_by_domain[:, : cfg.num_sparse_layers], stats.rows
+    trunk = stats.load_by_domain[:, : cfg.num_sparse_layers]
+    rows = stats.rows
     if mix is None or not cfg.num_sparse_layers or set(mix) != set(stats.domains):
         return None
     known = ~np.isnan(rows.nll)

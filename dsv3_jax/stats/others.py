@@ -60,7 +60,8 @@ def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed:
         >>> found.match.tolist(), found.shared.tolist()
         ([[1, 0]], [1.0])
     """
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found = []
     for counted, ids, other in zip(rows.counted, rows.expert_ids, others.expert_ids, strict=True):
         here, there = ids[counted].astype(np.int64), other[counted].astype(np.int64)
         match, shared = _matched(here, there, num_experts)
@@ -160,7 +161,9 @@ def against(
     Returns: "against" of `numbers.KEYS`.
     """
     model, run, step = other.loaded
-    same_ids, here, there = tokenizer.same_ids(other.tokenizer), own.run.model.num_experts, run.model.num_experts
+    same_ids = tokenizer.same_ids(other.tokenizer)
+    here = own.run.model.num_experts
+    there = run.model.num_experts
     if not same_ids:
         length = min(own.run.data.seq_len, run.model.max_positions)
         data = replace(own.run.data, tokenizer=run.data.tokenizer, seq_len=length)

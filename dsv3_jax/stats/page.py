@@ -80,7 +80,8 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
         >>> findings({"layers": ["layer 0", "layer 1"], "load": [[3, 1], [2, 2]], "bias": bias})["bias"]
         'The bias changes 30% of the choices; without it, MaxVio is 2.50 in place of 0.50.'
     """
-    layers, found = numbers["layers"], {"load": load_finding(numbers["load"], numbers["layers"])}
+    layers = numbers["layers"]
+    found = {"load": load_finding(numbers["load"], numbers["layers"])}
 
     def mean(values: Any) -> float:
         """Mean of the known numbers of the trunk; NaN without any."""
@@ -115,7 +116,8 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
             if other["shared"]
             else f"The experts of {name} are not matched."
         )
-        here, there = numbers["header"]["bits_per_byte"], other["bits_per_byte"]
+        here = numbers["header"]["bits_per_byte"]
+        there = other["bits_per_byte"]
         if here is not None and there is not None:
             found["against"] += f" Bits a byte: {here:.3f} here, {there:.3f} there."
         if other["note"]:

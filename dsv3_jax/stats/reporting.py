@@ -188,7 +188,8 @@ def _write_tokens(path: Path, stats: RoutingStats, own: TokenRows | None) -> Non
     if own is not None:
         last = len(domains)
         own = own._replace(document=np.full_like(own.document, -1), domain=np.full_like(own.domain, last))
-        rows, domains = join_rows([own, rows]), (*domains, OWN)
+        rows = join_rows([own, rows])
+        domains = (*domains, OWN)
     file = io.BytesIO()
     np.savez(file, layers=stats.layers, domains=domains, **rows._asdict())
     write_atomic(path, file.getvalue())

@@ -152,13 +152,18 @@ def collect(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]
         >>> collect(model, [one_row(b"x = 1")], ["code"]).load[0, :6]
         array([5, 5, 5, 5, 0, 0])
     """
-    cfg, layers = model.cfg, layer_names(model.cfg)
+    cfg = model.cfg
+    layers = layer_names(model.cfg)
     if not layers:
         raise ValueError(f"the model has no experts to count: all of its {cfg.num_layers} layers are dense")
     graphdef, state = nnx.split(model)
-    documents, parts, room, bias = [], [], MOST_CHOICES, biases(model)
+    documents = []
+    parts = []
+    room = MOST_CHOICES
+    bias = biases(model)
     coactivation = np.zeros((len(layers), cfg.num_experts, cfg.num_experts), np.int64)
-    load_without, changed = np.zeros((len(layers), cfg.num_experts), np.int64), np.zeros(len(layers), np.int64)
+    load_without = np.zeros((len(layers), cfg.num_experts), np.int64)
+    changed = np.zeros(len(layers), np.int64)
     for batch in batches:
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
         choices = jax.device_get(decide(graphdef, state, inputs))

@@ -48,12 +48,15 @@ def rows_of(expert_ids: Int[np.ndarray, "L n K"], document: Int[np.ndarray, " n"
         array([0, 1, 2], dtype=int32)
     """
     num_layers, n, k = expert_ids.shape
-    zeros, where = np.zeros(n, np.int32), np.arange(n, dtype=np.int32)
+    zeros = np.zeros(n, np.int32)
+    where = np.arange(n, dtype=np.int32)
     document = zeros if document is None else document.astype(np.int32)
     segment = np.cumsum(np.diff(document, prepend=document[:1]) != 0).astype(np.int32)
     position = where - np.searchsorted(segment, segment).astype(np.int32)
-    gates, none = np.full(expert_ids.shape, 1 / k, np.float32), np.full(expert_ids.shape, np.nan, np.float32)
-    nll, counted = np.full(n, np.nan, np.float32), np.ones((num_layers, n), bool)
+    gates = np.full(expert_ids.shape, 1 / k, np.float32)
+    none = np.full(expert_ids.shape, np.nan, np.float32)
+    nll = np.full(n, np.nan, np.float32)
+    counted = np.ones((num_layers, n), bool)
     return TokenRows(zeros, segment, position, document, zeros, nll, counted, expert_ids, gates, none)
 
 
@@ -134,7 +137,8 @@ def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Conte
     size = rows.expert_ids.shape[-1]
     for layer, counted in enumerate(rows.counted):
         position = np.repeat(np.flatnonzero(counted), size)
-        expert, gate = rows.expert_ids[layer, counted].ravel().astype(np.int64), rows.gates[layer, counted].ravel()
+        expert = rows.expert_ids[layer, counted].ravel().astype(np.int64)
+        gate = rows.gates[layer, counted].ravel()
         slot = np.tile(np.arange(size), int(counted.sum()))
         alive = np.lexsort((-gate, expert))
         for rank in range(top):
@@ -150,7 +154,8 @@ def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Conte
             )
             gates.append(gate[best])
             margins.append(rows.margin[layer, position[best], slot[best]])
-            of_best, here = where[expert[alive]], position[alive]
+            of_best = where[expert[alive]]
+            here = position[alive]
             other = (rows.token[of_best] != rows.token[here]) & (rows.document[of_best] != rows.document[here])
             alive = alive[other]
     found = np.concatenate(parts)
@@ -184,7 +189,8 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
         'a↵é\\\\xc3\\\\x00<eos>'
     """
     specials = [at for at, length in enumerate(tokenizer.byte_lengths[ids].tolist()) if not length]
-    parts, start = [], 0
+    parts = []
+    start = 0
     for at in [*specials, len(ids)]:
         if at > start:  # a character of several ids is complete before a special or the end
             parts.append(_printable(tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace")))

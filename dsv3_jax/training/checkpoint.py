@@ -138,8 +138,10 @@ class Checkpoints:
     def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False, optimizer: Transform = None):
         check_name(folder)
         silence()  # Orbax's errors are raised, too
-        self.folder, self.run = Path(folder).absolute() / "checkpoints", run
-        self._optimizer, self._read_only = optimizer, read_only
+        self.folder = Path(folder).absolute() / "checkpoints"
+        self.run = run
+        self._optimizer = optimizer
+        self._read_only = read_only
         # Process 0 calls back when all files of all processes are complete, before the folder is renamed.
         options = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -230,7 +232,8 @@ class Checkpoints:
         Returns: sentences to print; none if the last checkpoint is chosen.
         Raises: ValueError if `step` has no checkpoint or a damaged one, or no checkpoint is whole.
         """
-        steps, sentences = steps_of(self.folder), []
+        steps = steps_of(self.folder)
+        sentences = []
         if step is None:
             chosen = next((step for step in reversed(steps) if not self._damage(step)), None)
         else:
@@ -313,9 +316,11 @@ class Checkpoints:
             raise ValueError(f"{key}={b!r} is not that of the checkpoint, {a!r}")
         target = abstract_state(Job(self.run, optimizer=self._optimizer))
         place = partial(sharding.state_sharding, mesh=mesh, fsdp=self.run.execution.layout.fsdp)
-        of_use, target = place(target.params), replace(target, params=_with_packed(target.params, packed))
+        of_use = place(target.params)
+        target = replace(target, params=_with_packed(target.params, packed))
         target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, place(target))
-        item, how = target, ocp.checkpoint_utils.construct_restore_args(target)
+        item = target
+        how = ocp.checkpoint_utils.construct_restore_args(target)
         if not widen:  # Orbax restores the dtype that was saved if neither names one
             item = replace(item, params=map_frozen(lambda _: 0, self.run, item.params))
             how = replace(how, params=map_frozen(lambda args: replace(args, dtype=None), self.run, how.params))

@@ -63,7 +63,8 @@ def policy_loss(
     """
     apart = jnp.where(mask, logprobs - old, 0.0)
     ratio = jnp.exp(jnp.minimum(apart, MOST))
-    free, clipped = ratio * gains, jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * gains
+    free = ratio * gains
+    clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * gains
     loss = -jnp.where(mask, jnp.minimum(free, clipped), 0.0).sum()
     size = jnp.abs(apart)
     found = {

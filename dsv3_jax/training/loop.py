@@ -143,7 +143,9 @@ class Training:
     start: InitVar[Start | None]
 
     def __post_init__(self, start: Start | None) -> None:
-        run, mesh, kernels = self.job.run, self.job.mesh, self.job.chosen()
+        run = self.job.run
+        mesh = self.job.mesh
+        kernels = self.job.chosen()
         rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)  # None means all
         self.batches = self.source.train_batches(rows)
         if self.source.sampled is not None:
@@ -190,7 +192,9 @@ class Training:
         ahead = 0 if self.source.sampled else ahead  # the model samples once it has learnt from the batch before
         # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
         go = self.state.step >= 0
-        started, batch, traces = deque[Done](), None, processes.is_first()
+        started = deque[Done]()
+        batch = None
+        traces = processes.is_first()
         if self.step < steps:
             self.progress.say("compiling the training step" + (" …" if self.step == 0 else " (again) …"))
         with ExitStack() as trace:
@@ -204,12 +208,14 @@ class Training:
                         break
                     with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
                         self.state, metrics = step_fn(self.state, arrays, go)
-                    self.step, go = self.step + 1, metrics["finite"]
+                    self.step += 1
+                    go = metrics["finite"]
                     started.append(self._started(arrays, metrics, ask_often=not ahead))
                     waits = started[-1].evaluate or started[-1].save or self.step == end
                     batch = self._next_batch() if ahead and not waits else None
                 while len(started) > (0 if waits or self.stopped else ahead):
-                    settled, since = self._settled(started.popleft()), time.perf_counter()
+                    settled = self._settled(started.popleft())
+                    since = time.perf_counter()
                     yield settled
                     if waits:
                         self.speed.away += time.perf_counter() - since
@@ -225,13 +231,15 @@ class Training:
         except (ValueError, OSError) as error:
             if jax.process_count() > 1:
                 raise  # the others may have their batch, and do not save
-            self.stopped, self.error = True, error
+            self.stopped = True
+            self.error = error
             return None
         return processes.put(model_inputs(batch), self.job.mesh, self.job.run.data.batch_size)
 
     def _started(self, batch: Batch, metrics: dict[str, Any], *, ask_often: bool) -> Done:
         """Decide what follows a step that was started."""
-        run, step = self.job.run, self.step
+        run = self.job.run
+        step = self.step
         self.stopped = step == self.options.stop_after
         logged = step % run.log_every == 0
         if ask_often or logged or jax.process_count() == 1:  # several processes wait for the step when they ask
@@ -281,7 +289,8 @@ class Training:
         self._call("on_evaluation", row)
 
     def _measured(self) -> dict[str, Any]:
-        model, about = model_of(self.job, self.state), (self.source.domains, self.job.mesh, self.source.training_bytes)
+        model = model_of(self.job, self.state)
+        about = (self.source.domains, self.job.mesh, self.source.training_bytes)
         return evaluate(model, self.held_out, self.tokenizer, *about)
 
     def save(self) -> None:
@@ -299,7 +308,9 @@ class Training:
 
     def finish(self) -> FitResult:
         """Print and draw how the run ended. Raises: the first error of a callback or of the source."""
-        finished, order2, pictures = self.step == self.job.run.steps, None, []
+        finished = self.step == self.job.run.steps
+        order2 = None
+        pictures = []
         if finished:
             evaluation = self.evaluation = self.evaluation or self._measured()  # it may have been finished before
             if self.options.report:

@@ -116,7 +116,9 @@ def compute_loss(
         >>> round(float(main), 2)  # even odds over 260 tokens: ln 260
         5.56
     """
-    tokens, segment_ids, loss_mask = batch["tokens"], batch["segment_ids"], batch.get("loss_mask")
+    tokens = batch["tokens"]
+    segment_ids = batch["segment_ids"]
+    loss_mask = batch.get("loss_mask")
     given = _given(model, batch.get("expert_ids"))
     # `share` weights these losses below too; it cancels, so that they are sums over the complete batch's counts.
     divisors = None if token_counts is None else token_counts * share
@@ -178,7 +180,9 @@ def _token_losses(
     def distance(h, trunk, mask, matrix):
         return summed_distance(h, trunk, matrix, mask, head_loss)
 
-    nats, accuracy, feature = [], jnp.zeros(()), jnp.zeros((), jnp.float32)
+    nats = []
+    accuracy = jnp.zeros(())
+    feature = jnp.zeros((), jnp.float32)
     for k, h, wanted, mask in _by_depth(out, batch):
         trunk = out.h[:, k:-1]  # from these it predicts the same tokens
         if k and head_loss != "ce":
@@ -289,11 +293,14 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
         >>> nll.shape, round(float(nll[0, 0]), 2)  # even odds over 260 tokens: ln 260
         ((1, 3), 5.56)
     """
-    segment_ids, matrix = batch["segment_ids"], model.head_matrix()
+    segment_ids = batch["segment_ids"]
+    matrix = model.head_matrix()
     out = model.forward_hidden(batch["tokens"], segment_ids, batch["positions"])
     (_, h, wanted, mask), *heads = _by_depth(out, batch)
     nll, own = score_by_rows(h, matrix, wanted)
-    agree, drafted, alive = [], [], mask
+    agree = []
+    drafted = []
+    alive = mask
     for k, h, wanted, is_target in heads:
         length = wanted.shape[1]
         _, draft = score_by_rows(h, matrix, wanted)

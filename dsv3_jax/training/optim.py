@@ -77,8 +77,10 @@ class AdamW:
             keep: bool []: take the step; False changes nothing, whatever the gradients are.
         Returns: (params, state).
         """
-        cfg, count = self.cfg, (step + 1).astype(jnp.float32)
-        clip, rate = clip_factor(cfg, norm), learning_rate(cfg, self.steps, step)
+        cfg = self.cfg
+        count = (step + 1).astype(jnp.float32)
+        clip = clip_factor(cfg, norm)
+        rate = learning_rate(cfg, self.steps, step)
         to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
         numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
         settings: dict[str, Any] = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
@@ -140,11 +142,15 @@ class Muon(AdamW):
     ) -> tuple[nnx.State, Any]:
         cfg, (matrices, rest), (of_matrices, of_rest) = self.cfg, split_matrices(params), split_matrices(grads)
         others, adam = super().update(step, rest, state.adam, of_rest, norm, keep)
-        rate, clip = learning_rate(cfg, self.steps, step), clip_factor(cfg, norm)
-        flat, means = dict(nnx.to_flat_state(of_matrices)), dict(nnx.to_flat_state(state.momentum))
+        rate = learning_rate(cfg, self.steps, step)
+        clip = clip_factor(cfg, norm)
+        flat = dict(nnx.to_flat_state(of_matrices))
+        means = dict(nnx.to_flat_state(state.momentum))
         moved = {}
         for path, v in nnx.to_flat_state(matrices):
-            w, mean, kept_dtype = v.get_value(), means[path].get_value(), means[path].get_value().dtype
+            w = v.get_value()
+            mean = means[path].get_value()
+            kept_dtype = means[path].get_value().dtype
             g = flat[path].get_value() * clip
             new, move = direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
             w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
@@ -226,7 +232,8 @@ class Optax:
     ) -> tuple[nnx.State, Any]:
         check(self.cfg, self.tx)
         assert self.tx is not None
-        clip, old = clip_factor(self.cfg, norm), nnx.to_pure_dict(params)
+        clip = clip_factor(self.cfg, norm)
+        old = nnx.to_pure_dict(params)
         before = jax.tree.map(lambda v: v.get_value() if _is_variable(v) else v, state, is_leaf=_is_variable)
         clipped = nnx.to_pure_dict(jax.tree.map(lambda g: g * clip, grads))
         with _promoting():

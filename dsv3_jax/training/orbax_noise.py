@@ -26,7 +26,8 @@ def silence() -> None:
     logging.getLogger("asyncio").addFilter(
         lambda record: not _is_of_orbax(record.getMessage(), record.exc_info[2] if record.exc_info else None)
     )
-    hook, closed = sys.unraisablehook, "RuntimeError('Event loop is closed')"
+    hook = sys.unraisablehook
+    closed = "RuntimeError('Event loop is closed')"
     sys.unraisablehook = lambda found: (
         None if repr(found.exc_value) == closed or _is_of_orbax("", found.exc_traceback) else hook(found)
     )

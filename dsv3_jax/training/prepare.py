@@ -131,7 +131,8 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
 
     Raises: ValueError.
     """
-    run, begun = job.run, (out / RUN_FILE).exists()
+    run = job.run
+    begun = (out / RUN_FILE).exists()
     own = run_folder.settled(run, out) if begun else run  # the tokenizer's first file may be gone
     words = processes.by_each(lambda: tokenizer.load(own.data.tokenizer))
     taken = max(steps_of(out / "checkpoints"), default=0) if options.step is None else options.step

@@ -147,7 +147,8 @@ def claim(
 
 def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] | None) -> None:
     """Write changed settings into run.json and its history, and a start into `made` if it is unlike the last."""
-    values, pairs = _read(folder), {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
+    values = _read(folder)
+    pairs = {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
     if made and [made] != values["made"][-1:]:
         values["made"].append(made)
     if changed := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:

@@ -78,7 +78,8 @@ def init_state(job: Job, params: nnx.State | None = None, bias: nnx.State | None
         >>> state.params["embed"].shape, int(state.step)  # doctest: +SKIP
         ((260, 128), 0)
     """
-    make, key = partial(_make_state, job), jax.random.key(job.run.seed)
+    make = partial(_make_state, job)
+    key = jax.random.key(job.run.seed)
     given = params or nnx.State({}), bias or nnx.State({})
     # Without a mesh committed to one device, as a restored state is, so that both use one compiled step.
     of = partial(sharding.state_sharding, mesh=job.mesh, fsdp=job.run.execution.layout.fsdp)
@@ -206,7 +207,8 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
 
 
 def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool = True):
-    run, cfg = job.run, job.run.optim
+    run = job.run
+    cfg = job.run.optim
     batch = _with_keys(run, batch, state.step)
     trained, frozen = split_trainable(run, state.params)
     grads, out = _gradients(job, graph, trained, frozen, state, batch)
@@ -218,7 +220,8 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
         params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, moves)
-    bias, rule = state.bias, balance.rule_of(run.model)
+    bias = state.bias
+    rule = balance.rule_of(run.model)
     if rule is not None:
         gamma = schedules.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
         moved = updated_bias(bias, out.load, jnp.where(moves, gamma, 0.0), rule, out.bias_measure)
@@ -256,7 +259,8 @@ def _gradients(
     job: Job, graph: nnx.GraphDef, trained: nnx.State, frozen: nnx.State, state: TrainState, batch: Batch
 ) -> tuple[nnx.State, Losses]:
     """The gradient of a batch with respect to what trains; its microbatches are read one after the other."""
-    run, parts = job.run, job.run.optim.microbatches
+    run = job.run
+    parts = job.run.optim.microbatches
     how: dict[str, Any] = {
         "counts": target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask")),
         "token_counts": token_counts(run.model, batch["segment_ids"]),
@@ -278,7 +282,8 @@ def _gradients(
         grads, out = grad(used, part)
         return _constrain(job, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), out
 
-    grad, used = jax.grad(losses, has_aux=True), _cast_once(job, trained)
+    grad = jax.grad(losses, has_aux=True)
+    used = _cast_once(job, trained)
     if parts == 1:
         grads, out = grad(used, batch)
         return _constrain(job, jax.tree.map(lambda w, g: g.astype(w.dtype), trained, grads)), out
@@ -293,7 +298,8 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
     Under fsdp they are summed over devices in it, and the kernels for Hopper GPUs round those of experts, so nothing is
     rounded twice; other GPUs round those of experts here. Embeddings and routers stay exact.
     """
-    run, kernels = job.run, job.chosen()
+    run = job.run
+    kernels = job.chosen()
     rounds = run.execution.layout.fsdp and sharding.on_mesh() or kernels.slices_experts
     if not rounds or run.lora.rank or run.execution.precision != "none":
         return trained
@@ -336,7 +342,8 @@ def updated_bias(
         >>> updated_bias(bias, load, jnp.float32(0.5), balance.RULES["sign"])["sparse"]["bias"][...]
         Array([[-0.5,  0. ,  0.5]], dtype=float32)
     """
-    moved, first = [], 0
+    moved = []
+    first = 0
     for path, variable in _in_rows(bias):
         before = jnp.atleast_2d(variable[...])
         rows = slice(first, first := first + len(before))
@@ -361,7 +368,8 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
         >>> first_bad_tensor(Job(run), state, batch={})  # no gradient is computed: a parameter is bad
         'parameter dense.attn.kv_norm.scale'
     """
-    run, job = job.run, Job(job.run)
+    run = job.run
+    job = Job(job.run)
     if bad := first_nonfinite("parameter", state.params):
         return bad
     parts = *split_trainable(run, state.params), state, _with_keys(run, batch, state.step)

@@ -142,7 +142,8 @@ def begin(job: Job, start: Start | None) -> tuple[TrainState, str]:
     if start is None:
         return init_state(job), ""
     model, which = start.load(job)
-    params, bias = nnx.state(model, nnx.Param), nnx.state(model, RouterBias)
+    params = nnx.state(model, nnx.Param)
+    bias = nnx.state(model, RouterBias)
     if job.run.trunk is None:
         return init_state(job, params, bias), f"the weights are those {which}in {start.place}"
     sentence = f"the trunk is that {which}in {start.place}; only the multi-token heads are trained"

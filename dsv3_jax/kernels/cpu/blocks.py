@@ -113,8 +113,10 @@ def _bwd(saved, dy):
             d_h = dy_b @ w_down.T
             d_gates = _put(d_gates, (d_h * silu * b).sum(-1), row)
             d_h = d_h * g
-            d_a, d_b = d_h * b * (sig + silu * (1 - sig)), d_h * silu
-            x_t, h_t = _transposed(x_b), _transposed(silu * b * g)
+            d_a = d_h * b * (sig + silu * (1 - sig))
+            d_b = d_h * silu
+            x_t = _transposed(x_b)
+            h_t = _transposed(silu * b * g)
             dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, h_t, dy_b))
             return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
 
@@ -143,7 +145,8 @@ def _for_blocks(start, count, sizes, body, carry):
         carry = jax.lax.fori_loop(
             0, times, lambda i, c, s=start, n=count, b=size: body(c, s + i * b, n - i * b, b), carry
         )
-        start, count = start + times * size, count - times * size
+        start = start + times * size
+        count = count - times * size
     return carry
 
 

@@ -119,7 +119,8 @@ def _compile(compiler: list[str], path: Path) -> None:
 
     flags = [*(flag for flag in FLAGS if flag != "-shared"), "-isystem", jax.ffi.include_dir(), "-c"]
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as build:
-        library, objects = Path(build) / "kernels.so", [f"{build}/{source.stem}.o" for source in SOURCES]
+        library = Path(build) / "kernels.so"
+        objects = [f"{build}/{source.stem}.o" for source in SOURCES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda source, to: run(*flags, str(source), "-o", to), SOURCES, objects))
         run(*FLAGS, *objects, "-o", str(library))

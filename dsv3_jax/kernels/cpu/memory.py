@@ -11,7 +11,9 @@ from jax import Array
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 _MADV_HUGEPAGE = 14  # Linux' mman.h
-_HOLES, _HOLE, _LARGE_PAGE = 128, 1 << 20, 2 << 20  # count, bytes, bytes
+_HOLES = 128
+_HOLE = 1 << 20  # bytes
+_LARGE_PAGE = 2 << 20  # bytes
 
 
 @functools.cache  # a second call would put its blocks into the large pages of the first, and so fill them
@@ -61,7 +63,8 @@ def _lay_out_heap(libc: ctypes.CDLL) -> None:
     the free block that fits best, so small arrays go into the holes. A large page takes one fault where 512 small ones
     do.
     """
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     blocks = [libc.malloc(_HOLE) for _ in range(2 * _HOLES)]  # every other block is kept: adjacent holes would merge

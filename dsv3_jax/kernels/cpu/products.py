@@ -20,7 +20,9 @@ def _with_gradient_of(op, kernel, static: tuple[int, ...] = ()):
         return call(*args), tuple(a for i, a in enumerate(args) if i not in static)
 
     def bwd(*args):
-        settings, saved, d = args[: len(static)], args[-2], args[-1]
+        settings = args[: len(static)]
+        saved = args[-2]
+        d = args[-1]
         return jax.vjp(lambda *arrays: op(*arrays, *settings), *saved)[1](d)
 
     call = jax.custom_vjp(kernel, nondiff_argnums=static)
@@ -29,7 +31,8 @@ def _with_gradient_of(op, kernel, static: tuple[int, ...] = ()):
 
 
 def _matmul(x: Array, w: Array, axes: int = 1) -> Array:
-    depth, lead = math.prod(w.shape[:axes]), x.shape[: x.ndim - axes]
+    depth = math.prod(w.shape[:axes])
+    lead = x.shape[: x.ndim - axes]
     y = calls.small_batch_matmul(x.reshape(-1, depth), w.reshape(depth, -1))
     return y.reshape(*lead, *w.shape[axes:])
 

@@ -71,7 +71,8 @@ def tokamax_blocks(key: int, value: int) -> tuple[int, int]:
     ((128, 2), (64, 1))
     """
     key, value = (-(-width // 64) * 64 for width in (key, value))
-    both, two = 2 * (key + value), 2  # bytes of a row of keys and values in bfloat16; two blocks at a time
+    both = 2 * (key + value)  # bytes of a row of keys and values in bfloat16
+    two = 2  # blocks at a time
     forward = two * KEYS * both + 2 * ROWS * 2 * key
     backward = 2 * ROWS * both + two * ROWS * (both + 12) + 2 * ROWS * 12
     return KEYS if forward < SHARED_MEMORY else KEYS // 2, 2 if backward < SHARED_MEMORY else 1

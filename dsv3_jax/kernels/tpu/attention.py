@@ -91,7 +91,8 @@ def rotate_last(x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleav
 
     So no array is cut where a register's columns do not end, which would take as long as several passes over it.
     """
-    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    half = cos.shape[-1]
+    rest = x.shape[-1] - 2 * cos.shape[-1]
     places = rest + np.arange(2 * half)
     first, second = places.reshape(half, 2).T if interleaved else places.reshape(2, half)
     signs = np.zeros((x.shape[-1], x.shape[-1]), np.float32)

@@ -29,7 +29,8 @@ def tiles(k: int, n: int) -> tuple[int, int, int]:
     ((128, 7168, 256), (128, 1408, 1024))
     """
     contracted = k if k <= 8192 else _divisor(k, 8192)
-    rows, columns = 4 * ROWS * contracted, 4 * contracted + 8 * ROWS  # bytes of x, and of w and y for each column
+    rows = 4 * ROWS * contracted  # bytes of x
+    columns = 4 * contracted + 8 * ROWS  # bytes of w and y for each column
     return ROWS, contracted, _divisor(n, (VMEM - rows) // columns)
 
 
