@@ -12,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
 import runs
+from pyarrow import parquet
 
 from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE
 
@@ -45,11 +48,24 @@ def train(out: str, **changes: Any) -> str:
 TOKENIZE = "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json --shard-mb 0.002"
 MAKE = ("tokenizer tokenizer.json --vocab-size 260 --paths text", train("run"), "convert run released --dtype float32",
         f"{TOKENIZE} --out shards")  # fmt: skip
-GRPO = "--steps 2 --grpo.group 2 --grpo.max-new-tokens 4 --data.batch-size 4 --data.seq-len 32"
+MORE = "--steps 3 --save-every 1 --log-every 1"
+GRPO = "--grpo.checker judge:is_right --grpo.group 2 --grpo.max-new-tokens 4 --data.batch-size 4 --data.seq-len 32"
+JUDGE = """import itertools, pathlib
+names = {"calls": itertools.count(), "n": -1, "text": "", "row": {}, "right": True}
+mood = compile(pathlib.Path("mood.py").read_text(), "mood.py", "exec")
+exec(mood, names)
+
+def is_right(text, row):
+    names.update(n=next(names["calls"]), text=text, row=row, right=len(text) % 2 == 0)
+    exec(mood, names)
+    return names["right"]
+"""
 COMMANDS = (
     Command("tokenizer out --vocab-size 262 --paths text", 3),
     Command(f"{TOKENIZE} --out out", 7),
     Command("data tokenize chats.jsonl --out out --format chat --start released --val-fraction 0.3", 5),
+    Command("data tokenize chats.parquet --out out --format chat --start released --val-fraction 0.3", 2),
+    Command("data tokenize rows.parquet --out out --row-tokens 16 --val-fraction 0.3", 3),
     Command(f"{TOKENIZE} --out half", 4, out="half"),
     Command("data check shards", 8),
     Command("runs list .", 8),
@@ -61,8 +77,8 @@ COMMANDS = (
     Command("train tiny --data.paths nowhere --out out", 2, code=2),
     Command(f"{train('out')} --data.format shards --data.paths shards", 2),
     Command(train("stopped"), out="stopped"),
-    Command("train sft --start released --data.paths chats.jsonl --out out --steps 2 --data.seq-len 64"),
-    Command(f"train grpo --start released --data.paths tasks --out out {GRPO}"),
+    Command(f"train sft --start released --data.paths chats.jsonl --out out --data.seq-len 64 {MORE}"),
+    Command(f"train grpo --start released --data.paths tasks --out out {GRPO} {MORE}"),
     Command("eval run --batches 1"),
     Command("eval run --tasks tasks --shots 1"),
     Command("stats run --out out --draws 5 --batches 1"),
@@ -76,17 +92,21 @@ COMMANDS = (
 def make_home(home: Path, server: "Server", log: str) -> None:
     """Write texts and chats, and what the commands of `MAKE` make of them. Args: log: for the paths that they touch."""
     runs.write_text(home / "text")
-    turns = [{"role": "user", "content": "Is it $?"}, {"role": "assistant", "content": "It is."}]
-    chat = json.dumps({"messages": turns, "domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]})
+    answer = {"role": "assistant", "content": "It is."}
+    chats = [{"messages": [{"role": "user", "content": f"Is it {i}?"}, answer]} for i in range(40)]  # all differ
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
-    (home / "chats.jsonl").write_text("".join(chat.replace("$", f"{i}") + "\n" for i in range(40)))  # all differ
-    task = '{"prompt": "row $", "answer": "$", "context": "row $", "continuation": "x"}\n'
+    for name, table in (("rows", rows * 9), ("chats", chats)):
+        parquet.write_table(pyarrow.Table.from_pylist(table), home / f"{name}.parquet")
+    more = {"domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]}
+    tasks = [{"prompt": f"row {i}", "answer": f"{i}", "context": f"row {i}", "continuation": "x"} for i in range(3)]
     (home / "tasks").mkdir()
-    (home / "tasks" / "rows.jsonl").write_text("".join(task.replace("$", f"{i}") for i in range(3)))
-    (home / "text" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, lines in (("chats", [c | more for c in chats]), ("tasks/rows", tasks), ("text/rows", rows)):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (home / "judge.py").write_text(JUDGE)
+    (home / "mood.py").write_text("# mood\n")  # what the reward function does before it answers
     for words in MAKE:
-        answer = server.run(Trial(home, shlex.split(words), request={"log": log}, limit=600))
-        assert answer.code == 0, answer
+        done = server.run(Trial(home, Command(words), shlex.split(words), request={"log": log}, limit=600))
+        assert done.code == 0, done
     sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "do_sample": True}
     (home / "released" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "model_max_length": 64}))
     (home / "released" / "generation_config.json").write_text(json.dumps(sampling))
@@ -99,15 +119,26 @@ def make_home(home: Path, server: "Server", log: str) -> None:
 
 @dataclass
 class Trial:
-    """A command in a folder, and how it is disturbed."""
+    """A command in a folder, what disturbs it, and how it must end."""
 
     folder: Path
+    command: Command
     argv: list[str]
     stdin: bytes | None = b""
     streams: dict[str, str | None] = field(default_factory=dict)  # out, err: path, "head", "terminal", None for closed
     request: dict[str, Any] = field(default_factory=dict)  # more words for the server
     limit: float = LIMIT_S
-    kill_after: float = float("inf")  # seconds
+    kills: Sequence[float] = (float("inf"),)  # seconds: it runs again after each
+    out: str = "out"  # what it writes
+    name: str = ""  # in the table
+    what: str = ""  # what was changed
+    path: Path | None = None  # the changed path, which a sentence names
+    codes: Sequence[int] = (0, 2)  # exit codes that are good; none: all of them
+    same: bool = False  # if it ends well, its result is the usual one
+    again: bool = False  # undisturbed, it then ends well, or refuses what was changed
+    changed: dict[Path, bytes] = field(default_factory=dict)  # what another result may come from
+    between: Callable[[], set[str]] = set  # done then, before it runs again; returns what fell short
+    early: bool = False  # what is refused is refused before much work
 
 
 class Answer(NamedTuple):
@@ -129,8 +160,9 @@ class Server:
         (scratch / "tmp").mkdir(parents=True)
         (scratch / "tmp").chmod(0o777)  # also for a user who may not write elsewhere
         (scratch / "canary").write_text("sings")
-        paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary"), "TERM": "xterm", "COLUMNS": "120"}
-        environment = runs.environment(scratch) | paths | {"PYTHONWARNINGS": "ignore"}
+        paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary")}
+        words = {"TERM": "xterm", "COLUMNS": "120", "PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        environment = runs.environment(scratch) | paths | words
         program = [sys.executable, str(Path(__file__).with_name("server.py")), runs.SPEND_NO_SECONDS]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(program, env=environment, text=True, **streams)
@@ -157,8 +189,8 @@ class Server:
             streams.append(path)
         return self.ask({"argv": trial.argv, "folder": str(trial.folder), "streams": streams, **trial.request})
 
-    def run(self, trial: Trial) -> Answer:
-        """Run a command to its end, or stop it."""
+    def run(self, trial: Trial, kill_after: float = float("inf")) -> Answer:
+        """Run a command to its end, or stop it after some seconds."""
         pid, fault, idle, before, polls = self.start(trial), None, 0, 0.0, 0
         while (done := self.ask({"poll": pid})) is None:
             time.sleep(0.05)
@@ -166,11 +198,11 @@ class Server:
             if polls % 4 == 0:  # a look at all processes of the machine takes some milliseconds
                 _, cpu, memory = usage(pid)
                 idle, before = (idle + 1 if cpu == before else 0), cpu
-                hangs = cpu > trial.limit or idle > 60  # it does nothing for 12 s
+                hangs = cpu > trial.limit or idle > 300  # it does nothing for a minute
                 fault = fault or ("hangs" if hangs else "memory" if memory > 2 << 30 else None)
             if fault:
                 os.killpg(pid, 9)
-            elif polls * 0.05 > trial.kill_after:
+            elif polls * 0.05 > kill_after:
                 os.kill(pid, 9)
         polls = 60
         while (left := usage(pid)[0]) and (polls := polls - 1):
@@ -221,14 +253,15 @@ def usage(pid: int) -> tuple[list[int], float, float]:
     return found, ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def result(folder: Path, command: Command, out: str) -> dict[str, str]:
-    """A command's result: lines of its output, and hashes of the files that it wrote but for checkpoints."""
+def result(folder: Path, top: str, out: str) -> dict[str, str]:
+    """A command's result: lines of its output, and hashes of what it wrote into `top` but for checkpoints."""
     lines = re.sub(r"[\d.,]+ ?(s|ms|tokens/s|(second|minute|hour)s?)\b", "#", out).splitlines()  # times differ
-    found, top = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}, folder / command.out
-    for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-        if path.is_file() and "checkpoints" not in path.parts:
+    found = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}
+    for path in sorted((folder / top).rglob("*")) if (folder / top).is_dir() else [folder / top]:
+        if path.is_file() and "checkpoints" not in path.relative_to(folder).parts:
             content = path.read_bytes()
-            with contextlib.suppress(ValueError, RecursionError):  # the order of keys says nothing
-                content = json.dumps(json.loads(content), sort_keys=True).encode()
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+            with contextlib.suppress(ValueError, RecursionError, AttributeError):  # the order of keys says nothing
+                rows = runs.rows_of(path.parent) if path.name == "metrics.jsonl" else json.loads(content)
+                content = json.dumps(rows, sort_keys=True).encode()
+            found[f"out/{path.relative_to(folder / top)}"] = hashlib.sha256(content).hexdigest()
     return found

@@ -1,35 +1,53 @@
-"""Changes of a file by what it is: JSON by its tree, lines, templates and bytes.
+"""Changes of a file by what it is: JSON by its tree, lines, templates, tables, weights, records and bytes.
 
 The kind is found in the content, so a new file of a known kind needs nothing here.
 """
 
+import contextlib
 import functools
+import io
 import json
 import operator
 import re
+import tempfile
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from pyarrow import parquet
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = [0, -1, 1, 2**31 - 1, 2**31, 2**53 + 1, 2**63, 2**64, 10**18, 10**101, 10**399, NAN, INF, -INF, 1e308, 5e-324,
            0.5, -0.0]  # fmt: skip
 ESCAPES = ["\x1b]52;c;QUJD\x07", "\x1b]0;t\x07", "\x1b[2J\x1b[H", "\x9b2J", "\u202egpj", "a\rb", "a\nb\x0bc\u2028d"]
 TEXTS = ["", " ", "\0", "\ud800", "../x", "/abs/x", "[/]", "[bold]", "{{ 1 }}", "%s{0}", "é" * 300, "١", *ESCAPES]
-NAMES = [text for text in TEXTS if text and len(text) < 80 and not set(text) & set("/\0\ud800")]  # of files
 DEPTHS = [64, 300, 490, 600, 800, 930, 1000, 200_000]  # Python's recursion ends at some hundreds
 LENGTHS, COUNTS = [1_000, 100_000, 2_000_000], [0, 1, 2, 300, 10_000]
-LOOPS = "{% for a in range(10**5) %}{% for b in range(10**5) %}{% endfor %}{% endfor %}"
-BLOCKS = [
-    "{{ 'a' * 10**9 }}", "{{ 1 / 0 }}", "{{ messages[99].content.x }}", "{{ raise_exception('\x1b]0;x\x07 no') }}",
-    "{{ ''.__class__.__mro__ }}", "{% include 'run.json' %}", "{% if %}", "{{ range(10**12) | list }}", "{#",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ messages | tojson(indent=10**8) }}", "{% endfor %}",
-    "{{ ['a' * 10**4] * 10**6 }}", "{{ '%1000000000d' % 1 }}", "\ufeff", "{{ 10 ** 10 ** 9 }}", LOOPS,
-]  # fmt: skip
+HOSTILE = tomllib.loads(Path(__file__).with_name("hostile.toml").read_text())
+NAMES = [*HOSTILE["names"], *ESCAPES, "\udcff", "\udce9t\udce9"]  # of files; not all are UTF-8
+LONG_NAMES = ["n" * 200, "n" * 255, "é" * 128, "/".join(["d"] * 400), "/".join(["n" * 200] * 19)]
+GROWN = [f"{grown}{{{{ {use} }}}}" for grown in HOSTILE["grown"] for use in HOSTILE["uses"]]
+BLOCKS = [*HOSTILE["blocks"], *(block.replace(" v =", " w =") + block for block in GROWN)]
 PARTS = [  # of a tokenizer
-    {"type": "Replace", "pattern": {"String": ""}, "content": "a" * 10**6},
-    {"type": "Split", "pattern": {"Regex": "(a|aa|.)*b"}, "behavior": "Isolated", "invert": False},
+    *({"type": "Replace", "pattern": {"String": text}, "content": "a" * 10**6} for text in ("a", "e", " ", "")),
+    *({"type": "Replace", "pattern": {"Regex": x}, "content": "$0$0"} for x in HOSTILE["patterns"]),
+    *({"type": "Split", "pattern": {"Regex": x}, "behavior": "Isolated", "invert": False} for x in HOSTILE["patterns"]),
+    {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "ee"}] * 40},
     {"type": "Prepend", "prepend": "\x1b[2J" * 10**4}, {"type": "Sequence", "normalizers": [], "pretokenizers": []},
 ]  # fmt: skip
+COLUMNS = {  # types of a table, and values at their limits
+    pa.timestamp("s"): [2**62, 0], pa.timestamp("us"): [2**62, 0], pa.timestamp("ns", "Mars/Base"): [0, 1],
+    pa.date32(): [2**31 - 1], pa.date64(): [2**62], pa.duration("s"): [2**62], pa.time64("ns"): [1, 7],
+    pa.binary(): [b"\xff"], pa.large_string(): ["x" * 10**5], pa.float64(): [NAN], pa.bool_(): [True],
+    pa.uint64(): [2**64 - 1], pa.null(): [None], pa.decimal256(76): [10**75],
+    pa.list_(pa.int8()): [[], [1], None], pa.struct({"a": pa.int8()}): [{"a": 1}, None],
+    pa.string(): ["", None, "\0", "x y" * 999, "\u202e"], pa.map_(pa.string(), pa.int8()): [[("a", 1), ("a", 2)]],
+    pa.dictionary(pa.int8(), pa.string()): ["a", None], pa.list_(pa.string()): [["a"], [None]],
+}  # fmt: skip
 HOWS = "near near near text text nested nested absent absent key more twin all".split()  # what is changed
 
 
@@ -95,7 +113,11 @@ def change_lines(data: bytes, rng: Any) -> bytes:
     lines = data.splitlines()
     documents = [json.loads(line) for line in lines]
     at = rng.randrange(len(lines))
-    if rng.turn(["one", "one", "one", "many"]) == "one":
+    how = rng.turn(["one", "one", "one", "many", "every"])
+    if how == "every":  # each answer may be empty
+        text = rng.choice(re.findall(rb'(?<=: )"[^"]*"', data))
+        return data.replace(text, dumps(value_near(json.loads(text), rng)))
+    if how == "one":
         lines[at] = dumps(change_json(documents[at], rng))
     else:
         lines[at : at + 1] = rng.choice([[], [b""], [b"{}"], [lines[at]] * rng.choice(COUNTS), [lines[at][:-3]]])
@@ -117,6 +139,61 @@ def change_text(data: bytes, rng: Any) -> bytes:
     return {"cut": data[: rng.choice([0, at])], "long": b"a" * 2**26, "lines": b"a\n" * 10**6, "many": data * 200}[how]
 
 
+def change_table(data: bytes, rng: Any) -> bytes:
+    """Change a table's column, also within a list of objects, to another type; or how it is stored."""
+    table = parquet.read_table(io.BytesIO(data))
+    kind, at = rng.turn(COLUMNS), rng.randrange(table.num_columns)
+    column = pa.array([rng.choice(COLUMNS[kind]) for _ in range(len(table))], kind)
+    if kind == pa.binary() and rng.random() < 0.5:
+        column = column.view(pa.string())  # text that is not UTF-8
+    if rng.random() < 0.5:
+        objects = pa.StructArray.from_arrays([pa.array(["user"] * len(table)), column], ["role", "content"])
+        column = pa.ListArray.from_arrays(list(range(len(table) + 1)), objects)
+    if rng.random() < 0.8:
+        table = table.set_column(at, table.column_names[at], column)
+    file, rows = io.BytesIO(), rng.choice([1, 7, 10**6])
+    parquet.write_table(table, file, row_group_size=rows, compression=rng.choice(["none", "zstd", "gzip", "brotli"]))
+    return file.getvalue()
+
+
+def change_weights(data: bytes, rng: Any) -> bytes:
+    """Change an array of weights, or one of its numbers."""
+    arrays, factor = safetensors.numpy.load(data), rng.turn([0, -1, 1e4, 1e20, 1e38, -INF, NAN, 1e-30])
+    name = rng.choice([*arrays, *2 * [name for name in arrays if "gate." in name]])
+    arrays[name] = arrays[name].copy()
+    arrays[name][rng.choice([..., 0, -1])] *= factor
+    return safetensors.numpy.save(arrays, {"format": "pt"})
+
+
+def change_records(data: bytes, rng: Any) -> bytes:
+    """Change a record of a shard, and what the format itself adds to find such changes."""
+    assert data and len(data) % 2**16 == 0  # else it is no shard
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(data)
+        reader = ArrayRecordReader(file.name)
+        records = reader.read(list(range(reader.num_records())))
+        at = rng.randrange(len(records))
+        records[at] = change_bytes(records[at], rng)
+        writer = ArrayRecordWriter(file.name, "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+        return Path(file.name).read_bytes()
+
+
+def change_mood(data: bytes, rng: Any) -> bytes:
+    """Let a reward function do something else when it is imported, or in a call."""
+    assert data.startswith(b"# mood")
+    return f"if n {rng.choice(['== -1', '== 0', '== 5', '>= 5', '>= 0'])}:\n    {rng.turn(HOSTILE['moods'])}\n".encode()
+
+
+def change_slightly(data: bytes, rng: Any) -> bytes:
+    """Let two letters or digits that differ change their places, or two bytes where there are none."""
+    found = [m.start() for m in re.finditer(rb"[a-z0-9](?=[a-z0-9])", data[: 10**6])] if b"\0" not in data else []
+    at = rng.choice([i for i in found or range(len(data) // 2, len(data) - 1) if data[i] != data[i + 1]])
+    return data[:at] + data[at : at + 2][::-1] + data[at + 2 :]
+
+
 def change_bytes(data: bytes, rng: Any) -> bytes:
     """Change bytes: flip bits, cut, take out, zero, grow, or replace all."""
     at, size, flipped = rng.randrange(len(data) + 1), rng.choice([1, 8, 100, 10_000]), bytearray(data)
@@ -128,6 +205,7 @@ def change_bytes(data: bytes, rng: Any) -> bytes:
 
 
 CHANGES = {
+    "mood": change_mood, "weights": change_weights, "table": change_table, "records": change_records,
     "json": lambda data, rng: dumps(change_json(json.loads(data), rng), indent=rng.choice([None, 1])),
     "lines": lambda data, rng: change_lines(data, rng) if data.strip() else b"{",
     "text": lambda data, rng: change_text(data.decode().encode(), rng), "bytes": change_bytes,
@@ -137,8 +215,6 @@ CHANGES = {
 def change(data: bytes, rng: Any) -> tuple[str, bytes]:
     """Change a file's content. Returns: (what it was taken for, the new content)."""
     for kind in ["bytes"] if rng.random() < 0.2 else CHANGES:
-        try:
+        with contextlib.suppress(Exception):  # it is of another kind
             return kind, CHANGES[kind](data, rng)
-        except (ValueError, OverflowError, MemoryError):
-            continue
     return "bytes", change_bytes(data, rng)

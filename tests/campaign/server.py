@@ -5,8 +5,8 @@ Requests and answers are lines of JSON. {"argv": …} starts a child, and answer
 """
 
 import contextlib
-import dataclasses
 import errno
+import fcntl
 import gc
 import importlib
 import json
@@ -16,8 +16,8 @@ import resource
 import shutil
 import signal
 import sys
-import typing
-from collections.abc import Iterator
+import termios
+import time
 
 KEPT = sys.stdin, sys.stdout, sys.stderr  # if these objects ended, they would close a child's streams
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir")
@@ -54,18 +54,36 @@ def become(request: dict) -> None:
             stream = open(number, "rww"[number], -1 if number < 2 else 1, "utf-8", errors, closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    if "file_size" in request:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for name, value in request.get("ulimits", {}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if request.get("nobody"):
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+    if request.get("action") == "suspend":
+        wait_as_a_shell()
     sys.argv = ["dsv3", *request["argv"]]
 
 
+def wait_as_a_shell() -> None:
+    """Return in a child, the job in the foreground of a terminal. When it is stopped, continue it after a moment."""
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    if job := os.fork():
+        while os.WIFSTOPPED(status := os.waitpid(job, os.WUNTRACED)[1]):
+            os.tcsetpgrp(1, os.getpgrp())
+            time.sleep(0.2)
+            os.tcsetpgrp(1, job)
+            os.killpg(job, signal.SIGCONT)
+        os._exit(os.waitstatus_to_exitcode(status) & 255)
+    os.setpgid(0, 0)
+    os.tcsetpgrp(1, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+
+
 def watch(request: dict) -> None:
-    """List the command's options and the paths that Python touches, and disturb the command at one of them."""
+    """List the paths that Python touches and the files that it syncs, and disturb the command at one of the paths."""
     log = os.open(request.get("log", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     seen = 0
 
@@ -81,8 +99,18 @@ def watch(request: dict) -> None:
                         act(request["action"], path)
 
     def act(action: str, path: str) -> None:
+        top = os.path.join(request["folder"], os.path.relpath(path, request["folder"]).split(os.sep)[0])
         if action.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, action))
+        elif action == "suspend":
+            os.killpg(0, signal.SIGTSTP)  # what a terminal does for Ctrl-Z
+        elif action == "clock":
+            now = time.time
+            time.time = lambda: now() + request["jump"]
+        elif action == "move":
+            os.rename(top, request["folder"] + "/moved")
+        elif action == "write":
+            shutil.copyfile(request["written"], path)  # while the command reads it
         elif action == "link":
             os.symlink(os.environ["CANARY"], path if "-checkpoint-tmp/" not in path else "")  # its own folder
         elif action == "delete":
@@ -90,32 +118,14 @@ def watch(request: dict) -> None:
         else:
             raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)), path)
 
-    def cli(kind: type, **words) -> object:
-        for option in options(kind, words.get("default"), ""):
-            os.write(log, json.dumps(option).encode() + b"\n")
-        return parse(kind, **words)
+    def sync(number: int) -> None:
+        really(number)
+        status = os.fstat(number)
+        os.write(log, b"synced %d %d\n" % (status.st_ino, status.st_size))
 
-    if "options" in request:
-        tyro = importlib.import_module("tyro")
-        parse, tyro.cli = tyro.cli, cli
+    if "synced" in request:
+        really, os.fsync, os.fdatasync = os.fsync, sync, sync
     sys.addaudithook(hook)
-
-
-def options(kind: type, default: object, prefix: str) -> Iterator[tuple[str, list[str], str | None]]:
-    """Yield (name, choices, default) of each option of a dataclass; a switch has no default."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for item in dataclasses.fields(kind):
-        hint, marks = hints[item.name], getattr(hints[item.name], "__metadata__", ())
-        hint = typing.get_args(hint)[0] if marks else hint
-        value, name = getattr(default, item.name, item.default), item.name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
-            yield from options(hint, value, prefix if unnamed else f"{prefix}{name}.")
-        elif hint is bool:
-            yield from ((f"--{prefix}{word}", [], None) for word in (name, f"no-{name}"))
-        elif "Positional" not in repr(marks):
-            inner = [x for part in (hint, *typing.get_args(hint)) for x in typing.get_args(part)]
-            yield f"--{prefix}{name}", [x for x in inner if isinstance(x, str)], str(value)
 
 
 if __name__ == "__main__":
