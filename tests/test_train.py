@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capf
 
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch, capfd, ahead):
-    """The step before it is saved, also if later batches are made ahead; without it the same command goes on."""
+    """Training saves the step before the record. The same command goes on once the record is mended."""
     good = Batches.__next__
 
     def read(self):

@@ -85,8 +85,11 @@ def cached_attention(draw: Draw, large: bool) -> Iterator[Case]:
         keys = [Stored(jnp.asarray(draw(batch, 1, slots, width)), None) for width in (512, 64)]
         if dtype != draw.dtype:
             keys = [Stored(*quantize_rows(x.rows, dtype)) for x in keys]
+
+        # Each new token sees the rows before it and its own.
         first = np.append([0, slots - tokens], draw.rng.integers(0, slots - tokens, batch - 2))
         last = np.repeat(first[:, None] + np.arange(tokens), heads, axis=1).astype(np.int32)
+
         queries = [draw(batch, 1, tokens * heads, width) for width in (512, 64)]
         label = f"{jnp.dtype(dtype).name}, {batch} × {slots} slots, {tokens} new tokens"
         yield Case(label, (queries, keys, keys[0], last), settings=(("scale", 192**-0.5),))
@@ -119,8 +122,11 @@ def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
     for tokens, groups, each in ((1, 1, 16), (19, 1, 16), (5, 3, 1)):
         keys = [Stored(jnp.asarray(draw(2, groups, slots, width)), None) for width in (128, 64)]
         queries = [draw(2, tokens, groups, each, width) for width in (128, 64)]
+
+        # A choice of tokens without repetition; the first query sees half as many.
         ids = np.argsort(draw.rng.random((2, tokens, slots)))[..., :k].astype(np.int32)
         ids[:, 0, k // 2 :] = -1
+
         label = f"{tokens} tokens, {groups} × {each} heads"
         yield Case(label, (queries, keys, keys[0], jnp.asarray(ids)), settings=(("scale", 192**-0.5),))
 

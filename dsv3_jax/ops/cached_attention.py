@@ -130,6 +130,7 @@ def _scores(queries, keys: Sequence[Stored], first: Array, last: Array, scale: f
         q = jnp.pad(scaled(q, scale), [(0, 0)] * 3 + [(0, stored.rows.shape[-1] - q.shape[-1])])
         s = jnp.einsum("bgqk,bgsk->bgqs", q, stored.rows.astype(q.dtype), preferred_element_type=wide)
         total += s if stored.scales is None else s * stored.scales.astype(wide).swapaxes(2, 3)
+
     slot = jnp.arange(keys[0].rows.shape[2], dtype=jnp.int32)
     seen = (slot[None, None] <= last[:, :, None]) & (slot >= first)[None, None]
     return jnp.where(seen[:, None], total, -jnp.inf)
