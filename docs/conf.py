@@ -1,7 +1,7 @@
 """Settings of the documentation, `make docs`.
 
-The source folder is the repository, so links between its files lead on the site too. Nothing is fetched. generate.py
-writes the pages below docs/generated from the code, before anything is read.
+The source folder is the repository, so links between its files lead on the site too. Nothing is
+fetched. generate.py writes the pages below docs/generated from the code, before anything is read.
 """
 
 import os
@@ -24,23 +24,32 @@ generate.write_pages(ROOT / "docs/generated")
 project, author, copyright = "dsv3-jax", "The dsv3-jax authors", "The dsv3-jax authors, Apache-2.0"
 version = release = version_of("dsv3-jax")
 extensions = [
-    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
-]  # fmt: skip
+]
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md", "docs/**/*.md", "notebooks/*.ipynb", "experiments/README.md", "experiments/*/*.md",
     "experiments/scale/launch/*.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
 ]  # fmt: skip
-exclude_patterns = [".*", "runs", "build", "docs/_build", "shared", "experiments/scale/plan_table.md"]
+exclude_patterns = [
+    ".*", "runs", "build", "docs/_build", "shared", "experiments/scale/plan_table.md",
+]  # fmt: skip
 
 html_theme, html_title = "furo", "dsv3-jax"
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
-html_show_search_summary = False  # it fetches each page that is found, which a browser refuses for files
-# MathJax in one file of the site, which draws formulas as SVG: it asks for no font and no other file.
-MATHJAX = distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static/mathjax/tex-svg.js")
+# it fetches each page that is found, which a browser refuses for files
+html_show_search_summary = False
+# MathJax in one file of the site, which draws formulas as SVG: it asks for no other file.
+MATHJAX = distribution("sphinx-mathjax-offline").locate_file(
+    "sphinx-mathjax-offline/static/mathjax/tex-svg.js"
+)
 html_static_path, html_css_files = ["site.css", str(MATHJAX)], ["site.css"]
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}  # the menu could ask for further files
@@ -63,11 +72,14 @@ nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures: other projects'
 python_use_unqualified_type_names = True
 
 
-SECTIONS = ("Args:", "Returns:", "Raises:", "Example:", "Yields:", "Source:", "Departs from the paper:", "Letters:")
+SECTIONS = (
+    "Args:", "Returns:", "Raises:", "Example:", "Yields:", "Source:", "Departs from the paper:",
+    "Letters:",
+)  # fmt: skip
 
 
 def _as_text(lines: list[str]) -> list[str]:
-    """A docstring as reStructuredText. Equations and tables, which are indented outside of sections, are kept."""
+    """A docstring as reStructuredText; equations and tables, indented outside of sections, stay."""
     out: list[str] = []
     state = ""  # where indented lines belong
     example = False
@@ -95,12 +107,15 @@ def _as_text(lines: list[str]) -> list[str]:
 def _escaped(line: str) -> str:
     """Signs of reStructuredText outside of `names` are themselves."""
     parts = re.split(r"(`[^`]*`)", line)
-    parts[::2] = [re.sub(r"([*|])|_(?!\w)", lambda found: "\\" + found[0], part) for part in parts[::2]]
+    parts[::2] = [
+        re.sub(r"([*|])|_(?!\w)", lambda found: "\\" + found[0], part) for part in parts[::2]
+    ]
     return "".join(parts)
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", lambda *args: args[-1].__setitem__(slice(None), _as_text(args[-1])), 400)
+    in_place = lambda *args: args[-1].__setitem__(slice(None), _as_text(args[-1]))  # noqa: E731
+    app.connect("autodoc-process-docstring", in_place, 400)
     app.connect("source-read", _say_commit)
     app.connect("doctree-resolved", _show_sources)
     app.connect("build-finished", _send_to_docs)
@@ -116,17 +131,22 @@ def _say_commit(app, page, source) -> None:
 
 
 def _show_sources(app, tree, page) -> None:
-    """A link to a Python file leads to its highlighted source, if the site has it; else it is a download."""
+    """A link to a Python file leads to its highlighted source if the site has it, or downloads."""
     shown = getattr(app.env, "_viewcode_modules", {})
     for node in list(tree.findall(addnodes.download_reference)):
         path = Path(os.path.normpath(Path(page).parent / node["reftarget"].lstrip("/")))
         if ".".join(path.with_suffix("").parts) in shown:
-            target = app.builder.get_relative_uri(page, f"_modules/{path.with_suffix('').as_posix()}")
+            target = app.builder.get_relative_uri(
+                page, f"_modules/{path.with_suffix('').as_posix()}"
+            )
             node.replace_self(nodes.reference("", "", *node.children, refuri=target))
 
 
 def _send_to_docs(app, error) -> None:
     """The root of the site leads to its first page."""
     if error is None and app.builder.format == "html":
-        text = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html"><title>dsv3-jax</title>'
+        text = (
+            '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">'
+            "<title>dsv3-jax</title>"
+        )
         (Path(app.outdir) / "index.html").write_text(text, encoding="utf-8")

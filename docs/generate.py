@@ -1,4 +1,4 @@
-"""Pages that the code itself prints: tables, each command's help, the API's modules, and the gallery of studies."""
+"""Pages that the code prints: tables, each command's help, the API's modules, and the studies."""
 
 import contextlib
 import io
@@ -41,7 +41,12 @@ PARTS = {
 
 def write_pages(folder: Path) -> None:
     """Write all pages that are not there or have changed, so that a second build is quick."""
-    pages = {"tables": tables(), "commands": commands(), "studies": studies(), "cards": cards(read_cards())}
+    pages = {
+        "tables": tables(),
+        "commands": commands(),
+        "studies": studies(),
+        "cards": cards(read_cards()),
+    }
     pages |= {f"api/{part}": api(part, title) for part, title in PARTS.items()}
     for name, text in pages.items():
         path = folder / f"{name}.md"
@@ -53,28 +58,53 @@ def write_pages(folder: Path) -> None:
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in Markdown."""
     lines = [list(head), ["---"] * len(list(head)), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def tables() -> str:
-    """The tables of presets, kernels, families, sharding rules and the code, and what each preset counts."""
+    """The tables of presets, kernels, families, sharding rules and code, and presets' counts."""
     counted = {name: dict(describe(cfg, name)) for name, cfg in MODELS.items()}
     quantities = ("total parameters", "active parameters", "cache")
-    sizes = [(f"`{name}`", *(of[quantity] for quantity in quantities)) for name, of in counted.items()]
+    sizes = [
+        (f"`{name}`", *(of[quantity] for quantity in quantities)) for name, of in counted.items()
+    ]
     recipes = [
-        (f"`{name}`", run.steps, f"{run.data.batch_size} × {run.data.seq_len}", run.optim.learning_rate, run.optim.name)
+        (
+            f"`{name}`",
+            run.steps,
+            f"{run.data.batch_size} × {run.data.seq_len}",
+            run.optim.learning_rate,
+            run.optim.name,
+        )
         for name, run in RECIPES.items()
     ]
     kernels = [
-        (f"`{op}`", f"`{row.name}`", ", ".join(row.platforms), ", ".join(row.dtypes) or "any", row.precision)
+        (
+            f"`{op}`",
+            f"`{row.name}`",
+            ", ".join(row.platforms),
+            ", ".join(row.dtypes) or "any",
+            row.precision,
+        )
         for op, rows in choose.TABLE.items()
         for row in rows
     ]
     families = [
-        (f"`{name}`", of.scoring, ", ".join(of.methods), "yes" if of.experts else "no", "yes" if of.indexer else "no")
+        (
+            f"`{name}`",
+            of.scoring,
+            ", ".join(of.methods),
+            "yes" if of.experts else "no",
+            "yes" if of.indexer else "no",
+        )
         for name, of in FAMILIES.items()
     ]
-    sharding = [(f"`{name}`", ", ".join(FSDP_RULES[name]), ", ".join(RULES.get(name, ()))) for name in FSDP_RULES]
+    sharding = [
+        (f"`{name}`", ", ".join(FSDP_RULES[name]), ", ".join(RULES.get(name, ())))
+        for name in FSDP_RULES
+    ]
     code = [
         (f"`{name}`", of.files, f"{of.code:,}", f"{of.tokens:,}", f"{of.tokens / of.code:.1f}")
         for name, of in with_sums().items()
@@ -93,7 +123,8 @@ The code prints these tables; they cannot be older than it.
 
 ## Kernels
 
-Rows of an op are in order of preference: the first that serves platform, dtype, mesh and shapes runs.
+Rows of an op are in order of preference: the first that serves platform, dtype, mesh and shapes
+runs.
 
 {table(("op", "implementation", "platforms", "dtypes", "precision"), kernels)}
 
@@ -121,7 +152,10 @@ def commands() -> str:
     for name in COMMANDS:
         argv = ["train", "tiny"] if name == "train" else [name]
         said = io.StringIO()
-        with contextlib.redirect_stdout(said), mock.patch.dict("os.environ", {"COLUMNS": "100", "NO_COLOR": "1"}):
+        with (
+            contextlib.redirect_stdout(said),
+            mock.patch.dict("os.environ", {"COLUMNS": "100", "NO_COLOR": "1"}),
+        ):
             main([*argv, "--help"])
         parts.append(f"## {' '.join(['dsv3', *argv])}\n\n```text\n{said.getvalue().strip()}\n```\n")
     return "\n".join(parts)
@@ -130,7 +164,10 @@ def commands() -> str:
 def api(part: str, title: str) -> str:
     """The public functions and classes of a folder, by their docstrings."""
     files = sorted(ROOT.glob(f"dsv3_jax/{part}.py")) + sorted(ROOT.glob(f"dsv3_jax/{part}/**/*.py"))
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in files
+    ]
     blocks = [f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in names]
     return f"# {part}\n\n{title}.\n\n" + "\n".join(blocks)
 
@@ -138,10 +175,17 @@ def api(part: str, title: str) -> str:
 def cards(found: list[dict[str, Any]]) -> str:
     """Verification cards: who ran what, where. What has no card says "not run"."""
     devices = {card["device"] for card in found}
-    names = {device: next((name for name in DEVICES if name in device.upper()), device) for device in sorted(devices)}
+    names = {
+        device: next((name for name in DEVICES if name in device.upper()), device)
+        for device in sorted(devices)
+    }
     columns = list(dict.fromkeys([*DEVICES, *names.values()]))
     of = {(names[card["device"]], card["task"], card["model"]): card for card in found}
-    count = {(name, task): sum(key[:2] == (name, task) for key in of) for name in columns for task in TASKS}
+    count = {
+        (name, task): sum(key[:2] == (name, task) for key in of)
+        for name in columns
+        for task in TASKS
+    }
     glance = [(task, *(count[name, task] or "not run" for name in columns)) for task in TASKS]
     parts = [
         f"""# What has run where
@@ -151,8 +195,8 @@ Each program that compares or measures writes a card for each model, task and de
 
 {table(("task", *columns), glance)}
 
-The numbers count models. A model is a small folder of random weights in the form of that family's released ones, if it
-does not say otherwise.
+The numbers count models. A model is a small folder of random weights in the form of that family's
+released ones, if it does not say otherwise.
 
 {table(("task", "what it asks"), TASKS.items())}
 """
@@ -160,13 +204,19 @@ does not say otherwise.
     for name in columns:
         tasks = [task for task in TASKS if count[name, task]]
         models = list(dict.fromkeys(model for device, _, model in of if device == name))
-        rows = [(model, *(_first_figure(of.get((name, task, model))) for task in tasks)) for model in models]
+        rows = [
+            (model, *(_first_figure(of.get((name, task, model))) for task in tasks))
+            for model in models
+        ]
         ran: dict[tuple, dict] = {}  # (command, date, versions) → its tasks
         for (device, task, _), card in of.items():
             if device == name:
                 versions = ", ".join(map(" ".join, card["versions"].items()))
                 ran.setdefault((f"`{card['command']}`", card["date"], versions), {})[task] = None
-        how = table(("command", "date", "versions", "tasks"), [(*key, ", ".join(ran[key])) for key in sorted(ran)])
+        how = table(
+            ("command", "date", "versions", "tasks"),
+            [(*key, ", ".join(ran[key])) for key in sorted(ran)],
+        )
         shown = f"{table(('model', *tasks), rows)}\n\n{how}" if rows else "Not run."
         parts.append(f"## {name}\n\n{shown}\n")
     return "\n".join(parts)
@@ -184,15 +234,27 @@ def _first_figure(card: dict[str, Any] | None) -> str:
 
 def studies() -> str:
     """The gallery: each study's question, picture and answers."""
-    parts = ["# Studies\n", "Each asks a question of the reports at a size that two CPU cores answer in minutes.\n"]
+    parts = [
+        "# Studies\n",
+        "Each asks a question of the reports at a size that two CPU cores answer in minutes.\n",
+    ]
     for path in sorted(ROOT.glob("experiments/[0-9]*/results.json")):
         results, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
         given = [verdict["answer"] for verdict in results["verdicts"]]
         answers = ", ".join(f"{given.count(answer)} {answer}" for answer in dict.fromkeys(given))
-        picture = re.search(r"!\[(.*?)\]\((\w+\.png)\)", (folder / "README.md").read_text(encoding="utf-8"))
+        readme = (folder / "README.md").read_text(encoding="utf-8")
+        picture = re.search(r"!\[(.*?)\]\((\w+\.png)\)", readme)
         link = f"../../experiments/{folder.name}/"
         image = f"[![{picture[1]}]({link}{picture[2]})]({link}README.md)\n" if picture else ""
         title = folder.name.replace("_", " ")
-        parts.append(f"## [{title}]({link}README.md)\n\n{results['question']}\n\nAnswers: {answers}.\n\n{image}")
-    pages = [path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.glob("experiments/[0-9]*/*.md"))]
-    return "\n".join([*parts, "```{toctree}", ":hidden:", "", *(f"/{page}" for page in pages), "```", ""])
+        parts.append(
+            f"## [{title}]({link}README.md)\n\n{results['question']}\n\n"
+            f"Answers: {answers}.\n\n{image}"
+        )
+    pages = [
+        path.relative_to(ROOT).with_suffix("")
+        for path in sorted(ROOT.glob("experiments/[0-9]*/*.md"))
+    ]
+    return "\n".join(
+        [*parts, "```{toctree}", ":hidden:", "", *(f"/{page}" for page in pages), "```", ""]
+    )

@@ -28,7 +28,8 @@ try:
 except PackageNotFoundError:  # read from a checkout that is not installed
     __version__ = "0+unknown"
 
-# Imported when they are first used: they bring files, pictures and checkpoints. Name: module, and what of it.
+# Imported when they are first used: they bring files, pictures and checkpoints.
+# Name: module, and what of it.
 _LATER = {
     "train": ("train", None),
     "balance": ("balance", None),
@@ -51,16 +52,18 @@ _LATER = {
 }
 
 __all__ = [
-    "DSA", "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution", "Layout", "MoE",
-    "ModelConfig", "OptimConfig", "RunConfig", "Transformer", "Yarn", "__version__", "generate", "loglikelihood",
-    "preset", "recipe", "replace",
+    "DSA", "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution",
+    "Layout", "MoE", "ModelConfig", "OptimConfig", "RunConfig", "Transformer", "Yarn",
+    "__version__", "generate", "loglikelihood", "preset", "recipe", "replace",
     *_LATER,
 ]  # fmt: skip
 
 
 def __getattr__(name: str):
     if name not in _LATER:
-        raise AttributeError(f"module 'dsv3_jax' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+        raise AttributeError(
+            f"module 'dsv3_jax' has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
+        )
     module, attribute = _LATER[name]
     found = importlib.import_module(f"dsv3_jax.{module}")
     return found if attribute is None else getattr(found, attribute)

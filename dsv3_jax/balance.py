@@ -1,4 +1,4 @@
-"""Loss-free balance in a training loop of one's own; `train.fit` does the same. `ops.balance` has the rules."""
+"""Loss-free balance in a training loop of one's own, as in `fit`; `ops.balance` has the rules."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from dsv3_jax.training.step import updated_bias
 
 
 def update(model: Transformer, *routings: LayerRouting, rate: float | None = None) -> None:
-    """Move the router biases of a model by the load of a batch, in place. Without a rule it does nothing.
+    """Move a model's router biases by the load of a batch, in place; without a rule, do nothing.
 
     Args:
-        routings: of a forward pass: `out.routing`, then `*out.mtp_routing` where heads have experts.
+        routings: of a forward pass: `out.routing`, then `*out.mtp_routing` where heads have
+            experts.
         rate: γ; None means the model's `balance.bias_rate`.
     Raises: ValueError if the routings are not those of all the model's routers.
 
@@ -23,7 +24,7 @@ def update(model: Transformer, *routings: LayerRouting, rate: float | None = Non
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=2, mtp_depth=0)
         >>> model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
         >>> update(model, jax.jit(model)(jnp.ones((1, 8), jnp.int32)).routing, rate=0.5)
-        >>> sorted(set(model.sparse.moe.bias[...].ravel().tolist()))  # by the sign of mean load − load
+        >>> sorted(set(model.sparse.moe.bias[...].ravel().tolist()))  # the sign of mean load − load
         [-0.5, 0.5]
     """
     rule = rule_of(model.cfg)
@@ -33,7 +34,10 @@ def update(model: Transformer, *routings: LayerRouting, rate: float | None = Non
     load = jnp.concatenate([jnp.atleast_2d(routing.load) for routing in routings])
     routers = sum(jnp.atleast_2d(x).shape[0] for x in jax.tree.leaves(bias))
     if len(load) != routers:
-        raise ValueError(f"{len(load)} routings do not belong to {routers} routers; give *out.mtp_routing too")
+        raise ValueError(
+            f"{len(load)} routings do not belong to {routers} routers; give *out.mtp_routing too"
+        )
     measures = [jnp.atleast_2d(r.bias_measure) for r in routings if r.bias_measure is not None]
     gamma = jnp.float32(model.cfg.balance.bias_rate if rate is None else rate)
-    nnx.update(model, updated_bias(bias, load, gamma, rule, jnp.concatenate(measures) if measures else None))
+    measure = jnp.concatenate(measures) if measures else None
+    nnx.update(model, updated_bias(bias, load, gamma, rule, measure))

@@ -1,7 +1,8 @@
-"""The one door for files: those that others wrote are read with limits, and what is written appears in one step.
+"""The one door for files: others' are read with limits, and what is written appears in one step.
 
-Content goes to a temporary name in the same folder, `.NAME.….part`, is synced, and then renamed. A killed process or a
-loss of power leaves the old file or folder, or the new one. A temporary one may remain, and can be deleted.
+Content goes to a temporary name in the same folder, `.NAME.….part`, is synced, and then renamed. A
+killed process or a loss of power leaves the old file or folder, or the new one. A temporary one may
+remain, and can be deleted.
 """
 
 import errno
@@ -24,14 +25,16 @@ PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
 _MAX_DEPTH = 64  # of lists and objects: Python's recursion ends at some hundreds
 _MAX_DIGITS = 100  # transformers writes 10^30 for "no limit"
-NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system has no locks, or does not sync folders
+# a file system has no locks, or does not sync folders
+NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
-    """Check that a path leads to a regular file, before it is opened: opening a pipe waits for its other end.
+    """Check that a path leads to a regular file before it is opened: opening a pipe waits.
 
     Args: limit: largest size in bytes.
-    Raises: ValueError for a folder, pipe, socket or device, and for a larger file; OSError when there is none.
+    Raises: ValueError for a folder, pipe, socket or device, and for a larger file; OSError when
+        there is none.
 
     Example:
         >>> check_regular(os.devnull)
@@ -43,7 +46,10 @@ def check_regular(path: str | os.PathLike, limit: int | None = None) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{os.fspath(path)} is not a file but a folder, pipe, socket or device")
     if limit is not None and status.st_size > limit:
-        raise ValueError(f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} that are supported")
+        raise ValueError(
+            f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} that are "
+            "supported"
+        )
 
 
 def open_file(path: str | os.PathLike, limit: int | None = None) -> BufferedReader:
@@ -82,7 +88,8 @@ def read_bytes(path: str | os.PathLike, limit: int | None = MAX_JSON) -> bytes:
 def read_text(path: str | os.PathLike, limit: int | None = MAX_JSON) -> str:
     """Read a regular file of UTF-8 with its line ends unchanged.
 
-    Raises: ValueError that names the file when it is not UTF-8, or as `check_regular`; OSError when it cannot be read.
+    Raises: ValueError that names the file when it is not UTF-8, or as `check_regular`; OSError when
+        it cannot be read.
     """
     try:
         return read_bytes(path, limit).decode("utf-8")
@@ -93,8 +100,8 @@ def read_text(path: str | os.PathLike, limit: int | None = MAX_JSON) -> str:
 def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> dict[str, Any]:
     """Read a JSON file that holds an object, and that another program may have written.
 
-    Raises: ValueError that names the file, as `check_regular` and `parse_json`, or when it holds something else;
-        OSError when it cannot be read.
+    Raises: ValueError that names the file, as `check_regular` and `parse_json`, or when it holds
+        something else; OSError when it cannot be read.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -113,10 +120,11 @@ def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> dict[str, Any]:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """Parse JSON in linear time, and refuse values that later code could not print, store or convert.
+    """Parse JSON in linear time; refuse values that later code cannot print, store or convert.
 
-    Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64 deep, or holds NaN,
-        half a surrogate pair, an integer of more than 100 digits, or a number above float64's range.
+    Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64
+        deep, or holds NaN, half a surrogate pair, an integer of more than 100 digits, or a number
+        above float64's range.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
@@ -126,7 +134,11 @@ def parse_json(data: str | bytes) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
-        parsers: dict[str, Any] = {"parse_int": _parse_int, "parse_float": _parse_float, "parse_constant": _refuse}
+        parsers: dict[str, Any] = {
+            "parse_int": _parse_int,
+            "parse_float": _parse_float,
+            "parse_constant": _refuse,
+        }
         values = json.loads(text, object_pairs_hook=_without_duplicates, **parsers)
     except RecursionError:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} deep") from None
@@ -185,7 +197,8 @@ def sync(*paths: str | os.PathLike) -> None:
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Write a file in one step: a reader sees the old content or the new one, never a part.
 
-    A device or pipe such as /dev/stdout cannot be renamed over; it is written directly. A pipe must have a reader.
+    A device or pipe such as /dev/stdout cannot be renamed over; it is written directly. A pipe must
+    have a reader.
 
     Args:
         path: the file. Parent folders are created, and a link to a file stays a link.
@@ -225,10 +238,12 @@ def check_name(path: str | os.PathLike) -> None:
 
 
 def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> None:
-    """Check that files, or `folders`, can be written before the work that makes their content. None is passed over.
+    """Check that files, or `folders`, can be written before the work that makes their content.
 
-    Raises: ValueError for a name that is not UTF-8, or that a folder has; OSError when the folder of that name, or the
-        first above it that exists, is read-only or its disk is full.
+    None is passed over.
+
+    Raises: ValueError for a name that is not UTF-8, or that a folder has; OSError when the folder
+        of that name, or the first above it that exists, is read-only or its disk is full.
 
     Example:
         >>> check_writable(Path(__file__) / "run")  # doctest: +ELLIPSIS
@@ -241,7 +256,9 @@ def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> N
         if path.is_dir() and not folders:
             raise ValueError(f"out={str(path)!r} is a folder; name a file")
         if path.is_dir() or path.is_file() or not path.exists():  # not a device or a pipe
-            folder = next(place for place in [path, *path.parents][path.is_file() :] if place.exists())
+            folder = next(
+                place for place in [path, *path.parents][path.is_file() :] if place.exists()
+            )
             try:
                 with tempfile.TemporaryFile(dir=folder) as file:
                     file.write(bytes(1 << 16))
@@ -256,9 +273,10 @@ def atomic_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
     An exception deletes the temporary folder and leaves `path` as it was.
 
     Args:
-        path: the folder to create. It must be absent or empty unless `overwrite` is set. Parent folders are created.
-        overwrite: replace an existing folder. It is renamed away first: a process killed between the two renames
-            leaves it as `.NAME.….part.old`.
+        path: the folder to create. It must be absent or empty unless `overwrite` is set. Parent
+            folders are created.
+        overwrite: replace an existing folder. It is renamed away first: a process killed between
+            the two renames leaves it as `.NAME.….part.old`.
     Raises: OSError when `path` cannot be created, or holds files and `overwrite` is not set.
 
     Example:

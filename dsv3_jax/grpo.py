@@ -1,11 +1,12 @@
-"""The rows that GRPO trains on: answers that the model writes now, checked, one a row. See `training.grpo`.
+"""The rows that GRPO trains on: answers that the model writes now, checked, one a row.
 
-A step takes the next prompts in the run's order, and a group of answers to each. A group whose answers are all right or
-all wrong teaches nothing: it is skipped, and its rows are padding. If all groups of a step are, the next prompts are
-asked, `ROUNDS` times at most; after that the step has no answers, and moves no weight.
+See `training.grpo`. A step takes the next prompts in the run's order, and a group of answers to
+each. A group whose answers are all right or all wrong teaches nothing: it is skipped, and its rows
+are padding. If all groups of a step are, the next prompts are asked, `ROUNDS` times at most; after
+that the step has no answers, and moves no weight.
 
-An answer depends on the model, the run's seed, its prompt and the step's place in the order of prompts. So a run that
-resumes writes the same answers, and its position is that place.
+An answer depends on the model, the run's seed, its prompt and the step's place in the order of
+prompts. So a run that resumes writes the same answers, and its position is that place.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,9 @@ class Answers(Batches):
         current: Callable[[], tuple[Job, TrainState]], fingerprint: str,
     ):  # fmt: skip
         if jax.process_count() > 1:
-            raise ConfigError(f"grpo group={run.grpo.group} samples in one process, not {jax.process_count()}")
+            raise ConfigError(
+                f"grpo group={run.grpo.group} samples in one process, not {jax.process_count()}"
+            )
         order = endless([range(len(tasks))], run.data.seed)
         super().__init__(order, run.data.batch_size // run.grpo.group, fingerprint=fingerprint)
         self._run = run
@@ -68,7 +71,8 @@ class Answers(Batches):
         self._checker = Checker(run.grpo.checker)
         self._open_start = open_start
         self._graph: Any = None
-        self._start: Any = None  # the model to stay near, if it is not among the run's frozen weights
+        # the model to stay near, if it is not among the run's frozen weights
+        self._start: Any = None
 
     def __next__(self) -> Batch:
         job, state = self._current()
@@ -85,7 +89,9 @@ class Answers(Batches):
                     break
             batch = self._stacked([group for group in groups if _teaches(group)])
             if self._run.grpo.kl:
-                nats, _ = next_token_scores(*self._near(job, state), batch["tokens"], self._run.grpo.temperature)
+                nats, _ = next_token_scores(
+                    *self._near(job, state), batch["tokens"], self._run.grpo.temperature
+                )
                 batch["start_logprobs"] = np.pad(-np.asarray(nats), [(0, 0), (1, 0)])
         self._row = row  # last: after an error the same prompts are asked again
         answers = [answer for group in groups for answer in group]
@@ -102,9 +108,11 @@ class Answers(Batches):
         numbers = [self._order[first + i] for i in range(self._batch_size)]
         found = generate(
             model, [self._tasks[number][0].tolist() for number in numbers], cfg.max_new_tokens,
-            temperature=cfg.temperature, stop_tokens=self._text.stop_ids, cache_dtype=cfg.cache_dtype,
-            seed=int(np.random.SeedSequence([self._run.seed, first]).generate_state(1)[0]), samples=cfg.group,
-            logprobs=True, return_routing=cfg.replay and model.cfg.num_sparse_layers > 0,
+            temperature=cfg.temperature, stop_tokens=self._text.stop_ids,
+            cache_dtype=cfg.cache_dtype,
+            seed=int(np.random.SeedSequence([self._run.seed, first]).generate_state(1)[0]),
+            samples=cfg.group, logprobs=True,
+            return_routing=cfg.replay and model.cfg.num_sparse_layers > 0,
         )  # fmt: skip
         assert found.logprobs is not None
         answers = []
@@ -112,10 +120,14 @@ class Answers(Batches):
             number = numbers[i // cfg.group]
             prompt, record, location = self._tasks[number]
             ended = new[-1] in self._text.stop_ids
-            right = self._checker.check(self._text.tokenizer.decode(new[:-1] if ended else new), record, location)
+            right = self._checker.check(
+                self._text.tokenizer.decode(new[:-1] if ended else new), record, location
+            )
             experts = None if found.expert_ids is None else found.expert_ids[i]
             tokens = np.array([*prompt, *new], np.int32)
-            answers.append(Answer(number, tokens, len(prompt), found.logprobs[i], experts, float(right)))
+            answers.append(
+                Answer(number, tokens, len(prompt), found.logprobs[i], experts, float(right))
+            )
         return [answers[i : i + cfg.group] for i in range(0, len(answers), cfg.group)]
 
     def _stacked(self, groups: list[list[Answer]]) -> Batch:
@@ -139,14 +151,16 @@ class Answers(Batches):
         size = len(tokens)
         is_answer = (np.arange(length) >= begin) & (np.arange(length) < size)
 
-        def padded(values: Any, start: int = 0, value: int = 0, dtype: Any = np.int32) -> np.ndarray:
+        def padded(
+            values: Any, start: int = 0, value: int = 0, dtype: Any = np.int32
+        ) -> np.ndarray:
             row = np.full(length, value, dtype)
             row[start:size] = values
             return row
 
         row = Row(
-            tokens=padded(tokens), segment_ids=padded(1), positions=padded(np.arange(size)), domains=padded(0),
-            documents=padded(answer.task), loss_mask=is_answer,
+            tokens=padded(tokens), segment_ids=padded(1), positions=padded(np.arange(size)),
+            domains=padded(0), documents=padded(answer.task), loss_mask=is_answer,
             advantages=padded(advantage, begin, dtype=np.float32),
             old_logprobs=padded(answer.logprobs, begin, dtype=np.float32),
         )  # fmt: skip
@@ -158,7 +172,7 @@ class Answers(Batches):
         return row
 
     def _near(self, job: Job, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
-        """The model to stay near: LoRA's frozen weights with the start's biases, else a copy of the start."""
+        """The model to stay near: LoRA's frozen weights with the start's biases, else a copy."""
         if job.run.lora.rank:
             return nnx.split(nnx.merge(self._graph, lora.split(state.params)[1], state.start_bias))
         if self._start is None:
@@ -168,15 +182,18 @@ class Answers(Batches):
 
 
 def check_model(run: RunConfig) -> None:
-    """Refuse what changes a training step and not the sampler: the ratios would be of two different policies."""
+    """Refuse what changes training and not the sampler: ratios would be of two policies."""
     model = run.model
     group = f"grpo group={run.grpo.group}"
     if ROUTERS[model.router].has_noise:
-        raise ConfigError(f"model.router={model.router!r} trains with noise, and {group} samples without; use another")
+        raise ConfigError(
+            f"model.router={model.router!r} trains with noise, and {group} samples without; use "
+            "another"
+        )
     if model.capacity_factor is not None:
         raise ConfigError(
-            f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} samples without it; "
-            "use None"
+            f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} "
+            "samples without it; use None"
         )
 
 
@@ -185,11 +202,12 @@ def _teaches(group: list[Answer]) -> bool:
 
 
 def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_start: Open) -> Source:
-    """Make chat examples the prompts that a run's model answers; the held-out ones stay as they are.
+    """Make chat examples the prompts that a run's model answers; held-out ones stay as they are.
 
     Args: examples: from `load_examples(…, keep=True)`.
-    Raises: ValueError naming the line of a task whose answer the checker cannot use, or if no prompt is short enough.
-        ConfigError for a model that trains with other experts than it samples with.
+    Raises: ValueError naming the line of a task whose answer the checker cannot use, or if no
+        prompt is short enough. ConfigError for a model that trains with other experts than it
+        samples with.
     """
     cfg = run.grpo
     room = run.data.seq_len - run.grpo.max_new_tokens
@@ -204,18 +222,22 @@ def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_star
             tasks.append((prompt, record, location))
     if not tasks:
         raise ConfigError(
-            f"grpo max_new_tokens={cfg.max_new_tokens} leaves {room} of data.seq_len={run.data.seq_len} tokens, and no "
-            "prompt is so short"
+            f"grpo max_new_tokens={cfg.max_new_tokens} leaves {room} of "
+            f"data.seq_len={run.data.seq_len} tokens, and no prompt is so short"
         )
     out = len(examples.examples) - len(tasks)
-    asked = f"{len(tasks):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} answers each" + (
-        f"; left out: {out:,} longer than {room}" if out else ""
+    left_out = f"; left out: {out:,} longer than {room}" if out else ""
+    asked = (
+        f"{len(tasks):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} "
+        f"answers each{left_out}"
     )
     first = text.tokenizer.decode_with_names(tasks[0][0].tolist())
     shown = first if len(first) <= 2 * _SHOWN else f"{first[:_SHOWN]} … {first[-_SHOWN:]}"
     return replace(
         examples,
         summary=f"{examples.summary}\n{asked}\nthe first prompt, as the model sees it: {shown!r}",
-        sampled=lambda current: Answers(run, text, tasks, open_start, current, examples.fingerprint),
+        sampled=lambda current: Answers(
+            run, text, tasks, open_start, current, examples.fingerprint
+        ),
         checker=checker.fingerprint(),
     )

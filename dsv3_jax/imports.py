@@ -1,6 +1,7 @@
-"""Programs of the user's own, which register routers and balance rules: imported only where the user names them.
+"""Programs of the user's own, which register routers and rules: imported only if named.
 
-A run's folder keeps the names, for sentences alone. Nothing imports them from there: a folder may be a stranger's.
+A run's folder keeps the names, for sentences alone. Nothing imports them from there: a folder may
+be a stranger's.
 """
 
 import importlib
@@ -20,14 +21,15 @@ IMPORTED: list[str] = []  # names as the user gave them
 def import_program(name: str) -> None:
     """Import a program of the user's own, once. It should make no array: devices are chosen later.
 
-    Args: name: a Python file if it ends in .py, else a module on Python's path or in the current folder.
+    Args: name: a Python file if it ends in .py, else a module on Python's path or in the current
+        folder.
     Raises: ConfigError if it cannot be imported, or a file has the name of another module.
 
     Example:
-        >>> import_program("my_router")
+        >>> import_program("my_router")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        dsv3_jax.config.ConfigError: import='my_router' fails with ModuleNotFoundError: No module named 'my_router'
+        dsv3_jax.config.fields.ConfigError: import='my_router' fails with ModuleNotFoundError: ...
     """
     try:
         if name.endswith(".py"):
@@ -55,17 +57,23 @@ def module_here(name: str) -> ModuleType:
 
 
 def failure_of(error: BaseException) -> str:
-    """Describe how a program of the user's own failed, which may be by `sys.exit`. Ctrl-C and SIGTERM are raised."""
+    """Describe how a program of the user's own failed, which may be by `sys.exit`.
+
+    Ctrl-C and SIGTERM are raised.
+    """
     if isinstance(error, KeyboardInterrupt) or terminated.is_set():
         raise error
-    return " ".join("".join(traceback.format_exception_only(error)).split())  # also if its `str` fails
+    # also if its `str` fails
+    return " ".join("".join(traceback.format_exception_only(error)).split())
 
 
 def _import_file(path: Path, name: str) -> None:
     loaded = sys.modules.get(path.stem)
     if loaded is not None:
         if getattr(loaded, "__file__", None) != str(path):
-            raise ConfigError(f"import={name!r} has the name of the module {path.stem!r}; rename it")
+            raise ConfigError(
+                f"import={name!r} has the name of the module {path.stem!r}; rename it"
+            )
         return
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

@@ -1,10 +1,12 @@
-"""One writer for a folder: a lock file that is open under `flock`, with a record of the process that holds it.
+"""One writer for a folder: a lock file under `flock`, with a record of the process that holds it.
 
-The system releases `flock` when the process ends, however it ends. A second writer is refused, and the sentence names
-the first. A lock that a dead process left is deleted, and a new one takes its place. So a holder that finds no lock, or
-another one, in its folder was moved or replaced, and must not write any more.
+The system releases `flock` when the process ends, however it ends. A second writer is refused, and
+the sentence names the first. A lock that a dead process left is deleted, and a new one takes its
+place. So a holder that finds no lock, or another one, in its folder was moved or replaced, and must
+not write any more.
 
-On most shared file systems `flock` reaches all hosts. Without locks, each record is taken for a living process's.
+On most shared file systems `flock` reaches all hosts. Without locks, each record is taken for a
+living process's.
 """
 
 import fcntl
@@ -27,7 +29,10 @@ class FolderInUse(ValueError):
 
 
 class FolderLock:
-    """The right to write to a folder, from `acquire`. Without a path it is a reader's, and `check` passes."""
+    """The right to write to a folder, from `acquire`.
+
+    Without a path it is a reader's, and `check` passes.
+    """
 
     def __init__(self, path: Path | None = None, descriptor: int = -1, sentence: str = ""):
         self._path = path
@@ -41,18 +46,22 @@ class FolderLock:
         """
         if self._path is not None and not _is_open_file(self._path, self._descriptor):
             raise OSError(
-                f"out={str(self._path.parent)!r} was moved or deleted, or taken over by another process, while this "
+                f"out={str(self._path.parent)!r} was moved or deleted, or taken over by another "
+                "process, while this "
                 "process wrote to it; the same command resumes where the folder is now"
             )
 
 
 @contextmanager
-def acquire(folder: str | Path, name: str = LOCK_FILE, out: str | Path | None = None) -> Iterator[FolderLock]:
+def acquire(
+    folder: str | Path, name: str = LOCK_FILE, out: str | Path | None = None
+) -> Iterator[FolderLock]:
     """Become the only writer of an existing folder, for the length of a `with` block.
 
-    Args: name: of the lock file in the folder; out: the file of the folder that it is for. None means the folder.
-    Raises: FolderInUse, which names the process that holds the lock. ValueError or OSError if something else, such as
-        a pipe, has the file's name, or it cannot be locked.
+    Args: name: of the lock file in the folder; out: the file of the folder that it is for. None
+        means the folder.
+    Raises: FolderInUse, which names the process that holds the lock. ValueError or OSError if
+        something else, such as a pipe, has the file's name, or it cannot be locked.
 
     Example:
         >>> import tempfile
@@ -78,7 +87,8 @@ def acquire(folder: str | Path, name: str = LOCK_FILE, out: str | Path | None = 
     try:
         now = datetime.now().astimezone().isoformat(" ", "seconds")
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+        os.pwrite(descriptor, json.dumps(record).encode(), 0)
         yield FolderLock(path, descriptor, sentence)
     finally:
         if _is_open_file(path, descriptor):
@@ -113,7 +123,8 @@ def _open_locked(path: Path, out: str) -> int:
     """
     if path.exists():
         check_regular(path)
-    # O_NOFOLLOW and O_NONBLOCK: a link is refused, and a pipe that takes the name meanwhile does not block.
+    # O_NOFOLLOW and O_NONBLOCK: a link is refused, and a pipe that takes the name meanwhile does
+    # not block.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     for last in (False, False, True):
         try:
@@ -123,7 +134,9 @@ def _open_locked(path: Path, out: str) -> int:
             if last:
                 other = _describe(descriptor) or "another process"
                 os.close(descriptor)
-                raise FolderInUse(f"out={out!r} is in use by {other}; wait for it, or stop it") from None
+                raise FolderInUse(
+                    f"out={out!r} is in use by {other}; wait for it, or stop it"
+                ) from None
             time.sleep(0.05)
         except OSError as error:
             other = _describe(descriptor)
@@ -131,7 +144,9 @@ def _open_locked(path: Path, out: str) -> int:
                 break
             os.close(descriptor)
             if error.errno in NOT_SUPPORTED:
-                raise FolderInUse(f"{path} is of {other}; there are no locks here: delete it if that ended") from None
+                raise FolderInUse(
+                    f"{path} is of {other}; there are no locks here: delete it if that ended"
+                ) from None
             raise OSError(error.errno, error.strerror, str(path)) from error
     return descriptor
 

@@ -17,48 +17,52 @@ from dsv3_jax.config import (
 
 # The demo: byte vocabulary, seconds to compile, minutes to train on two CPU cores.
 TINY = ModelConfig(
-    vocab_size=260, dim=128, num_layers=4, num_dense_layers=1, dense_dim=352, num_heads=4, q_latent_dim=64,
-    kv_latent_dim=32, nope_head_dim=32, rope_head_dim=16, v_head_dim=32, num_experts=16, experts_per_token=4,
-    num_shared_experts=1, expert_dim=64, num_groups=4, groups_per_token=2, routed_scale=1.0, max_positions=2048,
-    mtp_depth=1, init_std=0.05,
-    balance=Balance(bias_rate=3e-3),  # a run of hundreds of steps: the report's 1e-3 would not get far
+    vocab_size=260, dim=128, num_layers=4, num_dense_layers=1, dense_dim=352, num_heads=4,
+    q_latent_dim=64, kv_latent_dim=32, nope_head_dim=32, rope_head_dim=16, v_head_dim=32,
+    num_experts=16, experts_per_token=4, num_shared_experts=1, expert_dim=64, num_groups=4,
+    groups_per_token=2, routed_scale=1.0, max_positions=2048, mtp_depth=1, init_std=0.05,
+    # a run of hundreds of steps: the report's 1e-3 would not get far
+    balance=Balance(bias_rate=3e-3),
 )  # fmt: skip
 
-# The lab's (experiments/): small enough that a run takes about a minute on one core, so that seeds and variants are
-# cheap; 1M parameters, 0.4M active. Studies add groups and multi-token heads where they ask about them.
+# The lab's (experiments/): small enough that a run takes about a minute on one core, so that seeds
+# and variants are cheap; 1M parameters, 0.4M active. Studies add groups and multi-token heads where
+# they ask about them.
 LAB = replace(
-    TINY, vocab_size=1024, dim=96, num_layers=3, dense_dim=256, q_latent_dim=48, nope_head_dim=24, rope_head_dim=8,
-    v_head_dim=24, num_experts=32, expert_dim=48, num_groups=1, groups_per_token=1, mtp_depth=0,
+    TINY, vocab_size=1024, dim=96, num_layers=3, dense_dim=256, q_latent_dim=48, nope_head_dim=24,
+    rope_head_dim=8, v_head_dim=24, num_experts=32, expert_dim=48, num_groups=1, groups_per_token=1,
+    mtp_depth=0,
 )  # fmt: skip
 
 # The benchmark shape: 196M parameters, 32M active.
 MINI = ModelConfig(
-    vocab_size=8192, dim=512, num_layers=8, num_dense_layers=1, dense_dim=1408, num_heads=8, q_latent_dim=256,
-    kv_latent_dim=128, nope_head_dim=64, rope_head_dim=32, v_head_dim=64, num_experts=64, experts_per_token=6,
-    num_shared_experts=1, expert_dim=256, num_groups=8, groups_per_token=4, routed_scale=2.5, max_positions=16384,
-    init_std=0.02,
+    vocab_size=8192, dim=512, num_layers=8, num_dense_layers=1, dense_dim=1408, num_heads=8,
+    q_latent_dim=256, kv_latent_dim=128, nope_head_dim=64, rope_head_dim=32, v_head_dim=64,
+    num_experts=64, experts_per_token=6, num_shared_experts=1, expert_dim=256, num_groups=8,
+    groups_per_token=4, routed_scale=2.5, max_positions=16384, init_std=0.02,
 )  # fmt: skip
 
 # DeepSeek-V3 as released: 671B parameters, 37B active, and one MTP module.
 V3 = ModelConfig(
     vocab_size=129280, dim=7168, num_layers=61, num_dense_layers=3, dense_dim=18432, num_heads=128,
-    q_latent_dim=1536, kv_latent_dim=512, nope_head_dim=128, rope_head_dim=64, v_head_dim=128, num_experts=256,
-    experts_per_token=8, num_shared_experts=1, expert_dim=2048, num_groups=8, groups_per_token=4, routed_scale=2.5,
+    q_latent_dim=1536, kv_latent_dim=512, nope_head_dim=128, rope_head_dim=64, v_head_dim=128,
+    num_experts=256, experts_per_token=8, num_shared_experts=1, expert_dim=2048, num_groups=8,
+    groups_per_token=4, routed_scale=2.5,
     yarn=Yarn(factor=40.0, original_max_positions=4096), max_positions=163840, mtp_depth=1,
 )  # fmt: skip
 
 # DeepSeek-V2 as released: 236B parameters, 21B active; a softmax router with auxiliary losses.
 V2 = replace(
-    V3, vocab_size=102400, dim=5120, num_layers=60, num_dense_layers=1, dense_dim=12288, expert_dim=1536,
-    num_experts=160, experts_per_token=6, num_shared_experts=2, groups_per_token=3, router="softmax",
-    group_score="max", normalize_gates=False, routed_scale=16.0,
+    V3, vocab_size=102400, dim=5120, num_layers=60, num_dense_layers=1, dense_dim=12288,
+    expert_dim=1536, num_experts=160, experts_per_token=6, num_shared_experts=2, groups_per_token=3,
+    router="softmax", group_score="max", normalize_gates=False, routed_scale=16.0,
     balance=Balance(bias_rate=0.0, sequence_alpha=0.003), mtp_depth=0,
 )  # fmt: skip
 
 # DeepSeek-V2-Lite as released: 15.7B parameters, 2.4B active; no query compression, no groups.
 V2_LITE = replace(
-    V2, dim=2048, num_layers=27, dense_dim=10944, num_heads=16, q_latent_dim=None, expert_dim=1408, num_experts=64,
-    num_groups=1, groups_per_token=1, routed_scale=1.0,
+    V2, dim=2048, num_layers=27, dense_dim=10944, num_heads=16, q_latent_dim=None, expert_dim=1408,
+    num_experts=64, num_groups=1, groups_per_token=1, routed_scale=1.0,
     yarn=Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707),
 )  # fmt: skip
 
@@ -67,25 +71,25 @@ V2_LITE_80GB = replace(V2_LITE, num_layers=4)
 
 # Moonlight (16B-A3B) as released: 16B parameters, 2.2B active beside the embedding.
 MOONLIGHT = replace(
-    V3, vocab_size=163840, dim=2048, num_layers=27, num_dense_layers=1, dense_dim=11264, num_heads=16,
-    q_latent_dim=None, num_experts=64, experts_per_token=6, num_shared_experts=2, expert_dim=1408, num_groups=1,
-    groups_per_token=1, routed_scale=2.446, rope_theta=5e4, norm_eps=1e-5, yarn=Yarn(), max_positions=8192,
-    mtp_depth=0,
+    V3, vocab_size=163840, dim=2048, num_layers=27, num_dense_layers=1, dense_dim=11264,
+    num_heads=16, q_latent_dim=None, num_experts=64, experts_per_token=6, num_shared_experts=2,
+    expert_dim=1408, num_groups=1, groups_per_token=1, routed_scale=2.446, rope_theta=5e4,
+    norm_eps=1e-5, yarn=Yarn(), max_positions=8192, mtp_depth=0,
 )  # fmt: skip
 
 # GLM-4.7-Flash as released: 30B parameters, 3B active, and one MTP module; wide heads of 192 + 64.
 GLM47_FLASH = replace(
-    MOONLIGHT, vocab_size=154880, num_layers=47, dense_dim=10240, num_heads=20, q_latent_dim=768, nope_head_dim=192,
-    v_head_dim=256, experts_per_token=4, num_shared_experts=1, expert_dim=1536, routed_scale=1.8, rope_theta=1e6,
-    max_positions=202752, mtp_depth=1,
+    MOONLIGHT, vocab_size=154880, num_layers=47, dense_dim=10240, num_heads=20, q_latent_dim=768,
+    nope_head_dim=192, v_head_dim=256, experts_per_token=4, num_shared_experts=1, expert_dim=1536,
+    routed_scale=1.8, rope_theta=1e6, max_positions=202752, mtp_depth=1,
 )  # fmt: skip
 
 # Kimi K2 as released: 1T parameters, 32B active; more experts and fewer heads than V3.
 KIMI_K2 = replace(
-    V3, vocab_size=163840, num_dense_layers=1, num_heads=64, num_experts=384, num_groups=1, groups_per_token=1,
-    routed_scale=2.827, rope_theta=5e4,
-    yarn=Yarn(factor=32.0, original_max_positions=4096, beta_fast=1.0, beta_slow=1.0), max_positions=131072,
-    mtp_depth=0,
+    V3, vocab_size=163840, num_dense_layers=1, num_heads=64, num_experts=384, num_groups=1,
+    groups_per_token=1, routed_scale=2.827, rope_theta=5e4,
+    yarn=Yarn(factor=32.0, original_max_positions=4096, beta_fast=1.0, beta_slow=1.0),
+    max_positions=131072, mtp_depth=0,
 )  # fmt: skip
 
 MODELS = Table("preset", {
@@ -102,7 +106,8 @@ MODELS = Table("preset", {
     "kimi_k2": KIMI_K2,
 })  # fmt: skip
 
-# Recipes. The released models' are the reports'; the small ones were tuned here (see experiments/README.md).
+# Recipes. The released models' are the reports'; the small ones were tuned here, see
+# experiments/README.md.
 _TINY_RUN = RunConfig(
     model=TINY,
     data=DataConfig(seq_len=256, batch_size=8),
@@ -128,9 +133,11 @@ _MINI_RUN = replace(
     optim=OptimConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=200),
     steps=5000,
 )
-_V2_LITE_RUN = replace(_V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5))
-# Fine-tuning on chats: the schedule of DeepSeek-V3's, a few thousand examples, the router's bias at rest. The model is
-# that of --start.
+_V2_LITE_RUN = replace(
+    _V3_RUN, model=V2_LITE, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)
+)
+# Fine-tuning on chats: the schedule of DeepSeek-V3's, a few thousand examples, the router's bias at
+# rest. The model is that of --start.
 _SFT_RUN = RunConfig(
     model=TINY,
     data=DataConfig(format="chat", seq_len=2048, batch_size=16),
@@ -147,10 +154,12 @@ _SFT_RUN = RunConfig(
     log_every=1,
 )
 # For one 80 GB card, of which JAX takes 64 GB by default. By arithmetic, in GB:
-#   mini_80gb      parameters and gradients 1.6, means 1.6, a second gradient 0.8 (microbatches); nothing recomputed: 20
-#   v2_lite_80gb   parameters and gradients 18, means in bfloat16 9, a second gradient 9; kept by "dots" 3, one layer's
-#                  recomputation 4, a chunk of logits 7. All 27 layers would be 189 without a single activation
-# Their learning rates come from mini and from V2-Lite's report, and are not tuned for these batches.
+#   mini_80gb      parameters and gradients 1.6, means 1.6, a second gradient 0.8 (microbatches);
+#                  nothing recomputed: 20
+#   v2_lite_80gb   parameters and gradients 18, means in bfloat16 9, a second gradient 9; kept by
+#                  "dots" 3, one layer's recomputation 4, a chunk of logits 7. All 27 layers would
+#                  be 189 without a single activation
+# Their learning rates come from mini and V2-Lite's report, and are not tuned for these batches.
 RECIPES = Table("preset", {
     "tiny": _TINY_RUN,
     "lab": replace(
@@ -179,14 +188,22 @@ RECIPES = Table("preset", {
         data=replace(_V2_LITE_RUN.data, batch_size=64),
         optim=replace(_V2_LITE_RUN.optim, moments_dtype="bfloat16", microbatches=16),
     ),
-    "v2": replace(_V3_RUN, model=V2, optim=OptimConfig(learning_rate=2.4e-4, final_learning_rate=2.4e-5)),
+    "v2": replace(
+        _V3_RUN,
+        model=V2,
+        optim=OptimConfig(learning_rate=2.4e-4, final_learning_rate=2.4e-5),
+    ),
     "v3": _V3_RUN,
-    "moonlight": replace(_V3_RUN, model=MOONLIGHT, optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5)),
+    "moonlight": replace(
+        _V3_RUN,
+        model=MOONLIGHT,
+        optim=OptimConfig(learning_rate=4.2e-4, final_learning_rate=4.2e-5),
+    ),
     "glm47_flash": replace(_V3_RUN, model=GLM47_FLASH),
     "kimi_k2": replace(_V3_RUN, model=KIMI_K2),
     "sft": _SFT_RUN,
-    # Learning from answers that a checker finds right. Eight prompts a step, a constant small rate; multi-token heads
-    # rest.
+    # Learning from answers that a checker finds right. Eight prompts a step, a constant small rate;
+    # multi-token heads rest.
     "grpo": replace(
         _SFT_RUN,
         data=DataConfig(format="chat", seq_len=1024, batch_size=64),
@@ -202,7 +219,8 @@ RECIPES = Table("preset", {
         grpo=Grpo(group=8),
     ),
 })  # fmt: skip
-NEEDS_START = ("sft", "grpo")  # recipes without a model of their own: `recipe` gives one in its place
+# recipes without a model of their own: `recipe` gives one in its place
+NEEDS_START = ("sft", "grpo")
 
 
 def preset(name: str) -> ModelConfig:
@@ -217,7 +235,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def recipe(name: str) -> RunConfig:
-    """Return the training run of that name: the preset's model with its data, schedule and execution.
+    """Return the training run of that name: the preset's model, data, schedule and execution.
 
     Raises: ConfigError for an unknown name.
 
@@ -232,12 +250,15 @@ def recipe_with_model(name: str) -> RunConfig:
 
     Raises: ConfigError for an unknown name, and for a recipe that takes another run's model.
 
-    >>> recipe_with_model("sft")
-    Traceback (most recent call last):
-        ...
-    dsv3_jax.config.ConfigError: preset 'sft' names no model: it is for `dsv3 train sft --start MODEL`
+    >>> try:
+    ...     recipe_with_model("sft")
+    ... except ConfigError as error:
+    ...     print(error)
+    preset 'sft' names no model: it is for `dsv3 train sft --start MODEL`
     """
     if name in NEEDS_START:
-        raise ConfigError(f"preset {name!r} names no model: it is for `dsv3 train {name} --start MODEL`")
+        raise ConfigError(
+            f"preset {name!r} names no model: it is for `dsv3 train {name} --start MODEL`"
+        )
     preset(name)  # its error names models only
     return recipe(name)

@@ -203,7 +203,7 @@ def choose(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Array:
     """The k tokens that each token attends to, of sparse attention (DSA): bool [B,T,S].
 
     q_I = c_q W_iq [I,X];  k_I = LayerNorm(x W_ik) [X];  w = x W_iw [I]
-    score_ts = Σ_i w_ti I^-1/2 relu(X^-1/2 q_I,ti · k_I,s);  chosen: the min(k, T) largest that t sees
+    score_ts = Σ_i w_ti I^-1/2 relu(X^-1/2 q_I,ti · k_I,s);  chosen: min(k, T) largest that t sees
     The first R of X features are rotated, by `index_interleaved`.
     Source: DeepSeek-V3.2 report, section 2.1.
     """
@@ -329,7 +329,9 @@ def moe(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> tuple[Array, Routing
 # The model
 
 
-def block(ctx: Context, p: dict, x: Float[Array, "B T D"], shared: bool = False) -> tuple[Array, Any, Context]:
+def block(
+    ctx: Context, p: dict, x: Float[Array, "B T D"], shared: bool = False
+) -> tuple[Array, Any, Context]:
     """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). The FFN is MoE or SwiGLU, by `p`.
 
     With `attention="dsa"` it chooses tokens first, or attends to those that the last layer chose
@@ -367,7 +369,7 @@ class Output(NamedTuple):
 
 
 def transformer(ctx: Context, p: dict, tokens: Int[Array, "B T"]) -> Output:
-    """Embedding, dense blocks, sparse blocks, final norm, unembedding; then the multi-token heads."""
+    """Embedding, dense blocks, sparse blocks, final norm, unembedding; then multi-token heads."""
     cfg = ctx.cfg
     x = p["embed"][tokens]
     routing = []
@@ -390,7 +392,9 @@ def transformer(ctx: Context, p: dict, tokens: Int[Array, "B T"]) -> Output:
     return Output(h @ unembed, mtp_logits, h, mtp_hidden, routing + mtp_routing)
 
 
-def mtp_heads(ctx: Context, p: dict, h: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> tuple[list, list]:
+def mtp_heads(
+    ctx: Context, p: dict, h: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+) -> tuple[list, list]:
     """Heads k = 1 … M, of which entry i predicts token i+k+1. e is the embedding of token i+k.
 
     deepseek   h^k = norm(Block(W_eh [norm(e), norm(h^{k-1})])): a chain from h^0 = h
@@ -458,7 +462,7 @@ def cross_entropy(ctx: Context, logits: Array, tokens: Int[Array, "B T"], ahead:
 
 
 def balance_loss(r: Routing, xp) -> Float[Array, " B"]:
-    """Σ_e f_e P_e of each row: f_e = E/K · mean_t [e in expert_ids_t], P_e = mean_t s_te / Σ_e s_te.
+    """Σ_e f_e P_e of a row, f_e = E/K · mean_t [e in expert_ids_t], P_e = mean_t s_te / Σ_e s_te.
 
     Sequence-wise loss (V3): a row is a sequence, and expert_ids are the top K of the bare scores,
     without groups. Switch loss (arXiv 2101.03961): one row holds the batch, and expert_ids come
@@ -500,7 +504,8 @@ def feature_loss(ctx: Context, out: Output, stop_gradient) -> Array:
 class Losses(NamedTuple):
     """The loss that training minimises, and its parts: means over the positions with a target."""
 
-    total: Array  # main + λ · heads + balance; heads is the mean of mtp, for EAGLE feature + 0.1 mtp
+    # main + λ · heads + balance; heads is the mean of mtp, for EAGLE feature + 0.1 mtp
+    total: Array
     main: Array  # cross-entropy of the next token
     mtp: list[Array]  # cross-entropy of each head
     feature: Array  # of EAGLE, see `feature_loss`; else 0
@@ -532,7 +537,9 @@ def losses(
     return Losses(main + mtp_weight * heads + balance, main, mtp, feature, balance)
 
 
-def updated_bias(bias: Float[Array, " E"], load: Float[Array, " E"], rate: float) -> Float[Array, " E"]:
+def updated_bias(
+    bias: Float[Array, " E"], load: Float[Array, " E"], rate: float
+) -> Float[Array, " E"]:
     """Loss-free balance (arXiv 2408.15664), of the whole batch: b_e + γ sign(mean load - load_e).
 
     The rule "sign".

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-terminated = threading.Event()  # by SIGTERM: Python drops what a handler raises in a garbage collector's callback
+# by SIGTERM: Python drops what a handler raises in a garbage collector's callback
+terminated = threading.Event()
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def deferred(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def cpu_limit(seconds: float, late: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `late(number, frame)`, which raises, once the process has spent so many seconds on its CPUs.
+    """Call `late(number, frame)`, which raises, once the process has spent these seconds of CPU.
 
     Only in the main thread: in another one nothing bounds the time.
 
@@ -114,8 +115,12 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
 
 def _answer(heard: socket.socket) -> None:
-    """Say at once that a signal has come: its handler waits until XLA has ended a step, or compiled it."""
+    """Say at once that a signal has come: its handler waits until XLA has ended a step."""
     with heard:
         while number := heard.recv(1):
             if number[0] in STOP:
-                print("stopping when this step, or its compilation, is complete", file=sys.stderr, flush=True)
+                print(
+                    "stopping when this step, or its compilation, is complete",
+                    file=sys.stderr,
+                    flush=True,
+                )

@@ -1,7 +1,8 @@
 """Count the Python of dsv3_jax by folder: `python experiments/count_lines.py`.
 
-A line of code has a token that is neither a comment nor part of a docstring. Tokens a line say how densely it is
-written: lines can be saved by packing, tokens cannot. The core is what a reader must know: see CORE.
+A line of code has a token that is neither a comment nor part of a docstring. Tokens a line say how
+densely it is written: lines can be saved by packing, tokens cannot. The core is what a reader must
+know: see CORE.
 """
 
 import ast
@@ -13,8 +14,8 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).parents[1] / "dsv3_jax"
 CORE = ("config", "ops", "model", "mesh", "data", "training", "decoding")
 NO_CODE = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
-    tokenize.ENDMARKER,
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+    tokenize.ENCODING, tokenize.ENDMARKER,
 }  # fmt: skip
 
 
@@ -38,7 +39,11 @@ def count_source(source: str) -> Counts:
     """
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             assert node.end_lineno is not None
             docstrings |= set(range(node.lineno, node.end_lineno + 1))
 
@@ -55,7 +60,8 @@ def count(package: Path = PACKAGE) -> dict[str, Counts]:
     counts: dict[str, Counts] = {}
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).with_suffix("").parts[0]
-        counts[name] = counts.get(name, Counts(0, 0, 0, 0)) + count_source(path.read_text(encoding="utf-8"))
+        of_file = count_source(path.read_text(encoding="utf-8"))
+        counts[name] = counts.get(name, Counts(0, 0, 0, 0)) + of_file
     return counts
 
 
@@ -71,7 +77,10 @@ def main() -> None:
     print(f"{'':12s} {'files':>6s} {'code':>7s} {'tokens':>8s} {'a line':>7s} {'all lines':>10s}")
     for name, of in with_sums().items():
         mark = "  core" if name in CORE else ""
-        print(f"{name:12s} {of.files:6,} {of.code:7,} {of.tokens:8,} {of.tokens / of.code:7.1f} {of.lines:10,}{mark}")
+        print(
+            f"{name:12s} {of.files:6,} {of.code:7,} {of.tokens:8,} {of.tokens / of.code:7.1f} "
+            f"{of.lines:10,}{mark}"
+        )
 
 
 if __name__ == "__main__":

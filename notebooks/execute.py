@@ -2,9 +2,10 @@
 
     python notebooks/execute.py [--to FOLDER] [NOTEBOOK …]
 
-On one machine the outputs are the same each time, but for the speed that 04 measures. Times, paths and kernel metadata
-are not stored. The metadata name the commit of the package whose outputs these are, and the site shows it. Kernels run
-on the CPU and in an empty folder, so existing runs do not change the outputs. A run in DSV3_RUN, which 03 reads, does.
+On one machine the outputs are the same each time, but for the speed that 04 measures. Times, paths
+and kernel metadata are not stored. The metadata name the commit of the package whose outputs these
+are, and the site shows it. Kernels run on the CPU and in an empty folder, so existing runs do not
+change the outputs. A run in DSV3_RUN, which 03 reads, does.
 """
 
 import argparse
@@ -27,11 +28,16 @@ CELL_TIMEOUT = 3600  # seconds, for a machine that others use too
 
 
 def code_commit() -> str:
-    """Return the last commit that changed the package, with "-changed" if its files differ from it; "" without git."""
+    """Return the last commit that changed the package; "" without git.
+
+    It ends with "-changed" if the package's files differ from that commit.
+    """
 
     def git(*words: str) -> str:
         command = ("git", *words, "--", "dsv3_jax")
-        return subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=HERE.parent, capture_output=True, text=True
+        ).stdout.strip()
 
     commit = git("log", "-1", "--format=%H")[:12]
     return f"{commit}-changed" if git("status", "--porcelain") else commit
@@ -53,7 +59,8 @@ def execute(notebook: Path, to: Path) -> None:
             resources={"metadata": {"path": folder}},
             record_timing=False,
             coalesce_streams=True,
-            # The sockets are in that folder, because a kernel on TCP warns that others could listen.
+            # The sockets are in that folder, because a kernel on TCP warns that others could
+            # listen.
             config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
         )
         client.execute()
@@ -69,7 +76,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="the folder to write to; default: in place")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's log of a busy machine, such as a slow compilation, is no output
+    # XLA's log of a busy machine, such as a slow compilation, is no output
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     if args.to:
         args.to.mkdir(parents=True, exist_ok=True)
     for notebook in args.notebooks or sorted(HERE.glob("*.ipynb")):

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages: DevTools' protocol over two pipes, so that no package is needed."""
+"""A headless Chromium for tests of pages, by DevTools' protocol over two pipes: no package."""
 
 import json
 import os
@@ -12,14 +12,24 @@ from typing import Any
 
 import pytest
 
-NAMES = ("chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+NAMES = (
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "chrome-headless-shell",
+)
 PATIENCE = 60.0  # seconds, for a start and for each answer, on a busy machine
-EXECUTABLE = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))), None)
-needs_browser = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)")
+EXECUTABLE = next(
+    filter(None, map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))), None
+)
+needs_browser = pytest.mark.skipif(
+    EXECUTABLE is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)"
+)
 
 
 class Browser:
-    """One tab. `errors` keeps what a page throws or logs as an error, `requests` what it asks of the network."""
+    """One tab. `errors` keeps what a page throws or logs, `requests` what it asks the network."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -27,11 +37,16 @@ class Browser:
         self._read, from_browser = os.pipe()
         command = [  # it reads commands from file descriptor 3 and answers on 4
             *("bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "-", EXECUTABLE or ""),
-            *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--headless=new", "--remote-debugging-pipe", "--no-sandbox"),
+            *("--disable-gpu", "--hide-scrollbars"),
             *("--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={self._folder.name}", "about:blank"),
         ]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
         self._process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), **quiet)
         os.close(to_browser)
         os.close(from_browser)
@@ -65,18 +80,28 @@ class Browser:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def open(self, page: Path, fragment: str = "", *, width: int = 1280, dark: bool = False) -> None:
+    def open(
+        self, page: Path, fragment: str = "", *, width: int = 1280, dark: bool = False
+    ) -> None:
         """Open a file in a window of this width, and wait until it has drawn."""
         self.errors.clear()
         self.requests.clear()
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.send("Emulation.setEmulatedMedia", features=[scheme, still])
         address = page.absolute().as_uri()
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=address + fragment)
-        self.wait_for(f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'")
+        self.wait_for(
+            f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'"
+        )
         self.settle()
 
     def settle(self) -> None:
@@ -85,7 +110,9 @@ class Browser:
 
     def run(self, expression: str) -> Any:
         """Evaluate JavaScript and return its JSON value."""
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
         return result["result"].get("value")
 
@@ -95,7 +122,9 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """Return the texts of all elements."""
-        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
+        return self.run(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)"
+        )
 
     def type(self, selector: str, text: str) -> None:
         """Write into a field, as its user does."""
@@ -118,7 +147,11 @@ class Browser:
             f"(b => [b.left, b.top, b.width, b.height])({element}.getBoundingClientRect())"
         )
         at = {"x": left + (x or width / 2), "y": top + (y or height / 2), "clickCount": 1}
-        for kind, button in (("mouseMoved", "none"), ("mousePressed", "left"), ("mouseReleased", "left")):
+        for kind, button in (
+            ("mouseMoved", "none"),
+            ("mousePressed", "left"),
+            ("mouseReleased", "left"),
+        ):
             self.send("Input.dispatchMouseEvent", type=kind, button=button, **at)
         self.settle()
 
@@ -143,9 +176,12 @@ class Browser:
         message = json.loads(line)
         what, parameters = message.get("method"), message.get("params", {})
         level = parameters.get("entry", {}).get("level") or parameters.get("type")
-        logged = what in ("Log.entryAdded", "Runtime.consoleAPICalled") and level in ("error", "warning", "assert")
+        logs = what in ("Log.entryAdded", "Runtime.consoleAPICalled")
+        logged = logs and level in ("error", "warning", "assert")
         if logged or what == "Runtime.exceptionThrown":
             self.errors.append(str(parameters))
-        elif what == "Network.requestWillBeSent" and not parameters["request"]["url"].startswith(("about:", "data:")):
-            self.requests.append(parameters["request"]["url"])
+        elif what == "Network.requestWillBeSent":
+            address = parameters["request"]["url"]
+            if not address.startswith(("about:", "data:")):
+                self.requests.append(address)
         return message

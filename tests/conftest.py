@@ -1,4 +1,4 @@
-"""Strict settings for every test: shapes and types are checked, implicit promotion raises, and the device is the CPU.
+"""Strict settings for every test: checked types, no implicit promotion, and the CPU as the device.
 
 pyproject.toml also makes warnings errors.
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
-# Compiling takes most of the tests' time. `make test-long` sets 0: programs are compiled as users have them.
+# Compiling takes most of the tests' time. `make test-long` sets 0: it compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # jaxlib 0.10 has an older generator of fused loops, which compiles in a third of the time.
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
+    if metadata.version("jaxlib").startswith("0.10."):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = flags + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
@@ -24,14 +26,17 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_num_cpu_devices", 8)  # for meshes; must be set before the first array is created
+# for meshes; must be set before the first array is created
+jax.config.update("jax_num_cpu_devices", 8)
 
-# Check the jaxtyping signature of every call. Only modules that are imported after this line are checked.
+# Check the jaxtyping signature of every call, in modules that are imported after this line.
 install_import_hook("dsv3_jax", "beartype.beartype")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cards", type=Path, metavar="FOLDER", help="write verification cards there (make parity)")
+    parser.addoption(
+        "--cards", type=Path, metavar="FOLDER", help="write verification cards there (make parity)"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,10 +45,13 @@ def _no_work_is_done_twice(tmp_path_factory):
 
     `fit` draws no pictures, measures no speed and fits no baseline, but for `runs.finished`.
     """
-    from runs import compiled_programs, spend_no_seconds  # they import the package, after the hook above
+    # they import the package, after the hook above
+    from runs import compiled_programs, spend_no_seconds
 
     spend_no_seconds()
-    jax.config.update("jax_compilation_cache_dir", str(compiled_programs(tmp_path_factory.getbasetemp())))
+    jax.config.update(
+        "jax_compilation_cache_dir", str(compiled_programs(tmp_path_factory.getbasetemp()))
+    )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # it reads its settings only once
@@ -100,9 +108,9 @@ def rng():
 collect_ignore = ["parity/parity_reference.py", "parity/chat_reference.py"]
 
 # Processes share the test files, so the longest files run first: of CI, then of `make test`.
-LONGEST = """compiled pairs hostile_input docs mesh lora train model decode_mesh optim check lab loss cli plan
-train_step cache generate speculative warm_start auto_length cluster stats_report accel low_precision
-dispatch""".split()
+LONGEST = """compiled pairs hostile_input docs mesh lora train model decode_mesh optim check lab
+loss cli plan train_step cache generate speculative warm_start auto_length cluster stats_report
+accel low_precision dispatch""".split()
 
 
 # Examples that compile a complete model run with the long tests.

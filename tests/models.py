@@ -1,4 +1,4 @@
-"""Models that tests share: small enough to compile in seconds, and random enough that every part of them matters."""
+"""Models that tests share: they compile in seconds, and are so random that every part matters."""
 
 from dataclasses import replace
 from functools import partial
@@ -57,11 +57,14 @@ def small(**changes) -> ModelConfig:
 
 
 LIGHT = small(num_layers=1, num_dense_layers=0)  # one sparse layer: compiles in seconds
-DENSE = Execution(kernels="grouped_swiglu=dense")  # compiles fastest: every expert reads every token
+# compiles fastest: every expert reads every token
+DENSE = Execution(kernels="grouped_swiglu=dense")
 
 
-def random_model(cfg: ModelConfig, seed: int = 0, execution: Execution | None = None) -> Transformer:
-    """A model filled by NumPy, without compiling: norm scales are not 1, and router biases are not 0 but signed."""
+def random_model(
+    cfg: ModelConfig, seed: int = 0, execution: Execution | None = None
+) -> Transformer:
+    """A model filled by NumPy, uncompiled: norm scales are not 1, and router biases are signed."""
     rng = np.random.default_rng(seed)
     graphdef, state = nnx.split(abstract(cfg, execution))
     filled = {}
@@ -94,21 +97,28 @@ def decode_program(
     cache="latent",
     **asked,
 ):
-    """(A request's programs, its job's leaves, its loop after the prompt), as shapes; `draft` may be a model."""
+    """A request's programs, its job's leaves and its loop, as shapes; `draft` may be a model."""
     models = [model, draft] if isinstance(draft, Transformer) else [model]
     with_weights = tuple((m, jax.eval_shape(lambda m: m.prepare_decode(), m)) for m in models)
-    tokens, rows, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,)))
+    tokens, rows, stops = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,))
+    )
     draft = "model" if len(models) > 1 else draft
     config = DecodeConfig(new, cache=cache, cache_dtype=pick_dtype("float32", dtype), **asked)
-    leaves, tree = jax.tree.flatten(Job(with_weights, stops, draft, lengths, config, capacity, capacity))
+    leaves, tree = jax.tree.flatten(
+        Job(with_weights, stops, draft, lengths, config, capacity, capacity)
+    )
     made = Programs(tree, lengths)
-    read, seed = jax.eval_shape(made.prefill, leaves, tokens, rows), jax.ShapeDtypeStruct((), jnp.uint32)
+    read = jax.eval_shape(made.prefill, leaves, tokens, rows)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
     begins, admit = jax.ShapeDtypeStruct((3, batch), jnp.int32), partial(made.admit, in_order=True)
     return made, leaves, jax.eval_shape(admit, leaves, None, read, begins, seed)
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
-    return jax.device_put(np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length), dtype=np.int32))
+    return jax.device_put(
+        np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length), dtype=np.int32)
+    )
 
 
 @partial(jax.jit, static_argnums=0)

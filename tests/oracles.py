@@ -1,11 +1,11 @@
-"""Oracles: slow and obvious versions of what `dsv3_jax/reference.py` lacks, in the order of the equations.
+"""Oracles: slow, obvious versions of what `dsv3_jax/reference.py` lacks, in the equations' order.
 
-They are plain loops in NumPy and float64. Functions that a test differentiates are written in jax.numpy, and their
-names end in `_jnp`; run these under the `x64` fixture. No code is shared with the library, so an error would have to be
-made twice.
+They are plain loops in NumPy and float64. Functions that a test differentiates are written in
+jax.numpy, and their names end in `_jnp`; run these under the `x64` fixture. No code is shared with
+the library, so an error would have to be made twice.
 
-Letters: B batch, T query length, S key length, H heads, V value dim, E experts, K experts for each token, G groups, W
-vocabulary, n tokens.
+Letters: B batch, T query length, S key length, H heads, V value dim, E experts, K experts for each
+token, G groups, W vocabulary, n tokens.
 """
 
 import math
@@ -25,7 +25,7 @@ def causal_mask(batch, length, segment_ids=None):
 
 
 def attention_jnp(q, k, v, mask, *, scale):
-    """Return softmax(scale q k^T) v for q [B,T,H,K], k [B,S,H,K], v [B,S,H,V], mask bool[B,T,S]; all scores at once."""
+    """Return softmax(scale q k^T) v: q [B,T,H,K], k [B,S,H,K], v [B,S,H,V], mask bool[B,T,S]."""
     scores = scale * jnp.einsum("bthk,bshk->bhts", q, k)
     scores = jnp.where(mask[:, None], scores, -jnp.inf)
     return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v)
@@ -35,7 +35,7 @@ def attention_jnp(q, k, v, mask, *, scale):
 
 
 def rounded_to_e4m3(x):
-    """Return (numbers, scales [..., 1]) of rows of 128: e4m3, and the power of two above max / 448."""
+    """Return (numbers, scales [..., 1]) of rows of 128: e4m3, powers of two above max / 448."""
     scale = np.exp2(np.ceil(np.log2(np.maximum(np.abs(x).max(-1, keepdims=True), 1e-4) / 448)))
     return np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(float), scale
 
@@ -43,8 +43,9 @@ def rounded_to_e4m3(x):
 def deepseek_index_scores(w, x, c_q, cos, sin):
     """Return the index scores [T, S] of one text, before the mask.
 
-    transformers leaves out the Hadamard matrix and the rounding: it differs where scores nearly tie. The code's first
-    version rotated neighbours (2i, 2i + 1); a later one rotates halves, as transformers does. Here is no bfloat16.
+    transformers leaves out the Hadamard matrix and the rounding: it differs where scores nearly
+    tie. The code's first version rotated neighbours (2i, 2i + 1); a later one rotates halves, as
+    transformers does. Here is no bfloat16.
 
     Args:
         w: the indexer's released tensors by their last names.
@@ -58,7 +59,9 @@ def deepseek_index_scores(w, x, c_q, cos, sin):
 
     def rotated(y, cos, sin):
         first, second, rest = np.split(y, [half, 2 * half], axis=-1)
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+        return np.concatenate(
+            [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
+        )
 
     k = x @ w["wk.weight"].T
     k = (k - k.mean(-1, keepdims=True)) / np.sqrt(k.var(-1, keepdims=True) + 1e-6)
@@ -75,7 +78,7 @@ def deepseek_index_scores(w, x, c_q, cos, sin):
 
 
 def best(values, count, among=None):
-    """Return the indices of the `count` largest values, largest first; if values are equal, the lower index first."""
+    """Return indices of the `count` largest values, largest first; of equal ones lower first."""
     among = range(len(values)) if among is None else among
     return sorted(among, key=lambda i: (-values[i], i))[:count]
 
@@ -94,16 +97,21 @@ def softmax_probs(row):
     return weights / weights.sum()
 
 
-SCORES = {"sigmoid": lambda x: 1 / (1 + np.exp(-x)), "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x))}
+SCORES = {
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
+}
 
 
 def route(logits, bias, cfg):
-    """Return (expert_ids [n,K], gates [n,K], scores [n,E]) of a router that reads logits alone, token by token."""
+    """Return (expert_ids [n,K], gates [n,K], scores [n,E]) of a router that reads only logits."""
     found, grouped = [], cfg.router in (*SCORES, "softmax")
     for row in np.asarray(logits, np.float64):
         s = SCORES.get(cfg.router, softmax_probs)(row)
         choice = s + np.asarray(bias, np.float64) if cfg.router in SCORES else s
-        chosen = best(choice, cfg.experts_per_token, allowed_experts(choice, cfg) if grouped else None)
+        chosen = best(
+            choice, cfg.experts_per_token, allowed_experts(choice, cfg) if grouped else None
+        )
         g = s[chosen]
         if cfg.normalize_gates or not grouped:
             g = g / (g.sum() + 1e-20)
@@ -124,10 +132,12 @@ def hash_route(tokens, num_experts, k):
 
 
 def quantile_target(scores, bias, k):
-    """Return b*: with it, and the cuts of the old bias, each expert has floor(N K / E) of the N tokens."""
+    """Return b*: with it and the old bias's cuts, each expert has floor(N K / E) of N tokens."""
     wanted = len(scores) * k // len(bias)
     cuts = [sorted(row + bias)[-k - 1] for row in scores]
-    margins = [[row[e] - cut for row, cut in zip(scores, cuts, strict=True)] for e in range(len(bias))]
+    margins = [
+        [row[e] - cut for row, cut in zip(scores, cuts, strict=True)] for e in range(len(bias))
+    ]
     return np.array([-sorted(column, reverse=True)[wanted] for column in margins])
 
 
@@ -135,7 +145,7 @@ def quantile_target(scores, bias, k):
 
 
 def routed_swiglu_jnp(x, expert_ids, gates, w_gate, w_up, w_down):
-    """Return y [n, D]. Every expert computes every token; a token sums its chosen experts, weighted by its gates."""
+    """Return y [n, D]: every expert computes every token; gates weight a token's chosen ones."""
     y = jnp.zeros_like(x)
     for e in range(w_gate.shape[0]):
         gate = jnp.where(expert_ids == e, gates, 0.0).sum(axis=1)
@@ -144,7 +154,7 @@ def routed_swiglu_jnp(x, expert_ids, gates, w_gate, w_up, w_down):
 
 
 def within_capacity(expert_ids, num_experts, factor):
-    """Return bool[n, K]: the assignments within the experts' capacity, if earlier tokens come first."""
+    """Return bool[n, K]: the assignments within the experts' capacity, earlier tokens first."""
     expert_ids = np.asarray(expert_ids)
     capacity = math.ceil(factor * expert_ids.size / num_experts)
     taken, kept = [0] * num_experts, np.zeros(expert_ids.shape, bool)
@@ -158,7 +168,7 @@ def within_capacity(expert_ids, num_experts, factor):
 
 
 def support(logits, *, temperature=1.0, top_k=None, top_p=None):
-    """Return the tokens of one row that may be drawn: the fewest of the top_k largest that reach top_p."""
+    """Return the tokens of a row that may be drawn: the fewest of the top_k that reach top_p."""
     logits = np.asarray(logits, np.float64) / temperature
     kept = best(logits, len(logits) if top_k is None else top_k)
     before = np.cumsum([0, *softmax_probs(logits[kept])])[:-1]  # largest first

@@ -1,7 +1,8 @@
 """Tiny released folders and our model's results on them, for the comparison with transformers.
 
-Every number of a folder comes from raw bits of a seeded generator, which NumPy keeps the same in all versions. The
-golden files of transformers' results are therefore valid for folders that any machine writes.
+Every number of a folder comes from raw bits of a seeded generator, which NumPy keeps the same in
+all versions. The golden files of transformers' results are therefore valid for folders that any
+machine writes.
 """
 
 import json
@@ -49,19 +50,23 @@ class Cell:
         return "fp8" if fp8 else self.config.get("text_config", self.config)["torch_dtype"]
 
 
-GRID = {name: Cell(name, config) for name, config in json.loads((GOLDEN / "folders.json").read_text()).items()}
+GRID = {
+    name: Cell(name, config)
+    for name, config in json.loads((GOLDEN / "folders.json").read_text()).items()
+}
 INT4 = GRID["Kimi K2-Thinking"].config["quantization_config"]
-_INT4_GROUP = INT4["config_groups"]["group_0"]["weights"]["group_size"]  # numbers of a weight with one scale
+# numbers of a weight with one scale
+_INT4_GROUP = INT4["config_groups"]["group_0"]["weights"]["group_size"]
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw uniform float64 numbers of mean 0 and standard deviation 1; a name always gives the same numbers."""
+    """Draw float64 numbers, uniform, of mean 0 and deviation 1; a name always gives the same."""
     raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
     return (((raw >> np.uint64(11)) / 2.0**53 - 0.5) * 12**0.5).reshape(shape)
 
 
 def tensors(cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """Make float32 tensors by released name: scales far from 1, signed biases, scores and gates far from even."""
+    """Make float32 tensors by released name: scales far from 1, signed biases, uneven gates."""
     arrays = {}
     original = {e.name: e.copy_of or e.name for e in entries(cfg)}
     for name, (shape, _) in hf.tensor_table(cfg).items():
@@ -77,7 +82,7 @@ def tensors(cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize to FP8 with scales of 24 bits, block by block: slow and independent of the library."""
+    """Quantize to FP8 with scales of 24 bits, block by block, without the library."""
     numbers = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn)
     scales = np.zeros([-(-n // 128) for n in weight.shape], np.float32)
     for i, j in np.ndindex(*scales.shape):
@@ -101,19 +106,26 @@ def packed_int4(weight: np.ndarray) -> dict[str, np.ndarray]:
     rows, columns = weight.shape
     grouped = weight.reshape(rows, -1, _INT4_GROUP)
     scales = (np.abs(grouped).max(-1) / 7).astype(ml_dtypes.bfloat16)
-    numbers = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -8, 7).reshape(rows, columns) + 8
+    numbers = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -8, 7)
+    numbers = numbers.reshape(rows, columns) + 8
     words = np.pad(numbers.astype(np.uint32), ((0, 0), (0, -columns % 8))).reshape(rows, -1, 8)
     packed = np.bitwise_or.reduce(words << _SHIFTS, axis=-1)
-    return {"_packed": packed.view(np.int32), "_scale": scales, "_shape": np.array(weight.shape, np.int32)}
+    return {
+        "_packed": packed.view(np.int32),
+        "_scale": scales,
+        "_shape": np.array(weight.shape, np.int32),
+    }
 
 
 def without_int4(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Replace weights of 4 bits by float32."""
     plain = {k: v for k, v in arrays.items() if not k.endswith(("_packed", "_scale", "_shape"))}
     for name in (k.removesuffix("_packed") for k in arrays if k.endswith("_packed")):
-        packed, scales = arrays[name + "_packed"].view(np.uint32), arrays[name + "_scale"].astype(np.float32)
+        packed = arrays[name + "_packed"].view(np.uint32)
+        scales = arrays[name + "_scale"].astype(np.float32)
         rows, columns = arrays[name + "_shape"]
-        numbers = (packed[..., None] >> _SHIFTS & 15).astype(np.float32).reshape(rows, -1)[:, :columns] - 8
+        numbers = (packed[..., None] >> _SHIFTS & 15).astype(np.float32).reshape(rows, -1)
+        numbers = numbers[:, :columns] - 8
         plain[name] = numbers * np.repeat(scales, _INT4_GROUP, axis=1)
     return plain
 
@@ -125,11 +137,17 @@ def stored(cell: Cell) -> dict[str, np.ndarray]:
         arrays = {}
         for name, value in tensors(cell.cfg).items():
             routed = ".experts." in name
-            arrays |= {name + k: v for k, v in packed_int4(value).items()} if routed else {name: value}
+            arrays |= (
+                {name + k: v for k, v in packed_int4(value).items()} if routed else {name: value}
+            )
         return arrays
     if cell.file != "fp8":
-        dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[cell.file]
-        return {k: v if "correction_bias" in k else v.astype(dtype) for k, v in tensors(cell.cfg).items()}
+        dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+        dtype = dtypes[cell.file]
+        return {
+            k: v if "correction_bias" in k else v.astype(dtype)
+            for k, v in tensors(cell.cfg).items()
+        }
     arrays = {}
     linear = {e.name for e in entries(cell.cfg) if e.quantized}
     for name, value in tensors(cell.cfg).items():
@@ -141,15 +159,20 @@ def stored(cell: Cell) -> dict[str, np.ndarray]:
 
 
 def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
-    """The tensors of a cell's file as its label releases them: with other names, and tensors that are not read."""
+    """The tensors of a cell's file as its label releases them: other names, and some unread."""
     arrays, cfg = dict(stored(cell)), cell.cfg
     if cell.name == "Moonlight":
-        inv_freq = (1 / cfg.rope_theta ** (np.arange(0, cfg.rope_head_dim, 2) / cfg.rope_head_dim)).astype(np.float32)
+        powers = np.arange(0, cfg.rope_head_dim, 2) / cfg.rope_head_dim
+        inv_freq = (1 / cfg.rope_theta**powers).astype(np.float32)
         layers = range(cfg.num_layers)
-        arrays |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq.copy() for layer in layers}
+        arrays |= {
+            f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq.copy()
+            for layer in layers
+        }
     if cell.name == "Kimi K2.5":
         arrays = {f"language_model.{name}": value for name, value in arrays.items()}
-        arrays["vision_tower.patch.weight"] = arrays["mm_projector.weight"] = np.ones((2, 2), np.float32)
+        ones = np.ones((2, 2), np.float32)
+        arrays["vision_tower.patch.weight"] = arrays["mm_projector.weight"] = ones
     return arrays
 
 
@@ -182,22 +205,31 @@ def _outputs(graphdef, state, batch):
 
 @partial(jax.jit, static_argnums=0)
 def _gradients(graphdef, params, rest, batch):
-    return jax.value_and_grad(lambda p: compute_loss(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total)(params)
+    def total(p):
+        return compute_loss(nnx.merge(graphdef, p, rest), batch, MTP_WEIGHT).total
+
+    return jax.value_and_grad(total)(params)
 
 
 def ours(model, *, gradients: bool = True, greedy: bool = True) -> dict[str, np.ndarray]:
-    """Compute our model's results on the grid's tokens, under the names of `parity_reference.theirs`."""
+    """Compute our results on the grid's tokens, by the names of `parity_reference.theirs`."""
     # Without balance losses, which config.json cannot express.
     cfg = replace(model.cfg, balance=Balance(0.0, 0.0, 0.0))
     model = nnx.merge(nnx.split(abstract(cfg, model.execution, model.kernels))[0], nnx.state(model))
     one = jnp.ones((BATCH, LENGTH), jnp.int32)
-    batch = {"tokens": jnp.asarray(tokens(cfg)), "segment_ids": one, "positions": jnp.cumsum(one, axis=1) - 1}
+    batch = {
+        "tokens": jnp.asarray(tokens(cfg)),
+        "segment_ids": one,
+        "positions": jnp.cumsum(one, axis=1) - 1,
+    }
     logits, mtp, ids, mtp_ids = jax.tree.map(np.asarray, _outputs(*nnx.split(model), batch))
     results = {"logits": logits, "expert_ids": np.sort(ids, axis=-1)}
     for k in range(model.cfg.mtp_depth):
         results |= {f"mtp_logits.{k}": mtp[k], f"mtp_expert_ids.{k}": np.sort(mtp_ids[k], axis=-1)}
     if greedy:
-        results["greedy"] = np.array(generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens, np.int32)
+        results["greedy"] = np.array(
+            generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens, np.int32
+        )
     if gradients:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         loss, grads = _gradients(graphdef, params, rest, batch)
@@ -207,7 +239,10 @@ def ours(model, *, gradients: bool = True, greedy: bool = True) -> dict[str, np.
 
 
 def released(cfg: ModelConfig, params: nnx.State) -> dict[str, np.ndarray]:
-    """Convert arrays of our parameters' shapes to released names and layouts, without copies and the bias."""
+    """Convert arrays of our parameters' shapes to released names and layouts, without the bias.
+
+    Copies are left out.
+    """
     flat = {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
     return {
         e.name: e.join([flat[s.path][s.indices] for s in e.slices])
@@ -217,7 +252,7 @@ def released(cfg: ModelConfig, params: nnx.State) -> dict[str, np.ndarray]:
 
 
 def probed(results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Replace each gradient by two numbers: its norm, and its product with a fixed vector of standard deviation 1."""
+    """Replace each gradient by its norm and its product with a fixed vector of deviation 1."""
     grads = {k: v for k, v in results.items() if k.startswith("grad.")}
     small = {k: v for k, v in results.items() if k not in grads}
     if grads:
@@ -227,11 +262,13 @@ def probed(results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return small
 
 
-def differences(results: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
+def differences(
+    results: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+) -> dict[str, float]:
     """Measure the largest difference by kind of result, over the names that both have.
 
-    Logits are relative to the logits' standard deviation. Gradients are relative to the parameter's root mean square,
-    and probes to their norm. Ids and greedy tokens are counted.
+    Logits are relative to the logits' standard deviation. Gradients are relative to the parameter's
+    root mean square, and probes to their norm. Ids and greedy tokens are counted.
     """
     worst: dict[str, float] = {}
     for name in results.keys() & reference.keys():

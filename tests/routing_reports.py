@@ -1,4 +1,4 @@
-"""Numbers of made-up runs, for tests of the page: random choices, counted and cut by the package itself."""
+"""Numbers of made-up runs, for tests of the page: random choices, counted by the package itself."""
 
 import copy
 import json
@@ -26,11 +26,12 @@ def made_up(
     domains: tuple[str, ...] = ("code", "tests", "C", "English"),
     measured: bool = True,
 ) -> dict:
-    """Return the page's numbers; `measured`: with a bias, a training log, worth, checkpoints and another run too."""
+    """Return the page's numbers; `measured`: with bias, log, worth, checkpoints and another run."""
     rng, k, n = np.random.default_rng(0), experts_per_token, 480
     total = layers + heads
     names = [f"layer {first + i}" for i in range(layers)] + [f"MTP {i + 1}" for i in range(heads)]
-    ids = np.argpartition(rng.random((total, n, experts), dtype=np.float32), k, axis=-1)[..., :k].astype(np.int16)
+    ids = np.argpartition(rng.random((total, n, experts), dtype=np.float32), k, axis=-1)
+    ids = ids[..., :k].astype(np.int16)
     document = np.arange(n) // 40
     counted = np.ones((total, n), bool)
     counted[layers:, 39::40] = False  # a head has no choice for the last token of a text
@@ -54,16 +55,25 @@ def made_up(
         document_score_entropy=rng.uniform(0.9, 1, (60, total)) * document_load.sum(-1) / k,
         document_gate_entropy=rng.uniform(0.8, 1, (60, total)) * document_load.sum(-1) / k,
         coactivation=pairs,
-        bias=BiasWork(rng.normal(0, 0.05, cells), rng.integers(9, 99, cells), rng.integers(99, 999, total)),
+        bias=BiasWork(
+            rng.normal(0, 0.05, cells), rng.integers(9, 99, cells), rng.integers(99, 999, total)
+        ),
         rows=rows,
     )
     header = {"preset": "tiny", "parameters": 1_234_567, "active_parameters": 654_321, "steps": 400}
-    header |= {"tokens_seen": 1_638_400, "router": "sigmoid", "balance_rule": "sign", "version": "0.1.0"}
+    header |= {
+        "tokens_seen": 1_638_400,
+        "router": "sigmoid",
+        "balance_rule": "sign",
+        "version": "0.1.0",
+    }
     header |= {"commit": "0" * 40, "loss": 3.456, "bits_per_byte": 2.1, "max_vio_training_mix": 0.5}
     more = {"run": "made-up", "step": 400, "data": "made-up text", "header": header}
     bits = {name: rng.uniform(0.1, 1.5, total) for name in NAMES}
     ends = {"": 1.0, "_low": 0.8, "_high": 1.2, "_chance": 0.5}
-    more["information"] = {name + end: as_lists(x * bits[name]) for name in NAMES for end, x in ends.items()}
+    more["information"] = {
+        name + end: as_lists(x * bits[name]) for name in NAMES for end, x in ends.items()
+    }
     log = None
     if measured:
         log = LoadLog(steps, rng.integers(1, 9, (40, *cells)), rng.normal(0, 0.1, (40, *cells)))
@@ -73,11 +83,17 @@ def made_up(
         found |= {key: rng.uniform(0.2, 0.8, total).tolist() for key in ("shared", "by_chance")}
         more |= {
             "worth": worth_json(worth, total),
-            "saturation": {"steps": [100, 200, 400], "share": [*rng.uniform(0.4, 1, (2, total)).tolist(), [1] * total]},
+            "saturation": {
+                "steps": [100, 200, 400],
+                "share": [*rng.uniform(0.4, 1, (2, total)).tolist(), [1] * total],
+            },
             "groups": {"load": rng.integers(1, 900, (total, 4)).tolist()},
             "devices": {"count": 8, "load": rng.integers(1, 900, (total, 8)).tolist()},
             "against": {"run": "other", "step": 300, "same_text": True, "layers": names, **found}
-            | {"load": rng.integers(200, 1600, cells).tolist(), "max_vio": rng.uniform(0.2, 0.9, total).tolist()}
+            | {
+                "load": rng.integers(200, 1600, cells).tolist(),
+                "max_vio": rng.uniform(0.2, 0.9, total).tolist(),
+            }
             | {"loss": 3.4, "bits_per_byte": 2.0, "note": None},
         }
     else:
@@ -88,7 +104,7 @@ def made_up(
 
 @cache
 def version_three() -> dict:
-    """Return numbers in the shape of DeepSeek-V3: 58 sparse layers and one head, 256 experts, 8 a token; 24 domains."""
+    """Return numbers in V3's shape: 58 sparse layers, a head, 256 experts, 8 a token, domains."""
     return made_up(58, 256, 8, first=3, domains=tuple(f"domain {i}" for i in range(24)))
 
 
@@ -97,8 +113,11 @@ def hostile(numbers: dict) -> dict:
     numbers = copy.deepcopy(numbers)
     old = numbers["domains"][0]
     numbers = json.loads(json.dumps(numbers).replace(json.dumps(old), json.dumps(HOSTILE)))
-    numbers["run"] = numbers["data"] = numbers["against"]["run"] = numbers["against"]["note"] = HOSTILE
-    numbers["header"] |= dict.fromkeys(("preset", "router", "balance_rule", "version", "commit"), HOSTILE)
+    numbers["run"] = numbers["data"] = HOSTILE
+    numbers["against"]["run"] = numbers["against"]["note"] = HOSTILE
+    numbers["header"] |= dict.fromkeys(
+        ("preset", "router", "balance_rule", "version", "commit"), HOSTILE
+    )
     numbers["favourites"][0][0][0][1] = HOSTILE
     numbers["contexts"][0][0][0][:3] = [HOSTILE] * 3
     numbers["texts"][0]["tokens"] = [HOSTILE] * len(numbers["texts"][0]["tokens"])

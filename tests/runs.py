@@ -1,4 +1,4 @@
-"""Training runs that tests share: a model of a few thousand parameters on a page of text, seconds to compile."""
+"""Training runs that tests share: some thousand parameters, a page of text, seconds to compile."""
 
 import contextlib
 import fcntl
@@ -29,7 +29,8 @@ from dsv3_jax.report import speed
 from dsv3_jax.training import loop
 from dsv3_jax.training.step import Job, TrainState, init_optimizer
 
-# Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to compile fast.
+# Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to
+# compile fast.
 MODEL = ModelConfig(
     vocab_size=260,
     dim=8,
@@ -78,12 +79,14 @@ def write_text(folder: Path) -> str:
     for i in range(40):
         path = folder / ("code" if i % 2 else "prose") / f"{i:02d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{i} " + " ".join(rng.choice(words, size=rng.integers(3, 40))), encoding="utf-8")
+        path.write_text(
+            f"{i} " + " ".join(rng.choice(words, size=rng.integers(3, 40))), encoding="utf-8"
+        )
     return str(folder)
 
 
 def make_run(text: str, **changes) -> RunConfig:
-    """A run on `text`. Changes outside model, execution, optimizer and `steps` reuse the compiled step."""
+    """A run on `text`; only another model, execution, optimizer or `steps` compiles a new step."""
     run = RunConfig(
         model=MODEL,
         execution=DENSE,
@@ -100,19 +103,22 @@ def make_run(text: str, **changes) -> RunConfig:
 
 
 def fresh_state(run: RunConfig, step: int = 0) -> TrainState:
-    """A new state in each call, since a step donates its state: parameters and signed biases by NumPy."""
-    params, bias = nnx.split(random_model(run.model, execution=run.execution), nnx.Param, RouterBias)[1:]
+    """A new state in each call, since a step donates it: parameters and signed biases by NumPy."""
+    model = random_model(run.model, execution=run.execution)
+    params, bias = nnx.split(model, nnx.Param, RouterBias)[1:]
     return new_state(run, params, bias, step)
 
 
 def new_state(run: RunConfig, params: nnx.State, bias: nnx.State, step: int = 0) -> TrainState:
-    """The state of a run with these parameters, without compiling: the optimizer begins with zeros."""
+    """The state of a run with these parameters, uncompiled; the optimizer begins with zeros."""
     opt = jax.eval_shape(lambda: init_optimizer(Job(run), params))
     zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), opt)
     return TrainState(params, bias, zeros, jnp.asarray(step, jnp.int32))
 
 
-def packed_batch(rng: np.random.Generator, segment_ids: np.ndarray, vocab_size: int = 260) -> dict[str, jax.Array]:
+def packed_batch(
+    rng: np.random.Generator, segment_ids: np.ndarray, vocab_size: int = 260
+) -> dict[str, jax.Array]:
     """Random tokens in documents of those segments, each counting its positions from 0."""
     starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
     columns = np.arange(segment_ids.shape[1])[None]
@@ -134,7 +140,7 @@ class Finished:
 
 @cache
 def finished(root: Path) -> Finished:
-    """A copy of the one complete run, trained once in a session, as users train: other runs are compared with it."""
+    """A copy of the one complete run, trained once a session; other runs are compared with it."""
     text, made, kept = (shared(root) / "finished" / name for name in ("text", "run", "kept"))
     text.mkdir(parents=True, exist_ok=True)
     with (text.parent / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
@@ -155,8 +161,11 @@ def said_by(function, *args) -> tuple[object, str]:
     return result, out.getvalue()
 
 
-# `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the order-2 baseline.
-SECONDS = {place: getattr(*place) for place in ((speed, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))}
+# `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the
+# order-2 baseline.
+SECONDS = {
+    place: getattr(*place) for place in ((speed, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))
+}
 SPEND_NO_SECONDS = """
 from dsv3_jax.report import speed
 from dsv3_jax.training import loop
@@ -182,13 +191,15 @@ def _flags(values: dict, usual: dict, prefix: str) -> Iterator[str]:
         elif value == usual[key]:
             continue
         elif isinstance(value, bool):
-            yield "--" + (name if value else ".".join([*name.split(".")[:-1], "no-" + name.split(".")[-1]]))
+            *groups, last = name.split(".")
+            yield "--" + (name if value else ".".join([*groups, "no-" + last]))
         else:
-            yield from ("--" + name, *(map(str, value) if isinstance(value, list | tuple) else [str(value)]))
+            words = value if isinstance(value, list | tuple) else [value]
+            yield from ("--" + name, *map(str, words))
 
 
 def environment(root: Path) -> dict[str, str]:
-    """For a separate process, which has no import hook and shares this session's compiled programs."""
+    """For another process, without import hook and with this session's compiled programs."""
     return os.environ | {
         "PYTHONPATH": str(HERE),
         "PYTHONUNBUFFERED": "1",
@@ -219,7 +230,7 @@ def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> 
 
 @cache
 def unhooked_cli():
-    """dsv3_jax.cli.main as users have it: the tests' import hook would refuse tyro's mark of a missing option."""
+    """dsv3_jax.cli.main without the import hook, which refuses tyro's mark of a missing option."""
     common = unhooked("dsv3_jax.cli.common", "dsv3_jax.cli.common")  # in place of the hooked ones
     common.prepare_training = lambda mesh=None: None  # the allocator is set in a separate process
     unhooked("dsv3_jax.cli.train", "dsv3_jax.cli.train")
@@ -227,16 +238,34 @@ def unhooked_cli():
 
 
 def unhooked(module: str, name: str | None = None):
-    """A module of the package without the tests' import hook, which would refuse wrong types before the module does.
+    """A module without the tests' import hook, which would refuse wrong types before it does.
 
     Args: name: to be imported by. None means a name of its own.
     """
     name = name or f"unhooked_{module.replace('.', '_')}"
-    spec = importlib.util.spec_from_file_location(name, HERE.joinpath(*module.split(".")).with_suffix(".py"))
+    spec = importlib.util.spec_from_file_location(
+        name, HERE.joinpath(*module.split(".")).with_suffix(".py")
+    )
     made = importlib.util.module_from_spec(spec)
     sys.modules[name] = made  # dataclasses look up their annotations there
     spec.loader.exec_module(made)
     return made
+
+
+def unhooked_config():
+    """The package dsv3_jax.config, as `unhooked` makes a module."""
+    name = "dsv3_jax.config"
+    kept = {
+        key: sys.modules.pop(key) for key in list(sys.modules) if f"{key}.".startswith(f"{name}.")
+    }
+    finders = list(sys.meta_path)
+    sys.meta_path[:] = [x for x in finders if not type(x).__module__.startswith("jaxtyping")]
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.meta_path[:] = finders
+        sys.modules.update(kept)
+        sys.modules["dsv3_jax"].config = kept[name]
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -248,6 +277,10 @@ def rows_of(folder: Path) -> list[dict]:
 def assert_bitwise(left, right) -> None:
     """Two trees have the same structure, and every leaf the same bytes (NaN equals NaN)."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True
+    ):
         a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), jax.tree_util.keystr(path)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), (
+            jax.tree_util.keystr(path)
+        )

@@ -1,4 +1,4 @@
-"""Attention's kernels for TPUs and GPUs: which one runs, and why not others. test_check.py holds splash to the op."""
+"""Attention's kernels for TPUs and GPUs: which one runs, and why. test_check.py compares splash."""
 
 import re
 from functools import partial
@@ -24,10 +24,13 @@ interpreted = partial(tpu_attention.causal_attention, interpret=True)
 
 
 def draw(rng, shape):
-    """(q, k, v and a weight of the output for (B, T, H, G, K, V), segment ids of a few documents a row)."""
+    """(q, k, v and a weight of the output for (B, T, H, G, K, V), segment ids of documents)."""
     batch, length, heads, groups, key, value = shape
     shapes = ((heads, key), (groups, key), (groups, value), (heads, value))
-    arrays = [jnp.asarray(rng.standard_normal((batch, length, n, width)), jnp.float32) for n, width in shapes]
+    arrays = [
+        jnp.asarray(rng.standard_normal((batch, length, n, width)), jnp.float32)
+        for n, width in shapes
+    ]
     ids = np.cumsum(rng.random((batch, length)) < 4 / length, axis=1, dtype=np.int32) + 1
     ids[:, length - length // 8 :] = 0
     return arrays, jnp.asarray(ids)
@@ -36,9 +39,11 @@ def draw(rng, shape):
 # splash attention, on TPUs
 
 
-@pytest.mark.parametrize("sizes, keep, runs", [({}, False, 2), ({}, True, 1), ({"data": 2, "tensor": 2}, True, 1)])
+@pytest.mark.parametrize(
+    "sizes, keep, runs", [({}, False, 2), ({}, True, 1), ({"data": 2, "tensor": 2}, True, 1)]
+)
 def test_splash_runs_forward_once_if_its_results_are_kept(rng, sizes, keep, runs):
-    """Traced, not run: `jax.checkpoint` keeps what has the name RESULTS, or runs the forward kernel again."""
+    """Traced, not run: `jax.checkpoint` keeps the name RESULTS, or runs the kernel again."""
     (q, k, v, _), segment_ids = draw(rng, (2, 128, 2, 2, 64, 64))
     heads = ("batch", None, "heads", None)
 
@@ -60,7 +65,9 @@ def test_blocks_serve_every_length():
     """Blocks have sizes that the kernel takes, with little padding."""
     for length in (1, 128, 640, 641, 800, 1024, 1025, 1700, 4096, 5000, 100_000):
         block, at_a_time = tpu_attention.block_sizes(length)
-        assert block % at_a_time == 0 and at_a_time % 128 == 0 and block <= tpu_attention.LARGEST_BLOCK
+        assert block % at_a_time == 0
+        assert at_a_time % 128 == 0
+        assert block <= tpu_attention.LARGEST_BLOCK
         assert length + -length % block < 1.25 * length + 256
 
 
@@ -82,15 +89,24 @@ def test_why_a_library_is_not_in_use(monkeypatch):
         ("9.0", "0.0.17", "(ModuleNotFoundError: no xprof): pip install tokamax==0.0.17"),
     ):
         monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
-        monkeypatch.setattr(tokamax_library, "flash_attention", Mock(side_effect=ModuleNotFoundError("no xprof")))
+        monkeypatch.setattr(
+            tokamax_library, "flash_attention", Mock(side_effect=ModuleNotFoundError("no xprof"))
+        )
         assert tokamax_library.why_not(Target("cuda", chip=chip)).endswith(end)
     monkeypatch.setattr(tokamax_library, "flash_attention", Mock())
     assert tokamax_library.why_not(Target("cuda", chip="9.0")) == ""
-    assert gpu_attention.why_not_cudnn(Target("cuda", chip="8.0")).endswith("9.0 or newer, and the chip has 8.0")
-    with pytest.raises(ConfigError, match="kernels='causal_attention=tokamax' is not available here: its kernels need"):
+    assert gpu_attention.why_not_cudnn(Target("cuda", chip="8.0")).endswith(
+        "9.0 or newer, and the chip has 8.0"
+    )
+    with pytest.raises(
+        ConfigError,
+        match="kernels='causal_attention=tokamax' is not available here: its kernels need",
+    ):
         prepare(Execution(kernels="causal_attention=tokamax"), platform="cuda", chip="8.0")
     line = prepare(platform="cuda", chip="8.0").describe("bfloat16")
-    assert line.endswith("; without tokamax, cudnn, mosaic, mosaic_but_dw: see `dsv3 info tiny --kernels`")
+    assert line.endswith(
+        "; without tokamax, cudnn, mosaic, mosaic_but_dw: see `dsv3 info tiny --kernels`"
+    )
 
 
 # The table
@@ -104,13 +120,19 @@ def picked(platform, length, widths, dtype=jnp.bfloat16, packed=True, kernels="a
 
 
 def test_who_attends():
-    assert picked("tpu", 1000, (192, 128)) == picked("tpu", 1000, (192, 128), jnp.float32) == "splash"
+    assert (
+        picked("tpu", 1000, (192, 128)) == picked("tpu", 1000, (192, 128), jnp.float32) == "splash"
+    )
     assert picked("cuda", 1000, (192, 128)) == "tokamax"
     assert picked("cuda", 1000, (192, 128), jnp.float32) == "large_blocks"
-    assert picked("cuda", 1000, (192, 128), packed=False, kernels="causal_attention=cudnn") == "cudnn"
-    assert picked("cuda", 1000, (192, 128), kernels="causal_attention=cudnn") == "tokamax"  # rows of documents
+    assert (
+        picked("cuda", 1000, (192, 128), packed=False, kernels="causal_attention=cudnn") == "cudnn"
+    )
+    # rows of documents
+    assert picked("cuda", 1000, (192, 128), kernels="causal_attention=cudnn") == "tokamax"
     assert picked("rocm", 1000, (192, 128)) == "large_blocks"
     assert picked("tpu", 1000, (192, 128), kernels="xla") == "large_blocks"  # not compiled by XLA
     for platform in ("cuda", "tpu"):
-        assert picked(platform, 1000, (48, 32)) == picked(platform, 100, (192, 128)) == "large_blocks"  # too small
+        for length, widths in ((1000, (48, 32)), (100, (192, 128))):  # too small
+            assert picked(platform, length, widths) == "large_blocks"
     assert choose.TABLE["causal_attention"][-1].name == "xla"

@@ -1,4 +1,4 @@
-"""Attention: the block-wise op and the C++ kernel equal the full score matrix, and MLA's two forms each other."""
+"""Attention: blocks and C++ equal the full score matrix, and MLA's two forms each other."""
 
 from functools import partial
 
@@ -39,17 +39,25 @@ def value_and_gradients(attention, weight, q, k, v, *rest):
 
 
 IN_BLOCKS = partial(causal_attention, block=8), np.float64, 1e-9
-# In float32, whose unit roundoff is 6e-8; the oracle's is float64's. Blocks have 64 queries and 256 keys.
+# In float32, of unit roundoff 6e-8; the oracle is in float64. Blocks have 64 queries, 256 keys.
 IN_CPP = cpu_attention.causal_attention, np.float32, 1e-5
 
 
 @pytest.mark.parametrize(
     "how, length, heads, groups, key, value",
-    [(IN_BLOCKS, 5, 4, 4, 6, 3), (IN_BLOCKS, 23, 4, 2, 6, 3), (IN_CPP, 1, 3, 3, 6, 3), (IN_CPP, 257, 3, 3, 21, 70)],
+    [
+        (IN_BLOCKS, 5, 4, 4, 6, 3),
+        (IN_BLOCKS, 23, 4, 2, 6, 3),
+        (IN_CPP, 1, 3, 3, 6, 3),
+        (IN_CPP, 257, 3, 3, 21, 70),
+    ],
     ids=["below a block", "heads in groups", "cpu, one token", "cpu, several blocks"],
 )
-def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, how, length, heads, groups, key, value):
-    (attend, dtype, atol), shapes = how, ((heads, key), (groups, key), (groups, value), (heads, value))
+def test_attention_and_its_gradients_equal_the_full_score_matrix(
+    x64, rng, how, length, heads, groups, key, value
+):
+    attend, dtype, atol = how
+    shapes = ((heads, key), (groups, key), (groups, value), (heads, value))
     if how is IN_CPP and (why := library.why_not()):
         pytest.skip(why)
     q, k, v, weight = (rng.standard_normal((2, length, *shape)).astype(dtype) for shape in shapes)
@@ -61,33 +69,45 @@ def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, how, 
     ours = lambda q, k, v: attend(q, k, v, scale=0.4, segment_ids=jnp.asarray(ids))  # noqa: E731
     out, grads = value_and_gradients(ours, weight, q, k, v)
     wide = [x.astype(np.float64) for x in (weight, q, k, v)]
-    expected, expected_grads = value_and_gradients(full_scores, *wide, oracles.causal_mask(2, length, ids))
+    expected, expected_grads = value_and_gradients(
+        full_scores, *wide, oracles.causal_mask(2, length, ids)
+    )
     assert out.dtype == dtype and np.isfinite(out).all()
     np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=atol)
     for name, g, e in zip("qkv", grads, expected_grads, strict=True):
-        np.testing.assert_allclose(g, e, atol=atol * (1 + np.abs(e).max()), err_msg=f"gradient of {name}")
+        np.testing.assert_allclose(
+            g, e, atol=atol * (1 + np.abs(e).max()), err_msg=f"gradient of {name}"
+        )
 
 
 @pytest.fixture(params=["blocks", "cpu"])
 def attend(request):
     if request.param == "cpu" and (why := library.why_not()):
         pytest.skip(why)
-    return partial(causal_attention, block=64) if request.param == "blocks" else cpu_attention.causal_attention
+    return (
+        partial(causal_attention, block=64)
+        if request.param == "blocks"
+        else cpu_attention.causal_attention
+    )
 
 
 def test_large_scores_stay_finite_and_repeat(rng, attend):
-    """exp of scores around 1e4 overflows, so the softmax must subtract the maximum in every block."""
-    q, k, v = (100 * rng.standard_normal((1, 530, 2, width)).astype(np.float32) for width in (24, 24, 16))
+    """exp of scores around 1e4 overflows, so every block must subtract the maximum."""
+    q, k, v = (
+        100 * rng.standard_normal((1, 530, 2, width)).astype(np.float32) for width in (24, 24, 16)
+    )
     loss = lambda q, k, v: attend(q, k, v, scale=1.0).sum()  # noqa: E731
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     first = jax.tree.leaves(run(q, k, v))
     assert all(np.isfinite(x).all() for x in first)
-    for a, b in zip(first * 5, [x for _ in range(5) for x in jax.tree.leaves(run(q, k, v))], strict=True):
+    for a, b in zip(
+        first * 5, [x for _ in range(5) for x in jax.tree.leaves(run(q, k, v))], strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_gradient_memory_grows_with_length_not_its_square():
-    """Compiled, not run. Four times the length needs about 4 times the scratch memory; T^2 would need 16 times."""
+    """Compiled, not run: four times the length needs 4 times the scratch memory; T^2 needs 16."""
 
     def scratch(length):
         def loss(q, k, v):
@@ -106,10 +126,11 @@ V3_SCALE = 0.1352337788608801  # in bfloat16 it is 0.134766: 0.35 % less
 
 
 def test_attention_in_bfloat16_is_not_biased(rng):
-    """One-hot values of two keys read the difference of their scores off the output: log of the odds.
+    """One-hot values of two keys give the difference of their scores, the log of the odds.
 
-    Rounding a query's number changes it by about 2^-9/sqrt(3) of itself, and the mean of all scores by far less. A
-    rounded scale would be seven times the bound. Each query sees two tokens, so odds of every size occur.
+    Rounding a query's number changes it by about 2^-9/sqrt(3) of itself, and the mean of all scores
+    by far less. A rounded scale would be seven times the bound. Each query sees two tokens, so odds
+    of every size occur.
     """
     rows, width = 4096, 64
     q, k = (rng.standard_normal((rows, n, 1, width)).astype(jnp.bfloat16) for n in (1, 2))
@@ -119,8 +140,11 @@ def test_attention_in_bfloat16_is_not_biased(rng):
     @jax.jit
     def both(q, k, v):
         keys, values = (Stored(x.astype(q.dtype).swapaxes(1, 2), None) for x in (k, v))
-        cached = cached_attention([q], [keys], values, jnp.ones((rows, 1), jnp.int32), scale=V3_SCALE)
-        return causal_attention(jnp.concatenate([q, q], axis=1), k, v, scale=V3_SCALE)[:, 1, 0], cached[:, 0, 0]
+        cached = cached_attention(
+            [q], [keys], values, jnp.ones((rows, 1), jnp.int32), scale=V3_SCALE
+        )
+        causal = causal_attention(jnp.concatenate([q, q], axis=1), k, v, scale=V3_SCALE)
+        return causal[:, 1, 0], cached[:, 0, 0]
 
     for out, bound in zip(both(q, k, v), (1e-4, 5e-4), strict=True):
         out = np.asarray(out).astype(np.float64)
@@ -133,9 +157,12 @@ def test_attention_in_bfloat16_is_not_biased(rng):
 def test_expanded_equals_absorbed(x64, rng):
     """MLA over complete rows, and over a cache of latents whose free slots hold garbage."""
     cfg = small()
-    make = partial(ds.MLA, cfg, kernels=Kernels(Target("cuda", "xla")))  # plain XLA, which runs in float64 too
+    # plain XLA, which runs in float64 too
+    make = partial(ds.MLA, cfg, kernels=Kernels(Target("cuda", "xla")))
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    state, x = jax.tree.map(lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim))))
+    state, x = jax.tree.map(
+        lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim)))
+    )
 
     @jax.jit
     def both(state, x):

@@ -1,4 +1,4 @@
-"""draft_length="auto": the choice on simulated drafters, and that text is plain decoding's, whatever is chosen."""
+"""draft_length="auto": the choice on simulated drafters, and text that is plain decoding's."""
 
 from dataclasses import replace
 
@@ -10,23 +10,25 @@ from dsv3_jax.decoding.auto_length import LengthChoice, draft_lengths
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate, generate_in_parts
 
-# The choice, on a clock of our own. A plain step takes 1, and a drafter reads what plain steps have left in READING.
+# The choice, on our own clock. A plain step takes 1; a drafter reads what those left in READING.
 LENGTHS, READING = (0, 1, 2, 4), 0.5
 
 
 def settings(rng, count):
-    """[count] drafters: seconds of a step by length, and the share of drafts that are right; many never pay."""
+    """[count] drafters: seconds of a step by length, share of right drafts; many never pay."""
     draft = np.sort(rng.uniform(0, 0.6, (count, 3)), axis=1) * rng.choice([0.05, 1, 3], (count, 1))
-    verify = 1 + np.sort(rng.uniform(0, 1, (count, 3)), axis=1) * rng.choice([0.1, 1, 3], (count, 1))
+    more = np.sort(rng.uniform(0, 1, (count, 3)), axis=1)
+    verify = 1 + more * rng.choice([0.1, 1, 3], (count, 1))
     right = rng.uniform(0, 1, (count, 9)) * rng.choice([0.0, 0.5, 1], (count, 1))
     rates = (np.sort(right, axis=1) * rng.dirichlet(np.ones(9), count)).sum(1)
     return np.concatenate([np.ones((count, 1)), draft + verify], axis=1), rates
 
 
 def simulate(rng, seconds, rate, tokens, choice):
-    """Decode so many tokens: ([parts, 3] tokens, seconds, seconds of the best length for as many; steps by length).
+    """Decode tokens: ([parts, 3] tokens, seconds, seconds of the best length; steps by length).
 
-    The third counts the tokens that the chosen lengths are worth, without the chance of those that were accepted.
+    The third counts the tokens that the chosen lengths are worth, without the chance of those that
+    were accepted.
     """
     worth = {n: sum(rate**j for j in range(n + 1)) for n in LENGTHS}
     seconds = dict(zip(LENGTHS, seconds, strict=True))
@@ -56,11 +58,14 @@ def test_it_is_near_the_best_fixed_length_after_256_tokens(rng):
         at = found[np.searchsorted(found[:, 0], 256)]
         first.append(at[2] / at[1])
         later.append((found[-1, 2] - at[2]) / (found[-1, 1] - at[1]))
-        useless.append(all(sum(rate**j for j in range(n + 1)) <= s for n, s in zip(LENGTHS, cost, strict=True)))
+        useless.append(
+            all(sum(rate**j for j in range(n + 1)) <= s for n, s in zip(LENGTHS, cost, strict=True))
+        )
     first, later, useless = map(np.array, (first, later, useless))
     assert 10 < useless.sum() < 54
     assert later.mean() > 0.985 and np.mean(later > 0.97) > 0.9 and later.min() > 0.88
-    assert later[useless].min() > 0.95 and first[useless].mean() > 0.95  # never much slower than plain
+    # never much slower than plain
+    assert later[useless].min() > 0.95 and first[useless].mean() > 0.95
 
 
 def test_it_follows_the_text(rng):
@@ -73,7 +78,8 @@ def test_it_follows_the_text(rng):
 
 
 def test_the_lengths():
-    assert draft_lengths("mtp", replace(LIGHT, **HEADS["deepseek of 3"])) == (0, 3, 4)  # heads read all
+    # heads read all
+    assert draft_lengths("mtp", replace(LIGHT, **HEADS["deepseek of 3"])) == (0, 3, 4)
     assert draft_lengths("mtp", replace(LIGHT, **HEADS["meta"])) == (0, 3)
     assert draft_lengths("mtp", replace(LIGHT, mtp_kind="medusa", mtp_depth=3)) == (0, 1, 2)
     assert DecodeConfig(70, draft="lookup", draft_length="auto").num_drafts == 8
@@ -91,10 +97,16 @@ def any_length(monkeypatch):
 
     def next_part(choice):
         calls.append(choice)
-        return (0, 40) if len(calls) == 2 else (rng.choice(choice.lengths).item(), rng.integers(1, 9).item())
+        return (
+            (0, 40)
+            if len(calls) == 2
+            else (rng.choice(choice.lengths).item(), rng.integers(1, 9).item())
+        )
 
     monkeypatch.setattr(LengthChoice, "next", next_part)
-    monkeypatch.setattr("dsv3_jax.decoding.generate.draft_lengths", lambda *of: draft_lengths(*of)[:3])
+    monkeypatch.setattr(
+        "dsv3_jax.decoding.generate.draft_lengths", lambda *of: draft_lengths(*of)[:3]
+    )
 
 
 @pytest.mark.long
@@ -105,5 +117,6 @@ def test_greedy_text_is_that_of_plain_decoding():
     config = DecodeConfig(80, draft="lookup", draft_length="auto", stop_tokens=[7])
     *_, drafted = generate_in_parts(model, PROMPTS, config, part=57)
     assert drafted.tokens == plain.tokens
-    assert drafted.steps == sum(drafted.steps_by_length.values()) <= plain.steps  # the slowest row's
+    # the slowest row's
+    assert drafted.steps == sum(drafted.steps_by_length.values()) <= plain.steps
     assert min(drafted.steps_by_length.values()) > 0 and 0 < drafted.acceptance[0] < 1

@@ -22,11 +22,16 @@ def test_distinct_experts_are_the_mean_over_all_choices(tokens):
 
 @pytest.mark.parametrize(
     "cfg",
-    [small(mtp_depth=1), small(tie_embeddings=True), small(num_dense_layers=0), small(num_dense_layers=3)],
+    [
+        small(mtp_depth=1),
+        small(tie_embeddings=True),
+        small(num_dense_layers=0),
+        small(num_dense_layers=3),
+    ],
     ids=["untied", "tied", "all sparse", "all dense"],
 )
 def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
-    """Walk over the parameters: experts count by the share that is read, an untied embedding and MTP not at all."""
+    """Walk over the parameters: experts by the share read; no untied embedding, no MTP."""
     model = abstract(cfg)
     share = {1: cfg.experts_per_token / cfg.num_experts}
     share[2] = 1 - (1 - share[1]) ** 2
@@ -37,5 +42,9 @@ def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
                 continue
             total += math.prod(param.shape) * (share[batch] if "experts" in path else 1)
         # `active` is rounded to whole parameters: half of one may be lost
-        assert decode_bytes(cfg, batch, 10, 7) == pytest.approx(4 * total + batch * 10 * 7, abs=4 * 0.5)
-        assert decode_bytes(cfg, batch, 10, 7, weight_bytes=2) == pytest.approx(2 * total + batch * 70, abs=2 * 0.5)
+        assert decode_bytes(cfg, batch, 10, 7) == pytest.approx(
+            4 * total + batch * 10 * 7, abs=4 * 0.5
+        )
+        assert decode_bytes(cfg, batch, 10, 7, weight_bytes=2) == pytest.approx(
+            2 * total + batch * 70, abs=2 * 0.5
+        )

@@ -1,8 +1,8 @@
-"""The ops with sums in bfloat16, with float32 weights where training has them, against the same op in float64.
+"""The ops with sums in bfloat16, and float32 weights as in training, against the op in float64.
 
-The op in float64 is held to its oracle in the op's own test. Here both get the same numbers, activations that bfloat16
-represents and float32 weights. Outputs and gradients may then differ by bfloat16's rounding of operands and results
-alone, and gradients of float32 weights must be float32.
+The op in float64 is held to its oracle in the op's own test. Here both get the same numbers,
+activations that bfloat16 represents and float32 weights. Outputs and gradients may then differ by
+bfloat16's rounding of operands and results alone, and gradients of float32 weights must be float32.
 """
 
 from functools import partial
@@ -15,9 +15,11 @@ import pytest
 from dsv3_jax.ops import attention, cross_entropy, dispatch, draft_loss, embedding, mla, products
 
 B, T, H, D, C, N, R, V, E, F, W = 2, 6, 3, 12, 10, 8, 4, 5, 4, 7, 19
-IDS = np.random.default_rng(1).permuted(np.tile(np.arange(E, dtype=np.int32), (B * T, 1)), axis=1)[:, :2]
+ALL_IDS = np.tile(np.arange(E, dtype=np.int32), (B * T, 1))
+IDS = np.random.default_rng(1).permuted(ALL_IDS, axis=1)[:, :2]
 TOKENS = np.random.default_rng(2).integers(0, W, (B, T), np.int32)
-OTHER = np.random.default_rng(3).integers(-2, 3, (B * T, D))  # hidden states in whole numbers, which take no gradient
+# hidden states in whole numbers, which take no gradient
+OTHER = np.random.default_rng(3).integers(-2, 3, (B * T, D))
 EXPERTS = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
 ROWS = {"x": (B * T, D), "gates": (B * T, 2)}
 
@@ -37,13 +39,17 @@ def nats(h, w):
 
 def apart(h, w):
     other = jnp.asarray(OTHER, h.dtype)
-    return draft_loss.summed_distance(h, other, w.astype(h.dtype), jnp.ones(B * T, bool), "kl", chunk=5)
+    return draft_loss.summed_distance(
+        h, other, w.astype(h.dtype), jnp.ones(B * T, bool), "kl", chunk=5
+    )
 
 
 # Op → (function; shapes of its activations, in bfloat16, and of its weights, in float32)
 OPS = {
     "attention": (
-        partial(attention.causal_attention, scale=0.3), {"q": (B, T, H, N), "k": (B, T, H, N), "v": (B, T, H, V)}, {},
+        partial(attention.causal_attention, scale=0.3),
+        {"q": (B, T, H, N), "k": (B, T, H, N), "v": (B, T, H, V)},
+        {},
     ),
     "cross_entropy": (nats, {"h": (B * T, D)}, {"w": (D, W)}),
     "grouped_swiglu": (experts, ROWS, EXPERTS),
@@ -52,13 +58,18 @@ OPS = {
     "embedding": (lambda w: embedding.look_up_in_order(w, jnp.asarray(TOKENS)), {}, {"w": (W, D)}),
     "expand": (
         lambda *a: jnp.concatenate(mla.expand(*a), axis=-1),
-        {"c_kv": (B, T, C), "k_rope": (B, T, R)}, {"w_uk": (H, N, C), "w_uv": (H, V, C)},
+        {"c_kv": (B, T, C), "k_rope": (B, T, R)},
+        {"w_uk": (H, N, C), "w_uv": (H, V, C)},
     ),
     "product": (products.product, {"x": (B, T, D)}, {"w": (D, H, N)}),
     "exact_product": (products.exact_product, {"x": (B * T, D)}, {"w": (D, E)}),
-    "swiglu": (products.swiglu, {"x": (B * T, D)}, {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}),
+    "swiglu": (
+        products.swiglu,
+        {"x": (B * T, D)},
+        {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)},
+    ),
     "product_by_head": (products.product_by_head, {"x": (B, T, H, N)}, {"w": (H, N, V)}),
-}  # fmt: skip
+}
 
 
 def drawn(dtype, of_weights):
@@ -66,8 +77,14 @@ def drawn(dtype, of_weights):
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     return {
-        name: {key: draw(shape).astype(jnp.bfloat16).astype(dtype) for key, shape in activations.items()}
-        | {key: (draw(shape) / np.float32(np.sqrt(shape[-2]))).astype(of_weights) for key, shape in weights.items()}
+        name: {
+            key: draw(shape).astype(jnp.bfloat16).astype(dtype)
+            for key, shape in activations.items()
+        }
+        | {
+            key: (draw(shape) / np.float32(np.sqrt(shape[-2]))).astype(of_weights)
+            for key, shape in weights.items()
+        }
         for name, (_, activations, weights) in OPS.items()
     }
 
@@ -80,17 +97,16 @@ def all_results(inputs):
         run, activations, weights = OPS[name]
         in_order = [arrays[key] for key in activations | weights]  # `jax.jit` sorts names
         y, pull_back = jax.vjp(run, *in_order)
-        turn = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).astype(jnp.bfloat16)  # the same numbers in both dtypes
-        results[name] = (
-            y,
-            dict(zip(activations | weights, pull_back(turn.reshape(y.shape).astype(y.dtype)), strict=True)),
-        )
+        # the same numbers in both dtypes
+        turn = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).astype(jnp.bfloat16)
+        gradients = pull_back(turn.reshape(y.shape).astype(y.dtype))
+        results[name] = (y, dict(zip(activations | weights, gradients, strict=True)))
     return results
 
 
 @pytest.mark.long
 def test_bfloat16_is_float64_to_its_rounding():
-    """An operand or a result is rounded by 2⁻⁹ of itself; experts and MLA round four or five times in a row."""
+    """Operands and results are rounded by 2⁻⁹ of themselves; experts and MLA round 4 or 5 times."""
     found = all_results(drawn(jnp.bfloat16, np.float32))
     with jax.enable_x64(True):
         wanted = all_results(drawn(np.float64, np.float64))
@@ -98,9 +114,17 @@ def test_bfloat16_is_float64_to_its_rounding():
         (y, gradients), (want, want_gradients) = found[name], wanted[name]
         is_wide = name in ("cross_entropy", "draft_loss") or not activations
         assert y.dtype == (jnp.float32 if is_wide else jnp.bfloat16), name
-        assert all(g.dtype == (jnp.float32 if key in weights else jnp.bfloat16) for key, g in gradients.items()), name
-        for key, got, expected in [("y", y, want), *((key, g, want_gradients[key]) for key, g in gradients.items())]:
+        assert all(
+            g.dtype == (jnp.float32 if key in weights else jnp.bfloat16)
+            for key, g in gradients.items()
+        ), name
+        for key, got, expected in [
+            ("y", y, want),
+            *((key, g, want_gradients[key]) for key, g in gradients.items()),
+        ]:
             expected = np.asarray(expected)
             largest = np.abs(expected).max()
             assert expected.dtype == np.float64 and largest > 0.1
-            np.testing.assert_allclose(np.float64(got), expected, atol=0.03 * largest, err_msg=f"{name}: {key}")
+            np.testing.assert_allclose(
+                np.float64(got), expected, atol=0.03 * largest, err_msg=f"{name}: {key}"
+            )

@@ -1,4 +1,4 @@
-"""The cache of decoding: 8-bit rows, attention to them, where rows go, and each cache against the forward pass."""
+"""The cache of decoding: 8-bit rows, attention to them, their places, and the forward pass."""
 
 import re
 from collections import Counter
@@ -33,26 +33,33 @@ quantize = jax.jit(quantize_rows, static_argnums=1)
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_rounding_is_within_half_a_step_of_a_rows_own_scale(rng, dtype):
     """Also of zeros, and of numbers so large or small that a scale would overflow or vanish."""
-    x = (rng.standard_normal((6, 3, 14)) * 10.0 ** np.arange(-3, 3)[:, None, None]).astype(np.float32)
+    sizes = 10.0 ** np.arange(-3, 3)[:, None, None]
+    x = (rng.standard_normal((6, 3, 14)) * sizes).astype(np.float32)
     tiny = np.finfo(np.float32).tiny
     x[0] = 0
     x[0, 1, :2], x[0, 2, :2] = (tiny, -tiny), (3e38, -3e38)
     rows, scales = quantize(x, dtype)
-    assert (rows.dtype, rows.shape, scales.dtype, scales.shape) == (dtype, x.shape, jnp.float32, (6, 3, 1))
-    back = np.asarray(jax.jit(dequantize_rows, static_argnums=2)(rows, scales, jnp.float32), np.float64)
+    assert (rows.dtype, rows.shape) == (dtype, x.shape)
+    assert (scales.dtype, scales.shape) == (jnp.float32, (6, 3, 1))
+    back = np.asarray(
+        jax.jit(dequantize_rows, static_argnums=2)(rows, scales, jnp.float32), np.float64
+    )
     assert np.isfinite(back).all() and (np.asarray(scales) > 0).all()
     scale = np.abs(np.float64(x)).max(-1, keepdims=True) / largest(dtype)
     normal = scale[..., 0] > 1e-30  # the others' scale is 1
     np.testing.assert_allclose(np.asarray(scales)[normal], scale[normal], rtol=1e-6)
-    # int8's neighbours are 1 apart; e4m3's are an eighth of the power of two below, and 2^-9 next to 0.
+    # int8's neighbours are 1 apart; e4m3's an eighth of the power of two below, 2^-9 next to 0.
     half = scale / 2 if dtype == jnp.int8 else np.maximum(np.abs(x) / 16, scale * 2.0**-10)
     error = np.abs(back - x)
-    assert (error <= half * (1 + 1e-5) + 1e-6 * np.abs(x))[normal].all() and error[0, :2].max() <= tiny
+    assert (error <= half * (1 + 1e-5) + 1e-6 * np.abs(x))[normal].all()
+    assert error[0, :2].max() <= tiny
     # All of the range is used and never left.
-    np.testing.assert_array_equal(np.abs(np.asarray(rows).astype(np.float32)).max(-1)[normal], largest(dtype))
+    np.testing.assert_array_equal(
+        np.abs(np.asarray(rows).astype(np.float32)).max(-1)[normal], largest(dtype)
+    )
 
 
-# Attention to what is stored: by one op for all rows at once, by one in blocks, and by the C++ kernel
+# Attention to what is stored: by an op for all rows at once, by one in blocks, and by C++
 
 SHAPES = {  # key-value heads, queries, widths of the keys, of the values (None: the first keys)
     "latent": (1, 6, (10, 4), None),
@@ -60,13 +67,14 @@ SHAPES = {  # key-value heads, queries, widths of the keys, of the values (None:
 }
 RUNS = {  # and slots: in C++, a part is 256 rows
     "at once": (cached_attention, 11),
-    "in blocks": (partial(cached_attention_in_blocks, block=3, take_out=True), 11),  # they overlap at the end
+    # they overlap at the end
+    "in blocks": (partial(cached_attention_in_blocks, block=3, take_out=True), 11),
     "cpu": (calls.cached_attention, 700),
 }
 
 
 def stored(rng, shape, last, dtype, garbage):
-    """(A cached array [3, G, S, X] of a dtype, its numbers in float64); slots after `last` of row 1 hold garbage."""
+    """A cached array [3, G, S, X] and its numbers in float64; row 1 holds garbage after `last`."""
     rows = rng.standard_normal(shape)
     scales = None
     if jnp.dtype(dtype).itemsize == 1:
@@ -81,7 +89,10 @@ def one_at_a_time(q, keys, values, last):
     want = np.zeros((*q[0].shape[:3], values.shape[-1]))
     for b, g, t in np.ndindex(want.shape[:3]):
         seen = slice(0, last[b, t] + 1)
-        scores = sum(x[b, g, seen] @ q_of[b, g, t].astype(np.float64) for q_of, x in zip(q, keys, strict=True))
+        scores = sum(
+            x[b, g, seen] @ q_of[b, g, t].astype(np.float64)
+            for q_of, x in zip(q, keys, strict=True)
+        )
         want[b, g, t] = oracles.softmax_probs(0.3 * scores) @ values[b, g, seen]
     return want
 
@@ -89,7 +100,7 @@ def one_at_a_time(q, keys, values, last):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("run", RUNS)
 def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape):
-    """The ops in float64; C++ in float32, whose unit roundoff is 6e-8. Free slots hold what must not be read."""
+    """The ops in float64; C++ in float32, of unit roundoff 6e-8. Free slots must not be read."""
     if run == "cpu" and (why := library.why_not()):
         pytest.skip(why)
     (attend, slots), (groups, queries, widths, value_width) = RUNS[run], SHAPES[shape]
@@ -101,23 +112,33 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape)
     for dtype in DTYPES:
         garbage = np.nan if run == "cpu" and dtype != "int8" else 99
         made_of = np.float64 if dtype == "float32" and run != "cpu" else dtype
-        keys, numbers = zip(*(stored(rng, (3, groups, slots, n), last, made_of, garbage) for n in widths), strict=True)
+        keys, numbers = zip(
+            *(stored(rng, (3, groups, slots, n), last, made_of, garbage) for n in widths),
+            strict=True,
+        )
         values, of_values = keys[0], numbers[0]
         if value_width:
             values, of_values = stored(rng, (3, groups, slots, value_width), last, made_of, garbage)
         # Rows may end in zeros, that no query reads.
-        keys = [Stored(np.pad(x.rows, [(0, 0)] * 3 + [(0, i)]), x.scales) for i, x in enumerate(keys)]
+        keys = [
+            Stored(np.pad(x.rows, [(0, 0)] * 3 + [(0, i)]), x.scales) for i, x in enumerate(keys)
+        ]
         cases[dtype], wanted[dtype] = (keys, values), one_at_a_time(q, numbers, of_values, last)
 
     @jax.jit
     def of_all(q, cases, last):
-        return {dtype: attend(q, keys, values, last, scale=0.3) for dtype, (keys, values) in cases.items()}
+        return {
+            dtype: attend(q, keys, values, last, scale=0.3)
+            for dtype, (keys, values) in cases.items()
+        }
 
     found = of_all(q, cases, last)
     one = of_all([x[:, :, :1] for x in q], cases, last[:, :1]) if run == "cpu" else None
     for dtype, got in found.items():
         assert got.dtype == float_dtype
-        np.testing.assert_allclose(got, wanted[dtype], atol=2e-6 if run == "cpu" else 1e-9, err_msg=dtype)
+        np.testing.assert_allclose(
+            got, wanted[dtype], atol=2e-6 if run == "cpu" else 1e-9, err_msg=dtype
+        )
         if one is not None:  # bitwise the same without the other queries
             np.testing.assert_array_equal(one[dtype], np.asarray(got)[:, :, :1])
 
@@ -129,14 +150,23 @@ THREE = {"k": (2, 10), "v": (2, 5), "index_key": (1, 6)}
 
 @pytest.mark.parametrize(
     "platform, dtype, by_layer",
-    [("cpu", "int8", False), ("cpu", "bfloat16", True), ("cuda", "float32", False), ("tpu", "float8_e4m3fn", True)],
+    [
+        ("cpu", "int8", False),
+        ("cpu", "bfloat16", True),
+        ("cuda", "float32", False),
+        ("tpu", "float8_e4m3fn", True),
+    ],
 )
 def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, by_layer):
-    """By each platform's implementation, which is plain XLA here; bitwise. The cache has arrays of any name."""
+    """By each platform's implementation, plain XLA here; bitwise. Arrays may have any name."""
     lengths, kernels = [6, 2, 1, 13], prepare(platform=platform)
-    wide = {name: (heads, -(-width // 16) * 16) for name, (heads, width) in THREE.items()}  # rows may end in zeros
+    # rows may end in zeros
+    wide = {name: (heads, -(-width // 16) * 16) for name, (heads, width) in THREE.items()}
     prompt, new = (
-        {name: rng.standard_normal((*shape, heads, x)).astype(np.float32) for name, (heads, x) in THREE.items()}
+        {
+            name: rng.standard_normal((*shape, heads, x)).astype(np.float32)
+            for name, (heads, x) in THREE.items()
+        }
         for shape in ((3, 4, 6), (4, 3))
     )
     want = {}  # the rows of all layers, in float32
@@ -150,9 +180,14 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, b
     def write(prompt, lengths, new, want):
         cache = empty_cache(wide, [1, 1, 1] if by_layer else [3], 4, 16, dtype)
         filled = cache.fill(prompt, lengths)
-        written = filled.write(new | {"not cached": new["k"]}, 1 if by_layer else jnp.int32(1), kernels)
+        written = filled.write(
+            new | {"not cached": new["k"]}, 1 if by_layer else jnp.int32(1), kernels
+        )
         narrow = jnp.dtype(dtype).itemsize == 1
-        of_want = {name: quantize_rows(x, dtype) if narrow else (x.astype(dtype), None) for name, x in want.items()}
+        of_want = {
+            name: quantize_rows(x, dtype) if narrow else (x.astype(dtype), None)
+            for name, x in want.items()
+        }
         return written, written.positions(2), [written.read(layer) for layer in range(3)], of_want
 
     written, positions, arrays, want = write(prompt, np.array(lengths, np.int32), new, want)
@@ -172,10 +207,15 @@ def test_bytes_a_token_are_those_of_the_arrays():
     gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
     for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded")):
         for dtype in DTYPES:
-            arrays = jax.tree.leaves(jax.eval_shape(partial(abstract(cfg).empty_cache, 2, 32, kind, dtype)).parts)
-            assert sum(x.size * x.dtype.itemsize for x in arrays) == 2 * 32 * bytes_per_token(cfg, kind, dtype)
+            cache = jax.eval_shape(partial(abstract(cfg).empty_cache, 2, 32, kind, dtype))
+            found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.parts))
+            assert found == 2 * 32 * bytes_per_token(cfg, kind, dtype)
     assert bytes_per_token(small(), "latent", "int8") == 3 * (10 + 4 + 2 * 4)
-    assert elements_per_token(small()) == {"latent": 3 * (10 + 4), "expanded": 3 * 3 * 15, "mha": 3 * 3 * 15}
+    assert elements_per_token(small()) == {
+        "latent": 3 * (10 + 4),
+        "expanded": 3 * 3 * 15,
+        "mha": 3 * 3 * 15,
+    }
     assert elements_per_token(gqa) == {"expanded": 3 * 2 * 15, "mha": 3 * 6 * 15}
 
 
@@ -184,7 +224,11 @@ def test_which_cache():
     assert (pick_kind(small(), None), pick_kind(mqa, None)) == ("latent", "expanded")
     with pytest.raises(ValueError, match="^cache='latent' needs attention='mla'.*'mqa'"):
         pick_kind(mqa, "latent")
-    assert pick_dtype("float32", "float8_e4m3") == pick_dtype("float32", jnp.float8_e4m3fn) == jnp.float8_e4m3fn
+    assert (
+        pick_dtype("float32", "float8_e4m3")
+        == pick_dtype("float32", jnp.float8_e4m3fn)
+        == jnp.float8_e4m3fn
+    )
 
 
 # Complete models
@@ -194,7 +238,7 @@ PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(20)]]
 
 
 def lost(model, new):
-    """How much less likely than the best each new token is, in standard deviations of its logits: [3, NEW]."""
+    """How much less likely than the best new tokens are, in deviations of logits: [3, NEW]."""
     rows = np.zeros((3, 32), np.int32)
     for row, prompt, more in zip(rows, PROMPTS, new, strict=True):
         row[: len(prompt) + NEW] = [*prompt, *more]
@@ -212,12 +256,16 @@ def test_every_cache_of_mla_gives_the_tokens_of_the_forward():
     for kind in ("expanded", "none"):
         got = generate(model, PROMPTS, NEW, cache=kind)
         assert not lost(model, got.tokens).any(), kind
-        assert got.cache_bytes_per_token == (0 if kind == "none" else bytes_per_token(model.cfg, kind, jnp.float32))
+        assert got.cache_bytes_per_token == (
+            0 if kind == "none" else bytes_per_token(model.cfg, kind, jnp.float32)
+        )
         assert got.cache_bytes == 3 * 32 * got.cache_bytes_per_token and got.steps == NEW - 1
 
 
 def test_a_baseline_decodes_the_tokens_of_its_forward():
-    model = random_model(replace(LIGHT, num_heads=4, attention="gqa", qk_norm=True, num_kv_heads=2), execution=DENSE)
+    model = random_model(
+        replace(LIGHT, num_heads=4, attention="gqa", qk_norm=True, num_kv_heads=2), execution=DENSE
+    )
     assert not lost(model, generate(model, PROMPTS, NEW).tokens).any()
 
 
@@ -245,12 +293,18 @@ RARE_STEPS = [
 @pytest.mark.parametrize("kept, dtype, batch, draft", [*STEPS, *RARE_STEPS])
 @pytest.mark.skipif(library.why_not() != "", reason="the C++ kernels are missing")
 def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draft):
-    """A copy costs as much as to read the cache: steps would be up to twice as slow at long contexts."""
+    """A copy costs as much as reading the cache: long contexts would be up to twice as slow."""
     cfg, kind = KEPT[kept]
     slots, length = 1000, 2 if draft else 0
     model = abstract(replace(cfg, mtp_kind="deepseek", mtp_depth=1) if draft == "mtp" else cfg)
     made, leaves, loop = decode_program(
-        model, model if draft == "model" else draft, (length,), batch, capacity=slots, dtype=dtype, cache=kind
+        model,
+        model if draft == "model" else draft,
+        (length,),
+        batch,
+        capacity=slots,
+        dtype=dtype,
+        cache=kind,
     )
     until = jax.ShapeDtypeStruct((batch,), jnp.int32)
     text = made.decode.lower(leaves, loop, until, length=length).compile().as_text()
@@ -258,7 +312,8 @@ def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draf
     made_by = Counter(of_all_slots.findall(text))
     assert made_by["custom-call"]  # the pattern finds the cache, which a kernel writes
     in_place = {"custom-call", "get-tuple-element", "bitcast", "parameter"}
-    if kept == "index keys":  # the indexer multiplies its keys in float32, and XLA gathers the chosen rows
+    # the indexer multiplies its keys in float32, and XLA gathers the chosen rows
+    if kept == "index keys":
         in_place |= {"fusion", "convert", "dot", "multiply", "broadcast"}
         if dtype == "float8_e4m3":  # a gather of 8-bit floats goes through float16
             in_place |= {"copy"}

@@ -1,4 +1,4 @@
-"""Text as a model was trained: BOS, special tokens, chat templates and masks are transformers' own, by a golden file.
+"""Text as a model was trained: BOS, specials, templates, masks are transformers', by a golden file.
 
 `make parity` computes the golden file's numbers again.
 """
@@ -17,7 +17,19 @@ from types import SimpleNamespace
 import pytest
 from models import SMALL, random_model
 from runs import make_run, unhooked, unhooked_cli
-from texts import ANSWER, CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEMPLATES, TEXTS, TOOLS, USER, V3, write_text_files
+from texts import (
+    ANSWER,
+    CONVERSATIONS,
+    GOLDEN,
+    NOW,
+    PROMPTS,
+    TEMPLATES,
+    TEXTS,
+    TOOLS,
+    USER,
+    V3,
+    write_text_files,
+)
 
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
@@ -36,7 +48,9 @@ THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """The settings of a folder of `TEXTS`."""
-    return cache(lambda name: read_settings(write_text_files(tmp_path_factory.mktemp("texts"), TEXTS[name])))
+    return cache(
+        lambda name: read_settings(write_text_files(tmp_path_factory.mktemp("texts"), TEXTS[name]))
+    )
 
 
 class Clock(datetime):
@@ -58,7 +72,9 @@ def test_prompts_and_conversations_are_transformers(texts, name):
     assert [text.encode(prompt, raw=True) for prompt in PROMPTS] == THEIRS[name]["raw"]
     assert text.special_tokens == THEIRS[name]["special_tokens"]
     template, same = text.chat, {"any_order": True, "specials_in_messages": True}
-    source = TEXTS[name].config["chat_template"][1]["template"] if name == "strict" else template.source
+    source = (
+        TEXTS[name].config["chat_template"][1]["template"] if name == "strict" else template.source
+    )
     with_tools = ChatTemplate(source, text.tokenizer, text.special_tokens)
     for conversation, messages in CONVERSATIONS.items():
         theirs = THEIRS[name]["conversations"][conversation]
@@ -73,13 +89,15 @@ def test_prompts_and_conversations_are_transformers(texts, name):
         assert template.render(messages, any_order=True).ids == theirs["quoted"]
         assert template.marks_assistant == ("mask" in theirs)
         if template.marks_assistant:
-            assert template.render(messages, **same, assistant_mask=True).mask == list(map(bool, theirs["mask"]))
+            mask = template.render(messages, **same, assistant_mask=True).mask
+            assert mask == list(map(bool, theirs["mask"]))
 
 
 def test_prefixes_mark_what_generation_blocks_do(texts):
     """Without `{% generation %}`, an answer is what a turn adds, with what ends it.
 
-    GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an answer.
+    GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an
+    answer.
     """
 
     def bare(template):
@@ -88,22 +106,27 @@ def test_prefixes_mark_what_generation_blocks_do(texts):
 
     kimi = texts("Kimi").chat
     for messages in (CONVERSATIONS["two turns"], CONVERSATIONS["names in a message"]):
-        assert bare(kimi).render(messages, assistant_mask=True) == kimi.render(messages, assistant_mask=True)
+        rendered = bare(kimi).render(messages, assistant_mask=True)
+        assert rendered == kimi.render(messages, assistant_mask=True)
     messages = [USER, {**ANSWER, "reasoning_content": "why"}, USER, ANSWER]
     with pytest.raises(ValueError, match="message 1: the chat template writes .* in another way"):
         bare(texts("GLM").chat).render(messages, assistant_mask=True)
 
 
 def test_a_generation_prompt_may_open_a_thought(texts):
-    """As DeepSeek-R1's, whose text names only one of the pair. An answer keeps both as tokens; a user's are text."""
+    """As DeepSeek-R1's, which names one of the pair; answers keep both as tokens, users none."""
     text = texts("V3")
-    source = V3.replace("{{ '<｜Assistant｜>' }}{% endif", "{{ '<｜Assistant｜><think>\n' }}{% endif")
+    source = V3.replace(
+        "{{ '<｜Assistant｜>' }}{% endif", "{{ '<｜Assistant｜><think>\n' }}{% endif"
+    )
     assert source != V3
     thinking = ChatTemplate(source, text.tokenizer, text.special_tokens)
     assert thinking.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>\n")
     messages = CONVERSATIONS["two turns"]
-    assert thinking.render(messages, assistant_mask=True) == text.chat.render(messages, assistant_mask=True)
-    whole = ChatTemplate(source.replace(".split('</think>')[-1]", ""), text.tokenizer, text.special_tokens)
+    rendered = thinking.render(messages, assistant_mask=True)
+    assert rendered == text.chat.render(messages, assistant_mask=True)
+    uncut = source.replace(".split('</think>')[-1]", "")
+    whole = ChatTemplate(uncut, text.tokenizer, text.special_tokens)
     thought = {"role": "assistant", "content": "<think>3</think>4"}
     ids, mask = whole.render([{"role": "user", "content": "<think>"}, thought], assistant_mask=True)
     name = {i: n for n, i in text.tokenizer.added.items()}
@@ -111,18 +134,27 @@ def test_a_generation_prompt_may_open_a_thought(texts):
         "<｜begin▁of▁sentence｜>", "<｜User｜>", "<", ">", "<｜Assistant｜>",
         "<think>", "3", "</think>", "4", "<｜end▁of▁sentence｜>",
     ]  # fmt: skip
-    assert [i for i, ours in zip(ids, mask, strict=True) if ours] == ids[-4:]  # the prompt has opened the thought
+    # the prompt has opened the thought
+    assert [i for i, ours in zip(ids, mask, strict=True) if ours] == ids[-4:]
 
 
 def test_variables_of_the_template_and_a_continued_message(texts):
     text = with_template(texts("V3"), str(TEMPLATES / "r1.jinja"), ("thinking=true",))
     begun = [USER, {"role": "assistant", "content": "the e"}]
     assert text.chat.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>")
-    assert text.chat.text([USER], add_generation_prompt=True, thinking=False).endswith("<｜Assistant｜></think>")
+    assert text.chat.text([USER], add_generation_prompt=True, thinking=False).endswith(
+        "<｜Assistant｜></think>"
+    )
     assert text.chat.text(begun, continue_final_message=True).endswith("<｜Assistant｜>the e")
     for options, sentence in (
-        ({"thinkin": True}, "thinkin=True is no variable of the chat template; did you mean 'thinking'?; it reads "),
-        ({"continue_final_message": True, "add_generation_prompt": True}, "are both given; choose one"),
+        (
+            {"thinkin": True},
+            "thinkin=True is no variable of the chat template; did you mean 'thinking'?; it reads ",
+        ),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "are both given; choose one",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(sentence)):
             text.chat.text(begun, **options)
@@ -137,23 +169,34 @@ def test_variables_of_the_template_and_a_continued_message(texts):
 def test_no_message_can_end_a_turn(texts, name):
     """By default a message adds no id that the template writes, and loses no character."""
     text = texts(name)
-    control = {i for n, i in text.tokenizer.added.items() if n in text.tokenizer.specials or n in text.chat.source}
+    control = {
+        i
+        for n, i in text.tokenizer.added.items()
+        if n in text.tokenizer.specials or n in text.chat.source
+    }
 
     def ids_of(content):
         return text.chat.render([{"role": "user", "content": content}]).ids
 
     evil = " ".join(text.tokenizer.added)
     assert [i for i in ids_of(evil) if i in control] == [i for i in ids_of("x") if i in control]
-    assert evil in text.tokenizer.decode(ids_of(evil)) and "\U000f0000" not in text.tokenizer.decode(ids_of(evil))
+    assert evil in text.tokenizer.decode(ids_of(evil))
+    assert "\U000f0000" not in text.tokenizer.decode(ids_of(evil))
     forged = "\U000f0001" + evil + "\U000f0000"
     assert ids_of(forged) == ids_of(evil)
 
 
 def test_messages_out_of_order_are_one_sentence(texts):
-    """A template allows roles that it names, or all if it writes them as they come, and may check the order itself."""
+    """A template allows roles that it names, or all if it writes them, and may check the order."""
     for messages, sentence in (
-        ([USER, {"role": "assistant", "content": None}], "message 1 of role='assistant' has no content"),
-        ([{"role": "sytem", "content": "a"}, USER], "message 0 has role='sytem', which the chat template does not"),
+        (
+            [USER, {"role": "assistant", "content": None}],
+            "message 1 of role='assistant' has no content",
+        ),
+        (
+            [{"role": "sytem", "content": "a"}, USER],
+            "message 0 has role='sytem', which the chat template does not",
+        ),
         ([ANSWER, USER], "message 0 is the assistant's"),
     ):
         with pytest.raises(ValueError, match=f"^{sentence}[^\n]*$"):
@@ -163,7 +206,9 @@ def test_messages_out_of_order_are_one_sentence(texts):
     )
     with pytest.raises(ValueError, match="message 2 has role='tool'"):
         texts("strict").chat.text(CONVERSATIONS["tools"])
-    with pytest.raises(ValueError, match="refuses the messages: roles must alternate: user, assistant, …"):
+    with pytest.raises(
+        ValueError, match="refuses the messages: roles must alternate: user, assistant, …"
+    ):
         texts("strict").chat.text([USER, USER])
 
 
@@ -194,7 +239,9 @@ def test_stop_tokens_and_sampling_come_from_the_files(texts):
     assert texts("V3").sampling == {"temperature": 0.6, "top_p": 0.95}
     assert texts("Kimi").stop_ids == (kimi["<|im_end|>"], kimi["[EOS]"])
     assert texts("Kimi").tokenizer.eos_id == kimi["[EOS]"]  # no known name: only the file says so
-    assert texts("GLM").stop_ids == tuple(glm[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+    assert texts("GLM").stop_ids == tuple(
+        glm[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")
+    )
     assert texts("strict").sampling == {"temperature": 0.0}
 
 
@@ -240,16 +287,23 @@ GREEDY = ("--temperature", 0, "--max-new-tokens", 9)
 
 @pytest.mark.long
 def test_chat_continues_the_conversation(dsv3, talker):
-    """With a system message; drafts change nothing. A message too long for the context is left out."""
-    lines = 'hello\n\nthe\\\n<|im_end|>\n/clear\n/help\n"""\nhello\n"""\n' + "x" * 150 + "\n/exit\nno\n"
-    code, out, err = dsv3("chat", talker, *GREEDY, "--system", "the system", "--draft", "mtp", lines=lines)
+    """With a system message; drafts change nothing. A message that is too long is left out."""
+    lines = (
+        'hello\n\nthe\\\n<|im_end|>\n/clear\n/help\n"""\nhello\n"""\n' + "x" * 150 + "\n/exit\nno\n"
+    )
+    code, out, err = dsv3(
+        "chat", talker, *GREEDY, "--system", "the system", "--draft", "mtp", lines=lines
+    )
     first = [{"role": "system", "content": "the system"}, {"role": "user", "content": "hello"}]
     one = greedy(talker, first, 9)
     more = [{"role": "assistant", "content": one}, {"role": "user", "content": "the\n<|im_end|>"}]
     two = greedy(talker, first + more, 9)
     assert (code, out) == (0, f"{one}\n{two}\n{one}\n") and one and two != one
-    assert err.startswith("kernels for cpu: ") and "(the conversation is empty)" in err and "drafts accepted: " in err
-    assert err.count("(the answer ends here: max_new_tokens=9)") == 3 and "fills the context of 160; /reset" in err
+    assert err.startswith("kernels for cpu: ")
+    assert "(the conversation is empty)" in err
+    assert "drafts accepted: " in err
+    assert err.count("(the answer ends here: max_new_tokens=9)") == 3
+    assert "fills the context of 160; /reset" in err
     assert "a turn of several lines: end a line with" in err
     begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the"}]
     ids = load_text(talker).chat.render(begun, continue_final_message=True).ids
@@ -260,12 +314,19 @@ def test_chat_continues_the_conversation(dsv3, talker):
 
 @pytest.mark.parametrize("name", [*TEXTS, "R1, thinking", "R1"])
 def test_grpo_asks_what_chat_asks(dsv3, talker, tmp_path, monkeypatch, name):
-    """A task's prompt is what the command feeds to the model, generation prompt and variables included."""
+    """A task's prompt is what the command feeds, with generation prompt and variables."""
     from dsv3_jax.decoding import generate
 
-    fed, words, r1 = [], ("thinking=true",) if "," in name else (), (TEMPLATES / "r1.jinja").read_text()
+    fed = []
+    words = ("thinking=true",) if "," in name else ()
+    r1 = (TEMPLATES / "r1.jinja").read_text()
     folder = Path(shutil.copytree(talker, tmp_path / "model"))
-    for file in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+    for file in (
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+    ):
         (folder / file).unlink(missing_ok=True)
     write_text_files(folder, TEXTS[name] if name in TEXTS else replace(TEXTS["V3"], jinja=r1))
 
@@ -281,7 +342,8 @@ def test_grpo_asks_what_chat_asks(dsv3, talker, tmp_path, monkeypatch, name):
              {"messages": [USER, ANSWER], "answer": "2"}]  # fmt: skip
     text = with_template(load_text(folder), None, words)
     for task in tasks:
-        prompt, thought = read_example(task, text, "here").prompt.tolist(), text.tokenizer.added.get("<think>")
+        prompt = read_example(task, text, "here").prompt.tolist()
+        thought = text.tokenizer.added.get("<think>")
         assert [prompt] == fed and (prompt[-1] == thought) == bool(words), task
 
 
@@ -289,9 +351,14 @@ def test_a_prompt_of_text_is_encoded_without_its_answer(texts, tmp_path):
     """As `dsv3 generate` encodes it, although the tokenizer joins its end with the answer."""
     for name in TEXTS:
         for prompt in filter(None, PROMPTS):
-            example = read_example({"prompt": prompt, "answer": " the"}, texts(name), "here", "text")
+            example = read_example(
+                {"prompt": prompt, "answer": " the"}, texts(name), "here", "text"
+            )
             assert example.prompt.tolist() == texts(name).encode(prompt), (name, prompt)
-            assert example.side == read_example({"prompt": prompt, "answer": "1"}, texts(name), "here", "text").side
+            assert (
+                example.side
+                == read_example({"prompt": prompt, "answer": "1"}, texts(name), "here", "text").side
+            )
     joined = read_example({"prompt": "hello ", "answer": "world"}, texts("V3"), "here", "text")
     assert texts("V3").tokenizer.decode(joined.prompt) == "hello "
     assert texts("V3").tokenizer.decode(joined.ids[: joined.targets.argmax()]) == "hello"
@@ -313,13 +380,19 @@ def test_tools_are_those_of_training(dsv3, talker, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "generate_in_parts", parts)
     tools = [{"name": "add"}]  # the context is short
     file.write_text(json.dumps(tools))
-    code, _, err = dsv3("chat", talker, "--tools", file, lines="/tool 2\nhello world\n/tool\n/tool 2 é\n")
+    code, _, err = dsv3(
+        "chat", talker, "--tools", file, lines="/tool 2\nhello world\n/tool\n/tool 2 é\n"
+    )
     assert code == 0 and err.count("(/tool TEXT gives the result of a call") == 2
     for given in (tools, json.dumps(tools)):
-        assert read_example({"messages": [USER], "tools": given, "answer": ""}, text, "").prompt.tolist() == fed[0]
+        task = {"messages": [USER], "tools": given, "answer": ""}
+        assert read_example(task, text, "").prompt.tolist() == fed[0]
     called = [USER, {"role": "assistant", "content": "the"}, {"role": "tool", "content": "2 é"}]
     assert fed[1:] == [text.chat.render(called, tools=tools, add_generation_prompt=True).ids]
-    for content, sentence in (("{}", "='{}' is not a list of functions"), ("[", "='[' is not JSON: ")):
+    for content, sentence in (
+        ("{}", "='{}' is not a list of functions"),
+        ("[", "='[' is not JSON: "),
+    ):
         file.write_text(content)
         code, out, err = dsv3("chat", talker, "--tools", file)
         assert (code, out) == (2, "") and f"--tools {file} cannot be read: tools{sentence}" in err
@@ -351,7 +424,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(dsv3, talker, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "generate_in_parts", parts)
-    code, out, err = dsv3("chat", talker, "--temperature", 0, "--max-new-tokens", 30, lines="hello\nhello\n")
+    code, out, err = dsv3(
+        "chat", talker, "--temperature", 0, "--max-new-tokens", 30, lines="hello\nhello\n"
+    )
     first = {"role": "user", "content": "hello"}
     one = greedy(talker, [first], 9)  # the first token and a part of eight
     assert code == 0 and err.count("(stopped)") == 1
@@ -362,14 +437,31 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(dsv3, talker, monkeypatch):
 # What is wrong with a folder: a file and its content; the sentence; and a command.
 WRONG = [
     ("chat_template.jinja", "{{ 1 / 0 }}", "template fails with ZeroDivisionError", "chat {}"),
-    ("tokenizer_config.json", {"add_bos_token": True, "bos_token": "x"}, "add_bos_token=true, and", "chat {}"),
-    ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id='x', which is neither an id nor a list", "chat {}"),
-    ("generation_config.json", {"temperature": "hot"}, 'has temperature="hot", which is not', "generate {}"),
+    (
+        "tokenizer_config.json",
+        {"add_bos_token": True, "bos_token": "x"},
+        "add_bos_token=true, and",
+        "chat {}",
+    ),
+    (
+        "generation_config.json",
+        {"eos_token_id": "x"},
+        "eos_token_id='x', which is neither an id nor a list",
+        "chat {}",
+    ),
+    (
+        "generation_config.json",
+        {"temperature": "hot"},
+        'has temperature="hot", which is not',
+        "generate {}",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("file", "content", "sentence", "command"), WRONG)
-def test_a_wrong_folder_is_one_sentence_to_every_command(dsv3, talker, tmp_path, file, content, sentence, command):
+def test_a_wrong_folder_is_one_sentence_to_every_command(
+    dsv3, talker, tmp_path, file, content, sentence, command
+):
     path = Path(shutil.copytree(talker, tmp_path / "model")) / file
     if isinstance(content, dict):
         write_json(path, json.loads(path.read_text()) | content)
@@ -393,29 +485,40 @@ def test_defaults_of_the_sampling():
 
 
 def test_a_converted_folder_keeps_its_text(talker, tmp_path):
-    """Released → run → released: prompts, templates, stop tokens, sampling and dtype stay, and files are the same."""
+    """Released → run → released: prompts, templates, stops, sampling, dtype and files stay."""
     talker = Path(shutil.copytree(talker, tmp_path / "talker"))
     config = json.loads((talker / "config.json").read_text())
-    write_json(talker / "config.json", config | {"torch_dtype": "bfloat16", "bos_token_id": 3, "eos_token_id": [4, 5]})
+    write_json(
+        talker / "config.json",
+        config | {"torch_dtype": "bfloat16", "bos_token_id": 3, "eos_token_id": [4, 5]},
+    )
     ds.hf.convert(talker, tmp_path / "run", quiet=True)
     ds.hf.convert(tmp_path / "run", tmp_path / "back", quiet=True)
     first, run = load_text(talker), load_text(tmp_path / "run")
     assert [run.encode(p) for p in PROMPTS] == [first.encode(p) for p in PROMPTS]
-    assert run.chat.render(CONVERSATIONS["two turns"]) == first.chat.render(CONVERSATIONS["two turns"])
+    assert run.chat.render(CONVERSATIONS["two turns"]) == first.chat.render(
+        CONVERSATIONS["two turns"]
+    )
     assert (run.stop_ids, run.sampling) == (first.stop_ids, first.sampling)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (talker / name).read_bytes()
-    read = [json.loads((folder / "generation_config.json").read_text()) for folder in (talker, tmp_path / "back")]
+    read = [
+        json.loads((folder / "generation_config.json").read_text())
+        for folder in (talker, tmp_path / "back")
+    ]
     assert read[0] == read[1]
 
 
 def test_a_run_reads_text_as_it_was_trained(tmp_path):
-    """No BOS, and the name of a special token stays text; a released folder's stop tokens are copied into it."""
+    """No BOS, and names of specials stay text; a released folder's stop tokens are copied."""
     claim(tmp_path / "run", make_run(str(tmp_path)))
     text = load_text(tmp_path / "run")
     assert text.encode("<eos>") == text.encode("<eos>", raw=True) == list(b"<eos>")
     assert text.stop_ids == (256,) and text.sampling == {}
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
-    claim(tmp_path / "tuned", make_run(str(tmp_path), data=replace(make_run("").data, tokenizer=str(folder))))
+    claim(
+        tmp_path / "tuned",
+        make_run(str(tmp_path), data=replace(make_run("").data, tokenizer=str(folder))),
+    )
     copy_to_run(folder, tmp_path / "tuned")
     assert load_text(tmp_path / "tuned").stop_ids == load_text(folder).stop_ids

@@ -1,4 +1,4 @@
-"""`dsv3 info --check`: implementations that are wrong are named, kept by chip and versions, and left out of "auto"."""
+"""`dsv3 info --check`: wrong implementations are named, kept by chip and versions, and left out."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def test_every_op_has_cases():
 
 
 def checker(folder, op: str, rows: str) -> list[str]:
-    """The command of a process that checks one op, of which `rows` are the first. They are Python's source."""
+    """The command of a process that checks one op, of which `rows` (in Python) are the first."""
     (folder / "checker.py").write_text(f"""
 import os, sys, time
 import jax
@@ -63,11 +63,14 @@ ROWS = [Implementation("bad", wrong, dtypes=("float32",))]
 
 
 @pytest.mark.long
-def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypatch, capsys, tmp_path_factory):
-    """Expert 1 has a single row in a case. Afterwards "auto" takes the next row, and its line says why."""
+def test_one_percent_in_one_small_expert_is_found_and_left_out(
+    folder, monkeypatch, capsys, tmp_path_factory
+):
+    """Expert 1 has one row in a case. Then "auto" takes the next row, and its line says why."""
     command = checker(tmp_path_factory.mktemp("checker"), "grouped_swiglu", ONE_PERCENT)
     monkeypatch.setattr(check_apart, "COMMAND", command)
-    monkeypatch.setattr(check_apart, "SECONDS", 600.0)  # for a machine that is busy with other tests
+    # for a machine that is busy with other tests
+    monkeypatch.setattr(check_apart, "SECONDS", 600.0)
     assert main.main(["info", "tiny", "--check"]) == 1
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "WRONG: gradient of w_down[1] is 1.0" in lines.pop("grouped_swiglu=bad")
@@ -76,11 +79,19 @@ def test_one_percent_in_one_small_expert_is_found_and_left_out(folder, monkeypat
     monkeypatch.setitem(choose.TABLE, "grouped_swiglu", (bad, *choose.TABLE["grouped_swiglu"]))
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] != "bad"
-    assert "; not grouped_swiglu=bad, which is wrong here: gradient of w_down[1]" in kernels.describe()
-    assert prepare(Execution(kernels="grouped_swiglu=bad")).chosen()["grouped_swiglu"] == "bad"  # if it is named
+    assert (
+        "; not grouped_swiglu=bad, which is wrong here: gradient of w_down[1]" in kernels.describe()
+    )
+    # if it is named
+    assert prepare(Execution(kernels="grouped_swiglu=bad")).chosen()["grouped_swiglu"] == "bad"
     (path,) = folder.iterdir()
     kept = json.loads(path.read_text())
-    for text in (path.read_text()[:-9], "[1]", json.dumps(kept | {"versions": {}}), json.dumps(kept | {"wrong": [1]})):
+    for text in (
+        path.read_text()[:-9],
+        "[1]",
+        json.dumps(kept | {"versions": {}}),
+        json.dumps(kept | {"wrong": [1]}),
+    ):
         path.write_text(text)
         assert prepare().wrong == ()
 
@@ -104,7 +115,9 @@ ROWS = [
 
 
 @pytest.mark.long
-def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(folder, tmp_path_factory):
+def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(
+    folder, tmp_path_factory
+):
     """So has one that ends its process. Each verdict is on disk when the next kernel begins."""
     command, kept = checker(tmp_path_factory.mktemp("checker"), "exact_product", HANGS), []
     found = {}
@@ -120,11 +133,15 @@ def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(folde
 
 
 def test_a_check_that_is_stopped_leaves_the_kernel_out(folder):
-    """Nobody may be there to say that a kernel hangs: what is tried counts as wrong until it ends."""
+    """Nobody may be there to say that a kernel hangs: it counts as wrong until it ends."""
 
     def replies(command, seconds):
         if len(command) == len(check_apart.COMMAND) + 1:
-            yield {"platform": "cpu", "chip": "", "rows": {"product=cpu": True, "product=xla": False}}
+            yield {
+                "platform": "cpu",
+                "chip": "",
+                "rows": {"product=cpu": True, "product=xla": False},
+            }
         else:
             yield {"trying": "product=cpu"}
             raise KeyboardInterrupt
@@ -163,7 +180,11 @@ IN_CI = ("mosaic", "splash", "latent", "by_product", "one_product", "in_place", 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in IN_CI else pytest.mark.rare) for name in KERNELS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in IN_CI else pytest.mark.rare)
+        for name in KERNELS
+    ],
 )
 def test_kernels_are_right_where_they_are_interpreted(monkeypatch, name):
     platform, op, number, interpreter = KERNELS[name]

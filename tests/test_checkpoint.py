@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, damage is named by file and never loaded, and a run folder is one run's."""
+"""Checkpoints are complete or absent, damage is named and never loaded, a folder is one run's."""
 
 import json
 import os
@@ -43,8 +43,12 @@ EARLIER, LAST = 4, 8
 
 def make_state(step: int) -> TrainState:
     """Every leaf random: parameters, biases, both means of the optimizer."""
-    parts = [nnx.split(random_model(MODEL, step + i, DENSE), nnx.Param, RouterBias)[1:] for i in range(3)]
-    return TrainState(*parts[0], optim.AdamState(parts[1][0], parts[2][0]), jnp.asarray(step, jnp.int32))
+    parts = [
+        nnx.split(random_model(MODEL, step + i, DENSE), nnx.Param, RouterBias)[1:] for i in range(3)
+    ]
+    return TrainState(
+        *parts[0], optim.AdamState(parts[1][0], parts[2][0]), jnp.asarray(step, jnp.int32)
+    )
 
 
 def save(folder, *steps, run=RUN):
@@ -77,7 +81,7 @@ def last(run: Path) -> Path:
 
 
 def test_a_checkpoint_is_never_half_there(run, monkeypatch):
-    """A run that dies while it writes or deletes leaves whole checkpoints only, and the next start deletes the rest."""
+    """A run that dies in writing or deleting leaves whole checkpoints; the next start cleans up."""
 
     def one_file_only(path, **_):
         for file in Path(path).rglob("_METADATA"):
@@ -100,20 +104,27 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(checkpoint, "write_manifest", fail)
-    with pytest.raises(SaveFailed, match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;"):
+    with pytest.raises(
+        SaveFailed, match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;"
+    ):
         with Checkpoints(run, RUN) as checkpoints:
             checkpoints.save(make_state(9), PLACE)
     assert steps_in(run) == {"4", "8"}
 
 
 def test_a_path_that_orbax_takes_for_a_pattern(saved, tmp_path):
-    """A run that was trained elsewhere is read there; none begins there, and no save counts or deletes an older one."""
+    """A run trained elsewhere is read there; none begins there, and no save counts older ones."""
     run = Path(shutil.copytree(saved, tmp_path / "in[1]" / "run"))
-    with pytest.raises(SaveFailed, match=r"^the checkpoint of step 9 .* Orbax has not written state/manifest.ocdbt;"):
+    with pytest.raises(
+        SaveFailed,
+        match=r"^the checkpoint of step 9 .* Orbax has not written state/manifest.ocdbt;",
+    ):
         save(run, 9, run=replace(RUN, keep=1))
     assert steps_in(run) == {"8"} and load_run(run).step == LAST
     for name in ("a[1]", "a*", "a?", "in[1]/b"):
-        with pytest.raises(ValueError, match=f"^out='{re.escape(str(tmp_path / name))}/run' holds '.', which Orbax"):
+        with pytest.raises(
+            ValueError, match=f"^out='{re.escape(str(tmp_path / name))}/run' holds '.', which Orbax"
+        ):
             fit(RUN, tmp_path / name / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"in[1]"}
 
@@ -134,7 +145,8 @@ def test_a_flipped_bit_in_any_file_is_found_or_changes_nothing(run):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = json.loads((folder / MANIFEST).read_text())
     late = {folder / name for name in LATE}
-    assert {folder / name for name in listed} == set(files) - late and "state/manifest.ocdbt" in listed
+    assert {folder / name for name in listed} == set(files) - late
+    assert "state/manifest.ocdbt" in listed
     for path in files:
         before, bits = path.read_bytes(), 8 * path.stat().st_size
         for bit in (0, bits - 1, rng.randrange(bits)):
@@ -190,12 +202,15 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monke
 
 def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
     flip(array_file(last(run)))
-    with pytest.raises(DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; `dsv3 runs check` says"):
+    with pytest.raises(
+        DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; `dsv3 runs check` says"
+    ):
         load_run(run)
     assert load_run(run, step=EARLIER).step == EARLIER
     with Checkpoints(run, RUN) as checkpoints:
         (sentence,) = checkpoints.rewind()
-        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: ") and str(last(run)) in sentence
+        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: ")
+        assert str(last(run)) in sentence
         state, place = checkpoints.restore()
         assert place == PLACE | {"offset": EARLIER}
         assert_bitwise(state, make_state(EARLIER))
@@ -209,16 +224,24 @@ def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
 
 
 def test_a_step_can_be_chosen(run):
-    """Later checkpoints are kept under another name; a damaged or absent one is not replaced by another."""
+    """Later checkpoints get another name; a damaged or absent one is not replaced."""
     with Checkpoints(run, RUN) as checkpoints:
-        with pytest.raises(ValueError, match=r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
+        with pytest.raises(
+            ValueError, match=r"^step=5 has no checkpoint in .*; there are those of 4, 8$"
+        ):
             checkpoints.rewind(5)
         assert checkpoints.rewind(LAST) == checkpoints.rewind() == []
         (sentence,) = checkpoints.rewind(EARLIER)
-        assert sentence == "the checkpoint of step 8 is kept as 8.superseded: training resumes from step 4"
+        assert (
+            sentence
+            == "the checkpoint of step 8 is kept as 8.superseded: training resumes from step 4"
+        )
         assert checkpoints.latest == EARLIER
     flip(run / "checkpoints" / "4" / "data" / "metadata")
-    with Checkpoints(run, RUN) as checkpoints, pytest.raises(DamagedCheckpoint, match="step=4: .*data/metadata"):
+    with (
+        Checkpoints(run, RUN) as checkpoints,
+        pytest.raises(DamagedCheckpoint, match="step=4: .*data/metadata"),
+    ):
         checkpoints.rewind(EARLIER)
 
 
@@ -248,14 +271,18 @@ def test_a_reader_beside_a_trainer_takes_the_next_newest_checkpoint(run, monkeyp
 
 def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "find_damage", lambda folder: shutil.rmtree(folder) or "absent")
-    assert unhooked_cli().main(["runs", "check", str(run)]) == 0 and "step" not in capsys.readouterr().out
+    assert unhooked_cli().main(["runs", "check", str(run)]) == 0
+    assert "step" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_is_refused(run):
     """run.json was edited by hand: one sentence, not a page of Orbax."""
-    (run / RUN_FILE).write_text((run / RUN_FILE).read_text().replace('"mtp_depth": 1', '"mtp_depth": 2'))
+    (run / RUN_FILE).write_text(
+        (run / RUN_FILE).read_text().replace('"mtp_depth": 1', '"mtp_depth": 2')
+    )
     with pytest.raises(
-        ValueError, match="^step=8: the checkpoint in .*: model.mtp_depth=2 is not that of the checkpoint, 1$"
+        ValueError,
+        match="^step=8: the checkpoint in .*: model.mtp_depth=2 is not that of the checkpoint, 1$",
     ):
         load_run(run)
 
@@ -267,12 +294,23 @@ PACKED_LISTS = [
     *([[path, TWO]] for path in (["nowhere"], [3], None, [["head"]], "head", ["head"])),
     *(
         [[["head"], arrays]]
-        for arrays in (TWO[:1], [*TWO, TWO[1]], [[[8, 260], "x"], TWO[1]], [[[-8, 260], "uint8"]] * 2)
+        for arrays in (
+            TWO[:1],
+            [*TWO, TWO[1]],
+            [[[8, 260], "x"], TWO[1]],
+            [[[-8, 260], "uint8"]] * 2,
+        )
     ),
 ]
 CHANGES = {
-    "packed": ("config", [lambda config, packed=packed: config | {"packed": packed} for packed in PACKED_LISTS]),
-    "config": ("config", [lambda config: [config], lambda config: "text", lambda config: {}, lambda config: None]),
+    "packed": (
+        "config",
+        [lambda config, packed=packed: config | {"packed": packed} for packed in PACKED_LISTS],
+    ),
+    "config": (
+        "config",
+        [lambda config: [config], lambda config: "text", lambda config: {}, lambda config: None],
+    ),
     "data": ("data", [lambda data: [data], lambda data: 3]),
 }
 
@@ -286,7 +324,9 @@ def test_a_changed_checkpoint_that_is_sealed_again_is_refused_in_a_sentence(run,
     for change in changes:
         file.write_text(json.dumps(change(json.loads(before))))
         write_manifest(last(run))
-        with pytest.raises(ValueError, match=f"^step=8: the checkpoint in {run}/checkpoints cannot be read: "):
+        with pytest.raises(
+            ValueError, match=f"^step=8: the checkpoint in {run}/checkpoints cannot be read: "
+        ):
             load_run(run)
     file.write_text(before[:9])
     write_manifest(last(run))
@@ -299,7 +339,10 @@ def test_an_array_without_its_file_and_a_router_bias_of_nan(run):
     bias = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.bias)
     with Checkpoints(run, RUN) as checkpoints:
         checkpoints.save(replace(state, bias=bias, step=state.step + 1), PLACE)
-    with pytest.raises(ValueError, match="^step=9: the checkpoint in .* the norm of router bias mtp.* is not finite"):
+    with pytest.raises(
+        ValueError,
+        match="^step=9: the checkpoint in .* the norm of router bias mtp.* is not finite",
+    ):
         load_run(run)
     shutil.rmtree(last(run) / "state" / "ocdbt.process_0" / "d")
     write_manifest(last(run))
@@ -311,7 +354,7 @@ def test_an_array_without_its_file_and_a_router_bias_of_nan(run):
 
 
 def test_a_folder_is_claimed_once(tmp_path):
-    """An empty folder becomes the run's, also after a claim was killed; only the same run finds it again.
+    """An empty folder becomes the run's, also after a killed claim; only that run finds it again.
 
     How long it goes and how often it reports may change.
     """
@@ -321,8 +364,14 @@ def test_a_folder_is_claimed_once(tmp_path):
     assert read_run(tmp_path) == claim(tmp_path, RUN) == first
     for change, key in (
         ({"seed": 7}, "seed=7 is not that of the run in .*, 0"),
-        ({"data": replace(RUN.data, paths=("/a", "b"))}, r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)"),
-        ({"model": replace(MODEL, q_latent_dim=3)}, "model.q_latent_dim=3 is not that of the run in .*, None"),
+        (
+            {"data": replace(RUN.data, paths=("/a", "b"))},
+            r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)",
+        ),
+        (
+            {"model": replace(MODEL, q_latent_dim=3)},
+            "model.q_latent_dim=3 is not that of the run in .*, None",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{key}; choose another --out$"):
             claim(tmp_path, replace(RUN, **change))
@@ -331,20 +380,26 @@ def test_a_folder_is_claimed_once(tmp_path):
     claim(tmp_path, replace(longer, keep=9))
     assert read_run(tmp_path) == replace(settled(longer, tmp_path), keep=9)
     history = json.loads((tmp_path / RUN_FILE).read_text())["history"]
-    changed = [{"steps": [RUN.steps, RUN.steps + 8], "save_every": [RUN.save_every, 3]}, {"keep": [RUN.keep, 9]}]
+    changed = [
+        {"steps": [RUN.steps, RUN.steps + 8], "save_every": [RUN.save_every, 3]},
+        {"keep": [RUN.keep, 9]},
+    ]
     assert [entry["changed"] for entry in history] == changed
 
 
 @pytest.mark.parametrize("name", [*REPLACED, "checkpoints"])
 def test_a_run_is_not_written_through_a_link(saved, run, tmp_path, name):
-    """A stranger's folder may link to what the user owns. A link of checkpoints/ to a larger disk is good."""
+    """A stranger's folder may link to the user's files. checkpoints/ may link to a larger disk."""
     own = tmp_path / "own"
     own.mkdir()
     target = saved / name if name == "checkpoints" else own / name
     shutil.rmtree(run / "checkpoints")
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(target)
-    with pytest.raises(ValueError, match=f"{run / name}'? is a link .*{'the run' if name == 'checkpoints' else own}"):
+    with pytest.raises(
+        ValueError,
+        match=f"{run / name}'? is a link .*{'the run' if name == 'checkpoints' else own}",
+    ):
         claim(run, RUN)
     assert steps_in(saved) == {"4", "8"} and list(own.iterdir()) == []
     (run / name).unlink()

@@ -1,4 +1,4 @@
-"""Two processes over the loopback address train what one trains, and what a process does for its part of a batch."""
+"""Two processes over the loopback address train what one trains; a process's part of a batch."""
 
 import contextlib
 import re
@@ -34,7 +34,7 @@ from dsv3_jax.training.checkpoint import Checkpoints
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """With a large eps, AdamW does not turn rounding of gradients near 0 into full steps of either sign."""
+    """With a large eps, AdamW does not turn rounding of gradients near 0 into full steps."""
     model = replace(MODEL, num_layers=1, mtp_depth=0)
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
     text = write_text(tmp_path_factory.mktemp("text"))
@@ -42,13 +42,19 @@ def run(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def pair(root: Path, out: Path, run: RunConfig, *, more=((), ()), before: str = "") -> Iterator[list[subprocess.Popen]]:
-    """Start `dsv3 train` as two processes of one run, each with half of the experts; both first run `before`."""
+def pair(
+    root: Path, out: Path, run: RunConfig, *, more=((), ()), before: str = ""
+) -> Iterator[list[subprocess.Popen]]:
+    """Start `dsv3 train` as two processes, each with half of the experts, after `before`."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    argv = ["train", "tiny", "--out", str(out), "--mesh", "expert=2", "--cluster", address, "--processes", "2"]
+    argv = ["train", "tiny", "--out", str(out), "--mesh", "expert=2"]
+    argv += ["--cluster", address, "--processes", "2"]
     program = dsv3(SPEND_NO_SECONDS + before)
-    both = [start([*argv, "--process-id", str(i), *flags(run), *more[i]], root, program) for i in range(2)]
+    both = [
+        start([*argv, "--process-id", str(i), *flags(run), *more[i]], root, program)
+        for i in range(2)
+    ]
     try:
         yield both
     finally:
@@ -72,10 +78,11 @@ Checkpoints.save = save_or_die
 
 @pytest.mark.long
 def test_two_processes_train_as_one(run, root, tmp_path):
-    """One begins, two continue until one is killed, one resumes. The result is that of one process alone."""
+    """One begins, two continue until one is killed, one resumes: the result is one process's."""
     folder, alone = tmp_path / "run", tmp_path / "alone"
     loop.fit(run, folder, stop_after=2, quiet=True)
-    rounds = ("--execution.layout.expert-comm", "all_to_all", "--execution.layout.capacity-slack", "1")
+    rounds = ("--execution.layout.expert-comm", "all_to_all")
+    rounds += ("--execution.layout.capacity-slack", "1")
     with pair(root, folder, run, more=(rounds, rounds), before=KILLED) as both:
         assert both[1].wait(120) == -signal.SIGKILL, both[1].stderr.read()
         said, errors = both[0].communicate(timeout=120)
@@ -83,7 +90,9 @@ def test_two_processes_train_as_one(run, root, tmp_path):
         assert "resumed from the checkpoint of step 2" in said
     assert loop.fit(run, folder, quiet=True).resumed_from in (4, 6)
     loop.fit(run, alone, quiet=True)
-    (state, data_state), (expected, expected_data_state) = (last_checkpoint(run, f) for f in (folder, alone))
+    (state, data_state), (expected, expected_data_state) = (
+        last_checkpoint(run, f) for f in (folder, alone)
+    )
     assert data_state == expected_data_state
     assert_bitwise(state.bias, expected.bias)  # every count of every step was the same
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
@@ -92,7 +101,8 @@ def test_two_processes_train_as_one(run, root, tmp_path):
     assert any("tokens_sent" in row for row in rows)
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert row.keys() - {"tokens_sent", "wire_bytes"} == expected_row.keys()
-        for name in expected_row.keys() - {"bits_per_byte_by_domain", "max_vio_by_domain", "mtp_acceptance"}:
+        others = {"bits_per_byte_by_domain", "max_vio_by_domain", "mtp_acceptance"}
+        for name in expected_row.keys() - others:
             np.testing.assert_allclose(row[name], expected_row[name], rtol=1e-5, err_msg=name)
 
 
@@ -103,7 +113,10 @@ def last_checkpoint(run, folder):
 
 def test_processes_with_different_runs_are_named(monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda text: [text, text.replace(b"4", b"3")])
-    with pytest.raises(ConfigError, match="^run.batch_size=3 in process 1 differs from run.batch_size=4 in process 0"):
+    with pytest.raises(
+        ConfigError,
+        match="^run.batch_size=3 in process 1 differs from run.batch_size=4 in process 0",
+    ):
         processes.agree({"run": {"steps": 12, "batch_size": 4}})
 
 
@@ -111,7 +124,10 @@ def test_invalid_settings_are_refused():
     for changes, named in (
         ({"address": "host0"}, "cluster='host0' is neither"),
         ({"count": 3}, "devices=4 of the mesh are not divisible by processes=3"),
-        ({"address": "auto", "index": None}, "cluster='auto', processes=None, process_id=None cannot be used"),
+        (
+            {"address": "auto", "index": None},
+            "cluster='auto', processes=None, process_id=None cannot be used",
+        ),
     ):
         settings = {"address": "host0:1234", "count": None, "index": 0, "devices": 4} | changes
         with pytest.raises(ConfigError, match=f"^{re.escape(named)}"):
@@ -120,7 +136,7 @@ def test_invalid_settings_are_refused():
 
 @pytest.mark.long
 def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
-    """Saved from a mesh of "data" and "expert", and restored without a mesh and on three others: the same bits."""
+    """Saved from a mesh of "data" and "expert", restored without one and on three: same bits."""
     sharded_run = replace(run, execution=replace(run.execution, layout=Layout(fsdp=True)))
     state, data_state = fresh_state(run, step=3), {"piece": 5, "offset": 7}
     mesh = sharding.make_mesh(2, 4, 1)
@@ -132,7 +148,9 @@ def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
         with Checkpoints(tmp_path, sharded_run) as checkpoints:
             restored, restored_data_state = checkpoints.restore(mesh)
         shardings = sharding.state_sharding(state, mesh, fsdp=True)
-        for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True):
+        for leaf, expected in zip(
+            jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
         assert_bitwise(restored, state)
         assert restored_data_state == data_state
@@ -141,7 +159,9 @@ def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
 def test_processes_of_several_cpu_devices_cannot_use_fsdp(monkeypatch):
     processes.check_layout(Layout(fsdp=True))  # one process cannot deadlock
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="^layout.fsdp=True with 8 CPU devices in each process can deadlock"):
+    with pytest.raises(
+        ConfigError, match="^layout.fsdp=True with 8 CPU devices in each process can deadlock"
+    ):
         processes.check_layout(Layout(fsdp=True))
 
 
@@ -152,7 +172,9 @@ def test_devices_get_their_rows_of_the_batch(sizes):
     assert rows.tolist() == list(range(16))  # one process holds all
     placed = processes.put({"tokens": tokens[rows]}, mesh, 16)["tokens"]
     np.testing.assert_array_equal(placed, tokens)
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(16 // (sizes[0] * sizes[1]), 3)}
+    assert {shard.data.shape for shard in placed.addressable_shards} == {
+        (16 // (sizes[0] * sizes[1]), 3)
+    }
 
 
 def test_an_error_in_one_process_is_raised_in_all(monkeypatch):

@@ -1,7 +1,8 @@
-"""A training step of mini and a layer of V3, compiled for H100s and a TPU v6e that are not here, keep to bars.
+"""A training step of mini and a layer of V3, compiled for H100s and a TPU v6e, keep to bars.
 
-The compilers come with the extras plan-gpu and plan-tpu (`make compilers`); without them these tests are skipped.
-Nothing runs: the bars hold of the programs' texts, as `experiments/accel/program.py` reads them.
+The compilers come with the extras plan-gpu and plan-tpu (`make compilers`); without them these
+tests are skipped. Nothing runs: the bars hold of the programs' texts, as
+`experiments/accel/program.py` reads them.
 """
 
 import math
@@ -39,7 +40,7 @@ def mesh_of(target: str, **sizes: int):
 
 
 def compile_step(target: str, rows: int):
-    """(The step's cost, the text that the compiler was given); the program is that of one device and its `rows`."""
+    """(The step's cost, the text given to the compiler); the program is one device's, of `rows`."""
     mesh = mesh_of(target)
     texts = []
 
@@ -52,7 +53,9 @@ def compile_step(target: str, rows: int):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), promote[0], promote[1]:
         warnings.simplefilter("ignore")
         patch.setattr(jax.stages.Lowered, "compile", record)
-        cost = train_cost(replace(RUN, data=replace(RUN.data, batch_size=rows)), mesh, target=target)
+        cost = train_cost(
+            replace(RUN, data=replace(RUN.data, batch_size=rows)), mesh, target=target
+        )
     assert cost.text, cost.compile_error
     return cost, texts[-1]
 
@@ -62,24 +65,30 @@ def compile_step(target: str, rows: int):
     "target, rows, launches, kernels",
     [
         (GPU, 8, 260, 6 * ['="mosaic_gpu']),  # of the experts
-        ("tpu:v6e:2x2", 1, 470, ["gmm", "ragged-dot", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"]),
+        (
+            "tpu:v6e:2x2",
+            1,
+            470,
+            ["gmm", "ragged-dot", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"],
+        ),
     ],
     ids=["h100", "v6e"],
 )
 def test_training_keeps_to_its_bars(target, rows, launches, kernels):
-    """`launches`: at most so many for each layer; a TPU's are instructions of one program, which cost less."""
+    """`launches`: the most for each layer; a TPU's are of one program, and cost less."""
     cost, lowered = compile_step(target, rows)
     program = read_program(cost.text)
     assert program.launches <= launches * CFG.num_layers
     assert target != GPU or program.nbytes <= 31.9e9
     assert cost.fits(devices.DEVICES[devices.parse_target(target).kind].memory)
-    # Scatters add in no float narrower than float32, neither as asked for nor as compiled. A GPU adds in one order, so
-    # two runs of one seed give the same bits.
+    # Scatters add in no float narrower than float32, neither as asked for nor as compiled. A GPU
+    # adds in one order, so two runs of one seed give the same bits.
     added = [*additions(lowered), *additions(cost.text)]
     assert not [a for a in added if a.narrow or (target == GPU and not a.unique)]
     assert all(cost.text.count(name) >= kernels.count(name) for name in kernels)
     # Without tokamax attention is XLA's loop, which computes blocks on the diagonal whole.
-    alone = target == GPU and tokamax_library.why_not(choose.Target("cuda", chip=tokamax_library.HOPPER))
+    hopper = choose.Target("cuda", chip=tokamax_library.HOPPER)
+    alone = target == GPU and tokamax_library.why_not(hopper)
     assert program.flops <= (1.12 if alone else 1.1) * cost.flops
     assert program.unknown_work() or program.flops >= 0.9 * cost.flops
 
@@ -89,11 +98,15 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
 def test_a_chips_memory_is_what_its_compiler_allows(target):
     """libtpu names its limit where a program needs more."""
     mesh = mesh_of(target)
-    too_large = jax.ShapeDtypeStruct((30 * 10**9,), "float32", sharding=jax.NamedSharding(mesh, jax.P()))
+    too_large = jax.ShapeDtypeStruct(
+        (30 * 10**9,), "float32", sharding=jax.NamedSharding(mesh, jax.P())
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
         jax.jit(jax.numpy.negative).lower(too_large).compile()
     limit = float(re.findall(r"([\d.]+)G\)", str(error.value))[-1]) * 2**30
-    assert devices.DEVICES[devices.parse_target(target).kind].memory == pytest.approx(limit, rel=2e-3)
+    assert devices.DEVICES[devices.parse_target(target).kind].memory == pytest.approx(
+        limit, rel=2e-3
+    )
 
 
 @pytest.mark.long
@@ -101,33 +114,46 @@ def test_a_chips_memory_is_what_its_compiler_allows(target):
     "target, name, batch, blocks, most, launches, kernels",
     [
         (GPU, "v2_lite", 1, 1, 1.13, 36, "auto"),
-        (GPU, "v2_lite", 32, 1, 1.27, 33, "auto"),  # 1.22 with all 27 layers: of the dense one w_down is padded
-        pytest.param(GPU, "v2_lite", 128, 1, 1.11, 30, "cached_attention=latent", marks=pytest.mark.rare),
+        # 1.22 with all 27 layers: of the dense one w_down is padded
+        (GPU, "v2_lite", 32, 1, 1.27, 33, "auto"),
+        pytest.param(
+            GPU, "v2_lite", 128, 1, 1.11, 30, "cached_attention=latent", marks=pytest.mark.rare
+        ),
         ("tpu:v6e:1x1", "mini", 32, 8, 1.1, 140, "auto"),
     ],
 )
-def test_a_decoding_step_reads_what_it_must(monkeypatch, target, name, batch, blocks, most, launches, kernels):
-    """Sequences of 4,096 tokens, by 3 layers; a TPU's loops over the cache have 8 blocks. "latent" waits for a chip."""
+def test_a_decoding_step_reads_what_it_must(
+    monkeypatch, target, name, batch, blocks, most, launches, kernels
+):
+    """Sequences of 4,096 tokens, by 3 layers; a TPU's cache has 8 blocks. "latent" waits."""
     mesh = mesh_of(target)
     monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))
     gpu_latent_attention.add()
-    cfg, execution = replace(preset(name), num_layers=3), Execution(compute_dtype="bfloat16", kernels=kernels)
+    cfg = replace(preset(name), num_layers=3)
+    execution = Execution(compute_dtype="bfloat16", kernels=kernels)
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore")
         cost = decode_cost(cfg, execution, mesh, batch, 4096, target=target)
     program = read_program(cost.text)
-    assert sum(x.nbytes * x.runs * (1 if x.known else blocks) for x in program.all_launches) <= most * cost.bytes_read
-    assert program.launches <= launches * cfg.num_layers and len(program.unknown_loops) == (blocks > 1) * cfg.num_layers
+    assert (
+        sum(x.nbytes * x.runs * (1 if x.known else blocks) for x in program.all_launches)
+        <= most * cost.bytes_read
+    )
+    assert program.launches <= launches * cfg.num_layers
+    assert len(program.unknown_loops) == (blocks > 1) * cfg.num_layers
 
 
 @pytest.mark.long
 def test_sparse_decoding_reads_no_whole_cache():
-    """V3's heads and V3.2's indexer, 8 sequences of 64K tokens. Products of index keys are most of what moves."""
+    """V3's heads, V3.2's indexer, 8 sequences of 64K tokens; index keys are most of what moves."""
     mesh = mesh_of(GPU)
-    kernels, batch, slots, k = choose_kernels(Execution(compute_dtype="bfloat16"), mesh), 8, 65536, 2048
+    kernels = choose_kernels(Execution(compute_dtype="bfloat16"), mesh)
+    batch, slots, k = 8, 65536, 2048
 
     def array(*shape, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct((batch, 1, *shape), dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+        return jax.ShapeDtypeStruct(
+            (batch, 1, *shape), dtype, sharding=jax.NamedSharding(mesh, jax.P())
+        )
 
     def attend(q, w, keys, last, queries, rows):
         ids = kernels("index_choose", q, w, keys, last, k=k)
@@ -144,8 +170,10 @@ def test_sparse_decoding_reads_no_whole_cache():
 @pytest.mark.rare
 @pytest.mark.parametrize("target", [GPU, "tpu:v6e:1x1"])
 def test_recording_and_replaying_experts_gathers_no_weights_and_calls_no_host(target):
-    """A forward pass replays, the decoding loop records. A look-up of an expert in place, fused with a sum, is none."""
-    mesh, execution, cfg = mesh_of(target), Execution(compute_dtype="bfloat16"), replace(LIGHT, expert_dim=512)
+    """A forward pass replays, decoding records; an expert's look-up fused with a sum is none."""
+    mesh = mesh_of(target)
+    execution = Execution(compute_dtype="bfloat16")
+    cfg = replace(LIGHT, expert_dim=512)
     model = abstract(cfg, execution, choose_kernels(execution, mesh))
 
     def gathered(function, *args, **static) -> list[int]:
@@ -163,17 +191,22 @@ def test_recording_and_replaying_experts_gathers_no_weights_and_calls_no_host(ta
         return gathered(made.decode, leaves, loop, jax.ShapeDtypeStruct((), "int32"), length=0)
 
     tokens, ids = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((4, 32), (1, 4, 32, 3)))
-    assert not gathered(jax.jit(lambda model, tokens, ids: model(tokens, expert_ids=ids)), model, tokens, ids)
+    assert not gathered(
+        jax.jit(lambda model, tokens, ids: model(tokens, expert_ids=ids)), model, tokens, ids
+    )
     assert decode(return_routing=True) == decode()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "dtype, once, later, kept",
-    [pytest.param("bfloat16", 25e9, 24e9, 2.5e9, marks=pytest.mark.rare), ("float32", 42e9, 46.5e9, 4e9)],
+    [
+        pytest.param("bfloat16", 25e9, 24e9, 2.5e9, marks=pytest.mark.rare),
+        ("float32", 42e9, 46.5e9, 4e9),
+    ],
 )
 def test_a_layer_on_eight_gpus_has_the_rows_that_are_real(dtype, once, later, kept):
-    """V3's experts over 8 H100s, 4,096 tokens each: 1.25 times the rows of even load. A step's are bfloat16."""
+    """V3's experts over 8 H100s, 4,096 tokens each: 1.25 times even load's rows, in bfloat16."""
     cfg, layout, peers = preset("v3"), Layout(), 8
     mesh = mesh_of(f"{GPU}:{peers}", expert=peers)
     kernels = choose_kernels(Execution(compute_dtype="bfloat16"), mesh)
@@ -189,13 +222,19 @@ def test_a_layer_on_eight_gpus_has_the_rows_that_are_real(dtype, once, later, ke
         y, pull_back = jax.vjp(run, x, gates, experts)
         return y, pull_back(dy)
 
-    tokens, k, (e, d, f) = 4096 * peers, cfg.experts_per_token, (cfg.num_experts, cfg.dim, cfg.expert_dim)
-    x, experts = array("bfloat16", tokens, d), tuple(array(dtype, e, *shape) for shape in ((d, f), (d, f), (f, d)))
+    tokens = 4096 * peers
+    k = cfg.experts_per_token
+    e, d, f = (cfg.num_experts, cfg.dim, cfg.expert_dim)
+    x = array("bfloat16", tokens, d)
+    experts = tuple(array(dtype, e, *shape) for shape in ((d, f), (d, f), (f, d)))
     with jax.set_mesh(mesh):
         args = x, array("int32", tokens, k), array("float32", tokens, k), experts, x
         compiled = jax.jit(both).lower(*args).compile()
     program = read_program(compiled)
-    moved = {known: sum(i.nbytes for i in program.all_launches if i.known == known) for known in (True, False)}
+    moved = {
+        known: sum(i.nbytes for i in program.all_launches if i.known == known)
+        for known in (True, False)
+    }
     assert moved[True] <= once and moved[False] <= later  # in one later round
     assert compiled.memory_analysis().temp_size_in_bytes <= kept
     products = sum(i.flops for i in program.all_launches if i.known)

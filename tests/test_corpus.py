@@ -1,4 +1,4 @@
-"""Documents get their domain, equal texts get the same side, and an error names file and position."""
+"""Documents get their domain, equal texts the same side, and errors name file and position."""
 
 import datetime
 import decimal
@@ -15,14 +15,24 @@ from dsv3_jax.data.corpus import load_corpus, read_documents, rows_of
 
 
 def read(*paths, **settings):
-    corpus = load_corpus(DataConfig(paths=tuple(map(str, paths)), **{"val_fraction": 0.5, **settings}))
+    corpus = load_corpus(
+        DataConfig(paths=tuple(map(str, paths)), **{"val_fraction": 0.5, **settings})
+    )
     return corpus, sorted(corpus.train + corpus.val)
 
 
 def test_folder_of_files(tmp_path):
-    files = {"README.md": "readme", "src/a.py": "a = 1\r\n", "src/deep/b.c": "int b;", "notes": "no suffix",
-             ".git/config": "hidden", "src/.hidden": "hidden", "image.png": "\x89PNG\0", "src/empty.py": "",
-             "more.jsonl": '{"text": "j1", "domain": "web"}\n\n{"text": "j2"}\n'}  # fmt: skip
+    files = {
+        "README.md": "readme",
+        "src/a.py": "a = 1\r\n",
+        "src/deep/b.c": "int b;",
+        "notes": "no suffix",
+        ".git/config": "hidden",
+        "src/.hidden": "hidden",
+        "image.png": "\x89PNG\0",
+        "src/empty.py": "",
+        "more.jsonl": '{"text": "j1", "domain": "web"}\n\n{"text": "j2"}\n',
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
@@ -40,7 +50,11 @@ def test_folder_of_files(tmp_path):
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
-        ("a.jsonl", b'{"text": "a\\ud800"}\n', "a.jsonl, line 1, is not JSON: .* holds half a surrogate pair"),
+        (
+            "a.jsonl",
+            b'{"text": "a\\ud800"}\n',
+            "a.jsonl, line 1, is not JSON: .* holds half a surrogate pair",
+        ),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 in all"),
         ("b.txt", b"", "path='.*a.txt' does not exist"),
     ],
@@ -58,7 +72,9 @@ def test_folders_that_the_system_lists_only_to_some_depth(tmp_path, monkeypatch)
         raise RecursionError
 
     monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(ValueError, match=f"path='{tmp_path}' has too many folders within each other"):
+    with pytest.raises(
+        ValueError, match=f"path='{tmp_path}' has too many folders within each other"
+    ):
         read(tmp_path)
 
 
@@ -70,13 +86,17 @@ def test_parquet(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": ["p1", "p2"], "domain": ["web", None], "n": [1, 2]}), file)
     assert read(file)[1] == [("p1", "web"), ("p2", "parquet")]
     pq.write_table(pa.table({"body": ["p1"]}), file)
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read .* no column 'text' among \['body'\]"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet cannot be read .* no column 'text' among \['body'\]"
+    ):
         read(file)
     pq.write_table(pa.table({"text": ["p1", None]}), file)
     with pytest.raises(ValueError, match=r'a\.parquet, row 2: "text" is None'):
         read(file)
     file.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: Parquet file size is 4 bytes"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet cannot be read after row 0: Parquet file size is 4 bytes"
+    ):
         read(file)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"a\.parquet .* needs pyarrow.*dsv3-jax\[parquet\]"):
@@ -123,7 +143,9 @@ def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["x" * 2**20] * 64}), tmp_path / "a.parquet", compression="zstd")
+    pq.write_table(
+        pa.table({"text": ["x" * 2**20] * 64}), tmp_path / "a.parquet", compression="zstd"
+    )
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
     tracemalloc.start()
     assert sum(1 for _ in rows_of(str(tmp_path), ["text"])) == 64
@@ -131,12 +153,14 @@ def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch
     tracemalloc.stop()
     assert peak < 2**24
     monkeypatch.setattr("dsv3_jax.data.corpus._MAX_LINE_BYTES", 10**6)
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: .* more than 1,000,000"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet cannot be read after row 0: .* more than 1,000,000"
+    ):
         next(rows_of(str(tmp_path), ["text"]))
 
 
 def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
-    """Parquet has no checksum of its footer. Each place there that may be the number is changed by one bit."""
+    """Parquet's footer has no checksum: each place that may be the number is changed by one bit."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -154,7 +178,7 @@ def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
 
 
 def test_split_is_by_text(tmp_path):
-    """Equal texts share a side; the share is about val_fraction; other documents do not change a text's side."""
+    """Equal texts share a side, of about val_fraction; other documents do not change the side."""
     lines = [json.dumps({"text": f"text {i % 400}", "domain": str(i // 400)}) for i in range(800)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus, _ = read(tmp_path / "a.jsonl", val_fraction=0.2)
@@ -177,8 +201,11 @@ def test_long_texts_are_cut_at_line_ends(tmp_path):
 
 def test_default_corpus_has_its_domains():
     corpus = load_corpus(DataConfig(max_documents=200))
-    assert corpus == load_corpus(DataConfig(max_documents=200)) and len(corpus.train) + len(corpus.val) == 200
+    assert corpus == load_corpus(DataConfig(max_documents=200))
+    assert len(corpus.train) + len(corpus.val) == 200
     assert corpus.domains == ("code", "tests", "C", "English")
     sizes = corpus.sizes()
-    assert sum(map(sum, sizes.values())) == sum(len(d.text.encode()) for d in corpus.train + corpus.val)
+    assert sum(map(sum, sizes.values())) == sum(
+        len(d.text.encode()) for d in corpus.train + corpus.val
+    )
     assert all(train > 0 for train, _ in sizes.values())

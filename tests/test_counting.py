@@ -1,4 +1,4 @@
-"""Sizes as the reports give them, and as plain arithmetic gives them; nothing is allocated for it."""
+"""Sizes as the reports and as plain arithmetic give them; nothing is allocated for it."""
 
 import gc
 
@@ -24,8 +24,10 @@ from dsv3_jax.presets import preset
     ],
 )
 def test_sizes_of_the_reports(monkeypatch, name, total, active, digit):
-    """No device is started: a study lists its runs in a process that must not take an accelerator's memory."""
-    monkeypatch.setattr(transformer, "prepare", lambda *_: pytest.fail("asked for the default device's kernels"))
+    """No device is started: a study that lists its runs must not take an accelerator's memory."""
+    monkeypatch.setattr(
+        transformer, "prepare", lambda *_: pytest.fail("asked for the default device's kernels")
+    )
     gc.collect()
     arrays = len(jax.live_arrays())
     found = counting.size(preset(name))
@@ -41,13 +43,20 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
     qk = cfg.nope_head_dim + r
     q, c = cfg.q_latent_dim, cfg.kv_latent_dim
     query = d * h * qk if q is None else d * q + q + q * h * qk
-    attention = query + d * (c + r) + c + c * h * (cfg.nope_head_dim + cfg.v_head_dim) + h * cfg.v_head_dim * d
+    attention = (
+        query
+        + d * (c + r)
+        + c
+        + c * h * (cfg.nope_head_dim + cfg.v_head_dim)
+        + h * cfg.v_head_dim * d
+    )
     ffn = 3 * d * cfg.expert_dim
     outside = attention + 2 * d
     always = outside + d * cfg.num_experts + cfg.num_shared_experts * ffn
     dense = cfg.num_dense_layers * (outside + 3 * d * cfg.dense_dim)
     table = cfg.vocab_size * d
-    trunk = dense + cfg.num_sparse_layers * always + d + table  # with the head; the embedding is the other table
+    # with the head; the embedding is the other table
+    trunk = dense + cfg.num_sparse_layers * always + d + table
     i, x = cfg.index_heads, cfg.index_dim
     indexer = (q or 0) * i * x + d * x + 2 * x + d * i if cfg.attention == "dsa" else 0
     trunk += (cfg.index_types or ()).count("full") * indexer
@@ -62,7 +71,8 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
         trunk + cfg.num_sparse_layers * e * ffn + (0 if cfg.tie_embeddings else table),
         trunk + cfg.num_sparse_layers * k * ffn,
         m * (own + e * routed),
-        m * (own + k * routed + table),  # the shared unembedding is multiplied with once more a head
+        # the shared unembedding is multiplied with once more a head
+        m * (own + k * routed + table),
     )
 
 
@@ -72,8 +82,17 @@ def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
         small(mtp_depth=2),
         small(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
         small(num_dense_layers=3, q_latent_dim=None),
-        small(attention="dsa", index_heads=2, index_dim=9, index_types=("full", "shared", "full"), mtp_depth=1),
-        *(small(mtp_kind=kind, mtp_depth=1 if kind == "eagle" else 3) for kind in ("meta", "medusa", "eagle")),
+        small(
+            attention="dsa",
+            index_heads=2,
+            index_dim=9,
+            index_types=("full", "shared", "full"),
+            mtp_depth=1,
+        ),
+        *(
+            small(mtp_kind=kind, mtp_depth=1 if kind == "eagle" else 3)
+            for kind in ("meta", "medusa", "eagle")
+        ),
     ],
     ids=["two depths", "tied", "all dense", "dsa", "meta", "medusa", "eagle"],
 )
@@ -89,7 +108,12 @@ def test_flops():
     with_mtp, without = (counting.train_flops_per_token(tiny, with_mtp=w) for w in (True, False))
     assert with_mtp - without == 6 * counting.size(tiny).mtp_active > 0
     # On a frozen trunk: forward through it, and no gradient of the unembedding.
-    own, shared, active = counting.size(tiny).mtp_active, tiny.vocab_size * tiny.dim, counting.size(tiny).active
-    assert counting.train_flops_per_token(tiny, frozen_trunk=True) == 2 * active + 6 * (own - shared) + 4 * shared
-    # scores and values: 2 FLOPs a product, 8 layers of 8 heads, 64 + 32 and 64 wide, over 100 tokens
+    own = counting.size(tiny).mtp_active
+    shared = tiny.vocab_size * tiny.dim
+    active = counting.size(tiny).active
+    assert (
+        counting.train_flops_per_token(tiny, frozen_trunk=True)
+        == 2 * active + 6 * (own - shared) + 4 * shared
+    )
+    # scores and values: 2 FLOPs a product, 8 layers, 8 heads, 64 + 32 and 64 wide, 100 tokens
     assert counting.size(mini, context=100).attention_flops == 2 * 8 * 8 * (96 + 64) * 100

@@ -13,7 +13,7 @@ from dsv3_jax.ops.cross_entropy import chunked_cross_entropy, token_scores
 
 @pytest.mark.parametrize("n, chunk, one_pass", [(23, 8, False), (5, 8, True)])
 def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk, one_pass):
-    """Chunks that do not divide n, and one that is longer than n. Masked rows may hold huge values."""
+    """Chunks that do not divide n, and one longer than n. Masked rows may hold huge values."""
     h, w = rng.standard_normal((n, 6)), rng.standard_normal((6, 11))
     mask = np.arange(n) % 3 > 0
     h[~mask] *= 1e20
@@ -23,14 +23,15 @@ def test_value_and_gradients_equal_log_softmax(x64, rng, n, chunk, one_pass):
     num_correct = (mask & (best == targets)).sum()
 
     def ours(h, w, mask):
-        nats, correct = chunked_cross_entropy(h, w, jnp.asarray(targets), mask, chunk=chunk, one_pass=one_pass)
+        nats, correct = chunked_cross_entropy(
+            h, w, jnp.asarray(targets), mask, chunk=chunk, one_pass=one_pass
+        )
         return 3.0 * nats, correct
 
     def theirs(h, w):
         logp = jax.nn.log_softmax(jnp.where(mask[:, None], h, 0) @ w, axis=-1)
-        return (
-            3.0 * jnp.where(mask, -jnp.take_along_axis(logp, jnp.asarray(targets)[:, None], axis=-1)[:, 0], 0.0).sum()
-        )
+        of_targets = jnp.take_along_axis(logp, jnp.asarray(targets)[:, None], axis=-1)[:, 0]
+        return 3.0 * jnp.where(mask, -of_targets, 0.0).sum()
 
     run = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))
     (value, correct), grads = run(h, w, mask)
@@ -56,8 +57,10 @@ def test_the_logits_never_exist_at_once():
 
 
 def test_a_temperature_divides_the_logits_and_not_what_they_are_made_of(rng):
-    """In bfloat16, to float32 rounding: a hidden state over 0.7 would be rounded again, and be 1e-2 nats away."""
-    h, w = (jnp.asarray(4 * rng.standard_normal(shape), jnp.bfloat16) for shape in ((23, 6), (6, 11)))
+    """In bfloat16, to float32 rounding: rounding h / 0.7 again would be 1e-2 nats away."""
+    h, w = (
+        jnp.asarray(4 * rng.standard_normal(shape), jnp.bfloat16) for shape in ((23, 6), (6, 11))
+    )
     targets = jnp.asarray(rng.integers(0, 11, 23), jnp.int32)
     logits = np.asarray(h, np.float64) @ np.asarray(w, np.float64) / 0.7
     probs = np.array([oracles.softmax_probs(row) for row in logits])
@@ -69,12 +72,17 @@ def test_a_temperature_divides_the_logits_and_not_what_they_are_made_of(rng):
     grad, nats = jax.jit(jax.grad(ours, has_aux=True))(h)
     np.testing.assert_allclose(nats, -np.log(probs[np.arange(23), targets]), rtol=1e-5, atol=1e-5)
     slope = (probs - np.eye(11)[targets]) / 0.7 @ np.asarray(w, np.float64).T
-    np.testing.assert_allclose(np.asarray(grad, np.float64), slope, atol=1e-2 * np.abs(slope).max())  # of bfloat16
+    # of bfloat16
+    np.testing.assert_allclose(np.asarray(grad, np.float64), slope, atol=1e-2 * np.abs(slope).max())
 
 
 def test_token_scores_keep_the_order_of_tokens(x64, rng):
-    h, w, targets = rng.standard_normal((23, 6)), rng.standard_normal((6, 11)), rng.integers(0, 11, 23, np.int32)
+    h = rng.standard_normal((23, 6))
+    w = rng.standard_normal((6, 11))
+    targets = rng.integers(0, 11, 23, np.int32)
     nats, best = jax.jit(partial(token_scores, chunk=8))(h, w, targets)
-    expected = [-np.log(oracles.softmax_probs(row)[t]) for row, t in zip(h @ w, targets, strict=True)]
+    expected = [
+        -np.log(oracles.softmax_probs(row)[t]) for row, t in zip(h @ w, targets, strict=True)
+    ]
     np.testing.assert_allclose(nats, expected, rtol=1e-12)
     np.testing.assert_array_equal(best, np.argmax(h @ w, axis=1))

@@ -1,4 +1,4 @@
-"""One source of rows: documents, chats and shards are packed, ordered, split among processes and resumed alike."""
+"""One source of rows: documents, chats and shards are packed, ordered, split and resumed alike."""
 
 import json
 from collections import Counter
@@ -26,7 +26,8 @@ def make_corpus(train=30, val=12):
     """Make documents of two domains and lengths 1 … 40 that begin with their number."""
     lengths = np.random.default_rng(1).integers(1, 41, size=train + val)
     documents = [
-        Document(f"{i:02d}{'é' if i % 2 else 'xyz' * 20}"[: max(2, n)], "ab"[i % 2]) for i, n in enumerate(lengths)
+        Document(f"{i:02d}{'é' if i % 2 else 'xyz' * 20}"[: max(2, n)], "ab"[i % 2])
+        for i, n in enumerate(lengths)
     ]
     return Corpus(tuple(documents[:train]), tuple(documents[train:]), ("a", "b"), "print")
 
@@ -35,11 +36,15 @@ def make_corpus(train=30, val=12):
 def sources(tmp_path_factory):
     """A source of each kind."""
     root = tmp_path_factory.mktemp("data")
-    lines = [{"prompt": f"{i}+1=", "completion": "x" * (i % 9), "domain": "ab"[i % 2]} for i in range(80)]
+    lines = [
+        {"prompt": f"{i}+1=", "completion": "x" * (i % 9), "domain": "ab"[i % 2]} for i in range(80)
+    ]
     (root / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     lines = [{"text": f"{i}: {'xyz' * (i % 25)}", "domain": "ab"[i % 2]} for i in range(40)]
     (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    job = Tokenize((str(root / "text.jsonl"),), root / "shards", "bytes", row_tokens=32, val_fraction=0.2)
+    job = Tokenize(
+        (str(root / "text.jsonl"),), root / "shards", "bytes", row_tokens=32, val_fraction=0.2
+    )
     tokenize(replace(job, shard_mb=0.0004))
     shards = replace(CFG, paths=(str(job.out),), format="shards")
     chats = replace(CFG, paths=(str(root / "chats.jsonl"),), format="chat", val_fraction=0.3)
@@ -71,13 +76,14 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sources, kind):
-    """From any position, through JSON, over the end of a pass; reading the position changes nothing."""
+    """From any position, through JSON, over a pass's end; reading the position changes nothing."""
     source = sources[kind]
     whole = take(source.train_batches(), 12)
     parts = [source.train_batches(rows) for rows in ([0, 3], [1], [2])]
     for n in range(12):
         position = json.dumps(parts[0].get_state())
-        assert json.loads(position)["row"] == 4 * n and all(part.get_state() == json.loads(position) for part in parts)
+        assert json.loads(position)["row"] == 4 * n
+        assert all(part.get_state() == json.loads(position) for part in parts)
         resumed = source.train_batches()
         take(resumed, n % 3)  # a used iterator resumes as exactly as a new one
         resumed.set_state(json.loads(position))
@@ -93,7 +99,7 @@ def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sour
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packing_never_mixes_segments(sources, kind):
-    """A slow version, token by token: a segment is of one document, begins at position 0 and is followed by padding."""
+    """A slow version, by token: a segment is of one document, from position 0; padding follows."""
     for batch in take(sources[kind].train_batches(), 8) + sources[kind].val_batches(100):
         assert all(a.shape == (4, 16) for a in batch.values())
         for row in range(4):
@@ -102,7 +108,8 @@ def test_packing_never_mixes_segments(sources, kind):
                 now = batch["segment_ids"][row, column]
                 assert now == 0 or now == segment + 1 or (now == segment and column)
                 if now == 0:
-                    assert not batch["segment_ids"][row, column:].any() and not batch["tokens"][row, column:].any()
+                    assert not batch["segment_ids"][row, column:].any()
+                    assert not batch["tokens"][row, column:].any()
                     assert "loss_mask" not in batch or not batch["loss_mask"][row, column:].any()
                     break
                 if now == segment + 1:
@@ -126,7 +133,9 @@ def test_rows_are_the_oracles_in_a_new_order_each_pass(sources):
     ]
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert Counter(first) == Counter(second) == expected and first != second
-    assert epoch(from_corpus(corpus, BYTES, replace(CFG, seed=4)))[0]["tokens"].tolist() != [[t for t, _ in first[0]]]
+    assert epoch(from_corpus(corpus, BYTES, replace(CFG, seed=4)))[0]["tokens"].tolist() != [
+        [t for t, _ in first[0]]
+    ]
 
 
 def test_joined_documents_differ_only_in_segment_ids_and_positions():
@@ -147,12 +156,16 @@ def unfold(ids):
 
 
 def test_fill_in_the_middle_keeps_the_text_and_the_rate():
-    corpus = Corpus(tuple(Document(f"{i:04d}é" + "x" * (i % 40), "a") for i in range(400)), (), ("a",), "")
+    corpus = Corpus(
+        tuple(Document(f"{i:04d}é" + "x" * (i % 40), "a") for i in range(400)), (), ("a",), ""
+    )
     for rate in (0.3, 1.0):
         source = from_corpus(corpus, BYTES, replace(CFG, seq_len=64, fim_rate=rate))
         order = source.train()[0]
         stream = np.concatenate([order[i]["tokens"] for i in range(len(order))])
-        documents = [part.tolist() for part in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]]
+        documents = [
+            part.tolist() for part in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]
+        ]
         assert Counter(map(unfold, documents)) == Counter(d.text for d in corpus.train)
         share = np.mean([ids[0] == PREFIX for ids in documents])
         assert abs(share - rate) <= 5 * (rate * (1 - rate) / 400) ** 0.5  # five standard deviations
@@ -167,9 +180,15 @@ def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources):
     corpus, cfg = make_corpus(), replace(CFG, seq_len=8, batch_size=2, fim_rate=1.0)
     everything = from_corpus(corpus, BYTES, cfg).val_batches(1000)
     assert_same(everything, from_corpus(corpus, BYTES, replace(cfg, seed=9)).val_batches(1000))
-    tokens, real, numbers = (np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids", "documents"))
+    tokens, real, numbers = (
+        np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids", "documents")
+    )
     for i, document in enumerate(corpus.val):
-        assert sorted(tokens[(real > 0) & (numbers == i)].tolist()) == sorted([*document.text.encode(), EOS])
+        assert sorted(tokens[(real > 0) & (numbers == i)].tolist()) == sorted(
+            [*document.text.encode(), EOS]
+        )
     texts = tuple(Document(f"{chr(97 + i)}" * 100, "a") for i in range(6))
-    source = from_corpus(Corpus((), texts, ("a",), ""), BYTES, replace(CFG, seq_len=4, batch_size=6))
+    source = from_corpus(
+        Corpus((), texts, ("a",), ""), BYTES, replace(CFG, seq_len=4, batch_size=6)
+    )
     assert {chr(c) for c in source.val_batches(1)[0]["tokens"][:, 0]} == set("abcdef")

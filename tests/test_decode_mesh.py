@@ -1,4 +1,4 @@
-"""Decoding on a mesh gives the tokens of a single device, and neither the cache nor the experts' weights are sent."""
+"""Decoding on a mesh gives a single device's tokens, and sends neither cache nor experts."""
 
 import importlib
 import math
@@ -17,8 +17,10 @@ from dsv3_jax.mesh import sharding
 
 pytestmark = pytest.mark.long
 
-# "tensor" divides heads and vocabulary; one expert's matrix is larger than all that a step may send.
-CFG = small(num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1)
+# "tensor" divides heads and vocabulary; an expert's matrix is larger than all that a step sends.
+CFG = small(
+    num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1
+)
 NEW = 8
 LENGTHS = (1, 5, 40, 3, 9, 2, 21, 4)
 PROMPTS = [tokens_of(CFG, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
@@ -30,7 +32,9 @@ def model_of(cfg=CFG, mesh=None, seed=0, execution=DENSE):
     """A random model, sharded over a mesh if there is one."""
     graphdef, state = nnx.split(random_model(cfg, seed, execution))
     if mesh is not None:
-        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=execution.layout.fsdp))
+        state = jax.device_put(
+            state, sharding.state_sharding(state, mesh, fsdp=execution.layout.fsdp)
+        )
     return nnx.merge(graphdef, state)
 
 
@@ -60,7 +64,8 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes, rows, settings, layout):
     got = generate(model, PROMPTS[:rows], NEW, **settings)
     # Greedy rows depend neither on drafts nor on other rows.
     assert got.tokens == (alone(rows, **settings) if "temperature" in settings else alone(8)[:rows])
-    assert len({token for row in got.tokens for token in row}) > 2  # a model that repeats one token could not fail
+    # a model that repeats one token could not fail
+    assert len({token for row in got.tokens for token in row}) > 2
 
 
 def test_sparse_attention_on_a_mesh():
@@ -73,13 +78,17 @@ def test_sparse_attention_on_a_mesh():
 
 def test_a_draft_model_is_on_the_mesh():
     mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, num_layers=1, mtp_depth=0)
-    got = generate(model_of(mesh=mesh), PROMPTS[:2], NEW, draft=model_of(cfg, mesh, seed=1), draft_length=2)
+    got = generate(
+        model_of(mesh=mesh), PROMPTS[:2], NEW, draft=model_of(cfg, mesh, seed=1), draft_length=2
+    )
     assert got.tokens == alone(8)[:2]
     with pytest.raises(ValueError, match="^draft is not on the mesh of the model"):
         generate(model_of(mesh=sharding.make_mesh(2)), PROMPTS[:1], NEW, draft=model_of())
 
 
-SENDS = re.compile(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+SENDS = re.compile(
+    r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 
 
 def sent(text):
@@ -97,7 +106,9 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
         made, decode = module.Programs(*form[:2]), module.Programs(*form[:2]).decode
 
         def lower(leaves, loop, *args, **static):
-            compiled.append((loop.cache, decode.lower(leaves, loop, *args, **static).compile().as_text()))
+            compiled.append(
+                (loop.cache, decode.lower(leaves, loop, *args, **static).compile().as_text())
+            )
             raise InterruptedError
 
         made.decode = lower
@@ -108,6 +119,7 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
         generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
     ((cache, text),) = compiled
     largest, rows = max(sent(text)), len(PROMPTS)
-    assert rows // 4 * 3 * CFG.dim <= largest < CFG.dim * CFG.expert_dim  # a token's width, but no expert's matrix
+    # a token's width, but no expert's matrix
+    assert rows // 4 * 3 * CFG.dim <= largest < CFG.dim * CFG.expert_dim
     shards = [x.addressable_shards[0].data for x in jax.tree.leaves(cache.parts)]
     assert {x.shape[1] for x in shards} == {rows // 4} and largest < sum(x.size for x in shards)

@@ -56,7 +56,9 @@ def assert_equal(got, want, atol=1e-10):
     (y, grads), (expected, expected_grads) = got, want
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, expected, atol=atol)
-    for name, g, e in zip(("x", "gates", "w_gate", "w_up", "w_down"), grads, expected_grads, strict=True):
+    for name, g, e in zip(
+        ("x", "gates", "w_gate", "w_up", "w_down"), grads, expected_grads, strict=True
+    ):
         np.testing.assert_allclose(g, e, atol=atol, err_msg=f"gradient of {name}")
 
 
@@ -64,7 +66,8 @@ def assert_equal(got, want, atol=1e-10):
     "choose, sizes",
     [
         ("two take all", {}),
-        ("uneven", dict(n=700, d=3, f=2, num_experts=3)),  # rows of an expert span blocks, and end inside one
+        # rows of an expert span blocks, and end inside one
+        ("uneven", dict(n=700, d=3, f=2, num_experts=3)),
     ],
     ids=["two take all", "many rows"],
 )
@@ -73,7 +76,8 @@ def test_backends_and_their_gradients_equal_dense(x64, rng, choose, sizes):
     weight = rng.standard_normal(arrays[0].shape)
     want = value_and_gradients(oracles.routed_swiglu_jnp, weight, *arrays)
     for backend in BACKENDS.values():
-        assert_equal(value_and_gradients(backend, weight, *arrays), want, atol=1e-9)  # hundreds of terms
+        # hundreds of terms
+        assert_equal(value_and_gradients(backend, weight, *arrays), want, atol=1e-9)
 
 
 DECODING = (
@@ -106,7 +110,9 @@ def test_an_expert_that_is_elsewhere_adds_nothing(x64, rng):
     x, ids, gates, *weights = case(rng, "any", n=8)
     here, held, weight = ids < 4, [w[:4] for w in weights], rng.standard_normal(x.shape)
     gates = np.where(here, gates, 0.0)
-    want = value_and_gradients(oracles.routed_swiglu_jnp, weight, x, np.where(here, ids, -1), gates, *held)
+    want = value_and_gradients(
+        oracles.routed_swiglu_jnp, weight, x, np.where(here, ids, -1), gates, *held
+    )
     for backend in ("blocks", "ragged_dot", "row_blocks"):
         arrays = x, np.where(here, ids, 4), gates, *held
         y, (dx, d_gates, *rest) = value_and_gradients(BACKENDS[backend], weight, *arrays)
@@ -124,18 +130,22 @@ def native_kernel():
 @pytest.mark.parametrize("n, sizes", [(1, {}), (5, dict(d=128, f=80)), (40, dict(d=7, f=130))])
 def test_decode_kernel_equals_dense(native_kernel, rng, n, sizes):
     """The kernel runs in float32, whose unit roundoff is 6e-8, and sums at most 130 products."""
-    x, ids, gates, *weights = map(float32, case(rng, "two take all" if n > 5 else "any", n=n, **sizes))
+    x, ids, gates, *weights = map(
+        float32, case(rng, "two take all" if n > 5 else "any", n=n, **sizes)
+    )
     expected = dense(x, ids, gates, *weights)
     y = native_kernel(x, ids, gates, *weights)
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
     for i in range(0, n, 3):  # bitwise the same without the other tokens
         one = slice(i, i + 1)
-        np.testing.assert_array_equal(native_kernel(x[one], ids[one], gates[one], *weights)[0], y[i])
+        np.testing.assert_array_equal(
+            native_kernel(x[one], ids[one], gates[one], *weights)[0], y[i]
+        )
 
 
 @pytest.mark.parametrize("factor, choose", [(0.25, "uneven"), (3.0, "two take all")])
 def test_capacity_drops_later_tokens(x64, rng, factor, choose):
-    """Values and gradients equal the oracle's with a gate of 0 for each assignment beyond the capacity.
+    """Values and gradients are the oracle's with a gate of 0 for assignments beyond the capacity.
 
     factor = E/K gives every expert capacity for all n tokens: nothing is dropped.
     """

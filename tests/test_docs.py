@@ -1,4 +1,4 @@
-"""Every command of the README and the site has options that exist, and runs with small steps, as every Python block."""
+"""Every command and Python block of the README and the site runs, with small steps."""
 
 import contextlib
 import io
@@ -30,7 +30,11 @@ from experiments.cards import TASKS, read_cards, write_card
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/guides/*.md")),
+]
 
 
 class Parsed(BaseException):
@@ -38,20 +42,26 @@ class Parsed(BaseException):
 
 
 def blocks(page: Path, language: str) -> str:
-    return "\n".join(re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    return "\n".join(
+        re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    )
 
 
 def lines(page: Path) -> list[tuple[str, list[str]]]:
     """The shell's lines of a page, each with its words."""
     text = blocks(page, "bash").replace("\\\n", " ")
-    return [(line, words) for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    return [
+        (line, words) for line in text.splitlines() if (words := shlex.split(line, comments=True))
+    ]
 
 
 def commands(page: Path) -> list[list[str]]:
     return [words[1:] for _, words in lines(page) if words[0] == "dsv3"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem
+)
 def test_commands(page, monkeypatch, capsys):
     parse = tyro.cli
 
@@ -78,7 +88,9 @@ NOT_RUN = {
     "python experiments/accel/run.py": "experiments/accel/test_accel.py runs it",
     "dsv3 train v3": "it needs 512 devices and more",
     "--target gpu": "it needs a GPU's compiler; tests/test_compiled.py has it",
-    "dsv3 train tiny --start runs/demo --model.attention dsa": "no query latents; tests/test_sparse_attention.py",
+    "dsv3 train tiny --start runs/demo --model.attention dsa": (
+        "no query latents; tests/test_sparse_attention.py"
+    ),
     "dsv3 train tiny --start runs/warm": "the same",
     "dsv3 info mini --check": "it computes at mini's sizes; tests/test_check.py has small ones",
 }
@@ -96,14 +108,18 @@ INSTEAD = {
     "plan v3 --mesh data=128,expert=16": "plan tiny --mesh data=2,expert=4",
 }  # fmt: skip
 RELEASED = {  # cells of the parity grid by place
-    "Moonlight-16B-A3B-Instruct": "Moonlight", "moonshotai/Moonlight-16B-A3B": "Moonlight", "DeepSeek-V3": "FP8 file",
-    "DeepSeek-V3.1": "groups", "DeepSeek-V2-Lite": "V2-Lite, greedy", "deepseek-ai/DeepSeek-V2-Lite": "V2-Lite, greedy",
+    "Moonlight-16B-A3B-Instruct": "Moonlight",
+    "moonshotai/Moonlight-16B-A3B": "Moonlight",
+    "DeepSeek-V3": "FP8 file",
+    "DeepSeek-V3.1": "groups",
+    "DeepSeek-V2-Lite": "V2-Lite, greedy",
+    "deepseek-ai/DeepSeek-V2-Lite": "V2-Lite, greedy",
     "Kimi-K2": "Moonlight",
-}  # fmt: skip
+}
 
 
 def shorter(argv: list[str]) -> list[str]:
-    """The command with little to do: a small model on a page of text for two steps, and mini as tiny."""
+    """The command with little to do: a small model on a page of text, two steps, mini as tiny."""
     text = shlex.join(argv)
     for words, other in INSTEAD.items():
         text = text.replace(words, other)
@@ -114,9 +130,12 @@ def shorter(argv: list[str]) -> list[str]:
     small += ["--grpo.max-new-tokens", "3"] * (argv[1] == "grpo")
     if argv[1] not in ("sft", "grpo"):
         taken = ("--model.",) if {"--start", "--trunk"} & set(argv) else ()  # the other run's
-        taken += ("--execution.kernels",) if "--execution.precision" in argv else ()  # not with 8 bits
+        # kernels are not named with 8 bits
+        taken += ("--execution.kernels",) if "--execution.precision" in argv else ()
         options = re.split(r" (?=--)", " ".join(flags(make_run("notes/", steps=2))))
-        small = [word for option in options if not option.startswith(taken) for word in option.split(" ")]
+        small = [
+            word for option in options if not option.startswith(taken) for word in option.split(" ")
+        ]
         small += ["--data.batch-size", "8"] * ("--mesh" in argv)
         small += ["--model.vocab-size", "300"] * (argv[1] == "mini" and "--start" not in argv)
     return ["train", argv[1].replace("mini", "tiny"), *small, *argv[2:]]
@@ -130,9 +149,13 @@ def place(root, tmp_path_factory):
     (folder / "src").mkdir()
     (folder / "src" / "a.py").write_text("x = 2\n" * 30)
     (folder / "corpus.jsonl").write_text(json.dumps({"text": "a text of its own"}) + "\n")
-    chats = ({"messages": [USER, {**ANSWER, "content": f"{ANSWER['content']} {i}"}]} for i in range(9))
+    chats = (
+        {"messages": [USER, {**ANSWER, "content": f"{ANSWER['content']} {i}"}]} for i in range(9)
+    )
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    tasks = "".join(json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1}"}) + "\n" for i in range(9))
+    tasks = "".join(
+        json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1}"}) + "\n" for i in range(9)
+    )
     for name in ("tasks", "prompts"):
         (folder / f"{name}.jsonl").write_text(tasks)
     (folder / "judge.py").write_text("def is_right(text, row):\n    return row['answer'] in text\n")
@@ -147,7 +170,8 @@ def place(root, tmp_path_factory):
     (folder / "tools.json").write_text(json.dumps(TOOLS))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert unhooked_cli().main(["tokenizer", "mine.json", "--vocab-size", "300", "--paths", "notes/"]) == 0
+        argv = ["tokenizer", "mine.json", "--vocab-size", "300", "--paths", "notes/"]
+        assert unhooked_cli().main(argv) == 0
         ds.train.fit(make_run("notes/", steps=2), "runs/first", quiet=True)
     return folder
 
@@ -156,7 +180,9 @@ IN_CI = ("README",)  # the others compile for minutes
 
 
 def marked(page: Path):
-    return pytest.param(page, id=page.stem, marks=pytest.mark.long if page.stem in IN_CI else pytest.mark.rare)
+    return pytest.param(
+        page, id=page.stem, marks=pytest.mark.long if page.stem in IN_CI else pytest.mark.rare
+    )
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if lines(page)])
@@ -164,7 +190,8 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
     monkeypatch.chdir(place)
     shutil.rmtree("released", ignore_errors=True)  # of another page
     failed = []
-    for line, argv in sorted(lines(page), key=lambda pair: "dsv3 chat" in pair[0]):  # which may be of a later run
+    # chats come last: they may be of a later run
+    for line, argv in sorted(lines(page), key=lambda pair: "dsv3 chat" in pair[0]):
         if argv[0] == "make":
             assert re.search(rf"^{argv[1]}:", MAKEFILE, re.MULTILINE)
         elif argv[0] == "dsv3" and not any(words in line for words in NOT_RUN):
@@ -180,10 +207,17 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
 def test_python_runs(page, place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(ds, "recipe", lambda name: make_run("notes/"))
-    monkeypatch.setattr(ds, "preset", lambda name: MODEL if name == "tiny" else presets.preset(name))
+    monkeypatch.setattr(
+        ds, "preset", lambda name: MODEL if name == "tiny" else presets.preset(name)
+    )
     monkeypatch.setitem(routing.ROUTERS, "by_position", None)  # leaves the table with the test
     del routing.ROUTERS["by_position"]
-    names = {"ds": ds, "cfg": MODEL, "messages": [USER, ANSWER], "wandb": SimpleNamespace(log=lambda *_, step: None)}
+    names = {
+        "ds": ds,
+        "cfg": MODEL,
+        "messages": [USER, ANSWER],
+        "wandb": SimpleNamespace(log=lambda *_, step: None),
+    }
     names |= {"model": ds.load_model("runs/first"), "tokenizer": ds.tokenizer.load("bytes")}
     text = re.sub(r"\bsteps=\d+", "steps=2", blocks(page, "python"))
     exec(re.sub(r", (20|100|200)\b(?=[,)])", ", 3", text), names)
@@ -194,19 +228,33 @@ def test_a_card_holds_what_was_measured_and_the_site_says_what_has_not_run(tmp_p
     import generate
 
     card = partial(
-        write_card, tmp_path, "mini", device="NVIDIA H100 80GB HBM3", command="run.py", versions={"jax": "1"}
+        write_card,
+        tmp_path,
+        "mini",
+        device="NVIDIA H100 80GB HBM3",
+        command="run.py",
+        versions={"jax": "1"},
     )
     card(task="speed", figures={"MFU": 0.25})
     card(task="speed", figures={"MFU": 0.5, "step, s": 2.0})  # in the place of the first
-    for bad in ({"task": "sped", "figures": {"MFU": 0.5}}, {"task": "speed", "figures": {"MFU": float("nan")}}):
+    for bad in (
+        {"task": "sped", "figures": {"MFU": 0.5}},
+        {"task": "speed", "figures": {"MFU": float("nan")}},
+    ):
         with pytest.raises(ValueError, match="task='sped'|figures={'MFU': nan}"):
             card(**bad)
     page = generate.cards(read_cards(tmp_path))
-    assert "| speed | not run | 1 | not run |" in page and "| mini | 0.5 |" in page and "## TPU\n\nNot run." in page
+    assert "| speed | not run | 1 | not run |" in page
+    assert "| mini | 0.5 |" in page
+    assert "## TPU\n\nNot run." in page
     assert {card["task"] for card in read_cards()} <= TASKS.keys()
 
 
-SOURCES = [*PAGES[1:], *sorted(ROOT.glob("notebooks/*.ipynb")), *sorted(ROOT.glob("experiments/**/*.md"))]
+SOURCES = [
+    *PAGES[1:],
+    *sorted(ROOT.glob("notebooks/*.ipynb")),
+    *sorted(ROOT.glob("experiments/**/*.md")),
+]
 
 
 def formulas(source: Path) -> list[str]:
@@ -231,8 +279,14 @@ def site(root, tmp_path_factory):
         pytest.skip("the packages of `make docs` are not installed")
     names = [source.relative_to(ROOT).as_posix() for source in WITH_FORMULAS]
     folder = tmp_path_factory.mktemp("site")
-    only = ("-D", f"include_patterns={','.join(names)}", "-D", f"root_doc={Path(names[0]).with_suffix('')}")
-    command = (sys.executable, "-m", "sphinx", "-Q", "-b", "html", "-c", "docs", *only, ".", str(folder))
+    only = (
+        "-D",
+        f"include_patterns={','.join(names)}",
+        "-D",
+        f"root_doc={Path(names[0]).with_suffix('')}",
+    )
+    sphinx = (sys.executable, "-m", "sphinx", "-Q", "-b", "html", "-c", "docs")
+    command = (*sphinx, *only, ".", str(folder))
     done = subprocess.run(command, cwd=ROOT, env=environment(root), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -255,10 +309,17 @@ def test_formulas_are_drawn_and_nothing_outside_the_site_is_asked_for(site):
         for source in WITH_FORMULAS:
             browser.open(site / source.relative_to(ROOT).with_suffix(".html"), width=360)
             count = len(formulas(source))
-            browser.wait_for(f"document.querySelectorAll('.math > mjx-container > svg').length === {count}")
-            assert browser.run("document.querySelectorAll('svg [data-mml-node=merror]').length") == 0
-            assert browser.run("document.documentElement.scrollWidth") == 360  # a long formula scrolls in its own box
-            browser.run("document.querySelectorAll('pre, code, script, mjx-container').forEach(e => e.remove())")
+            browser.wait_for(
+                f"document.querySelectorAll('.math > mjx-container > svg').length === {count}"
+            )
+            merrors = browser.run("document.querySelectorAll('svg [data-mml-node=merror]').length")
+            assert merrors == 0
+            # a long formula scrolls in its own box
+            assert browser.run("document.documentElement.scrollWidth") == 360
+            browser.run(
+                "document.querySelectorAll('pre, code, script, mjx-container')"
+                ".forEach(e => e.remove())"
+            )
             assert not re.findall(r"\$.*\$|\\[a-zA-Z({\[]+", browser.text("article"))
             assert browser.errors == []
             assert {request[:8] for request in browser.requests} == {"file:///"}

@@ -1,4 +1,4 @@
-"""Templates, lines, files and manifests of others are refused with one sentence, soon and in little memory."""
+"""Templates, lines, files, manifests of others are refused: one sentence, soon, little memory."""
 
 import io
 import os
@@ -18,7 +18,13 @@ from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.checkers import Checker
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.template import ChatTemplate
-from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, TEXT_FILES, plain_settings, read_settings, with_template
+from dsv3_jax.chat.text_settings import (
+    PLAIN_TEMPLATE,
+    TEXT_FILES,
+    plain_settings,
+    read_settings,
+    with_template,
+)
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.config import ConfigError, DataConfig, replace
 from dsv3_jax.data import tokenizer
@@ -61,7 +67,7 @@ ENDLESS = {
         "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}",
         DOUBLE + "{% set n.i = n.i * n.i %}{% endfor %}",
         "{{ 9 ** 999999999 }}",
-        # C code that no handler of a signal interrupts: two trees of 2^40 leaves, keys of one hash, large powers
+        # C code that no signal interrupts: two trees of 2^40 leaves, keys of one hash, large powers
         TREES + "{{ n.s == n.i }}",
         TREES + "{{ n.s in [n.i] }}",
         "{{ dict(range(0, 99999 * (2**61 - 1), 2**61 - 1) | batch(2) | list) | length }}",
@@ -78,20 +84,27 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize(("sentence", "source"), [(key, source) for key, some in ENDLESS.items() for source in some])
+@pytest.mark.parametrize(
+    ("sentence", "source"), [(key, source) for key, some in ENDLESS.items() for source in some]
+)
 def test_a_template_ends(monkeypatch, sentence, source):
-    """Range bombs, recursion, and ways to a large value, in any thread; with a small part of the limits of use."""
+    """Range bombs, recursion, ways to a large value, in any thread; at a part of the limits."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(sandbox, "MAX_BYTES", 2**25)
     work = lambda: ChatTemplate(source, ByteTokenizer(), EOS).text([USER])  # noqa: E731
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=f"^the chat template {sentence}"):
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ValueError, match=f"^the chat template {sentence}"),
+    ):
         pool.submit(work).result()
     assert plain_settings().chat.text([USER])  # the next one has a process that lives
 
 
 def test_an_interrupted_template_answers_no_later_question(monkeypatch):
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 5)
-    slow = ChatTemplate("{% for i in range(99999) %}{% if i in range(i) %}{% endif %}{% endfor %}a", ByteTokenizer())
+    slow = ChatTemplate(
+        "{% for i in range(99999) %}{% if i in range(i) %}{% endif %}{% endfor %}a", ByteTokenizer()
+    )
     with handled(signal.default_int_handler, signal.SIGALRM), pytest.raises(KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         slow.text([USER])
@@ -102,8 +115,10 @@ TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in
 
 
 def test_a_long_chat_takes_linear_time(monkeypatch):
-    """Without `{% generation %}` a turn is compared after a few turns, as if it were after all turns before."""
-    template = ChatTemplate(re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE), ByteTokenizer(), EOS)
+    """Without `{% generation %}` a turn is compared after few turns as if after all before it."""
+    template = ChatTemplate(
+        re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE), ByteTokenizer(), EOS
+    )
     rendered, run = [], ChatTemplate._run
     count = lambda self, some, *rest: rendered.append(len(some)) or run(self, some, *rest)  # noqa: E731
     monkeypatch.setattr(ChatTemplate, "_run", count)
@@ -150,7 +165,8 @@ def is_interrupted(text, row):
 """
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # nobody closes what takes its place
+# nobody closes what takes its place
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -161,26 +177,38 @@ def is_interrupted(text, row):
         ("closes", "ValueError: it closes stdout"),
     ],
 )
-def test_a_reward_function_that_ends_the_process_ends_the_run_alone(tmp_path, monkeypatch, name, said):
+def test_a_reward_function_that_ends_the_process_ends_the_run_alone(
+    tmp_path, monkeypatch, name, said
+):
     """Training saves before it raises this; Ctrl-C and SIGTERM pass."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    with pytest.raises(ValueError, match=f"^grpo checker='rewards:{name}' fails at line 3 with {said}"):
+    with pytest.raises(
+        ValueError, match=f"^grpo checker='rewards:{name}' fails at line 3 with {said}"
+    ):
         Checker(f"rewards:{name}").check("text", {}, "line 3")
     print("it can be said")
-    with pytest.raises(ConfigError, match="^grpo checker='leaving:f' cannot be imported: SystemExit: 0$"):
+    with pytest.raises(
+        ConfigError, match="^grpo checker='leaving:f' cannot be imported: SystemExit: 0$"
+    ):
         Checker("leaving:f")
 
 
-@pytest.mark.parametrize(("name", "code"), [("is_stopped", 143), ("is_interrupted", 130), ("leaves", 2)])
-def test_ctrl_c_and_sigterm_end_a_command_that_runs_a_reward_function(tmp_path, monkeypatch, capsys, name, code):
+@pytest.mark.parametrize(
+    ("name", "code"), [("is_stopped", 143), ("is_interrupted", 130), ("leaves", 2)]
+)
+def test_ctrl_c_and_sigterm_end_a_command_that_runs_a_reward_function(
+    tmp_path, monkeypatch, capsys, name, code
+):
     """Training itself notes them, and saves."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     main = unhooked_cli()
-    monkeypatch.setattr(main, "dispatch", lambda argv: Checker(f"rewards:{name}").check("text", {}, "line 3"))
+    monkeypatch.setattr(
+        main, "dispatch", lambda argv: Checker(f"rewards:{name}").check("text", {}, "line 3")
+    )
     assert main.main([]) == code and bool(capsys.readouterr().err) == (code == 2)
 
 
@@ -222,12 +250,23 @@ def json_doors(folder: Path):
     yield lambda path: read_run(folder), folder / "run.json", '{"format": 2, "run": %s}'
     yield lambda path: read_manifest(folder), folder / MANIFEST, "%s"
     yield lambda path: ReleasedFolder(folder), folder / "config.json", '{"model_type": %s}'
-    yield lambda path: read_object(Path(path)), folder / "tokenizer_config.json", '{"chat_template": %s}'
+    yield (
+        lambda path: read_object(Path(path)),
+        folder / "tokenizer_config.json",
+        '{"chat_template": %s}',
+    )
     yield lambda path: tokenizer.load(path), folder / "tokenizer.json", '{"model": %s}'
 
 
 def test_json_that_no_program_should_write(tmp_path):
-    for value in ("[" * 400 + "]" * 400, '{"a":' * 1000 + "1" + "}" * 1000, '"\\ud800"', "1" * 5000, "NaN", "1e999"):
+    for value in (
+        "[" * 400 + "]" * 400,
+        '{"a":' * 1000 + "1" + "}" * 1000,
+        '"\\ud800"',
+        "1" * 5000,
+        "NaN",
+        "1e999",
+    ):
         for read, file, text in json_doors(tmp_path):
             file.write_text(text % value)
             with pytest.raises(ValueError, match=file.name):
@@ -250,10 +289,24 @@ def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
     made = tokenizers.normalizers
     replace, runs = made.Replace, made.Replace(tokenizers.Regex(" {2,}"), " ")
     doubles = made.Sequence([replace(tokenizers.Regex("(?=q)"), "q")] * 30)
-    for normalizer in (replace("", "a" * 1000), replace("q", "a" * 10**6), doubles, made.Prepend("a" * 1000)):
-        with pytest.raises(ValueError, match="tokenizer.json' has a normalizer that may make .* letters of one"):
+    for normalizer in (
+        replace("", "a" * 1000),
+        replace("q", "a" * 10**6),
+        doubles,
+        made.Prepend("a" * 1000),
+    ):
+        with pytest.raises(
+            ValueError, match="tokenizer.json' has a normalizer that may make .* letters of one"
+        ):
             with_parts(tmp_path, normalizer=normalizer)
-    usual = [made.Prepend("▁"), replace(" ", "▁"), made.NFKC(), replace("``", '"'), runs, replace("\n", "<0x0A>")]
+    usual = [
+        made.Prepend("▁"),
+        replace(" ", "▁"),
+        made.NFKC(),
+        replace("``", '"'),
+        runs,
+        replace("\n", "<0x0A>"),
+    ]
     assert with_parts(tmp_path, normalizer=made.Sequence(usual)).encode("a") == [*"▁a".encode()]
 
 
@@ -261,7 +314,12 @@ def test_a_panic_of_the_library_is_one_sentence(tmp_path):
     """Its regular expressions give up on such a text, and Rust's panic is no Exception."""
     slow = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a|aa)+$"), "isolated")
     words = with_parts(tmp_path, pre_tokenizer=slow)
-    for encode in (words.encode, words.encode_prompt, words.encode_with_specials, words.encode_plain):
+    for encode in (
+        words.encode,
+        words.encode_prompt,
+        words.encode_with_specials,
+        words.encode_plain,
+    ):
         with pytest.raises(ValueError, match="the tokenizer cannot encode .*aaa!'.*: Onig"):
             encode("a" * 60 + "!")
 
@@ -304,14 +362,18 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
     for work in (lambda: fit(recipe("tiny"), out), lambda: report(run, out)):
         with pytest.raises(OSError, match="Not a directory"):
             work()
-    for argv in (["tokenizer", str(out)], ["convert", run, str(out)],
-                 ["data", "tokenize", run, "--out", str(out)], ["stats", run, "--tokens", str(out)]):  # fmt: skip
+    for argv in (
+        ["tokenizer", str(out)],
+        ["convert", run, str(out)],
+        ["data", "tokenize", run, "--out", str(out)],
+        ["stats", run, "--tokens", str(out)],
+    ):
         assert main(argv) == 2
 
 
 @pytest.mark.parametrize("name", ["ev\udcff", "folder"])
 def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, name):
-    """It is not UTF-8, which Orbax and ArrayRecord need, or a folder's where a file is to be written."""
+    """It is not UTF-8, which Orbax and ArrayRecord need, or a folder's instead of a file's."""
     claim(tmp_path / "run", recipe("tiny"))
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
     (tmp_path / "folder").mkdir()
@@ -322,7 +384,11 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, name)
     if name != "folder":
         (tmp_path / "run").rename(tmp_path / f"run{name}")
         shards = Tokenize((str(tmp_path / "text.jsonl"),), out)
-        for work in (fit, recipe("tiny"), out), (tokenize, shards), (load_run, tmp_path / f"run{name}"):
+        for work in (
+            (fit, recipe("tiny"), out),
+            (tokenize, shards),
+            (load_run, tmp_path / f"run{name}"),
+        ):
             with pytest.raises(ValueError, match=sentence):
                 work[0](*work[1:])
         assert not out.exists()
@@ -331,7 +397,8 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, name)
 # Streams
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # nobody closes what takes their place
+# nobody closes what takes their place
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_closed_streams(monkeypatch, capsys):
     """The long test of the command line closes those of a process."""
 

@@ -1,4 +1,4 @@
-"""Heads draft what their teacher-forced forward pass would, whatever came before: a test of the caches they keep."""
+"""Heads draft what their teacher-forced forward pass would: a test of the caches they keep."""
 
 from dataclasses import replace
 from functools import partial
@@ -29,11 +29,12 @@ def full_pass(graphdef, state, tokens):
 def last_head(graphdef, state, tokens, h):
     """The deepest chained head on given inputs: position i reads entry i of `tokens`."""
     model = nnx.merge(graphdef, state)
-    return model.mtp[-1](h, make_context(model.cfg, from_zero(*tokens.shape)), model.embedding(tokens))[0]
+    ctx = make_context(model.cfg, from_zero(*tokens.shape))
+    return model.mtp[-1](h, ctx, model.embedding(tokens))[0]
 
 
 def teacher_drafts(model, rows, newest, count):
-    """Drafts [B, count] by full passes over rows that have the text up to `newest` and then the same drafts."""
+    """Drafts [B, count] by full passes over rows with the text up to `newest`, then the drafts."""
     graphdef, state = nnx.split(model)
     _, read, mtp_h = full_pass(graphdef, state, jnp.asarray(rows))
     head, batch, depth = np.asarray(model.head_matrix()), np.arange(len(rows)), model.cfg.mtp_depth
@@ -43,14 +44,16 @@ def teacher_drafts(model, rows, newest, count):
         out = np.asarray(mtp_h[-1])
         for pos in newest + np.arange(count - depth)[:, None]:
             h[batch, pos] = out[batch, pos - 1]
-            out = np.asarray(last_head(graphdef, state, jnp.asarray(rows[:, depth:]), jnp.asarray(h)))
+            out = np.asarray(
+                last_head(graphdef, state, jnp.asarray(rows[:, depth:]), jnp.asarray(h))
+            )
             drafts.append(out[batch, pos] @ head)
     return np.argmax(np.stack(drafts, axis=1), axis=-1)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_drafts_are_those_of_the_full_text(rng, heads):
-    """Each step accepts a random number of the text's tokens. Slots beyond them hold arbitrary numbers."""
+    """Each step accepts a random number of tokens. Slots beyond them hold arbitrary numbers."""
     reads = "normed" if heads in ("eagle", "medusa") else "raw"
     cfg = replace(LIGHT, mtp_input=reads, **HEADS[heads])
     model, count = random_model(cfg, execution=DENSE), 3 if heads in ("meta", "medusa") else 5
@@ -62,7 +65,9 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
 
     @jax.jit
     def start(model, tokens, lengths, x):
-        return drafter(model, weights).start(Prompt(tokens, lengths, x, 160, kind, jnp.dtype("float32")))
+        return drafter(model, weights).start(
+            Prompt(tokens, lengths, x, 160, kind, jnp.dtype("float32"))
+        )
 
     @jax.jit
     def draft(model, state, unread):
@@ -74,25 +79,42 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
         return drafter(model, weights).read(state, unread)
 
     def arbitrary_beyond(valid, y):
-        noise = rng.integers(cfg.vocab_size, size=y.shape) if y.dtype == np.int32 else 3 * rng.standard_normal(y.shape)
-        return jnp.asarray(np.where(valid.reshape(*valid.shape, *[1] * (y.ndim - 2)), y, noise).astype(y.dtype))
+        noise = (
+            rng.integers(cfg.vocab_size, size=y.shape)
+            if y.dtype == np.int32
+            else 3 * rng.standard_normal(y.shape)
+        )
+        return jnp.asarray(
+            np.where(valid.reshape(*valid.shape, *[1] * (y.ndim - 2)), y, noise).astype(y.dtype)
+        )
 
     def unread(begin, many, width):
         known = np.arange(width)[None] < many[:, None]
         at = np.minimum(begin[:, None] + np.arange(width), text.shape[1] - 1)
         so_far = arbitrary_beyond(np.arange(text.shape[1])[None] <= (begin + many)[:, None], text)
-        return Unread(arbitrary_beyond(known, h[batch[:, None], at]), so_far, jnp.asarray(many), jnp.asarray(begin))
+        return Unread(
+            arbitrary_beyond(known, h[batch[:, None], at]),
+            so_far,
+            jnp.asarray(many),
+            jnp.asarray(begin),
+        )
 
     prompt = np.arange(32)[None] < lengths[:, None]
     state = start(
-        model, arbitrary_beyond(prompt, text[:, :32]), jnp.asarray(lengths), arbitrary_beyond(prompt, x[:, :32])
+        model,
+        arbitrary_beyond(prompt, text[:, :32]),
+        jnp.asarray(lengths),
+        arbitrary_beyond(prompt, x[:, :32]),
     )
     begin, many = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
-    for plain_steps in (0, 40, 0, 1, 0):  # after which the drafter reads all but the newest position first
+    # after which the drafter reads all but the newest position first
+    for plain_steps in (0, 40, 0, 1, 0):
         many = many + np.int32(plain_steps)
         while plain_steps and many.max() > 1:  # rows that have read all wait
             some = np.minimum(many - 1, READ).astype(np.int32)
-            state, begin, many = read(model, state, unread(begin, some, READ)), begin + some, many - some
+            state = read(model, state, unread(begin, some, READ))
+            begin = begin + some
+            many = many - some
         drafts, state = draft(model, state, unread(begin, many, count + 1))
         begin = begin + many
         rows = text.copy()

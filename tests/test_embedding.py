@@ -10,12 +10,14 @@ from dsv3_jax.ops import embedding
 
 
 def gradient(look_up, table, tokens, d_rows):
-    return jax.jit(lambda *a: jax.vjp(lambda t: look_up(t, a[1]), a[0])[1](a[2])[0])(table, tokens, d_rows)
+    return jax.jit(lambda *a: jax.vjp(lambda t: look_up(t, a[1]), a[0])[1](a[2])[0])(
+        table, tokens, d_rows
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (1, 1), (64, 8), (100, 9)], ids=str)
 def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
-    """Tokens that fill several blocks, occur once and never; ids out of range are clipped, as in `look_up`."""
+    """Tokens that fill blocks, come once, or never; ids out of range are clipped, as usual."""
     table = rng.standard_normal((11, 4))
     tokens = rng.integers(0, 7, shape)
     tokens.flat[0], tokens.flat[-1] = 10, 12
@@ -26,16 +28,20 @@ def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
     args = jnp.asarray(table), jnp.asarray(tokens, jnp.int32), jnp.asarray(d_rows)
     for look_up in (embedding.look_up, embedding.look_up_in_order):
         np.testing.assert_array_equal(look_up(*args[:2]), table[np.minimum(tokens, 10)])
-        np.testing.assert_allclose(gradient(look_up, *args), want, atol=1e-13)  # at most 900 rows of a token
+        # at most 900 rows of a token
+        np.testing.assert_allclose(gradient(look_up, *args), want, atol=1e-13)
 
 
 def test_devices_add_up_their_rows(x64, rng):
     """On a mesh each device sums its tokens' rows, and the table's gradient is the sum of all."""
-    table, tokens = jnp.asarray(rng.standard_normal((11, 4))), jnp.asarray(rng.integers(0, 11, (8, 5)), jnp.int32)
+    table = jnp.asarray(rng.standard_normal((11, 4)))
+    tokens = jnp.asarray(rng.integers(0, 11, (8, 5)), jnp.int32)
     d_rows = jnp.asarray(rng.standard_normal((8, 5, 4)))
 
     def spread(table, tokens):
-        return sharding.shard_map_over_batch(lambda *a: ((), embedding.look_up_in_order(*a)), (table,), tokens)[1]
+        return sharding.shard_map_over_batch(
+            lambda *a: ((), embedding.look_up_in_order(*a)), (table,), tokens
+        )[1]
 
     with sharding.use_mesh(sharding.make_mesh(data=4)):
         got = gradient(spread, table, tokens, d_rows)

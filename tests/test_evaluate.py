@@ -11,7 +11,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.stats.cache_quality import cache_quality
 from dsv3_jax.training.evaluate import evaluate
 
-# Few tokens, so that drafts are often right; of 0 to 3 bytes, so that bytes and tokens differ in number.
+# Few tokens, so that drafts are often right; of 0 to 3 bytes, so that their numbers differ.
 
 
 class Table(Tokenizer):
@@ -27,7 +27,10 @@ B, T = 3, 12
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
-    """Rows of one to three documents, of two domains. The last row ends with padding; that of seed 2 is all padding."""
+    """Rows of one to three documents, of two domains; the last row ends with padding or is padding.
+
+    That of seed 2 is all padding.
+    """
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
     segment_ids[-1, rng.integers(3, T - 2) if seed == 1 else 0 :] = 0
@@ -50,7 +53,10 @@ def slow_measures(model) -> dict[str, object]:
         out = forward(model, batch["tokens"], batch["segment_ids"], batch["positions"])
         logits = np.asarray(out.logits, np.float64)
         own, drafts = logits.argmax(-1), [np.asarray(d).argmax(-1) for d in out.mtp_logits]
-        ids = [*np.asarray(out.routing.expert_ids), *(np.asarray(r.expert_ids) for r in out.mtp_routing)]
+        ids = [
+            *np.asarray(out.routing.expert_ids),
+            *(np.asarray(r.expert_ids) for r in out.mtp_routing),
+        ]
         for b in range(B):
             segment = batch["segment_ids"][b]
             for t in range(T):
@@ -84,7 +90,9 @@ def slow_measures(model) -> dict[str, object]:
         "load": load,
     }
     measures |= {"max_vio_global": vio(load[:trunk]), "max_vio_mtp": vio(load[trunk:])}
-    measures["max_vio_by_domain"] = {name: vio(part) for name, part in zip(domains, domain_load, strict=True)}
+    measures["max_vio_by_domain"] = {
+        name: vio(part) for name, part in zip(domains, domain_load, strict=True)
+    }
     tokens_of = domain_load[:, 0].sum(-1)
     weights = [MIX[name] * n / domains[name][1] for name, n in zip(domains, tokens_of, strict=True)]
     mixed = sum(w * part / n for w, part, n in zip(weights, domain_load, tokens_of, strict=True))
@@ -99,28 +107,41 @@ def vio(load):
 
 
 def test_measures_are_the_slow_loops():
-    model = random_model(CFG, seed=3, execution=DENSE)  # with this seed some drafts of each depth are right
+    # with this seed some drafts of each depth are right
+    model = random_model(CFG, seed=3, execution=DENSE)
     found, want = evaluate(model, BATCHES, WORDS, ("even", "odd"), mix=MIX), slow_measures(model)
     assert found.keys() == want.keys()
     np.testing.assert_array_equal(found["load"], want["load"])
     assert found["mtp_acceptance"] == pytest.approx(want["mtp_acceptance"], rel=1e-6)
-    names = ("val_loss", "val_bits_per_byte", "bits_per_byte_by_domain", *(n for n in want if n.startswith("max_vio")))
+    names = (
+        "val_loss",
+        "val_bits_per_byte",
+        "bits_per_byte_by_domain",
+        *(n for n in want if n.startswith("max_vio")),
+    )
     for name in names:
-        assert found[name] == pytest.approx(want[name], rel=1e-5), name  # the model's float32 rounding
+        # the model's float32 rounding
+        assert found[name] == pytest.approx(want[name], rel=1e-5), name
     # of the summed load, which is not the mean of the batches' own
-    apart = [evaluate(model, [batch], WORDS, ("even", "odd"))["max_vio_global"] for batch in BATCHES]
+    apart = [
+        evaluate(model, [batch], WORDS, ("even", "odd"))["max_vio_global"] for batch in BATCHES
+    ]
     assert found["max_vio_global"] != pytest.approx(np.mean(apart), rel=1e-3)
 
 
 @pytest.mark.long
 def test_cache_quality_of_an_exact_cache_is_that_of_the_forward():
-    """Rows of one document are read 16 tokens at a time, the last part padded; 8-bit rows lose a little."""
+    """Rows of one document are read by 16 tokens, the last part padded; int8 loses a little."""
     model = random_model(replace(CFG, mtp_depth=0), seed=3, execution=DENSE)
     tokens = np.random.default_rng(4).integers(0, 5, (2, B, 20)).astype(np.int32)
     one, positions = np.ones((B, 20), np.int32), np.tile(np.arange(20, dtype=np.int32), (B, 1))
-    rows = [{"tokens": t, "segment_ids": one, "positions": positions, "domains": 0 * one} for t in tokens]
+    rows = [
+        {"tokens": t, "segment_ids": one, "positions": positions, "domains": 0 * one}
+        for t in tokens
+    ]
     exact, rounded = cache_quality(model, rows, ("float32", "int8"), "latent").values()
     assert exact.val_loss == pytest.approx(evaluate(model, rows, WORDS)["val_loss"], rel=1e-5)
     assert exact.agreement == 1.0 and 0.9 < rounded.agreement <= 1.0
     assert rounded.val_loss != exact.val_loss == pytest.approx(rounded.val_loss, rel=0.02)
-    assert (exact.bytes_per_token, rounded.bytes_per_token) == (2 * 7 * 4, 2 * (7 + 8))  # C + R; scales
+    # C + R; scales
+    assert (exact.bytes_per_token, rounded.bytes_per_token) == (2 * 7 * 4, 2 * (7 + 8))

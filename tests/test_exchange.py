@@ -1,4 +1,4 @@
-"""Tokens sent to other devices' experts: the sums and gradients of a single device, whatever the load."""
+"""Tokens sent to other devices' experts: a single device's sums and gradients, at any load."""
 
 import itertools
 from dataclasses import replace
@@ -19,7 +19,9 @@ from dsv3_jax.ops import dispatch
 pytestmark = pytest.mark.usefixtures("x64")
 
 E, K, D, F = 16, 2, 4, 6
-CFG = small(num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F)
+CFG = small(
+    num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F
+)
 LOADS = ("even", "random", "one device", "idle")
 
 
@@ -29,10 +31,13 @@ def choices(load, rng, tokens):
         return jnp.arange(tokens * K, dtype=jnp.int32).reshape(tokens, K) % E
     preference = {
         "random": np.zeros(E),
-        "one device": np.where(np.arange(E) < K, 99.0, 0.0),  # experts 0 and 1 are on one device of every mesh
+        # experts 0 and 1 are on one device of every mesh
+        "one device": np.where(np.arange(E) < K, 99.0, 0.0),
         "idle": np.where(np.arange(E) < E // 2, -99.0, 0.0),  # half the devices
     }[load]
-    return jnp.asarray(np.argsort(-rng.gumbel(preference, size=(tokens, E)), axis=1)[:, :K], jnp.int32)
+    return jnp.asarray(
+        np.argsort(-rng.gumbel(preference, size=(tokens, E)), axis=1)[:, :K], jnp.int32
+    )
 
 
 def arrays(rng, tokens):
@@ -42,11 +47,13 @@ def arrays(rng, tokens):
 
 
 def sharded(cfg, layout, mesh, backend):
-    """Compile one layer for a mesh, as a training step has it. Returns: (y, copies of a token sent, gradients)."""
+    """Compile one layer for a mesh, as a step has it: (y, copies of a token sent, gradients)."""
     kernels = Kernels(Target("cpu", f"grouped_swiglu={backend}"))
 
     def loss(x, gates, experts, ids, weight):
-        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, experts, kernels=kernels, cfg=cfg, layout=layout)
+        y, sent = expert_parallel.grouped_swiglu(
+            x, ids, gates, experts, kernels=kernels, cfg=cfg, layout=layout
+        )
         return (weight * y).sum(), (y, sent)
 
     @jax.jit
@@ -56,9 +63,13 @@ def sharded(cfg, layout, mesh, backend):
 
     def on_mesh(x, gates, experts, *args):
         with jax.set_mesh(mesh):
-            specs = (sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp) for names in expert_parallel.AXIS_NAMES)
+            specs = (
+                sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp)
+                for names in expert_parallel.AXIS_NAMES
+            )
             experts = tuple(
-                jax.device_put(w, jax.NamedSharding(mesh, spec)) for w, spec in zip(experts, specs, strict=True)
+                jax.device_put(w, jax.NamedSharding(mesh, spec))
+                for w, spec in zip(experts, specs, strict=True)
             )
             return jax.device_get(run(x, gates, experts, *args))
 
@@ -66,16 +77,17 @@ def sharded(cfg, layout, mesh, backend):
 
 
 def count_sent(ids, data, peers):
-    """Copies of a token that have to go to another device, mean over tokens. Counted token by token."""
+    """Copies of a token that have to go to another device, mean over tokens; counted by token."""
     n, held = len(ids) // (data * peers), E // peers
     homes = (token // n % peers for token in range(len(ids)))
-    return sum(len({int(e) // held for e in chosen} - {home}) for chosen, home in zip(ids, homes, strict=True)) / len(
-        ids
-    )
+    return sum(
+        len({int(e) // held for e in chosen} - {home})
+        for chosen, home in zip(ids, homes, strict=True)
+    ) / len(ids)
 
 
 def count_rounds(ids, data, peers, first, later):
-    """Rounds after the first that the device needs which needs most: it sends tokens in turn, as long as they fit."""
+    """Rounds after the first of the device that needs most; tokens go in turn while they fit."""
     n, held, most = len(ids) // (data * peers), E // peers, 0
     for sender, there in itertools.product(range(data * peers), range(peers)):
         number, tokens, choices = 0, *first
@@ -89,7 +101,7 @@ def count_rounds(ids, data, peers, first, later):
 
 
 def by_load(rng, run, tokens):
-    """(Load, experts, copies of a token sent) of each load; outputs and gradients are a single device's."""
+    """(Load, experts, copies of a token sent) of each load; sums are a single device's."""
     x, gates, weight, experts = arrays(rng, tokens)
     for load in LOADS:
         ids = choices(load, rng, tokens)
@@ -102,15 +114,35 @@ def by_load(rng, run, tokens):
 
 
 MANY = Layout(expert_comm="all_to_all", capacity_slack=1.0)
-CASES = [  # (data, expert, tensor), tokens, kernel, layout, size of a round, of a later one, later ones at most
+# (data, expert, tensor), tokens, kernel, layout, (size of a round, of a later one, most of these)
+CASES = [
     pytest.param(
-        (1, 8, 1), 8, "ragged_dot", Layout(expert_comm="all_to_all"), ((1, 2), (1, 2), 0), id="one token a device"
+        (1, 8, 1),
+        8,
+        "ragged_dot",
+        Layout(expert_comm="all_to_all"),
+        ((1, 2), (1, 2), 0),
+        id="one token a device",
     ),
     pytest.param(
-        (2, 2, 2), 64, "ragged_dot", replace(MANY, fsdp=True), ((12, 16), (3, 4), 4), marks=pytest.mark.long, id="fsdp"
+        (2, 2, 2),
+        64,
+        "ragged_dot",
+        replace(MANY, fsdp=True),
+        ((12, 16), (3, 4), 4),
+        marks=pytest.mark.long,
+        id="fsdp",
     ),
     # All of a device's 24 tokens go to one peer.
-    pytest.param((1, 8, 1), 192, "blocks", MANY, ((6, 6), (2, 2), 21), marks=pytest.mark.rare, id="many rounds"),
+    pytest.param(
+        (1, 8, 1),
+        192,
+        "blocks",
+        MANY,
+        ((6, 6), (2, 2), 21),
+        marks=pytest.mark.rare,
+        id="many rounds",
+    ),
 ]
 
 
@@ -121,23 +153,31 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, exp
     size = token_exchange.round_size(CFG, layout, n, peers)
     later = token_exchange.later_size(size, token_exchange.most_choices(K, E // peers))
     rounds = {}
-    for load, ids, sent in by_load(rng, sharded(CFG, layout, sharding.make_mesh(*sizes), backend), tokens):
+    for load, ids, sent in by_load(
+        rng, sharded(CFG, layout, sharding.make_mesh(*sizes), backend), tokens
+    ):
         rounds[load] = count_rounds(ids, sizes[0], peers, size, later)
-        assert sent == pytest.approx((size.tokens + rounds[load] * later.tokens) * (peers - 1) / n, rel=1e-6), load
+        assert sent == pytest.approx(
+            (size.tokens + rounds[load] * later.tokens) * (peers - 1) / n, rel=1e-6
+        ), load
     assert rounds["even"] == 0 and (size, later, rounds["one device"]) == expected
 
 
 @pytest.mark.long
 def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
     monkeypatch.setattr(Kernels, "turns_experts", True)
-    run = sharded(CFG, Layout(expert_comm="gather", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot")
+    run = sharded(
+        CFG, Layout(expert_comm="gather", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot"
+    )
     assert [load for load, *_ in by_load(rng, run, 64)] == list(LOADS)
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`jax.lax.ragged_all_to_all`, which CPU does not have, by its definition; -99 where a call is not in order."""
+    """`jax.lax.ragged_all_to_all` by its definition, since CPU lacks it; -99 where out of order."""
     rows = jax.lax.all_gather(operand, axis_name)
-    starts, sizes, lands = (jax.lax.all_gather(a, axis_name) for a in (input_offsets, send_sizes, output_offsets))
+    starts, sizes, lands = (
+        jax.lax.all_gather(a, axis_name) for a in (input_offsets, send_sizes, output_offsets)
+    )
     me, slot = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0], dtype=jnp.int32)
     for peer in range(rows.shape[0]):
         start, size, land = starts[peer, me], sizes[peer, me], lands[peer, me]
@@ -152,14 +192,16 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 @pytest.mark.long
 def test_every_load_is_a_single_devices_ragged(rng, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    run = sharded(CFG, Layout(expert_comm="ragged", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot")
+    run = sharded(
+        CFG, Layout(expert_comm="ragged", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot"
+    )
     for load, ids, sent in by_load(rng, run, 48):
         assert sent == pytest.approx(count_sent(ids, 2, 2), rel=1e-6), load
 
 
 @pytest.mark.long
 def test_ragged_lowers_for_the_accelerators(rng):
-    """There it is one call of the compiler's for each of rows, gates and ids, and one for the way back."""
+    """There it is one compiler's call for each of rows, gates and ids, and one for the way back."""
     x, gates, _, experts = arrays(rng, 48)
     x, gates, experts = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
     for platform in ("tpu", "cuda"):
@@ -176,18 +218,23 @@ def test_ragged_lowers_for_the_accelerators(rng):
     [(16, 8, 2, 2, 8), (16, 8, 2, 2, 2), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6), (12, 2, 1, 4, 6)],
 )
 def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
-    cfg = small(num_experts=experts, num_groups=groups, groups_per_token=per_token, experts_per_token=k)
+    cfg = small(
+        num_experts=experts, num_groups=groups, groups_per_token=per_token, experts_per_token=k
+    )
     size, reach = experts // groups, []
     for chosen in itertools.combinations(range(groups), per_token):
         pool = [g * size + e for g in chosen for e in range(size)]
-        reach += [len({e // (experts // peers) for e in ids}) for ids in itertools.combinations(pool, k)]
+        reach += [
+            len({e // (experts // peers) for e in ids}) for ids in itertools.combinations(pool, k)
+        ]
     assert token_exchange.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
 
 
 def test_auto_is_the_smaller_one():
     for changes in (dict(num_groups=3), dict(num_groups=4, groups_per_token=1, router="topk")):
         # Groups are ignored if one is on two devices, and if the router has none.
-        grouped, free = small(num_experts=12, **changes), small(num_experts=12, num_groups=1, groups_per_token=1)
+        grouped = small(num_experts=12, **changes)
+        free = small(num_experts=12, num_groups=1, groups_per_token=1)
         assert token_exchange.mean_reach(grouped, 4) == token_exchange.mean_reach(free, 4)
     pick, auto = expert_parallel.pick_expert_comm, Layout()
     assert pick(CFG, auto, 100, 8) == "all_to_all"  # 1.67 devices of 8

@@ -1,4 +1,4 @@
-"""Routers and balance rules in a layer and in a training step; a new one, or a new kind of head, is a row or two."""
+"""Routers and balance rules in a layer and a step; a new one, or a new head, is a row or two."""
 
 import re
 import shlex
@@ -26,7 +26,15 @@ from runs import (
 )
 
 from dsv3_jax import reference
-from dsv3_jax.config import HEAD_KINDS, Balance, HeadKind, ModelConfig, OptimConfig, from_dict, to_dict
+from dsv3_jax.config import (
+    HEAD_KINDS,
+    Balance,
+    HeadKind,
+    ModelConfig,
+    OptimConfig,
+    from_dict,
+    to_dict,
+)
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model import counting
 from dsv3_jax.model.layers import param
@@ -51,11 +59,12 @@ def make_batch():
 
 
 def test_the_layers_noise_is_the_equations(rng):
-    """With keys the experts follow the noisy logits, with other noise in each row; without keys the logits."""
+    """With keys experts follow the noisy logits, with other noise in each row; else the logits."""
     cfg = replace(LIGHT, router="noisy_topk", **NO_GROUPS)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(cfg, DENSE, rngs=nnx.Rngs(0))))
     state, x = jax.tree.map(
-        lambda v: 0.4 * rng.standard_normal(v.shape, np.float32), (state, jnp.zeros((2, 6, cfg.dim)))
+        lambda v: 0.4 * rng.standard_normal(v.shape, np.float32),
+        (state, jnp.zeros((2, 6, cfg.dim))),
     )
     keys = jax.random.split(jax.random.key(1), 2)
 
@@ -66,7 +75,9 @@ def test_the_layers_noise_is_the_equations(rng):
         return moe(x, keys=keys)[1], moe(x)[1], jnp.concatenate(draws)
 
     noisy, plain, draws = run(state, x, keys)
-    logits, spread = (x.reshape(12, -1) @ np.float64(state[name][...]) for name in ("w_router", "w_noise"))
+    logits, spread = (
+        x.reshape(12, -1) @ np.float64(state[name][...]) for name in ("w_router", "w_noise")
+    )
     for found, h in ((noisy, logits + draws * np.logaddexp(0, spread)), (plain, logits)):
         ids, gates, _ = oracles.route(h, None, replace(cfg, router="topk"))
         np.testing.assert_array_equal(np.sort(found.expert_ids.reshape(12, -1)), np.sort(ids))
@@ -79,20 +90,28 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     """The router takes the first experts, in turn by position; the rule notes the load."""
 
     def in_turn(x, cfg):
-        ids = (x.tokens[:, None] + jnp.arange(cfg.experts_per_token, dtype=jnp.int32)[None]) % cfg.num_experts
+        steps = jnp.arange(cfg.experts_per_token, dtype=jnp.int32)
+        ids = (x.tokens[:, None] + steps[None]) % cfg.num_experts
         scores = jax.nn.softmax(x.logits, axis=-1)
         return routing.Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
 
-    monkeypatch.setitem(routing.ROUTERS, "in turn", routing.Router(in_turn, reads_bias=True, reads_tokens=True))
-    monkeypatch.setitem(balance.RULES, "noted", balance.Rule(lambda bias, load, _, rate: bias + rate * load))
-    run, batch = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25))), make_batch()
+    monkeypatch.setitem(
+        routing.ROUTERS, "in turn", routing.Router(in_turn, reads_bias=True, reads_tokens=True)
+    )
+    monkeypatch.setitem(
+        balance.RULES, "noted", balance.Rule(lambda bias, load, _, rate: bias + rate * load)
+    )
+    run = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25)))
+    batch = make_batch()
     before = fresh_state(run)
     bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])
     after, metrics = make_step(Job(run))(before, batch)
     tokens = np.asarray(batch["tokens"])[SEGMENTS != 0]
     load = np.bincount(np.concatenate([tokens, tokens + 1]) % 8, minlength=8)
     np.testing.assert_array_equal(metrics["load"][0], load)
-    np.testing.assert_allclose(after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6)
+    np.testing.assert_allclose(
+        after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6
+    )
 
 
 PROGRAM = """
@@ -124,8 +143,10 @@ for line in sys.stdin:
 
 
 @pytest.mark.long
-def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(tmp_path, tmp_path_factory):
-    """Its run.json keeps the program's name. Without `--import` a sentence says it, and the program does not run."""
+def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(
+    tmp_path, tmp_path_factory
+):
+    """Its run.json keeps the program's name; without `--import` it is named, and does not run."""
     root = tmp_path_factory.getbasetemp()
     (tmp_path / "mine.py").write_text(PROGRAM)
     model = replace(PLAIN, router="my_hash", balance=Balance(rule="drift"))
@@ -133,14 +154,23 @@ def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(tmp_pat
     train = f"train tiny {words} --out run"
 
     def said_by(*commands):
-        how = {"cwd": tmp_path, "env": environment(root), "capture_output": True, "text": True, "timeout": 600}
+        how = {
+            "cwd": tmp_path,
+            "env": environment(root),
+            "capture_output": True,
+            "text": True,
+            "timeout": 600,
+        }
         program = [sys.executable, "-c", SPEND_NO_SECONDS + COMMANDS]
         found = subprocess.run(program, input="\n".join(commands), **how)
         return re.findall(r"^code (\d+)$", found.stdout, re.M), found.stdout, found.stderr
 
     codes, out, error = said_by(train, f"{train} --import mine.py")
     assert codes == ["2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert "balance rule='drift' is not one of sign, proportional, quantile; --import NAME imports a program" in error
+    assert (
+        "balance rule='drift' is not one of sign, proportional, quantile; --import NAME imports a "
+        "program" in error
+    )
     assert read_made(tmp_path / "run")[0]["imports"] == ["mine.py"]
 
     opening = "generate run --max-new-tokens 3", "eval run --batches 1", "convert run released"
@@ -157,7 +187,8 @@ def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(tmp_pat
 
 def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, capsys):
     """A failing file leaves no module; a file may not take the name of another module."""
-    main, files = unhooked_cli().main, {name: tmp_path / f"{name}.py" for name in ("failing", "ending", "json")}
+    main = unhooked_cli().main
+    files = {name: tmp_path / f"{name}.py" for name in ("failing", "ending", "json")}
     for name, text in {"failing": "1 / 0", "ending": "raise SystemExit(0)", "json": ""}.items():
         files[name].write_text(text)
     wanted = {
@@ -174,7 +205,7 @@ def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch
 
 
 class HydraHead(Head):
-    """h^k = h^{k-1} + silu([e, h^{k-1}] W_1) W_2, where e is the embedding of token i+k. After arXiv 2402.05109."""
+    """h^k = h^{k-1} + silu([e, h^{k-1}] W_1) W_2, e: token i+k's embedding. arXiv 2402.05109."""
 
     remembers = False
 
@@ -190,12 +221,14 @@ class HydraHead(Head):
 
 @pytest.mark.long
 def test_a_new_kind_of_head_is_a_class_and_two_rows(monkeypatch):
-    """Its losses are those of the equation, and its drafts, beyond its depth too, change no text."""
+    """Its losses are the equation's, and its drafts, beyond its depth too, change no text."""
     kind = HeadKind("Hydra heads", reads_tokens=True, has_experts=False, reads_raw=False)
     monkeypatch.setitem(HEAD_KINDS, "hydra", kind)
     monkeypatch.setitem(HEADS, "hydra", HydraHead)
-    cfg = replace(LIGHT, vocab_size=4, mtp_kind="hydra", mtp_depth=2)  # so few tokens that drafts are right at times
-    assert from_dict(ModelConfig, to_dict(cfg)) == cfg and counting.size(cfg).mtp == 2 * (2 * 16 * 16 + 16 * 16)
+    # so few tokens that drafts are right at times
+    cfg = replace(LIGHT, vocab_size=4, mtp_kind="hydra", mtp_depth=2)
+    assert from_dict(ModelConfig, to_dict(cfg)) == cfg
+    assert counting.size(cfg).mtp == 2 * (2 * 16 * 16 + 16 * 16)
     batch = make_batch()
     batch["tokens"] %= 4
     metrics = make_step(Job(run_of(cfg)))(fresh_state(run_of(cfg)), batch)[1]

@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all: writing fails, the process is killed, or the power is lost."""
+"""Files and folders appear complete or not at all: writing fails, a process or the power ends."""
 
 import os
 import shutil
@@ -36,7 +36,8 @@ def test_a_file_holds_its_data(tmp_path):
     (tmp_path / "other").write_text("old")
     (path.parent / f".file.{os.getpid()}{PART}").symlink_to(tmp_path / "other")
     write_atomic(path, "text")
-    assert (path.read_text(), (tmp_path / "other").read_text()) == ("text", "old") and names(path.parent) == ["file"]
+    assert (path.read_text(), (tmp_path / "other").read_text()) == ("text", "old")
+    assert names(path.parent) == ["file"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_only_overwrite_replaces_a_folder_and_a_failure_does_not(tmp_path):
 
 
 def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
-    """Killed when half of the file is in its temporary one; a later write is not disturbed by what is left."""
+    """Killed when its temporary file holds half; a later write is not disturbed by what is left."""
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
@@ -113,7 +114,12 @@ def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (path / "old").read_text() == "old"
-    left = [name for folder in (tmp_path, path) for name in names(folder) if name not in ("folder", "old")]
+    left = [
+        name
+        for folder in (tmp_path, path)
+        for name in names(folder)
+        if name not in ("folder", "old")
+    ]
     assert len(left) == 2 and all(name.startswith(".") and name.endswith(PART) for name in left)
     write_atomic(path / "old", "new content")
     assert (path / "old").read_text() == "new content"
@@ -123,12 +129,20 @@ def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
 
 
 class Disk:
-    """What a loss of power leaves of a folder: content as of its last fsync, names as of their folder's."""
+    """What a loss of power leaves: content as of its last fsync, names as of their folder's."""
 
     def __init__(self, root: Path, patch):
         self.root, self.content, self.names = root, {}, {}
-        calls = {"fsync": self.keep, "rename": self.appear, "replace": self.appear, "unlink": self.go}
-        for module, name, look in [*((os, *pair) for pair in calls.items()), (shutil, "rmtree", self.go)]:
+        calls = {
+            "fsync": self.keep,
+            "rename": self.appear,
+            "replace": self.appear,
+            "unlink": self.go,
+        }
+        for module, name, look in [
+            *((os, *pair) for pair in calls.items()),
+            (shutil, "rmtree", self.go),
+        ]:
             patch.setattr(module, name, partial(self.call, look, getattr(module, name)))
 
     @staticmethod
@@ -140,16 +154,20 @@ class Disk:
     def keep(self, descriptor):
         status = os.fstat(descriptor)
         if os.path.isdir(descriptor):
-            self.names[status.st_ino] = {entry.name: entry.inode() for entry in os.scandir(descriptor)}
+            self.names[status.st_ino] = {
+                entry.name: entry.inode() for entry in os.scandir(descriptor)
+            }
         else:
             self.content[status.st_ino] = status.st_mtime_ns
 
     def appear(self, path, target):
         if not self.passes(target := Path(target)):
             assert not self.lost(Path(path)), "a name is given to what is not synced"
-            names = self.names.get(target.parent.stat().st_ino, {}).keys() - {target.name, *os.listdir(target.parent)}
+            names = self.names.get(target.parent.stat().st_ino, {}).keys()
+            names -= {target.name, *os.listdir(target.parent)}
             back = [name for name in names if not self.passes(target.with_name(name))]
-            assert all(map(str.isdigit, back)), "what was deleted comes back"  # checksums see half a checkpoint
+            # checksums see half a checkpoint
+            assert all(map(str.isdigit, back)), "what was deleted comes back"
 
     def go(self, path, *_):
         if os.path.lexists(path) and Path(path).is_relative_to(self.root):
@@ -158,7 +176,10 @@ class Disk:
     def passes(self, path: Path) -> bool:
         """Whether the path is one that a process uses while it writes, and nobody reads."""
         parts = path.relative_to(self.root).parts
-        return any(part[0] == "." or part.endswith((PART, ".lock", ".deleted")) or "tmp" in part for part in parts)
+        return any(
+            part[0] == "." or part.endswith((PART, ".lock", ".deleted")) or "tmp" in part
+            for part in parts
+        )
 
     def lost(self, top: Path) -> list[Path]:
         found = []
@@ -191,7 +212,9 @@ def write_checkpoint(folder, number, _):
 def write_texts(folder, number, patch):
     patch.setattr(sample, "complete", lambda *_: iter([(0, [72], [-1.0])]))
     text = SimpleNamespace(tokenizer=ByteTokenizer(), stop_ids=(0,))
-    sample.write_samples(None, text, [{"prompt": "x"}], [[1]], DecodeConfig(1), folder / f"{number}.jsonl", {})
+    sample.write_samples(
+        None, text, [{"prompt": "x"}], [[1]], DecodeConfig(1), folder / f"{number}.jsonl", {}
+    )
 
 
 def write_tokens(folder, number, _):
@@ -200,9 +223,11 @@ def write_tokens(folder, number, _):
     tokenize(Tokenize((str(source),), folder / "shards", val_fraction=0.3, row_tokens=16))
 
 
-@pytest.mark.parametrize("write", [write_file, write_released, write_checkpoint, write_texts, write_tokens])
+@pytest.mark.parametrize(
+    "write", [write_file, write_released, write_checkpoint, write_texts, write_tokens]
+)
 def test_what_was_written_outlives_a_loss_of_power(tmp_path, monkeypatch, write):
-    """Nothing is replaced or deleted before what takes its place is synced, and in the end all is."""
+    """Nothing is replaced or deleted before its replacement is synced, and in the end all is."""
     for name in ("checkpoints", "shards"):
         (tmp_path / "disk" / name).mkdir(parents=True)
     disk = Disk(tmp_path / "disk", monkeypatch)

@@ -1,4 +1,4 @@
-"""Weights that do not train keep the dtype of their start, in memory and in checkpoints, and change no digit by it."""
+"""Weights that do not train keep their start's dtype in memory and on disk, and change no digit."""
 
 from dataclasses import replace
 from functools import partial
@@ -65,13 +65,17 @@ def narrow(params: nnx.State) -> set[tuple]:
 
 
 def not_routers(params: nnx.State, part: str = "") -> set[tuple]:
-    return {path for path, _ in nnx.to_flat_state(params) if path[-1] != "w_router" and (part in path or not part)}
+    return {
+        path
+        for path, _ in nnx.to_flat_state(params)
+        if path[-1] != "w_router" and (part in path or not part)
+    }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("on", ["lora", "trunk"])
 def test_a_step_gives_the_digits_of_float32_weights(folder, on):
-    """Bitwise, since each use casts to one dtype; with remat no array is a float32 stack of frozen weights."""
+    """Bitwise, since each use casts to one dtype; with remat frozen stacks are not in float32."""
     run = run_from(folder, "bfloat16", on)
     state = begin(run)
     trained, frozen = split_trainable(run, state.params)
@@ -109,13 +113,18 @@ def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, m
     """They are rounded once; float32 beside them stays."""
     fp8, int4 = Path(folder).with_name("fp8"), str(write_folder(tmp_path / "int4", KIMI))
     ds.hf.convert(folder, fp8, dtype="fp8", quiet=True)
-    own, plain = (nnx.state(load(fp8, dtype, quiet=True), nnx.Param) for dtype in (None, jnp.bfloat16))
+    own, plain = (
+        nnx.state(load(fp8, dtype, quiet=True), nnx.Param) for dtype in (None, jnp.bfloat16)
+    )
     assert_bitwise(own, plain)
     params = nnx.state(load(int4, None, quiet=True), nnx.Param)
     assert narrow(params) == not_routers(params, "experts")
-    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))  # needs a tokenizer
+    # needs a tokenizer
+    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
     run = warm_start.on_weights(make_run("nowhere"), start := train.open_start(int4))
-    with pytest.raises(ConfigError, match=f"^start='{int4}' has weights of 4 bits, which do not train; "):
+    with pytest.raises(
+        ConfigError, match=f"^start='{int4}' has weights of 4 bits, which do not train; "
+    ):
         warm_start.check(run, start)
     warm_start.check(replace(run, lora=Lora(2)), start)
 
@@ -130,7 +139,7 @@ INT4 = pytest.param("int4", {"w_gate": 4, "w_down": 3}, marks=pytest.mark.rare)
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", {"w_gate": 2, "w_up": 2}), INT4])
 def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind, groups):
-    """In a step, in a checkpoint and to its readers; only a layer's are unpacked, and a plan counts their bytes."""
+    """In steps, checkpoints and their readers only a layer is unpacked; plans count these bytes."""
     place, cfg = tmp_path / "model", replace(CFG, dim=256) if kind == "fp8" else KIMI.cfg
     if kind == "fp8":  # of two groups of 128
         ds.hf.save(random_model(cfg), place, fp8=True, quiet=True)
@@ -155,11 +164,18 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
     if kind == "fp8":
         monkeypatch.setattr(cost, "compile_with_hlo", refuse)
         nbytes = sum(x.nbytes for x in jax.tree.leaves(split_trainable(run, state.params)[1]))
-        nbytes -= state.params["sparse"]["moe"]["w_router"].nbytes // 2  # float32, and planned in bfloat16
-        assert cost.train_cost(run, sharding.make_mesh(), frozen="fp8").persistent["frozen, in fp8"] == nbytes
+        # float32, and planned in bfloat16
+        nbytes -= state.params["sparse"]["moe"]["w_router"].nbytes // 2
+        assert (
+            cost.train_cost(run, sharding.make_mesh(), frozen="fp8").persistent["frozen, in fp8"]
+            == nbytes
+        )
     batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)
     step = make_step(Job(run))
-    assert f"<{'x'.join(map(str, experts['w_gate'].shape))}xbf16>" not in step.lower(state, batch).as_text()
+    assert (
+        f"<{'x'.join(map(str, experts['w_gate'].shape))}xbf16>"
+        not in step.lower(state, batch).as_text()
+    )
     (theirs, of_wide), (ours, of_ours) = step(wide, batch), step(state, batch)
     assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
     assert of_ours["finite"] and of_ours["grad_norm"] > 0
@@ -179,7 +195,9 @@ def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypa
         wide = widened(run, state, jnp.bfloat16)
         wide = jax.device_put(wide, sharding.state_sharding(wide, mesh, fsdp=True))
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        (theirs, of_wide), (ours, of_ours) = (make_step(Job(run, mesh))(x, batch) for x in (wide, state))
+        (theirs, of_wide), (ours, of_ours) = (
+            make_step(Job(run, mesh))(x, batch) for x in (wide, state)
+        )
     assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
     assert of_ours["finite"] and of_ours["grad_norm"] > 0
 

@@ -22,8 +22,10 @@ from dsv3_jax.ops.sampling import Sampling
 
 CFG = small()  # one dense layer and two sparse ones
 NEW = 10
-PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]  # lengths 1, 5 and 40: over one step of 32
-UNUSED = 36  # a stop token that no model below generates: with one, all requests share a compilation
+# lengths 1, 5 and 40: over one step of 32
+PROMPTS = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]
+# a stop token that no model below generates: with one, all requests share a compilation
+UNUSED = 36
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,15 @@ def light():
 
 
 def teacher_logits(model, prompts, new):
-    """Logits [len(new), W] of each row at the positions that chose its new tokens, from one forward pass."""
+    """Logits [len(new), W] of each row where its new tokens were chosen, from one forward pass."""
     rows = np.zeros((3, 64), np.int32)
     for row, prompt, more in zip(rows, prompts, new, strict=False):
         row[: len(prompt) + len(more)] = [*prompt, *more]
     logits = forward(model, jnp.asarray(rows)).logits
-    return [logits[b, len(p) - 1 : len(p) - 1 + len(n)] for b, (p, n) in enumerate(zip(prompts, new, strict=True))]
+    return [
+        logits[b, len(p) - 1 : len(p) - 1 + len(n)]
+        for b, (p, n) in enumerate(zip(prompts, new, strict=True))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,8 @@ def greedy(model):
 def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy):
     """And each prompt alone gives the same."""
     assert [len(row) for row in greedy] == [NEW] * 3 and not any(UNUSED in row for row in greedy)
-    assert len({*greedy[0], *greedy[1], *greedy[2]}) > 5  # a model that repeats one token could not fail
+    # a model that repeats one token could not fail
+    assert len({*greedy[0], *greedy[1], *greedy[2]}) > 5
     for logits, row in zip(teacher_logits(model, PROMPTS, greedy), greedy, strict=True):
         assert logits.argmax(-1).tolist() == row
     for prompt, row in zip(PROMPTS[:2], greedy, strict=False):
@@ -63,10 +69,11 @@ def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy)
 @pytest.mark.rare
 @pytest.mark.parametrize("how", ["xla", "LARGE_WEIGHT", "UNROLLED"])
 def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how):
-    """By XLA; every weight by C++, for a single row too; and a scan over layers, with one stack of caches."""
+    """By XLA; all weights by C++, for one row too; and a scan over layers, with stacked caches."""
     if how != "xla":
         monkeypatch.setattr(choose if how == "LARGE_WEIGHT" else transformer, how, 0)
-    cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])  # a separate graph
+    # a separate graph
+    cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])
     execution = Execution(kernels="xla" if how == "xla" else "auto")
     other = nnx.merge(nnx.graphdef(abstract(cfg, execution)), nnx.state(model))
     assert how != "xla" or "cpu" not in other.kernels.chosen().values()
@@ -77,11 +84,13 @@ def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how)
 
 @pytest.mark.long
 def test_decoding_drops_no_token(light):
-    """With half of its even share of slots an expert drops tokens in training, and which depends on the batch."""
+    """With half of its even share of slots an expert drops tokens that depend on the batch."""
     graphdef = nnx.graphdef(abstract(replace(LIGHT, capacity_factor=0.5), DENSE))
     dropping, prompts = nnx.merge(graphdef, nnx.state(light)), PROMPTS[:2]
     got = generate(dropping, prompts, NEW).tokens
-    kept, dropped = ([x.argmax(-1).tolist() for x in teacher_logits(m, prompts, got)] for m in (light, dropping))
+    kept, dropped = (
+        [x.argmax(-1).tolist() for x in teacher_logits(m, prompts, got)] for m in (light, dropping)
+    )
     assert got == kept != dropped  # as a model without capacity
 
 
@@ -89,13 +98,17 @@ def test_parts_give_the_tokens_of_generate(model, greedy):
     for cache, part in ((None, 1), (None, 100), ("none", 3)):
         config = DecodeConfig(NEW, stop_tokens=(UNUSED,), cache=cache)
         *_, last = parts = list(generate_in_parts(model, PROMPTS[1:2], config, part=part))
-        assert [len(got.tokens[0]) for got in parts] == [*range(1, NEW, part), NEW] and last.tokens == greedy[1:2]
+        assert [len(got.tokens[0]) for got in parts] == [
+            *range(1, NEW, part),
+            NEW,
+        ]
+        assert last.tokens == greedy[1:2]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("length", [2, "auto"])
 def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch, length):
-    """As on a GPU, which reads empty slots too: 32, then all. The clock chooses the steps of "auto"."""
+    """As on a GPU, which reads empty slots: 32, then all. The clock chooses the steps of "auto"."""
     config = DecodeConfig(40, draft="lookup", draft_length=length)
     *_, whole = generate_in_parts(light, PROMPTS[:2], config)
     monkeypatch.setattr(choose.Kernels, "reads_all_slots", True)
@@ -111,7 +124,12 @@ def until(row, stop):
 
 def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
     shared = [t for t in greedy[0] if sum(t in row for row in greedy) < 3][0]
-    for stop, cache in ((greedy[1][3], None), (greedy[2][0], None), (shared, None), (shared, "none")):
+    for stop, cache in (
+        (greedy[1][3], None),
+        (greedy[2][0], None),
+        (shared, None),
+        (shared, "none"),
+    ):
         got = generate(model, PROMPTS, NEW, stop_tokens=[stop], cache=cache)
         assert got.tokens == [until(row, stop) for row in greedy]
         assert got.steps == max(map(len, got.tokens)) - 1  # the first token is prefill's
@@ -119,7 +137,7 @@ def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
 
 
 def test_one_compilation_a_shape(model, greedy, monkeypatch):
-    """Other prompts of nearby lengths, seeds, stop tokens and chunks compile nothing: all would need the logits."""
+    """Other prompts, seeds, stop tokens and chunks compile nothing: all would need the logits."""
     generate(model, [PROMPTS[1]], NEW, stop_tokens=[UNUSED])
     monkeypatch.setattr(transformer.Transformer, "logits", None)
     generate(model, [[7] * 22], NEW, stop_tokens=[1], seed=4)
@@ -133,22 +151,28 @@ DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
 
 @pytest.mark.long
 def test_the_seed_fixes_the_draws(light):
-    """Each by seed, prompt and place in the text, so neither parts nor certain drafts change them."""
+    """Each by seed, prompt and place in the text: parts and certain drafts do not change them."""
     one, three = (generate(light, [[5], [8, 1]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 1))
     assert one != three and one[0] != one[1]
     assert generate(light, [[5], [8, 1]], NEW, cache="none", **DRAWN).tokens == one
     for length in (3, "auto"):
-        assert generate(light, [[5], [8, 1]], NEW, draft="lookup", draft_length=length, **DRAWN).tokens == one
+        assert (
+            generate(light, [[5], [8, 1]], NEW, draft="lookup", draft_length=length, **DRAWN).tokens
+            == one
+        )
     *_, last = generate_in_parts(light, [[5], [8, 1]], DecodeConfig(NEW, Sampling(**DRAWN)), part=3)
     assert last.tokens == one
 
 
 def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
-    """Not on the batch, the order of prompts, or what its row had before. One pass reads a prompt for all samples."""
+    """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
     read = []
-    monkeypatch.setattr("dsv3_jax.decoding.generate._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape))
+    monkeypatch.setattr(
+        "dsv3_jax.decoding.generate._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape)
+    )
     how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
-    prompts, order = [*PROMPTS, [5]], [2, 0, 1, 3]  # equal prompts keep their order: the second has samples 3 to 5
+    # equal prompts keep their order: the second has samples 3 to 5
+    prompts, order = [*PROMPTS, [5]], [2, 0, 1, 3]
     whole = generate(light, prompts, 24, **how)
     queued = generate(light, [prompts[i] for i in order], 24, batch_size=4, **how)
     rows = [3 * i + sample for i in order for sample in range(3)]
@@ -159,29 +183,37 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     for name in ("logprobs", "model_logprobs", "expert_ids"):
         for got, row in zip(getattr(queued, name), rows, strict=True):
             np.testing.assert_allclose(got, getattr(whole, name)[row], rtol=0, atol=1e-5)
-    config = DecodeConfig(24, Sampling(**DRAWN), samples=3, batch_size=4, stop_tokens=(4, 9), logprobs=True)
+    config = DecodeConfig(
+        24, Sampling(**DRAWN), samples=3, batch_size=4, stop_tokens=(4, 9), logprobs=True
+    )
     *_, rest = generate_in_parts(light, prompts, config, skip={0, 1, 2, 5, 7})
-    assert rest.tokens == [[] if i in {0, 1, 2, 5, 7} else row for i, row in enumerate(whole.tokens)]
+    assert rest.tokens == [
+        [] if i in {0, 1, 2, 5, 7} else row for i, row in enumerate(whole.tokens)
+    ]
 
 
 def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     cfg = small(
-        num_layers=4, num_dense_layers=1, dim=32, num_experts=64, expert_dim=64, num_groups=1, groups_per_token=1,
-        max_positions=4096,
+        num_layers=4, num_dense_layers=1, dim=32, num_experts=64, expert_dim=64,
+        num_groups=1, groups_per_token=1, max_positions=4096,
     )  # fmt: skip
     made, leaves, loop = decode_program(model := abstract(cfg))
     cache_bytes = sum(x.size * 4 for x in jax.tree.leaves(loop.cache))
     memory = made.decode.lower(leaves, loop, 16, length=0).compile().memory_analysis()
-    one_layers_experts = sum(4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.sparse.moe.experts)))
+    one_layers_experts = sum(
+        4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.sparse.moe.experts))
+    )
     assert memory.temp_size_in_bytes < one_layers_experts
-    assert memory.temp_size_in_bytes < 1.1 * cache_bytes / cfg.num_layers  # it is updated and read in place
+    # it is updated and read in place
+    assert memory.temp_size_in_bytes < 1.1 * cache_bytes / cfg.num_layers
     assert memory.alias_size_in_bytes >= cache_bytes
 
 
-# requests: what is refused, of wrong types too; without the tests' import hook, which would refuse types before
+# requests: what is refused, wrong types too; without the import hook, which would refuse them first
 
 hooked = sys.modules["dsv3_jax.decoding.decode_config"]
-unhooked("dsv3_jax.decoding.decode_config", "dsv3_jax.decoding.decode_config")  # for the next line alone
+# for the next line alone
+unhooked("dsv3_jax.decoding.decode_config", "dsv3_jax.decoding.decode_config")
 plain = unhooked("dsv3_jax.decoding.generate")
 sys.modules["dsv3_jax.decoding.decode_config"] = hooked
 
@@ -203,29 +235,54 @@ REQUESTS = [
     ([1, 2, 3], "prompt 0=1 is not a list of token ids; encode text with a tokenizer first"),
     ([[1], []], "prompt 1 is empty; give at least one token"),
     ([[True]], "prompt 0 holds token True, which is no id of a vocabulary of 37"),
-    (np.array([[1], [37]]), "prompt 1 holds token np.int64(37), which is no id of a vocabulary of 37"),
-    ([[1], [2] * 28], "max_new_tokens=101 does not fit: prompt 1 has 28, the most, and max_positions=128"),
+    (
+        np.array([[1], [37]]),
+        "prompt 1 holds token np.int64(37), which is no id of a vocabulary of 37",
+    ),
+    (
+        [[1], [2] * 28],
+        "max_new_tokens=101 does not fit: prompt 1 has 28, the most, and max_positions=128",
+    ),
 ]
 
 
 def test_requests_are_refused(light):
-    refused = [(partial(plain.generate, light, prompts, 101), sentence) for prompts, sentence in REQUESTS]
+    refused = [
+        (partial(plain.generate, light, prompts, 101), sentence) for prompts, sentence in REQUESTS
+    ]
     refused += [
-        (partial(plain.generate, light, [[1]], **dict(max_new_tokens=3) | {name: value}), f"{name}={value!r} {what}")
+        (
+            partial(plain.generate, light, [[1]], **dict(max_new_tokens=3) | {name: value}),
+            f"{name}={value!r} {what}",
+        )
         for name, (values, what) in REFUSED.items()
         for value in values
     ]
     refused += [
-        (partial(plain.generate, light, [[1]], 3, stop_tokens=[1, 37]), "stop_tokens holds token 37, which is no id"),
-        (partial(plain.DecodeConfig, 3, draft="mtp", cache="none"), "cache='none' decodes without drafts"),
-        (partial(plain.DecodeConfig, 3, samples=8), "samples=8 would be equal texts at temperature 0"),
-        (partial(plain.DecodeConfig, 3, sampling=(0.5, None, None)), "sampling=(0.5, None, None) is not a Sampling"),
+        (
+            partial(plain.generate, light, [[1]], 3, stop_tokens=[1, 37]),
+            "stop_tokens holds token 37, which is no id",
+        ),
+        (
+            partial(plain.DecodeConfig, 3, draft="mtp", cache="none"),
+            "cache='none' decodes without drafts",
+        ),
+        (
+            partial(plain.DecodeConfig, 3, samples=8),
+            "samples=8 would be equal texts at temperature 0",
+        ),
+        (
+            partial(plain.DecodeConfig, 3, sampling=(0.5, None, None)),
+            "sampling=(0.5, None, None) is not a Sampling",
+        ),
     ]
     for request, sentence in refused:
         with pytest.raises(ValueError) as caught:
             request()
         assert str(caught.value).startswith(sentence) and "\n" not in str(caught.value)
     # arrays, and requests up to the last position, are taken
-    config = plain.DecodeConfig(100, Sampling(1.0, top_k=1, top_p=1.0), stop_tokens=np.array([UNUSED]))
+    config = plain.DecodeConfig(
+        100, Sampling(1.0, top_k=1, top_p=1.0), stop_tokens=np.array([UNUSED])
+    )
     config.check(CFG, [np.array([1, 2]), (3,), range(4), [1] * 28])
     assert config.stop_tokens == (UNUSED,)

@@ -1,4 +1,4 @@
-"""Grouped products: every backend equals the obvious loop over groups, forward and in both gradients.
+"""Grouped products: every backend equals the loop over groups, forward and in both gradients.
 
 Kernels for accelerators run in Pallas' interpret modes, which are slow: one small shape each.
 """
@@ -48,7 +48,7 @@ def draw(rng, m, k, n, groups, dtype=jnp.float32):
 
 
 def check(backend, x, w, counts, tolerance):
-    """Compare a backend's three products, to a part of the largest value of each. Rows of no group are undefined."""
+    """Compare a backend's three products, by the largest; rows of no group are undefined."""
     y, dx, dw = by_loop(x, w, np.asarray(counts))
     rows, counts = sum(counts), jnp.asarray(counts, jnp.int32)
     x = jnp.pad(x, ((0, -len(x) % backend.row_multiple), (0, 0)))
@@ -73,15 +73,18 @@ def test_backends_of_xla_equal_a_loop_over_groups(x64, rng, backend, counts):
 def test_blocks_cover_each_row_once(rng, size):
     """Whatever the counts, the number of blocks that is known beforehand is enough."""
     for counts in [*COUNTS.values(), *rng.multinomial(50, rng.dirichlet(np.ones(6), 5)).tolist()]:
-        blocks, seen = ops.row_blocks(jnp.asarray(counts, jnp.int32), 50, size), [[] for _ in counts]
+        blocks = ops.row_blocks(jnp.asarray(counts, jnp.int32), 50, size)
+        seen = [[] for _ in counts]
         for group, start, left in zip(*(np.asarray(a) for a in blocks), strict=True):
             seen[group] += range(start, start + max(min(left, size), 0))
-        assert seen == [list(range(e - n, e)) for e, n in zip(np.cumsum(counts), counts, strict=True)]
+        assert seen == [
+            list(range(e - n, e)) for e, n in zip(np.cumsum(counts), counts, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("backend", XLA)
 def test_sums_of_bfloat16_are_accumulated_in_float32(rng, backend):
-    """4,096 products of ones: a sum in bfloat16 would stop at 256. The gradient reaches float32 without rounding."""
+    """4,096 ones: a sum in bfloat16 would stop at 256. The gradient reaches float32 unrounded."""
     backend, counts = XLA[backend], jnp.asarray([4099, 0], jnp.int32)
     ones = lambda *shape: jnp.ones(shape, jnp.bfloat16)  # noqa: E731
     y = backend.forward(ones(32, 4096), ones(2, 4096, 8), jnp.asarray([30, 2], jnp.int32))
@@ -114,16 +117,20 @@ def tpu_interpreter():
 
 @pytest.mark.long
 def test_megablox_equals_a_loop_over_groups(rng):
-    """bfloat16's unit roundoff is 0.004: dy is rounded, and each result is. 19 rows are of no group."""
+    """bfloat16's unit roundoff is 0.004: dy and results are rounded. 19 rows are of no group."""
     with tpu_interpreter():
         check(tpu.MEGABLOX, *draw(rng, 192, 128, 128, 4, jnp.bfloat16), [70, 0, 3, 100], 0.01)
 
 
 def test_mosaic_says_where_it_cannot_run(monkeypatch):
     assert gpu.why_not(Target("cuda", chip="9.0a")) == ""
-    assert gpu.why_not(Target("cuda", chip="10.0")).endswith("9.0 (H100, H200), and the chip has 10.0")
+    assert gpu.why_not(Target("cuda", chip="10.0")).endswith(
+        "9.0 (H100, H200), and the chip has 10.0"
+    )
     monkeypatch.setattr(gpu, "_kernels", lambda: 1 / 0)
-    assert gpu.why_not(Target("cuda", chip="9.0")).startswith("this JAX does not have its grouped products (ZeroDiv")
+    assert gpu.why_not(Target("cuda", chip="9.0")).startswith(
+        "this JAX does not have its grouped products (ZeroDiv"
+    )
 
 
 def test_tiles_fit_in_vmem():
@@ -131,7 +138,10 @@ def test_tiles_fit_in_vmem():
     for k, n in ((7168, 4096), (1408, 2048), (128, 256), (16384, 7168)):
         rows, contracted, columns = tpu.tiles(k, n)
         assert k % contracted == 0 and n % columns == 0
-        assert 4 * (rows * contracted + contracted * columns + rows * columns) + 4 * rows * columns <= tpu.VMEM
+        assert (
+            4 * (rows * contracted + contracted * columns + rows * columns) + 4 * rows * columns
+            <= tpu.VMEM
+        )
 
 
 def test_rows_are_padded_to_what_a_backend_wants(rng):

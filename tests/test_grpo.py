@@ -12,7 +12,17 @@ import pytest
 from flax import nnx
 from models import DENSE, random_model
 from released import GRID, write_folder
-from runs import MODEL, assert_bitwise, finished, fresh_state, make_run, packed_batch, rows_of, said_by, unhooked_cli
+from runs import (
+    MODEL,
+    assert_bitwise,
+    finished,
+    fresh_state,
+    make_run,
+    packed_batch,
+    rows_of,
+    said_by,
+    unhooked_cli,
+)
 
 import dsv3_jax as ds
 from dsv3_jax.chat.checkers import CHECKERS, Checker
@@ -35,25 +45,34 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
         ratio, away = np.exp(new[i] - old[i]), np.exp(start[i] - new[i])
         clipped = min(max(ratio, 0.9), 1.3)
         loss += 0.2 * (away - np.log(away) - 1) - min(ratio * gains[i], clipped * gains[i])
-        slope[i] = 0.2 * (1 - away) - (ratio * gains[i] if ratio * gains[i] <= clipped * gains[i] else 0)
+        slope[i] = 0.2 * (1 - away) - (
+            ratio * gains[i] if ratio * gains[i] <= clipped * gains[i] else 0
+        )
     args = [*map(jnp.float32, (old, start, gains)), jnp.asarray(mask)]
     found, grad = jax.value_and_grad(lambda new: policy_loss(new, *args, cfg)[0])(jnp.float32(new))
     np.testing.assert_allclose(found, loss, rtol=1e-5)
     np.testing.assert_allclose(grad, slope, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["token_mean", pytest.param("constant_length", marks=pytest.mark.rare)])
+@pytest.mark.parametrize(
+    "form", ["token_mean", pytest.param("constant_length", marks=pytest.mark.rare)]
+)
 def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
-    """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or those that they may have."""
-    cfg, settings = replace(MODEL, mtp_depth=0), Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
+    """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or the most they have."""
+    cfg = replace(MODEL, mtp_depth=0)
+    settings = Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
     graph, params, rest = nnx.split(random_model(cfg, execution=DENSE), nnx.Param, ...)
     batch = packed_batch(rng, np.ones((4, 12), np.int32))
     batch["loss_mask"] = mask = jnp.arange(12)[None] >= jnp.array([[3], [5], [8], [11]])
     batch["advantages"] = gains = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(mask))
 
     def logprobs(params):
-        out = nnx.merge(graph, params, rest)(batch["tokens"], batch["segment_ids"], batch["positions"])
-        picked = jnp.take_along_axis(jax.nn.log_softmax(out.logits / 0.5)[:, :-1], batch["tokens"][:, 1:, None], 2)
+        out = nnx.merge(graph, params, rest)(
+            batch["tokens"], batch["segment_ids"], batch["positions"]
+        )
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(out.logits / 0.5)[:, :-1], batch["tokens"][:, 1:, None], 2
+        )
         return jnp.pad(picked[..., 0], [(0, 0), (1, 0)])
 
     batch["old_logprobs"] = jax.jit(logprobs)(params)
@@ -71,21 +90,28 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
 
     wanted = jax.jit(jax.grad(lambda params: -(gains * logprobs(params)).sum() / size))(params)
     whole, measures = grads(params, batch, 1.0)
-    parts = [grads(params, jax.tree.map(lambda x, i=i: x[i : i + 2], batch), 0.5)[0] for i in (0, 2)]
+    parts = [
+        grads(params, jax.tree.map(lambda x, i=i: x[i : i + 2], batch), 0.5)[0] for i in (0, 2)
+    ]
     for found in (whole, jax.tree.map(jnp.add, *parts)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted
+        )
     assert measures["max_mismatch"] < 1e-5 and measures["clipped"] == 0
 
 
 def test_a_step_without_answers_moves_nothing(rng):
     """Neither by the means of the step before nor by weight decay; it counts as a step."""
-    run = make_run("nowhere", model=replace(MODEL, num_layers=1, mtp_depth=0), grpo=Grpo(group=2), data=CHATS)
+    run = make_run(
+        "nowhere", model=replace(MODEL, num_layers=1, mtp_depth=0), grpo=Grpo(group=2), data=CHATS
+    )
     batch, step = packed_batch(rng, np.ones((4, 16), np.int32)), make_step(Job(run))
     batch |= {"loss_mask": batch["positions"] > 9, "old_logprobs": jnp.zeros((4, 16))}
     batch["advantages"] = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(batch["loss_mask"]))
     state, metrics = step(fresh_state(run), batch)
     before = jax.tree.map(np.array, state)
-    assert metrics["grad_norm"] > 0 and max(np.abs(x).max() for x in jax.tree.leaves(before.opt.mu)) > 0
+    assert metrics["grad_norm"] > 0
+    assert max(np.abs(x).max() for x in jax.tree.leaves(before.opt.mu)) > 0
     after, metrics = step(state, jax.tree.map(jnp.zeros_like, batch))
     assert (metrics["loss"], metrics["grad_norm"], metrics["finite"], after.step) == (0, 0, True, 2)
     assert_bitwise(replace(after, step=before.step), before)
@@ -94,8 +120,14 @@ def test_a_step_without_answers_moves_nothing(rng):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"router": "noisy_topk", "num_groups": 1}, "model.router='noisy_topk' trains with noise, and grpo group=2"),
-        ({"capacity_factor": 1.5}, "model.capacity_factor=1.5 drops tokens in training, and grpo group=2"),
+        (
+            {"router": "noisy_topk", "num_groups": 1},
+            "model.router='noisy_topk' trains with noise, and grpo group=2",
+        ),
+        (
+            {"capacity_factor": 1.5},
+            "model.capacity_factor=1.5 drops tokens in training, and grpo group=2",
+        ),
     ],
 )
 def test_a_model_that_trains_with_other_experts_than_it_samples_with_is_refused(changes, said):
@@ -119,8 +151,9 @@ def asked(tmp_path_factory):
     records = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
     tasks.write_text("\n".join(map(json.dumps, records)))
     (root / "judge.py").write_text(JUDGE)
-    words = "--data.chat-template plain --data.seq-len 32 --data.batch-size 8 --data.val-fraction 0.3 --eval-batches 1 "
-    words += "--grpo.group 4 --grpo.max-new-tokens 6 --optim.learning-rate 1e-2 --optim.warmup-steps 1 --steps 4"
+    words = "--data.chat-template plain --data.seq-len 32 --data.batch-size 8 "
+    words += "--data.val-fraction 0.3 --eval-batches 1 --grpo.group 4 --grpo.max-new-tokens 6 "
+    words += "--optim.learning-rate 1e-2 --optim.warmup-steps 1 --steps 4"
     return root, ["train", "grpo", "--data.paths", str(tasks), *words.split()]
 
 
@@ -132,11 +165,14 @@ def ready(asked, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resume_bitwise(ready, monkeypatch, capsys):
-    """The run that its checker ended and that the same command went on with is the run that met no error."""
+def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resume_bitwise(
+    ready, monkeypatch, capsys
+):
+    """The run that its checker ended and the same command resumed is the run without an error."""
     (root, argv), states = ready, []
     monkeypatch.syspath_prepend(root)
-    argv = [*argv, "--grpo.checker", "judge:even", "--grpo.kl", "0.1", "--lora.rank", "2", *MOVE_BIASES]
+    settings = ("--grpo.checker", "judge:even", "--grpo.kl", "0.1", "--lora.rank", "2")
+    argv = [*argv, *settings, *MOVE_BIASES]
     for out, left in ((root / "run", 1000), (root / "again", 20), (root / "again", 1000)):
         importlib.import_module("judge").left = left
         (root / "judge.py").write_text(JUDGE + f"\n# {left}")
@@ -150,8 +186,12 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
             states.append(checkpoints.restore())
     assert_bitwise(*states)
     rows = [row for row in rows_of(root / "run") if "reward" in row]
-    assert rows_of(root / "again") == rows_of(root / "run") and len(rows) == 4 and "4 answers each" in said
-    assert all(row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1 for row in rows), rows
+    assert rows_of(root / "again") == rows_of(root / "run")
+    assert len(rows) == 4
+    assert "4 answers each" in said
+    assert all(
+        row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1 for row in rows
+    ), rows
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
     assert "checker='judge:even' has changed since the last start" in said
     assert "as the model sees it: 'user\\n0+1=<eos>\\nassistant\\n'" in said
@@ -161,13 +201,21 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
 def test_groups_without_variance_are_skipped_and_counted(ready):
     """All answers are wrong: no gradient, beside the start's copy too."""
     out, words = ready[0] / "wrong", "--steps 1 --grpo.kl 0.1".split()
-    code, said = said_by(unhooked_cli().main, [*ready[1], "--out", str(out), "--grpo.no-replay", *words])
+    code, said = said_by(
+        unhooked_cli().main, [*ready[1], "--out", str(out), "--grpo.no-replay", *words]
+    )
     row = rows_of(out)[0]
-    assert code == 0 and (row["skipped"], row["reward"], row["loss"], row["grad_norm"]) == (1, 0, 0, 0), (said, row)
+    assert code == 0, (said, row)
+    assert (row["skipped"], row["reward"], row["loss"], row["grad_norm"]) == (
+        1,
+        0,
+        0,
+        0,
+    ), (said, row)
 
 
 def zeroed(model: ds.Transformer) -> ds.Transformer:
-    """Its layers add nothing, so sampler and trainer have the same hidden states, and differ in their heads at most."""
+    """Its layers add nothing: sampler and trainer have the same states, and differ by heads."""
     for w in (model.dense.attn.w_o, model.dense.ffn.w_down):
         w.set_value(jnp.zeros_like(w[...]))
     return model
@@ -176,14 +224,22 @@ def zeroed(model: ds.Transformer) -> ds.Transformer:
 KIMI = GRID["Kimi K2-Thinking"]  # its experts have 4 bits, and all else is float32
 ONE_LAYER = replace(MODEL, num_layers=1, mtp_depth=0)
 FOLDERS = {
-    "bfloat16": lambda folder: ds.hf.save(random_model(ONE_LAYER), folder, dtype="bfloat16", quiet=True),
+    "bfloat16": lambda folder: ds.hf.save(
+        random_model(ONE_LAYER), folder, dtype="bfloat16", quiet=True
+    ),
     "fp8": lambda folder: ds.hf.save(
         random_model(replace(ONE_LAYER, dim=256, init_std=0.05)), folder, fp8=True, quiet=True
     ),
-    "4 bits": lambda folder: write_folder(folder, replace(KIMI, config=KIMI.config | {"vocab_size": 260})),
-    "head": lambda folder: ds.hf.save(zeroed(random_model(replace(ONE_LAYER, num_dense_layers=1))), folder, quiet=True),
+    "4 bits": lambda folder: write_folder(
+        folder, replace(KIMI, config=KIMI.config | {"vocab_size": 260})
+    ),
+    "head": lambda folder: ds.hf.save(
+        zeroed(random_model(replace(ONE_LAYER, num_dense_layers=1))), folder, quiet=True
+    ),
 }
-LORA, HARDLY, NOT = "--lora.rank 2 --lora.on", "--optim.learning-rate 3e-5", "--optim.learning-rate 1e-20"
+LORA = "--lora.rank 2 --lora.on"
+HARDLY = "--optim.learning-rate 3e-5"
+NOT = "--optim.learning-rate 1e-20"
 CASES = {
     "bfloat16, all": ("bfloat16", f"{LORA} attention shared routed {HARDLY}"),
     "fp8, attention": ("fp8", f"{LORA} attention {HARDLY}"),
@@ -197,14 +253,19 @@ RARE = "4 bits, attention", "4 bits, routed"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.rare if name in RARE else ()) for name in CASES])
-def test_a_released_start_is_sampled_as_it_is_trained_by_public_names(asked, tmp_path, monkeypatch, case):
-    """π is the sampler's up to float32 rounding, whatever the frozen weights' dtype; KL is that from the start."""
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.rare if name in RARE else ()) for name in CASES]
+)
+def test_a_released_start_is_sampled_as_it_is_trained_by_public_names(
+    asked, tmp_path, monkeypatch, case
+):
+    """π is the sampler's to float32 rounding, in any frozen dtype; KL is that from the start."""
     (root, argv), (start, words) = asked, CASES[case]
     monkeypatch.syspath_prepend(root)
     FOLDERS[start](tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text(byte_tokenizer_json())
-    argv = [*argv, "--grpo.checker", "judge:odd", "--start", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
+    folders = ("--start", str(tmp_path / "model"), "--out", str(tmp_path / "run"))
+    argv = [*argv, "--grpo.checker", "judge:odd", *folders]
     code, said = said_by(unhooked_cli().main, [*argv, *words.split()])
     rows = [row for row in rows_of(tmp_path / "run") if "reward" in row]
     assert code == 0 and len(rows) == 4, said
@@ -234,6 +295,9 @@ def test_bad_checkers_and_tasks_are_named(monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             Checker(name).look_at({"answer": answer}, "line 3")
-    for name, said in (("exakt", "did you mean 'exact'"), ("none:such", "cannot be imported: ModuleNotFoundError")):
+    for name, said in (
+        ("exakt", "did you mean 'exact'"),
+        ("none:such", "cannot be imported: ModuleNotFoundError"),
+    ):
         with pytest.raises(ConfigError, match=said):
             Checker(name)

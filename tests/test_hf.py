@@ -1,6 +1,7 @@
-"""Released folders: our model computes what transformers computes, and loading and saving are inverse.
+"""Released folders: our model computes what transformers does; loading and saving are inverse.
 
-The golden files hold transformers' results, written by tests/parity/parity_reference.py. Nothing here needs torch.
+The golden files hold transformers' results, written by tests/parity/parity_reference.py. Nothing
+here needs torch.
 """
 
 import shutil
@@ -39,15 +40,19 @@ def state_of(model):
 
 # parity
 
-# Cells whose gradients or greedy tokens are compared too; `make parity` compares the rest, which compiles for minutes.
+# Cells whose gradients or greedy tokens are compared too; `make parity` compares the rest, which
+# compiles for minutes.
 DEEP = {"half RoPE": "gradients", "V2-Lite, greedy": "greedy"}
 SHORT = {"groups", "DeepSeek-V3.2, FP8 file", "Kimi K2-Thinking", *DEEP}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHORT else pytest.mark.rare) for n in GRID])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in SHORT else pytest.mark.rare) for n in GRID]
+)
 def test_transformers_numbers(folders, name):
     gradients, greedy = (DEEP.get(name) == what for what in ("gradients", "greedy"))
-    results, reference = probed(ours(hf.load(folders[name]), gradients=gradients, greedy=greedy)), golden(name)
+    results = probed(ours(hf.load(folders[name]), gradients=gradients, greedy=greedy))
+    reference = golden(name)
     left_out = (set() if gradients else {"grads", "loss"}) | (set() if greedy else {"greedy"})
     assert reference.keys() - results.keys() == left_out
     worst = differences(results, reference)
@@ -57,26 +62,36 @@ def test_transformers_numbers(folders, name):
 
 
 def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
-    """From released tensors. transformers does not round, and so chooses other tokens here and there."""
+    """From released tensors. transformers does not round, so it chooses other tokens at times."""
     cfg = small(attention="dsa", index_heads=11, index_dim=128, index_topk=32, max_positions=512)
     positions = jnp.arange(100, 300, dtype=jnp.int32)[None]
-    shapes = {"wq_b.weight": (11 * 128, cfg.q_latent_dim), "wk.weight": (128, cfg.dim), "k_norm.weight": (128,)}
+    shapes = {
+        "wq_b.weight": (11 * 128, cfg.q_latent_dim),
+        "wk.weight": (128, cfg.dim),
+        "k_norm.weight": (128,),
+    }
     shapes |= {"k_norm.bias": (128,), "weights_proj.weight": (11, cfg.dim)}
     w = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     x, c_q = (rng.standard_normal((200, width)) for width in (cfg.dim, cfg.q_latent_dim))
     ctx, chosen = make_context(cfg, positions), {}
     for precision in ("none", "fp8_ue8m0"):
         indexer = Indexer(replace(cfg, index_precision=precision), nnx.Rngs(0))
-        indexer.w_iq.set_value(jnp.asarray(w["wq_b.weight"].reshape(11, 128, -1).transpose(2, 0, 1)))
+        indexer.w_iq.set_value(
+            jnp.asarray(w["wq_b.weight"].reshape(11, 128, -1).transpose(2, 0, 1))
+        )
         indexer.w_ik.set_value(jnp.asarray(w["wk.weight"].T))
         indexer.w_iw.set_value(jnp.asarray(w["weights_proj.weight"].T))
         indexer.k_norm.scale.set_value(jnp.asarray(w["k_norm.weight"]))
         indexer.k_norm.bias.set_value(jnp.asarray(w["k_norm.bias"]))
-        rows = jax.jit(indexer, static_argnums=3)(jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx, prepare(None))
+        rows = jax.jit(indexer, static_argnums=3)(
+            jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx, prepare(None)
+        )
         keys, last = Stored(rows["index_key"].swapaxes(1, 2), None), positions - 100
         ids = choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)
         chosen[precision] = [[s for s in row if s >= 0] for row in ids[0].tolist()]
-    scores = oracles.deepseek_index_scores(w, x, c_q, *(np.asarray(a[0], float) for a in (ctx.cos, ctx.sin)))
+    scores = oracles.deepseek_index_scores(
+        w, x, c_q, *(np.asarray(a[0], float) for a in (ctx.cos, ctx.sin))
+    )
     expected = [oracles.best(row, 32, range(t + 1)) for t, row in enumerate(scores)]
     assert chosen["fp8_ue8m0"] == expected
     differing = [set(a) != set(b) for a, b in zip(chosen["none"], expected, strict=True)]
@@ -90,9 +105,15 @@ def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
 def test_a_folder_survives_loading_and_saving_bitwise(folders, name, tmp_path):
     """Folder → model → folder, in the file's dtype; FP8 with scales of 24 bits."""
     fp8, file = GRID[name].file == "fp8", GRID[name].file
-    hf.save(hf.load(folders[name]), tmp_path / "out", fp8, dtype="bfloat16" if file == "bfloat16" else None)
+    hf.save(
+        hf.load(folders[name]),
+        tmp_path / "out",
+        fp8,
+        dtype="bfloat16" if file == "bfloat16" else None,
+    )
     expected = {
-        k: v.astype(np.float32) if file == "float16" else v for k, v in without_int4(stored(GRID[name])).items()
+        k: v.astype(np.float32) if file == "float16" else v
+        for k, v in without_int4(stored(GRID[name])).items()
     }
     header = read_header(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert header.keys() == expected.keys()
@@ -105,8 +126,11 @@ def test_a_folder_survives_loading_and_saving_bitwise(folders, name, tmp_path):
 def test_a_model_survives_saving_and_loading_bitwise(tmp_path):
     model = random_model(small(mtp_depth=2, num_dense_layers=0))
     hf.save(model, tmp_path / "out", shard_bytes=20_000)
-    shards = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]  # the package reads them
-    assert all(len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 20_000 for shard in shards)
+    # the package reads them
+    shards = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert all(
+        len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 20_000 for shard in shards
+    )
     loaded = hf.load(tmp_path / "out")
     assert_bitwise(state_of(model), state_of(loaded))
     assert loaded.cfg == replace(model.cfg, balance=loaded.cfg.balance)
@@ -115,8 +139,13 @@ def test_a_model_survives_saving_and_loading_bitwise(tmp_path):
 def test_a_wrapped_model_is_read_by_the_names_that_transformers_saves(folders, tmp_path):
     arrays = load_file(folders["Kimi K2.5"] / SINGLE)
     shutil.copytree(folders["Kimi K2.5"], tmp_path / "saved")
-    save_file({name.replace(".layers.", ".blocks."): a for name, a in arrays.items()}, tmp_path / "saved" / SINGLE)
-    assert_bitwise(*(state_of(hf.load(folder)) for folder in (folders["Kimi K2.5"], tmp_path / "saved")))
+    save_file(
+        {name.replace(".layers.", ".blocks."): a for name, a in arrays.items()},
+        tmp_path / "saved" / SINGLE,
+    )
+    assert_bitwise(
+        *(state_of(hf.load(folder)) for folder in (folders["Kimi K2.5"], tmp_path / "saved"))
+    )
 
 
 def test_a_mesh_changes_no_number(folders, tmp_path):
@@ -134,7 +163,9 @@ def test_a_host_reads_only_its_shards(folders):
     names = []
     folder, cfg = hf.reading.ReleasedFolder(folders["groups"]), GRID["groups"].cfg
     w_up = ("sparse", "moe", "experts", "w_up")
-    sources = [(e, i) for e in folder.entries.values() for i, s in enumerate(e.slices) if s.path == w_up]
+    sources = [
+        (e, i) for e in folder.entries.values() for i, s in enumerate(e.slices) if s.path == w_up
+    ]
     shard = (slice(None), slice(2, 4), slice(None), slice(None))
     shape = (cfg.num_sparse_layers, cfg.num_experts, cfg.dim, cfg.expert_dim)
 
@@ -144,7 +175,9 @@ def test_a_host_reads_only_its_shards(folders):
 
     part = hf.reading._read_shard(parts, sources, jax.ShapeDtypeStruct(shape, np.float32), shard)
     assert part.shape == (cfg.num_sparse_layers, 2, cfg.dim, cfg.expert_dim)
-    assert sorted(names) == [f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in (1, 2) for e in (2, 3)]
+    assert sorted(names) == [
+        f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in (1, 2) for e in (2, 3)
+    ]
 
 
 def test_bfloat16_parameters(folders):

@@ -1,4 +1,4 @@
-"""A broken released folder gives one sentence that names file and tensor; a failed conversion leaves no files."""
+"""A broken released folder gives a sentence naming file and tensor; failures leave no files."""
 
 import json
 import os
@@ -24,9 +24,13 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training.checkpoint import Checkpoints, load_run
 from dsv3_jax.training.run_folder import claim
 
-CFG = small(num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1)
+CFG = small(
+    num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1
+)
 SHARD = "model-00002-of-00003.safetensors"
-O_PROJ, UP = (f"model.layers.1.{name}.weight" for name in ("self_attn.o_proj", "mlp.experts.2.up_proj"))
+O_PROJ, UP = (
+    f"model.layers.1.{name}.weight" for name in ("self_attn.o_proj", "mlp.experts.2.up_proj")
+)
 
 
 def state_of(model):
@@ -56,7 +60,10 @@ def edit_tensors(change):
     """Change the tensors and write all of them into one file."""
 
     def damage(folder: Path):
-        arrays = {name: np.array(files.read_tensor(tensor)) for name, tensor in files.open_folder(folder)[1].items()}
+        arrays = {
+            name: np.array(files.read_tensor(tensor))
+            for name, tensor in files.open_folder(folder)[1].items()
+        }
         change(arrays)
         for path in folder.glob("model*"):
             path.unlink()
@@ -78,20 +85,26 @@ def link_out(folder):
     (folder / SHARD).symlink_to(folder.parent / "outside.safetensors")
 
 
+def read_from(place):
+    """Damage: the index says that a tensor is in this file."""
+    return lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: place}}))
+
+
+def without_scale(arrays):
+    arrays[O_PROJ] = arrays[O_PROJ].astype(ml_dtypes.float8_e4m3fn)
+
+
 # name → (damage to the folder, parts of the error)
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
     "no shard": (lambda f: (f / SHARD).unlink(), ["has no " + SHARD]),
-    "a path": (lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: "../x"}})), ["file '../x'"]),
-    "a NUL": (lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: "x\0"}})), ["file 'x\\x00'"]),
+    "a path": (read_from("../x"), ["file '../x'"]),
+    "a NUL": (read_from("x\0"), ["file 'x\\x00'"]),
     "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
     "truncated": (lambda f: os.truncate(f / SHARD, 9000), [SHARD, "is damaged"]),
     "missing": (edit_tensors(lambda arrays: arrays.pop(UP)), [UP + " is missing", "1 tensors"]),
     "misshapen": (put(**{UP: np.zeros((2, 3), np.float32)}), [UP + " in model", "[2, 3]"]),
-    "FP8 without a scale": (
-        edit_tensors(lambda arrays: arrays.update({O_PROJ: arrays[O_PROJ].astype(ml_dtypes.float8_e4m3fn)})),
-        [O_PROJ + "_scale_inv is missing"],
-    ),
+    "FP8 without a scale": (edit_tensors(without_scale), [O_PROJ + "_scale_inv is missing"]),
     "NaN": (edit_tensors(poison), ["model.safetensors holds 1 NaN or Inf in " + UP]),
     "another embedding in the MTP layer": (
         put(**{"model.layers.2.embed_tokens.weight": np.ones((260, 16), np.float32)}),
@@ -115,7 +128,11 @@ def test_an_error_is_one_sentence_with_file_and_tensor(folder, name):
 
 
 def test_missing_mtp_layers_are_left_out_with_a_line(folder, capfd):
-    edit_tensors(lambda arrays: [arrays.pop(k) for k in [*arrays] if k.startswith("model.layers.2.")])(folder)
+    def without_mtp(arrays):
+        for name in [name for name in arrays if name.startswith("model.layers.2.")]:
+            del arrays[name]
+
+    edit_tensors(without_mtp)(folder)
     assert hf.load(folder).cfg.mtp_depth == 0
     assert "names 1 MTP layers, and the files have none: loaded without" in capfd.readouterr().err
 
@@ -145,7 +162,7 @@ def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
 
 
 def test_convert_there_and_back(good, model, tmp_path, capsys):
-    """Released → run → released, bitwise; `load_run`, which generate and eval use, loads the run."""
+    """Released → run → released, bitwise; `load_run`, as in generate and eval, loads the run."""
     assert unhooked_cli().main(["convert", str(good), str(tmp_path / "run")]) == 0
     assert "a run at step 0, its tokenizer tokenizer.json" in capsys.readouterr().out
     loaded, run, step = load_run(tmp_path / "run")
@@ -153,7 +170,8 @@ def test_convert_there_and_back(good, model, tmp_path, capsys):
     assert_bitwise(state_of(loaded), state_of(model))
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
     assert_bitwise(state_of(hf.load(tmp_path / "back")), state_of(model))
-    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (good / "tokenizer.json").read_bytes()
+    back, tokenizer = (place / "tokenizer.json" for place in (tmp_path / "back", good))
+    assert back.read_bytes() == tokenizer.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
 
 
@@ -162,15 +180,21 @@ def test_convert_between_dtypes(good, tmp_path):
     hf.convert(good, tmp_path / "fp8", dtype="fp8")
     hf.convert(tmp_path / "fp8", tmp_path / "float32", dtype="float32")
     hf.convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
-    assert "quantization_config" not in json.loads((tmp_path / "float32" / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "float32" / "config.json").read_text()
+    )
     assert_bitwise(*(state_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
-    contents = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again"))
+    contents = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again")
+    )
     assert next(contents) == next(contents)
 
 
 def test_a_setting_that_a_released_folder_cannot_hold_is_named(good, tmp_path, capsys):
     """By `save` and by `convert`; nothing is said of a model whose folder computes the same."""
-    cfg = small(num_layers=1, vocab_size=260, attention="dsa", index_heads=2, index_dim=32, index_topk=4)
+    cfg = small(
+        num_layers=1, vocab_size=260, attention="dsa", index_heads=2, index_dim=32, index_topk=4
+    )
     for name, precision in (("plain", "none"), ("rounding", "fp8")):
         hf.save(random_model(replace(cfg, index_precision=precision)), tmp_path / name)
     said = "index_precision='fp8' is lost, since config.json has no key for it"
@@ -218,7 +242,9 @@ def cached(good, tmp_path, monkeypatch):
     (repo / "blobs" / "template").write_text("{{ 'other' }}")
     (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/template")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     return repo
 
 
@@ -226,7 +252,9 @@ def test_a_hub_cache_is_read_by_path_and_by_id(cached, good, monkeypatch):
     assert_bitwise(*(state_of(hf.load(place)) for place in ("deep/small", good)))
     for place in (cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).template is None  # "rag" is another
-    with pytest.raises(ValueError, match="'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"):
+    with pytest.raises(
+        ValueError, match="'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"
+    ):
         hf.load("deep/small@v2")
     monkeypatch.chdir(cached.parent)
     assert find(f"{cached.name}/none") == Path(cached.name, "none")  # a path with a typing error

@@ -1,4 +1,4 @@
-"""The table of names, configurations, FP8 and 4 bits of released folders, against what was released."""
+"""The table of names, configurations, FP8 and 4 bits of released folders, against the releases."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from dsv3_jax.config import ConfigError, Yarn
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.hf.fp8 import dequantize, quantize
 
-# config.json of the models as released, without names of classes and generation settings, copied by hand.
+# config.json of the released models, without names of classes and generation settings, by hand.
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
 RELEASED_V3 = CONFIGS["v3"]
 
@@ -25,8 +25,14 @@ def test_released_configurations_are_the_presets(name):
     assert replace(cfg, balance=preset.balance, init_std=preset.init_std) == preset
     config = config_to_dict(preset, fp8=name == "v3")
     # The reports' standard deviation, V2's 0 of no MTP, DeepSeek's label for others' models.
-    may_differ = "initializer_range num_nextn_predict_layers model_type quantization_config eos_token_id".split()
-    assert not [k for k in config if k in CONFIGS[name] and config[k] != CONFIGS[name][k] and k not in may_differ]
+    may_differ = (
+        "initializer_range num_nextn_predict_layers model_type quantization_config eos_token_id"
+    ).split()
+    assert not [
+        k
+        for k in config
+        if k in CONFIGS[name] and config[k] != CONFIGS[name][k] and k not in may_differ
+    ]
 
 
 def test_the_released_list_of_tensors():
@@ -43,7 +49,8 @@ def test_the_released_list_of_tensors():
         "model.layers.61.eh_proj.weight": ((7168, 14336), "bfloat16"),
         "model.layers.61.shared_head.head.weight": ((129280, 7168), "bfloat16"),
     }
-    assert expected.items() <= table.items() and "model.layers.61.eh_proj.weight_scale_inv" not in table
+    assert expected.items() <= table.items()
+    assert "model.layers.61.eh_proj.weight_scale_inv" not in table
 
 
 # configurations
@@ -55,42 +62,63 @@ def test_other_ways_to_say_the_same():
     new = {k: v for k, v in RELEASED_V3.items() if k not in ("rope_scaling", "rope_theta")}
     new |= {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 10000.0}}
     assert hf.config_from_dict(new) == old
-    bare = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}  # the reference's own defaults
-    assert hf.config_from_dict(RELEASED_V3 | {"rope_scaling": bare}).yarn == Yarn(40.0, 4096, mscale_all_dim=0.0)
+    # the reference's own defaults
+    bare = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    assert hf.config_from_dict(RELEASED_V3 | {"rope_scaling": bare}).yarn == Yarn(
+        40.0, 4096, mscale_all_dim=0.0
+    )
 
 
 INDEX = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
 V32 = RELEASED_V3 | INDEX | {"model_type": "deepseek_v32"}
-GLM = RELEASED_V3 | INDEX | {"model_type": "glm_moe_dsa", "num_hidden_layers": 8, "n_routed_experts": 16}
+GLM = (
+    RELEASED_V3
+    | INDEX
+    | {"model_type": "glm_moe_dsa", "num_hidden_layers": 8, "n_routed_experts": 16}
+)
 
 
 def test_indexers():
-    """Which layers have one, as transformers' GlmMoeDsaConfig says; and the tensors, as V3.2 was released."""
+    """Layers that have one, by transformers' GlmMoeDsaConfig; tensors, as V3.2 was released."""
     of_v3 = hf.config_from_dict(RELEASED_V3)
     v32 = replace(of_v3, attention="dsa", index_topk=2048, index_heads=64, index_dim=128)
     assert hf.config_from_dict(V32) == v32
     table = hf.tensor_table(v32, fp8=True)
-    assert len(table) == 91_991 + 62 * 7 and table["model.layers.61.self_attn.indexer.k_norm.bias"][0] == (128,)
-    kinds = {k.split(".")[5]: kind for k, (_, kind) in table.items() if ".60.self_attn.indexer" in k}
-    assert kinds == dict.fromkeys(("wq_b", "wk"), "float32") | dict.fromkeys(("k_norm", "weights_proj"), "bfloat16")
+    assert len(table) == 91_991 + 62 * 7
+    assert table["model.layers.61.self_attn.indexer.k_norm.bias"][0] == (128,)
+    kinds = {
+        k.split(".")[5]: kind for k, (_, kind) in table.items() if ".60.self_attn.indexer" in k
+    }
+    of_bfloat16 = dict.fromkeys(("k_norm", "weights_proj"), "bfloat16")
+    assert kinds == dict.fromkeys(("wq_b", "wk"), "float32") | of_bfloat16
     for changes, expected in (
         ({"indexer_rope_interleave": True}, "FFFFFFFF"),
         ({"index_topk_freq": 3}, "FFSSFSSF"),
         ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, "FFFSSSFS"),
         ({"index_topk_pattern": "FSSFSSSS", "index_topk_freq": 4}, "FSSFSSSS"),
-        ({"indexer_types": ["full", *["shared"] * 7], "index_topk_pattern": "FSSFSSSS"}, "FSSSSSSS"),
+        (
+            {"indexer_types": ["full", *["shared"] * 7], "index_topk_pattern": "FSSFSSSS"},
+            "FSSSSSSS",
+        ),
     ):
         cfg = hf.config_from_dict(GLM | changes)
-        assert cfg.index_interleaved and "".join(k[0].upper() for k in cfg.index_types or ["full"] * 8) == expected
+        assert cfg.index_interleaved
+        assert "".join(k[0].upper() for k in cfg.index_types or ["full"] * 8) == expected
         assert hf.config_from_dict(config_to_dict(cfg)) == cfg
         found = {int(k.split(".")[2]) for k in hf.tensor_table(cfg) if ".indexer." in k}
-        assert found == {i for i, kind in enumerate(expected + "F") if kind == "F"}  # an MTP layer has its own
-    with pytest.raises(ConfigError, match="index_types=.* cannot be expressed in the released format 'deepseek_v32'"):
+        # an MTP layer has its own
+        assert found == {i for i, kind in enumerate(expected + "F") if kind == "F"}
+    with pytest.raises(
+        ConfigError,
+        match="index_types=.* cannot be expressed in the released format 'deepseek_v32'",
+    ):
         config_to_dict(replace(v32, index_types=("full", *["shared"] * 60)))
 
 
 GROUP = INT4["config_groups"]["group_0"]
-EIGHT_BITS = INT4 | {"config_groups": {"group_0": GROUP | {"weights": GROUP["weights"] | {"num_bits": 8}}}}
+EIGHT_BITS = INT4 | {
+    "config_groups": {"group_0": GROUP | {"weights": GROUP["weights"] | {"num_bits": 8}}}
+}
 # (change of V3's config.json, part of the error)
 REFUSED = [
     ({"model_type": "kimi_k3"}, "model_type='kimi_k3' is not one of .*; did you mean 'kimi_k2'"),
@@ -116,7 +144,9 @@ def test_unsupported_configurations_are_refused_always():
 
 def test_unknown_keys_are_refused_unless_allowed():
     changed = RELEASED_V3 | {"index_topk": 2048, "new_norm": {"kind": "x" * 99}}
-    with pytest.raises(ConfigError, match="^index_topk=2048, new_norm={'kind': 'x+ may .* --allow-"):
+    with pytest.raises(
+        ConfigError, match="^index_topk=2048, new_norm={'kind': 'x+ may .* --allow-"
+    ):
         hf.config_from_dict(changed)
     assert hf.config_from_dict(changed, allow_unknown_keys=True) == hf.config_from_dict(RELEASED_V3)
 
@@ -148,7 +178,7 @@ def assert_same(left, right):
 
 
 def test_requantizing_keeps_scales_of_24_bits_and_extremes(rng):
-    """One number of a constant block fits several neighbouring scales of 24 bits, so ours have 20."""
+    """A number of a constant block fits several scales of 24 bits, so ours have 20."""
     released = quantized(rng.standard_normal((300, 200)).astype(np.float32) * 0.02)
     assert_same(quantize(dequantized(*released)), released)
     numbers, scales = quantize(np.repeat(rng.uniform(0.5, 2, 100).astype(np.float32), 128)[None])

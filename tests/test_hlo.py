@@ -1,4 +1,4 @@
-"""The traffic of programs equals counts by hand: every kind of collective, in loops and in branches."""
+"""The traffic of programs equals counts by hand: every collective, in loops and in branches."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ ALL = ("data", "expert")
 
 
 def sent(local):
-    """Count the traffic of `local`, a function of a device's [ROWS, WIDTH], on the mesh of SIZES."""
+    """Count the traffic of `local`, a function of a device's [ROWS, WIDTH], on a mesh of SIZES."""
     mesh = jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
     x = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(ALL)))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=P(ALL), out_specs=P(ALL), check_vma=False)
@@ -60,8 +60,11 @@ def test_a_loop_of_unknown_length_counts_once():
     """And of the branches of a condition, the larger one counts."""
 
     def local(x):
-        x = jax.lax.cond(x.sum() > 0, lambda x: jax.lax.psum(x, "data"), lambda x: jax.lax.psum(x, ALL), x)
-        return gather(jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.lax.psum(x, "data"), x))[:ROWS]
+        x = jax.lax.cond(
+            x.sum() > 0, lambda x: jax.lax.psum(x, "data"), lambda x: jax.lax.psum(x, ALL), x
+        )
+        x = jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.lax.psum(x, "data"), x)
+        return gather(x)[:ROWS]
 
     counted = sent(local)
     assert counted.unknown_loops == 1
@@ -77,14 +80,22 @@ def test_a_loop_of_unknown_length_counts_once():
 def test_an_all_reduce_that_is_only_sliced_is_a_reduce_scatter():
     """Also in the program's bfloat16, although the CPU sends float32."""
     mesh = jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
-    x = jax.ShapeDtypeStruct((16, 8 * ROWS), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, ALL)))
+    x = jax.ShapeDtypeStruct(
+        (16, 8 * ROWS), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, ALL))
+    )
 
     def product(x, also_replicated):
         y = jax.lax.with_sharding_constraint(x @ x.T, NamedSharding(mesh, P(ALL)))
-        return (y, jax.lax.with_sharding_constraint(x @ x.T, NamedSharding(mesh, P()))) if also_replicated else y
+        return (
+            (y, jax.lax.with_sharding_constraint(x @ x.T, NamedSharding(mesh, P())))
+            if also_replicated
+            else y
+        )
 
     def by_kind(also_replicated):
-        compiled, text = compile_with_hlo(jax.jit(product, static_argnums=1).lower(x, also_replicated))
+        compiled, text = compile_with_hlo(
+            jax.jit(product, static_argnums=1).lower(x, also_replicated)
+        )
         return traffic(compiled).by("kind"), traffic(text).by("kind")
 
     nbytes = 16 * 16 * 2
@@ -119,7 +130,8 @@ HloModule asynchronous, num_partitions=8
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %p = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
   %x = f32[4]{0:T(128)} get-tuple-element(%p), index=1
-  %r = f32[4]{0:T(128)} all-reduce-start(%x), replica_groups=mesh['data'=2,'expert'=4] {'data'}, to_apply=%sum
+  %r = f32[4]{0:T(128)} all-reduce-start(%x), \
+replica_groups=mesh['data'=2,'expert'=4] {'data'}, to_apply=%sum
   %d = f32[4]{0:T(128)} all-reduce-done(%r)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   ROOT %t = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%i, %d)
@@ -129,13 +141,14 @@ ENTRY %main (x: bf16[8,4], y: (s32[], f32[4])) -> bf16[32,4] {
   %x = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
   %y = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(1)
   %w = (s32[]{:T(128)}, f32[4]{0:T(128)}) while(%y), condition=%limit, body=%body
-  %s = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
+  %s = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,4},{4,0}}
   %sd = bf16[8,4]{1,0} collective-permute-done(%s)
   %b = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}, u32[]) async-start(%sd), calls=%wrapped
   %u = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}, u32[]) async-update(%b), calls=%wrapped
   %bd = bf16[8,4]{1,0} async-done(%u), calls=%wrapped
-  %two = ((bf16[8,4]{1,0}, /*index=1*/s8[2,4]{1,0}), (bf16[32,4]{1,0}, s8[8,4]{1,0})) all-gather-start(%bd, %z), \
-replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %two = ((bf16[8,4]{1,0}, /*index=1*/s8[2,4]{1,0}), (bf16[32,4]{1,0}, s8[8,4]{1,0})) \
+all-gather-start(%bd, %z), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   ROOT %twod = bf16[32,4]{1,0} all-gather-done(%two)
 }
 """.replace("\\\n", "")

@@ -1,4 +1,4 @@
-"""Input that others wrote is refused quickly, in a sentence that names it: one example for each door."""
+"""Input of others is refused quickly, in a sentence that names it: one example for each door."""
 
 import itertools
 import json
@@ -29,7 +29,9 @@ RELEASED = config_to_dict(preset("v3"))
 HUGE = 10**399
 
 
-def places(values: dict, kinds: tuple[type, ...], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def places(
+    values: dict, kinds: tuple[type, ...], path: tuple[str, ...] = ()
+) -> list[tuple[str, ...]]:
     """Paths of a dictionary's values of some types."""
     found = []
     for key, value in values.items():
@@ -109,7 +111,9 @@ def test_a_model_of_more_tensors_than_there_are(tmp_path):
 # Runs and texts
 
 
-def test_links_that_lead_nowhere_are_passed_over_and_names_of_domains_can_be_printed(tmp_path, capsys):
+def test_links_that_lead_nowhere_are_passed_over_and_names_of_domains_can_be_printed(
+    tmp_path, capsys
+):
     rows = [{"text": f"text {i}", "domain": "\x1b[31m[/]"} for i in range(4)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "gone\x1b[2J.txt").symlink_to("nowhere")
@@ -117,14 +121,22 @@ def test_links_that_lead_nowhere_are_passed_over_and_names_of_domains_can_be_pri
     corpus = load_corpus(DataConfig(paths=(str(tmp_path),)))
     assert len(corpus.train + corpus.val) == 4 and corpus.domains == ("\ufffd[31m[/]",)
     said = capsys.readouterr().err
-    assert said.count("a link that leads nowhere") == 2 and "gone\\x1b[2J.txt" in said and "\x1b" not in said
+    assert said.count("a link that leads nowhere") == 2
+    assert "gone\\x1b[2J.txt" in said
+    assert "\x1b" not in said
 
 
 def test_a_sentence_is_short_and_plain():
     long = common.sentence(ValueError("begin " + "x" * 10**6 + " end"))
     assert len(long) <= common.MAX_SENTENCE and long.startswith("begin x")
-    assert common.sentence(FileNotFoundError(2, "No such file", "in.jsonl")) == "No such file: 'in.jsonl'"
-    assert common.sentence(ValueError("a\x1b[31m\ud800\u202e é\n漢")) == "a\\x1b[31m\\ud800\\u202e é 漢"
+    assert (
+        common.sentence(FileNotFoundError(2, "No such file", "in.jsonl"))
+        == "No such file: 'in.jsonl'"
+    )
+    assert (
+        common.sentence(ValueError("a\x1b[31m\ud800\u202e é\n漢"))
+        == "a\\x1b[31m\\ud800\\u202e é 漢"
+    )
 
 
 # Signals

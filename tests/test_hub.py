@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face are read as files with the same rows are; without the package there is one sentence."""
+"""Hugging Face's datasets are read as files of the same rows; without the package: a sentence."""
 
 import datetime
 import json
@@ -10,13 +10,18 @@ from dsv3_jax.chat.examples import contents
 from dsv3_jax.data import hub
 from dsv3_jax.data.corpus import read_documents
 
-ROWS = [{"body": f"text {i} " * (1 + i % 5), "domain": ("web", "code")[i % 2], "n": i} for i in range(40)]
+ROWS = [
+    {"body": f"text {i} " * (1 + i % 5), "domain": ("web", "code")[i % 2], "n": i}
+    for i in range(40)
+]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The rows as JSONL, and as `datasets` saves them: one dataset, and one with two splits."""
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'dsv3-jax[datasets]'")
+    datasets = pytest.importorskip(
+        "datasets", reason="datasets is not installed: pip install 'dsv3-jax[datasets]'"
+    )
     root = tmp_path_factory.mktemp("hub")
     (root / "rows").mkdir()
     (root / "rows" / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
@@ -40,13 +45,17 @@ def test_a_time_in_a_message_is_no_value_of_json(saved):
 
     turns = [{"role": "user", "content": "hi", "time": datetime.datetime(2026, 1, 2)}]
     datasets.Dataset.from_list([{"body": turns}]).save_to_disk(str(saved / "times"))
-    with pytest.raises(ValueError, match="times cannot be read after row 0: Object of type datetime is not JSON"):
+    with pytest.raises(
+        ValueError, match="times cannot be read after row 0: Object of type datetime is not JSON"
+    ):
         list(contents((f"hf:{saved / 'times'}",), "body"))
 
 
 def test_the_column_of_chats_can_have_another_name(tmp_path):
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    (file := tmp_path / "chats.jsonl").write_text(json.dumps({"turns": turns, "id": 7, "domain": "sums"}))
+    (file := tmp_path / "chats.jsonl").write_text(
+        json.dumps({"turns": turns, "id": 7, "domain": "sums"})
+    )
     [(record, domain, _)] = contents((str(file),), "turns")
     assert (record, domain) == ({"messages": turns, "tools": None}, "sums")
 

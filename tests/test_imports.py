@@ -9,7 +9,8 @@ from pathlib import Path
 import dsv3_jax
 
 ROOT = Path(dsv3_jax.__file__).parent
-# From the ground up. A folder or file may import its own floor and those below; a new one must be given its place here.
+# From the ground up. Folders and files import their own floor and those below; a new one needs a
+# place here.
 FLOORS = [
     {"config"},
     {"files", "imports", "lock", "presets", "reference", "signals"},
@@ -25,7 +26,7 @@ FLOORS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-# Folder or file → the parts of the package that it may import, beside itself. FLOORS has the other folders.
+# Folder or file → the parts of the package that it may import beside itself; others are in FLOORS.
 MAY_IMPORT = {
     "config": set(),
     "reference": {"config"},
@@ -60,7 +61,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def imports_of(name, at_once=False):
-    """Full names of all that a module imports, or only of what it imports at once, outside functions.
+    """Full names of all that a module imports, or only of what it imports outside functions.
 
     `from a import b` is a.b where that is a module.
     """
@@ -97,10 +98,13 @@ def test_imports_go_down():
         assert room in FLOOR, f"{name} has no place in FLOORS"
         for other in others:
             assert other in MODULES, f"{name} imports {other}, which is no module"
-            assert FLOOR[room_of(other)] <= FLOOR[room], f"{name} imports {other} from a floor above"
+            assert FLOOR[room_of(other)] <= FLOOR[room], (
+                f"{name} imports {other} from a floor above"
+            )
         rooms = set(map(room_of, others)) - {room}
         assert rooms <= MAY_IMPORT.get(room, rooms), f"{name} imports {rooms - MAY_IMPORT[room]}"
-        assert not {"training", "decoding"} <= rooms | {room} or room not in ("training", "decoding"), name
+        twins = {"training", "decoding"}
+        assert not twins <= rooms | {room} or room not in twins, name
         assert room == "cli" or "cli" not in rooms, name
     # The parser sees what there is, else all of this would hold of nothing.
     assert "ops.dispatch" in OWN["model.moe"] and "config" in OWN["presets"]
@@ -110,15 +114,22 @@ def test_other_projects_are_imported_where_they_belong():
     for name in MODULES:
         roots = set(map(room_of, imports_of(name)))
         for room, refused in NO_PROJECT.items():
-            assert room not in ("", room_of(name)) or not roots & refused, f"{name} imports {roots & refused}"
+            assert room not in ("", room_of(name)) or not roots & refused, (
+                f"{name} imports {roots & refused}"
+            )
 
 
 def test_commands_import_slow_modules_when_they_run():
     """`--help` and bad input are then answered before Orbax, Grain and Matplotlib are imported."""
     for name in MODULES:
         if name.startswith("cli."):
-            folders = {other.split(".")[1] for other in imports_of(name, at_once=True) if "dsv3_jax." in other}
-            assert not folders & {"train", "training", "stats", "hf", "planning", "mesh", "kernels"}, name
+            folders = {
+                other.split(".")[1]
+                for other in imports_of(name, at_once=True)
+                if "dsv3_jax." in other
+            }
+            late = {"train", "training", "stats", "hf", "planning", "mesh", "kernels"}
+            assert not folders & late, name
 
 
 ASKS = r"default_backend|os\.environ|ffi_call|jax\.devices\(|\bplatform\b|subprocess|compiler"
@@ -147,7 +158,7 @@ def test_no_import_runs_in_a_circle():
 
 
 def test_nothing_turns_off_what_jax_checks_of_collectives():
-    """With these `shard_map` no longer knows what differs along an axis, and a gradient may be wrong in silence.
+    """With these `shard_map` loses what differs along an axis; a gradient may be wrong in silence.
 
     One function may: it calls kernels that JAX cannot check, without collectives.
     """
@@ -156,7 +167,8 @@ def test_nothing_turns_off_what_jax_checks_of_collectives():
             function.name
             for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef)
-            and {"check_vma", "check_rep"} & {n.arg for n in ast.walk(function) if isinstance(n, ast.keyword)}
+            and {"check_vma", "check_rep"}
+            & {n.arg for n in ast.walk(function) if isinstance(n, ast.keyword)}
         ]
         assert users == (["shard_map_by_names"] if name == "mesh.sharding" else []), name
 
@@ -167,7 +179,8 @@ import jax
 before = dict(jax.config.values)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-changed = {key: value for key, value in jax.config.values.items() if before.get(key, value) != value}
+now = jax.config.values
+changed = {key: value for key, value in now.items() if before.get(key, value) != value}
 assert not changed, changed
 foreign = {"torch", "transformers"} & set(sys.modules)
 assert not foreign, foreign
@@ -178,5 +191,7 @@ assert jax.device_count() == 3
 
 def test_importing_changes_no_setting_and_touches_no_device():
     names = [f"dsv3_jax.{name}" for name in MODULES if not name.endswith(("__init__", "__main__"))]
-    done = subprocess.run([sys.executable, "-W", "error", "-c", LOOK, *names], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOOK, *names], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

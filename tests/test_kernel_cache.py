@@ -18,7 +18,7 @@ echo library > "$2"
 
 
 class Cache:
-    """A cache folder, and a compiler that writes a file of one line, called by two words; it keeps a log."""
+    """A cache folder, and a compiler of two words that writes a one-line file and keeps a log."""
 
     def __init__(self, root: Path):
         self.folder, self.loaded, self.script = root / "dsv3_jax", [], root / "compiler"
@@ -50,7 +50,8 @@ def cache(monkeypatch, tmp_path) -> Cache:
 def test_what_is_compiled_is_kept_in_a_private_folder(cache, monkeypatch, capfd):
     path = cache.load()
     assert {file.name for file in cache.folder.iterdir()} == {path.name, "build.lock"}
-    assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o700 and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     said = capfd.readouterr().err
     assert said.startswith(f"compiling the CPU kernels with sh {cache.script}, once")
     assert cache.load() == path and cache.compiled() == 1 and capfd.readouterr().err == ""
@@ -83,4 +84,7 @@ def test_why_there_are_no_kernels(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.glob("*/*")] == ["build.lock"]  # nothing half-written
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert why_not() == "there is no C++ compiler (c++, g++, clang++): install one, as by apt install g++"
+    assert (
+        why_not()
+        == "there is no C++ compiler (c++, g++, clang++): install one, as by apt install g++"
+    )

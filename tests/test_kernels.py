@@ -32,7 +32,10 @@ def test_the_last_row_of_every_op_serves_everything():
         for platform in choose.PLATFORMS:
             for precision in ("none", "fp8", "mxfp8"):
                 last = Target(platform, "xla", precision=precision).rows(op)[-1]
-                assert not last.dtypes and not last.one_device and last.fits is None and last.why_not is None, op
+                assert not last.dtypes, op
+                assert not last.one_device, op
+                assert last.fits is None, op
+                assert last.why_not is None, op
 
 
 def test_cpp_runs_float32_on_one_device_of_a_cpu():
@@ -41,7 +44,11 @@ def test_cpp_runs_float32_on_one_device_of_a_cpu():
     kernels = Kernels(Target("cpu"))
     assert experts(kernels, X, STACK) == kernels.chosen()["grouped_swiglu"] == "cpu"
     assert experts(Kernels(Target("cpu", "xla")), X, STACK) == "blocks"
-    assert experts(kernels, X.astype(jnp.bfloat16), STACK) == kernels.chosen("bfloat16")["grouped_swiglu"] == "blocks"
+    assert (
+        experts(kernels, X.astype(jnp.bfloat16), STACK)
+        == kernels.chosen("bfloat16")["grouped_swiglu"]
+        == "blocks"
+    )
     assert experts(kernels, X, STACK.astype(jnp.bfloat16)) == "blocks"
     assert kernels.chosen("bfloat16")["optimizer"] == "cpu"  # its arrays are float32
     with sharding.use_mesh(sharding.make_mesh(data=2)):
@@ -84,12 +91,28 @@ def test_a_name_forces_an_op_or_all_that_have_it():
 @pytest.mark.parametrize(
     "platform, execution, sentence",
     [
-        ("cuda", Execution(kernels="cpu"), "kernels='cpu' is not available on cuda in precision='none': causal_"),
-        ("tpu", Execution(kernels="grouped_swiglu=blocks"), "kernels='grouped_swiglu=blocks' is not available on tpu"),
+        (
+            "cuda",
+            Execution(kernels="cpu"),
+            "kernels='cpu' is not available on cuda in precision='none': causal_",
+        ),
+        (
+            "tpu",
+            Execution(kernels="grouped_swiglu=blocks"),
+            "kernels='grouped_swiglu=blocks' is not available on tpu",
+        ),
         ("cpu", Execution(kernels="magic"), "kernels='magic' is not one of auto, "),
-        ("cpu", Execution(kernels="optimizer=dense"), "kernels=optimizer=dense: 'dense' is not one of cpu, xla"),
+        (
+            "cpu",
+            Execution(kernels="optimizer=dense"),
+            "kernels=optimizer=dense: 'dense' is not one of cpu, xla",
+        ),
         ("abacus", Execution(), "platform='abacus' is not one of cpu, cuda, rocm, tpu"),
-        ("cpu", Execution("bfloat16", kernels="cpu"), "kernels='cpu' does not serve causal_attention in bfloat16"),
+        (
+            "cpu",
+            Execution("bfloat16", kernels="cpu"),
+            "kernels='cpu' does not serve causal_attention in bfloat16",
+        ),
     ],
 )
 def test_what_a_target_does_not_have_is_refused_in_a_sentence(platform, execution, sentence):
@@ -99,7 +122,9 @@ def test_what_a_target_does_not_have_is_refused_in_a_sentence(platform, executio
 
 
 def test_a_forced_kernel_that_cannot_compute_is_refused_and_what_is_no_choice():
-    with pytest.raises(ValueError, match="kernels='cpu' does not serve grouped_swiglu in bfloat16 with devices=1"):
+    with pytest.raises(
+        ValueError, match="kernels='cpu' does not serve grouped_swiglu in bfloat16 with devices=1"
+    ):
         experts(Kernels(Target("cpu", "cpu")), X.astype(jnp.bfloat16), STACK)
     for kernels in ("", "a b", "cpu,xla", "a=b=c"):
         with pytest.raises(ConfigError, match="kernels="):
@@ -116,8 +141,10 @@ def test_a_forced_kernel_that_cannot_compute_is_refused_and_what_is_no_choice():
         ("cpu", "", "bfloat16", "blocks", "xla", "xla"),
     ],
 )
-def test_who_multiplies_experts_on_each_chip(monkeypatch, platform, chip, dtype, training, few, many):
-    """No row that multiplies every row with every expert, and no loop of unknown length on accelerators."""
+def test_who_multiplies_experts_on_each_chip(
+    monkeypatch, platform, chip, dtype, training, few, many
+):
+    """No row multiplies all rows with all experts; accelerators' loops have known lengths."""
     kernels = prepare(Execution(compute_dtype=dtype), platform=platform, chip=chip)
     x, stack = jnp.ones((8, 128), dtype), jnp.ones((4, 128, 256))
     assert experts(kernels, x, stack) == training == kernels.chosen(dtype)["grouped_swiglu"]
@@ -125,21 +152,30 @@ def test_who_multiplies_experts_on_each_chip(monkeypatch, platform, chip, dtype,
     fallback = {"cuda": "row_blocks", "tpu": "ragged_dot", "cpu": "blocks"}[platform]
     assert experts(kernels, x, jnp.ones((4, 128, 100))) == fallback  # a width that no tile divides
     stored = Stored(jnp.ones((1, 1, 513, 4), dtype), None)
-    assert (picked(kernels, "cached_attention", [x], [stored], stored, x) == "blocks") == (platform != "cuda")
+    assert (picked(kernels, "cached_attention", [x], [stored], stored, x) == "blocks") == (
+        platform != "cuda"
+    )
     monkeypatch.setattr(choose, "LARGE_EXPERTS", 0)  # by_row would read each once for each row
-    assert experts(kernels, x, stack, 8, "decode_experts") == ("mosaic" if training == "mosaic" else few)
+    assert experts(kernels, x, stack, 8, "decode_experts") == (
+        "mosaic" if training == "mosaic" else few
+    )
     if training == "megablox":  # it is for one device
         with sharding.use_mesh(sharding.make_mesh(data=2)):
-            assert experts(kernels, x, stack) == kernels.chosen(dtype, devices=2)["grouped_swiglu"] == "ragged_dot"
+            assert (
+                experts(kernels, x, stack)
+                == kernels.chosen(dtype, devices=2)["grouped_swiglu"]
+                == "ragged_dot"
+            )
 
 
 def test_where_a_kernel_of_dw_is_wrong_the_next_has_another_one():
-    """Mosaic's forward and dx stay; where the check finds these wrong too, nothing of Mosaic is left."""
+    """Mosaic's forward and dx stay; where the check finds them wrong too, no Mosaic is left."""
     wrong: tuple[tuple[str, str], ...] = ()
     for name in ("mosaic", "mosaic_but_dw", "row_blocks"):
         kernels = Kernels(Target("cuda", chip="9.0"), wrong=wrong)
         assert kernels.chosen("bfloat16")["grouped_swiglu"] == name
-        assert kernels.chosen("bfloat16")["decode_experts"] == "mosaic"  # it has no dw, and a verdict of its own
+        # it has no dw, and a verdict of its own
+        assert kernels.chosen("bfloat16")["decode_experts"] == "mosaic"
         wrong += ((f"grouped_swiglu={name}", "it did not end in 60 s"),)
 
 
@@ -166,8 +202,13 @@ def test_without_a_compiler_xla_runs_and_the_line_says_so(monkeypatch):
     monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler (c++, g++, clang++)")
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] == experts(kernels, X, STACK) == "blocks"
-    assert kernels.describe() == "kernels for cpu: xla, blocks; without cpu: see `dsv3 info tiny --kernels`"
-    with pytest.raises(ConfigError, match="kernels='cpu' is not available here: there is no C\\+\\+ compiler"):
+    assert (
+        kernels.describe()
+        == "kernels for cpu: xla, blocks; without cpu: see `dsv3 info tiny --kernels`"
+    )
+    with pytest.raises(
+        ConfigError, match="kernels='cpu' is not available here: there is no C\\+\\+ compiler"
+    ):
         prepare(Execution(kernels="cpu"))
 
 

@@ -1,4 +1,4 @@
-"""Programs for accelerators, lowered on this host: only plain XLA in them, while programs for the CPU call the C++."""
+"""Programs for accelerators, lowered here, hold only plain XLA; those for the CPU call the C++."""
 
 from dataclasses import replace
 
@@ -19,7 +19,8 @@ BATCH, LENGTH = 2, 16
 CFG = small(num_layers=2, mtp_depth=1)
 RUN = make_run("nowhere", model=CFG)
 CPP = "@dsv3_"  # of every call of the C++ kernels, see kernels/cpu/library.py
-LOOP = "while["  # of a loop in a jaxpr whose length depends on data: blocks of rows, drafts, visits to experts
+# of a loop in a jaxpr whose length depends on data: blocks of rows, drafts, visits to experts
+LOOP = "while["
 
 
 @pytest.fixture
@@ -38,14 +39,18 @@ def rows(monkeypatch) -> set[tuple[str, str, tuple[str, ...]]]:
 
 def train_step(execution: Execution, kernels: Kernels):
     run = replace(RUN, execution=execution)
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32))
+    batch = dict.fromkeys(
+        ("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    )
     return make_step(Job(run, kernels=kernels)).trace(abstract_state(Job(run)), batch)
 
 
 def decode_loop(execution: Execution, kernels: Kernels):
     """All of a request after the prompt, with the model's own heads as drafters."""
     model = abstract(CFG, execution, kernels)
-    made, leaves, loop = decode_program(model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype)
+    made, leaves, loop = decode_program(
+        model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype
+    )
     return made.decode.trace(leaves, loop, jax.ShapeDtypeStruct((), jnp.int32), length=2)
 
 
@@ -64,26 +69,34 @@ def lowered(program: str, platform: str, execution: Execution) -> tuple[str, str
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_run_plain_xla(rows, program, platform):
-    execution = Execution(compute_dtype="bfloat16", remat="full") if platform == "tpu" else Execution()
+    execution = (
+        Execution(compute_dtype="bfloat16", remat="full") if platform == "tpu" else Execution()
+    )
     jaxpr, text = lowered(program, platform, execution)
     assert CPP not in text
     assert {platforms for _, _, platforms in rows if platform not in platforms} == set()
     picked = {op: name for op, name, _ in rows}
     if program == "training step":
         expected = {"tpu": "ragged_dot", "cuda": "row_blocks"}[platform]
-        assert picked["grouped_swiglu"] == expected and ("ragged_dot" in text) == (platform == "tpu")
+        assert picked["grouped_swiglu"] == expected
+        assert ("ragged_dot" in text) == (platform == "tpu")
         assert LOOP not in jaxpr  # no loop over blocks of rows, wherever it may come from
     else:
         assert picked["cached_attention"] == "xla"
-        experts = {name for op, name, _ in rows if op == "decode_experts"}  # a token and its drafts are several rows
-        assert experts and experts <= {"tpu": {"ragged_dot"}, "cuda": {"by_row", "row_blocks"}}[platform]
+        # a token and its drafts are several rows
+        experts = {name for op, name, _ in rows if op == "decode_experts"}
+        assert experts
+        assert experts <= {"tpu": {"ragged_dot"}, "cuda": {"by_row", "row_blocks"}}[platform]
 
 
 @pytest.mark.parametrize(
     "program, names",
     [
         ("training step", ("causal_attention_gradients", "experts_swiglu_gradients")),
-        ("decoding loop", ("cached_attention", "decode_experts", "small_batch_matmul", "small_batch_by_head")),
+        (
+            "decoding loop",
+            ("cached_attention", "decode_experts", "small_batch_matmul", "small_batch_by_head"),
+        ),
     ],
 )
 def test_the_cpu_calls_cpp(program, names):

@@ -11,11 +11,12 @@ from dsv3_jax.model.transformer import abstract
 
 
 def test_pairs_of_any_lengths_are_the_teacher_forced_pass():
-    """Batches by length keep the pairs' order; capacity drops nothing, for a score may not depend on its batch."""
+    """Batches by length keep the pairs' order; nothing is dropped: a score is of its pair."""
     rng, model = np.random.default_rng(0), random_model(LIGHT)
     tight = random_model(ds.replace(LIGHT, capacity_factor=0.5))
     pairs = [
-        (rng.integers(37, size=n).tolist(), rng.integers(37, size=m).tolist()) for n, m in ((40, 3), (1, 1), (9, 30))
+        (rng.integers(37, size=n).tolist(), rng.integers(37, size=m).tolist())
+        for n, m in ((40, 3), (1, 1), (9, 30))
     ]
     greedy = ds.generate(model, [pairs[0][0]], 4).tokens[0]
     pairs.append((pairs[0][0], greedy))
@@ -44,7 +45,10 @@ def test_bad_pairs_are_refused():
     for pairs, said in (
         ([([1], [])], "the continuation of pair 0 is empty"),
         ([([1], [2]), ([], [2])], "the context of pair 1 is empty"),
-        ([([1], [37])], "the continuation of pair 0 holds token 37, which is no id of a vocabulary of 37"),
+        (
+            [([1], [37])],
+            "the continuation of pair 0 holds token 37, which is no id of a vocabulary of 37",
+        ),
         ([([1] * 128, [2])], "pair 0 has 129 tokens, over max_positions=128"),
     ):
         with pytest.raises(ValueError, match=said):

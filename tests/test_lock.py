@@ -1,4 +1,4 @@
-"""A folder has one writer: a second one is refused, a dead one's lock is taken over, a moved folder is noticed."""
+"""A folder has one writer: others are refused, a dead one's lock is taken, a move is noticed."""
 
 import errno
 import fcntl
@@ -57,9 +57,11 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
         lock.check()
 
 
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EIO]
+)
 def test_where_locks_fail_a_living_writer_is_not_robbed(tmp_path, monkeypatch, number):
-    """Nobody knows whether it lives. Without locks the first writer is admitted; an error of the locks is named."""
+    """Nobody knows if it lives. Without locks the first is admitted; their errors are named."""
 
     def fail(*_):
         raise OSError(number, "it fails")
@@ -70,7 +72,10 @@ def test_where_locks_fail_a_living_writer_is_not_robbed(tmp_path, monkeypatch, n
             pass
         return
     with acquire(tmp_path) as lock:
-        with pytest.raises(FolderInUse, match=f"is of process {os.getpid()} .* delete it"), acquire(tmp_path):
+        with (
+            pytest.raises(FolderInUse, match=f"is of process {os.getpid()} .* delete it"),
+            acquire(tmp_path),
+        ):
             pass
         lock.check()
     assert list(tmp_path.iterdir()) == []
@@ -85,12 +90,14 @@ def test_a_lock_that_was_not_written_to_its_end_is_taken_over(tmp_path, text):
 
 
 def take_over(folder):
-    """As a process of another host does where `flock` does not reach, after the user has deleted the lock."""
+    """As another host does where `flock` does not reach, after the user has deleted the lock."""
     (folder / LOCK_FILE).unlink()
     (folder / LOCK_FILE).write_text("{}")
 
 
-@pytest.mark.parametrize("change", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved")), take_over])
+@pytest.mark.parametrize(
+    "change", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved")), take_over]
+)
 def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path, change):
     folder = tmp_path / "run"
     folder.mkdir()

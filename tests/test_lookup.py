@@ -1,4 +1,4 @@
-"""Prompt look-up: what it drafts, against a search by hand; and that text with such drafts is the model's own."""
+"""Prompt look-up: its drafts, against a search by hand; and text that is the model's own."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dsv3_jax.ops.sampling import GREEDY
 
 
 def drafts_by_hand(text, count):
-    """The tokens after the longest earlier run of a text's last tokens, the latest of equal ones; then the drafts."""
+    """The tokens after the longest earlier run of the last tokens, the latest one; then drafts."""
     best, place = -1, None
     for end in range(len(text) - 1):
         run = 0
@@ -31,7 +31,8 @@ def drafts_by_hand(text, count):
 def test_drafts_are_those_of_a_search_by_hand(rng):
     """Slots beyond the newest token hold arbitrary numbers."""
     count, slots = 5, 64
-    text = rng.integers(3, size=(9, slots)).astype(np.int32)  # three tokens: long runs occur, and ties
+    # three tokens: long runs occur, and ties
+    text = rng.integers(3, size=(9, slots)).astype(np.int32)
     text[0] = np.arange(slots)  # nothing occurs twice
     text[1] = np.tile([4, 5, 6, 7], slots // 4)  # a period
     text[2] = np.tile(np.arange(LONGEST_MATCH + 3), 9)[:slots]  # runs beyond the longest match
@@ -40,9 +41,15 @@ def test_drafts_are_those_of_a_search_by_hand(rng):
     draft = jax.jit(lambda unread: drafter.draft(None, unread, keys, GREEDY)[0])
     newest = np.array([1, 2, 16, 5, 1, 9, 16, 3, 12], np.int32)
     while newest.max() < slots - 2 * count:
-        so_far = np.where(np.arange(slots)[None] <= newest[:, None], text, rng.integers(3, size=text.shape))
-        drafts = draft(Unread(None, jnp.asarray(so_far, jnp.int32), jnp.ones(9, jnp.int32), jnp.asarray(newest - 1)))
-        want = [drafts_by_hand(row[: n + 1].tolist(), count) for row, n in zip(text, newest, strict=True)]
+        so_far = np.where(
+            np.arange(slots)[None] <= newest[:, None], text, rng.integers(3, size=text.shape)
+        )
+        one, begin = jnp.ones(9, jnp.int32), jnp.asarray(newest - 1)
+        drafts = draft(Unread(None, jnp.asarray(so_far, jnp.int32), one, begin))
+        want = [
+            drafts_by_hand(row[: n + 1].tolist(), count)
+            for row, n in zip(text, newest, strict=True)
+        ]
         assert drafts.tokens.tolist() == want and drafts.q is None
         newest += rng.integers(1, count + 2, size=9).astype(np.int32)
 

@@ -1,6 +1,7 @@
-"""LoRA: a step trains the adapters alone, by the gradient of the merged model; whoever reads a run gets merged weights.
+"""LoRA: steps train adapters alone, by the merged model's gradient; readers get merged weights.
 
-The contractions are written out below for each matrix, where the library reads them off the names of the axes.
+The contractions are written out below for each matrix, where the library reads them off the names
+of the axes.
 """
 
 from dataclasses import replace
@@ -26,7 +27,7 @@ from dsv3_jax.training.step import Job, TrainState, abstract_state, make_step
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0
-# Weight → axes of A, of B and of W in W += (alpha / rank) A B, after the axes of layers and experts.
+# Weight → axes of A, B and W in W += (alpha / rank) A B, after those of layers and experts.
 PRODUCTS = {
     "w_q": ("dr", "rhk", "dhk"),
     "w_k": ("dr", "rhk", "dhk"),
@@ -57,7 +58,9 @@ B, T = 4, 10
 
 def matrices(params: dict, on: tuple[str, ...]) -> list[tuple]:
     """Paths of the matrices of these parts, among the paths of all parameters."""
-    return [path for path in params if path[-1] in PRODUCTS and any(PARTS[part] in path for part in on)]
+    return [
+        path for path in params if path[-1] in PRODUCTS and any(PARTS[part] in path for part in on)
+    ]
 
 
 def flat(params: nnx.State) -> dict:
@@ -65,7 +68,7 @@ def flat(params: nnx.State) -> dict:
 
 
 def state_of(run: RunConfig, step: int = 0) -> TrainState:
-    """Random weights and biases, and adapters of which none is 0. New in each call, since a step donates its state."""
+    """Random weights, biases and adapters, none 0; new each time, since a step donates them."""
     params, bias = nnx.split(random_model(run.model), nnx.Param, RouterBias)[1:]
     shapes = jax.eval_shape(lambda: lora.init(run.lora, params, jax.random.key(0)))
     adapters = {}
@@ -83,7 +86,8 @@ def merged_by_hand(params: dict) -> dict:
         if ("lora", *path, "a") in params:
             of_a, of_b, of_w = PRODUCTS[path[-1]]
             a, b = (np.asarray(params["lora", *path, side], np.float64) for side in "ab")
-            merged[path] = merged[path] + ALPHA / RANK * np.einsum(f"...{of_a},...{of_b}->...{of_w}", a, b)
+            product = np.einsum(f"...{of_a},...{of_b}->...{of_w}", a, b)
+            merged[path] = merged[path] + ALPHA / RANK * product
     return merged
 
 
@@ -127,7 +131,7 @@ def total_by_the_page(params: dict, batch: dict) -> float:
 
 @pytest.mark.long
 def test_a_step_follows_the_gradient_of_the_merged_model(rng):
-    """Along random directions of all adapters, of their sides A and B and of experts: difference quotients of the page.
+    """Difference quotients of the page along random directions: adapters, sides A and B, experts.
 
     Weights stay, and the router bias moves.
     """
@@ -140,17 +144,26 @@ def test_a_step_follows_the_gradient_of_the_merged_model(rng):
         along = {path: rng.standard_normal(before[path].shape) for path in mean if part in path}
         assert along
         totals = [
-            total_by_the_page(before | {path: before[path] + sign * step * way for path, way in along.items()}, batch)
+            total_by_the_page(
+                before | {path: before[path] + sign * step * way for path, way in along.items()},
+                batch,
+            )
             for sign in (1, -1)
         ]
         # the first mean is 0.1 times the gradient
-        terms = np.concatenate([np.ravel(10 * np.float64(mean[path]) * way) for path, way in along.items()])
+        terms = np.concatenate(
+            [np.ravel(10 * np.float64(mean[path]) * way) for path, way in along.items()]
+        )
         # float32; a sum of terms of both signs
-        assert abs(terms.sum() - (totals[0] - totals[1]) / (2 * step)) < 3e-5 * np.abs(terms).sum(), part
+        assert (
+            abs(terms.sum() - (totals[0] - totals[1]) / (2 * step)) < 3e-5 * np.abs(terms).sum()
+        ), part
     for path in before:
         assert np.array_equal(before[path], after[path]) == (path[0] != "lora"), path
     assert metrics["finite"] and new.step == 1
-    assert not np.array_equal(flat(old.bias)["sparse", "moe", "bias"], flat(new.bias)["sparse", "moe", "bias"])
+    assert not np.array_equal(
+        flat(old.bias)["sparse", "moe", "bias"], flat(new.bias)["sparse", "moe", "bias"]
+    )
 
 
 def begin(run: RunConfig) -> tuple[TrainState, str]:
@@ -188,12 +201,15 @@ def pack(w: np.ndarray) -> tuple[Packed, np.ndarray]:
     numbers = np.clip(np.rint(w / 0.1), -8, 7).astype(np.int32)
     scales = np.full((*w.shape[:-2], w.shape[-2] // 2, w.shape[-1]), 0.125, np.float32)
     low, high = (numbers[..., i::2, :] + 8 for i in (0, 1))
-    return Packed(jnp.asarray(low | high << 4, jnp.uint8), jnp.asarray(scales)), np.float32(numbers * 0.125)
+    packed = Packed(jnp.asarray(low | high << 4, jnp.uint8), jnp.asarray(scales))
+    return packed, np.float32(numbers * 0.125)
 
 
 def test_the_policy_has_what_adapters_change_in_the_compute_dtype():
     """From bfloat16 and from 4 bits; what has no adapter is not copied, and stays packed."""
-    run = replace(RUN, model=replace(CFG, expert_dim=8), lora=Lora(RANK, 1e-3, ("attention", "routed")))
+    run = replace(
+        RUN, model=replace(CFG, expert_dim=8), lora=Lora(RANK, 1e-3, ("attention", "routed"))
+    )
     adapters, weights = lora.split(state_of(run).params)
     start, used = {}, {}
     for path, v in nnx.to_flat_state(weights):
@@ -206,13 +222,16 @@ def test_the_policy_has_what_adapters_change_in_the_compute_dtype():
     for path, v in nnx.to_flat_state(found):
         if ("lora", *path, "a") not in flat(adapters):
             ours, theirs = (jax.tree.leaves(x) for x in (v, start[path]))
-            assert len(ours) == len(theirs) and all(x is y for x, y in zip(ours, theirs, strict=True)), path
+            assert len(ours) == len(theirs), path
+            assert all(x is y for x, y in zip(ours, theirs, strict=True)), path
             continue
         of_a, of_b, of_w = PRODUCTS[path[-1]]
         a, b = (np.asarray(flat(adapters)["lora", *path, side], np.float64) for side in "ab")
         change = 1e-3 / RANK * np.einsum(f"...{of_a},...{of_b}->...{of_w}", a, b)
         assert v.get_value().dtype == jnp.float32 and 0 < np.abs(change).max() < 2e-3
-        np.testing.assert_allclose(v.get_value(), used[path] + change, rtol=1e-6, atol=1e-7, err_msg=str(path))
+        np.testing.assert_allclose(
+            v.get_value(), used[path] + change, rtol=1e-6, atol=1e-7, err_msg=str(path)
+        )
 
 
 @pytest.mark.long

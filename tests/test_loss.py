@@ -1,4 +1,4 @@
-"""The training loss and its gradient against the reference page, of all layers and of multi-token heads alone."""
+"""The loss and its gradient against the reference page, of all layers and of heads alone."""
 
 import operator
 from dataclasses import replace
@@ -35,18 +35,29 @@ def losses_and_gradients(graphdef, state, batch):
         out = loss.compute_loss(nnx.merge(graphdef, state), batch, MTP_WEIGHT)
         return out.total, out
 
-    return jax.grad(total, has_aux=True)(state)  # with respect to all variables, the router biases too
+    # with respect to all variables, the router biases too
+    return jax.grad(total, has_aux=True)(state)
 
 
 TIED = dict(num_layers=1, num_dense_layers=0, mtp_depth=2, tie_embeddings=True)
-EAGLE = dict(num_layers=1, mtp_kind="eagle", mtp_depth=1, attention="gqa", num_heads=4, num_kv_heads=2, qk_norm=True)
+EAGLE = dict(
+    num_layers=1,
+    mtp_kind="eagle",
+    mtp_depth=1,
+    attention="gqa",
+    num_heads=4,
+    num_kv_heads=2,
+    qk_norm=True,
+)
 
 
 @pytest.mark.parametrize(
     "changes, kernels, remat",
     [
         (TIED, "cpu", "none"),
-        pytest.param(dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "queries", marks=pytest.mark.long),
+        pytest.param(
+            dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "queries", marks=pytest.mark.long
+        ),
         pytest.param(EAGLE, "auto,grouped_swiglu=dense", "full", marks=pytest.mark.long),
     ],
 )
@@ -55,16 +66,19 @@ def test_losses_and_gradients_equal_the_reference(changes, kernels, remat):
     if kernels == "cpu" and (why := library.why_not()):
         pytest.skip(why)
     cfg = small(**changes)
-    model, tokens = random_model(cfg, execution=Execution(kernels=kernels, remat=remat)), tokens_of(cfg, BATCH, LENGTH)
+    model = random_model(cfg, execution=Execution(kernels=kernels, remat=remat))
+    tokens = tokens_of(cfg, BATCH, LENGTH)
     gradients, out = losses_and_gradients(*nnx.split(model), batch_of(tokens))
-    ctx, params, tokens = reference.Context(cfg, POSITIONS, SEGMENTS), parameters(model), np.asarray(tokens)
+    ctx = reference.Context(cfg, POSITIONS, SEGMENTS)
+    params = parameters(model)
+    tokens = np.asarray(tokens)
     target = []  # of a regression, which takes no gradient: as it is before any change
     values = reference.losses(ctx, params, tokens, MTP_WEIGHT, lambda x: target.append(x) or x)
     for name, want in values._asdict().items():
         np.testing.assert_allclose(getattr(out, name), want, rtol=2e-6, err_msg=name)
     layers = cfg.num_sparse_layers + cfg.num_sparse_heads
     assert out.load.shape == (layers, cfg.num_experts if layers else 1)
-    # The gradient of each array along a random direction is the difference quotient of the page's loss.
+    # Along a random direction each array's gradient is the difference quotient of the page's loss.
     rng, step = np.random.default_rng(0), 1e-6
     for path, variable in nnx.to_flat_state(gradients):
         array, gradient = reduce(operator.getitem, path, params), np.float64(variable[...])
@@ -72,7 +86,8 @@ def test_losses_and_gradients_equal_the_reference(changes, kernels, remat):
         totals = []
         for sign in (1, -1):
             array[...] = start + sign * step * direction
-            totals.append(reference.losses(ctx, params, tokens, MTP_WEIGHT, lambda x: (target or [x])[0]).total)
+            fixed = lambda x: (target or [x])[0]  # noqa: E731
+            totals.append(reference.losses(ctx, params, tokens, MTP_WEIGHT, fixed).total)
         array[...] = start
         found, want = gradient * direction, (totals[0] - totals[1]) / (2 * step)
         assert (np.abs(found).max() > 0) != isinstance(variable, RouterBias), path
@@ -82,11 +97,16 @@ def test_losses_and_gradients_equal_the_reference(changes, kernels, remat):
 
 def test_targets_stay_within_their_document():
     tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
-    run = jax.jit(lambda *a: ([loss.targets(*a, ahead) for ahead in (1, 2, 3)], loss.target_counts(a[1], 3)))
+    run = jax.jit(
+        lambda *a: ([loss.targets(*a, ahead) for ahead in (1, 2, 3)], loss.target_counts(a[1], 3))
+    )
     found, counts = run(tokens, SEGMENTS)
     for ahead, (wanted, mask) in enumerate(found, start=1):
         np.testing.assert_array_equal(wanted, tokens[:, ahead:])
-        want = [[0 < SEGMENTS[b, i] == SEGMENTS[b, i + ahead] for i in range(10 - ahead)] for b in range(2)]
+        want = [
+            [0 < SEGMENTS[b, i] == SEGMENTS[b, i + ahead] for i in range(10 - ahead)]
+            for b in range(2)
+        ]
         np.testing.assert_array_equal(mask, want)
     # Documents of 5, 3 and 10 tokens have so many targets 1, 2, 3 places on.
     np.testing.assert_array_equal(counts, [4 + 2 + 9, 3 + 1 + 8, 2 + 0 + 7])
@@ -113,12 +133,16 @@ def test_losses_of_the_model_and_of_its_heads_equal_the_reference(kind):
         return [loss.compute_loss(model, batch, weight) for weight in (MTP_WEIGHT, None)]
 
     (total, main, mtp, feature, balance), trunk = (
-        reference.losses(reference.Context(c, POSITIONS, SEGMENTS), params, np.asarray(tokens), MTP_WEIGHT)
+        reference.losses(
+            reference.Context(c, POSITIONS, SEGMENTS), params, np.asarray(tokens), MTP_WEIGHT
+        )
         for c in (cfg, replace(cfg, mtp_depth=0))
     )
     own_balance = balance - trunk.balance
     own = np.mean(mtp) + own_balance if kind != "eagle" else feature + 0.1 * mtp[0]
-    for out, want in zip(run(state, batch_of(tokens)), ((total, balance), (own, own_balance)), strict=True):
+    for out, want in zip(
+        run(state, batch_of(tokens)), ((total, balance), (own, own_balance)), strict=True
+    ):
         got = (out.total, out.balance, out.main, out.mtp, out.feature)
         for a, b in zip(got, (*want, main, mtp, feature), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-6)
@@ -128,7 +152,9 @@ def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
     """Bit by bit."""
     cfg = KINDS["medusa"][0]
     model = random_model(cfg)
-    for head, new in zip(model.mtp, make_heads(cfg, Execution(), nnx.Rngs(0), prepare()), strict=True):
+    for head, new in zip(
+        model.mtp, make_heads(cfg, Execution(), nnx.Rngs(0), prepare()), strict=True
+    ):
         head.w[...] = new.w[...]
     out = forward(model, *batch_of(tokens_of(cfg, BATCH, LENGTH)).values())
     for k, drafts in enumerate(out.mtp_logits, start=1):
@@ -147,11 +173,14 @@ LIGHT = small(
 
 
 def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
-    model = random_model(LIGHT, seed=4, execution=DENSE)  # both depths draft some tokens right and some wrong
-    tokens, ctx = np.asarray(tokens_of(LIGHT, BATCH, LENGTH, seed=8)), reference.Context(LIGHT, POSITIONS, SEGMENTS)
+    # both depths draft some tokens right and some wrong
+    model = random_model(LIGHT, seed=4, execution=DENSE)
+    tokens = np.asarray(tokens_of(LIGHT, BATCH, LENGTH, seed=8))
+    ctx = reference.Context(LIGHT, POSITIONS, SEGMENTS)
     logits, mtp_logits, *_ = reference.transformer(ctx, parameters(model), tokens)
     got = jax.jit(lambda b: loss.score_tokens(model, b))(batch_of(tokens))
-    probs = np.take_along_axis(reference.softmax(logits[:, :-1], np), tokens[:, 1:, None], axis=-1)[..., 0]
+    probs = reference.softmax(logits[:, :-1], np)
+    probs = np.take_along_axis(probs, tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(got.nll, -np.log(probs), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got.mask, reference.same_document(ctx, 1))
     # Position by position: draft at depth 0, 1, … as long as the model would have said the same.

@@ -1,4 +1,4 @@
-"""Products in 8 bits: bit by bit the numbers of a slow NumPy oracle, and nothing else of a model changes."""
+"""Products in 8 bits: bit by bit those of a slow NumPy oracle; nothing else of a model changes."""
 
 from dataclasses import replace
 from functools import partial
@@ -71,14 +71,19 @@ def hostile(rng, shape, dtype=np.float32):
     return x.astype(dtype)
 
 
-@pytest.mark.parametrize("power_of_two, dtype", [(False, np.float32), (True, np.float32), (True, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    "power_of_two, dtype", [(False, np.float32), (True, np.float32), (True, ml_dtypes.bfloat16)]
+)
 def test_numbers_and_scales_are_the_oracles_bit_by_bit(rng, power_of_two, dtype):
     """bfloat16 holds the numbers whose scales are powers of two."""
     x, tiles = hostile(rng, (150, 161), dtype), ((1, 128), (128, 128), (32, 1))
 
     @jax.jit
     def run(x):
-        made = [[f(x, tile, power_of_two=power_of_two) for f in (lp.tile_scales, lp.round_to_tiles)] for tile in tiles]
+        made = [
+            [f(x, tile, power_of_two=power_of_two) for f in (lp.tile_scales, lp.round_to_tiles)]
+            for tile in tiles
+        ]
         return made, lp.round_to_tiles(x.at[3, 3].set(jnp.nan), (1, 32), power_of_two=power_of_two)
 
     made, with_nan = run(x)
@@ -87,9 +92,13 @@ def test_numbers_and_scales_are_the_oracles_bit_by_bit(rng, power_of_two, dtype)
         for got, want in zip((values, scales), rounded(x, tile, power_of_two), strict=True):
             np.testing.assert_array_equal(got, want)
         values = np.asarray(values)
-        assert np.array_equal(values.astype(jnp.bfloat16).astype(np.float32), values) == power_of_two
+        assert (
+            np.array_equal(values.astype(jnp.bfloat16).astype(np.float32), values) == power_of_two
+        )
     # The training step skips a batch by what is not finite.
-    assert np.isnan(with_nan[3, 3]) and np.isfinite(with_nan[4:]).all() and np.isfinite(with_nan[3, 32:]).all()
+    assert np.isnan(with_nan[3, 3])
+    assert np.isfinite(with_nan[4:]).all()
+    assert np.isfinite(with_nan[3, 32:]).all()
 
 
 # One product
@@ -102,35 +111,51 @@ def forward_and_back(recipe, x, w, dy):
 
 
 def close(got, want, dtype=np.float32):
-    """Equal up to the rounding of float32 sums of some hundred terms, and of the result to `dtype`."""
+    """Equal up to float32 rounding of sums of some hundred terms, and of the result to `dtype`."""
     limit = 2e-6 if dtype == np.float32 else 2.0**-8
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=limit, atol=limit * np.abs(want).max())
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), want, rtol=limit, atol=limit * np.abs(want).max()
+    )
 
 
 @RECIPES
 def test_a_product_and_its_gradients(rng, recipe):
-    """Every second row and column is 2¹⁷ times smaller, so that rounding depends on which numbers share a tile."""
+    """Every second row and column is 2¹⁷ times smaller: rounding depends on who shares a tile."""
     of_m, of_k, of_n = (np.where(np.arange(size) % 2, 2.0**-17, 1) for size in (140, 150, 130))
-    draw = lambda *factors: (rng.standard_normal([f.size for f in factors]) * np.outer(*factors)).astype(np.float32)  # noqa: E731
+
+    def draw(*factors):
+        normal = rng.standard_normal([f.size for f in factors])
+        return (normal * np.outer(*factors)).astype(np.float32)
+
     x, w, dy = draw(of_m, 1 / of_k), draw(of_k, of_n), draw(1 / of_m, 1 / of_n)
     y, dx, dw = forward_and_back(recipe, x, w, dy)
     outer = (of_m, of_n), (1 / of_m, of_k), (1 / of_k, 1 / of_n)
     for got, want, factors in zip((y, dx, dw), by_oracle(recipe, x, w, dy), outer, strict=True):
         close(np.asarray(got, np.float64) / np.outer(*factors), want / np.outer(*factors))
     exact = x.astype(np.float64) @ w
-    assert np.abs((np.asarray(y) - exact) / np.outer(of_m, of_n)).max() > 1e-2  # it is not the exact product
+    # it is not the exact product
+    assert np.abs((np.asarray(y) - exact) / np.outer(of_m, of_n)).max() > 1e-2
 
 
-@pytest.mark.parametrize("recipe", [FP8, pytest.param(MXFP8, marks=pytest.mark.rare)], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "recipe", [FP8, pytest.param(MXFP8, marks=pytest.mark.rare)], ids=lambda x: x.name
+)
 def test_grouped_products_are_products_one_by_one(rng, recipe):
     """Wgrad's tiles restart with each group; two have more rows than a tile, one has none."""
     counts = np.array([140, 20, 0, 140], np.int32)
-    x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in ((300, 40), (4, 40, 36), (300, 36)))
+    x, w, dy = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((300, 40), (4, 40, 36), (300, 36))
+    )
     backend = lp.grouped(recipe)
 
     @jax.jit
     def run(x, w, dy, counts):
-        return backend.forward(x, w, counts), backend.dx(dy, w, counts), backend.dw(x, dy, counts, jnp.float32)
+        return (
+            backend.forward(x, w, counts),
+            backend.dx(dy, w, counts),
+            backend.dw(x, dy, counts, jnp.float32),
+        )
 
     y, dx, dw = map(np.asarray, run(x, w, dy, counts))
     for g, end in enumerate(np.cumsum(counts)):
@@ -155,12 +180,14 @@ def batch_of(cfg, batch=2, length=9):
 
 
 def rounded_shapes(jaxpr, found=None) -> set[tuple[int, ...]]:
-    """Shapes of all arrays that a program rounds to e4m3's three bits, in loops and branches too."""
+    """Shapes of all arrays that a program rounds to e4m3's three bits, in loops and branches."""
     found = set() if found is None else found
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reduce_precision" and eqn.params["mantissa_bits"] == 3:
             found.add(eqn.outvars[0].aval.shape)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
             if hasattr(inner, "eqns"):
                 rounded_shapes(getattr(inner, "jaxpr", inner), found)
     return found
@@ -177,15 +204,18 @@ def trace(cfg, execution):
 
 
 def test_all_linear_layers_are_rounded_and_nothing_else():
-    """By shape, of which no two are alike: D 16, Q 12, C 10, R 4, heads 3 × (N 6, V 5), dense 20, F 7, E 8, W 37.
+    """By shape, all unlike: D 16, Q 12, C 10, R 4, heads 3 × (N 6, V 5), dense 20, F 7, E 8, W 37.
 
-    18 tokens, of which the MTP module sees 16; they choose 3 experts each. Every operand of a product and of its two
-    gradients is there. The router [16, 8], the tables [37, 16], scores of attention [2, 3, 9, 9] and logits are not.
+    18 tokens, of which the MTP module sees 16; they choose 3 experts each. Every operand of a
+    product and of its two gradients is there. The router [16, 8], the tables [37, 16], scores of
+    attention [2, 3, 9, 9] and logits are not.
     """
     shapes = rounded_shapes(trace(replace(SMALL, num_layers=2, mtp_depth=1), IN_FP8))
     attention = {(16, 12), (12, 30), (16, 14), (10, 33), (15, 16)}
-    ffn = {(16, 20), (20, 16), (16, 7), (7, 16), (8, 16, 7), (8, 7, 16), (32, 16)}  # the last is the module's W_eh
-    rows = {(tokens, width) for tokens in (18, 16) for width in (16, 12, 30, 14, 10, 33, 15, 7)} | {(18, 20), (16, 32)}
+    # the last is the module's W_eh
+    ffn = {(16, 20), (20, 16), (16, 7), (7, 16), (8, 16, 7), (8, 7, 16), (32, 16)}
+    rows = {(tokens, width) for tokens in (18, 16) for width in (16, 12, 30, 14, 10, 33, 15, 7)}
+    rows |= {(18, 20), (16, 32)}
     by_expert = {(3 * tokens, width) for tokens in (18, 16) for width in (16, 7)}
     assert shapes == attention | ffn | rows | by_expert
     assert not rounded_shapes(trace(LIGHT, Execution()))
@@ -198,11 +228,17 @@ NAMES = ("fp8", "fp8_ue8m0", "mxfp8")
 def test_the_door_gives_8_bits_to_linear_layers_only(name):
     plain, low = (Kernels(Target("cpu", precision=precision), ()) for precision in ("none", name))
     names, others = plain.chosen(), low.chosen()
-    assert {op for op in TABLE if others[op] == name} == IN_8_BITS == {op for op in TABLE if names[op] != others[op]}
+    assert (
+        {op for op in TABLE if others[op] == name}
+        == IN_8_BITS
+        == {op for op in TABLE if names[op] != others[op]}
+    )
     assert low.in_compute_dtype == plain and not set(NAMES) & set(names.values())
     for platform, grouped in (("cuda", "mosaic"), ("tpu", "megablox")):  # of bfloat16
         target = Target(platform, precision=name)
-        assert Kernels(target, ()).chosen("bfloat16")["grouped_swiglu"] == (name if name == "fp8" else grouped)
+        assert Kernels(target, ()).chosen("bfloat16")["grouped_swiglu"] == (
+            name if name == "fp8" else grouped
+        )
         for op in IN_8_BITS:
             assert {row.precision for row in target.rows(op)} == {name}
 
@@ -214,22 +250,30 @@ def test_the_head_is_exact_and_decoding_does_without():
     h = np.random.default_rng(1).standard_normal((4, 16)).astype(np.float32)
     np.testing.assert_array_equal(*(jax.jit(model.logits)(h) for model in (low, plain)))
     config = DecodeConfig(max_new_tokens=8)
-    results = [list(generate_in_parts(model, [[1, 2, 3]], config, part=None))[-1] for model in (low, plain)]
+    results = [
+        list(generate_in_parts(model, [[1, 2, 3]], config, part=None))[-1] for model in (low, plain)
+    ]
     assert results[0].tokens == results[1].tokens
     assert low.kernels.target.precision == "fp8"  # the model itself is as it was
 
 
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
-RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1), execution=Execution())
+RUN = make_run(
+    "nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1), execution=Execution()
+)
 RUN = replace(RUN, model=replace(MODEL, dim=40, num_layers=1, expert_dim=36, mtp_depth=0))
 
 
 def after_a_step(execution, mesh=None):
     run = replace(RUN, execution=execution)
     step, state = make_step(Job(run, kernels=prepare(execution, mesh=mesh))), fresh_state(run)
-    batch = packed_batch(rng := np.random.default_rng(0), np.sort(rng.integers(1, 4, (4, 24)), axis=1))
+    batch = packed_batch(
+        rng := np.random.default_rng(0), np.sort(rng.integers(1, 4, (4, 24)), axis=1)
+    )
     if mesh is not None:
-        state = jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=execution.layout.fsdp))
+        state = jax.device_put(
+            state, sharding.state_sharding(state, mesh, fsdp=execution.layout.fsdp)
+        )
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     with sharding.use_mesh(mesh):
         return jax.device_get(step(state, batch))
@@ -244,5 +288,8 @@ def test_a_training_step_in_8_bits_is_near_that_in_float32():
     np.testing.assert_allclose(found["grad_norm"], exact["grad_norm"], rtol=0.1)
     leaves = jax.tree.leaves((state.params, state.opt.mu, state.opt.nu))
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)  # master weights and moments
-    got, mean = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(x.opt.mu)]) for x in (state, want))
-    assert 0.95 < got @ mean / np.sqrt(got @ got * (mean @ mean)) < 0.99999  # their error is below a third
+    got, mean = (
+        np.concatenate([np.ravel(a) for a in jax.tree.leaves(x.opt.mu)]) for x in (state, want)
+    )
+    # their error is below a third
+    assert 0.95 < got @ mean / np.sqrt(got @ got * (mean @ mean)) < 0.99999

@@ -1,4 +1,4 @@
-"""A mesh changes nothing but speed: one step's loss, gradient, load and bias are a single device's on every mesh."""
+"""A mesh changes only speed: a step's loss, gradient, load and bias are a single device's."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,14 +43,22 @@ def run_step(run, mesh=None, given=None):
     return jax.device_get((new, metrics))
 
 
-ROUNDS = Layout(expert_comm="all_to_all", capacity_slack=1.0)  # so few slots that a batch takes several rounds
+# so few slots that a batch takes several rounds
+ROUNDS = Layout(expert_comm="all_to_all", capacity_slack=1.0)
 GATHER = Layout(expert_comm="gather")
 RAGGED_DOT = Execution(kernels="grouped_swiglu=ragged_dot")
 # One rule reads every token's scores, which a device may compute from another number of rows.
-QUANTILE = replace(PLAIN, num_groups=1, groups_per_token=1, balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2))
+QUANTILE = replace(
+    PLAIN, num_groups=1, groups_per_token=1, balance=Balance(0.5, 1e-2, 0.0, "quantile", 1e-2)
+)
 CASES = {  # (data, expert, tensor), model, microbatches, execution
     "1,8,1 all_to_all": ((1, 8, 1), PLAIN, 1, replace(RAGGED_DOT, remat="full", layout=ROUNDS)),
-    "2,2,2 fsdp head microbatches": ((2, 2, 2), HEAD, 2, Execution(layout=replace(GATHER, fsdp=True))),
+    "2,2,2 fsdp head microbatches": (
+        (2, 2, 2),
+        HEAD,
+        2,
+        Execution(layout=replace(GATHER, fsdp=True)),
+    ),
 }
 INDEXED = replace(PLAIN, q_latent_dim=7, attention="dsa", index_heads=2, index_dim=6, index_topk=5)
 FURTHER = {  # the first one also reports the largest logit
@@ -58,7 +66,12 @@ FURTHER = {  # the first one also reports the largest logit
     "2,2,2 sparse attention": ((2, 2, 2), INDEXED, 1, Execution(layout=replace(GATHER, fsdp=True))),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), PLAIN, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
     "1,2,2 dense microbatches": ((1, 2, 2), PLAIN, 2, replace(DENSE, layout=GATHER)),
-    "2,2,1 noise microbatches": ((2, 2, 1), replace(PLAIN, router="noisy_topk"), 2, Execution(layout=GATHER)),
+    "2,2,1 noise microbatches": (
+        (2, 2, 1),
+        replace(PLAIN, router="noisy_topk"),
+        2,
+        Execution(layout=GATHER),
+    ),
     "2,4,1 quantile": ((2, 4, 1), QUANTILE, 1, Execution(layout=GATHER)),
     "2,2,1 capacity": ((2, 2, 1), replace(PLAIN, capacity_factor=1.25), 1, Execution()),
 }
@@ -77,16 +90,23 @@ def test_a_step_is_a_single_devices(sizes, model, parts, execution):
     given = None
     if sizes == (1, 8, 1):  # experts are replayed, some rows choose freely
         rng, k = np.random.default_rng(1), model.experts_per_token
-        given = np.argsort(rng.random((B, 1, T, model.num_experts)), axis=-1)[..., :k].astype(np.int32)
+        order = np.argsort(rng.random((B, 1, T, model.num_experts)), axis=-1)
+        given = order[..., :k].astype(np.int32)
         given[::3] = -1
-    (want_state, want), (state, got) = run_step(plain, None, given), run_step(run, sharding.make_mesh(*sizes), given)
+    want_state, want = run_step(plain, None, given)
+    state, got = run_step(run, sharding.make_mesh(*sizes), given)
     np.testing.assert_array_equal(got["load"], want["load"])
-    assert got["dropped"] == want["dropped"] and (got["dropped"] > 0) == (model.capacity_factor is not None)
+    assert got["dropped"] == want["dropped"]
+    assert (got["dropped"] > 0) == (model.capacity_factor is not None)
     for a, b in zip(jax.tree.leaves(state.bias), jax.tree.leaves(want_state.bias), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if model.balance.rule == "quantile" else 0)
-    names = ["loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"] + ["max_logit"] * bool(optim.qk_clip)
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=1e-6 if model.balance.rule == "quantile" else 0
+        )
+    names = ["loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"]
+    names += ["max_logit"] * bool(optim.qk_clip)
     for name in names:
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)  # sums in another order
+        # sums in another order
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
     # 1e-5 of each tensor's largest entry; the first mean is 0.1 times the clipped gradient
     for a, b in zip(jax.tree.leaves(state.opt.mu), jax.tree.leaves(want_state.opt.mu), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
@@ -136,7 +156,7 @@ class Device:
 
 @pytest.fixture
 def two_nodes(monkeypatch):
-    """Sixteen GPUs of two nodes. JAX calls each node a slice, and its `make_mesh` refuses several."""
+    """Sixteen GPUs of two nodes, JAX's slices; its own `make_mesh` refuses several of them."""
     devices = [Device(i, i // 8) for i in range(16)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax, "device_count", lambda: len(devices))
@@ -153,27 +173,38 @@ def two_nodes(monkeypatch):
     ],
 )
 def test_slices_are_along_data_where_it_is_divisible(two_nodes, sizes, along):
-    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(sharding.make_mesh(*sizes).devices)
+    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(
+        sharding.make_mesh(*sizes).devices
+    )
     assert slices.shape == sizes
     for axis, number in enumerate(along):
         assert len(set(np.moveaxis(slices, axis, 0)[:, 0, 0])) == number
 
 
 def test_unequal_parts_of_slices_are_refused(two_nodes):
-    why = "mesh data=12,expert=1,tensor=1 does not divide evenly over 2 slices .* of 8 [+] 4 devices"
+    why = (
+        "mesh data=12,expert=1,tensor=1 does not divide evenly over 2 slices .* of 8 [+] 4 devices"
+    )
     with pytest.raises(ConfigError, match=why):
         sharding.make_mesh(12)
 
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="data=3,expert=4,tensor=1 needs 12 devices, and there are 8 here"):
+    with pytest.raises(
+        ConfigError, match="data=3,expert=4,tensor=1 needs 12 devices, and there are 8 here"
+    ):
         sharding.make_mesh(3, 4)
     mesh = sharding.make_mesh(1, 8)
-    with pytest.raises(ConfigError, match=r"batch_size/microbatches=4 rows are not divisible by mesh data=1,expert=8"):
+    with pytest.raises(
+        ConfigError,
+        match=r"batch_size/microbatches=4 rows are not divisible by mesh data=1,expert=8",
+    ):
         sharding.check(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=4)))
     with pytest.raises(ConfigError, match="num_experts=12 is not divisible by mesh"):
         sharding.check(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
-    with pytest.raises(ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"):
+    with pytest.raises(
+        ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"
+    ):
         sharding.check(sharding.make_mesh(1, 1, 4), RUN)
     ragged = replace(RUN, execution=Execution(layout=Layout(expert_comm="ragged")))
     with pytest.raises(ConfigError, match="expert_comm='ragged' .* cpu"):

@@ -1,4 +1,4 @@
-"""The model, its heads and its modules against the reference page, and which outputs may depend on which inputs."""
+"""The model, its heads and modules against the reference page; which outputs depend on what."""
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ BATCH, LENGTH = 2, 14
 # Row 0: documents of 6 and 5 tokens, then padding. Row 1: one of 14.
 SEGMENTS = np.array([[1] * 6 + [2] * 5 + [0] * 3, [1] * 14], np.int32)
 POSITIONS = np.array([[*range(6), *range(5), *range(3)], [*range(14)]], np.int32)
-ONES, PLACES = np.ones_like(SEGMENTS), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
+ONES = np.ones_like(SEGMENTS)
+PLACES = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), SEGMENTS.shape)
 TOKENS = np.asarray(tokens_of(small(), BATCH, LENGTH))
 
 YARN = Yarn(factor=8.0, original_max_positions=16, beta_fast=4.0, mscale=1.3, mscale_all_dim=0.7)
-ONE = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1)  # layer, sparse, without groups
+# layer, sparse, without groups
+ONE = dict(num_dense_layers=0, num_layers=1, num_groups=1, groups_per_token=1)
 AUTO, XLA = Execution(), Execution(kernels="xla")
 HEADS = {  # of each kind, with other attentions and routers: the model and how it is computed
     "deepseek": (small(num_layers=2, mtp_depth=2), AUTO),
@@ -49,13 +51,22 @@ HEADS = {  # of each kind, with other attentions and routers: the model and how 
     ),
 }  # fmt: skip
 V2 = small(
-    router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0, num_shared_experts=2, yarn=YARN,
-    num_layers=2, num_dense_layers=0, q_latent_dim=None, rope_interleaved=False, mtp_depth=1, mtp_input="raw",
+    router="softmax", group_score="max", normalize_gates=False, routed_scale=4.0,
+    num_shared_experts=2, yarn=YARN, num_layers=2, num_dense_layers=0, q_latent_dim=None,
+    rope_interleaved=False, mtp_depth=1, mtp_input="raw",
 )  # fmt: skip
 DSA = small(
-    attention="dsa", index_heads=2, index_dim=9, index_topk=5, index_types=("full", "full", "shared"), mtp_depth=1
+    attention="dsa",
+    index_heads=2,
+    index_dim=9,
+    index_topk=5,
+    index_types=("full", "full", "shared"),
+    mtp_depth=1,
 )
-CASES = HEADS | {"v2": (V2, Execution(kernels="xla,grouped_swiglu=ragged_dot")), "dsa": (DSA, DENSE)}
+CASES = HEADS | {
+    "v2": (V2, Execution(kernels="xla,grouped_swiglu=ragged_dot")),
+    "dsa": (DSA, DENSE),
+}
 
 
 def run(model, tokens=TOKENS, segment_ids=SEGMENTS, positions=POSITIONS):
@@ -90,7 +101,9 @@ def test_a_token_outside_the_vocabulary_is_named(wrong):
     """The embedding would clip it, and answer for another token."""
     tokens = TOKENS.copy()
     tokens[1, 3] = wrong
-    with pytest.raises(ValueError, match=f"^tokens holds {wrong}, which is no id of a vocabulary of 37$"):
+    with pytest.raises(
+        ValueError, match=f"^tokens holds {wrong}, which is no id of a vocabulary of 37$"
+    ):
         random_model(small())(jnp.asarray(tokens))
 
 
@@ -102,27 +115,39 @@ def test_model_equals_the_reference(name):
     cfg, execution = CASES[name]
     model = random_model(cfg, execution=execution)
     out = run(model)
-    expected = reference.transformer(reference.Context(cfg, POSITIONS, SEGMENTS), parameters(model), TOKENS)
+    expected = reference.transformer(
+        reference.Context(cfg, POSITIONS, SEGMENTS), parameters(model), TOKENS
+    )
     assert len(out.mtp_logits) == cfg.mtp_depth
     for k, (got, want) in enumerate(pairs(out, expected)):
         assert got.dtype == jnp.float32
         assert got.shape == (BATCH, LENGTH - k, cfg.vocab_size)
         # float32 against float64: some hundred roundings of 6e-8 of values as large as a logit
         np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * want.std())
-        assert k == 0 or np.abs(want - expected.logits[:, : LENGTH - k]).max() > 0.1  # no copy of the trunk's own
+        # no copy of the trunk's own
+        assert k == 0 or np.abs(want - expected.logits[:, : LENGTH - k]).max() > 0.1
     layers = cfg.num_sparse_layers
-    assert out.routing.expert_ids.shape == out.routing.gates.shape == (layers, BATCH, LENGTH, cfg.experts_per_token)
+    assert (
+        out.routing.expert_ids.shape
+        == out.routing.gates.shape
+        == (layers, BATCH, LENGTH, cfg.experts_per_token)
+    )
     trunk = [jax.tree.map(lambda a, i=i: a[i], out.routing) for i in range(layers)]
-    for k, (got, want) in enumerate(zip((*trunk, *out.mtp_routing), expected.routing, strict=True), start=1 - layers):
+    for k, (got, want) in enumerate(
+        zip((*trunk, *out.mtp_routing), expected.routing, strict=True), start=1 - layers
+    ):
         ids, gates = want.expert_ids, want.gates
         if cfg.router == "dense":  # the model lists all experts by id, the reference by score
             gates, ids = np.take_along_axis(gates, ids.argsort(-1), axis=-1), np.sort(ids, axis=-1)
         np.testing.assert_array_equal(got.expert_ids, ids)
         np.testing.assert_allclose(got.gates, gates, rtol=1e-4)
-        here, read = SEGMENTS[:, : ids.shape[1]], SEGMENTS[:, read_by(model, max(k, 0)) :][:, : ids.shape[1]]
+        here = SEGMENTS[:, : ids.shape[1]]
+        read = SEGMENTS[:, read_by(model, max(k, 0)) :][:, : ids.shape[1]]
         counted = (here != 0) & (here == read)
         np.testing.assert_array_equal(want.counted, counted)
-        np.testing.assert_array_equal(got.load, np.bincount(ids[counted].ravel(), minlength=cfg.num_experts))
+        np.testing.assert_array_equal(
+            got.load, np.bincount(ids[counted].ravel(), minlength=cfg.num_experts)
+        )
 
 
 def test_modules_alone_equal_the_reference(rng):
@@ -130,14 +155,24 @@ def test_modules_alone_equal_the_reference(rng):
     grouped = small(attention="gqa", num_heads=6, num_kv_heads=2)
     x = rng.standard_normal((BATCH, LENGTH, grouped.dim)).astype(np.float32)
     for make, cfg, page in (
-        (ds.MLA, small(), reference.mla), (ds.GQA, grouped, reference.gqa), (ds.MoE, small(), reference.moe),
-    ):  # fmt: skip
+        (ds.MLA, small(), reference.mla),
+        (ds.GQA, grouped, reference.gqa),
+        (ds.MoE, small(), reference.moe),
+    ):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(cfg, rngs=nnx.Rngs(0))))  # noqa: B023
         state = jax.tree.map(lambda a: 0.3 * rng.standard_normal(a.shape, np.float32), state)
-        where = {"mask": SEGMENTS != 0} if make is ds.MoE else {"segment_ids": SEGMENTS, "positions": POSITIONS}
+        where = (
+            {"mask": SEGMENTS != 0}
+            if make is ds.MoE
+            else {"segment_ids": SEGMENTS, "positions": POSITIONS}
+        )
         run = jax.jit(lambda state, x, where: nnx.merge(graphdef, state)(x, **where))  # noqa: B023
         got = run(state, x, where)
-        want = page(reference.Context(cfg, POSITIONS, SEGMENTS), parameters(nnx.merge(graphdef, state)), np.float64(x))
+        want = page(
+            reference.Context(cfg, POSITIONS, SEGMENTS),
+            parameters(nnx.merge(graphdef, state)),
+            np.float64(x),
+        )
         if make is ds.MoE:
             (got, routing), (want, chosen) = got, want
             np.testing.assert_array_equal(routing.expert_ids, chosen.expert_ids)
@@ -159,13 +194,15 @@ def test_later_tokens_change_no_earlier_logits(model, changed):
 
 
 def test_a_segment_sees_itself_alone(model):
-    """Other documents and padding change no entry whose tokens, with those that it reads, are of the segment."""
+    """Other documents and padding change no entry whose tokens and inputs are of the segment."""
     base = run(model)
     for theirs in ((0, 6), (6, 11), (11, 14)):
-        for k, (left, right) in enumerate(pairs(base, run(model, other_at(np.s_[0, slice(*theirs)])))):
+        other = run(model, other_at(np.s_[0, slice(*theirs)]))
+        for k, (left, right) in enumerate(pairs(base, other)):
             for own in ((0, 6), (6, 11)):
                 whole = slice(own[0], own[1] - read_by(model, k))
-                assert np.array_equal(left[0, whole], right[0, whole]) == (theirs != own), (k, theirs, own)
+                same = np.array_equal(left[0, whole], right[0, whole])
+                assert same == (theirs != own), (k, theirs, own)
             np.testing.assert_array_equal(left[1], right[1])
 
 
@@ -184,7 +221,10 @@ def test_packed_documents_equal_each_alone(model):
 
 @pytest.mark.parametrize(
     "length, words",
-    [(129, "length 129 is over the model's max_positions=128"), (2, "length 2 leaves nothing for mtp_depth=2")],
+    [
+        (129, "length 129 is over the model's max_positions=128"),
+        (2, "length 2 leaves nothing for mtp_depth=2"),
+    ],
 )
 def test_rows_of_other_lengths_are_refused(length, words):
     with pytest.raises(ValueError, match=f"^{words}"):
@@ -208,16 +248,21 @@ def test_new_parameters_are_drawn_as_the_configuration_and_the_seed_say():
         elif isinstance(variable, RouterBias):
             assert (value == 0).all()
         else:
-            # A sample of n has its standard deviation within 1/sqrt(2n) of the true one, seen here at five of those.
+            # A sample of n has its standard deviation within 1/sqrt(2n) of the true one, seen here
+            # at five of those.
             assert value.std() == pytest.approx(0.02, rel=5 / np.sqrt(2 * value.size)), path
             starts += [layer.ravel()[0] for layer in (value if path[0] == "sparse" else [value])]
     assert len(set(starts)) == len(starts)  # no two from one key
 
 
 def test_near_ties_are_counted_among_the_allowed_experts():
-    """One of three tokens has its second and third score 0.0005 apart; a nearer one is in a group that is left out."""
+    """One of three tokens has two scores 0.0005 apart; a nearer one is in a left-out group."""
     cfg = small(num_experts=6, experts_per_token=2, num_groups=2, groups_per_token=1)
-    scores = [[0.9, 0.5, 0.4, 0.4999, 0.1, 0.1], [0.9, 0.5, 0.4995, 0.1, 0.1, 0.1], [0.9, 0.6, 0.4, 0.6, 0.0, 0.0]]
+    scores = [
+        [0.9, 0.5, 0.4, 0.4999, 0.1, 0.1],
+        [0.9, 0.5, 0.4995, 0.1, 0.1, 0.1],
+        [0.9, 0.6, 0.4, 0.6, 0.0, 0.0],
+    ]
     near = jax.jit(lambda bias: moe.near_ties(jnp.array(scores), bias, cfg))
     assert near(np.zeros(6, np.float32)).tolist() == [False, True, False]
     assert not near(0.01 * np.eye(6, dtype=np.float32)[1]).any()  # of the scores that choose

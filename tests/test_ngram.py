@@ -26,10 +26,12 @@ def witten_bell(documents, context, byte):
 
 def test_equals_the_equations():
     model = Order2(TRAIN)
-    for gram in (b"the", b"\0\0a", b"\0\0z", b"zze", b"zth", b"\xc3\xa9\n"):  # two bytes of context, and one
+    # two bytes of context, and one
+    for gram in (b"the", b"\0\0a", b"\0\0z", b"zze", b"zth", b"\xc3\xa9\n"):
         expected = witten_bell(TRAIN, gram[:2], gram[2])
         gram = np.array([int.from_bytes(gram, "big")])
-        np.testing.assert_allclose(model.probabilities(gram), expected, rtol=1e-12)  # rounding of a few operations
+        # rounding of a few operations
+        np.testing.assert_allclose(model.probabilities(gram), expected, rtol=1e-12)
 
 
 def test_documents_are_scored_independently():
@@ -38,6 +40,7 @@ def test_documents_are_scored_independently():
     together = model.bits(TRAIN)
     apart = [model.bits([d]) for d in TRAIN]
     assert together[1] == sum(count for _, count in apart) == sum(map(len, TRAIN))
-    np.testing.assert_allclose(together[0], sum(bits for bits, _ in apart), rtol=1e-12)  # order of a sum
+    # order of a sum
+    np.testing.assert_allclose(together[0], sum(bits for bits, _ in apart), rtol=1e-12)
     with pytest.raises(ValueError, match="no training bytes"):
         Order2([])

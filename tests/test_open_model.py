@@ -54,6 +54,9 @@ def test_a_draft_must_have_the_same_tokenizer(folder, tmp_path):
 def test_text_needs_a_tokenizer_and_weights_do_not(folder, model, tmp_path):
     shutil.copytree(folder, tmp_path / "model", ignore=lambda *_: ["tokenizer.json"])
     for read in (open_model, load_text):
-        with pytest.raises(ValueError, match="has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$"):
+        with pytest.raises(
+            ValueError,
+            match="has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$",
+        ):
             read(tmp_path / "model")
     assert_bitwise(arrays(load_model(tmp_path / "model")), arrays(model))

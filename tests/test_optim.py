@@ -1,4 +1,4 @@
-"""Schedules; AdamW, Muon and optax's transformations against their equations; their state on a mesh and resumed."""
+"""Schedules; AdamW, Muon and optax against their equations; their state on a mesh and resumed."""
 
 import json
 import math
@@ -41,16 +41,26 @@ def flat(params: nnx.State) -> dict:
     return {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
 
 
-@pytest.mark.parametrize(("name", "start", "end"), [("report", 50, 90), ("wsd", 50, 90), ("cosine", 10, 100)])
+@pytest.mark.parametrize(
+    ("name", "start", "end"), [("report", 50, 90), ("wsd", 50, 90), ("cosine", 10, 100)]
+)
 def test_the_learning_rate_rises_stays_and_falls(name, start, end):
     cfg = OptimConfig(
-        schedule=name, learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=10, decay_start=0.5, decay_end=0.9
+        schedule=name,
+        learning_rate=3e-2,
+        final_learning_rate=3e-3,
+        warmup_steps=10,
+        decay_start=0.5,
+        decay_end=0.9,
     )
-    found = np.asarray(jax.vmap(lambda step: learning_rate(cfg, STEPS, step))(jnp.arange(STEPS + 20)))
+    found = np.asarray(
+        jax.vmap(lambda step: learning_rate(cfg, STEPS, step))(jnp.arange(STEPS + 20))
+    )
     for step, rate in enumerate(found):
         along = min(max((step - start) / (end - start), 0), 1)
         fall = along if name == "wsd" else (1 - math.cos(math.pi * along)) / 2
-        assert rate == pytest.approx(min(1, (step + 1) / 10) * (3e-2 - 2.7e-2 * fall), rel=2e-6), step  # float32
+        want = min(1, (step + 1) / 10) * (3e-2 - 2.7e-2 * fall)
+        assert rate == pytest.approx(want, rel=2e-6), step  # float32
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[[0, 9, start, end]] / 3e-2, [0.1, 1, 1, 0.1], rtol=1e-6)
 
@@ -66,26 +76,36 @@ def adamw_by_optax(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
 
 @pytest.mark.parametrize("name", ["cpu", "xla", "optax", "bfloat16"])
 def test_adamw_is_the_equations(rng, monkeypatch, name):
-    """Steps over the warm-up's end, in float64; those that are not taken keep everything, even from NaN.
+    """Steps over the warm-up's end, in float64; those not taken keep everything, even from NaN.
 
     A mean in bfloat16 is rounded when it is stored, and at no other time.
     """
     if name == "cpu" and (why := library.why_not()):
         pytest.skip(why)
-    shape = (301, 577) if name in ("cpu", "bfloat16") else (4, 3)  # more than a thread's part, or small
+    # more than a thread's part, or small
+    shape = (301, 577) if name in ("cpu", "bfloat16") else (4, 3)
     monkeypatch.setattr(choose, "LARGE_UPDATE", 0)
-    kernels = choose.prepare(Execution(kernels=f"optimizer={name}" if name in ("cpu", "xla") else "auto"))
+    kernels = choose.prepare(
+        Execution(kernels=f"optimizer={name}" if name in ("cpu", "xla") else "auto")
+    )
     dtype = "bfloat16" if name == "bfloat16" else "float32"
-    cfg = OptimConfig(learning_rate=0.1, warmup_steps=3, clip_norm=3.0, eps=1e-3, moments_dtype=dtype)
+    cfg = OptimConfig(
+        learning_rate=0.1, warmup_steps=3, clip_norm=3.0, eps=1e-3, moments_dtype=dtype
+    )
     w, m, v = rng.standard_normal(shape), np.zeros(shape), np.zeros(shape)
 
     def state(array):
         return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
 
-    optimizer = optim.make(cfg, STEPS, kernels, adamw_by_optax(cfg, STEPS) if name == "optax" else None)
+    optimizer = optim.make(
+        cfg, STEPS, kernels, adamw_by_optax(cfg, STEPS) if name == "optax" else None
+    )
     step_fn, params, adam = jax.jit(optimizer.update), state(w), optimizer.init(state(w))
-    for step, norm in enumerate([2.0, 4.0, 2.5, 9.0, 3.1]):  # taken as given: some below the clip, some above
-        at, nan, g = jnp.asarray(step, jnp.int32), jnp.asarray(np.nan, jnp.float32), rng.standard_normal(shape)
+    # taken as given: some below the clip, some above
+    for step, norm in enumerate([2.0, 4.0, 2.5, 9.0, 3.1]):
+        at = jnp.asarray(step, jnp.int32)
+        nan = jnp.asarray(np.nan, jnp.float32)
+        g = rng.standard_normal(shape)
         assert_bitwise(step_fn(at, params, adam, state(g * np.nan), nan, FALSE), (params, adam))
         params, adam = step_fn(at, params, adam, state(g), jnp.asarray(norm, jnp.float32), TRUE)
         g, t = g * min(1.0, cfg.clip_norm / norm), step + 1
@@ -94,19 +114,25 @@ def test_adamw_is_the_equations(rng, monkeypatch, name):
         w = w - 0.1 * min(1.0, t / 3) * move
         np.testing.assert_allclose(params["w"][...], w, atol=2e-6)  # float32, numbers of about 1
         if name == "bfloat16":
-            # what is half-way between two bfloat16 numbers may be rounded elsewhere in float32: the same from here on
+            # half-way between bfloat16 numbers float32 may round elsewhere: the same from here on
             rounded = [np.asarray(mean["w"][...], np.float64) for mean in adam]
-            assert all((a == x.astype(jnp.bfloat16)).mean() > 0.999 for a, x in zip(rounded, (m, v), strict=True))
+            assert all(
+                (a == x.astype(jnp.bfloat16)).mean() > 0.999
+                for a, x in zip(rounded, (m, v), strict=True)
+            )
             m, v = rounded
 
 
 # Muon
 
-MUON = OptimConfig(name="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.25, clip_norm=3.0, eps=1e-3)
-# The axes of each weight that make the rows and the columns of a matrix, counted from the last; others are a batch.
+MUON = OptimConfig(
+    name="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.25, clip_norm=3.0, eps=1e-3
+)
+# The axes of each weight that are a matrix's rows and columns, from the last; others are a batch.
 MATRICES = {
-    "w_q": (1, 2), "w_dq": (1, 1), "w_uq": (1, 2), "w_dkv": (1, 1), "w_uk": (2, 1), "w_uv": (2, 1), "w_o": (2, 1),
-    "w_k": (1, 2), "w_v": (1, 2), "w_gate": (1, 1), "w_up": (1, 1), "w_down": (1, 1), "w_eh": (1, 1), "w": (1, 1),
+    "w_q": (1, 2), "w_dq": (1, 1), "w_uq": (1, 2), "w_dkv": (1, 1),
+    "w_uk": (2, 1), "w_uv": (2, 1), "w_o": (2, 1), "w_k": (1, 2), "w_v": (1, 2),
+    "w_gate": (1, 1), "w_up": (1, 1), "w_down": (1, 1), "w_eh": (1, 1), "w": (1, 1),
 }  # fmt: skip
 BY_ADAMW = {"embed", "head", "w_router", "scale"}
 
@@ -121,7 +147,7 @@ def newton_schulz(x: np.ndarray) -> np.ndarray:
 
 
 def slow_direction(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """0.2 √max(in, out) NewtonSchulz, matrix by matrix in a loop; `rows`, `columns`: numbers of axes."""
+    """0.2 √max(in, out) NewtonSchulz, by matrix in a loop; `rows`, `columns`: numbers of axes."""
     shape = x.shape[x.ndim - rows - columns :]
     m, n = np.prod(shape[:rows]), np.prod(shape[rows:])
     made = [0.2 * np.sqrt(max(m, n)) * newton_schulz(part) for part in x.reshape(-1, m, n)]
@@ -138,23 +164,35 @@ def test_which_weights_are_matrices_and_which_decay():
     for path, v in nnx.to_flat_state(shapes_of(mtp_depth=1)):
         assert v.get_metadata().get("decay", True) == (path[-1] != "scale"), path
     others = shapes_of(attention="gqa", num_kv_heads=1, mtp_kind="eagle", mtp_depth=1)
-    assert names_in(optim.split_matrices(others)[0]) <= MATRICES.keys() and names_in(others) >= {"w_k", "w_v"}
+    assert names_in(optim.split_matrices(others)[0]) <= MATRICES.keys()
+    assert names_in(others) >= {
+        "w_k",
+        "w_v",
+    }
 
 
 def test_two_steps_of_muon_are_the_equations():
     """Matrices of stacks, experts and heads: 2-D, 3-D, 4-D; and AdamW on the rest."""
-    paths = [("sparse", "attn", "w_uq"), ("sparse", "attn", "w_uk"), ("sparse", "moe", "experts", "w_gate"),
-             ("mtp", 0, "w_eh"), ("embed",), ("sparse", "attn_norm", "scale")]  # fmt: skip
+    paths = [
+        ("sparse", "attn", "w_uq"),
+        ("sparse", "attn", "w_uk"),
+        ("sparse", "moe", "experts", "w_gate"),
+        ("mtp", 0, "w_eh"),
+        ("embed",),
+        ("sparse", "attn_norm", "scale"),
+    ]
     shapes = dict(nnx.to_flat_state(shapes_of(mtp_depth=1)))
     params = noise_like(nnx.from_flat_state({path: shapes[path] for path in paths}), 7)
-    grads, norms = [noise_like(params, seed) for seed in range(2)], (6.0, 2.0)  # as given: the first is cut in half
+    # as given: the first is cut in half
+    grads, norms = [noise_like(params, seed) for seed in range(2)], (6.0, 2.0)
     rest, found = optim.split_matrices(params)[1], {}
     for name, p in (("muon", params), ("adamw", rest)):
         optimizer = optim.make(replace(MUON, name=name), STEPS)
         step_fn, state, found[name] = jax.jit(optimizer.update), optimizer.init(p), []
         for step, norm in enumerate(norms):
             g = grads[step] if name == "muon" else optim.split_matrices(grads[step])[1]
-            p, state = step_fn(jnp.asarray(step, jnp.int32), p, state, g, jnp.asarray(norm, jnp.float32), TRUE)
+            at = jnp.asarray(step, jnp.int32)
+            p, state = step_fn(at, p, state, g, jnp.asarray(norm, jnp.float32), TRUE)
             found[name].append(flat(p))
     after, grads, before, dims = found["muon"], [flat(g) for g in grads], flat(params), set()
     for path, w in found["adamw"][1].items():
@@ -185,7 +223,10 @@ def test_the_state_is_sharded_like_the_parameters_that_it_mirrors():
     def state_of(tx):
         return jax.eval_shape(optim.make(CFG, STEPS, transformation=tx).init, params)
 
-    want = {path: v.get_value() for path, v in nnx.to_flat_state(sharding.state_sharding(params, mesh, fsdp=True))}
+    want = {
+        path: v.get_value()
+        for path, v in nnx.to_flat_state(sharding.state_sharding(params, mesh, fsdp=True))
+    }
     sharded = [path for path, at in want.items() if any(at.spec)]
     assert len(sharded) > 10
     found: dict = {}
@@ -200,7 +241,9 @@ def test_the_state_is_sharded_like_the_parameters_that_it_mirrors():
 
 
 def test_unknown_names_are_refused_in_a_sentence():
-    with pytest.raises(ConfigError, match=r"optim.name='optax:mine' is a transformation: give it by .*optimizer=tx"):
+    with pytest.raises(
+        ConfigError, match=r"optim.name='optax:mine' is a transformation: give it by .*optimizer=tx"
+    ):
         optim.check(OptimConfig(name="optax:mine"), None)
     with pytest.raises(ConfigError, match="optimizer='adam' is not an optax transformation"):
         unhooked("dsv3_jax.training.optim").check(OptimConfig(), "adam")
@@ -210,7 +253,9 @@ def test_unknown_names_are_refused_in_a_sentence():
 def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path):
     text, model = write_text(tmp_path / "text"), replace(MODEL, num_layers=1, mtp_depth=0)
     run = make_run(text, model=model, steps=4, eval_every=4, save_every=2, eval_batches=1)
-    tx = optax.chain(optax.scale_by_lion(), optax.scale_by_schedule(lambda count: -3e-3 / (1 + count)))
+    tx = optax.chain(
+        optax.scale_by_lion(), optax.scale_by_schedule(lambda count: -3e-3 / (1 + count))
+    )
     ds.train.fit(run, tmp_path / "whole", quiet=True, optimizer=tx)
     for stop in (2, None):
         ds.train.fit(run, tmp_path / "parts", quiet=True, optimizer=tx, stop_after=stop)
@@ -223,7 +268,10 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path)
     assert_bitwise(*states)
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
     for other in (None, optax.adam(1e-2)):
-        with pytest.raises(ValueError, match=r"optim.name='.*' is not that of the run in .*, 'optax:ScaleByLionState"):
+        with pytest.raises(
+            ValueError,
+            match=r"optim.name='.*' is not that of the run in .*, 'optax:ScaleByLionState",
+        ):
             ds.train.fit(run, tmp_path / "parts", quiet=True, optimizer=other)
     model = load_run(tmp_path / "parts").model  # a reader needs no transformation
     np.testing.assert_array_equal(model.embed[...], states[0].params["embed"][...])

@@ -32,7 +32,8 @@ def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
         ds.balance.update(model, out.routing)
     ds.balance.update(model, out.routing, *out.mtp_routing)
     moved = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
-    loads = [np.atleast_2d(routing.load) for routing in (*out.mtp_routing, out.routing)]  # as the leaves' paths
+    # as the leaves' paths
+    loads = [np.atleast_2d(routing.load) for routing in (*out.mtp_routing, out.routing)]
     want = [[reference.updated_bias(*row, 0.25) for row in zip(b, load, strict=True)]
             for b, load in zip(map(np.atleast_2d, before), loads, strict=True)]  # fmt: skip
     for a, b in zip(moved, want, strict=True):
@@ -42,7 +43,10 @@ def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
 @pytest.mark.parametrize("names", [("dp", "ep"), ("data", "expert")])
 def test_a_mesh_of_other_axes_is_refused_in_one_sentence(names):
     moe = ds.MoE(LIGHT, DENSE, rngs=nnx.Rngs(0))
-    with jax.set_mesh(jax.make_mesh((2, 1), names)), pytest.raises(ValueError, match="mesh axes=.* are not"):
+    with (
+        jax.set_mesh(jax.make_mesh((2, 1), names)),
+        pytest.raises(ValueError, match="mesh axes=.* are not"),
+    ):
         jax.eval_shape(moe, jnp.ones((2, 4, LIGHT.dim)))
 
 
@@ -51,8 +55,16 @@ def test_inputs_of_another_shape_or_kind_are_refused_in_one_sentence():
     for width, inputs, sentence in (
         (None, {"tokens": [[1, 2]]}, "tokens of type list is not an array [B, T] of integers"),
         (None, {"tokens": ids[0]}, "tokens of shape (4,) is not an array [B, T] of integers"),
-        (None, {"tokens": ids.astype(float)}, "tokens of shape (2, 4) is not an array [B, T] of integers"),
-        (None, {"tokens": ids, "segment_ids": ids[:1]}, "segment_ids is not an array of shape (2, 4), as tokens is"),
+        (
+            None,
+            {"tokens": ids.astype(float)},
+            "tokens of shape (2, 4) is not an array [B, T] of integers",
+        ),
+        (
+            None,
+            {"tokens": ids, "segment_ids": ids[:1]},
+            "segment_ids is not an array of shape (2, 4), as tokens is",
+        ),
         (8, {"x": np.ones((2, 4, 7))}, "x of shape (2, 4, 7) is not an array [B, T, 8]"),
     ):
         with pytest.raises(ValueError) as refused:

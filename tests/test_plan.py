@@ -1,4 +1,4 @@
-"""A plan's figures equal the arrays of a real mesh; nothing is allocated; invalid options are rejected at once."""
+"""A plan's figures equal a real mesh's arrays, unallocated; invalid options are rejected."""
 
 import gc
 from dataclasses import replace
@@ -28,48 +28,71 @@ RUN = replace(RUN, data=replace(RUN.data, batch_size=8, seq_len=12))
 
 def on_first_device(state, *mesh: int, fsdp: bool = False) -> dict[str, int]:
     """Bytes of the first device's shards of a state on a mesh, by kind."""
-    state = jax.device_put(state, sharding.state_sharding(state, sharding.make_mesh(*mesh), fsdp=fsdp))
+    state = jax.device_put(
+        state, sharding.state_sharding(state, sharding.make_mesh(*mesh), fsdp=fsdp)
+    )
     experts, rest = nnx.split_state(state.params, lambda path, _: "experts" in path, ...)
-    parts = {"routed experts": experts, "other parameters": rest, "router bias": state.bias, "optimizer": state.opt}
+    parts = {
+        "routed experts": experts,
+        "other parameters": rest,
+        "router bias": state.bias,
+        "optimizer": state.opt,
+    }
     first = jax.devices()[0]
     return {
-        name: sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
+        name: sum(
+            s.data.nbytes
+            for x in jax.tree.leaves(tree)
+            for s in x.addressable_shards
+            if s.device == first
+        )
         for name, tree in parts.items()
     }
 
 
 @pytest.mark.long
 def test_a_training_step_on_a_mesh_of_three_axes():
-    """Memory is that of the mesh's arrays. Weights are gathered along "data", and their gradients summed along it."""
+    """Memory is that of the mesh's arrays; along "data" go weights, and sums of their gradients."""
     run = replace(RUN, execution=replace(BFLOAT16, layout=Layout(fsdp=True, expert_comm="gather")))
     gc.collect()  # arrays of other tests
     before = len(jax.live_arrays())
     cost = train_cost(run, sharding.make_mesh(2, 2, 2))
     assert len(jax.live_arrays()) <= before  # a plan allocates nothing
     held = on_first_device(fresh_state(RUN), 2, 2, 2, fsdp=True)
-    assert cost.persistent == held | {"batch": 3 * 2 * 12 * 4 + 4}  # two of eight rows, and the step's number
+    # two of eight rows, and the step's number
+    assert cost.persistent == held | {"batch": 3 * 2 * 12 * 4 + 4}
     weights = held["routed experts"] + held["other parameters"]
     assert cost.transient == {"gradients": weights}
     assert cost.total == sum(cost.persistent.values()) + cost.temporaries
     sent = cost.sent.by("axes")
-    assert weights / 2 < sent[("data",)] < 2 * weights  # of float32 shards; a peer sends its shard as bfloat16
-    assert {"all-gather", "reduce-scatter"} <= set(cost.sent.by("kind")) and cost.sent.unknown_loops == 0
+    # of float32 shards; a peer sends its shard as bfloat16
+    assert weights / 2 < sent[("data",)] < 2 * weights
+    assert {"all-gather", "reduce-scatter"} <= set(cost.sent.by("kind"))
+    assert cost.sent.unknown_loops == 0
     assert any("expert" in axes for axes in sent) and any("tensor" in axes for axes in sent)
 
 
 @pytest.mark.long
 def test_memory_of_a_decoding_step_equals_the_meshs():
-    cost = decode_cost(replace(PLAIN, mtp_depth=1), BFLOAT16, sharding.make_mesh(2, 2), 8, 20, weight_dtype="float32")
+    cost = decode_cost(
+        replace(PLAIN, mtp_depth=1),
+        BFLOAT16,
+        sharding.make_mesh(2, 2),
+        8,
+        20,
+        weight_dtype="float32",
+    )
     held = on_first_device(fresh_state(RUN), 2, 2)
     del held["optimizer"]
-    cache = 2 * (20 * bytes_per_token(PLAIN, "latent", "bfloat16") + 4)  # a device has two of eight sequences
+    # a device has two of eight sequences
+    cache = 2 * (20 * bytes_per_token(PLAIN, "latent", "bfloat16") + 4)
     assert cost.persistent == held | {"cache": cache, "batch": 2 * 4}
     assert 0 < cost.bytes_read < cost.total
 
 
 @pytest.mark.rare
 def test_programs_of_v3_have_the_same_size_at_any_depth(monkeypatch):
-    """A program that grew with depth would compile each layer again. Lowering alone takes seconds."""
+    """A program that grew with depth would compile each layer again. Lowering takes seconds."""
     texts = []
 
     def record_text(lowered):
@@ -81,13 +104,20 @@ def test_programs_of_v3_have_the_same_size_at_any_depth(monkeypatch):
     for layers in (8, 61):
         model = replace(run.model, num_layers=layers)
         execution = replace(run.execution, layout=Layout(fsdp=True, expert_comm="all_to_all"))
-        train_cost(replace(run, model=model, execution=execution, data=replace(run.data, batch_size=8)), mesh)
-        decode_cost(model, execution, mesh, 8, 4096, weight_dtype="float32")  # tests allow no silent promotion
+        train_cost(
+            replace(run, model=model, execution=execution, data=replace(run.data, batch_size=8)),
+            mesh,
+        )
+        # tests allow no silent promotion
+        decode_cost(model, execution, mesh, 8, 4096, weight_dtype="float32")
     for few, many in zip(texts[:2], texts[2:], strict=True):
-        assert "<5x256x7168x2048x" in few and "<58x256x7168x2048x" in many  # all but three layers have experts
+        # all but three layers have experts
+        assert "<5x256x7168x2048x" in few and "<58x256x7168x2048x" in many
         assert abs(len(many) / len(few) - 1) < 0.01  # longer numbers
-    assert "all_to_all" in texts[2] and "all_to_all" not in texts[3]  # decoding's few tokens are gathered
-    # Experts are gathered as they lie in memory; their gradients are stacked in the dtype in which they are summed.
+    # decoding's few tokens are gathered
+    assert "all_to_all" in texts[2] and "all_to_all" not in texts[3]
+    # Experts are gathered as they lie in memory; their gradients are stacked in the dtype in which
+    # they are summed.
     assert "all_gather_dim = 0" in texts[2] and "all_gather_dim = 1" not in texts[2]
     assert "-> tensor<58x256x7168x2048xbf16>" in texts[2]
 
@@ -103,8 +133,8 @@ def example_cost(**changes) -> Cost:
         1,
     )
     cost = Cost(
-        "training step", {"data": 2, "expert": 8}, 16, {"parameters": 10**9}, {"gradients": 10**9}, 2e12, 0.0,
-        3 * 10**9, sent, 1.0,
+        "training step", {"data": 2, "expert": 8}, 16, {"parameters": 10**9}, {"gradients": 10**9},
+        2e12, 0.0, 3 * 10**9, sent, 1.0,
     )  # fmt: skip
     return replace(cost, **changes)
 
@@ -118,9 +148,12 @@ def test_the_least_time_of_a_step():
 
 
 def test_memory_and_verdict():
-    assert example_cost().total == 4 * 10**9 and example_cost().fits(4e9) and not example_cost().fits(3.9e9)
+    assert example_cost().total == 4 * 10**9
+    assert example_cost().fits(4e9)
+    assert not example_cost().fits(3.9e9)
     lines = dict(describe(example_cost(), 16, 1, 3e9, DEVICES["h800"]))
-    assert lines["  in all"] == "4 GB: does not fit in 3 GB" and lines["    all-gather"] == "14 GB along expert"
+    assert lines["  in all"] == "4 GB: does not fit in 3 GB"
+    assert lines["    all-gather"] == "14 GB along expert"
     assert lines["    and"] == "875 MB in each iteration of loops of unknown length (1)"
     refused = example_cost(temporaries=None, compile_error="It needs 9G.", sent=Traffic([], 0))
     assert refused.total == 2 * 10**9 and not refused.fits(1e12)
@@ -132,7 +165,10 @@ def test_invalid_options_are_rejected_before_compiling(capsys):
     for changes, sentence in (
         (dict(mesh="rows=2"), "mesh='rows=2'"),
         (dict(mesh="data=2", batch=3), "=3 rows are not divisible by mesh data=2"),
-        (dict(mesh="data=2", decode_batch=3), "decode_batch=3 is not divisible by the 2 parts of mesh=data=2"),
+        (
+            dict(mesh="data=2", decode_batch=3),
+            "decode_batch=3 is not divisible by the 2 parts of mesh=data=2",
+        ),
         (dict(context=65), "context=65 is not between 1 and the model's max_positions=64"),
         (dict(target="gpu:b200"), "target='gpu:b200': 'b200' is not one of h100"),
     ):
@@ -149,10 +185,14 @@ def test_a_mesh_takes_the_first_devices_of_its_target(monkeypatch):
         devices = jax.devices()[:4]
 
     asked = []
-    monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: asked.append(options) or Topology)
+    monkeypatch.setattr(
+        topologies, "get_topology_desc", lambda **options: asked.append(options) or Topology
+    )
     assert devices.target_mesh("tpu:v6e:2x2", ONE).devices.flat[0] == jax.devices()[0]
     assert asked[-1] == {"platform": "tpu", "topology_name": "v6e:2x2"}
-    with pytest.raises(ConfigError, match="mesh=data=8 needs 8 devices, but target='gpu:h100:4' has 4"):
+    with pytest.raises(
+        ConfigError, match="mesh=data=8 needs 8 devices, but target='gpu:h100:4' has 4"
+    ):
         devices.target_mesh("gpu:h100:4", {"data": 8})
     devices.target_mesh("gpu:h100:16", ONE)
     assert asked[-1]["topology"] == "1x2x8"  # two nodes
@@ -163,5 +203,7 @@ def test_a_target_needs_its_compiler(monkeypatch):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .*plan-gpu.* for cuda"):
+    with pytest.raises(
+        ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .*plan-gpu.* for cuda"
+    ):
         devices.target_mesh("gpu:h100", ONE)

@@ -22,14 +22,22 @@ def texts(ax) -> list[str]:
 def test_heatmap_draws_load_over_mean(tmp_path, rng):
     load = rng.integers(1, 100, (3, 8))
     code, c = rng.integers(1, 100, (2, 3, 8))
-    figure = run_plots.routing_heatmap(load, tmp_path / "a" / "load.png", domain_loads={"code": code, "C": c})
+    figure = run_plots.routing_heatmap(
+        load, tmp_path / "a" / "load.png", domain_loads={"code": code, "C": c}
+    )
     drawn = [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images]
     assert len(drawn) == 3
     for got, counts in zip(drawn, (load, code, c), strict=True):
-        np.testing.assert_allclose(got * counts.sum(-1, keepdims=True), counts * 8.0, rtol=1e-12)  # float64 rounding
-    norms = {(ax.images[0].norm.vmin, ax.images[0].norm.vcenter, ax.images[0].norm.vmax) for ax in figure.axes[:3]}
+        # float64 rounding
+        np.testing.assert_allclose(got * counts.sum(-1, keepdims=True), counts * 8.0, rtol=1e-12)
+    norms = {
+        (ax.images[0].norm.vmin, ax.images[0].norm.vcenter, ax.images[0].norm.vmax)
+        for ax in figure.axes[:3]
+    }
     assert len(norms) == 1 and norms.pop()[:2] == (0.0, 1.0)  # one scale for all, white is even
-    assert figure.axes[0].get_title() == run_plots.load_finding(load, ["layer 0", "layer 1", "layer 2"])
+    assert figure.axes[0].get_title() == run_plots.load_finding(
+        load, ["layer 0", "layer 1", "layer 2"]
+    )
     peaks = load.max(-1) / load.mean(-1) - 1
     assert texts(figure.axes[0]) == ["MaxVio", *(f"{p:.2f}" for p in peaks)]
     width, height = png_size(tmp_path / "a" / "load.png")
@@ -38,7 +46,9 @@ def test_heatmap_draws_load_over_mean(tmp_path, rng):
 
 
 def test_heatmap_of_a_layer_without_load(tmp_path):
-    figure = run_plots.routing_heatmap([[1, 3], [0, 0]], tmp_path / "load.png", domain_loads={"C": [[0, 0], [0, 0]]})
+    figure = run_plots.routing_heatmap(
+        [[1, 3], [0, 0]], tmp_path / "load.png", domain_loads={"C": [[0, 0], [0, 0]]}
+    )
     assert texts(figure.axes[0]) == ["MaxVio", "0.50", "no load"]
     assert figure.axes[1].get_title() == "C (no load)"
 
@@ -47,7 +57,13 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
     metrics = [
         {"step": 10, "loss": 5.0, "lr": 1e-4, "max_vio": 2.0, "tokens_per_s": 10.0},
         {"step": 20, "loss": 4.0, "lr": 2e-4, "max_vio": 1.0, "tokens_per_s": 11.0},
-        {"step": 20, "val_loss": 4.5, "val_bits_per_byte": 3.0, "max_vio_global": 0.5, "mtp_acceptance": None},
+        {
+            "step": 20,
+            "val_loss": 4.5,
+            "val_bits_per_byte": 3.0,
+            "max_vio_global": 0.5,
+            "mtp_acceptance": None,
+        },
         {"step": 10, "loss": 5.5},  # a resumed run repeats the step
     ]
     figure = run_plots.training_curves(metrics, tmp_path / "run.png")
@@ -69,7 +85,10 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
 
 
 def test_each_head_has_its_curve(tmp_path):
-    metrics = [{"step": 1, "mtp_loss": [5.0, 6.0]}, {"step": 2, "mtp_loss": [4.0, 5.5], "mtp_acceptance": [0.5]}]
+    metrics = [
+        {"step": 1, "mtp_loss": [5.0, 6.0]},
+        {"step": 2, "mtp_loss": [4.0, 5.5], "mtp_acceptance": [0.5]},
+    ]
     loss, acceptance = run_plots.training_curves(metrics, tmp_path / "run.png").axes
     assert {line.get_label(): line.get_xydata().tolist() for line in loss.lines} == {
         "train, MTP 1": [[1, 5.0], [2, 4.0]],

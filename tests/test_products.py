@@ -1,4 +1,4 @@
-"""Products of few rows with a weight, by the C++ kernels, and their gradients equal the ops' in float64."""
+"""Products of few rows with a weight, by C++, and their gradients equal the ops' in float64."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,7 +28,9 @@ def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 def close(ours, theirs) -> None:
     """Assert equality up to float32 rounding of sums of up to 700 products."""
-    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5, atol=2e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(
+        np.asarray(ours), theirs, rtol=1e-5, atol=2e-5 * np.abs(theirs).max()
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -45,13 +47,17 @@ def test_a_product_of_few_rows_whatever_the_other_rows_are(shape):
 def test_swiglu_is_finite_for_large_gates():
     """silu of ±10⁴, for which e^−x overflows float32."""
     x, one = jnp.asarray([[1e4], [-1e4]], jnp.float32), jnp.ones((1, 1), jnp.float32)
-    np.testing.assert_allclose(np.asarray(calls.small_batch_swiglu(x, one, one, one)), [[1e8], [0.0]], atol=1e-20)
+    np.testing.assert_allclose(
+        np.asarray(calls.small_batch_swiglu(x, one, one, one)), [[1e8], [0.0]], atol=1e-20
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_head_does_not_depend_on_other_rows(transposed):
     x, w = map(jnp.asarray, draw((17, 1, 3, 5), (3, 19, 5) if transposed else (3, 5, 19)))
-    together, alone = (products.product_by_head(rows, w, transposed=transposed) for rows in (x, x[-1:]))
+    together, alone = (
+        products.product_by_head(rows, w, transposed=transposed) for rows in (x, x[-1:])
+    )
     np.testing.assert_array_equal(np.asarray(together[-1]), np.asarray(alone[0]))
 
 
@@ -61,7 +67,9 @@ def test_concurrent_calls_share_the_helper_threads():
     run = jax.jit(calls.small_batch_matmul)
     alone = [np.asarray(run(x[i : i + 1], w)) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        for i, found in enumerate(pool.map(lambda i: np.asarray(run(x[i % 6 : i % 6 + 1], w)), range(600))):
+        for i, found in enumerate(
+            pool.map(lambda i: np.asarray(run(x[i % 6 : i % 6 + 1], w)), range(600))
+        ):
             np.testing.assert_array_equal(found, alone[i % 6])
 
 

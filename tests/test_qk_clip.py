@@ -1,4 +1,4 @@
-"""QK-clip: the largest logits are the reference's, and a clipped head's logits are at most the threshold."""
+"""QK-clip: the largest logits are the reference's, and a clipped head's are below the threshold."""
 
 from dataclasses import replace
 from functools import partial
@@ -23,8 +23,11 @@ from dsv3_jax.training.step import Job, make_step
 
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
-OPTIM = OptimConfig(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9)
-CFG = small(num_layers=2, num_dense_layers=0, mtp_depth=1, vocab_size=260, init_std=0.5)  # a stack of two, and a head
+OPTIM = OptimConfig(
+    learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9
+)
+# a stack of two, and a head
+CFG = small(num_layers=2, num_dense_layers=0, mtp_depth=1, vocab_size=260, init_std=0.5)
 RUN = make_run("nowhere", model=CFG, optim=OPTIM)
 
 
@@ -37,20 +40,27 @@ def batch_of(rows: int = B) -> dict[str, jax.Array]:
 
 
 def reference_maxima(cfg, params: dict, batch, monkeypatch) -> list[np.ndarray]:
-    """The largest logit of each head [H], in float64, of every attention that the reference computes, in its order."""
+    """Each head's largest logit [H], in float64, of all attentions of the reference, in order."""
     found = []
     plain = reference.attend
 
     def attend(ctx, q, k, v):
-        scores = np.einsum("bthx,bshx->bhts", reference.rotate(ctx, q), reference.rotate(ctx, k)) * q.shape[-1] ** -0.5
+        scores = np.einsum("bthx,bshx->bhts", reference.rotate(ctx, q), reference.rotate(ctx, k))
+        scores *= q.shape[-1] ** -0.5
         seg = ctx.segment_ids
-        seen = (seg[:, :, None] == seg[:, None, :]) & np.tri(seg.shape[1], dtype=bool) & (seg != 0)[:, :, None]
+        seen = (
+            (seg[:, :, None] == seg[:, None, :])
+            & np.tri(seg.shape[1], dtype=bool)
+            & (seg != 0)[:, :, None]
+        )
         found.append(np.where(seen[:, None], scores, -np.inf).max((0, 2, 3)))
         return plain(ctx, q, k, v)
 
     monkeypatch.setattr(reference, "attend", attend)
     batch = jax.tree.map(np.asarray, batch)
-    reference.transformer(reference.Context(cfg, batch["positions"], batch["segment_ids"]), params, batch["tokens"])
+    reference.transformer(
+        reference.Context(cfg, batch["positions"], batch["segment_ids"]), params, batch["tokens"]
+    )
     return found
 
 
@@ -62,18 +72,25 @@ def test_row_maxima_are_those_of_the_scores(rng, monkeypatch, name):
     """By what the softmax keeps; a kernel that keeps them to itself gets a separate product."""
     if name == "cpu" and (why := library.why_not()):
         pytest.skip(why)
-    q, k, v = (rng.standard_normal((2, 150, h, n)).astype(np.float32) for h, n in ((4, 6), (2, 6), (2, 3)))
+    q, k, v = (
+        rng.standard_normal((2, 150, h, n)).astype(np.float32) for h, n in ((4, 6), (2, 6), (2, 3))
+    )
     ids = np.sort(rng.integers(1, 4, (2, 150)), axis=1).astype(np.int32)
     scores = np.einsum("bthx,bshx->bths", np.float64(q), np.repeat(np.float64(k), 2, axis=2)) * 0.7
     seen = (ids[:, :, None] == ids[:, None, :]) & np.tri(150, dtype=bool)
     want = np.where(seen[:, :, None], scores, -np.inf).max(-1)
     monkeypatch.setitem(choose.TABLE, "causal_attention", choose.TABLE["causal_attention"])
-    choose.add("causal_attention", choose.Implementation("mute", choose.kept_maxima(attention.causal_attention)))
+    choose.add(
+        "causal_attention",
+        choose.Implementation("mute", choose.kept_maxima(attention.causal_attention)),
+    )
     kernels = choose.Kernels(choose.Target("cpu", f"causal_attention={name}"))
 
     @jax.jit
     def run(q, k, v):
-        attend = partial(kernels, "causal_attention", q, k, v, scale=0.7, segment_ids=jnp.asarray(ids))
+        attend = partial(
+            kernels, "causal_attention", q, k, v, scale=0.7, segment_ids=jnp.asarray(ids)
+        )
         return attend(), attend(maxima=True)
 
     plain, (out, got) = run(q, k, v)
@@ -86,16 +103,22 @@ def test_row_maxima_are_those_of_the_scores(rng, monkeypatch, name):
 
 @pytest.mark.long
 def test_a_step_scales_each_head_of_each_layer_by_its_own_logit(monkeypatch):
-    """By the reference's logits in float64, in a stack and in a head's block; half of the heads are above."""
+    """By the reference's float64 logits, in a stack and in a head's block; half are above."""
     largest = reference_maxima(CFG, parameters(random_model(CFG)), batch_of(), monkeypatch)
     assert len(largest) == CFG.num_layers + CFG.mtp_depth
     ordered = np.sort(np.ravel(largest))
     threshold = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # between two heads
     run = replace(RUN, optim=replace(OPTIM, qk_clip=threshold))
-    maxima = {"sparse": jnp.asarray(np.float32(largest[:2])), "mtp.0.block": jnp.asarray(np.float32(largest[2]))}
-    want = qk_clip.clip(fresh_state(run).params, maxima, threshold, CFG.nope_head_dim, jnp.asarray(True))
+    maxima = {
+        "sparse": jnp.asarray(np.float32(largest[:2])),
+        "mtp.0.block": jnp.asarray(np.float32(largest[2])),
+    }
+    want = qk_clip.clip(
+        fresh_state(run).params, maxima, threshold, CFG.nope_head_dim, jnp.asarray(True)
+    )
     new, metrics = make_step(Job(run))(fresh_state(run), batch_of())
-    np.testing.assert_allclose(metrics["max_logit"], np.max(largest), rtol=1e-5)  # of the forward pass, before the clip
+    # of the forward pass, before the clip
+    np.testing.assert_allclose(metrics["max_logit"], np.max(largest), rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), new.params, want)
 
 
@@ -105,7 +128,8 @@ def test_clipped_logits_are_at_most_the_threshold(rng, compressed):
     cfg = small() if compressed else small(q_latent_dim=None)
     graph, state = nnx.split(nnx.eval_shape(lambda: ds.MLA(cfg, rngs=nnx.Rngs(1))))
     x, state = jax.tree.map(
-        lambda w: 0.6 * rng.standard_normal(w.shape, np.float32), (jnp.zeros((2, 9, cfg.dim)), state)
+        lambda w: 0.6 * rng.standard_normal(w.shape, np.float32),
+        (jnp.zeros((2, 9, cfg.dim)), state),
     )
 
     @jax.jit

@@ -1,7 +1,8 @@
 """The programs of a training step, lowered on this host for other platforms and read.
 
-Two runs of one seed give the same bits on a GPU: no float is added to in any order. A scatter that adds floats is
-ordered only if its indices are unique. The router's products are exact. The backward pass recomputes attention once.
+Two runs of one seed give the same bits on a GPU: no float is added to in any order. A scatter that
+adds floats is ordered only if its indices are unique. The router's products are exact. The backward
+pass recomputes attention once.
 """
 
 import re
@@ -20,7 +21,9 @@ from dsv3_jax.training.step import Job, abstract_state, make_step
 
 BATCH, LENGTH = 2, 16
 DENSE = "grouped_swiglu=dense"
-SCATTER = re.compile(r'"stablehlo\.scatter"\(.*?unique_indices = (true|false)\}> \(\{(.*?)\}\) : ', re.DOTALL)
+SCATTER = re.compile(
+    r'"stablehlo\.scatter"\(.*?unique_indices = (true|false)\}> \(\{(.*?)\}\) : ', re.DOTALL
+)
 FLOAT_ADD = re.compile(r"stablehlo\.add .* : tensor<b?f\d+>")
 
 
@@ -31,7 +34,10 @@ def lower(function, platform, *shapes) -> str:
 def step_text(cfg, execution: Execution, platform: str, microbatches: int = 1) -> str:
     run = make_run("nowhere", model=cfg, execution=execution)
     run = replace(run, optim=replace(run.optim, microbatches=microbatches))
-    batch = {name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch = {
+        name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+        for name in ("tokens", "segment_ids", "positions")
+    }
     step = make_step(Job(run, kernels=prepare(execution, platform=platform)))
     return lower(step, platform, abstract_state(Job(run)), batch)
 
@@ -39,14 +45,21 @@ def step_text(cfg, execution: Execution, platform: str, microbatches: int = 1) -
 def unordered_adds(text: str) -> list[str]:
     """The scatters that add floats at indices that may repeat."""
     assert len(SCATTER.findall(text)) == text.count('"stablehlo.scatter"')
-    return [body for unique, body in SCATTER.findall(text) if unique == "false" and FLOAT_ADD.search(body)]
+    return [
+        body
+        for unique, body in SCATTER.findall(text)
+        if unique == "false" and FLOAT_ADD.search(body)
+    ]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "changes, kernels",
     [
-        ({"attention": "gqa", "num_kv_heads": 1, "tie_embeddings": True, "mtp_kind": "meta"}, DENSE),
+        (
+            {"attention": "gqa", "num_kv_heads": 1, "tie_embeddings": True, "mtp_kind": "meta"},
+            DENSE,
+        ),
         ({"router": "softmax", "group_score": "max", "mtp_kind": "eagle"}, DENSE),
     ],
     ids=str,
@@ -57,17 +70,22 @@ def test_a_training_step_adds_floats_in_one_order(changes, kernels):
     assert unordered_adds(text) == []
 
 
-@pytest.mark.parametrize(("look_up", "adds"), [(embedding.look_up, 1), (embedding.look_up_in_order, 0)])
+@pytest.mark.parametrize(
+    ("look_up", "adds"), [(embedding.look_up, 1), (embedding.look_up_in_order, 0)]
+)
 def test_what_the_test_above_looks_for_is_there_to_be_found(look_up, adds):
-    table, tokens = jax.ShapeDtypeStruct((11, 4), jnp.float32), jax.ShapeDtypeStruct((5,), jnp.int32)
+    table = jax.ShapeDtypeStruct((11, 4), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((5,), jnp.int32)
     text = lower(jax.grad(lambda t, i: look_up(t, i).sum()), "cuda", table, tokens)
     assert len(unordered_adds(text)) == adds
 
 
 @pytest.mark.long
 def test_the_routers_product_is_exact():
-    """Forward and both of its gradients, in the training step. Nothing else is but the sums of the embedding's gradient
-    on a GPU, two products."""
+    """Forward and both of its gradients, in the training step.
+
+    Nothing else is but the sums of the embedding's gradient on a GPU, two products.
+    """
     cfg = small(num_layers=2, num_dense_layers=1, mtp_depth=0)
     text = step_text(cfg, Execution("bfloat16", kernels=DENSE), "cuda")
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
@@ -80,17 +98,24 @@ def test_the_routers_product_is_exact():
 
 
 PASSES = {"attention": 1, "full": 2}  # forward passes of attention in a step
-BLOCKS = 3  # a scan over dense layers, one over sparse layers, and a head: each calls attention once
+# a scan over dense layers, one over sparse layers, and a head: each calls attention once
+BLOCKS = 3
 
 
 @pytest.mark.parametrize(
-    "remat", [pytest.param("attention", marks=pytest.mark.long), pytest.param("full", marks=pytest.mark.rare)]
+    "remat",
+    [
+        pytest.param("attention", marks=pytest.mark.long),
+        pytest.param("full", marks=pytest.mark.rare),
+    ],
 )
 def test_attention_runs_forward_once_unless_everything_is_recomputed(remat):
-    """Counted by the division [B, H, T, V] by the rows' sums, which ends a forward pass. A head has 15 positions."""
+    """Counted by the division [B, H, T, V] that ends a forward pass. A head has 15 positions."""
     cfg = small(num_layers=5, num_dense_layers=1, mtp_depth=1)  # more layers than training unrolls
     text = step_text(cfg, Execution(remat=remat, kernels=f"xla,{DENSE}"), "cuda")
-    ends = re.findall(rf"stablehlo\.divide .* : tensor<2x{cfg.num_heads}x1[56]x{cfg.v_head_dim}xf32>", text)
+    ends = re.findall(
+        rf"stablehlo\.divide .* : tensor<2x{cfg.num_heads}x1[56]x{cfg.v_head_dim}xf32>", text
+    )
     assert len(ends) == PASSES[remat] * BLOCKS
     if not library.why_not():  # on the CPU attention is a call
         text = step_text(cfg, Execution(remat=remat, kernels=f"auto,{DENSE}"), "cpu")

@@ -20,12 +20,15 @@ from dsv3_jax.ops.sampling import processed_logits
 from dsv3_jax.training.loss import compute_loss
 
 CFG = small(mtp_depth=1)
-OTHERS = {"hash": dict(router="hash"), "noisy_topk": dict(router="noisy_topk", normalize_gates=False)}
+OTHERS = {
+    "hash": dict(router="hash"),
+    "noisy_topk": dict(router="noisy_topk", normalize_gates=False),
+}
 
 
 @pytest.mark.parametrize("router", [*ROUTERS, *OTHERS])
 def test_own_ids_change_nothing_and_given_ids_take_their_own_scores(rng, router):
-    """Gates are the scores at the given ids, by the router's own formula; neither bias nor groups act on them."""
+    """Gates are the router's own scores at the given ids; neither bias nor groups act on them."""
     cfg = config(**(ROUTERS | OTHERS)[router])
     logits = np.float32(rng.normal(0, 1.5, (40, cfg.num_experts)))
     bias, needs = np.float32(rng.uniform(-0.4, 0.4, cfg.num_experts)), {}
@@ -60,10 +63,13 @@ def passes():
 
 
 def test_replaying_a_pass_changes_no_bit(passes):
-    """Documents and a multi-token head included. A free V3 loss counts the top scores without bias: it alone moves."""
+    """With documents and a head. A free V3 loss counts top scores without bias: it alone moves."""
     model, _, run, free = passes
     again = run(model, free.routing.expert_ids, [r.expert_ids for r in free.mtp_routing])
-    without = [[r._replace(balance_loss=0) for r in (out.routing, *out.mtp_routing)] for out in (free, again)]
+    without = [
+        [r._replace(balance_loss=0) for r in (out.routing, *out.mtp_routing)]
+        for out in (free, again)
+    ]
     chex.assert_trees_all_equal(
         (again.logits, again.mtp_logits, without[1]), (free.logits, free.mtp_logits, without[0])
     )
@@ -76,7 +82,9 @@ def test_given_experts_are_counted_and_train_the_router(passes):
     out = run(model, shifted, ())
     np.testing.assert_array_equal(out.routing.expert_ids, shifted)
     mask = batch["segment_ids"] != 0
-    np.testing.assert_array_equal(out.routing.load, [balance.load(ids, CFG.num_experts, mask) for ids in shifted])
+    np.testing.assert_array_equal(
+        out.routing.load, [balance.load(ids, CFG.num_experts, mask) for ids in shifted]
+    )
     assert np.abs(out.logits - free.logits).max() > 0.1
     scores = jnp.linspace(0.1, 0.9, 16).reshape(1, 2, 8)
     given = jnp.array([[[0, 1, 2], [-1, -1, -1]]], jnp.int32)
@@ -119,9 +127,11 @@ def light():
     return model, jax.jit(lambda model, text, ids: model(text, expert_ids=ids))
 
 
-@pytest.mark.parametrize("how", ["plain", *(pytest.param(how, marks=pytest.mark.long) for how in ("mtp", "int8"))])
+@pytest.mark.parametrize(
+    "how", ["plain", *(pytest.param(how, marks=pytest.mark.long) for how in ("mtp", "int8"))]
+)
 def test_what_decoding_recorded_is_the_teacher_forced_pass(light, how):
-    """Log-probabilities to 1e-5, experts exactly, with drafts too; an int8 cache rounds keys to 1 part in 254."""
+    """Log-probabilities to 1e-5, experts exactly; an int8 cache rounds keys to 1 in 254."""
     (model, run), prompts, settings = light, [[5], [8, 1, 30, 2, 2]], DECODING[how]
     result = ds.generate(model, prompts, 8, logprobs=True, return_routing=True, **settings)
     text, recorded = np.zeros((2, 16), np.int32), np.full((1, 2, 16, 3), -1, np.int32)
@@ -136,7 +146,9 @@ def test_what_decoding_recorded_is_the_teacher_forced_pass(light, how):
     for i, (prompt, new) in enumerate(zip(prompts, result.tokens, strict=True)):
         row = logits[i, len(prompt) - 1 :][: len(new)]
         own = (row - np.log(np.exp(row).sum(-1, keepdims=True)))[range(len(new)), new]
-        np.testing.assert_allclose(result.model_logprobs[i], own, rtol=0, atol=0.05 if how == "int8" else 1e-5)
+        np.testing.assert_allclose(
+            result.model_logprobs[i], own, rtol=0, atol=0.05 if how == "int8" else 1e-5
+        )
         if how == "plain":
             assert result.logprobs[i] == [0.0] * len(new)
         elif how != "mtp":
@@ -169,11 +181,21 @@ def test_experts_of_another_text_or_shifted_by_one_are_noticed():
     row = Row(tokens=tokens, segment_ids=zeros + 1, positions=zeros, domains=zeros, documents=zeros)
     ids = np.zeros((2, 6, 3), np.int32)
     right = row | {"expert_ids": ids, "routed_tokens": np.int32([5, 6, 7, 8, 9, -1])}
-    assert set(model_inputs(stack([right, right]))) == {"tokens", "segment_ids", "positions", "expert_ids"}
+    names = {"tokens", "segment_ids", "positions", "expert_ids"}
+    assert set(model_inputs(stack([right, right]))) == names
     for routed, said in (
-        ([6, 7, 8, 9, 0, -1], "place 0 for token 6, and the row has 5 there: they are shifted by 1"),
-        ([-1, 5, 6, 7, 8, 9], "place 1 for token 5, and the row has 6 there: they are shifted by -1"),
-        ([5, 6, 7, 1, 9, -1], "place 3 for token 1, and the row has 8 there: they are of another text"),
+        (
+            [6, 7, 8, 9, 0, -1],
+            "place 0 for token 6, and the row has 5 there: they are shifted by 1",
+        ),
+        (
+            [-1, 5, 6, 7, 8, 9],
+            "place 1 for token 5, and the row has 6 there: they are shifted by -1",
+        ),
+        (
+            [5, 6, 7, 1, 9, -1],
+            "place 3 for token 1, and the row has 8 there: they are of another text",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             stack([right, right | {"routed_tokens": np.int32(routed)}])

@@ -1,4 +1,4 @@
-"""Routers equal the oracles: chosen sets exactly, gates and scores up to rounding. The reference page does, too."""
+"""Routers and the reference page equal the oracles: chosen sets exactly, gates up to rounding."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def config(**changes):
 
 
 def by_expert(expert_ids, gates, num_experts):
-    """f64[n, E]: each expert's gate, NaN if it was not chosen. The order of the choices does not matter."""
+    """f64[n, E]: each expert's gate, NaN if it was not chosen, whatever the choices' order."""
     table = np.full((len(expert_ids), num_experts), np.nan)
     np.put_along_axis(table, np.asarray(expert_ids), np.asarray(gates, np.float64), axis=1)
     return table
@@ -48,7 +48,7 @@ def assert_same_choice(got, ids, gates, num_experts, rtol=2e-6):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers_equal_the_oracle(rng, router):
-    """Biases are mixed, and all negative: a group that is left out may not win with a score of 0."""
+    """Biases are mixed, and all negative: a group left out may not win with a score of 0."""
     cfg = config(**ROUTERS[router])
     experts, one = cfg.num_experts, np.ones((1, 120), int)
     for low, high in ((-0.4, 0.4), (-0.9, -0.1)):
@@ -58,7 +58,9 @@ def test_routers_equal_the_oracle(rng, router):
         assert_same_choice(got, ids, gates, experts)
         np.testing.assert_allclose(got.scores, scores, rtol=2e-6)
     params = {"w_router": np.eye(experts), "bias": np.float64(np.float32(bias))}
-    page = reference.route(reference.Context(cfg, one, one), params, np.float64(np.float32(logits))[None])
+    page = reference.route(
+        reference.Context(cfg, one, one), params, np.float64(np.float32(logits))[None]
+    )
     page = page._replace(expert_ids=page.expert_ids[0], gates=page.gates[0])
     assert_same_choice(page, ids, gates, experts, rtol=1e-12)
 
@@ -67,14 +69,15 @@ def test_noise_is_standard_normal_and_differs_by_row_and_layer():
     keys = jax.random.split(jax.random.key(3), 8)
     noise = jax.jit(routing.noise, static_argnums=(2, 3))
     one, two = (np.asarray(noise(keys, np.int32(layer), 64, 16), np.float64) for layer in (1, 2))
-    # 8,192 draws: the mean's standard deviation is 0.011, the variance's 0.016; the bounds are 5 of them
+    # 8,192 draws: the mean's standard deviation is 0.011, the variance's 0.016; 5 are the bounds
     assert abs(one.mean()) < 0.055 and abs(one.var() - 1) < 0.08
     both = np.concatenate([one, two]).reshape(16, -1)
-    assert np.abs(np.corrcoef(both) - np.eye(16)).max() < 5 / np.sqrt(64 * 16)  # of 1,024 draws each
+    # of 1,024 draws each
+    assert np.abs(np.corrcoef(both) - np.eye(16)).max() < 5 / np.sqrt(64 * 16)
 
 
 def test_hash_router(rng):
-    """Experts depend on the token alone, gates on the logits; every expert gets its share of the ids."""
+    """Experts depend on the token alone, gates on the logits; every expert gets its share."""
     tokens, logits = rng.integers(0, 130_000, 90), rng.normal(0, 1.5, (90, 16)).astype(np.float32)
     ids = oracles.hash_route(tokens, 16, 4)
     s = 1 / (1 + np.exp(-np.take_along_axis(logits.astype(np.float64), ids, axis=1)))
@@ -87,7 +90,7 @@ def test_hash_router(rng):
 
 @pytest.mark.parametrize("router", ["sigmoid", "sqrtsoftplus"])
 def test_gates_and_gradients_are_finite_if_all_scores_underflow(router):
-    """sigmoid(-200) and 1e-20 squared are 0 in float32; neither gates nor gradients may divide by them.
+    """sigmoid(-200) and 1e-20 squared are 0 in float32; neither gates nor gradients divide by them.
 
     So is softplus(-200), at which a square root has an infinite gradient.
     """
@@ -105,4 +108,6 @@ def test_gates_and_gradients_are_finite_if_all_scores_underflow(router):
         grad, gates = gradient(logits)
         assert np.isfinite(gates).all() and np.isfinite(grad).all()
         assert np.abs(grad).max() <= 2.5  # the derivative of a gate is at most its scale
-        np.testing.assert_allclose(gates, oracles.route(logits, np.zeros(16), cfg)[1], rtol=1e-5, atol=1e-15)
+        np.testing.assert_allclose(
+            gates, oracles.route(logits, np.zeros(16), cfg)[1], rtol=1e-5, atol=1e-15
+        )

@@ -17,7 +17,10 @@ def folder(tmp_path):
     run = make_run("some text")
     for place, rows in (("first", 12), ("group/[b]", 5), ("new", 0)):
         claim(tmp_path / place, run)
-        lines = [json.dumps({"step": i + 1, "loss": 9.0 - i, "tokens_per_s": 1234.5}) for i in range(rows)]
+        lines = [
+            json.dumps({"step": i + 1, "loss": 9.0 - i, "tokens_per_s": 1234.5})
+            for i in range(rows)
+        ]
         (tmp_path / place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "first" / "checkpoints" / "12").mkdir(parents=True)
     (tmp_path / "broken").mkdir()
@@ -41,8 +44,15 @@ def test_runs_are_listed_the_last_changed_first(folder, capsys):
         code, lines, err = listed(folder, capsys)
     assert code == 0 and [line[0] for line in lines] == ["run", "first", "group/[b]", "new"]
     assert lines[1][1:5] == ["12/12", "finished", "-2.000", "1,234"]
-    assert lines[2][1:4] == ["5/12", "training", "5.000"] and lines[3][1:4] == ["0/12", "not", "begun"]
-    assert err.startswith("dsv3: passed over: ") and "run.json is not JSON" in err and len(err.splitlines()) == 1
+    assert lines[2][1:4] == ["5/12", "training", "5.000"]
+    assert lines[3][1:4] == [
+        "0/12",
+        "not",
+        "begun",
+    ]
+    assert err.startswith("dsv3: passed over: ")
+    assert "run.json is not JSON" in err
+    assert len(err.splitlines()) == 1
     assert "stopped" in listed(folder, capsys)[1][2]
 
 

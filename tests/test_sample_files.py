@@ -1,4 +1,4 @@
-"""`dsv3 generate --prompts`: a stopped command resumes to the same file, and a broken line is named."""
+"""`dsv3 generate --prompts`: a stopped command resumes to the same file; broken lines are named."""
 
 import itertools
 import json
@@ -12,7 +12,11 @@ from dsv3_jax.cli.sample import write_samples
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.decoding import generate
 
-RECORDS = [{"prompt": "def f", "answer": [1.5, "é"]}, {"prompt": "x"}, {"id": 7, "prompt": "for in range(9)"}]
+RECORDS = [
+    {"prompt": "def f", "answer": [1.5, "é"]},
+    {"prompt": "x"},
+    {"id": 7, "prompt": "for in range(9)"},
+]
 BROKEN = {
     "[1]": "bad.jsonl, line 2, is not an object",
     '{"prompt": ""}': "bad.jsonl, line 2: \"prompt\" is '', not a text",
@@ -28,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def sample(folder, tmp_path, capsys, monkeypatch):
-    """A command of the finished run, stopped after some parts: its exit code, the lines of its output, stderr."""
+    """A command of the finished run, stopped after some parts: (exit code, lines, stderr)."""
     whole = generate.generate_in_parts
 
     def command(prompts, out, *options, parts=None, model=folder):
@@ -53,7 +57,9 @@ def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     code, whole, err = sample("in.jsonl", "whole.jsonl", *how)
     assert code == 0 and "6 texts; " in err and whole[0]["text"] != whole[1]["text"]
     for row, line in enumerate(whole):
-        assert line | RECORDS[row // 2] == line and line["sample"] == row % 2 and line["logprob"] < -1
+        assert line | RECORDS[row // 2] == line
+        assert line["sample"] == row % 2
+        assert line["logprob"] < -1
         assert line["tokens"] == 24 or line["ended"]
     part, how = tmp_path / "out.jsonl.part", (*how, "--batch-size", 2)
     assert sample("in.jsonl", "out.jsonl", *how, parts=3)[:2] == (130, [])
@@ -61,7 +67,9 @@ def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     assert 1 < kept.count(b"\n") < 7
     part.write_bytes(kept + b'{"row": 5, "li')  # killed while it wrote
     code, lines, err = sample("in.jsonl", "out.jsonl", *how, "--seed", 1)
-    assert (code, lines) == (2, []) and "seed=1 is not the 0 that" in err and part.read_bytes().startswith(kept)
+    assert (code, lines) == (2, [])
+    assert "seed=1 is not the 0 that" in err
+    assert part.read_bytes().startswith(kept)
     code, lines, _ = sample("in.jsonl", "out.jsonl", *how)
     assert code == 0 and not part.exists()
     assert [line | {"logprob": 0} for line in lines] == [line | {"logprob": 0} for line in whole]
@@ -97,10 +105,18 @@ def swapped(words: str) -> str:
 
 
 DAMAGE = {
-    "a letter is changed": lambda lines: [lines[0], lines[1].replace(b'"text": "1', b'"text": "9'), *lines[2:]],
+    "a letter is changed": lambda lines: [
+        lines[0],
+        lines[1].replace(b'"text": "1', b'"text": "9'),
+        *lines[2:],
+    ],
     "zeros after a loss of power": lambda lines: [lines[0], b"\0" * 40, *lines[2:]],
     "two lines are one": lambda lines: [lines[0], lines[1] + b" " + lines[2], *lines[3:]],
-    "a line of somebody else": lambda lines: [lines[0], b'{"row": 1, "line": {"a": 1}}', *lines[2:]],
+    "a line of somebody else": lambda lines: [
+        lines[0],
+        b'{"row": 1, "line": {"a": 1}}',
+        *lines[2:],
+    ],
     "a carriage return": lambda lines: [lines[0], lines[1] + b"\r", *lines[2:]],
     "a line stands twice": lambda lines: [*lines, lines[-1]],
 }
@@ -120,7 +136,8 @@ def test_a_damaged_line_is_sampled_again(tmp_path, monkeypatch, capsys, damage):
 
     def write(name, stop=None):
         drawn.clear()
-        text, config = SimpleNamespace(tokenizer=ByteTokenizer(), stop_ids=(256,)), SimpleNamespace(samples=2)
+        text = SimpleNamespace(tokenizer=ByteTokenizer(), stop_ids=(256,))
+        config = SimpleNamespace(samples=2)
         write_samples(stop, text, RECORDS, [[1]] * 3, config, tmp_path / name, {"seed": 0})
         return (tmp_path / name).read_bytes()
 

@@ -1,4 +1,4 @@
-"""Sampling: exact supports, and frequencies within a bound that follows from the number of draws."""
+"""Sampling: exact supports, and frequencies within a bound that follows from the draws."""
 
 import math
 from functools import partial
@@ -29,7 +29,9 @@ def test_support_and_probabilities_are_exact(rng, filters):
     for row, processed in zip(logits, np.asarray(got), strict=True):
         assert set(np.flatnonzero(processed > -np.inf)) == oracles.support(row, **filters)
         np.testing.assert_allclose(
-            oracles.softmax_probs(processed.astype(np.float64)), oracles.sampling_probs(row, **filters), atol=1e-6
+            oracles.softmax_probs(processed.astype(np.float64)),
+            oracles.sampling_probs(row, **filters),
+            atol=1e-6,
         )
 
 
@@ -43,10 +45,12 @@ def test_tokens_that_equal_the_last_one_kept_are_kept(filters):
 
 @pytest.mark.parametrize("filters", [FILTERS[0], FILTERS[3]])
 def test_frequencies_follow_the_probabilities(filters):
-    """Rows of one batch are the draws. By Hoeffding over W tokens a correct sampler fails with probability < 1e-9."""
+    """A batch's rows are the draws. By Hoeffding a right sampler fails with probability < 1e-9."""
     row, draws = np.array([1.0, 0.2, -0.5, 2.0, 0.0, -2.0, 1.5], np.float32), 20_000
     bound = math.sqrt(math.log(2 * len(row) / 1e-9) / (2 * draws))
-    drawn = jax.jit(partial(sampling.sample, **filters))(jnp.tile(row, (draws, 1)), jax.random.key(3))
+    drawn = jax.jit(partial(sampling.sample, **filters))(
+        jnp.tile(row, (draws, 1)), jax.random.key(3)
+    )
     frequencies = np.bincount(np.asarray(drawn), minlength=len(row)) / draws
     expected = oracles.sampling_probs(row, **filters)
     assert np.abs(frequencies - expected).max() < bound

@@ -1,4 +1,4 @@
-"""Fine-tuning on chats: which tokens are targets, how examples are packed, and that a run answers as it was trained."""
+"""Fine-tuning on chats: which tokens are targets, how examples are packed, what a run answers."""
 
 import json
 import re
@@ -49,7 +49,8 @@ def targets_of(record, text=PLAIN):
 
 def test_an_assistants_tokens_are_the_targets():
     wanted, ids, mask = targets_of({"messages": [*HELLO, *chat(7)]})
-    assert wanted == "hey7" and PLAIN.tokenizer.decode(ids) == "user\nhi\nassistant\nhey\nuser\n7?\nassistant\n7\n"
+    assert wanted == "hey7"
+    assert PLAIN.tokenizer.decode(ids) == "user\nhi\nassistant\nhey\nuser\n7?\nassistant\n7\n"
     ends = [i for i, m in zip(ids, mask, strict=True) if m and i == PLAIN.tokenizer.eos_id]
     assert len(ends) == 2  # it learns to end each of its turns, and never to end the user's
 
@@ -75,7 +76,13 @@ def test_records_of_other_forms_are_the_same_conversation():
     ):
         assert encode(record, PLAIN) == encode({"messages": HELLO}, PLAIN), record
     call, seen = {"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}
-    turns = (("system", "s"), ("user", "hi"), ("assistant", "add(1)"), ("tool", "2"), ("assistant", "hey"))
+    turns = (
+        ("system", "s"),
+        ("user", "hi"),
+        ("assistant", "add(1)"),
+        ("tool", "2"),
+        ("assistant", "hey"),
+    )
     messages = [{"role": role, "content": content} for role, content in turns]
     assert encode({"system": "s", "conversations": [human, call, seen, gpt]}, PLAIN) == encode(
         {"messages": messages}, PLAIN
@@ -84,21 +91,37 @@ def test_records_of_other_forms_are_the_same_conversation():
 
 
 def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(tmp_path):
-    records = [{"text": "x" * 100}, {"messages": HELLO[:1]}, *({"messages": chat(i)} for i in range(9))]
+    records = [
+        {"text": "x" * 100},
+        {"messages": HELLO[:1]},
+        *({"messages": chat(i)} for i in range(9)),
+    ]
     cfg = DataConfig(paths=(write(tmp_path, records),), format="chat", seq_len=64, val_fraction=0.3)
     examples = load_examples(cfg, PLAIN)
     assert examples.domains == ("chats",) and examples.rows_per_epoch() > 0
     assert "left out: 1 longer than seq_len=64, 1 without an assistant's turn" in examples.summary
-    train, held_out = (int(n) for n in re.findall(r"(\d+) (?:to train on|held out)", examples.summary))
+    train, held_out = (
+        int(n) for n in re.findall(r"(\d+) (?:to train on|held out)", examples.summary)
+    )
     assert train + held_out == 9 and held_out
-    with pytest.raises(ValueError, match="give no example to train on; left out: 11 longer than seq_len=4"):
+    with pytest.raises(
+        ValueError, match="give no example to train on; left out: 11 longer than seq_len=4"
+    ):
         load_examples(replace(cfg, seq_len=4), PLAIN)
     write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
-    with pytest.raises(ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
+    with pytest.raises(
+        ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"
+    ):
         load_examples(cfg, PLAIN)
     for record, sentence in (
-        ({"prompt": "a", "chosen": "b"}, " has chosen, prompt; give it messages, conversations, prompt and "),
-        ({"conversations": [{"from": 5, "value": "hi"}]}, ": message 0 has role=5; give one of system, user"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            " has chosen, prompt; give it messages, conversations, prompt and ",
+        ),
+        (
+            {"conversations": [{"from": 5, "value": "hi"}]},
+            ": message 0 has role=5; give one of system, user",
+        ),
     ):
         write(tmp_path, [{"text": "a"}, record])
         with pytest.raises(ValueError, match=f"line 2{sentence}"):
@@ -108,16 +131,18 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
 def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
     """The smallest multiple of 64 that holds 99 % of them, at most the context."""
     records = [{"messages": chat(i)} for i in range(199)]
-    cfg = DataConfig(paths=(write(tmp_path, [*records, {"text": "x" * 100}]),), format="chat", val_fraction=0.3)
+    cfg = DataConfig(
+        paths=(write(tmp_path, [*records, {"text": "x" * 100}]),), format="chat", val_fraction=0.3
+    )
     source = load_examples(cfg, PLAIN, 4096)
     assert source.cfg.seq_len == 64 and "left out: 1 longer than seq_len=64" in source.summary
     assert f" {source.rows_per_epoch()} rows of 64: one pass takes " in source.summary
     assert load_examples(cfg, PLAIN, 48).cfg.seq_len == 48
     run = ds.recipe("sft")
-    assert "1 steps of 16 rows move a weight by at most about 5e-07, which hardly teaches anything: raise " in (
-        _outlook(replace(run, steps=1))
-    )
-    assert _outlook(replace(run, steps=500)) == "500 steps of 16 rows move a weight by at most about 1e-03"
+    hardly = "1 steps of 16 rows move a weight by at most about 5e-07, which hardly teaches "
+    assert hardly + "anything: raise " in _outlook(replace(run, steps=1))
+    enough = "500 steps of 16 rows move a weight by at most about 1e-03"
+    assert _outlook(replace(run, steps=500)) == enough
 
 
 @partial(jax.jit, static_argnums=0)
@@ -127,12 +152,13 @@ def masked_losses(graphdef, state, batch):
 
 
 def test_the_packed_loss_is_that_of_each_example_alone():
-    """Sums over packed rows against the reference page in float64, one example after another, unpacked."""
+    """Sums over packed rows against the reference page in float64, one example after another."""
     cfg = replace(LIGHT, mtp_depth=1)
     model = random_model(cfg, execution=DENSE)
     rng = np.random.default_rng(0)
     pieces = [
-        Piece(rng.integers(cfg.vocab_size, size=n).astype(np.int32), 0, n, rng.random(n) < 0.5) for n in (5, 9, 3, 7)
+        Piece(rng.integers(cfg.vocab_size, size=n).astype(np.int32), 0, n, rng.random(n) < 0.5)
+        for n in (5, 9, 3, 7)
     ]
     batch = stack(list(Packed(pieces, 16, whole=True)))
     main, mtp, counts = masked_losses(*nnx.split(model), model_inputs(batch))
@@ -145,13 +171,15 @@ def test_the_packed_loss_is_that_of_each_example_alone():
             for i in range(n - depth - 1):
                 if mask[i + depth + 1]:
                     row = logits[0, i]
-                    sums[depth] += np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[i + depth + 1]]
+                    log_sum = np.log(np.exp(row - row.max()).sum()) + row.max()
+                    sums[depth] += log_sum - row[tokens[i + depth + 1]]
                     wanted[depth] += 1
     np.testing.assert_array_equal(counts, wanted)
     np.testing.assert_allclose([main, mtp[0]], sums / wanted, rtol=2e-6)
 
 
-ORIGIN = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": [256]}  # of the released folder
+# of the released folder
+ORIGIN = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": [256]}
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +198,10 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     start, file = base
     out = tmp_path_factory.mktemp("tuned") / "run"
-    argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file, "--data.chat-template", "plain"]
-    argv += ["--data.seq-len", 48, "--data.batch-size", 2, "--optim.learning-rate", "3e-2", "--epochs", 6]
-    argv = [*map(str, argv), "--optim.warmup-steps", "1", "--execution.kernels", "grouped_swiglu=dense"]
+    argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file]
+    argv += ["--data.chat-template", "plain", "--data.seq-len", 48, "--data.batch-size", 2]
+    argv += ["--optim.learning-rate", "3e-2", "--epochs", 6, "--optim.warmup-steps", 1]
+    argv = [*map(str, argv), "--execution.kernels", "grouped_swiglu=dense"]
     code, said = said_by(unhooked_cli().main, argv)
     assert code == 0, said
     return out, said, argv
@@ -180,16 +209,22 @@ def tuned(base, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_learns_its_answers(tuned, base):
-    """The routers' bias rests; the same command resumes; the prompt is what preceded the targets in training."""
+    """The bias rests; the same command resumes; the prompt is what preceded training's targets."""
     out, said, argv = tuned
     losses = [row["loss"] for row in rows_of(out) if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
     run = read_run(out)
-    assert run.steps == len(losses) == int(np.ceil(6 * float(said.split("one pass takes ")[1].split()[0])))
+    assert (
+        run.steps
+        == len(losses)
+        == int(np.ceil(6 * float(said.split("one pass takes ")[1].split()[0])))
+    )
     assert run.data.format == "chat" and run.optim.bias_freeze == 0
     before, after = (nnx.state(m, RouterBias) for m in (hf.load(base[0]), load_run(out).model))
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    code, said = said_by(unhooked_cli().main, argv[: argv.index("--epochs")] + argv[argv.index("--epochs") + 2 :])
+    code, said = said_by(
+        unhooked_cli().main, argv[: argv.index("--epochs")] + argv[argv.index("--epochs") + 2 :]
+    )
     assert code == 0 and f"resumed from the checkpoint of step {run.steps}" in said, said
     text, (ids, mask) = load_text(out), encode({"messages": chat(5)}, PLAIN)
     prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
@@ -198,13 +233,17 @@ def test_a_run_learns_its_answers(tuned, base):
 
 @pytest.mark.long
 def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tmp_path):
-    """Released → SFT → SFT, and released → a run on text: dtype, BOS and the ids that end a text stay."""
-    again = [{str(base[0]): str(tuned[0]), str(tuned[0]): str(tmp_path / "chats")}.get(word, word) for word in tuned[2]]
+    """Released → SFT → SFT, and released → text: dtype, BOS and the ids that end a text stay."""
+    again = [
+        {str(base[0]): str(tuned[0]), str(tuned[0]): str(tmp_path / "chats")}.get(word, word)
+        for word in tuned[2]
+    ]
     again[again.index("--epochs") : again.index("--epochs") + 2] = ["--steps", "1"]
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"to be or not to be {name}. " * 9)
-    text = ["train", "tiny", "--start", str(base[0]), "--out", str(tmp_path / "text"), "--steps", "1"]
-    text += ["--data.paths", *(str(tmp_path / f"{name}.txt") for name in "ab"), "--data.batch-size", "2"]
+    text = ["train", "tiny", "--start", str(base[0]), "--out", str(tmp_path / "text")]
+    text += ["--steps", "1", "--data.paths", *(str(tmp_path / f"{name}.txt") for name in "ab")]
+    text += ["--data.batch-size", "2"]
     for name, command in (("chats", again), ("text", text)):
         for argv in (command, ["convert", str(tmp_path / name), str(tmp_path / f"{name}-back")]):
             code, said = said_by(unhooked_cli().main, argv)

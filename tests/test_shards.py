@@ -1,4 +1,4 @@
-"""Shards hold every document once, are written again only where they are absent, and damage is named with its file."""
+"""Shards hold every document once, are written where absent, and damage is named with its file."""
 
 import json
 import os
@@ -19,7 +19,14 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.packing import Record
-from dsv3_jax.data.shards import MANIFEST, check_files, open_shards, read_manifest, read_sealed, sealed
+from dsv3_jax.data.shards import (
+    MANIFEST,
+    check_files,
+    open_shards,
+    read_manifest,
+    read_sealed,
+    sealed,
+)
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.lock import acquire
 
@@ -28,10 +35,13 @@ T, R = 16, 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """JSONL of three domains; some documents are longer than a record, others much shorter than a row."""
+    """JSONL of three domains; some documents exceed a record, others are far below a row."""
     root = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(3)
-    texts = [f"{i}: {' '.join(map(str, rng.integers(1000, size=rng.integers(1, 25))))}" for i in range(60)]
+    texts = [
+        f"{i}: {' '.join(map(str, rng.integers(1000, size=rng.integers(1, 25))))}"
+        for i in range(60)
+    ]
     domains = [("code", "English", "C")[i % 7 % 3] for i in range(60)]
     lines = [{"body": text, "domain": domain} for text, domain in zip(texts, domains, strict=True)]
     (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -50,7 +60,9 @@ def shards(folder):
 
 
 def config(shards, **changes):
-    return DataConfig(**{"paths": (str(shards),), "seq_len": T, "batch_size": 4, "format": "shards"} | changes)
+    return DataConfig(
+        **{"paths": (str(shards),), "seq_len": T, "batch_size": 4, "format": "shards"} | changes
+    )
 
 
 def documents_in(batches):
@@ -62,15 +74,26 @@ def documents_in(batches):
 
 
 def test_every_document_is_in_a_pass_once(folder, shards):
-    """The oracle: the corpus in memory. Pieces of a document have its tokens, each as often as the text does."""
+    """Corpora in memory are the oracle: pieces have a document's tokens, as often as it does."""
     source = open_shards(config(shards), BYTES)
-    corpus = load_corpus(DataConfig((str(folder / "text.jsonl"),), val_fraction=0.2, text_column="body"))
-    numbers = {json.loads(line)["body"]: i for i, line in enumerate((folder / "text.jsonl").read_text().splitlines())}
+    corpus = load_corpus(
+        DataConfig((str(folder / "text.jsonl"),), val_fraction=0.2, text_column="body")
+    )
+    numbers = {
+        json.loads(line)["body"]: i
+        for i, line in enumerate((folder / "text.jsonl").read_text().splitlines())
+    }
     rows = epoch(source, passes=2)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert [row["tokens"].tolist() for row in first] != [row["tokens"].tolist() for row in second]
-    for documents, part in ((corpus.train, first), (corpus.train, second), (corpus.val, source.val_batches(10_000))):
-        expected = {numbers[d.text]: (d.domain, [*d.text.encode(), BYTES.eos_id]) for d in documents}
+    for documents, part in (
+        (corpus.train, first),
+        (corpus.train, second),
+        (corpus.val, source.val_batches(10_000)),
+    ):
+        expected = {
+            numbers[d.text]: (d.domain, [*d.text.encode(), BYTES.eos_id]) for d in documents
+        }
         found = {}
         for piece in documents_in(part):
             assert source.domains[piece["domains"][0]] == expected[piece["documents"][0]][0]
@@ -79,18 +102,23 @@ def test_every_document_is_in_a_pass_once(folder, shards):
             i: sorted(ids) for i, (_, ids) in expected.items()
         }
         for i, pieces in found.items():
-            assert all(bytes(t for t in piece if t < 256) in bytes(expected[i][1][:-1]) for piece in pieces)
+            assert all(
+                bytes(t for t in piece if t < 256) in bytes(expected[i][1][:-1]) for piece in pieces
+            )
     assert source.summary.startswith("shards: ") and ", 60 documents" in source.summary
 
 
 def test_a_mixture_follows_its_weights_and_repeats_nothing_within_a_pass(shards):
-    source = open_shards(config(shards, mixture=("code=8", "English=2", "C=0"), temperature=2.0), BYTES)
+    source = open_shards(
+        config(shards, mixture=("code=8", "English=2", "C=0"), temperature=2.0), BYTES
+    )
     rows = take(Batches(source.train_batches()._order, 1), 90)
     names = [source.domains[row["domains"][0, 0]] for row in rows]
     assert abs(names.count("code") - 60) <= 1 and names.count("English") + names.count("code") == 90
     for name, part in zip(("code", "English"), source.train(), strict=True):
         own = [row for row, found in zip(rows, names, strict=True) if found == name][: len(part)]
-        assert len({(row["tokens"].tobytes(), row["documents"].tobytes()) for row in own}) == len(own)
+        different = {(row["tokens"].tobytes(), row["documents"].tobytes()) for row in own}
+        assert len(different) == len(own)
     assert open_shards(config(shards, temperature=1e9), BYTES).weights == pytest.approx([1 / 3] * 3)
 
 
@@ -113,7 +141,7 @@ def counted(monkeypatch, limit=10_000):
 
 
 def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
-    """Complete shards are not written again, a damaged one or one with a damaged mark is, and the end is the same."""
+    """Complete shards are not written again, damaged ones and marks are, to the same end."""
     job = job_of(folder, "interrupted")
     job.out.mkdir()
     (job.out / ".settings.json.1.part").touch()  # of a killed process
@@ -128,7 +156,9 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
     os.truncate(hole, 1 << 42)
     marks = sorted(job.out.glob("shard-*.json"))
-    for mark, damage in zip(marks[1:4], (sealed({}).replace("{", '{"files": {},'), "", sealed({})), strict=True):
+    for mark, damage in zip(
+        marks[1:4], (sealed({}).replace("{", '{"files": {},'), "", sealed({})), strict=True
+    ):
         mark.write_text(damage)
     calls = counted(monkeypatch)
     tokenize(job)
@@ -149,8 +179,10 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
         tokenize(job_of(folder, "inf", shard_mb=float("inf")))
 
 
-def test_changed_text_has_no_manifest_until_all_of_it_is_written(folder, tmp_path, monkeypatch, capsys):
-    """The old manifest cannot see a new shard of the same size. Shards that a shorter text lacks are deleted."""
+def test_changed_text_has_no_manifest_until_all_of_it_is_written(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """The old manifest cannot see a new shard of equal size; a shorter text's rest is deleted."""
     lines = (folder / "text.jsonl").read_text().splitlines()
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     tokenize(job := job_of(tmp_path))
@@ -175,15 +207,20 @@ def test_damaged_shards_are_named(folder):
     data = file.read_bytes()
     want, sentences = epoch(open_shards(config(job.out), BYTES)), []
     written = [i for i, byte in enumerate(data) if byte]  # the rest is padding
-    flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in written[:: len(written) // 15]]
+    flipped = [
+        data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in written[:: len(written) // 15]
+    ]
     for content in (data[:-10], bytes(len(data)), *flipped):
         file.write_bytes(content)
-        assert any(file.name in damage for damage in check_files(read_manifest(job.out), wholly=True))
+        assert any(
+            file.name in damage for damage in check_files(read_manifest(job.out), wholly=True)
+        )
         try:
             assert_same(epoch(open_shards(config(job.out), BYTES)), want)  # nothing reads the byte
         except ValueError as error:
             sentences.append(str(error))
-    assert len(sentences) > 8 and all(file.name in text and "dsv3 data" in text for text in sentences)
+    assert len(sentences) > 8
+    assert all(file.name in text and "dsv3 data" in text for text in sentences)
     file.unlink()
     with pytest.raises(ValueError, match=f"{file.name}' is missing"):
         open_shards(config(job.out), BYTES)
@@ -196,7 +233,10 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
     values = json.loads(good)
     values["files"][next(iter(values["files"]))]["records"] = -5
     texts = ["[]", "null", "{}", "", good[:-9], good.replace("32", "64", 1), json.dumps(values)]
-    texts += [json.dumps({k: v for k, v in json.loads(good).items() if k != key}) for key in json.loads(good)]
+    texts += [
+        json.dumps({k: v for k, v in json.loads(good).items() if k != key})
+        for key in json.loads(good)
+    ]
     texts += [sealed(json.loads(good) | {"files": {"../train-00000.array_record": {}}})]
     for text in texts:
         (tmp_path / MANIFEST).write_text(text)
@@ -205,14 +245,22 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
 
 
 SEALED = [
-    *(("row_tokens", x) for x in (None, 0, "x", 64.0)), *(("vocab_size", x) for x in (None, "x", -1, 10**9)),
-    *(("documents", x) for x in (None, "x", 1.5)), *(("tokenizer", x) for x in (None, 5)),
-    *(("domains", x) for x in (None, 5, [], [7], ["\x1b[2J"])), *(("format", x) for x in (None, [], "tar")),
-    *(("files", x) for x in (None, 5, [], {}, {"train-0": {}, "val-0": 5})), ("extra", 1), ("version", None),
-    *(("file.side", x) for x in (None, "x", [], "val")), *(("file.bytes", x) for x in (None, "x", -1)),
-    *(("file.records", x) for x in (None, 0, 7, "x")), *(("file.hash", x) for x in (None, 5, "g", "00")),
-    *(("file.domains", x) for x in (None, 5, [], [[7, 1, 1]], [["a", "b", "c"]], [[0, 1]], [[0, 10**9, 10**12]])),
-]  # fmt: skip
+    *(("row_tokens", x) for x in (None, 0, "x", 64.0)),
+    *(("vocab_size", x) for x in (None, "x", -1, 10**9)),
+    *(("documents", x) for x in (None, "x", 1.5)),
+    *(("tokenizer", x) for x in (None, 5)),
+    *(("domains", x) for x in (None, 5, [], [7], ["\x1b[2J"])),
+    *(("format", x) for x in (None, [], "tar")),
+    *(("files", x) for x in (None, 5, [], {}, {"train-0": {}, "val-0": 5})),
+    ("extra", 1),
+    ("version", None),
+    *(("file.side", x) for x in (None, "x", [], "val")),
+    *(("file.bytes", x) for x in (None, "x", -1)),
+    *(("file.records", x) for x in (None, 0, 7, "x")),
+    *(("file.hash", x) for x in (None, 5, "g", "00")),
+    *(("file.domains", x) for x in (None, 5, [], [[7, 1, 1]], [["a", "b", "c"]], [[0, 1]])),
+    ("file.domains", [[0, 10**9, 10**12]]),
+]
 
 
 @pytest.mark.parametrize(("place", "value"), SEALED)
@@ -244,25 +292,33 @@ RECORDS = {
     "chat, a mask of 2": lambda r: r._replace(loss_mask=r.loss_mask.view(np.uint8) * 2),
     "chat, a short mask": lambda r: r._replace(loss_mask=r.loss_mask[:-1]),
     "chat, shorter": lambda r: with_tokens(r, -1)._replace(loss_mask=r.loss_mask[:-1]),
-    "chat, longer": lambda r: with_tokens(r, R)._replace(loss_mask=np.ones(len(r.tokens) + R, bool)),
+    "chat, longer": lambda r: with_tokens(r, R)._replace(
+        loss_mask=np.ones(len(r.tokens) + R, bool)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, name):
-    """They are found with a right hash, too: by a sample when a folder is opened, and all of them by the check."""
+    """They are found with a right hash, too: by a sample at opening, and all by the check."""
     job, to_bytes = replace(job_of(folder), out=tmp_path / "shards"), Record.to_bytes
     if name.startswith("chat"):
         lines = [{"prompt": f"{i}?", "completion": str(i % 7)} for i in range(40)]
         (file := tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        job = replace(job, paths=(str(file),), format="chat", chat_template="plain", text_column="text")
+        job = replace(
+            job, paths=(str(file),), format="chat", chat_template="plain", text_column="text"
+        )
     with monkeypatch.context() as patch:
         patch.setattr(Record, "to_bytes", lambda self: to_bytes(RECORDS[name](self)))
         tokenize(job)
     if name != "chat, shorter":  # only their sum is known
-        with pytest.raises(ValueError, match=r"array_record' is damaged in record 0: .* are not possible"):
+        with pytest.raises(
+            ValueError, match=r"array_record' is damaged in record 0: .* are not possible"
+        ):
             open_shards(config(job.out, seq_len=R), BYTES)
-    assert len(list(check_files(read_manifest(job.out), wholly=True))) == len(read_manifest(job.out).files)
+    assert len(list(check_files(read_manifest(job.out), wholly=True))) == len(
+        read_manifest(job.out).files
+    )
 
 
 def test_refusals(shards, tmp_path):
@@ -270,7 +326,11 @@ def test_refusals(shards, tmp_path):
     for tokenizer, changes, sentence in (
         (other, {}, "tokenizer='bytes' is not that of shards="),
         (BYTES, {"seq_len": 12}, f"seq_len=12 does not divide the {R} tokens"),
-        (BYTES, {"mixture": ("Code=1",)}, "names domain 'Code'.* have .*code, .*did you mean 'code'"),
+        (
+            BYTES,
+            {"mixture": ("Code=1",)},
+            "names domain 'Code'.* have .*code, .*did you mean 'code'",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             open_shards(config(shards, **changes), tokenizer)
@@ -279,25 +339,38 @@ def test_refusals(shards, tmp_path):
 def test_chats_are_held_out_by_what_is_learnt(tmp_path):
     """Chats that occur twice, under other ids, are on one side: the side that they have in memory.
 
-    By public names and the command. Shards of chats of version 2 were split by ids, too, and are refused.
+    By public names and the command. Shards of chats of version 2 were split by ids, too, and are
+    refused.
     """
-    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(300)]
-    lines = [{"id": f"{i}{name}", "messages": chat} for name in "ab" for i, chat in enumerate(chats)]
+    chats = [
+        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}]
+        for i in range(300)
+    ]
+    lines = [
+        {"id": f"{i}{name}", "messages": chat} for name in "ab" for i, chat in enumerate(chats)
+    ]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "shards"
-    argv = ["data", "tokenize", str(tmp_path / "chats.jsonl"), "--out", str(out), "--row-tokens", "64"]
+    argv = ["data", "tokenize", str(tmp_path / "chats.jsonl"), "--out", str(out)]
+    argv += ["--row-tokens", "64"]
     argv += ["--val-fraction", "0.1", "--format", "chat", "--chat-template", "plain"]
     assert unhooked_cli().main(argv) == 0
     cfg = ds.DataConfig((str(out),), format="shards", seq_len=64, batch_size=1)
-    in_memory = replace(cfg, paths=(str(tmp_path / "chats.jsonl"),), format="chat", val_fraction=0.1)
+    in_memory = replace(
+        cfg, paths=(str(tmp_path / "chats.jsonl"),), format="chat", val_fraction=0.1
+    )
     sides = []
-    for source in (ds.data.open_source(cfg, ds.tokenizer.load("bytes")), load_examples(in_memory, plain_settings())):
+    for source in (
+        ds.data.open_source(cfg, ds.tokenizer.load("bytes")),
+        load_examples(in_memory, plain_settings()),
+    ):
         rows = source.train_batches()
         train = [next(rows) for _ in range(source.rows_per_epoch())]
-        sides.append([
-            [piece["tokens"].tobytes() for piece in documents_in(rows)] for rows in (train, source.val_batches(1000))
-        ])  # fmt: skip
-    assert all(len(train) + len(val) == 600 and val and not {*train} & {*val} for train, val in sides)
+        both = (train, source.val_batches(1000))
+        sides.append([[part["tokens"].tobytes() for part in documents_in(rows)] for rows in both])
+    assert all(
+        len(train) + len(val) == 600 and val and not {*train} & {*val} for train, val in sides
+    )
     assert [*map(sorted, sides[0])] == [*map(sorted, sides[1])]
     values = read_sealed(out / MANIFEST)
     (out / MANIFEST).write_text(sealed(values | {"version": 2}))
@@ -306,9 +379,14 @@ def test_chats_are_held_out_by_what_is_learnt(tmp_path):
 
 
 def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
-    lines = [{"prompt": f"{i}+1=", "completion": "x" * (i % 20), "domain": "ab"[i % 2]} for i in range(40)]
+    lines = [
+        {"prompt": f"{i}+1=", "completion": "x" * (i % 20), "domain": "ab"[i % 2]}
+        for i in range(40)
+    ]
     file = folder / "chats.jsonl"
-    file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "p" * 40, "completion": "too long"}])))
+    file.write_text(
+        "\n".join(map(json.dumps, [*lines, {"prompt": "p" * 40, "completion": "too long"}]))
+    )
     out, main = folder / "chats", unhooked_cli().main
     argv = ["data", "tokenize", str(file), "--out", str(out), "--row-tokens", str(R)]
     argv += ["--val-fraction", "0.2", "--format", "chat"]
@@ -321,7 +399,10 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder, capsys):
     for piece in documents_in([*epoch(source), *source.val_batches(1000)]):
         seen.append(int(piece["documents"][0]))
         record = lines[seen[-1]]
-        assert piece["tokens"].tolist() == [*(record["prompt"] + record["completion"]).encode(), BYTES.eos_id]
+        assert piece["tokens"].tolist() == [
+            *(record["prompt"] + record["completion"]).encode(),
+            BYTES.eos_id,
+        ]
         assert piece["loss_mask"].sum() == len(record["completion"]) + 1
     assert sorted(seen) == list(range(40))
     with pytest.raises(ValueError, match=f"seq_len=16 does not equal the {R} tokens"):

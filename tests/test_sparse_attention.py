@@ -1,4 +1,4 @@
-"""Sparse attention: the choice, attention to it and what teaches the indexer, each against slow and obvious loops."""
+"""Sparse attention: the choice, attention to it, the indexer's loss, against obvious loops."""
 
 from functools import partial
 
@@ -9,7 +9,15 @@ import oracles
 import pytest
 from flax import nnx
 from models import DENSE, random_model, small
-from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, unhooked_cli, write_text
+from runs import (
+    MODEL,
+    assert_bitwise,
+    fresh_state,
+    make_run,
+    packed_batch,
+    unhooked_cli,
+    write_text,
+)
 
 import dsv3_jax as ds
 from dsv3_jax.config import ConfigError, replace
@@ -28,7 +36,8 @@ from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.run_folder import read_run
 from dsv3_jax.training.step import Job, make_step, model_of
 
-B, T, N, X, K = 2, 13, 4, 16, 5  # batch, tokens, index heads and their width, of exact roots, chosen tokens
+# batch, tokens, index heads and their width, of exact roots, chosen tokens
+B, T, N, X, K = 2, 13, 4, 16, 5
 SEGMENTS = np.array([[1] * 8 + [2] * 4 + [0], [1] + [2] * 12], np.int32)
 LAST = np.array([np.arange(T, dtype=np.int32)] * B)
 
@@ -51,7 +60,9 @@ def chosen_mask(ids):
 @pytest.mark.parametrize("dtype", [None, jnp.int8])
 def test_the_choice_is_the_best_that_a_query_sees(x64, rng, dtype):
     """Small whole numbers make many ties, with zeros of both signs; the lower index wins."""
-    q, w, k = (rng.integers(-1, 2, shape).astype(float) for shape in ((B, T, N, X), (B, T, N), (B, T, X)))
+    q, w, k = (
+        rng.integers(-1, 2, shape).astype(float) for shape in ((B, T, N, X), (B, T, N), (B, T, X))
+    )
     keys = Stored(jnp.asarray(k, dtype)[:, None], None)
     if dtype:
         scales = 2.0 ** rng.integers(-1, 2, (B, T, 1))
@@ -69,9 +80,11 @@ def test_the_choice_is_the_best_that_a_query_sees(x64, rng, dtype):
 def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng, groups):
     """With gradients, all queries at once and in blocks."""
     heads, widths, seen = 4, (7, 2), oracles.causal_mask(B, T, SEGMENTS)
-    ids = np.array([[oracles.best(rng.random(T), K, np.flatnonzero(row)) + [-1] * K for row in of] for of in seen],
-                   dtype=object)  # fmt: skip
-    ids = np.array([[row[:K] for row in of] for of in ids], np.int32)
+
+    def chosen_of(row):
+        return (oracles.best(rng.random(T), K, np.flatnonzero(row)) + [-1] * K)[:K]
+
+    ids = np.array([[chosen_of(row) for row in of] for of in seen], np.int32)
     queries = [rng.standard_normal((B, T, groups, heads // groups, width)) for width in widths]
     keys = [rng.standard_normal((B, groups, T, width)) for width in widths]
     weight = rng.standard_normal((B, T, groups, heads // groups, widths[0]))
@@ -83,7 +96,9 @@ def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng, group
     def dense(queries, keys):
         q = jnp.concatenate(queries, -1).reshape(B, T, heads, -1)
         k = jnp.repeat(jnp.concatenate(keys, -1).swapaxes(1, 2), heads // groups, axis=2)
-        return oracles.attention_jnp(q, k, k[..., : widths[0]], chosen_mask(ids), scale=0.4).reshape(weight.shape)
+        v = k[..., : widths[0]]
+        out = oracles.attention_jnp(q, k, v, chosen_mask(ids), scale=0.4)
+        return out.reshape(weight.shape)
 
     def value_and_gradients(attend):
         loss = lambda *args: ((y := attend(*args)) * weight).sum() + 0 * y.sum()  # noqa: E731
@@ -91,29 +106,42 @@ def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng, group
 
     want = value_and_gradients(dense)
     for most in (10**6, 400):
-        for a, b in zip(*map(jax.tree.leaves, (value_and_gradients(partial(sparse, most)), want)), strict=True):
+        got = value_and_gradients(partial(sparse, most))
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
 
 
 @pytest.mark.long
 def test_what_the_indexer_learns_from(x64, rng):
-    """Over all tokens that a query sees, and over a choice; with the indexer's gradients, and none for attention."""
+    """Over all seen tokens, and over a choice; with the indexer's gradients, none for attention."""
     heads, widths, seen = 4, (7, 2), oracles.causal_mask(B, T, SEGMENTS)
     q, w, k = (rng.standard_normal(shape) for shape in ((B, T, N, X), (B, T, N), (B, T, X)))
     queries = [rng.standard_normal((B, T, heads, width)) for width in widths]
     keys = [rng.standard_normal((B, T, width)) for width in widths]
-    chosen = jax.jit(partial(choose, k=K))(q, w, Stored(jnp.asarray(k)[:, None], None), LAST, SEGMENTS)
+    chosen = jax.jit(partial(choose, k=K))(
+        q, w, Stored(jnp.asarray(k)[:, None], None), LAST, SEGMENTS
+    )
 
     def slow(q, w, k, mask):
-        products = jnp.einsum("bthx,bsx->bhts", jnp.concatenate(queries, -1), jnp.concatenate(keys, -1))
+        products = jnp.einsum(
+            "bthx,bsx->bhts", jnp.concatenate(queries, -1), jnp.concatenate(keys, -1)
+        )
         p = jax.nn.softmax(jnp.where(mask[:, None], 0.4 * products, -1e30), -1).sum(1) / heads
-        s = jnp.einsum("bti,btis->bts", w, jnp.maximum(jnp.einsum("btix,bsx->btis", q, k), 0)) * (N * X) ** -0.5
+        s = (
+            jnp.einsum("bti,btis->bts", w, jnp.maximum(jnp.einsum("btix,bsx->btis", q, k), 0))
+            * (N * X) ** -0.5
+        )
         log_q = jax.nn.log_softmax(jnp.where(mask, s, -1e30), -1)
         return jnp.where(mask, p * (jnp.log(jnp.where(mask, p, 1)) - log_q), 0).sum(-1)
 
     for ids, mask in ((None, seen), (chosen, chosen_mask(chosen))):
-        fast = lambda q, w, k, of: divergence(q, w, k, *of, ids, *jnp.array([LAST, SEGMENTS]), scale=0.4)  # noqa: B023, E731
-        got, want = (jax.jit(f)(q, w, k, rest) for f, rest in ((fast, (queries, keys)), (slow, mask)))
+
+        def fast(q, w, k, of, ids=ids):
+            return divergence(q, w, k, *of, ids, *jnp.array([LAST, SEGMENTS]), scale=0.4)
+
+        got, want = (
+            jax.jit(f)(q, w, k, rest) for f, rest in ((fast, (queries, keys)), (slow, mask))
+        )
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
         assert np.asarray(want).max() > 0.1
         grads = jax.jit(jax.grad(lambda *a: fast(*a).sum(), (0, 1, 2, 3)))(q, w, k, (queries, keys))  # noqa: B023
@@ -136,7 +164,7 @@ def test_rotation_changes_no_product_and_rounding_little(rng):
 
 @pytest.mark.long
 def test_memory_grows_with_length_not_its_square():
-    """Compiled, not run, with gradients: four times the length needs about four times the scratch memory."""
+    """Compiled, not run, with gradients: four times the length, about four times the scratch."""
 
     def scratch(length):
         def loss(q, w, k, queries, keys):
@@ -144,9 +172,18 @@ def test_memory_grows_with_length_not_its_square():
             last = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (1, length))
             ids = choose(*jax.lax.stop_gradient((q, w)), Stored(k[:, None], None), last, k=16)
             out = sparse_attention([queries[:, :, None]], [stored], stored, ids, scale=1.0).sum()
-            return out + sum(divergence(q, w, k, [queries], [keys], i, last, scale=1.0).sum() for i in (None, ids))
+            return out + sum(
+                divergence(q, w, k, [queries], [keys], i, last, scale=1.0).sum()
+                for i in (None, ids)
+            )
 
-        shapes = (1, length, 2, 8), (1, length, 2), (1, length, 8), (1, length, 2, 8), (1, length, 8)
+        shapes = (
+            (1, length, 2, 8),
+            (1, length, 2),
+            (1, length, 8),
+            (1, length, 2, 8),
+            (1, length, 8),
+        )
         args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*args).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -156,24 +193,33 @@ def test_memory_grows_with_length_not_its_square():
 
 
 CFG = small(attention="dsa", index_heads=2, index_dim=9, index_topk=7)
-SHARED = replace(CFG, num_layers=2, index_types=("full", "shared"), index_interleaved=True, mtp_depth=1)
+SHARED = replace(
+    CFG, num_layers=2, index_types=("full", "shared"), index_interleaved=True, mtp_depth=1
+)
 
 
 @pytest.mark.parametrize("k", [4, 12])
 def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64, rng, k):
     """Over complete rows of 11 tokens, and over caches of 16 slots whose free ones hold garbage."""
-    cfg, kernels = replace(CFG, index_topk=k), Kernels(Target("cuda", "xla"))  # plain XLA, which runs in float64 too
+    # plain XLA, which runs in float64 too
+    cfg, kernels = replace(CFG, index_topk=k), Kernels(Target("cuda", "xla"))
     graphdef, state = nnx.split(nnx.eval_shape(lambda: DSA(cfg, kernels=kernels, rngs=nnx.Rngs(0))))
-    state, x = jax.tree.map(lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim))))
+    state, x = jax.tree.map(
+        lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim)))
+    )
     dense = nnx.graphdef(nnx.eval_shape(lambda: ds.MLA(cfg, kernels=kernels, rngs=nnx.Rngs(0))))
 
     @jax.jit
     def every(state, x):
         module, positions = nnx.merge(graphdef, state), from_zero(2, 11)
-        caches = [empty_cache(DSA.cache_rows(cfg, kind), [1], 2, 16, jnp.float64) for kind in ("latent", "expanded")]
+        caches = [
+            empty_cache(DSA.cache_rows(cfg, kind), [1], 2, 16, jnp.float64)
+            for kind in ("latent", "expanded")
+        ]
         caches = [Cache(jax.tree.map(lambda rows: rows + 1e3, c.parts), c.lengths) for c in caches]
         outs = [module.attend(x, make_context(cfg, positions, cache=c))[0] for c in (None, *caches)]
-        return outs, nnx.merge(dense, nnx.split_state(state, lambda path, _: "indexer" not in path, ...)[0])(x)
+        others = nnx.split_state(state, lambda path, _: "indexer" not in path, ...)[0]
+        return outs, nnx.merge(dense, others)(x)
 
     (alone, *cached), of_mla = every(state, x)
     assert (np.abs(alone - of_mla).max() < 1e-9) == (k == 12)
@@ -183,11 +229,16 @@ def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64,
 
 @pytest.mark.long
 def test_decoding_gives_the_tokens_of_the_forward():
-    """With every cache and draft, in ragged batches; the second layer shares the first one's choice."""
-    model, prompts = random_model(SHARED, execution=DENSE), [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]
+    """With every cache and draft, in ragged batches; the second layer shares the first's choice."""
+    model = random_model(SHARED, execution=DENSE)
+    prompts = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]
     want = generate(model, prompts, 10, cache="none").tokens
-    assert len({t for row in want for t in row}) > 5  # a model that repeats one token could not fail
-    for how in ({"cache": "expanded", "draft": "lookup", "draft_length": 3}, {"draft": "mtp", "draft_length": 2}):
+    # a model that repeats one token could not fail
+    assert len({t for row in want for t in row}) > 5
+    for how in (
+        {"cache": "expanded", "draft": "lookup", "draft_length": 3},
+        {"draft": "mtp", "draft_length": 2},
+    ):
         assert generate(model, prompts, 10, **how).tokens == want, how
     assert bytes_per_token(SHARED, "latent", jnp.dtype("int8")) == 2 * (10 + 4 + 9 + 3 * 4)
 
@@ -208,9 +259,13 @@ def test_an_indexer_that_cannot_be_is_refused(words, changes):
 
 
 INDEX = dict(attention="dsa", index_heads=2, index_dim=6, index_topk=5)
-MLA_RUN = make_run("nowhere", model=replace(MODEL, num_layers=1, num_dense_layers=1, q_latent_dim=7))
+MLA_RUN = make_run(
+    "nowhere", model=replace(MODEL, num_layers=1, num_dense_layers=1, q_latent_dim=7)
+)
 DSA_RUN = replace(MLA_RUN, model=replace(MLA_RUN.model, **INDEX), start="nowhere")
-BATCH = packed_batch(np.random.default_rng(0), np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1))
+BATCH = packed_batch(
+    np.random.default_rng(0), np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1)
+)
 
 
 def split(params):
@@ -246,38 +301,62 @@ def test_the_indexers_loss_is_detached():
 
     def gradients(watch):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        loss = lambda params: compute_loss(nnx.merge(graphdef, params, rest), BATCH, 0.3, watch=watch).total  # noqa: E731
+
+        def loss(params):
+            merged = nnx.merge(graphdef, params, rest)
+            return compute_loss(merged, BATCH, 0.3, watch=watch).total
+
         return split(jax.jit(jax.grad(loss))(params))
 
     (without, alone), (indexers, beside) = gradients(()), gradients(("index_sparse",))
     for path, x in alone.items():
-        np.testing.assert_allclose(beside[path], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=str(path))
+        np.testing.assert_allclose(
+            beside[path], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=str(path)
+        )
     assert not any(x.any() for x in without.values())
     assert all(x.any() for x in indexers.values())
 
 
 @pytest.mark.long
 def test_two_commands_make_a_trained_run_sparse(tmp_path, capfd):
-    main, (dense, warm, sparse) = unhooked_cli().main, (tmp_path / name for name in ("dense", "warm", "sparse"))
+    main = unhooked_cli().main
+    dense, warm, sparse = (tmp_path / name for name in ("dense", "warm", "sparse"))
     loop.fit(
-        replace(MLA_RUN, data=replace(MLA_RUN.data, paths=(write_text(tmp_path / "text"),)), steps=2), dense, quiet=True
+        replace(
+            MLA_RUN, data=replace(MLA_RUN.data, paths=(write_text(tmp_path / "text"),)), steps=2
+        ),
+        dense,
+        quiet=True,
     )
-    index = [word for name, x in INDEX.items() for word in (f"--model.{name.replace('_', '-')}", str(x))]
+    index = [
+        word for name, x in INDEX.items() for word in (f"--model.{name.replace('_', '-')}", str(x))
+    ]
     warm_up = ["--indexer-stage", "warm", "--steps", "2"]
     assert main(["train", "tiny", f"--out={warm}", "--start", str(dense), *index, *warm_up]) == 0
     assert main(["train", "tiny", f"--out={sparse}", "--start", str(warm), "--steps", "2"]) == 0
     runs = [read_run(folder) for folder in (warm, sparse)]
-    assert [(run.model.attention, run.indexer_stage) for run in runs] == [("dsa", "warm"), ("dsa", "sparse")]
-    trained = [split(nnx.state(load_run(folder)[0], nnx.Param))[1] for folder in (dense, warm, sparse)]
+    assert [(run.model.attention, run.indexer_stage) for run in runs] == [
+        ("dsa", "warm"),
+        ("dsa", "sparse"),
+    ]
+    trained = [
+        split(nnx.state(load_run(folder)[0], nnx.Param))[1] for folder in (dense, warm, sparse)
+    ]
     assert_bitwise(trained[1], trained[0])
     assert any((trained[2][path] != x).any() for path, x in trained[1].items())
     capfd.readouterr()
     for start, words, more in (
         (sparse, "indexer_stage='warm' learns from dense attention", warm_up),
         (dense, "indexer_stage='warm' is for attention='dsa', not 'mla'", warm_up),
-        (dense, "model.kv_latent_dim=6 is not that of start", [*index, "--model.kv-latent-dim", "6"]),
+        (
+            dense,
+            "model.kv_latent_dim=6 is not that of start",
+            [*index, "--model.kv-latent-dim", "6"],
+        ),
     ):
-        assert main(["train", "tiny", f"--out={tmp_path / 'new'}", "--start", str(start), *more]) == 2
+        assert (
+            main(["train", "tiny", f"--out={tmp_path / 'new'}", "--start", str(start), *more]) == 2
+        )
         assert words in " ".join(capfd.readouterr().err.split())
     with pytest.raises(ConfigError, match="those of start=None are random"):
         replace(DSA_RUN, indexer_stage="warm", start=None)

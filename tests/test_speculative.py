@@ -20,7 +20,8 @@ from dsv3_jax.model.transformer import abstract
 
 pytestmark = pytest.mark.long
 
-NEW = 14  # 13 after the first: runs of 2 to 9 tokens do not divide it, so right drafts are cut at the end
+# 13 after the first: runs of 2 to 9 tokens do not divide it, so right drafts are cut at the end
+NEW = 14
 LENGTHS = (1, 2, 3, 5, 9, 1, 21, 4)
 PROMPTS = [tokens_of(LIGHT, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
 UNUSED = 7  # a stop token that no model below generates: with one, all requests share a compilation
@@ -29,15 +30,19 @@ UNUSED = 7  # a stop token that no model below generates: with one, all requests
 def changed(model, change):
     """A copy whose parameters are `change(path, array)`."""
     graphdef, state = nnx.split(model)
-    flat = [(path, v.replace(jnp.asarray(change(path, np.array(v[...]))))) for path, v in nnx.to_flat_state(state)]
+    flat = [
+        (path, v.replace(jnp.asarray(change(path, np.array(v[...])))))
+        for path, v in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def leaning(cfg, share):
-    """A random model whose layers add `share` of what they would, so the newest token decides most of the next one.
+    """A random model whose layers add `share` of theirs, so the newest token decides most of it.
 
-    With share 0 it decides all of it, and the heads' drafts are always right: chained heads read that token, and for
-    parallel ones the model repeats it. With more they get worse; at 1 it is the random model, and chance.
+    With share 0 it decides all of it, and the heads' drafts are always right: chained heads read
+    that token, and for parallel ones the model repeats it. With more they get worse; at 1 it is the
+    random model, and chance.
     """
     model = random_model(cfg, execution=DENSE)
     chained = cfg.head_kind.reads_tokens
@@ -70,14 +75,18 @@ def opposed(model):
 
 def trunk_of(model):
     """The model without its heads."""
-    state = nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(nnx.state(model)) if p[0] != "mtp"])
+    state = nnx.from_flat_state(
+        [(p, v) for p, v in nnx.to_flat_state(nnx.state(model)) if p[0] != "mtp"]
+    )
     cfg = replace(model.cfg, mtp_depth=0, mtp_kind="deepseek")
     return nnx.merge(nnx.graphdef(abstract(cfg, model.execution)), state)
 
 
 def noisy(model, std):
     rng = np.random.default_rng(5)
-    return changed(model, lambda path, x: x + np.float32(std) * rng.standard_normal(x.shape).astype(np.float32))
+    return changed(
+        model, lambda path, x: x + np.float32(std) * rng.standard_normal(x.shape).astype(np.float32)
+    )
 
 
 @lru_cache
@@ -112,10 +121,12 @@ def plain(scheme, quality, cache_dtype):
 
 # Greedy: whatever the drafts, the tokens are those of plain decoding.
 
-CELLS = [  # scheme, draft length, prompts, cache, dtype: each scheme and length, each cache and dtype
+# scheme, draft length, prompts, cache, dtype: each scheme and length, each cache and dtype
+CELLS = [
     ("deepseek of 1", 7, 1, "latent", "int8"),
     ("deepseek of 3", 8, 8, "latent", None),
-    pytest.param("eagle", 5, 8, "expanded", "int8", marks=pytest.mark.rare),  # test_drafters has its drafts
+    # test_drafters has its drafts
+    pytest.param("eagle", 5, 8, "expanded", "int8", marks=pytest.mark.rare),
     pytest.param("meta", 3, 8, "latent", None, marks=pytest.mark.rare),
     ("medusa", 4, 1, "latent", None),
     ("model", 6, 8, "latent", "int8"),
@@ -130,7 +141,8 @@ def test_greedy_speculation_gives_the_tokens_of_plain_decoding(scheme, length, b
         got = generate(model, PROMPTS[rows], NEW, draft=draft, **settings)
         assert got.tokens == plain(scheme, quality, dtype)[rows], quality
         assert len(got.acceptance) == length
-        assert got.acceptance == sorted(got.acceptance, reverse=True)  # a draft is accepted only if those before it are
+        # a draft is accepted only if those before it are
+        assert got.acceptance == sorted(got.acceptance, reverse=True)
         if quality == "right":
             assert got.acceptance == [1.0] * length
             assert got.steps == math.ceil((NEW - 1) / (length + 1))
@@ -139,7 +151,8 @@ def test_greedy_speculation_gives_the_tokens_of_plain_decoding(scheme, length, b
             assert got.acceptance == [0.0] * length or scheme == "medusa"
             assert got.steps == NEW - 1 or scheme == "medusa"
         elif batch == 8:
-            assert len({t for row in got.tokens for t in row}) > 5  # a model that repeats one token could not fail
+            # a model that repeats one token could not fail
+            assert len({t for row in got.tokens for t in row}) > 5
             assert quality == "random" or 0 < got.acceptance[0] < 1
 
 
@@ -154,7 +167,9 @@ def test_a_stop_token_within_a_run_ends_its_row_and_no_other():
     assert not any(UNUSED in row for row in rows)
     stops = {rows[0][4], rows[3][3], rows[6][8], rows[2][0]}
     for stop in stops:
-        drafted = generate(model, PROMPTS, NEW, stop_tokens=[stop], draft="mtp", draft_length=SHAPE[1])
+        drafted = generate(
+            model, PROMPTS, NEW, stop_tokens=[stop], draft="mtp", draft_length=SHAPE[1]
+        )
         assert drafted.tokens == [until(row, stop) for row in rows]
     cut = [len(until(row, stop)) for stop in stops for row in rows]
     assert len(set(cut)) > 4 and NEW in cut  # at many places within a run, and not at all
@@ -168,11 +183,11 @@ DRAWS = 4096
 
 @pytest.mark.parametrize("scheme", ["deepseek of 1", "model", "lookup", "auto"])
 def test_sampled_speculation_follows_the_model(scheme, monkeypatch):
-    """Many rows of one prompt, three new tokens each: the first by prefill, the others by accepted and rejected drafts.
+    """Rows of one prompt, three new tokens each: by prefill, then by accepted and rejected drafts.
 
-    The distance of shares from probabilities is half the sum of differences. Its mean is under half the sum of
-    sqrt(p (1 - p) / n), and one draw moves it by 1 / n at most. By McDiarmid's inequality it is over that mean by
-    sqrt(log(1e9) / 2n) with probability under 1e-9.
+    The distance of shares from probabilities is half the sum of differences. Its mean is under half
+    the sum of sqrt(p (1 - p) / n), and one draw moves it by 1 / n at most. By McDiarmid's
+    inequality it is over that mean by sqrt(log(1e9) / 2n) with probability under 1e-9.
     """
     model = random_model(replace(TINY, **HEADS.get(scheme, {})))
     draft = {"model": random_model(TINY, seed=1), "lookup": "lookup"}.get(scheme, "mtp")
@@ -207,12 +222,15 @@ def test_refilled_rows_give_the_text_of_a_whole_batch(settings):
 
 
 def three_tokens(model, prompt, how):
-    """The probabilities [W, W, W] of three tokens after a prompt, by the model's logits for every text."""
+    """The probabilities [W, W, W] of three tokens after a prompt, by the logits of every text."""
     texts = [[*prompt, a, b] for a in range(5) for b in range(5)]
     logits = forward(trunk_of(model), jnp.asarray(texts, jnp.int32)).logits
     laws = [[oracles.sampling_probs(row, **how) for row in text[-3:]] for text in logits]
     return np.array(
-        [[laws[5 * a + b][0][a] * laws[5 * a + b][1][b] * laws[5 * a + b][2] for b in range(5)] for a in range(5)]
+        [
+            [laws[5 * a + b][0][a] * laws[5 * a + b][1][b] * laws[5 * a + b][2] for b in range(5)]
+            for a in range(5)
+        ]
     )
 
 
@@ -222,7 +240,9 @@ def three_tokens(model, prompt, how):
 def test_a_draft_model_may_be_of_another_kind_and_shorter():
     """Its positions end before those that the prompts are padded to."""
     model = random_model(small(num_layers=1, num_dense_layers=1))
-    draft = random_model(small(num_layers=1, num_dense_layers=1, attention="mqa", max_positions=41), seed=1)
+    draft = random_model(
+        small(num_layers=1, num_dense_layers=1, attention="mqa", max_positions=41), seed=1
+    )
     prompt = tokens_of(LIGHT, 1, 35, seed=2)[0].tolist()
     want = generate(model, [prompt], 4).tokens
     assert generate(model, [prompt], 4, draft=draft, draft_length=2).tokens == want
@@ -244,7 +264,13 @@ def test_drafts_that_do_not_fit_are_refused():
         (model, other, 1, "vocab_size=38 of the draft model is not the model's 37"),
         (model, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),
         (medusa, "mtp", 5, "draft_length=5 is more than mtp_depth=4"),
-        (heads, "mtp", 9, "max_new_tokens=100 with 9 drafts a step does not fit: prompt 1 has 20, the most, and max_"),
+        (
+            heads,
+            "mtp",
+            9,
+            "max_new_tokens=100 with 9 drafts a step does not fit: "
+            "prompt 1 has 20, the most, and max_",
+        ),
     ]
     for target, draft, length, sentence in wrong:
         with pytest.raises(ValueError, match=f"^{sentence}"):
@@ -253,11 +279,16 @@ def test_drafts_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("scheme, lengths", [("model", (4,)), ("deepseek", (0, 4))])
 def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
-    cfg = small(num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {}))
+    cfg = small(
+        num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {})
+    )
     model, capacity = abstract(cfg), 1 << 15
-    made, leaves, loop = decode_program(model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity)
+    made, leaves, loop = decode_program(
+        model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity
+    )
     a_layer = 2 * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
-    caches = 3 if scheme == "deepseek" else 2  # a layer each: the model's, and its two heads' or the draft model's
+    # a layer each: the model's, and its two heads' or the draft model's
+    caches = 3 if scheme == "deepseek" else 2
     for length in lengths:
         memory = made.decode.lower(leaves, loop, 16, length=length).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= caches * a_layer

@@ -1,4 +1,4 @@
-"""Routing statistics equal their definitions over tokens, and their measures equal the definitions."""
+"""Routing statistics over tokens equal their definitions, and so do their measures."""
 
 import itertools
 from dataclasses import replace
@@ -12,7 +12,15 @@ from models import DENSE, random_model
 from runs import MODEL
 
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, lift, measures, specialisation
+from dsv3_jax.stats import (
+    RoutingStats,
+    collect,
+    decisions,
+    favourites,
+    lift,
+    measures,
+    specialisation,
+)
 from dsv3_jax.stats.routing_stats import layer_names
 from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, find_contexts, rows_of
 
@@ -21,13 +29,15 @@ DOMAINS = ("even", "odd")
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
-    """Create rows of up to four pieces of documents 0 … 6, some of them twice; the last row ends in padding."""
+    """Create rows of up to four pieces of documents 0 … 6, some twice; the last is padded."""
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
     segment_ids[-1, 9:] = 0
     starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
     columns = np.arange(T)[None]
-    documents = np.where(segment_ids, np.take_along_axis(rng.integers(0, 7, (B, 5)), segment_ids, axis=1), 7)
+    documents = np.where(
+        segment_ids, np.take_along_axis(rng.integers(0, 7, (B, 5)), segment_ids, axis=1), 7
+    )
     batch = {
         "tokens": rng.integers(97, 101, (B, T)),
         "segment_ids": segment_ids,
@@ -73,14 +83,29 @@ def counted() -> tuple[Transformer, RoutingStats, list[Layer], np.ndarray]:
         heads = [(head.expert_ids, head.gates, head.scores) for head in out.mtp_routing]
         return [*trunk, *heads], jax.nn.log_softmax(out.h @ model.head_matrix())
 
-    outputs = [run(state, *(batch[key] for key in ("tokens", "segment_ids", "positions"))) for batch in BATCHES]
+    outputs = [
+        run(state, *(batch[key] for key in ("tokens", "segment_ids", "positions")))
+        for batch in BATCHES
+    ]
     choices, log_p = zip(*jax.tree.map(np.asarray, outputs), strict=True)
     segments, layers = flat("segment_ids").reshape(-1, T), []
-    for of_layer, bias in zip(zip(*choices, strict=True), np.asarray(decisions.biases(model)), strict=True):
+    for of_layer, bias in zip(
+        zip(*choices, strict=True), np.asarray(decisions.biases(model)), strict=True
+    ):
         ids, gates, scores = (np.concatenate(parts) for parts in zip(*of_layer, strict=True))
         length = ids.shape[1]  # a head reads up to a later token, of the same piece
-        rows, columns = np.nonzero((segments[:, :length] > 0) & (segments[:, :length] == segments[:, T - length :]))
-        layers.append(Layer(rows * T + columns, ids[rows, columns], gates[rows, columns], scores[rows, columns], bias))
+        rows, columns = np.nonzero(
+            (segments[:, :length] > 0) & (segments[:, :length] == segments[:, T - length :])
+        )
+        layers.append(
+            Layer(
+                rows * T + columns,
+                ids[rows, columns],
+                gates[rows, columns],
+                scores[rows, columns],
+                bias,
+            )
+        )
     return model, stats, layers, np.concatenate(log_p).reshape(2 * B * T, -1)
 
 
@@ -111,22 +136,27 @@ def test_counts_equal_the_definitions(counted):
 def choose(choice: np.ndarray, count: int) -> np.ndarray:
     """The largest `choice` scores within the groups whose best two have the largest sums."""
     grouped = choice.reshape(-1, MODEL.num_groups, E // MODEL.num_groups)
-    best = np.argsort(-np.sort(grouped)[..., -2:].sum(-1), kind="stable")[:, : MODEL.groups_per_token]
+    order = np.argsort(-np.sort(grouped)[..., -2:].sum(-1), kind="stable")
+    best = order[:, : MODEL.groups_per_token]
     allowed = (np.arange(MODEL.num_groups) == best[..., None]).any(1)
     within = np.where(allowed[..., None], grouped, -np.inf).reshape(-1, E)
     return np.argsort(-within, kind="stable")[:, :count]
 
 
 def test_bias_and_margins_equal_the_definitions(counted):
-    """The bias's work is the difference to a choice by the scores alone; margins are over the best expert left out."""
+    """The bias's work is the difference to the scores' choice; margins are over the left-out."""
     model, stats, layers, _ = counted
     for i, (_, ids, gates, scores, bias) in enumerate(layers):
         of_ids = np.take_along_axis(scores, ids, 1)
-        np.testing.assert_allclose(of_ids / of_ids.sum(1)[:, None], gates / gates.sum(1)[:, None], rtol=1e-5)
+        np.testing.assert_allclose(
+            of_ids / of_ids.sum(1)[:, None], gates / gates.sum(1)[:, None], rtol=1e-5
+        )
         plain, ranked = choose(scores, K), choose(scores + bias, K + 1)
         np.testing.assert_array_equal(ranked[:, :K], ids)
         assert stats.bias.changed[i] == (ids[:, :, None] != plain[:, None]).all(2).sum() > 0
-        np.testing.assert_array_equal(stats.bias.load_without[i], np.bincount(plain.ravel(), minlength=E))
+        np.testing.assert_array_equal(
+            stats.bias.load_without[i], np.bincount(plain.ravel(), minlength=E)
+        )
         sums = np.take_along_axis(scores + bias, ranked, 1)
         margins = sums[:, :K] - sums[:, K:]
         np.testing.assert_allclose(stats.rows.margin[i, stats.rows.counted[i]], margins, atol=1e-6)
@@ -136,13 +166,22 @@ def test_bias_and_margins_equal_the_definitions(counted):
 def test_rows_are_the_tokens_in_the_order_of_reading(counted):
     _, stats, layers, log_p = counted
     rows, real = stats.rows, np.flatnonzero(flat("segment_ids"))
-    names = {"tokens": rows.token, "positions": rows.position, "documents": rows.document, "domains": rows.domain}
+    names = {
+        "tokens": rows.token,
+        "positions": rows.position,
+        "documents": rows.document,
+        "domains": rows.domain,
+    }
     for name, column in names.items():
         np.testing.assert_array_equal(column, flat(name)[real])
     first = rows.position == 0
     np.testing.assert_array_equal(np.diff(rows.segment) != 0, first[1:])
-    np.testing.assert_allclose(rows.nll, np.where(first, np.nan, -log_p[real - 1, rows.token]), rtol=1e-4)
-    for one, here, ids, gates in zip(layers, rows.counted, rows.expert_ids, rows.gates, strict=True):
+    np.testing.assert_allclose(
+        rows.nll, np.where(first, np.nan, -log_p[real - 1, rows.token]), rtol=1e-4
+    )
+    for one, here, ids, gates in zip(
+        layers, rows.counted, rows.expert_ids, rows.gates, strict=True
+    ):
         np.testing.assert_array_equal(real[here], one.at)
         np.testing.assert_array_equal(ids[here], one.ids)
         np.testing.assert_allclose(gates[here], one.gates)
@@ -154,22 +193,36 @@ def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counte
     want = []
     for (layer, one), e in itertools.product(enumerate(layers), range(E)):
         kept: list = []
-        for i in sorted(zip(*np.nonzero(one.ids == e), strict=True), key=lambda i, gates=one.gates: -gates[i]):
+        for i in sorted(
+            zip(*np.nonzero(one.ids == e), strict=True), key=lambda i, gates=one.gates: -gates[i]
+        ):
             at = int(one.at[i[0]])
             near = range(at - BEFORE, at + AFTER + 1)
-            window = [int(tokens[j]) if at // T == j // T and segments[j] == segments[at] else -1 for j in near]
+            window = [
+                int(tokens[j]) if at // T == j // T and segments[j] == segments[at] else -1
+                for j in near
+            ]
             new = (layer, e, float(one.gates[i]), int(tokens[at]), int(documents[at]), window)
             if len(kept) < TOP and all(new[3] != old[3] and new[4] != old[4] for old in kept):
                 kept.append(new)
         want += kept
     found = find_contexts(stats.rows, E)
-    columns = found.layer, found.expert, found.gate, found.tokens[:, BEFORE], found.document, found.tokens
+    columns = (
+        found.layer,
+        found.expert,
+        found.gate,
+        found.tokens[:, BEFORE],
+        found.document,
+        found.tokens,
+    )
     got = list(zip(*(column.tolist() for column in columns), strict=True))
     assert got == want and len(want) > E * len(layers)
 
 
 def of_loads(document_load, document_domains, num_domains) -> RoutingStats:
-    return RoutingStats.from_loads(document_load, np.asarray(document_domains), tuple("abcdefgh"[:num_domains]))
+    return RoutingStats.from_loads(
+        document_load, np.asarray(document_domains), tuple("abcdefgh"[:num_domains])
+    )
 
 
 def chance_of(stats, draws, seed):
@@ -184,7 +237,8 @@ def test_information_of_experts_by_domain_at_random_and_by_document(rng):
     by_domain = np.zeros((40, 1, 8))
     by_domain[np.arange(40), 0, 2 * domains + 1] = rng.integers(50, 100, 40)
     at_random = rng.multinomial(200, np.full(8, 1 / 8), (40, 1))
-    by_document = rng.multinomial(200, rng.dirichlet(np.full(8, 0.3), 40)[:, None])  # whatever its domain
+    # whatever its domain
+    by_document = rng.multinomial(200, rng.dirichlet(np.full(8, 0.3), 40)[:, None])
     stats = of_loads(np.concatenate([by_domain, at_random, by_document], axis=1), domains, 4)
     result = specialisation(stats, draws=100, seed=1)
     upper_bound = measures.domain_entropy(stats.load_by_domain)
@@ -203,25 +257,33 @@ def test_lift_of_experts_chosen_together(rng):
     pairs = taken.T @ taken
     chance, apart = np.outer(np.diag(pairs), np.diag(pairs)), ~np.eye(5, dtype=bool)
     lifts = lift(pairs[None])[0]
-    np.testing.assert_allclose(lifts[apart], (pairs / chance)[apart] * chance[apart].sum() / pairs[apart].sum())
+    np.testing.assert_allclose(
+        lifts[apart], (pairs / chance)[apart] * chance[apart].sum() / pairs[apart].sum()
+    )
     assert np.isnan(np.diag(lifts)).all()
 
 
 def test_favourites_are_ranked_by_their_part_of_the_information():
-    """A frequent token comes before a rare one of larger lift: its part p log2(p / (p_token p_expert)) is larger."""
+    """Frequent tokens precede rare ones of larger lift: p log2(p / (p_token p_expert))."""
     joint = np.array([[4, 0], [40, 10], [6, 40]])  # tokens 7, 8, 9 by expert
     token, expert = (np.repeat(x, joint.ravel()) for x in np.indices(joint.shape).reshape(2, -1))
     rows = rows_of(expert[None, :, None])._replace(token=(token + 7).astype(np.int32))
     rows = rows._replace(margin=np.arange(100, dtype=np.float32)[None, :, None])
     stats = replace(of_loads(np.array([[[50, 50]]]), [0], 1), rows=rows)
     first = favourites(stats, 0, min_count=1)[0]
-    assert [(f.token, f.num_routed, f.lift, f.margin) for f in first] == [(8, 40, 1.6, 23.5), (7, 4, 2.0, 1.5)]
+    assert [(f.token, f.num_routed, f.lift, f.margin) for f in first] == [
+        (8, 40, 1.6, 23.5),
+        (7, 4, 2.0, 1.5),
+    ]
     np.testing.assert_allclose([f.bits for f in first], [0.4 * np.log2(1.6), 0.04], rtol=1e-12)
     assert [f.token for f in favourites(stats, 0, min_count=50)[0]] == [8]
 
 
 def test_refuses_models_without_experts_and_batches_without_tokens(counted):
     dense = abstract(replace(MODEL, num_layers=3, num_dense_layers=3, mtp_depth=0))
-    for model, sentence in ((dense, "no experts to count: all of its 3 layers are dense"), (counted[0], "no token to")):
+    for model, sentence in (
+        (dense, "no experts to count: all of its 3 layers are dense"),
+        (counted[0], "no token to"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             collect(model, [], DOMAINS)

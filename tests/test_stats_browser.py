@@ -1,4 +1,4 @@
-"""The page of `dsv3 stats` in a headless Chromium: clicks, search, sorting, addresses, themes, widths, names."""
+"""The page of `dsv3 stats` in headless Chromium: clicks, search, sorting, addresses, themes."""
 
 import contextlib
 import re
@@ -16,7 +16,9 @@ NUMBERS = made_up()
 RATIO = np.array(NUMBERS["load"]) / np.mean(NUMBERS["load"], axis=-1, keepdims=True)
 SHAPES = {
     "tiny": lambda: NUMBERS,
-    "one": lambda: made_up(heads=0, domains=("text",), experts_per_token=1, measured=False) | {"texts": []},
+    "one": lambda: (
+        made_up(heads=0, domains=("text",), experts_per_token=1, measured=False) | {"texts": []}
+    ),
     "v3": version_three,
     "hostile": lambda: hostile(NUMBERS),
 }
@@ -40,7 +42,7 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def tiny(browser, pages):
-    """The page of the tiny model, open; in the end it has thrown no error and asked for no other file."""
+    """The page of the tiny model, open; at the end: no error thrown, no other file asked for."""
     browser.open(pages["tiny"])
     yield browser
     quiet(browser, pages["tiny"])
@@ -56,8 +58,9 @@ def sideways(browser) -> list[str]:
     """Elements that make the page wider than its window."""
     return browser.run(
         "document.documentElement.scrollWidth <= document.documentElement.clientWidth ? [] : "
-        "[...document.body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && "
-        "!e.closest('.scroll')).map(e => e.tagName + '.' + e.className)"
+        "[...document.body.querySelectorAll('*')]"
+        ".filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll'))"
+        ".map(e => e.tagName + '.' + e.className)"
     )
 
 
@@ -95,7 +98,8 @@ def test_a_click_opens_an_expert_and_its_address_opens_it_again(tiny, pages):
     tiny.click("#panel-down")
     assert tiny.text("#panel h2") == "MTP 1, expert 6"
     tiny.press("Escape")
-    assert tiny.run("document.getElementById('panel').hidden") and tiny.run("location.hash") == "#layer=MTP1"
+    assert tiny.run("document.getElementById('panel').hidden")
+    assert tiny.run("location.hash") == "#layer=MTP1"
     for nowhere in ("#layer=99&expert=-3&text=x", "#layer=2&expert=99"):
         tiny.open(pages["tiny"], nowhere)
         assert tiny.run("document.getElementById('panel').hidden")
@@ -113,7 +117,10 @@ def test_the_slider_and_the_texts(tiny):
     tiny.press("ArrowRight")
     assert tiny.text("#layer-name") == "layer 2"
     assert firsts() == [chosen[0] for chosen in texts[0]["experts"][1]]
-    tiny.run("[...document.querySelectorAll('#texts-charts button')].find(b => b.textContent === 'next ›').click()")
+    tiny.run(
+        "[...document.querySelectorAll('#texts-charts button')]"
+        ".find(b => b.textContent === 'next ›').click()"
+    )
     tiny.settle()
     assert firsts() == [chosen[0] for chosen in texts[1]["experts"][1]]
     tiny.run("document.querySelector('.tokens').focus()")
@@ -128,8 +135,17 @@ def test_the_slider_and_the_texts(tiny):
 
 def test_search_and_the_sorted_table(tiny):
     tiny.type("#search", "e")
-    found = tiny.run("[...document.querySelectorAll('#found tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
-    rows = [row for layer in NUMBERS["favourites"] for of_expert in layer for row in of_expert if row[1] == "e"]
+    found = tiny.run(
+        "[...document.querySelectorAll('#found tbody tr')]"
+        ".map(r => [...r.cells].map(c => c.textContent))"
+    )
+    rows = [
+        row
+        for layer in NUMBERS["favourites"]
+        for of_expert in layer
+        for row in of_expert
+        if row[1] == "e"
+    ]
     assert len(found) == min(50, len(rows)) > 5 and all(cells[0] == "e" for cells in found)
     bits = sorted((row[4] for row in rows), reverse=True)
     np.testing.assert_allclose([float(cells[5]) for cells in found], bits[:50], atol=6e-5)
@@ -146,6 +162,7 @@ def test_search_and_the_sorted_table(tiny):
     loads = [float(x.removeprefix("× ")) for x in column("load")]
     assert loads == sorted(loads, reverse=True) and loads[0] == round(RATIO.max(), 2)
     assert tiny.text("th[aria-sort=descending]") == "load ▼"
-    assert [float(x.removeprefix("× ")) for x in column("load")] == sorted(RATIO.ravel().round(2))[:50]
+    lowest = sorted(RATIO.ravel().round(2))[:50]
+    assert [float(x.removeprefix("× ")) for x in column("load")] == lowest
     tiny.type("#filter", "mtp 1")
     assert len(tiny.texts("#all-experts tbody tr")) == 16

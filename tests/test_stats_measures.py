@@ -1,4 +1,4 @@
-"""Measures of token rows equal their definitions; knock-outs equal models without the expert's weights."""
+"""Measures of token rows equal their definitions; knock-outs equal models without the expert."""
 
 import itertools
 from dataclasses import replace
@@ -10,7 +10,15 @@ from models import DENSE, forward, random_model
 from runs import MODEL
 from test_stats import BATCHES
 
-from dsv3_jax.stats import agreement, flow, information, knockouts, match_experts, mutual_information, worth
+from dsv3_jax.stats import (
+    agreement,
+    flow,
+    information,
+    knockouts,
+    match_experts,
+    mutual_information,
+    worth,
+)
 from dsv3_jax.stats.bits import WIDE
 from dsv3_jax.stats.token_rows import TokenRows, rows_of
 
@@ -18,13 +26,15 @@ E, K, N = 6, 2, 400
 
 
 def random_rows(rng, layers=2, n=N, experts=E, tokens=9, documents=20) -> TokenRows:
-    """Random choices in documents of two domains; the last layer counts a part of the positions, as a head does."""
+    """Random choices in documents of two domains; the last layer counts some, as a head does."""
     ids = np.argsort(rng.random((layers, n, experts)), axis=-1)[..., :K]
     document = np.sort(rng.integers(0, documents, n))
     counted = np.ones((layers, n), bool)
     counted[-1, ::7] = False
     return rows_of(ids, document)._replace(
-        token=rng.integers(0, tokens, n).astype(np.int32), domain=(document % 2).astype(np.int32), counted=counted
+        token=rng.integers(0, tokens, n).astype(np.int32),
+        domain=(document % 2).astype(np.int32),
+        counted=counted,
     )
 
 
@@ -36,7 +46,9 @@ def chosen(rows: TokenRows, experts: int = E) -> np.ndarray:
 def mutual(counts: np.ndarray) -> float:
     """Σ p log2(p / (p_a p_b)) of a table of counts [a, b]."""
     p = counts / counts.sum()
-    return sum(x * np.log2(x / (p[a].sum() * p[:, b].sum())) for (a, b), x in np.ndenumerate(p) if x)
+    return sum(
+        x * np.log2(x / (p[a].sum() * p[:, b].sum())) for (a, b), x in np.ndenumerate(p) if x
+    )
 
 
 def test_information_equals_the_definitions(rng):
@@ -47,7 +59,9 @@ def test_information_equals_the_definitions(rng):
         given = sum(table[:, t].sum() / table.sum() * mutual(table[:, t]) for t in range(9))
         want = mutual(table.sum(2)), mutual(table.sum(1)), given
         parts = (found.token, found.domain, found.domain_given_token)
-        np.testing.assert_allclose([p.bits[layer] + p.chance[layer] for p in parts], want, rtol=1e-9)
+        np.testing.assert_allclose(
+            [p.bits[layer] + p.chance[layer] for p in parts], want, rtol=1e-9
+        )
         assert mutual_information(table.sum(1).T[:, None])[0] == pytest.approx(want[1], rel=1e-9)
         load = taken.sum(0) / taken.sum()
         assert found.entropy[layer] == pytest.approx(-(load * np.log2(load)).sum())
@@ -55,7 +69,9 @@ def test_information_equals_the_definitions(rng):
 
 def test_independent_choices_give_no_information(rng):
     """Even where most tokens occur once or twice, and the plug-in estimate is above one bit."""
-    found = information(random_rows(rng, n=3000, tokens=2000, documents=60), E, 2, draws=10, resamples=50)
+    found = information(
+        random_rows(rng, n=3000, tokens=2000, documents=60), E, 2, draws=10, resamples=50
+    )
     for part in (found.token, found.domain, found.domain_given_token):
         assert (np.abs(part.bits) < 0.02).all()
         assert ((part.low < 0.01) & (part.high > -0.01)).all()
@@ -63,48 +79,66 @@ def test_independent_choices_give_no_information(rng):
 
 
 def test_intervals_resample_documents(rng):
-    """Documents that differ make the interval wide, even of many tokens: its width is the spread over documents."""
-    experts, document = rng.integers(0, 4, 30), np.repeat(np.arange(30), 200)  # one expert a document
-    rows = rows_of(experts[document][None, :, None], document)._replace(domain=(document % 2).astype(np.int32))
+    """Documents that differ make the interval wide: its width is the spread over documents."""
+    # one expert a document
+    experts, document = rng.integers(0, 4, 30), np.repeat(np.arange(30), 200)
+    rows = rows_of(experts[document][None, :, None], document)._replace(
+        domain=(document % 2).astype(np.int32)
+    )
     wide, plain = information(rows, 4, 2, draws=5, resamples=100).domain, []
     for _ in range(200):
         picked, load = rng.integers(0, 30, 30), np.zeros((2, 4))
         np.add.at(load, (picked % 2, experts[picked]), 1)
         plain.append(mutual(load))
-    assert wide.high[0] - wide.low[0] == pytest.approx(2 * WIDE * np.std(plain), rel=0.3)  # 100 and 200 resamples
+    # 100 and 200 resamples
+    assert wide.high[0] - wide.low[0] == pytest.approx(2 * WIDE * np.std(plain), rel=0.3)
 
 
 def test_transitions_repeats_and_heads_equal_the_definitions(rng):
     rows = random_rows(rng, layers=3)
-    rows = rows._replace(segment=np.arange(N, dtype=np.int32) // 100)  # documents that share a piece are still apart
+    # documents that share a piece are still apart
+    rows = rows._replace(segment=np.arange(N, dtype=np.int32) // 100)
     taken = chosen(rows)
     pairs = np.einsum("lna,lnb->lab", taken[:-1], taken[1:])
     np.testing.assert_array_equal(flow.transitions(rows, E), pairs)
     for lifts, table in zip(flow.transition_lift(pairs), pairs, strict=True):
-        np.testing.assert_allclose(lifts, table * table.sum() / np.outer(table.sum(1), table.sum(0)))
+        np.testing.assert_allclose(
+            lifts, table * table.sum() / np.outer(table.sum(1), table.sum(0))
+        )
     found = flow.repeats(rows, E)
-    near = (np.diff(rows.document) == 0) & (np.diff(rows.segment) == 0) & rows.counted[:, 1:] & rows.counted[:, :-1]
+    near = (
+        (np.diff(rows.document) == 0)
+        & (np.diff(rows.segment) == 0)
+        & rows.counted[:, 1:]
+        & rows.counted[:, :-1]
+    )
     same = (taken[:, 1:] * taken[:, :-1]).sum(-1) * near
     np.testing.assert_allclose(found.share, same.sum(1) / (K * near.sum(1)))
     p = taken.sum(1) / taken.sum((1, 2))[:, None]
     np.testing.assert_allclose(found.by_chance, K * (p**2).sum(-1))
     head = flow.heads_against_trunk(rows, E, 1)
-    two = (taken[1:] * rows.counted[2][:, None]).astype(float)  # the last layer's and the head's choices of one token
+    # the last layer's and the head's choices of one token
+    two = (taken[1:] * rows.counted[2][:, None]).astype(float)
     loads = two.sum(1)
     assert head.same_expert_number == pytest.approx((two[0] * two[1]).sum() / loads[0].sum())
-    assert head.by_chance[0] == pytest.approx(K * (loads[0] @ loads[1]) / (loads[0].sum() * loads[1].sum()))
+    assert head.by_chance[0] == pytest.approx(
+        K * (loads[0] @ loads[1]) / (loads[0].sum() * loads[1].sum())
+    )
     assert head.load_correlation[0] == pytest.approx(np.corrcoef(loads)[0, 1])
 
 
 def test_matched_experts_share_the_most_choices(rng):
-    """The match is the best of all one-to-one maps, tried one by one; a permutation of the experts is found again."""
+    """The match is the best of all one-to-one maps; permuted experts are found again."""
     rows, others = random_rows(rng, experts=5), random_rows(rng, experts=5)
     found = match_experts(rows, others, 5)
     shared = np.einsum("lna,lnb->lab", chosen(rows, 5), chosen(others, 5))
-    of_one = [[table[range(5), p].sum() for p in itertools.permutations(range(5))] for table in shared]
+    of_one = [
+        [table[range(5), p].sum() for p in itertools.permutations(range(5))] for table in shared
+    ]
     total = K * rows.counted.sum(1)
     np.testing.assert_allclose(found.shared, np.max(of_one, axis=1) / total)
-    assert [t[range(5), m].sum() for t, m in zip(shared, found.match, strict=True)] == np.max(of_one, axis=1).tolist()
+    of_match = [t[range(5), m].sum() for t, m in zip(shared, found.match, strict=True)]
+    assert of_match == np.max(of_one, axis=1).tolist()
     np.testing.assert_allclose(agreement(rows, others), np.trace(shared, axis1=1, axis2=2) / total)
     assert np.abs(found.shared - found.by_chance).max() < 0.05  # these two are unrelated
     order = rng.permutation(5)
@@ -114,7 +148,7 @@ def test_matched_experts_share_the_most_choices(rng):
 
 @pytest.mark.long
 def test_a_muted_expert_is_one_without_weights():
-    """Gate 0 equals an output matrix of zeros: the loss by complete logits. One program for all experts."""
+    """Gate 0 equals zeros as output matrix, by complete logits. One program serves all experts."""
     model = random_model(replace(MODEL, mtp_depth=1), seed=2, execution=DENSE)
     before, found = knockouts._nll._cache_size(), worth(model, BATCHES, resamples=50)
     assert knockouts._nll._cache_size() == before + 1
@@ -126,7 +160,9 @@ def test_a_muted_expert_is_one_without_weights():
         nll = []
         for batch in BATCHES:
             tokens, segment = batch["tokens"], batch["segment_ids"]
-            log_p = np.asarray(jax.nn.log_softmax(forward(model, tokens, segment, batch["positions"]).logits))
+            log_p = np.asarray(
+                jax.nn.log_softmax(forward(model, tokens, segment, batch["positions"]).logits)
+            )
             given = np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], -1)[..., 0]
             nll += (-given[(segment[:, 1:] > 0) & (segment[:, 1:] == segment[:, :-1])]).tolist()
         loss = found.loss if layer is None else found.without[layer, expert]

@@ -1,4 +1,4 @@
-"""`dsv3 stats`: its inputs, its numbers beside the model's own, other checkpoints, a folder replaced in one step.
+"""`dsv3 stats`: inputs, numbers beside the model's own, other checkpoints, one-step replacement.
 
 Its page: one file, every name escaped, and small for V3's shape.
 """
@@ -44,7 +44,9 @@ def test_a_text_is_a_sentence_or_a_file(tmp_path):
 def test_loads_of_wrong_types_are_no_rows(tmp_path):
     loads = [{"load": [[1, 2]], "bias": [[0, 0.5]]}, {"load": [[1, 2, 3]]}, {"load": [[1.5, 2]]}]
     loads += [{"load": [[1, 2]], "bias": bias} for bias in ([["0.5", 1.0]], [[0, 1.5]])]
-    (tmp_path / "load.jsonl").write_text("".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads)))
+    (tmp_path / "load.jsonl").write_text(
+        "".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads))
+    )
     log = read_load(tmp_path)
     assert log.steps.tolist() == [0, 4] and log.load.tolist() == [[[1, 2]]] * 2
     assert log.bias.tolist() == [[[0, 0.5]], [[0, 1.5]]]
@@ -52,9 +54,10 @@ def test_loads_of_wrong_types_are_no_rows(tmp_path):
 
 @pytest.fixture(scope="module")
 def reported(whole, tmp_path_factory):
-    """A report with everything: its folder, its numbers, the table of tokens, and what was printed."""
+    """A report with everything: its folder, its numbers, the table of tokens, the printed text."""
     out, folder = io.StringIO(), tmp_path_factory.mktemp("report")
-    argv = [str(whole.folder), "--batches", "2", "--draws", "20", "--text", TEXT, "--worth", "--devices", "4"]
+    argv = [str(whole.folder), "--batches", "2", "--draws", "20", "--text", TEXT]
+    argv += ["--worth", "--devices", "4"]
     argv += ["--against", f"{whole.folder}:8", "--out", str(folder / "out")]
     with contextlib.redirect_stdout(out):
         assert unhooked_cli().main(["stats", *argv, "--tokens", str(folder / "tokens.npz")]) == 0
@@ -71,16 +74,23 @@ def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printe
     assert (numbers["step"], numbers["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
     assert (numbers["specialisation"]["draws"], numbers["specialisation"]["seed"]) == (20, 0)
     load = np.array(numbers["load"])
-    np.testing.assert_array_equal(np.sum([numbers["load_by_domain"][d] for d in numbers["domains"]], axis=0), load)
+    np.testing.assert_array_equal(
+        np.sum([numbers["load_by_domain"][d] for d in numbers["domains"]], axis=0), load
+    )
     np.testing.assert_array_equal([np.diag(pairs) for pairs in numbers["coactivation"]], load)
-    np.testing.assert_allclose(numbers["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)  # six digits
+    # six digits
+    np.testing.assert_allclose(numbers["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)
     assert numbers["groups"]["load"] == load.reshape(3, 2, 4).sum(-1).tolist()
     assert numbers["devices"] == {"count": 4, "load": load.reshape(3, 4, 2).sum(-1).tolist()}
     for layer, vio in zip(numbers["layers"], numbers["max_vio"], strict=True):
         assert re.search(rf"{layer} +MaxVio {vio:.2f}", output)
-    assert f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents" in output
+    assert (
+        f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents"
+        in output
+    )
     assert str(folder / "index.html") in output
-    assert np.isfinite(numbers["worth"]["without"][:2]).all() and numbers["worth"]["without"][2] == [None] * 8
+    assert np.isfinite(numbers["worth"]["without"][:2]).all()
+    assert numbers["worth"]["without"][2] == [None] * 8
 
 
 @pytest.mark.long
@@ -89,11 +99,24 @@ def test_the_header_agrees_with_eval(whole, reported):
     model, config, step = open_model(whole.folder)
     batches = reading.open_text(config.data, whole.folder, TOKENIZER, batches=2)
     measured = evaluate(model, batches.batches, TOKENIZER, batches.domains, mix=batches.mix)
-    names = {"loss": "val_loss", "bits_per_byte": "val_bits_per_byte", "max_vio_training_mix": "max_vio_training_mix"}
+    names = {
+        "loss": "val_loss",
+        "bits_per_byte": "val_bits_per_byte",
+        "max_vio_training_mix": "max_vio_training_mix",
+    }
     for name, metric in names.items():
         assert header[name] == pytest.approx(measured[metric], rel=1e-5)
-    assert (header["step"], header["steps"], header["tokens_seen"]) == (step, 12, 12 * 4 * 16) and step == 12
-    assert (header["parameters"], header["router"], header["preset"]) == (size(MODEL).total, "sigmoid", None)
+    assert (header["step"], header["steps"], header["tokens_seen"]) == (
+        step,
+        12,
+        12 * 4 * 16,
+    )
+    assert step == 12
+    assert (header["parameters"], header["router"], header["preset"]) == (
+        size(MODEL).total,
+        "sigmoid",
+        None,
+    )
 
 
 @pytest.mark.long
@@ -105,11 +128,15 @@ def test_the_users_text_is_shown_and_not_counted(whole, reported):
     model, config, _ = open_model(whole.folder)
     rows = tokens(model, reading.own_batches(TEXT, TOKENIZER, config.data), ())
     for layer in range(2):
-        for t, (experts, gates) in enumerate(zip(first["experts"][layer], first["gates"][layer], strict=True)):
-            assert set(experts) == set(rows.expert_ids[layer, t].tolist()) and gates == sorted(gates, reverse=True)
+        for t, (experts, gates) in enumerate(
+            zip(first["experts"][layer], first["gates"][layer], strict=True)
+        ):
+            assert set(experts) == set(rows.expert_ids[layer, t].tolist())
+            assert gates == sorted(gates, reverse=True)
     written = np.load(folder.parent / "tokens.npz")
     assert written["counted"].sum() == sum(numbers["tokens"]) + rows.counted.sum()
-    assert written["layers"].tolist() == numbers["layers"] and written["domains"].tolist()[-1] == "your text"
+    assert written["layers"].tolist() == numbers["layers"]
+    assert written["domains"].tolist()[-1] == "your text"
     np.testing.assert_array_equal(written["expert_ids"][:, : len(rows.token)], rows.expert_ids)
 
 
@@ -117,17 +144,23 @@ def test_the_users_text_is_shown_and_not_counted(whole, reported):
 def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(whole, reported):
     _, numbers, _ = reported
     batches = reading.open_text(whole.run.data, whole.folder, TOKENIZER, batches=2).batches
-    shares = agreement(*(tokens(open_model(whole.folder, step=step)[0], batches, ()) for step in (12, 8)))
+    shares = agreement(
+        *(tokens(open_model(whole.folder, step=step)[0], batches, ()) for step in (12, 8))
+    )
     assert numbers["saturation"]["steps"] == [8, 12]
     np.testing.assert_allclose(numbers["saturation"]["share"], [shares, [1, 1, 1]], rtol=1e-5)
     other = numbers["against"]
     assert (other["step"], other["note"], other["layers"]) == (8, None, numbers["layers"])
-    assert (np.array(other["shared"]) >= shares - 1e-5).all()  # the best match is no worse than the same numbers
+    # the best match is no worse than the same numbers
+    assert (np.array(other["shared"]) >= shares - 1e-5).all()
     log = read_load(whole.folder)
     vio = {row["step"]: row["max_vio"] for row in rows_of(whole.folder) if "max_vio" in row}
     assert log.steps.tolist() == sorted(vio)
-    np.testing.assert_allclose(np.mean(numbers["over_time"]["max_vio"], axis=-1), list(vio.values()), rtol=1e-5)
-    # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by the row's load.
+    np.testing.assert_allclose(
+        np.mean(numbers["over_time"]["max_vio"], axis=-1), list(vio.values()), rtol=1e-5
+    )
+    # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by
+    # the row's load.
     bias, history = numbers["bias"], numbers["bias"]["history"]
     assert history["steps"] == log.steps.tolist()
     np.testing.assert_allclose(history["value"][-1], bias["value"], rtol=1e-5)
@@ -162,20 +195,25 @@ def test_errors_are_a_sentence(whole, capsys, tmp_path):
         (["--devices", "3"], "devices=3 does not divide the 8 experts"),
         (["--against", f"{whole.folder}:3"], "step=3 has no checkpoint"),
     ):
-        assert unhooked_cli().main(["stats", str(whole.folder), *words, "--out", str(tmp_path / "out")]) == 2
+        argv = ["stats", str(whole.folder), *words, "--out", str(tmp_path / "out")]
+        assert unhooked_cli().main(argv) == 2
         assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_page_needs_no_other_file_and_holds_the_numbers():
     page = render_page(numbers := made_up())
-    ids, links = re.findall(r' id="([^"]*)"', page), re.findall(r'(?:src|href|action)="([^"]*)"', page)
+    ids = re.findall(r' id="([^"]*)"', page)
+    links = re.findall(r'(?:src|href|action)="([^"]*)"', page)
     sections = re.findall(r'<section id="([a-z_]+)">', page)
     assert len(set(ids)) == len(ids) and {link.removeprefix("#") for link in links} == set(sections)
     assert not re.search(r"<(img|link|iframe|form|base|object)\b| on[a-z]+=", page)
     assert "://" not in page and "url(" not in page and "@import" not in page
     assert "default-src 'none'" in page and "'unsafe-inline'; script-src 'sha256-" in page
-    scripts = "".join((WEB / name).read_text() for name in SCRIPTS)  # text goes into the page as text alone
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|</", scripts)
+    # text goes into the page as text alone
+    scripts = "".join((WEB / name).read_text() for name in SCRIPTS)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|</", scripts
+    )
     data = data_of(page)
     del data["colours"]
     assert data == json.loads(json.dumps(numbers))
@@ -183,15 +221,21 @@ def test_the_page_needs_no_other_file_and_holds_the_numbers():
 
 def test_text_never_becomes_markup():
     page = render_page(hostile(made_up()))
-    assert "<b" not in page.replace("<body", "").replace("<button", "") and page.count("</script>") == 2
+    assert "<b" not in page.replace("<body", "").replace("<button", "")
+    assert page.count("</script>") == 2
     assert f"<h1>Where tokens go: {escape(HOSTILE)}, step 400</h1>" in page
     data = data_of(page)
-    assert data["domains"][0] == data["texts"][0]["tokens"][0] == data["favourites"][0][0][0][1] == HOSTILE
+    assert (
+        data["domains"][0]
+        == data["texts"][0]["tokens"][0]
+        == data["favourites"][0][0][0][1]
+        == HOSTILE
+    )
 
 
 @pytest.mark.long
 def test_version_three_fits():
-    """59 layers of 256 experts: no table of E² pairs, every list is there, and a page below 5 MB."""
+    """59 layers of 256 experts: no table of E² pairs, every list, and a page below 5 MB."""
     numbers = version_three()
     assert len(render_page(numbers).encode()) < 5_000_000
     assert numbers["coactivation"] is None and numbers["transitions"]["lift"] is None

@@ -1,4 +1,4 @@
-"""Tokenizers: text survives the round trip, bytes are counted correctly, and streams give complete characters."""
+"""Tokenizers: text survives the round trip, bytes are counted, streams give whole characters."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def bpe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
-    """As in Llama 2: "▁" for a space, bytes for characters outside the vocabulary, specials with other names."""
+    """As in Llama 2: "▁" for a space, bytes for unknown characters, specials with other names."""
     path = tmp_path_factory.mktemp("sp") / "tokenizer.json"
     tokenizer_of(TEXTS["strict"]).save(str(path))
     return tok.load(str(path))
@@ -65,11 +65,13 @@ def test_round_trip_and_bytes(words, monkeypatch):
     assert words.byte_lengths[ids].sum() == len((prefix + text).encode())
     many = [text[i:] for i in range(70)]
     monkeypatch.setattr(tok, "_BATCH", 100)
-    assert [ids.tolist() for ids in words.encode_arrays(many)] == [words.encode(text) for text in many]
+    assert [ids.tolist() for ids in words.encode_arrays(many)] == [
+        words.encode(text) for text in many
+    ]
 
 
 def test_decode_of_broken_text(bpe):
-    """Partial UTF-8 becomes U+FFFD as in the library; specials and ids beyond the vocabulary are skipped."""
+    """Partial UTF-8 becomes U+FFFD as in the library; specials and unknown ids are skipped."""
     assert tok.load("bytes").decode([0x61, 0xE2, 0x82, 256, 0x62, 300, -5]) == "a\ufffdb"
     for ids in np.random.default_rng(0).integers(bpe.vocab_size, size=(50, 30)).tolist():
         assert bpe.decode(ids) == bpe.inner.decode(ids, skip_special_tokens=True)
@@ -87,7 +89,7 @@ def test_specials_have_no_bytes_and_text_cannot_contain_them(words):
 
 @each
 def test_names_of_specials_are_read_where_they_are_asked_for(words):
-    """Each id has the characters of its bytes; specials cover their names; the text between is encoded alike."""
+    """An id has its bytes' characters, specials their names'; text between is encoded alike."""
     special = [name for name, i in words.specials.items() if i == words.eos_id][0]
     text = f"é{special}{special}日b"
     ids, spans = words.encode_with_specials(text)
@@ -95,13 +97,15 @@ def test_names_of_specials_are_read_where_they_are_asked_for(words):
     for i, (start, end) in zip(ids, spans, strict=True):
         if i == words.eos_id:
             assert text[start:end] == special
-        elif not words.puts_space_before:  # else the first token covers a space that the text does not have
+        # else the first token covers a space that the text does not have
+        elif not words.puts_space_before:
             assert words.bytes_of([i]) in text[start:end].encode()
     assert {i for start, end in spans for i in range(start, end)} == set(range(len(text)))
     if not words.puts_space_before:
         between = [list(g) for k, g in itertools.groupby(ids, lambda i: i == words.eos_id) if not k]
         assert between == [words.encode("é"), words.encode("日b")]
-    assert words.encode_prompt("a") == words.encode_with_specials("a")[0] or words.puts_space_before  # which adds BOS
+    # a tokenizer that puts a space before adds BOS
+    assert words.encode_prompt("a") == words.encode_with_specials("a")[0] or words.puts_space_before
 
 
 SPLITS = {
@@ -121,7 +125,7 @@ def test_kimis_pattern(tiktoken):
 
 
 def test_kimis_special_tokens(tiktoken, tmp_path):
-    """256 ids after the ranks, some of them named; more where the names need it. A damaged file is refused."""
+    """256 ids after the ranks, some of them named; more if names need it. Damage is refused."""
     assert (tiktoken.vocab_size, tiktoken.eos_id) == (BASE + 256, BASE + 1)
     assert tiktoken.specials["<|im_end|>"] == BASE + 2
     assert tiktoken.specials[f"<|reserved_token_{BASE + 4}|>"] == BASE + 4
@@ -144,11 +148,17 @@ def inner_of(*specials):
 
 
 def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
-    """tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json, then known names."""
+    """The four configuration files in their order of preference, then known names.
+
+    tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json.
+    """
     inner = inner_of("<eos>", "<x>", "<y>", "<z>")
     file = tmp_path / "tokenizer.json"
     inner_of().save(str(file))
-    for name, sentence in (("nowhere", "tokenizer='nowhere'"), (str(file), "has no end of document")):
+    for name, sentence in (
+        ("nowhere", "tokenizer='nowhere'"),
+        (str(file), "has no end of document"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             tok.load(name)
     inner.save(str(file))
@@ -165,16 +175,25 @@ def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
     assert eos(generation_config={"eos_token_id": [4, 2]}) == 4
     assert eos(generation_config={"eos_token_id": 4}, config={"eos_token_id": 3}) == 3
     assert eos(config={"eos_token_id": 3}, tokenizer_config={"eos_token": "<x>"}) == 2
-    assert eos(tokenizer_config={"eos_token": {"content": "<x>"}}, special_tokens_map={"eos_token": "<y>"}) == 3
-    with pytest.raises(ValueError, match="names eos_token='<w>', and tokenizer.json has no such token"):
+    config = {"eos_token": {"content": "<x>"}}
+    assert eos(tokenizer_config=config, special_tokens_map={"eos_token": "<y>"}) == 3
+    with pytest.raises(
+        ValueError, match="names eos_token='<w>', and tokenizer.json has no such token"
+    ):
         eos(tokenizer_config={"eos_token": "<w>"})
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
     assert tok.named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
 
 
 def test_deepseek_names(tmp_path):
-    """DeepSeek's specials are found by name, in PSM order; added tokens of its chat format have their text's bytes."""
-    names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"]
+    """DeepSeek's specials are found by name, in PSM order; added tokens have their text's bytes."""
+    names = [
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜fim▁hole｜>",
+        "<｜fim▁begin｜>",
+        "<｜fim▁end｜>",
+    ]
     inner = inner_of(*names)
     inner.add_tokens(["<think>"])
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -197,7 +216,10 @@ def test_a_copy_keeps_the_end_of_a_document(tmp_path):
     (source / "tokenizer_config.json").write_text('{"eos_token": "<x>", "chat_template": "…"}')
     own = tok.keep_copy(str(source / "tokenizer.json"), tmp_path / "said")
     assert tok.load(str(own)).eos_id == tok.load(str(source)).eos_id == 2
-    assert {path.name for path in own.parent.iterdir()} == {"tokenizer.json", "special_tokens_map.json"}
+    assert {path.name for path in own.parent.iterdir()} == {
+        "tokenizer.json",
+        "special_tokens_map.json",
+    }
     assert tok.keep_copy(str(own), own.parent) == own
 
 

@@ -1,4 +1,4 @@
-"""The training loop: however a run is stopped or moved, the same command ends with the same numbers."""
+"""The training loop: however a run is stopped or moved, its command ends with the same numbers."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ BEGUN = 5  # steps taken in the folders that are begun
 
 @pytest.fixture(scope="module")
 def stopped(whole, root):
-    """The run of `whole`, stopped at step BEGUN: what `fit` returned and printed. Its folder is copied by `begun`."""
+    """`whole`, stopped at step BEGUN: what `fit` returned and printed. `begun` copies it."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in SECONDS:
             patch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
@@ -55,7 +55,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def test_the_peak_of_mfu_is_measured_with_random_numbers(monkeypatch):
-    """On a GPU a product of equal numbers needs less power and is faster than any product of a model."""
+    """On a GPU a product of equal numbers needs less power and is faster than a model's."""
     seen = []
     monkeypatch.setattr(jax, "jit", lambda product: lambda a: seen.append(a) or product(a))
     SECONDS[speed, "gemm_flops"](size=8, seconds=1e-3)
@@ -66,13 +66,19 @@ def test_a_run_folder_holds_what_it_should(whole):
     rows = rows_of(whole.folder)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
-    assert all(np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in rows if "loss" in row)
+    assert all(
+        np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in rows if "loss" in row
+    )
     assert rows[0]["loss"] > rows[-1]["val_loss"]  # it learns
     assert {path.name for path in (whole.folder / "checkpoints").iterdir()} == {"8", "12"}  # keep=2
     for name in ("routing.png", "training.png"):
         assert (whole.folder / name).read_bytes().startswith(PNG)
-    assert whole.fitted.finished and whole.fitted.step == STEPS and whole.fitted.resumed_from is None
-    assert f", against {whole.fitted.order2_bits_per_byte:.3f} of an order-2 byte model" in whole.said
+    assert whole.fitted.finished
+    assert whole.fitted.step == STEPS
+    assert whole.fitted.resumed_from is None
+    assert (
+        f", against {whole.fitted.order2_bits_per_byte:.3f} of an order-2 byte model" in whole.said
+    )
 
 
 def test_tensorboard_holds_the_same_scalars(whole):
@@ -89,10 +95,13 @@ def test_tensorboard_holds_the_same_scalars(whole):
 
 
 def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
-    """Twice, and without a report. Rows of metrics after the checkpoint are dropped, also one that is cut short."""
+    """Twice, and without a report; rows of metrics after the checkpoint, or cut, are dropped."""
     first, said = stopped
     assert (first.step, first.finished, first.resumed_from) == (BEGUN, False, None)
-    assert "stopped and saved at step 5" in said and " tokens/s" in said and "MFU" in whole.said and "MFU" not in said
+    assert "stopped and saved at step 5" in said
+    assert " tokens/s" in said
+    assert "MFU" in whole.said
+    assert "MFU" not in said
     with (begun / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
     second = loop.fit(whole.run, begun, stop_after=7, quiet=True, report=False)
@@ -106,14 +115,17 @@ def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
 
 
 def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole, tmp_path):
-    """It resumes from the checkpoint before, and keeps rows behind a bad line; then from a step that is asked for."""
+    """It resumes from the checkpoint before, and keeps later rows; then from a given step."""
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     (folder / "checkpoints" / "12" / "data" / "metadata").write_text("{}")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], "", "12", "{}", '{"step', *lines[2:]]) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        "\n".join([*lines[:2], "", "12", "{}", '{"step', *lines[2:]]) + "\n"
+    )
     result, said = said_by(loop.fit, whole.run, folder)
     assert result.resumed_from == 8
-    assert "the checkpoint of step 12 is kept as 12.damaged: file=" in said and "data/metadata' is damaged" in said
+    assert "the checkpoint of step 12 is kept as 12.damaged: file=" in said
+    assert "data/metadata' is damaged" in said
     assert f"file={folder}/metrics.jsonl: lines 3, 4, 5, 6 are no rows and are passed over" in said
     assert_same_run(folder, whole.folder)
     assert loop.fit(whole.run, folder, step=8, quiet=True).resumed_from == 8
@@ -148,12 +160,18 @@ def change_steps(patch, before, after) -> None:
 
 SPOILED = {
     "parameter head": lambda state: (state.params, "head", 1e30),
-    "router bias sparse.moe.bias": lambda state: (state.bias["sparse"]["moe"], "bias", np.float32("nan")),
+    "router bias sparse.moe.bias": lambda state: (
+        state.bias["sparse"]["moe"],
+        "bias",
+        np.float32("nan"),
+    ),
     "an optimizer state": lambda state: (state.opt.mu, "head", np.float32("nan")),
 }
 
 
-@pytest.mark.parametrize("what", [*list(SPOILED)[:2], pytest.param("an optimizer state", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "what", [*list(SPOILED)[:2], pytest.param("an optimizer state", marks=pytest.mark.long)]
+)
 def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch, capfd):
     def spoil(state):
         part, name, factor = SPOILED[what](state)
@@ -173,7 +191,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capf
 
     def spoil(state):
         if len(steps) == 3:
-            state.params["head"] = state.params["head"].replace(state.params["head"][...].at[0, 0].set(np.inf))
+            state.params["head"] = state.params["head"].replace(
+                state.params["head"][...].at[0, 0].set(np.inf)
+            )
 
     with monkeypatch.context() as patch:
         change_steps(patch, spoil, lambda state: steps.append(int(state.step)))
@@ -186,8 +206,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capf
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch, capfd, ahead):
-    """Training saves the step before the record. The same command goes on once the record is mended."""
+def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(
+    whole, begun, monkeypatch, capfd, ahead
+):
+    """Training saves the step before the record, and goes on once the record is mended."""
     good = Batches.__next__
 
     def read(self):
@@ -198,7 +220,9 @@ def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun,
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "__next__", read)
         patch.setattr(loop, "AHEAD", {"cpu": ahead})
-        assert train_by_command(whole.run, begun, capfd) == "dsv3: shard 'a' is damaged in record 82"
+        assert (
+            train_by_command(whole.run, begun, capfd) == "dsv3: shard 'a' is damaged in record 82"
+        )
     assert rows_of(begun) == rows_of(whole.folder)[:8]  # 7 steps, and an evaluation
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
@@ -234,11 +258,18 @@ class Recorder(Callback):
 
 
 def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
-    """It stops after the step that follows, and the other callback is called to the end. The same call resumes."""
+    """It stops after the next step, and calls the other callback to the end. The call resumes."""
     first, broken, second = Recorder(), Recorder(breaks_at=7), Recorder()
     with pytest.raises(KeyError, match="no connection to the tracker"):
         loop.fit(whole.run, begun, quiet=True, callbacks=[broken, first])
-    want = [("start", 5), ("step", 6), ("evaluation", 6), ("step", 7), ("step", 8), ("checkpoint", 8)]
+    want = [
+        ("start", 5),
+        ("step", 6),
+        ("evaluation", 6),
+        ("step", 7),
+        ("step", 8),
+        ("checkpoint", 8),
+    ]
     assert first.calls == want and broken.calls == want[:4]
     assert loop.fit(whole.run, begun, quiet=True, callbacks=[second]).resumed_from == 8
     assert second.calls[:2] == [("start", 8), ("step", 9)]
@@ -250,38 +281,59 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
 def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
     stop = Recorder(breaks_at=6, how=lambda: signal.raise_signal(signal.SIGTERM))
     stopped = loop.fit(whole.run, begun, quiet=True, callbacks=[stop])
-    assert (stopped.step, stopped.finished) == (7, False) and "stopping when this step" in capfd.readouterr().err
+    assert (stopped.step, stopped.finished) == (
+        7,
+        False,
+    )
+    assert "stopping when this step" in capfd.readouterr().err
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
 
 
 @pytest.mark.long
 def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, monkeypatch):
-    """It names what is inside it by its name, and text by its place. Another tokenizer is another run."""
+    """It names what is inside it by name, text by place. Another tokenizer is another run."""
     text, there = Path(whole.run.data.paths[0]), tmp_path / "elsewhere"
     monkeypatch.chdir(text.parent)
-    data = replace(whole.run.data, paths=("text",), tokenizer=str(tmp_path / "words" / TOKENIZER_FILE))
-    tokenizer.train_bpe(["no merges"], 260, data.tokenizer)  # the specials first: no id means what a byte's does
+    data = replace(
+        whole.run.data, paths=("text",), tokenizer=str(tmp_path / "words" / TOKENIZER_FILE)
+    )
+    # the specials first: no id means what a byte's does
+    tokenizer.train_bpe(["no merges"], 260, data.tokenizer)
     run = replace(whole.run, data=data)
     loop.fit(run, there / "renamed", stop_after=BEGUN, quiet=True, report=False)
     shutil.rmtree(tmp_path / "words")
     monkeypatch.chdir(there)
-    written, moved = json.loads((there / "renamed" / RUN_FILE).read_text())["run"]["data"], Path("renamed")
+    written = json.loads((there / "renamed" / RUN_FILE).read_text())["run"]["data"]
+    moved = Path("renamed")
     assert (written["tokenizer"], written["paths"]) == (TOKENIZER_FILE, [str(text)])
-    assert (load_run(moved).step, read_run(moved).data.tokenizer) == (BEGUN, "renamed/tokenizer.json")
-    assert tokenizer.load("renamed/tokenizer.json").encode("a") != tokenizer.ByteTokenizer().encode("a")
+    assert load_run(moved).step == BEGUN
+    assert read_run(moved).data.tokenizer == "renamed/tokenizer.json"
+    renamed = tokenizer.load("renamed/tokenizer.json")
+    assert renamed.encode("a") != tokenizer.ByteTokenizer().encode("a")
     before = sorted(moved.rglob("*"))
-    with pytest.raises(ValueError, match=r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"):
-        loop.fit(replace(read_run(moved), data=replace(read_run(moved).data, tokenizer="bytes")), moved, quiet=True)
+    with pytest.raises(
+        ValueError, match=r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"
+    ):
+        loop.fit(
+            replace(read_run(moved), data=replace(read_run(moved).data, tokenizer="bytes")),
+            moved,
+            quiet=True,
+        )
     assert sorted(moved.rglob("*")) == before
-    copy = str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))  # the same ids are the same tokenizer
+    # the same ids are the same tokenizer
+    copy = str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))
     claim(moved, replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=copy)))
     run = replace(run, data=replace(data, paths=(f"{text}/../text",)))  # another spelling
-    assert loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False).resumed_from == BEGUN
+    assert (
+        loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False).resumed_from == BEGUN
+    )
 
 
 @pytest.mark.long
-def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(whole, begun, monkeypatch):
+def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
+    whole, begun, monkeypatch
+):
     """JAX refuses transfers that are not asked for, from a batch to the start of a step."""
     run, events, put = replace(whole.run, eval_every=20, save_every=9), [], loop.processes.put
 

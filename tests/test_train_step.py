@@ -1,4 +1,4 @@
-"""One training step: microbatches equal the batch, the bias follows the load, a step that is not finite is skipped."""
+"""One step: microbatches equal the batch, the bias follows the load, non-finite are skipped."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,9 @@ from dsv3_jax.training.step import Job, first_bad_tensor, make_step
 
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
-RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5))
+RUN = make_run(
+    "nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5)
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,10 @@ def step():
 
 
 def make_batch(seed: int = 0) -> dict[str, jax.Array]:
-    """Rows of one to four documents; rows 1 and 3 end in 3 and 12 places of padding: no two parts weigh alike."""
+    """Rows of one to four documents; rows 1 and 3 end in 3 and 12 places of padding.
+
+    No two parts weigh alike.
+    """
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
     segment_ids[1, -3:] = segment_ids[3, -12:] = 0
@@ -39,46 +44,81 @@ def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-LIGHT = replace(RUN, model=replace(MODEL, num_layers=1, num_dense_layers=1, mtp_depth=0))  # compiles fastest
+# compiles fastest
+LIGHT = replace(RUN, model=replace(MODEL, num_layers=1, num_dense_layers=1, mtp_depth=0))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("run", "parts"), [(LIGHT, 2), pytest.param(RUN, 4, marks=pytest.mark.rare)], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("run", "parts"), [(LIGHT, 2), pytest.param(RUN, 4, marks=pytest.mark.rare)], ids=["2", "4"]
+)
 def test_microbatches_are_the_whole_batch(run, parts):
-    """Loss, gradient, load and the parameters after the step, though the parts have different numbers of targets."""
+    """Loss, gradient, load and new parameters, though parts have different numbers of targets."""
     cut = replace(run, optim=replace(run.optim, microbatches=parts))
-    (whole, want), (pieces, got) = (make_step(Job(r))(fresh_state(r), make_batch()) for r in (run, cut))
+    (whole, want), (pieces, got) = (
+        make_step(Job(r))(fresh_state(r), make_batch()) for r in (run, cut)
+    )
     assert got.keys() == want.keys() and float(want["grad_norm"]) > 0.1
     np.testing.assert_array_equal(got["load"], want["load"])
     for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"):
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)  # float32 sums in another order
+        # float32 sums in another order
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
     assert_bitwise(pieces.bias, whole.bias)
     # 1e-5 of each tensor's largest entry: gradients are sums of up to 60 tokens' terms in float32
-    for before, after in zip(jax.tree.leaves(whole.opt.mu), jax.tree.leaves(pieces.opt.mu), strict=True):
+    for before, after in zip(
+        jax.tree.leaves(whole.opt.mu), jax.tree.leaves(pieces.opt.mu), strict=True
+    ):
         np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
 
 
 LAYER = replace(MODEL, num_layers=1, mtp_depth=0, balance=Balance(sequence_alpha=0.0))
-SPARSE = replace(LAYER, num_dense_layers=1, q_latent_dim=7, attention="dsa", index_heads=2, index_dim=6, index_topk=5)
-ANSWERS = {"data": DataConfig(seq_len=T, batch_size=B, format="chat"), "grpo": Grpo(group=2, kl=0.5)}
+SPARSE = replace(
+    LAYER,
+    num_dense_layers=1,
+    q_latent_dim=7,
+    attention="dsa",
+    index_heads=2,
+    index_dim=6,
+    index_topk=5,
+)
+ANSWERS = {
+    "data": DataConfig(seq_len=T, batch_size=B, format="chat"),
+    "grpo": Grpo(group=2, kl=0.5),
+}
 # Each run's gradient is mostly that of one term of the loss.
 TERMS = {
     "z-loss": {"model": replace(LAYER, mtp_depth=1, balance=Balance(z_alpha=1.0))},
     "indexers": {"model": SPARSE, "start": "nowhere", "indexer_stage": "warm"},
     "sequence-wise loss": {"model": replace(LAYER, balance=Balance(sequence_alpha=100.0))},
-    "heads": {"model": replace(LAYER, mtp_depth=1, mtp_kind="eagle"), "trunk": "nowhere", "head_loss": "kl"},
+    "heads": {
+        "model": replace(LAYER, mtp_depth=1, mtp_kind="eagle"),
+        "trunk": "nowhere",
+        "head_loss": "kl",
+    },
     "answers": {"model": LAYER, **ANSWERS},
-    "answers of constant length": {"model": LAYER, **ANSWERS, "grpo": Grpo(group=2, form="constant_length", kl=0.5)},
+    "answers of constant length": {
+        "model": LAYER,
+        **ANSWERS,
+        "grpo": Grpo(group=2, form="constant_length", kl=0.5),
+    },
 }
 FAST = "z-loss", "indexers"
 
 
-@pytest.mark.parametrize("term", [t if t in FAST else pytest.param(t, marks=pytest.mark.long) for t in TERMS])
+@pytest.mark.parametrize(
+    "term", [t if t in FAST else pytest.param(t, marks=pytest.mark.long) for t in TERMS]
+)
 def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
-    """Four parts of 16, 13, 16 and 4 tokens; the indexers' metric is the mean over the batch's tokens, too."""
+    """Four parts of 16, 13, 16 and 4 tokens; the indexers' metric is the mean over tokens, too."""
     rng, batch = np.random.default_rng(3), make_batch()
-    logprobs = {name: rng.normal(-5, 1, (B, T)) for name in ("old_logprobs", "start_logprobs", "advantages")}
-    batch |= {name: jnp.asarray(x, jnp.float32) for name, x in logprobs.items()} if term.startswith("answers") else {}
+    logprobs = {
+        name: rng.normal(-5, 1, (B, T)) for name in ("old_logprobs", "start_logprobs", "advantages")
+    }
+    batch |= (
+        {name: jnp.asarray(x, jnp.float32) for name, x in logprobs.items()}
+        if term.startswith("answers")
+        else {}
+    )
 
     def gradient(parts):
         run = replace(RUN, **TERMS[term], optim=replace(RUN.optim, microbatches=parts))
@@ -90,30 +130,39 @@ def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
     assert max(np.abs(x).max() for x in jax.tree.leaves(whole)) > 1e-3
     for name, x in nnx.to_flat_state(whole):
         # 1e-5 of each tensor's largest entry: float32 sums of 49 tokens in another order
-        np.testing.assert_allclose(dict(nnx.to_flat_state(pieces))[name], x, rtol=0, atol=1e-5 * np.abs(x).max())
+        np.testing.assert_allclose(
+            dict(nnx.to_flat_state(pieces))[name], x, rtol=0, atol=1e-5 * np.abs(x).max()
+        )
     np.testing.assert_allclose(got.total, want.total, rtol=1e-5)
     for name, x in over_layers(want.metrics).items():
-        np.testing.assert_allclose(over_layers(got.metrics)[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            over_layers(got.metrics)[name], x, rtol=1e-5, atol=1e-6, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("attention", ["mla", pytest.param("dsa", marks=pytest.mark.rare)])
 def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, attention):
-    """cuDNN's kernel takes no segments. Padding after a document changes no number of the step, nor QK-clip's."""
+    """cuDNN's kernel takes no segments. Padding after a document changes no number of the step."""
     given, pick = [], choose.Kernels.pick
 
     def record(self, op, *args, **settings):
         if op in ("causal_attention", "index_choose"):
-            given.append(settings.get("segment_ids", args[4] if op == "index_choose" and len(args) > 4 else None))
+            by_place = args[4] if op == "index_choose" and len(args) > 4 else None
+            given.append(settings.get("segment_ids", by_place))
         return pick(self, op, *args, **settings)
 
     monkeypatch.setattr(choose.Kernels, "pick", record)
-    index = dict(q_latent_dim=7, index_heads=2, index_dim=6, index_topk=5) if attention == "dsa" else {}
+    index = (
+        dict(q_latent_dim=7, index_heads=2, index_dim=6, index_topk=5) if attention == "dsa" else {}
+    )
     clip = 0.01 if attention == "mla" else None
     model = replace(MODEL, attention=attention, num_layers=1, **index)
     run = replace(RUN, model=model, optim=replace(RUN.optim, qk_clip=clip))
     joined = replace(run, data=replace(run.data, separate_documents=False))
     lengths = np.array([T, 9, T, 3])
-    batch = packed_batch(np.random.default_rng(0), (np.arange(T) < lengths[:, None]).astype(np.int32))
+    batch = packed_batch(
+        np.random.default_rng(0), (np.arange(T) < lengths[:, None]).astype(np.int32)
+    )
     state, want = make_step(Job(run))(fresh_state(run), dict(batch))
     assert all(ids is not None for ids in given)
     given.clear()
@@ -133,9 +182,14 @@ def test_the_bias_follows_the_load_of_the_batch(step):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # donated
     after, load = dict(nnx.to_flat_state(new.bias)), np.asarray(metrics["load"])
     segments = np.asarray(make_batch()["segment_ids"])
-    read = (segments[:, :-1] != 0) & (segments[:, :-1] == segments[:, 1:])  # by the MTP block, in the same document
-    assert load.sum(-1).tolist() == [2 * (segments != 0).sum()] * 2 + [2 * read.sum()]  # two experts a token
-    for path, rows in ((("sparse", "moe", "bias"), load[:2]), (("mtp", 0, "block", "moe", "bias"), load[2])):
+    # by the MTP block, in the same document
+    read = (segments[:, :-1] != 0) & (segments[:, :-1] == segments[:, 1:])
+    # two experts a token
+    assert load.sum(-1).tolist() == [2 * (segments != 0).sum()] * 2 + [2 * read.sum()]
+    for path, rows in (
+        (("sparse", "moe", "bias"), load[:2]),
+        (("mtp", 0, "block", "moe", "bias"), load[2]),
+    ):
         moved = np.float32(1e-2) * np.sign(rows.mean(-1, keepdims=True) - rows)
         assert {-1, 1} <= set(np.sign(moved).ravel())
         np.testing.assert_array_equal(after[path][...], before.pop(path)[...] + moved)
@@ -145,10 +199,11 @@ def test_the_bias_follows_the_load_of_the_batch(step):
 
 
 def test_each_head_follows_its_own_load():
-    """Rows of the load are the trunk's two sparse layers, then the heads in the order of their numbers."""
+    """Rows of the load are the trunk's two sparse layers, then the heads by their numbers."""
     bias = fresh_state(replace(RUN, model=replace(MODEL, mtp_kind="meta", mtp_depth=3))).bias
     load = jnp.asarray(np.random.default_rng(0).integers(9, size=(5, 8)), jnp.float32)
-    after = dict(nnx.to_flat_state(train_step.updated_bias(bias, load, jnp.float32(0.5), balance.RULES["sign"])))
+    updated = train_step.updated_bias(bias, load, jnp.float32(0.5), balance.RULES["sign"])
+    after = dict(nnx.to_flat_state(updated))
     for path, before in nnx.to_flat_state(bias):
         rows = load[2 + path[1]] if path[0] == "mtp" else load[:2]
         moved = 0.5 * np.sign(rows.mean(-1, keepdims=True) - rows)
@@ -163,7 +218,10 @@ def test_the_bias_is_frozen_at_the_end(step):
         before = copied(state.bias)
         new, metrics = step(state, make_batch())
         assert np.ptp(metrics["load"]) > 0
-        same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, new.bias)), strict=True))
+        same = all(
+            np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (before, new.bias)), strict=True)
+        )
         assert same != moves
 
 

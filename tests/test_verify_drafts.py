@@ -1,4 +1,4 @@
-"""Acceptance of drafts: greedy by hand; sampled tokens follow the target's distribution, whatever the drafts."""
+"""Acceptance of drafts: greedy by hand; sampled tokens follow the target's distribution."""
 
 import math
 from functools import partial
@@ -14,28 +14,31 @@ from dsv3_jax.ops.verify_drafts import accept, probabilities
 
 W = 6
 DRAWS = 40_000
-# Each bound below on a share of DRAWS independent draws fails by chance with probability under 1e-9.
+# Each bound on a share of DRAWS independent draws fails by chance with probability under 1e-9.
 FALSE_ALARM = 1e-9
 
 
 def within(shares, law, draws=DRAWS):
     """Whether chance allows the distance between shares and law, half the sum of differences.
 
-    By Jensen its mean is under half the sum of sqrt(p (1 - p) / n). A draw moves it by 1 / n at most, so McDiarmid's
-    inequality bounds how far it is over its mean.
+    By Jensen its mean is under half the sum of sqrt(p (1 - p) / n). A draw moves it by 1 / n at
+    most, so McDiarmid's inequality bounds how far it is over its mean.
     """
-    bound = np.sqrt(law * (1 - law) / draws).sum() / 2 + math.sqrt(math.log(1 / FALSE_ALARM) / (2 * draws))
+    mean = np.sqrt(law * (1 - law) / draws).sum() / 2
+    bound = mean + math.sqrt(math.log(1 / FALSE_ALARM) / (2 * draws))
     assert bound < 0.12  # wrong laws are farther away
     return np.abs(shares - law).sum() / 2 < bound
 
 
 @partial(jax.jit, static_argnames=("sampling", "certain"))
 def drawn(p_logits, q, key, sampling, certain=False):
-    """DRAWS rounds of two drafts, as a decoding step has them: (drafts, how many are accepted, tokens)."""
+    """DRAWS rounds of two drafts, as in decoding: (drafts, how many are accepted, tokens)."""
     draw, decide = jax.random.split(key)
     drafts = jax.random.categorical(draw, jnp.log(q), axis=-1, shape=(DRAWS, 2)).astype(jnp.int32)
     rows, logits = (jnp.broadcast_to(x, (DRAWS, *x.shape)) for x in (q, p_logits))
-    return drafts, *accept(drafts, None if certain else rows, logits, jax.random.split(decide, (DRAWS, 3)), sampling)
+    return drafts, *accept(
+        drafts, None if certain else rows, logits, jax.random.split(decide, (DRAWS, 3)), sampling
+    )
 
 
 def laws(case, sampling):
@@ -44,7 +47,8 @@ def laws(case, sampling):
     logits = rng.normal(0, 1.5, (3, W)).astype(np.float32)
     p = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in logits])
     if case == "other":
-        q = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in rng.normal(0, 1.5, (2, W))])
+        others = rng.normal(0, 1.5, (2, W))
+        q = np.array([oracles.sampling_probs(row, **sampling._asdict()) for row in others])
     elif case == "certain":
         q = np.eye(W)[[2, 5]]
     else:
@@ -62,11 +66,17 @@ def laws(case, sampling):
 )
 def test_sampled_tokens_follow_the_target(case, sampling):
     logits, p, q = laws(case, sampling)
-    args = jnp.asarray(logits), jnp.asarray(q, jnp.float32), jax.random.key(5), sampling, case == "certain"
+    args = (
+        jnp.asarray(logits),
+        jnp.asarray(q, jnp.float32),
+        jax.random.key(5),
+        sampling,
+        case == "certain",
+    )
     drafts, count, tokens = map(np.asarray, drawn(*args))
     np.testing.assert_allclose(probabilities(jnp.asarray(logits), sampling), p, atol=1e-6)
 
-    # Accepted with probability min(1, p / q): sum of min(p, q), and the second only after the first.
+    # Accepted with probability min(1, p / q): sum of min(p, q); the second only after the first.
     first, second = np.minimum(p[:2], q).sum(-1)
     wanted = np.array([1 - first, first * (1 - second), first * second])
     shares = np.bincount(count, minlength=3) / DRAWS

@@ -1,4 +1,4 @@
-"""A run that begins with another's weights, or trains heads on its frozen trunk, and then depends on it no more."""
+"""A run that begins with another's weights, or trains heads on its trunk, depends on it no more."""
 
 import shutil
 from dataclasses import replace
@@ -28,7 +28,7 @@ LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balanc
 
 @pytest.fixture(scope="module")
 def other(root) -> str:
-    """A run folder whose last checkpoint is random throughout, biases and optimizer too, at step 7."""
+    """A run folder whose checkpoint of step 7 is random throughout, biases and optimizer too."""
     return save(root / "warm start" / "other", make_run(text_in(root / "warm start" / "text")))
 
 
@@ -73,7 +73,11 @@ def begin(run, mesh=None):
 
 def cut(state) -> tuple[dict, dict]:
     """(heads, trunk) of parameters and biases, by name."""
-    flat = {path: np.asarray(v[...]) for s in (state.params, state.bias) for path, v in nnx.to_flat_state(s)}
+    flat = {
+        path: np.asarray(v[...])
+        for s in (state.params, state.bias)
+        for path, v in nnx.to_flat_state(s)
+    }
     heads = {path: a for path, a in flat.items() if path[0] == "mtp"}
     return heads, {path: a for path, a in flat.items() if path[0] != "mtp"}
 
@@ -85,7 +89,8 @@ def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
     assert run.execution == read_run(other).execution
     state, sentence = begin(run)
     wanted = fresh_state(read_run(other))
-    assert_bitwise((state.params, state.bias, state.opt), (wanted.params, wanted.bias, wanted.opt))  # opt: zeros
+    # the optimizer's are zeros
+    assert_bitwise((state.params, state.bias, state.opt), (wanted.params, wanted.bias, wanted.opt))
     assert all(np.asarray(b[...]).any() for _, b in nnx.to_flat_state(state.bias))
     assert (int(state.step), state.step.dtype) == (0, np.int32)
     assert sentence == f"the weights are those of step 7 in {other}"
@@ -98,27 +103,32 @@ def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
 
 
 def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
-    """Nothing is written there: a half-written checkpoint may be that of a run which is training."""
+    """Nothing is written there: a half-written checkpoint may be a run's that is training."""
     sparse = make_run(text_in(tmp_path / "text"), model=replace(TRUNK, num_dense_layers=0))
     trunk = save(tmp_path / "sparse", sparse)
     half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
     half.mkdir()
     state, sentence = begin(run_on(trunk))
-    assert half.exists() and sentence.startswith(f"the trunk is that of step 7 in {trunk}; only the multi-token heads")
+    assert half.exists()
+    assert sentence.startswith(
+        f"the trunk is that of step 7 in {trunk}; only the multi-token heads"
+    )
     frozen = cut(state)[1]
     assert_bitwise(frozen, cut(fresh_state(sparse))[1])
     assert frozen["sparse", "moe", "bias"].all()
 
 
 def test_it_resumes_without_the_other(trunk, tmp_path):
-    """Stopped, the other's folder taken away, resumed: bitwise what an unbroken run gives, data position too."""
+    """Stopped, the other's folder gone, resumed: bitwise an unbroken run, data position too."""
     mine = shutil.copytree(trunk, tmp_path / "mine")
     run = run_on(str(mine))
     assert loop.fit(run, tmp_path / "whole", quiet=True).finished
     assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
     shutil.rmtree(mine)
     assert loop.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
-    (whole, position), (parts, again) = (last_state(tmp_path / name, run) for name in ("whole", "parts"))
+    (whole, position), (parts, again) = (
+        last_state(tmp_path / name, run) for name in ("whole", "parts")
+    )
     assert_bitwise(parts, whole)
     assert again == position and rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
     assert_bitwise(cut(whole)[1], cut(fresh_state(read_run(trunk)))[1])
@@ -131,7 +141,8 @@ def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("kind", "dense"), [("deepseek", 0), ("eagle", 1)])  # dense layers of the trunk's one
+# dense layers of the trunk's one
+@pytest.mark.parametrize(("kind", "dense"), [("deepseek", 0), ("eagle", 1)])
 def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
     run = run_on(trunk, mtp_kind=kind, mtp_depth=1, num_dense_layers=dense)
     step, state, rows = make_step(Job(run)), fresh_state(run), []
@@ -160,13 +171,19 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
 
 
 def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path, capfd):
-    """Options that are not given are the other's; its tokenizer is copied. Without the other the command resumes."""
-    main, mine, out, text = unhooked_cli().main, tmp_path / "mine", tmp_path / "out", read_run(trunk).data.paths[0]
+    """Options not given are the other's; its tokenizer is copied; without the other it resumes."""
+    main = unhooked_cli().main
+    mine = tmp_path / "mine"
+    out = tmp_path / "out"
+    text = read_run(trunk).data.paths[0]
     mine.mkdir()
     tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, str(mine / "tokenizer.json"))
-    data = DataConfig((text,), str(mine / "tokenizer.json"), seq_len=16, batch_size=4, val_fraction=0.3)
+    data = DataConfig(
+        (text,), str(mine / "tokenizer.json"), seq_len=16, batch_size=4, val_fraction=0.3
+    )
     save(mine, make_run(text, model=replace(TRUNK, mtp_depth=0), data=data))
-    argv = ["train", "tiny", f"--out={out}", "--trunk", str(mine), "--model.mtp-kind", "medusa", "--steps", "2"]
+    argv = ["train", "tiny", f"--out={out}", "--trunk", str(mine)]
+    argv += ["--model.mtp-kind", "medusa", "--steps", "2"]
     assert main(argv) == 0 and "the trunk is that of step 7" in capfd.readouterr().out
     run = read_run(out)
     assert run.model == replace(TRUNK, mtp_depth=1, mtp_kind="medusa") and run.trunk == str(mine)

@@ -1,9 +1,8 @@
-"""Small released folders of text settings: tokenizers, chat templates and conversations, for the comparison with
-transformers.
+"""Small released folders of text settings, for the comparison with transformers.
 
-The templates are our own, with the constructs that templates of the released models have. The vocabularies are a few
-dozen merges of words; none is trained, so that the golden file of transformers' results holds for every version of the
-tokenizers library.
+The templates are our own, with the constructs that templates of the released models have. The
+vocabularies are a few dozen merges of words; none is trained, so that the golden file of
+transformers' results holds for every version of the tokenizers library.
 """
 
 import base64
@@ -21,37 +20,69 @@ from dsv3_jax.data.tokenizer import _byte_by_character as byte_by_character
 GOLDEN = Path(__file__).parent / "golden" / "chat.json"
 NOW = datetime(2025, 3, 4, 5, 6)  # what the clock of templates says
 WORDS = (
-    "the", " the", "user", "system", "assistant", "hello", " world", " is", "think", "1+1", "ing", " an", "bos", "é",
+    "the", " the", "user", "system", "assistant", "hello", " world",
+    " is", "think", "1+1", "ing", " an", "bos", "é",
 )  # fmt: skip
 CHARACTER = {byte: character for character, byte in byte_by_character().items()}
 
 TEMPLATES = GOLDEN.parent / "templates"
 V3, KIMI, GLM, STRICT = (
-    (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8") for name in ("v3", "kimi", "glm", "strict")
+    (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    for name in ("v3", "kimi", "glm", "strict")
 )
 
-USER, ANSWER = {"role": "user", "content": "hello world"}, {"role": "assistant", "content": "the end"}
+USER = {"role": "user", "content": "hello world"}
+ANSWER = {"role": "assistant", "content": "the end"}
 CALL = {"role": "assistant", "content": None,
         "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}]}  # fmt: skip
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "system": [{"role": "system", "content": "the system é"}, {"role": "user", "content": "1+1 is?"}],
-    "two turns": [USER, ANSWER, {"role": "user", "content": " 日本語 🚀\n"},
-                  {"role": "assistant", "content": "🚀 ok \n"}],
-    "thoughts": [USER, {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
-                 USER, {"role": "assistant", "content": "c", "reasoning": "how\n"}],
+    "system": [
+        {"role": "system", "content": "the system é"},
+        {"role": "user", "content": "1+1 is?"},
+    ],
+    "two turns": [
+        USER,
+        ANSWER,
+        {"role": "user", "content": " 日本語 🚀\n"},
+        {"role": "assistant", "content": "🚀 ok \n"},
+    ],
+    "thoughts": [
+        USER,
+        {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
+        USER,
+        {"role": "assistant", "content": "c", "reasoning": "how\n"},
+    ],
     "names in a message": [
-        {"role": "user", "content": "a<｜end▁of▁sentence｜><｜User｜>b</s> <s><|im_end|>c<|user|> <think>d"},
+        {
+            "role": "user",
+            "content": "a<｜end▁of▁sentence｜><｜User｜>b</s> <s><|im_end|>c<|user|> <think>d",
+        },
         {"role": "assistant", "content": "<｜Assistant｜>[EOS]e<|im_end|>"},
     ],
     "tools": [USER, CALL, {"role": "tool", "content": "2"}, ANSWER],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": " world"}]}],
+    "parts": [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": " world"}],
+        }
+    ],
     "two users": [USER, USER],
-    "controls": [USER, {"role": "assistant", "content": "skip"}, {"role": "user", "content": "stop"}, ANSWER],
-}  # fmt: skip
+    "controls": [
+        USER,
+        {"role": "assistant", "content": "skip"},
+        {"role": "user", "content": "stop"},
+        ANSWER,
+    ],
+}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "é", "a": 1}}}]
 PROMPTS = (
-    "", "hello world", " the user é日🚀\n\n1+1", "<s>a</s>", "x<｜User｜>y<｜begin▁of▁sentence｜>", "[BOS]<|im_user|>z",
-)  # fmt: skip
+    "",
+    "hello world",
+    " the user é日🚀\n\n1+1",
+    "<s>a</s>",
+    "x<｜User｜>y<｜begin▁of▁sentence｜>",
+    "[BOS]<|im_user|>z",
+)
 
 
 @dataclass(frozen=True)
@@ -121,16 +152,25 @@ def merges() -> list[tuple[str, str]]:
 
 
 def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
-    """Ids are the 256 bytes and merges, or for SentencePiece what Llama has; then the added tokens that lack an id."""
+    """Ids are the 256 bytes and merges, or as Llama's; then come added tokens without one."""
     if text.sentencepiece:
         letters = ["▁", *"abcdefghijklmnopqrstuvwxyzINST[]/<>SY123+?"]
         pairs = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("he", "ll")]
         names = text.specials.split() + [f"<0x{b:02X}>" for b in range(256)] + letters
         vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, *map("".join, pairs)]))}
-        inner = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        inner = tokenizers.Tokenizer(
+            models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        )
+        inner.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         inner.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
     else:
         vocab = {CHARACTER[b]: b for b in range(256)}
@@ -141,7 +181,9 @@ def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
         inner.decoder = decoders.ByteLevel()
         inner.post_processor = processors.ByteLevel(trim_offsets=True)
     for names, special in ((text.specials, True), (text.added, False)):
-        tokens = [tokenizers.AddedToken(name, special=special, normalized=False) for name in names.split()]
+        tokens = [
+            tokenizers.AddedToken(name, special=special, normalized=False) for name in names.split()
+        ]
         inner.add_special_tokens(tokens) if special else inner.add_tokens(tokens)
     if text.bos:
         inner.post_processor = processors.TemplateProcessing(
@@ -159,7 +201,11 @@ def write_text_files(folder: Path, text: Text) -> Path:
     def by_id(values: dict[str, Any]) -> dict[str, Any]:
         if (named := values.get("eos_token_id")) is None:
             return values
-        ids = inner.token_to_id(named) if isinstance(named, str) else [inner.token_to_id(name) for name in named]
+        ids = (
+            inner.token_to_id(named)
+            if isinstance(named, str)
+            else [inner.token_to_id(name) for name in named]
+        )
         return values | {"eos_token_id": ids}
 
     files = {
@@ -180,5 +226,7 @@ def write_text_files(folder: Path, text: Text) -> Path:
 def tiktoken_lines() -> bytes:
     """A `tiktoken.model` of the same merges."""
     byte_of = byte_by_character()
-    pieces = [bytes([b]) for b in range(256)] + [bytes(byte_of[c] for c in a + b) for a, b in merges()]
+    pieces = [bytes([b]) for b in range(256)] + [
+        bytes(byte_of[c] for c in a + b) for a, b in merges()
+    ]
     return b"".join(base64.b64encode(piece) + f" {i}\n".encode() for i, piece in enumerate(pieces))

@@ -1,6 +1,6 @@
 """`make wheel`: what the wheel holds, and that it works where the source tree is not.
 
-python tests/try_wheel.py dist/dsv3_jax-*.whl           # packages are borrowed from this environment
+python tests/try_wheel.py dist/dsv3_jax-*.whl           # packages are this environment's
 python tests/try_wheel.py dist/dsv3_jax-*.whl --fresh   # all packages are installed
 """
 
@@ -29,7 +29,8 @@ def main(wheel: Path, fresh: bool) -> None:
         packages = [] if fresh else ["--no-deps", "--no-index"]
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile"]
         subprocess.run([*pip, *packages, wheel.resolve()], env=clean, check=True)
-        if not fresh:  # .pth files in the folder that this one names, as of an editable install, are not read
+        # .pth files in the folder that this one names, as of an editable install, are not read
+        if not fresh:
             own = next(home.glob("env/lib/python*/site-packages"))
             (own / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
         demo = [home / "env/bin/dsv3", "demo", "--short", "--out", "demo"]
@@ -39,7 +40,9 @@ def main(wheel: Path, fresh: bool) -> None:
         compiled = list(home.glob("cache/dsv3_jax/*.so"))
         assert compiled, "the C++ kernels were not compiled"
         where = "import dsv3_jax; print(dsv3_jax.__file__, dsv3_jax.__version__)"
-        print(subprocess.run([python, "-c", where], cwd=home, env=clean, capture_output=True, text=True).stdout)
+        program = [python, "-c", where]
+        done = subprocess.run(program, cwd=home, env=clean, capture_output=True, text=True)
+        print(done.stdout)
 
 
 if __name__ == "__main__":

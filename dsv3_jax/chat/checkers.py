@@ -1,7 +1,7 @@
-"""What makes an answer right: checkers of the texts that a model writes, by name or as a function of the user's.
+"""What makes an answer right: checkers of texts, by name or as a function of the user's.
 
-A checker is a function (text, row) → bool. The row is the task's record, whose "answer" is a text. A new one by name is
-a row of `CHECKERS`.
+A checker is a function (text, row) → bool. The row is the task's record, whose "answer" is a text.
+A new one by name is a row of `CHECKERS`.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from dsv3_jax.config import ConfigError, Table
 from dsv3_jax.imports import failure_of, module_here
 from dsv3_jax.signals import cpu_limit
 
-MAX_SECONDS = 10.0  # of CPU for one answer: a pattern may take time that is exponential in the text's length
+# of CPU for one answer: a pattern may take time that is exponential in the text's length
+MAX_SECONDS = 10.0
 _NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?")
 
 
@@ -50,7 +51,8 @@ def _needs_number(answer: str) -> None:
         raise ValueError("it holds no number")
 
 
-CHECKERS: Table[tuple[Callable[[str, dict[str, Any]], Any], Callable[[str], Any]]] = Table("grpo checker", {
+_Pair = tuple[Callable[[str, dict[str, Any]], Any], Callable[[str], Any]]
+CHECKERS: Table[_Pair] = Table("grpo checker", {
     # name: the checker; what raises ValueError or re.error for an answer that it cannot use
     "exact": (lambda text, row: text.strip() == row["answer"].strip(), str),
     "number": (lambda text, row: last_number(text) == last_number(row["answer"]), _needs_number),
@@ -81,13 +83,15 @@ class Checker:
         try:
             function = getattr(module_here(module), name)
         except BaseException as error:
-            raise ConfigError(f"grpo checker={self.name!r} cannot be imported: {failure_of(error)}") from error
+            raise ConfigError(
+                f"grpo checker={self.name!r} cannot be imported: {failure_of(error)}"
+            ) from error
         if not callable(function):
             raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → bool")
         return function, str
 
     def fingerprint(self) -> str:
-        """A hash of the source of the user's module that is named; "" for a name of `CHECKERS`, or without source."""
+        """A hash of the source of the user's module; "" for `CHECKERS`, or without source."""
         module, colon, _ = self.name.partition(":")
         with contextlib.suppress(OSError, TypeError):
             source = inspect.getsource(module_here(module)) if colon else ""
@@ -95,17 +99,27 @@ class Checker:
         return ""
 
     def look_at(self, row: dict[str, Any], location: str) -> None:
-        """Look at a task before the first step. Raises: ValueError that names the line of one that cannot be used."""
+        """Look at a task before the first step.
+
+        Raises: ValueError that names the line of one that cannot be used.
+        """
         answer = row.get("answer")
         if not isinstance(answer, str):
-            raise ValueError(f"{location} has answer={answer!r:.60}, not a text for grpo checker={self.name!r}")
+            raise ValueError(
+                f"{location} has answer={answer!r:.60}, not a text for grpo checker={self.name!r}"
+            )
         try:
             self._pair()[1](answer)
         except (ValueError, re.error) as error:
-            raise ValueError(f"{location}: answer={answer!r:.60} does not fit {self.name!r}: {error}") from error
+            raise ValueError(
+                f"{location}: answer={answer!r:.60} does not fit {self.name!r}: {error}"
+            ) from error
 
     def check(self, text: str, row: dict[str, Any], location: str) -> bool:
-        """Whether a text is a right answer. Raises: ValueError if the checker fails, however, or returns no bool."""
+        """Whether a text is a right answer.
+
+        Raises: ValueError if the checker fails, however, or returns no bool.
+        """
         function, _ = self._pair()
         try:
             with cpu_limit(MAX_SECONDS, _late):
@@ -116,5 +130,7 @@ class Checker:
                 sys.stdout = open(os.devnull, "w")  # for the sentences that follow
                 raise ValueError("it closes stdout")
         except BaseException as error:
-            raise ValueError(f"grpo checker={self.name!r} fails at {location} with {failure_of(error)}") from error
+            raise ValueError(
+                f"grpo checker={self.name!r} fails at {location} with {failure_of(error)}"
+            ) from error
         return bool(right)

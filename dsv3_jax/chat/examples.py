@@ -3,15 +3,17 @@
 The first of these that a record has says what its targets are. It may have further keys:
 
     messages, or ShareGPT's conversations   the assistant's tokens, by the chat template
-    prompt, completion     two lists of messages: the assistant's tokens of the completion; or two strings, without the
-                           template: the completion and the end of a document
-    prompt, answer         a task: messages, or a text, which is a user's turn, or by `DataConfig.prompts` a text that
-                           the answer continues. The prompt may also be named "question" (GSM8K) or "messages"
-    instruction, output    Alpaca's, with or without an input: a turn of the user, and the assistant's tokens
+    prompt, completion     two lists of messages: the assistant's tokens of the completion; or two
+                           strings, without the template: the completion and a document's end
+    prompt, answer         a task: messages, or a text, which is a user's turn, or by
+                           `DataConfig.prompts` a text that the answer continues. The prompt may
+                           also be named "question" (GSM8K) or "messages"
+    instruction, output    Alpaca's, with or without an input: a turn of the user, and the
+                           assistant's tokens
     text                   a document: all of its tokens, and its end
 
-A record with messages may also have `tools`, JSON schemas of functions, or their JSON as a text. Any record may have a
-`domain`.
+A record with messages may also have `tools`, JSON schemas of functions, or their JSON as a text.
+Any record may have a `domain`.
 """
 
 import contextlib
@@ -34,14 +36,16 @@ from dsv3_jax.data.corpus import fingerprint_of, rows_of, split
 from dsv3_jax.data.packing import Packed, Piece
 
 KEYS = (
-    "messages", "conversations", "system", "prompt", "question", "completion", "answer", "instruction", "input",
-    "output", "text",
+    "messages", "conversations", "system", "prompt", "question", "completion", "answer",
+    "instruction", "input", "output", "text",
 )  # fmt: skip
 _STEP = 64  # of the lengths of rows
 # Other names of roles.
 ROLE_OF = {
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-    "function_call": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
+    "human": "user",
+    "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "function_call": "assistant",
+    "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 
 
@@ -50,7 +54,8 @@ class Example(NamedTuple):
 
     ids: Int32[np.ndarray, " n"]
     targets: Bool[np.ndarray, " n"]
-    prompt: Int32[np.ndarray, " m"] | None  # of a record with an answer: what a model is asked. None: it asks nothing
+    # of a record with an answer: what a model is asked. None: it asks nothing
+    prompt: Int32[np.ndarray, " m"] | None
 
     @property
     def digest(self) -> bytes:
@@ -59,7 +64,10 @@ class Example(NamedTuple):
 
     @property
     def side(self) -> bytes:
-        """The hash that decides the side of the split. Tasks that differ in the answer alone are on one side."""
+        """The hash that decides the side of the split.
+
+        Tasks that differ in the answer alone are on one side.
+        """
         return self.digest if self.prompt is None else _hash(self.prompt.tobytes())
 
 
@@ -67,20 +75,22 @@ def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
-def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None, *, keep: bool = False) -> Source:
+def load_examples(
+    cfg: DataConfig, text: TextSettings, longest: int | None = None, *, keep: bool = False
+) -> Source:
     """Read and encode the examples of `cfg.paths`, and split them by a hash of each.
 
-    Equal examples are on the same side, and so are tasks with equal prompts. An example's domain is the one it states,
-    else the name of its file. Rows hold whole examples. Those with more than T tokens, or without a target, are left
-    out.
+    Equal examples are on the same side, and so are tasks with equal prompts. An example's domain is
+    the one it states, else the name of its file. Rows hold whole examples. Those with more than T
+    tokens, or without a target, are left out.
 
     Args:
         text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
-        longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples. None means
-            `cfg.seq_len`.
+        longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples.
+            None means `cfg.seq_len`.
         keep: keep the prompts and records too, as `Source.examples`.
-    Raises: ValueError with the file and line of a record that is none of those above, or whose messages the chat
-        template refuses. Also if there is no example, or too few for two sides.
+    Raises: ValueError with the file and line of a record that is none of those above, or whose
+        messages the chat template refuses. Also if there is no example, or too few for two sides.
 
     Example:
         >>> import json, tempfile
@@ -94,15 +104,20 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         ...     source = load_examples(cfg, plain_settings())
         >>> next(source.train_batches())["loss_mask"].astype(int).tolist()
         [[0, 0, 0, 0, 1, 1, 0, 0]]
-        >>> source.summary
-        'examples: 1 to train on, 1 held out; 6 tokens, 2 of them targets; 1 rows of 8: one pass takes 1.0 steps'
+        >>> print(source.summary.replace("; ", ";\\n"))
+        examples: 1 to train on, 1 held out;
+        6 tokens, 2 of them targets;
+        1 rows of 8: one pass takes 1.0 steps
     """
     examples = []
-    for record, domain, location in itertools.islice(contents(cfg.paths, cfg.text_column), cfg.max_documents):
+    for record, domain, location in itertools.islice(
+        contents(cfg.paths, cfg.text_column), cfg.max_documents
+    ):
         example = read_example(record, text, location, cfg.prompts)
         examples.append((example, domain, (record, location) if keep else ()))
     if longest is not None and examples:
-        nearly_all = sorted(len(example.ids) for example, *_ in examples)[math.ceil(0.99 * len(examples)) - 1]
+        lengths = sorted(len(example.ids) for example, *_ in examples)
+        nearly_all = lengths[math.ceil(0.99 * len(examples)) - 1]
         cfg = replace(cfg, seq_len=min(-(-nearly_all // _STEP) * _STEP, longest))
     domains: dict[str, int] = {}
     pieces: list[Piece] = []
@@ -118,7 +133,8 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         else:
             sides.append(example.side)
             digests.append(example.digest)
-            pieces.append(Piece(example.ids, domains.setdefault(domain, len(domains)), len(pieces), example.targets))
+            number = domains.setdefault(domain, len(domains))
+            pieces.append(Piece(example.ids, number, len(pieces), example.targets))
             kept.append((example.prompt, *record))
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
@@ -131,7 +147,8 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     summary = f"examples: {len(train):,} to train on, {len(val):,} held out"
     if not keep:  # prompts are drawn one by one
         summary += (
-            f"; {sum(len(p.tokens) for p in train):,} tokens, {num_targets:,} of them targets; {len(rows):,} rows of "
+            f"; {sum(len(p.tokens) for p in train):,} tokens, {num_targets:,} of them targets; "
+            f"{len(rows):,} rows of "
             f"{cfg.seq_len:,}: one pass takes {len(rows) / cfg.batch_size:,.1f} steps"
         )
     return Source(
@@ -145,13 +162,17 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     )
 
 
-def read_example(record: dict[str, Any], text: TextSettings, location: str, prompts: str = "turn") -> Example:
+def read_example(
+    record: dict[str, Any], text: TextSettings, location: str, prompts: str = "turn"
+) -> Example:
     """Encode a record. Args: prompts: as `DataConfig.prompts`. Raises: ValueError as `encode`."""
     ids, targets = encode(record, text, location, prompts)
     with _located(location):
         prompt = None if record.get("answer") is None else _asked(_task(record, prompts), text)
     return Example(
-        np.array(ids, np.int32), np.array(targets, bool), None if prompt is None else np.array(prompt, np.int32)
+        np.array(ids, np.int32),
+        np.array(targets, bool),
+        None if prompt is None else np.array(prompt, np.int32),
     )
 
 
@@ -183,7 +204,10 @@ def encode(
             return ids, [True] * len(ids)
     if "text" in has:
         raise ValueError(f"{location}: text={record['text']!r} is not text")
-    forms = "messages, conversations, prompt and completion, prompt and answer, instruction and output, or text"
+    forms = (
+        "messages, conversations, prompt and completion, prompt and answer, "
+        "instruction and output, or text"
+    )
     raise ValueError(f"{location} has {', '.join(sorted(record)) or 'nothing'}; give it {forms}")
 
 
@@ -196,7 +220,7 @@ def _located(location: str) -> Iterator[None]:
 
 
 def _task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
-    """A task, as its prompt and a completion; other records as they are, and messages that end in an answer."""
+    """A task as its prompt and a completion; others stay, and messages that end in an answer."""
     found = (record.get(key) for key in ("prompt", "question", "messages"))
     prompt = next((value for value in found if value is not None), None)
     answer = record.get("answer")
@@ -217,9 +241,10 @@ def _is_answer(turn: Any) -> bool:
 
 
 def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
-    """The ids after which a model answers a task, encoded without the answer; None if the task asks nothing.
+    """The ids after which a model answers a task, encoded without the answer; None for no question.
 
-    For messages they are what `dsv3 chat` feeds. Of a conversation, the last answer is the one that is asked for.
+    For messages they are what `dsv3 chat` feeds. Of a conversation, the last answer is the one that
+    is asked for.
     """
     turns = _usual(_turns(task), text)
     if isinstance(turns, list):
@@ -227,8 +252,12 @@ def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
     else:
         asked = _usual(task.get("prompt"), text)
     if isinstance(asked, list):
-        return text.chat.render(asked, tools=read_tools(task.get("tools")), add_generation_prompt=True).ids
-    return [*_begin(text), *text.tokenizer.encode_with_specials(asked)[0]] if isinstance(asked, str) else None
+        return text.chat.render(
+            asked, tools=read_tools(task.get("tools")), add_generation_prompt=True
+        ).ids
+    if isinstance(asked, str):
+        return [*_begin(text), *text.tokenizer.encode_with_specials(asked)[0]]
+    return None
 
 
 def _turns(record: dict[str, Any]) -> Any:
@@ -237,8 +266,15 @@ def _turns(record: dict[str, Any]) -> Any:
         return record["messages"]
     turns = record.get("conversations")
     if turns is None and record.get("instruction") is not None and record.get("output") is not None:
-        asked = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+        asked = (
+            f"{record['instruction']}\n{record['input']}"
+            if record.get("input")
+            else record["instruction"]
+        )
+        turns = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": record["output"]},
+        ]
     return [*_system(record), *turns] if isinstance(turns, list) else turns
 
 
@@ -250,16 +286,23 @@ def _usual(turns: Any, text: TextSettings) -> Any:
     """Give turns the usual keys and roles. `render` says what is wrong with the others."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
-    turns = [{"role": turn["from"], "content": turn.get("value")} if "from" in turn else turn for turn in turns]
+    turns = [
+        {"role": turn["from"], "content": turn.get("value")} if "from" in turn else turn
+        for turn in turns
+    ]
     roles = [ROLE_OF.get(str(turn.get("role"))) for turn in turns]
     return [
         # A template may have another name for tools.
-        turn | {"role": role} if role and not (role == "tool" and text.chat.names(turn["role"])) else turn
+        turn | {"role": role}
+        if role and not (role == "tool" and text.chat.names(turn["role"]))
+        else turn
         for turn, role in zip(turns, roles, strict=True)
     ]
 
 
-def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) -> tuple[list[int], list[bool]]:
+def _completion(
+    prompt: Any, completion: Any, tools: Any, text: TextSettings
+) -> tuple[list[int], list[bool]]:
     if isinstance(prompt, list) and isinstance(completion, list):
         prompt, completion = _usual(prompt, text), _usual(completion, text)
         whole = text.chat.render([*prompt, *completion], tools=tools, assistant_mask=True)
@@ -268,7 +311,8 @@ def _completion(prompt: Any, completion: Any, tools: Any, text: TextSettings) ->
         return whole.ids, [m and i >= before for i, m in enumerate(whole.mask)]
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(
-            f"prompt={prompt!r:.60} and completion={completion!r:.60} are not two texts or two lists of messages"
+            f"prompt={prompt!r:.60} and completion={completion!r:.60} are not two texts or two "
+            "lists of messages"
         )
     ids, spans = text.tokenizer.encode_with_specials(prompt + completion)
     first = _begin(text)
@@ -283,7 +327,9 @@ def _begin(text: TextSettings) -> list[int]:
 
 
 def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Yield (record, domain, location) of the examples of some paths. Say if one has functions, which are not read.
+    """Yield (record, domain, location) of the examples of some paths.
+
+    Say if one has functions, which are not read.
 
     Args: column: another name of "messages", or of "text" where it holds a string.
     """
@@ -293,7 +339,10 @@ def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, An
         for location, record, domain in rows_of(path, keys, chats=True):
             if record.get("functions") and not named:
                 named = True
-                print(f'passed over "functions", first in {location}: give them as "tools"', file=sys.stderr)
+                print(
+                    f'passed over "functions", first in {location}: give them as "tools"',
+                    file=sys.stderr,
+                )
             if column != "text":
                 if record.get(column) is None:
                     raise ValueError(f"{location}, has no {column!r}; it has {sorted(record)}")

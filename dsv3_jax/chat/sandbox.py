@@ -1,8 +1,9 @@
-"""The sandbox of chat templates: a template is a program of someone else's, which must reach nothing, and must end.
+"""The sandbox of chat templates, programs of someone else's: they reach nothing, and they end.
 
-Jinja's own sandbox keeps a template from the process. The operating system bounds its time and memory: templates run in
-another process, which the kernel ends, since no handler in Python interrupts C code that compares or multiplies. That
-process is this file as a program: it imports Jinja, starts with the first template, and answers JSON line by line.
+Jinja's own sandbox keeps a template from the process. The operating system bounds its time and
+memory: templates run in another process, which the kernel ends, since no handler in Python
+interrupts C code that compares or multiplies. That process is this file as a program: it imports
+Jinja, starts with the first template, and answers JSON line by line.
 """
 
 import atexit
@@ -33,10 +34,11 @@ _process: subprocess.Popen[str] | None = None
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Bound what templates take within the context, that of one conversation: time, and on Linux memory."""
+    """Bound what the templates of one conversation take: time, and on Linux memory."""
     global _process
     with _ONE_AT_A_TIME:
-        if _process is None or _process.poll() is not None:  # also in a fork: the process is its parent's
+        # also in a fork: the process is its parent's
+        if _process is None or _process.poll() is not None:
             _end()
             _process = subprocess.Popen(
                 [sys.executable, "-P", __file__],
@@ -50,7 +52,8 @@ def limits() -> Iterator[None]:
 def ask(source: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run a template within `limits`. Without values, look at it.
 
-    Returns: its text, and the spans of its generation blocks; or what it reads, and the texts that are written in it.
+    Returns: its text, and the spans of its generation blocks; or what it reads, and the texts that
+        are written in it.
     Raises: ValueError for whatever the template raises, and when it takes too much time or memory.
     """
     process = _process
@@ -66,7 +69,11 @@ def ask(source: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
         raise
     if not line.endswith("\n"):
         late = process.wait() == -signal.SIGPROF
-        reason = f"runs for more than {MAX_SECONDS:g} seconds" if late else f"takes more than {MAX_BYTES >> 20} MiB"
+        reason = (
+            f"runs for more than {MAX_SECONDS:g} seconds"
+            if late
+            else f"takes more than {MAX_BYTES >> 20} MiB"
+        )
         raise ValueError(f"the chat template {reason}")
     answer = json.loads(line)
     if "error" in answer:
@@ -117,7 +124,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja with the functions that templates find in transformers."""
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
         self.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         self.globals["raise_exception"] = _raise_exception
 
@@ -139,7 +148,11 @@ def _serve() -> None:
         except MemoryError:
             raise  # it ends the process
         except Exception as error:
-            reason = "refuses the messages" if isinstance(error, Refused) else f"fails with {type(error).__name__}"
+            reason = (
+                "refuses the messages"
+                if isinstance(error, Refused)
+                else f"fails with {type(error).__name__}"
+            )
             answer = {"error": f"the chat template {reason}: {' '.join(str(error).split())}"}
         print(json.dumps(answer), flush=True)
 
@@ -149,7 +162,8 @@ def _limit(seconds: float, size: int) -> None:
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (min(used + size, hard % 2**64), hard))  # -1 is no limit
+        # -1 is no limit
+        resource.setrlimit(resource.RLIMIT_AS, (min(used + size, hard % 2**64), hard))
 
 
 _compiled = functools.lru_cache(maxsize=4)(lambda source: Sandbox().from_string(source))
@@ -161,11 +175,15 @@ def _answer(source: str, values: dict[str, Any] | None, now: str) -> dict[str, A
     environment.globals["strftime_now"] = datetime.fromisoformat(now).strftime
     if values is None:
         program = environment.parse(source)
-        constants = [node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)]
+        constants = [
+            node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)
+        ]
         return {
             "reads": list(meta.find_undeclared_variables(program) - environment.globals.keys()),
             "writes_role": _writes_role(program),
-            "written": "\0".join([*(node.data for node in program.find_all(nodes.TemplateData)), *constants]),
+            "written": "\0".join(
+                [*(node.data for node in program.find_all(nodes.TemplateData)), *constants]
+            ),
         }
     tracker: Any = environment.extensions[Generation.identifier]
     tracker.blocks, tracker.found = [], []
@@ -179,8 +197,14 @@ def _answer(source: str, values: dict[str, Any] | None, now: str) -> dict[str, A
 def _writes_role(node: nodes.Node) -> bool:
     """Say whether a template does anything with a message's role but compare it."""
     role = isinstance(node, nodes.Getattr) and node.attr == "role"
-    role |= isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "role"
-    return not isinstance(node, nodes.Compare) and (role or any(map(_writes_role, node.iter_child_nodes())))
+    role |= (
+        isinstance(node, nodes.Getitem)
+        and isinstance(node.arg, nodes.Const)
+        and node.arg.value == "role"
+    )
+    return not isinstance(node, nodes.Compare) and (
+        role or any(map(_writes_role, node.iter_child_nodes()))
+    )
 
 
 if __name__ == "__main__":

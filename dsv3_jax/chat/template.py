@@ -1,7 +1,8 @@
-"""Chat templates: from messages to the token ids that a model was trained on, and which of them an assistant wrote.
+"""Chat templates: from messages to token ids, and which of these an assistant wrote.
 
-A template is a Jinja program that comes with released weights. It runs in a sandbox: it sees messages, names of special
-tokens and a few functions, and nothing else of the process. Templates find the same names here as in transformers.
+A template is a Jinja program that comes with released weights. It runs in a sandbox: it sees
+messages, names of special tokens and a few functions, and nothing else of the process. Templates
+find the same names here as in transformers.
 Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
@@ -22,7 +23,8 @@ ROLES = ("system", "user", "assistant")  # others are known if the template name
 _PART = 8  # messages that are compared at once
 # Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
-_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # of transformers: a template that cuts spaces cuts its last one
+# of transformers: a template that cuts spaces cuts its last one
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class Rendered(NamedTuple):
@@ -46,15 +48,18 @@ class ChatTemplate:
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
-        >>> source = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+        >>> turn = "{{ m.role[0] + ':' + m.content + eos_token }}"
+        >>> source = "{% for m in messages %}" + turn + "{% endfor %}"
         >>> chat = ChatTemplate(source, ByteTokenizer(), {"eos_token": "<eos>"})
         >>> chat.text([{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}])
         'u:1+1<eos>a:2<eos>'
-        >>> chat.render([{"role": "user", "content": "<eos>"}]).ids  # text in a message is no special token
+        >>> chat.render([{"role": "user", "content": "<eos>"}]).ids  # a message is plain text
         [117, 58, 60, 101, 111, 115, 62, 256]
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, Any] | None = None):
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, special_tokens: dict[str, Any] | None = None
+    ):
         self.source = source
         self.tokenizer = tokenizer
         self.special_tokens = dict(special_tokens or {})
@@ -66,7 +71,9 @@ class ChatTemplate:
         added = tokenizer.added
         specials = tokenizer.specials
         written = found["written"]
-        self._control_name = any_of(n for n in added if n in specials or (n in written and not n.isspace()))
+        self._control_name = any_of(
+            n for n in added if n in specials or (n in written and not n.isspace())
+        )
         self.marks_assistant = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
     def text(
@@ -84,12 +91,13 @@ class ChatTemplate:
         Args:
             messages: dicts with a `role` and a `content`, and what else the template reads.
             add_generation_prompt: end with what precedes an assistant's answer.
-            continue_final_message: end where the content of the last message ends, so that the model continues it.
+            continue_final_message: end where the content of the last message ends, so that the
+                model continues it.
             tools: JSON schemas of functions. None means that there are none.
             any_order: leave the order of the messages to the template, as transformers does.
             variables: of the template, as `thinking=True`.
-        Raises: ValueError as `check_messages`, when the template does not read a variable, refuses the messages, fails,
-            or tries to reach anything outside.
+        Raises: ValueError as `check_messages`, when the template does not read a variable, refuses
+            the messages, fails, or tries to reach anything outside.
         """
         messages = check_messages(messages, self, any_order=any_order)
         values = self.values(variables, tools)
@@ -110,33 +118,39 @@ class ChatTemplate:
     ) -> Rendered:
         """Return the ids of a conversation, and which of them an assistant wrote.
 
-        The names of special tokens become their ids where the template or an assistant writes them, as in
-        `<think>…</think>`. In other messages they stay text, so that nobody can end a turn or speak as the system from
-        inside a message. By default transformers makes them ids there, too; `specials_in_messages=True` does the same.
-        Messages without such a name have the same ids in both cases. Added tokens that are not called special count as
-        special if the template writes them, as DeepSeek's `<｜User｜>`.
+        The names of special tokens become their ids where the template or an assistant writes them,
+        as in `<think>…</think>`. In other messages they stay text, so that nobody can end a turn or
+        speak as the system from inside a message. By default transformers makes them ids there,
+        too; `specials_in_messages=True` does the same. Messages without such a name have the same
+        ids in both cases. Added tokens that are not called special count as special if the template
+        writes them, as DeepSeek's `<｜User｜>`.
 
-        An assistant's tokens are those that overlap the template's `{% generation %}` blocks. In a template without
-        such blocks two texts are compared: the turns before with the generation prompt, and the turns up to the
-        assistant's. The assistant's tokens follow their common beginning. An end-of-turn token is one of them if the
-        template writes it in that turn.
+        An assistant's tokens are those that overlap the template's `{% generation %}` blocks. In a
+        template without such blocks two texts are compared: the turns before with the generation
+        prompt, and the turns up to the assistant's. The assistant's tokens follow their common
+        beginning. An end-of-turn token is one of them if the template writes it in that turn.
 
         Args:
-            messages, add_generation_prompt, continue_final_message, tools, any_order, variables: as `text`.
+            messages, add_generation_prompt, continue_final_message, tools, any_order, variables: as
+                `text`.
             specials_in_messages: read the names of special tokens in messages as those tokens.
             assistant_mask: find the assistant's tokens.
-        Raises: ValueError as `text`, or when the mask is asked for and the template, without `{% generation %}`, writes
-            earlier turns in another way when later ones follow.
+        Raises: ValueError as `text`, or when the mask is asked for and the template, without
+            `{% generation %}`, writes earlier turns in another way when later ones follow.
         """
         messages = check_messages(messages, self, any_order=any_order)
         values = self.values(variables, tools)
         if assistant_mask and continue_final_message:
-            raise ValueError("assistant_mask=True is for whole messages; leave out continue_final_message")
+            raise ValueError(
+                "assistant_mask=True is for whole messages; leave out continue_final_message"
+            )
         if not specials_in_messages:
             messages = [m if m["role"] == "assistant" else self._quoted(m) for m in messages]
             values = self._quoted(values)
         with limits():
-            text, spans = self._ended(messages, values, add_generation_prompt, continue_final_message)
+            text, spans = self._ended(
+                messages, values, add_generation_prompt, continue_final_message
+            )
             if assistant_mask and not self.marks_assistant:
                 spans = self._spans_by_prefix(messages, text, values)
         encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
@@ -144,33 +158,51 @@ class ChatTemplate:
         return Rendered(ids, _overlaps(characters, spans if assistant_mask else []))
 
     def values(self, variables: dict[str, Any], tools: Any = None) -> dict[str, Any]:
-        """Return what the template reads beside messages, as plain data. Raises: ValueError for what it never reads."""
+        """Return what the template reads beside messages, as plain data.
+
+        Raises: ValueError for what it never reads.
+        """
         for name in variables.keys() - self.variables:
             raise ValueError(
-                f"{name}={variables[name]!r} is no variable of the chat template{did_you_mean(name, self.variables)}; "
+                f"{name}={variables[name]!r} is no variable of the chat "
+                f"template{did_you_mean(name, self.variables)}; "
                 f"it reads {', '.join(sorted(self.variables)) or 'none'}"
             )
         return _plain({"documents": None, "tools": tools} | variables, "tools and variables")
 
-    def _ended(self, messages: list[Message], values: Any, prompt: bool, open_end: bool) -> tuple[str, Spans]:
-        """Run the template. Args: prompt: add the generation prompt; open_end: as `continue_final_message`.
+    def _ended(
+        self, messages: list[Message], values: Any, prompt: bool, open_end: bool
+    ) -> tuple[str, Spans]:
+        """Run the template.
 
+        Args: prompt: add the generation prompt; open_end: as `continue_final_message`.
         Source: transformers, `render_jinja_template`.
         """
         if not open_end:
             return self._run(messages, prompt, values)
         if prompt:
-            raise ValueError("continue_final_message and add_generation_prompt are both given; choose one")
+            raise ValueError(
+                "continue_final_message and add_generation_prompt are both given; choose one"
+            )
         last, content = _tagged(messages[-1])
         text, _ = self._run([*messages[:-1], last], False, values)
         end = text.rfind(_TAG.rstrip())
         if end < 0 or content.strip() not in text:
-            raise ValueError("continue_final_message: the chat template does not write the whole of the last message")
+            raise ValueError(
+                "continue_final_message: the chat template does not write the whole of the last "
+                "message"
+            )
         return text[:end] if text.startswith(_TAG, end) else text[:end].rstrip(), []
 
-    def _run(self, messages: list[Message], add_generation_prompt: bool, values: dict[str, Any]) -> tuple[str, Spans]:
+    def _run(
+        self, messages: list[Message], add_generation_prompt: bool, values: dict[str, Any]
+    ) -> tuple[str, Spans]:
         """Run the template. Returns: (text, the characters of its generation blocks)."""
-        values = self.special_tokens | values | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        values = (
+            self.special_tokens
+            | values
+            | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        )
         found = ask(self.source, values)
         return found["text"], [(start, end) for start, end in found["spans"]]
 
@@ -181,8 +213,9 @@ class ChatTemplate:
     def _spans_by_prefix(self, messages: list[Message], text: str, values: Any) -> Spans:
         """Find the assistant's turns by comparing texts.
 
-        A long conversation is divided into parts, which are compared after the part before. If the parts' texts do not
-        join to the whole text, each turn is compared after all turns before it: in quadratic time.
+        A long conversation is divided into parts, which are compared after the part before. If the
+        parts' texts do not join to the whole text, each turn is compared after all turns before it:
+        in quadratic time.
         """
         starts = [0]
         for i, message in enumerate(messages):
@@ -191,9 +224,13 @@ class ChatTemplate:
         spans = []
         end = 0
         try:
-            for before, first, stop in zip([0, *starts], starts, [*starts[1:], len(messages)], strict=False):
+            for before, first, stop in zip(
+                [0, *starts], starts, [*starts[1:], len(messages)], strict=False
+            ):
                 head = self._run(messages[before:first], False, values)[0] if first else ""
-                part = self._run(messages[before:stop], False, values)[0] if len(starts) > 1 else text
+                part = (
+                    self._run(messages[before:stop], False, values)[0] if len(starts) > 1 else text
+                )
                 found = self._spans_after(first - before, messages[before:stop], part, values)
                 if not (part.startswith(head) and text.startswith(part[len(head) :], end)):
                     raise ValueError("the parts do not join")
@@ -209,34 +246,44 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if i < first or message["role"] != "assistant":
                 continue
-            before, prompt = (self._run(messages[:i], asked, values)[0] if i else "" for asked in (False, True))
+            before, prompt = (
+                self._run(messages[:i], asked, values)[0] if i else "" for asked in (False, True)
+            )
             after = self._run(messages[: i + 1], False, values)[0]
-            if not (prompt.startswith(before) and after.startswith(before) and text.startswith(after)):
+            if not (
+                prompt.startswith(before) and after.startswith(before) and text.startswith(after)
+            ):
                 raise ValueError(
-                    f"message {i}: the chat template writes the assistant's turn in another way when later turns "
-                    "follow, and has no {% generation %} block that would mark it"
+                    f"message {i}: the chat template writes the assistant's turn in another way "
+                    "when later turns follow, and has no {% generation %} block that would mark it"
                 )
             # A generation prompt may also open a thought, which the turn then does not have.
             spans.append((len(os.path.commonprefix([prompt, after])), len(after)))
         return spans
 
     def _quoted(self, value: Any) -> Any:
-        """A copy in which private characters enclose the names of tokens that the template writes."""
+        """A copy with private characters around the names of tokens that the template writes."""
         if isinstance(value, str):
             parts = self._control_name.split(value.replace(_OPEN, "").replace(_CLOSE, ""))
-            return "".join(f"{_OPEN}{part}{_CLOSE}" if i % 2 else part for i, part in enumerate(parts))
+            return "".join(
+                f"{_OPEN}{part}{_CLOSE}" if i % 2 else part for i, part in enumerate(parts)
+            )
         if isinstance(value, dict):
             return {key: self._quoted(item) for key, item in value.items()}
         return [self._quoted(item) for item in value] if isinstance(value, list) else value
 
     def _encode(self, text: str) -> tuple[list[int], Spans]:
-        """Encode a text. Names between private characters stay text; spans count the private characters, too."""
+        """Encode a text.
+
+        Names between private characters stay text; spans count the private characters, too.
+        """
         if _OPEN not in text and _CLOSE not in text:
             return self.tokenizer.encode_with_specials(text)
         ids: list[int] = []
         spans: Spans = []
         start = 0
-        # A template that cuts strings may leave one private character of a pair alone. It is dropped.
+        # A template that cuts strings may leave one private character of a pair alone. It is
+        # dropped.
         for part in re.split(f"({_OPEN}[^{_OPEN}{_CLOSE}]*{_CLOSE}|[{_OPEN}{_CLOSE}])", text):
             name = part.removeprefix(_OPEN).removesuffix(_CLOSE)
             if name:
@@ -247,14 +294,18 @@ class ChatTemplate:
         return ids, spans
 
     def _encode_part(self, text: str, quoted: bool, first: bool) -> tuple[list[int], Spans]:
-        """Encode a part of a text that is not its first: then a tokenizer must not put a space before it."""
-        head = "" if first or not self.tokenizer.puts_space_before else "\n"  # it puts none after a line's end
+        """Encode a part of a text; only before its first one may a tokenizer put a space."""
+        # after a line's end a tokenizer puts no space
+        head = "" if first or not self.tokenizer.puts_space_before else "\n"
         if quoted:
             skip = len(self.tokenizer.encode_plain(head))
             ids = self.tokenizer.encode_plain(head + text)
             if self.tokenizer.added.get(text) in ids:
-                raise ValueError(f"the tokenizer cannot write {text!r} as text; take it out of the message")
-            return ids[skip:], [(1, 1 + len(text))] * len(ids[skip:])  # after the first private character
+                raise ValueError(
+                    f"the tokenizer cannot write {text!r} as text; take it out of the message"
+                )
+            # after the first private character
+            return ids[skip:], [(1, 1 + len(text))] * len(ids[skip:])
         skip = len(self.tokenizer.encode_with_specials(head)[0])
         ids, spans = self.tokenizer.encode_with_specials(head + text)
         return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
@@ -278,16 +329,19 @@ def read_tools(tools: Any) -> list[Any] | None:
     return found
 
 
-def check_messages(messages: Any, template: ChatTemplate, *, any_order: bool = False) -> list[Message]:
+def check_messages(
+    messages: Any, template: ChatTemplate, *, any_order: bool = False
+) -> list[Message]:
     """Check a conversation.
 
-    The first turn after system messages is a user's. Two user turns or two assistant turns never follow one another.
-    Roles are `ROLES`, and others if the template names them or writes whatever role a message has. A template that
-    checks the order itself, with `raise_exception`, is left to do so.
+    The first turn after system messages is a user's. Two user turns or two assistant turns never
+    follow one another. Roles are `ROLES`, and others if the template names them or writes whatever
+    role a message has. A template that checks the order itself, with `raise_exception`, is left to
+    do so.
 
     Args: any_order: check neither order nor roles.
-    Returns: a copy of plain data. Keys whose value is None are left out; the names that templates have for an
-        assistant's reasoning are all there if one is, as in transformers.
+    Returns: a copy of plain data. Keys whose value is None are left out; the names that templates
+        have for an assistant's reasoning are all there if one is, as in transformers.
     Raises: ValueError naming the message by its number, from 0.
     """
     if not isinstance(messages, list | tuple) or not messages:
@@ -311,7 +365,8 @@ def check_messages(messages: Any, template: ChatTemplate, *, any_order: bool = F
             _check_order(i, role, before, template)
         if role != "system":
             before = role
-        names = ("reasoning_content", "thinking", "reasoning")  # of one thing in different templates
+        # of one thing in different templates
+        names = ("reasoning_content", "thinking", "reasoning")
         reasoning = next((message[key] for key in names if key in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -331,7 +386,8 @@ def _check_order(i: int, role: str, before: str | None, template: ChatTemplate) 
     """Args: before: role of the last message that is not the system's."""
     if role not in ROLES and not (template.writes_role or template.names(role)):
         raise ValueError(
-            f"message {i} has role={role!r}, which the chat template does not name; it is for {', '.join(ROLES)}"
+            f"message {i} has role={role!r}, which the chat template does not name; it is for "
+            f"{', '.join(ROLES)}"
         )
     if "raise_exception" in template.source:
         return
@@ -345,11 +401,15 @@ def _tagged(message: Message) -> tuple[Message, str]:
     """Put _TAG after the last text of a message. Returns: (a copy of the message, that text)."""
     value = message.get("content")
     parts = value if isinstance(value, list) else [{"text": value}]
-    last = next((p for p in reversed(parts) if isinstance(p, dict) and isinstance(p.get("text"), str)), None)
+    last = next(
+        (p for p in reversed(parts) if isinstance(p, dict) and isinstance(p.get("text"), str)), None
+    )
     if last is None:
         raise ValueError("continue_final_message: the last message has no content that is text")
     tagged = {**last, "text": last["text"] + _TAG}
-    open_end = tagged["text"] if isinstance(value, str) else [tagged if p is last else p for p in parts]
+    open_end = (
+        tagged["text"] if isinstance(value, str) else [tagged if p is last else p for p in parts]
+    )
     return message | {"content": open_end}, last["text"]
 
 

@@ -1,7 +1,8 @@
-"""How a folder's model reads and ends text: tokenizer, BOS, special tokens, chat template, stop tokens, sampling.
+"""How a folder's model reads and ends text: tokenizer, special tokens, chat template, sampling.
 
-A released folder says this in small files: `TEXT_FILES`, config.json, and further templates in `TEMPLATES_FOLDER`. A
-run has its tokenizer, and the other files only if it was converted from a released folder.
+A released folder says this in small files: `TEXT_FILES`, config.json, and further templates in
+`TEMPLATES_FOLDER`. A run has its tokenizer, and the other files only if it was converted from a
+released folder.
 """
 
 import contextlib
@@ -16,16 +17,24 @@ from typing import Any
 
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.data.special_tokens import CONFIG_FILE, SPECIALS_FILE, end_ids, named_specials, read_object
+from dsv3_jax.data.special_tokens import (
+    CONFIG_FILE,
+    SPECIALS_FILE,
+    end_ids,
+    named_specials,
+    read_object,
+)
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
 from dsv3_jax.files import parse_json, read_bytes, read_text, write_atomic
 
 TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
 GENERATION_FILE = "generation_config.json"
-# For models that come without a template: the role on a line of its own, the content, the end of a document.
+# For models that come without a template: the role on a line of its own, the content, the end of a
+# document.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 _MAX_TEMPLATE = 300_000  # bytes; templates of released models have some thousands
@@ -42,20 +51,25 @@ class TextSettings:
     special_tokens: dict[str, str]  # bos_token, eos_token, …: their names, which templates use
     stop_ids: tuple[int, ...]  # any of them ends an answer
     template: str | None  # the usual chat template
-    sampling: dict[str, Any]  # of generation_config.json: temperature, 0 where it says do_sample=false, top_p, top_k
+    # of generation_config.json: temperature, 0 where it says do_sample=false, top_p, top_k
+    sampling: dict[str, Any]
     add_bos: bool  # tokenizer_config.json asks for a BOS that tokenizer.json does not add
-    released: bool  # False: a run that was trained here, on documents without BOS or names of special tokens
-    variables: dict[str, Any] = field(default_factory=dict)  # of the chat template, as a run was trained
+    # False: a run that was trained here, on documents without BOS or names of special tokens
+    released: bool
+    # of the chat template, as a run was trained
+    variables: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Return the ids of a prompt.
 
-        In a released folder this is transformers' `tokenizer(prompt)`: BOS (rarely EOS) is added as tokenizer.json's
-        post-processor says, and the names of special tokens in the prompt become their ids. If the post-processor adds
-        nothing and tokenizer_config.json has `add_bos_token: true`, BOS is added, too. Here transformers 5 differs: it
-        ignores that key beside a tokenizer.json, which transformers 4 obeyed (the tokenizers of DeepSeek-V3 have it).
+        In a released folder this is transformers' `tokenizer(prompt)`: BOS (rarely EOS) is added as
+        tokenizer.json's post-processor says, and the names of special tokens in the prompt become
+        their ids. If the post-processor adds nothing and tokenizer_config.json has `add_bos_token:
+        true`, BOS is added, too. Here transformers 5 differs: it ignores that key beside a
+        tokenizer.json, which transformers 4 obeyed (the tokenizers of DeepSeek-V3 have it).
 
-        In a run that was trained here, nothing is added, and the name of a special token stays text.
+        In a run that was trained here, nothing is added, and the name of a special token stays
+        text.
 
         Args: raw: add nothing, as `tokenizer(prompt, add_special_tokens=False)`.
         Raises: ValueError for a prompt that is not UTF-8.
@@ -63,24 +77,29 @@ class TextSettings:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # words of a command line may be any bytes
-            raise ValueError(f"prompt={prompt!r:.80} is not UTF-8 at position {error.start}") from error
+            raise ValueError(
+                f"prompt={prompt!r:.80} is not UTF-8 at position {error.start}"
+            ) from error
         if not self.released:
             return self.tokenizer.encode(prompt)
         if raw:
             return self.tokenizer.encode_with_specials(prompt)[0]
         ids = self.tokenizer.encode_prompt(prompt)
-        return [self.tokenizer.specials[self.special_tokens["bos_token"]], *ids] if self.add_bos else ids
+        if self.add_bos:
+            return [self.tokenizer.specials[self.special_tokens["bos_token"]], *ids]
+        return ids
 
     @cached_property
     def chat(self) -> ChatTemplate:
         """The usual chat template.
 
-        Raises: ValueError when the folder has none, its text is no template, or it does not read a variable.
+        Raises: ValueError when the folder has none, its text is no template, or it does not read a
+            variable.
         """
         if self.template is None:
             raise ValueError(
-                f"{self.name} has no chat template; train with a Jinja file as data.chat_template, or with 'plain'; "
-                "`dsv3 generate` continues a text without one"
+                f"{self.name} has no chat template; train with a Jinja file as data.chat_template, "
+                "or with 'plain'; `dsv3 generate` continues a text without one"
             )
         template = ChatTemplate(self.template, self.tokenizer, self.special_tokens | self.variables)
         template.values(self.variables)  # raises for one that it does not read
@@ -88,20 +107,29 @@ class TextSettings:
 
 
 def plain_settings(spec: str = "bytes") -> TextSettings:
-    """Return settings with the plain template for a tokenizer alone. Args: spec: as `DataConfig.tokenizer`.
+    """Return settings with the plain template for a tokenizer alone.
+
+    Args: spec: as `DataConfig.tokenizer`.
 
     Example:
-        >>> plain_settings().chat.text([{"role": "user", "content": "1+1"}], add_generation_prompt=True)
+        >>> chat = plain_settings().chat
+        >>> chat.text([{"role": "user", "content": "1+1"}], add_generation_prompt=True)
         'user\\n1+1<eos>\\nassistant\\n'
     """
-    return with_template(_read(Path(spec).parent / "none", tokenizers.load(spec), released=False), "plain")
+    return with_template(
+        _read(Path(spec).parent / "none", tokenizers.load(spec), released=False), "plain"
+    )
 
 
-def with_template(text: TextSettings, template: str | None, words: Sequence[str] = ()) -> TextSettings:
-    """Return the settings for training on chats: with a template, and a name for the end of a document.
+def with_template(
+    text: TextSettings, template: str | None, words: Sequence[str] = ()
+) -> TextSettings:
+    """Return the settings for training on chats: with a template, and a name for a text's end.
 
-    Args: template: "plain", the path of a Jinja file, or None for the folder's own; words: as of `variables_of`.
-    Raises: ValueError when there is no such file, it is no template or reads no such variable, or the folder has none.
+    Args: template: "plain", the path of a Jinja file, or None for the folder's own; words: as of
+        `variables_of`.
+    Raises: ValueError when there is no such file, it is no template or reads no such variable, or
+        the folder has none.
     """
     names = {i: name for name, i in text.tokenizer.specials.items()}
     special_tokens = text.special_tokens
@@ -113,13 +141,17 @@ def with_template(text: TextSettings, template: str | None, words: Sequence[str]
             source = read_text(template, _MAX_TEMPLATE)
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
-    found = replace(text, special_tokens=special_tokens, template=source, variables=variables_of(words))
+    found = replace(
+        text, special_tokens=special_tokens, template=source, variables=variables_of(words)
+    )
     assert found.chat is not None  # raises without a template, and for a text that is none
     return found
 
 
 def variables_of(words: Sequence[str]) -> dict[str, Any]:
-    """Read variables of a chat template, as `DataConfig.template`. Raises: ValueError for a word that is none.
+    """Read variables of a chat template, as `DataConfig.template`.
+
+    Raises: ValueError for a word that is none.
 
     Example:
         >>> variables_of(("thinking=true", "effort=high"))
@@ -129,18 +161,22 @@ def variables_of(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"template={word!r} is not NAME=VALUE, a variable of the chat template")
+            raise ValueError(
+                f"template={word!r} is not NAME=VALUE, a variable of the chat template"
+            )
         found[name] = value
         with contextlib.suppress(ValueError):
             found[name] = parse_json(value)
     return found
 
 
-def read_settings(folder: str | Path, tokenizer: str | None = None, words: Sequence[str] = ()) -> TextSettings:
+def read_settings(
+    folder: str | Path, tokenizer: str | None = None, words: Sequence[str] = ()
+) -> TextSettings:
     """Read the text settings of a released folder or a run.
 
-    Args: tokenizer: of a run, as `DataConfig.tokenizer`. None means a released folder, which has its own; words: as of
-        `variables_of`.
+    Args: tokenizer: of a run, as `DataConfig.tokenizer`. None means a released folder, which has
+        its own; words: as of `variables_of`.
     Raises: ValueError when the tokenizer is absent or cannot be read, or another file is damaged.
     """
     folder = Path(folder)
@@ -152,14 +188,16 @@ def read_settings(folder: str | Path, tokenizer: str | None = None, words: Seque
 def template_files(folder: Path) -> list[Path]:
     """The chat templates in a folder's `TEMPLATES_FOLDER`, each named as its template."""
     place = folder / TEMPLATES_FOLDER
-    return sorted(path for path in place.iterdir() if path.suffix == ".jinja") if place.exists() else []
+    if not place.exists():
+        return []
+    return sorted(path for path in place.iterdir() if path.suffix == ".jinja")
 
 
 def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None = None) -> None:
-    """Copy a released folder's text files into a run that was made of it, which has its tokenizer already.
+    """Copy a released folder's text files into a run made of it, which has its tokenizer already.
 
-    Args: text: what chats are trained with: its template and its names of special tokens are written, too. The template
-        comes last: where it is, the rest is complete.
+    Args: text: what chats are trained with: its template and its names of special tokens are
+        written, too. The template comes last: where it is, the rest is complete.
     Raises: ValueError when a file is damaged.
     """
     folder, run = Path(folder), Path(run)
@@ -184,21 +222,36 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
     config = read_object(folder / CONFIG_FILE)
     names = named_specials(folder)
-    stops = [*(end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")), tokenizer.eos_id]
+    stops = [
+        *(end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")),
+        tokenizer.eos_id,
+    ]
     adds_specials = isinstance(tokenizer, FileTokenizer) and tokenizer.encode_prompt("") != []
     add_bos = released and config.get("add_bos_token") is True and not adds_specials
     bos = names.get("bos_token")
     if add_bos and bos not in tokenizer.specials:
-        raise ValueError(f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special token")
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special "
+            "token"
+        )
     template = _template(folder, config)
     sampling = _sampling(folder)
     return TextSettings(
-        str(folder), tokenizer, names, tuple(dict.fromkeys(stops)), template, sampling, add_bos, released
+        str(folder),
+        tokenizer,
+        names,
+        tuple(dict.fromkeys(stops)),
+        template,
+        sampling,
+        add_bos,
+        released,
     )
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Find the usual chat template, of several the one named "default". Files come before the config's.
+    """Find the usual chat template, of several the one named "default".
+
+    Files come before the config's.
 
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
@@ -210,17 +263,29 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(value, dict):
         value = value.get("default")
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{folder / CONFIG_FILE} has a chat_template that is neither text nor a list of named texts")
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has a chat_template that is neither text nor a list of named "
+            "texts"
+        )
     return value
 
 
 def _sampling(folder: Path) -> dict[str, Any]:
     said = read_object(folder / GENERATION_FILE)
-    values = {key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None}
+    values = {
+        key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None
+    }
     for key, value in values.items():
-        if type(value) not in (int, float) or not math.isfinite(value) or (key == "top_k" and value != int(value)):
-            raise ValueError(f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number")
+        if (
+            type(value) not in (int, float)
+            or not math.isfinite(value)
+            or (key == "top_k" and value != int(value))
+        ):
+            raise ValueError(
+                f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number"
+            )
     if said.get("do_sample") is False:
         return {"temperature": 0.0}
     kinds = {"temperature": float, "top_p": float, "top_k": int}
-    return {key: kinds[key](value) for key, value in values.items() if key != "top_k" or value}  # 0 means all
+    # a top_k of 0 means all
+    return {key: kinds[key](value) for key, value in values.items() if key != "top_k" or value}

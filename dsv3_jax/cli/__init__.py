@@ -1,1 +1,1 @@
-"""The command line: `main` has the table of commands, and each command is a file with its options and a `run`."""
+"""The command line: `main` has the table of commands; each is a file with options and a `run`."""

@@ -16,13 +16,14 @@ from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show
 class Chat(Decode):
     """Talk with a model in turns. The answer is printed as it comes, everything else on stderr.
 
-    A line is a turn, also of stdin without a terminal. /help says how to write several lines, and lists commands.
-    Ctrl-C stops an answer, and keeps what came of it. A conversation that fills the model's context is never cut: a
-    sentence says so. The names of special tokens in your turns are text.
+    A line is a turn, also of stdin without a terminal. /help says how to write several lines, and
+    lists commands. Ctrl-C stops an answer, and keeps what came of it. A conversation that fills the
+    model's context is never cut: a sentence says so. The names of special tokens in your turns are
+    text.
     """
 
     system: str | None = None
-    """text of a system message before the first turn; None means what the template writes without one"""
+    """a system message before the first turn; None means what the template writes without one"""
     max_new_tokens: int = 1024
     """number of tokens of an answer, at most"""
     prefill: str | None = None
@@ -63,15 +64,26 @@ def run(argv: list[str]) -> int:
             messages = start
             _say("the conversation is empty")
         elif command:
-            result = command.removeprefix("/tool").strip() if command.split()[0] == "/tool" else None
+            result = (
+                command.removeprefix("/tool").strip() if command.split()[0] == "/tool" else None
+            )
             if result is not None and (not result or messages == start):
-                _say("/tool TEXT gives the result of a call in the last answer; there is no answer, or no TEXT")
+                _say(
+                    "/tool TEXT gives the result of a call in the last answer; there is no "
+                    "answer, or no TEXT"
+                )
                 continue
-            turn = {"role": "user", "content": turn} if result is None else {"role": "tool", "content": result}
+            turn = (
+                {"role": "user", "content": turn}
+                if result is None
+                else {"role": "tool", "content": result}
+            )
             asked = [*messages, turn]
             try:
                 ids = _prompt(text, asked, args, tools)
-                new = _answer(model, text, ids, args, replace(config, seed=(args.seed + number) % (1 << 32)))
+                new = _answer(
+                    model, text, ids, args, replace(config, seed=(args.seed + number) % (1 << 32))
+                )
             except ValueError as error:
                 _say(sentence(error))
                 continue
@@ -81,7 +93,10 @@ def run(argv: list[str]) -> int:
 
 
 def _tools(args: Chat, text: Any) -> list[Any] | None:
-    """The functions of --tools. Raises: ValueError when the file is none of a list, or the template reads no tools."""
+    """The functions of --tools.
+
+    Raises: ValueError when the file is none of a list, or the template reads no tools.
+    """
     from dsv3_jax.chat.template import read_tools
     from dsv3_jax.files import read_text
 
@@ -92,12 +107,19 @@ def _tools(args: Chat, text: Any) -> list[Any] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"--tools {args.tools} cannot be read: {error}") from error
     if not text.chat.reads_tools:
-        raise ValueError(f"--tools {args.tools} is for a chat template that reads tools, and this one does not")
+        raise ValueError(
+            f"--tools {args.tools} is for a chat template that reads tools, and this one does not"
+        )
     return found
 
 
-def _prompt(text: Any, messages: list[dict[str, Any]], args: Chat, tools: list[Any] | None) -> list[int]:
-    """The ids after which an answer to the messages begins. Raises: ValueError when the template refuses them."""
+def _prompt(
+    text: Any, messages: list[dict[str, Any]], args: Chat, tools: list[Any] | None
+) -> list[int]:
+    """The ids after which an answer to the messages begins.
+
+    Raises: ValueError when the template refuses them.
+    """
     from dsv3_jax.chat.text_settings import variables_of
 
     variables = variables_of(args.template)
@@ -122,7 +144,8 @@ def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> s
     room = context - config.num_drafts - len(ids)
     if room < 1:
         raise ValueError(
-            f"the conversation of {len(ids)} tokens fills the context of {context}; /reset begins a new one"
+            f"the conversation of {len(ids)} tokens fills the context of {context}; /reset begins "
+            "a new one"
         )
     most = min(config.max_new_tokens, room)
     # Lengths in powers of two: most turns then find their programs compiled.
@@ -134,7 +157,8 @@ def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> s
         print_parts(generate_in_parts(model, [ids], config), text, tokens)
         if tokens[-1] not in text.stop_ids:
             full = f"the context of {context} tokens is full"
-            _say(f"the answer ends here: {full if room == len(tokens) else f'max_new_tokens={len(tokens)}'}")
+            reason = full if room == len(tokens) else f"max_new_tokens={len(tokens)}"
+            _say(f"the answer ends here: {reason}")
     except KeyboardInterrupt:
         _say("stopped")
     # With names, special tokens become tokens in the next turn again.

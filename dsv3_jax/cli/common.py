@@ -1,4 +1,4 @@
-"""Code that the commands share: options, presets by name, settings of the process, and errors as one sentence."""
+"""Code that the commands share: options, presets, settings of the process, errors as a sentence."""
 
 import contextlib
 import dataclasses
@@ -21,15 +21,18 @@ from dsv3_jax.report.units import visible
 
 
 def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any:
-    """Make an options dataclass from a command's arguments; tyro ends the process for --help and for bad options.
+    """Make an options dataclass from arguments; tyro ends the process for --help and bad options.
 
-    With `default`, the command takes each setting of a model or a run: --help lists them, and --help-verbose explains.
+    With `default`, the command takes each setting of a model or a run: --help lists them, and
+    --help-verbose explains.
     """
     import tyro  # late: `guarded` says that it is missing
 
     if default is not None and {"-h", "--help"} & set(argv):
         _short_help(kind, command, default)
-    return tyro.cli(kind, args=argv, prog=f"dsv3 {command}", default=default, compact_help=default is not None)
+    return tyro.cli(
+        kind, args=argv, prog=f"dsv3 {command}", default=default, compact_help=default is not None
+    )
 
 
 def _short_help(kind: Any, command: str, default: Any) -> None:
@@ -37,19 +40,35 @@ def _short_help(kind: Any, command: str, default: Any) -> None:
     import tyro
 
     hints = typing.get_type_hints(kind, include_extras=True)
-    settings = [item.name for item in dataclasses.fields(kind) if dataclasses.is_dataclass(getattr(default, item.name))]
+    settings = [
+        item.name
+        for item in dataclasses.fields(kind)
+        if dataclasses.is_dataclass(getattr(default, item.name))
+    ]
     own = dataclasses.make_dataclass(
-        kind.__name__, [(name, Annotated[Any, tyro.conf.Suppress]) for name in settings], bases=(kind,)
+        kind.__name__,
+        [(name, Annotated[Any, tyro.conf.Suppress]) for name in settings],
+        bases=(kind,),
     )
     groups: dict[str, str] = {}
     for name in settings:
-        unnamed = any(getattr(mark, "name", None) == "" for mark in getattr(hints[name], "__metadata__", ()))
+        unnamed = any(
+            getattr(mark, "name", None) == "" for mark in getattr(hints[name], "__metadata__", ())
+        )
         for prefix, setting in _settings(getattr(default, name), "--" if unnamed else f"--{name}."):
             groups[prefix] = f"{groups.get(prefix, prefix)}  {setting}"
-    listed = [textwrap.fill(text, 98, subsequent_indent="    ", break_on_hyphens=False) for text in groups.values()]
-    intro = "Settings with their defaults, by the first part of their names; --help-verbose explains them:"
+    listed = [
+        textwrap.fill(text, 98, subsequent_indent="    ", break_on_hyphens=False)
+        for text in groups.values()
+    ]
+    intro = (
+        "Settings with their defaults, by the first part of their names; "
+        "--help-verbose explains them:"
+    )
     text = "\n".join([inspect.cleandoc(kind.__doc__), "", intro, *listed])
-    tyro.cli(own, args=["--help"], prog=f"dsv3 {command}", default=own(**vars(default)), description=text)
+    tyro.cli(
+        own, args=["--help"], prog=f"dsv3 {command}", default=own(**vars(default)), description=text
+    )
 
 
 def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
@@ -57,8 +76,11 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
     Example:
         >>> from dsv3_jax.config import Layout
-        >>> list(_settings(Layout(), "--layout."))
-        [('--layout.', 'no-fsdp'), ('--layout.', 'expert-comm=auto'), ('--layout.', 'capacity-slack=1.25')]
+        >>> for prefix, setting in _settings(Layout(), "--layout."):
+        ...     print(prefix, setting)
+        --layout. no-fsdp
+        --layout. expert-comm=auto
+        --layout. capacity-slack=1.25
     """
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -71,7 +93,9 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
             yield prefix, f"{name}={','.join(value) if isinstance(value, tuple) else value}"
 
 
-def named_preset(argv: list[str], command: str, look_up: Callable[[str], Any]) -> tuple[Any, list[str]]:
+def named_preset(
+    argv: list[str], command: str, look_up: Callable[[str], Any]
+) -> tuple[Any, list[str]]:
     """Look up the preset that a command's first argument names.
 
     Returns: (what `look_up` finds, the other arguments). For --help it is the preset "tiny".
@@ -102,10 +126,11 @@ def value_of(argv: list[str], option: str) -> str | None:
 
 
 def with_variables(argv: list[str], option: str) -> list[str]:
-    """Write each `--template.NAME VALUE`, a variable of a chat template, as `--template NAME=VALUE …`.
+    """Write each `--template.NAME VALUE`, of a chat template, as `--template NAME=VALUE …`.
 
     Example:
-        >>> with_variables(["--template.thinking", "true", "--template.effort=low", "--seed", "1"], "--template")
+        >>> argv = ["--template.thinking", "true", "--template.effort=low", "--seed", "1"]
+        >>> with_variables(argv, "--template")
         ['--seed', '1', '--template', 'thinking=true', 'effort=low']
     """
     rest = []
@@ -133,7 +158,10 @@ def prepare_training(mesh: Any = None) -> None:
 
 
 def make_mesh(text: str | None) -> Any:
-    """Make the mesh that --mesh describes; on CPU as many devices as it needs. None means a single device."""
+    """Make the mesh that --mesh describes; on CPU as many devices as it needs.
+
+    None means a single device.
+    """
     if text is None:
         return None
     import jax
@@ -141,7 +169,8 @@ def make_mesh(text: str | None) -> Any:
     from dsv3_jax.mesh import sharding
 
     sizes = sharding.parse_mesh(text)
-    with contextlib.suppress(RuntimeError):  # an array exists already: the devices are those there are
+    # an array exists already: the devices are those there are
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
     return sharding.make_mesh(**sizes)
 
@@ -184,7 +213,10 @@ def guarded(command: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dsv3_jax"):
             raise
-        return fail(f"this command needs the package {error.name!r}, which is not installed: pip install {error.name}")
+        return fail(
+            f"this command needs the package {error.name!r}, which is not installed: pip install "
+            f"{error.name}"
+        )
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:  # of tyro after --help or a bad option, and of SIGTERM
@@ -192,8 +224,10 @@ def guarded(command: Callable[[], int]) -> int:
     except Exception as error:
         if traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             wish = os.environ.get("JAX_PLATFORMS")
-            return fail(sentence(ValueError(f"JAX_PLATFORMS={wish!r} finds no device here; unset it. {error}")))
-        full = ("RESOURCE_EXHAUSTED", "No space left", "File too large")  # from inside XLA, Orbax or ArrayRecord
+            reason = f"JAX_PLATFORMS={wish!r} finds no device here; unset it. {error}"
+            return fail(sentence(ValueError(reason)))
+        # from inside XLA, Orbax or ArrayRecord
+        full = ("RESOURCE_EXHAUSTED", "No space left", "File too large")
         if any(words in str(error) for words in full):
             return fail(sentence(error))
         raise
@@ -203,14 +237,15 @@ MAX_SENTENCE = 480  # characters, the line's "dsv3: " not included
 
 
 def sentence(error: BaseException) -> str:
-    """An error's message on one line: at most `MAX_SENTENCE` characters, with control codes visible.
+    """An error's message on one line of at most `MAX_SENTENCE` characters, control codes visible.
 
     Example:
         >>> sentence(ValueError("two\\n  lines \\x1b[31m"))
         'two lines \\\\x1b[31m'
     """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full: {error.filename or error.strerror}; what was saved before is complete"
+        place = error.filename or error.strerror
+        return f"the disk is full: {place}; what was saved before is complete"
     text = str(error).removeprefix(f"[Errno {getattr(error, 'errno', None)}] ")
     text = visible(" ".join(text[: 100 * MAX_SENTENCE].split())) or type(error).__name__
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 151]} … {text[-148:]}"
@@ -225,20 +260,27 @@ def fail(text: str, code: int = 2) -> int:
     return code
 
 
-def run_subcommand(command: str, table: Mapping[str, tuple[Callable, str, str]], argv: list[str]) -> int:
+def run_subcommand(
+    command: str, table: Mapping[str, tuple[Callable, str, str]], argv: list[str]
+) -> int:
     """Run the subcommand that the first argument names; without one, or for --help, list them.
 
     Args: table: subcommand → its function of the other arguments, their names, and what it does.
     Raises: ValueError for another name.
 
     Example:
-        >>> run_subcommand("runs", {"list": (len, "[FOLDER]", "list the runs in a folder")}, ["list", "a"])
+        >>> table = {"list": (len, "[FOLDER]", "list the runs in a folder")}
+        >>> run_subcommand("runs", table, ["list", "a"])
         1
     """
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {f'{name} {arguments}':<28} {what}" for name, (_, arguments, what) in table.items()]
+        lines = [
+            f"  {f'{name} {arguments}':<28} {what}" for name, (_, arguments, what) in table.items()
+        ]
         print(f"usage: dsv3 {command} SUBCOMMAND …", "", *lines, sep="\n")
         return 0
     if argv[0] not in table:
-        raise ValueError(f"subcommand {argv[0]!r} is not one of {', '.join(table)}{did_you_mean(argv[0], table)}")
+        raise ValueError(
+            f"subcommand {argv[0]!r} is not one of {', '.join(table)}{did_you_mean(argv[0], table)}"
+        )
     return table[argv[0]][0](argv[1:])

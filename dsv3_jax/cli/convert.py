@@ -12,17 +12,18 @@ from dsv3_jax.report.progress import text_console
 
 @dataclass
 class Convert:
-    """Convert released weights (Hugging Face format) into a run, a run into them, or them into another dtype."""
+    """Convert released weights into a run, a run into them, or them into another dtype."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """a released folder (config.json and safetensors), a hub id in the local cache, or one that `dsv3 train` wrote"""
+    """a released folder (config.json and safetensors), a hub id in the local cache, or one that
+    `dsv3 train` wrote"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """the folder to create; a failure leaves nothing of it"""
     step: int | None = None
     """step of a run's checkpoint; None means the last"""
     dtype: Literal["float32", "bfloat16", "fp8"] | None = None
-    """dtype of the weights in Hugging Face format; None makes a run of released weights, and gives a run that of the
-    released folder that it was made of, else float32"""
+    """dtype of the weights in Hugging Face format; None makes a run of released weights, and gives
+    a run that of the released folder that it was made of, else float32"""
     mtp: bool = True
     """convert the multi-token prediction layers too"""
     allow_nonfinite: bool = False

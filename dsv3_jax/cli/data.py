@@ -1,4 +1,4 @@
-"""`dsv3 data tokenize PATHS --out FOLDER`: write shards of token ids; `dsv3 data check FOLDER`: compare hashes."""
+"""`dsv3 data tokenize PATHS --out FOLDER` writes shards of token ids; `check` compares hashes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ def tokenize(argv: list[str]) -> int:
 
 @dataclass
 class CheckArgs:
-    """Compare every shard of a folder with the hashes in its manifest; the exit code is 2 after damage."""
+    """Compare a folder's shards with its manifest's hashes; after damage the exit code is 2."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """a folder that `dsv3 data tokenize` wrote"""
@@ -47,7 +47,9 @@ def check(argv: list[str]) -> int:
     for damage in damages:
         text_console().print(damage)
     if damages:
-        raise ValueError(f"shards={str(args.folder)!r} has {len(damages)} damaged shards; tokenize again")
+        raise ValueError(
+            f"shards={str(args.folder)!r} has {len(damages)} damaged shards; tokenize again"
+        )
     text_console().print(f"{args.folder}: {len(manifest.files):,} shards are whole")
     return 0
 

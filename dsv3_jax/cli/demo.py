@@ -14,7 +14,7 @@ PROMPTS = ("def ", "class ", "#include ", "The ")
 
 @dataclass
 class Demo:
-    """Train a small model on the text that this Python carries, evaluate and score it, and let it write.
+    """Train a small model on this Python's own text, evaluate and score it, and let it write.
 
     It takes about five minutes on two CPU cores. Ctrl-C stops it, and the same command resumes.
     """

@@ -17,7 +17,7 @@ from dsv3_jax.imports import IMPORTED
 
 @dataclass
 class Eval:
-    """Measure a run's last checkpoint on held-out text: loss, bits a byte (by domain), MaxVio, MTP acceptance.
+    """Measure a run's last checkpoint on held-out text: loss, bits a byte, MaxVio, MTP acceptance.
 
     With --tasks, score it on tasks instead.
     """
@@ -41,7 +41,8 @@ class Eval:
     out: Path | None = None
     """JSON file for the scores"""
     kernels: str | None = None
-    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own"""
+    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means
+    the run's own"""
 
 
 def run(argv: list[str]) -> int:
@@ -63,7 +64,9 @@ def run(argv: list[str]) -> int:
     source = measured_on(run.data, args.run, args.paths)
     text = tokenizer.load(run.data.tokenizer)
     batches = source.val_batches(args.batches)
-    measures = evaluate(model, batches, text, source.domains, mix=None if args.paths else source.training_bytes)
+    measures = evaluate(
+        model, batches, text, source.domains, mix=None if args.paths else source.training_bytes
+    )
     console = text_console()
     console.print(f"step {step}")
     for name, value in measures.items():
@@ -73,15 +76,16 @@ def run(argv: list[str]) -> int:
         return 0
     if run.data.separate_documents:
         console.print(
-            "Below, each row is read as one text: its documents attend to one another. So these losses differ from "
-            "val_loss above; compare them with one another."
+            "Below, each row is read as one text: its documents attend to one another. So these "
+            "losses differ from val_loss above; compare them with one another."
         )
     by_dtype = cache_quality(model, batches, ("float32", *args.cache_dtype))
     exact = by_dtype["float32"].val_loss
     for name, quality in by_dtype.items():
         console.print(
-            f"{f'through {name} cache':25s} {quality.val_loss:.4f} ({quality.val_loss / exact - 1:+.3%}), "
-            f"greedy tokens the same {quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
+            f"{f'through {name} cache':25s} {quality.val_loss:.4f} "
+            f"({quality.val_loss / exact - 1:+.3%}), greedy tokens the same "
+            f"{quality.agreement:.2%}, {quality.bytes_per_token} bytes a token"
         )
     return 0
 
@@ -98,12 +102,21 @@ def _score(args: Eval, argv: list[str]) -> int:
     check_writable(args.out)
     model, _, step = open_model(args.run, step=args.step, kernels=args.kernels)
     scores = score_tasks(
-        model, load_text(args.run), args.tasks, shots=args.shots, limit=args.limit, say=text_console().print
+        model,
+        load_text(args.run),
+        args.tasks,
+        shots=args.shots,
+        limit=args.limit,
+        say=text_console().print,
     )
     if args.out is not None:
         versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
         imports = [word for name in IMPORTED for word in ("--import", name)]
-        facts = {"command": shlex.join(["dsv3", "eval", *argv, *imports]), "model": str(args.run), "step": step}
+        facts = {
+            "command": shlex.join(["dsv3", "eval", *argv, *imports]),
+            "model": str(args.run),
+            "step": step,
+        }
         result = facts | {"versions": versions} | dataclasses.asdict(scores)
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     return 0

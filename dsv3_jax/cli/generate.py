@@ -28,17 +28,20 @@ class Decode:
     temperature: float | None = None
     """0 takes the most likely token; None means the folder's generation_config.json, else 0.8"""
     top_k: int | None = None
-    """sample among so many of the most likely tokens; None means generation_config.json, else all"""
+    """sample among so many of the likeliest tokens; None means generation_config.json, else all"""
     top_p: float | None = None
-    """sample among the likeliest tokens up to this sum of probability; None means generation_config.json, else 0.95"""
+    """sample among the likeliest tokens up to this sum of probability; None means
+    generation_config.json, else 0.95"""
     cache: CacheKind | None = None
     """what is cached of each token; None means the smallest that the model has"""
     cache_dtype: CacheDtype | None = None
     """dtype of cached rows; None means the compute dtype"""
     draft: str | None = None
-    """who drafts: mtp (the model's heads), lookup (the text so far), or a model's folder with the same tokenizer"""
+    """who drafts: mtp (the model's heads), lookup (the text so far), or a model's folder with the
+    same tokenizer"""
     draft_length: int | Literal["auto"] = 1
-    """number of tokens drafted a step, or auto: as many as pay; it does not change the distribution of the text"""
+    """number of tokens drafted a step, or auto: as many as pay; it does not change the distribution
+    of the text"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -51,9 +54,10 @@ class Decode:
 
 @dataclass
 class Generate(Decode):
-    """Continue a prompt and print the text, or many prompts into a file. All else is printed on stderr.
+    """Continue a prompt and print the text, or many prompts into a file.
 
-    A prompt is encoded as by transformers' tokenizer, without a chat template: see `dsv3 chat`.
+    All else is printed on stderr. A prompt is encoded as by transformers' tokenizer, without a chat
+    template: see `dsv3 chat`.
     """
 
     prompt: str | None = None
@@ -95,8 +99,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-# What sampled texts depend on, beside the model and the prompts. Batches, meshes and kernels may differ after a stop.
-PINNED = ("raw", "draft", "draft_length", "dtype", "cache", "cache_dtype", "seed", "samples", "max_new_tokens")
+# What sampled texts depend on, beside the model and the prompts. Batches, meshes and kernels may
+# differ after a stop.
+PINNED = (
+    "raw", "draft", "draft_length", "dtype", "cache", "cache_dtype", "seed", "samples",
+    "max_new_tokens",
+)  # fmt: skip
 
 
 def sample(args: Generate) -> int:
@@ -108,7 +116,10 @@ def sample(args: Generate) -> int:
     from dsv3_jax.training.run_folder import RUN_FILE
 
     if args.prompts is None or args.out is None or args.prompt is not None:
-        raise ValueError("prompts and out go together, without prompt: --prompts prompts.jsonl --out samples.jsonl")
+        raise ValueError(
+            "prompts and out go together, without prompt: --prompts prompts.jsonl --out "
+            "samples.jsonl"
+        )
     if os.path.lexists(args.out):
         raise ValueError(f"out={str(args.out)!r} exists; delete it, or name another file")
     check_writable(args.out)
@@ -121,22 +132,37 @@ def sample(args: Generate) -> int:
     config = decode_config(args, text, draft, args.max_new_tokens)
     config = replace(config, samples=args.samples, batch_size=args.batch_size, logprobs=True)
     config.check(model.cfg, prompts)
-    settings = {name: getattr(args, name) for name in PINNED} | {"sampling": list(config.sampling), "step": args.step}
-    settings |= {"model": str(place.resolve()), name: file_hash(place / name), "prompts": file_hash(args.prompts)}
-    settings |= {"tokenizer": text.tokenizer.fingerprint, "stop_ids": list(text.stop_ids), "add_bos": text.add_bos}
+    settings = {name: getattr(args, name) for name in PINNED} | {
+        "sampling": list(config.sampling),
+        "step": args.step,
+    }
+    settings |= {
+        "model": str(place.resolve()),
+        name: file_hash(place / name),
+        "prompts": file_hash(args.prompts),
+    }
+    settings |= {
+        "tokenizer": text.tokenizer.fingerprint,
+        "stop_ids": list(text.stop_ids),
+        "add_bos": text.add_bos,
+    }
     weights = [] if is_run else [file.stat() for file in place.glob("*.safetensors")]
-    settings["weights"] = [sum(x.st_size for x in weights), max((x.st_mtime for x in weights), default=0)]
+    settings["weights"] = [
+        sum(x.st_size for x in weights),
+        max((x.st_mtime for x in weights), default=0),
+    ]
     show_kernels(model)
     write_samples(model, text, records, prompts, config, args.out, settings)
     return 0
 
 
 def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
-    """Print the text of a request as it comes, and at the end its speed and accepted drafts on stderr.
+    """Print the text of a request as it comes, then its speed and accepted drafts on stderr.
 
     The speed is that after the first part, which compiles the program; a text of one part has none.
 
-    Args: parts: of `generate_in_parts`, with one prompt; text: its `TextSettings`; tokens: new tokens are added to it.
+    Args: parts: of `generate_in_parts`, with one prompt; text: its `TextSettings`; tokens: new
+        tokens are added to it.
     """
     from dsv3_jax.report.progress import say
 
@@ -154,7 +180,11 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
         say(characters.decode(b"", final=True) + "\n")
     if result is not None and (result.acceptance or sys.stdout.isatty()):
         shares = " ".join(f"{share:.0%}" for share in result.acceptance)
-        said = [f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step"] if shares else []
+        said = (
+            [f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step"]
+            if shares
+            else []
+        )
         (first, start), (last, end) = times[min(1, len(times) - 1)], times[-1]
         if last > first:
             said.append(f"{(last - first) / (end - start):,.0f} tokens/s")
@@ -163,7 +193,9 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
 
 
 def load(args: Decode, text: Any) -> tuple[Any, Any]:
-    """Load the model and its draft, on the mesh that is asked for. A run's `args.step` becomes the one that is loaded.
+    """Load the model and its draft, on the mesh that is asked for.
+
+    A run's `args.step` becomes the one that is loaded.
 
     Args: text: the model's `TextSettings`.
     Returns: (model; None, "mtp", "lookup" or a model that drafts).
@@ -179,20 +211,29 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
         model, _, args.step = load_run(args.model, mesh, step=args.step, kernels=args.kernels)
     else:
         model = load_model(
-            args.model, mesh, step=args.step, dtype=args.dtype, kernels=args.kernels, mtp=args.draft == "mtp"
+            args.model,
+            mesh,
+            step=args.step,
+            dtype=args.dtype,
+            kernels=args.kernels,
+            mtp=args.draft == "mtp",
         )
     if args.draft is None or args.draft in OWN_DRAFTS:
         return model, args.draft
-    return model, open_draft(args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype)
+    return model, open_draft(
+        args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype
+    )
 
 
 def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> Any:
-    """Make the `DecodeConfig` of the options; the folder's generation_config.json fills in what they leave out."""
+    """Make the `DecodeConfig` of the options, with generation_config.json for what is left out."""
     from dsv3_jax.decoding.decode_config import DecodeConfig
     from dsv3_jax.decoding.generate import Sampling
 
     usual = text.sampling or {"temperature": TEMPERATURE, "top_p": TOP_P}
-    given = {name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None
+    }
     return DecodeConfig(
         max_new_tokens,
         Sampling(1.0)._replace(**usual | given),

@@ -24,9 +24,10 @@ class Info:
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
     execution: Execution
     kernels: bool = False
-    """list the kernels of each op instead, and which would run here; this compiles the C++ kernels once"""
+    """list each op's kernels instead, and which would run here; compiles the C++ kernels once"""
     check: bool = False
-    """compare the numbers of all kernels with plain XLA here instead; a wrong one is not chosen afterwards"""
+    """compare the numbers of all kernels with plain XLA here instead; a wrong one is not chosen
+    afterwards"""
 
 
 def run(argv: list[str]) -> int:
@@ -56,28 +57,50 @@ def describe_kernels(execution: Execution) -> list[str]:
 
     kernels = choose.prepare(execution)
     chosen = kernels.chosen(execution.compute_dtype)
-    title = f"kernels={execution.kernels!r} on {kernels.target.platform}, {execution.compute_dtype}, one device"
-    lines = [title, f"{'op':18s} {'runs here':13s} implementations in order of preference; by name only"]
+    title = (
+        f"kernels={execution.kernels!r} on {kernels.target.platform}, {execution.compute_dtype}, "
+        "one device"
+    )
+    lines = [
+        title,
+        f"{'op':18s} {'runs here':13s} implementations in order of preference; by name only",
+    ]
     for op, name in chosen.items():
-        free, here = ([row.name for row in rows(op)] for rows in (kernels.target.rows, kernels.target.here))
+        free, here = (
+            [row.name for row in rows(op)] for rows in (kernels.target.rows, kernels.target.here)
+        )
         named = ", ".join(name for name in dict.fromkeys(here) if name not in free)
         lines.append(f"{op:18s} {name:13s} {', '.join(free)}{named and '; '}{named}")
-    lines.append("An implementation that does not serve the arrays' dtypes or shapes leaves them to the next one.")
+    lines.append(
+        "An implementation that does not serve the arrays' dtypes or shapes leaves them to the "
+        "next one."
+    )
     rows = {row.name: row for op in chosen for row in kernels.target.rows(op) if row.dtypes}
     missing = dict(kernels.missing)
     for name, row in rows.items():
-        state = f"not available: {missing[name]}" if name in missing else f"ready; they are {row.made_for}"
+        state = (
+            f"not available: {missing[name]}"
+            if name in missing
+            else f"ready; they are {row.made_for}"
+        )
         lines.append(f"The {'C++ ' if name == 'cpu' else ''}kernels ({name}) are {state}.")
     return lines
 
 
 def check_kernels(execution: Execution) -> int:
-    """Check the kernels of the default device, and keep what is wrong for `choose.prepare`. Returns: the exit code."""
+    """Check the kernels of the default device, and keep what is wrong for `choose.prepare`.
+
+    Returns: the exit code.
+    """
     from dsv3_jax.kernels.check_apart import check_and_keep
 
     count = wrong = 0
     for verdict in check_and_keep(execution, precisions=("none", execution.precision)):
-        state = f"WRONG: {verdict.wrong}" if verdict.wrong else f"right: {verdict.share:.0%} of the bound at most"
+        state = (
+            f"WRONG: {verdict.wrong}"
+            if verdict.wrong
+            else f"right: {verdict.share:.0%} of the bound at most"
+        )
         print(f"{verdict.name:32s} {state}", flush=True)
         count += 1
         wrong += bool(verdict.wrong)
@@ -86,7 +109,7 @@ def check_kernels(execution: Execution) -> int:
 
 
 def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> list[tuple[str, str]]:
-    """List what `dsv3 info` prints: parameters, FLOPs and cache bytes, without allocating the model.
+    """List what `dsv3 info` prints: parameters, FLOPs and cache bytes. No model is allocated.
 
     Args:
         name: the model's name, for the first line.
@@ -108,19 +131,31 @@ def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> lis
     lines = [
         ("model", name),
         ("total parameters", format_count(counts.total)),
-        ("active parameters", f"{format_count(counts.active)} a token ({counts.active / counts.total:.1%})"),
+        (
+            "active parameters",
+            f"{format_count(counts.active)} a token ({counts.active / counts.total:.1%})",
+        ),
         *((f"  {part}", format_count(count)) for part, count in counts.parts.items()),
     ]
     if cfg.mtp_depth:
-        amount = f"{format_count(counts.mtp)} more parameters, {format_count(counts.mtp_active)} active"
+        amount = (
+            f"{format_count(counts.mtp)} more parameters, {format_count(counts.mtp_active)} active"
+        )
         lines.append((cfg.head_kind.title, amount))
     return lines + [
         ("forward", f"{forward} FLOPs a token, and {scores} FLOPs for {context} tokens back"),
         ("training", f"{format_count(6 * counts.active)} FLOPs a token"),
-        ("cache", f"{format_count(elements * itemsize)}B a token ({compute_dtype}, {elements} numbers)"),
-        ("cache, int8", f"{format_count(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included"),
+        (
+            "cache",
+            f"{format_count(elements * itemsize)}B a token ({compute_dtype}, {elements} numbers)",
+        ),
+        (
+            "cache, int8",
+            f"{format_count(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included",
+        ),
         (
             "cache, as MHA",
-            f"{format_count(mha_elements * itemsize)}B a token, {mha_elements / elements:.1f} times as much",
+            f"{format_count(mha_elements * itemsize)}B a token, {mha_elements / elements:.1f} "
+            "times as much",
         ),
     ]

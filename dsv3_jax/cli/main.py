@@ -4,7 +4,8 @@ Exit codes:
     0    done
     1    an error in the program, with a stack trace
     2    bad input, with one sentence on stderr
-    75   another process of the run was lost (`dsv3 train --cluster`), or 134 where JAX ends this one; start all again
+    75   another process of the run was lost (`dsv3 train --cluster`), or 134 where JAX ends this
+         one; start all again
     130  interrupted by Ctrl-C
     141  the reader of the output has closed it
     143  stopped by SIGTERM
@@ -25,30 +26,52 @@ from dsv3_jax.imports import import_program
 from dsv3_jax.presets import MODELS
 from dsv3_jax.signals import handled, terminated
 
-# Command: its arguments, and what it does. Each is a file beside this one, with a function `run(argv) -> exit code`.
+# Command: its arguments, and what it does. Each is a file beside this one, with a function
+# `run(argv) -> exit code`.
 COMMANDS = {
     "demo": ("", "train a small model on the text that this Python carries, and let it write"),
     "train": ("PRESET", "train a model; the same command resumes a run that was stopped"),
     "eval": ("RUN", "measure a run's last checkpoint on held-out text"),
-    "stats": ("RUN", "count which experts held-out text is routed to: numbers, a picture and a page"),
+    "stats": (
+        "RUN",
+        "count which experts held-out text is routed to: numbers, a picture and a page",
+    ),
     "generate": ("MODEL", "continue a prompt with a run's last checkpoint or a released folder"),
     "chat": ("MODEL", "talk with a model that has a chat template"),
-    "convert": ("FOLDER OUT", "convert released weights (Hugging Face format) into a run, a run into them, or a dtype"),
-    "runs": ("[list FOLDER]", "list runs: state, loss, speed; or check RUN: compare checkpoints with their checksums"),
-    "data": ("tokenize PATHS", "write shards of token ids to train on, which no memory has to hold; check them"),
-    "plan": ("PRESET", "compute what each device of a mesh would hold, compute and send, without the devices"),
-    "info": ("PRESET", "list a model's parameters, FLOPs and cache bytes, without allocating it; and the kernels"),
+    "convert": (
+        "FOLDER OUT",
+        "convert released weights (Hugging Face format) into a run, a run into them, or a dtype",
+    ),
+    "runs": (
+        "[list FOLDER]",
+        "list runs: state, loss, speed; or check RUN: compare checkpoints with their checksums",
+    ),
+    "data": (
+        "tokenize PATHS",
+        "write shards of token ids to train on, which no memory has to hold; check them",
+    ),
+    "plan": (
+        "PRESET",
+        "compute what each device of a mesh would hold, compute and send, without the devices",
+    ),
+    "info": (
+        "PRESET",
+        "list a model's parameters, FLOPs and cache bytes, without allocating it; and the kernels",
+    ),
     "tokenizer": ("OUT", "train a byte-level BPE tokenizer"),
 }
 
 
 def usage() -> str:
     """The text of `dsv3 --help`."""
-    lines = [f"  {name + ' ' + arguments:<20} {what}" for name, (arguments, what) in COMMANDS.items()]
+    lines = [
+        f"  {name + ' ' + arguments:<20} {what}" for name, (arguments, what) in COMMANDS.items()
+    ]
     return "\n".join([
         "usage: dsv3 COMMAND …", "", *lines, "",
         f"`dsv3 COMMAND --help` lists a command's options. Presets: {', '.join(MODELS)}.",
-        "`--import NAME`, with any command, imports a Python file or module of yours that registers a router or rule.",
+        "`--import NAME`, with any command, imports a Python file or module of yours that "
+        "registers a router or rule.",
         "`dsv3 train sft --start MODEL --data.paths chats.jsonl` fine-tunes a model on chats.",
     ])  # fmt: skip
 
@@ -62,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # it may be ASCII, or print a name that is not UTF-8
             stream.reconfigure(errors="backslashreplace")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA's messages, which it reads with the first device
+    # of XLA's messages, which it reads with the first device
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     leave_out_absent_devices()
     take_gpu_memory()
     keep_programs()
@@ -90,7 +114,8 @@ NODES = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost*", "/dev/accel*", "/dev/v
 def leave_out_absent_devices() -> None:
     """Choose the CPU where the compilers of `dsv3 plan` are installed and their devices are absent.
 
-    JAX would look for the devices at each start, and print pages about what it misses. JAX_PLATFORMS has the last word.
+    JAX would look for the devices at each start, and print pages about what it misses.
+    JAX_PLATFORMS has the last word.
     """
     compilers = importlib.util.find_spec("libtpu") or importlib.util.find_spec("jax_cuda13_plugin")
     if compilers is None or sys.platform != "linux" or any(map(glob.glob, NODES)):
@@ -102,13 +127,19 @@ def leave_out_absent_devices() -> None:
 
 
 def take_gpu_memory() -> None:
-    """Let JAX allocate 92 % of a GPU's memory, by default 75 %. JAX refuses both names of the variable at once."""
-    if not (os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")):
+    """Let JAX allocate 92 % of a GPU's memory, by default 75 %.
+
+    JAX refuses both names of the variable at once.
+    """
+    if not (
+        os.environ.get("XLA_CLIENT_MEM_FRACTION")
+        or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    ):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.92"
 
 
 def keep_programs() -> None:
-    """Keep compiled programs of GPUs and TPUs in the user's cache folder: a restart does not compile for minutes."""
+    """Keep compiled programs of GPUs and TPUs in the user's cache folder, for a quick restart."""
     import jax
 
     from dsv3_jax.kernels.cpu.library import private_folder
@@ -116,7 +147,8 @@ def keep_programs() -> None:
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(glob.glob, NODES))
     if on_cpu or jax.config.jax_compilation_cache_dir:
         return
-    with contextlib.suppress(OSError, RuntimeError):  # there is no private folder, so nothing is kept
+    # there is no private folder, so nothing is kept
+    with contextlib.suppress(OSError, RuntimeError):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(private_folder() / "programs")
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
@@ -128,7 +160,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def end(code: int) -> None:
-    """End this process at once: the threads of a failed save, or JAX's service of several processes, would wait."""
+    """End this process at once: threads of a failed save, or JAX's service, would wait."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -138,8 +170,8 @@ def end(code: int) -> None:
 def dispatch(argv: list[str]) -> int:
     """Run a command.
 
-    Raises: ValueError for an unknown command, for a program that `--import` names and that cannot be imported, and for
-        what the command refuses.
+    Raises: ValueError for an unknown command, for a program that `--import` names and that cannot
+        be imported, and for what the command refuses.
     """
     argv = _without_imports(argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -150,7 +182,9 @@ def dispatch(argv: list[str]) -> int:
         print(importlib.import_module("dsv3_jax").__version__)
         return 0
     if name not in COMMANDS:
-        raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
+        raise ValueError(
+            f"command {name!r} is not one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}"
+        )
     return importlib.import_module(f"dsv3_jax.cli.{name}").run(rest)
 
 
@@ -165,6 +199,9 @@ def _without_imports(argv: list[str]) -> list[str]:
             continue
         name = name if equals else next(words, "")
         if not name or name.startswith("-"):
-            raise ValueError(f"import={name!r} is no name; give a Python file or a module, as in --import my_router.py")
+            raise ValueError(
+                f"import={name!r} is no name; give a Python file or a module, as in --import "
+                "my_router.py"
+            )
         import_program(name)
     return rest

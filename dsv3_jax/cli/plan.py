@@ -1,4 +1,4 @@
-"""`dsv3 plan PRESET`: what each device of a mesh would hold, compute and send, without the devices."""
+"""`dsv3 plan PRESET`: what each device of a mesh would hold, compute and send, without devices."""
 
 import os
 from typing import Any
@@ -18,7 +18,8 @@ def run(argv: list[str]) -> int:
 def options(argv: list[str]) -> tuple[Any, RunConfig, str]:
     """Read the options; return (them, the preset's recipe, the model's name)."""
     if any(word.startswith("--target") for word in argv):
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # the compiler regrets at length that there is no GPU here
+        # the compiler regrets at length that there is no GPU here
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     from dsv3_jax.planning.plan import PlanOptions
 
     run, rest = named_preset(argv, "plan", recipe_with_model)

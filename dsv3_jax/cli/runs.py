@@ -1,4 +1,4 @@
-"""`dsv3 runs`: list the runs in a folder; `dsv3 runs check RUN`: compare a run's checkpoints with their checksums."""
+"""`dsv3 runs`: list the runs in a folder; `check RUN`: compare checkpoints with their checksums."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from dsv3_jax.report.units import format_bytes, format_duration
 
 @dataclass
 class Check:
-    """Compare every checkpoint of a run with its checksums, and read its metrics; the exit code is 2 after damage."""
+    """Check a run's checkpoints by checksums, and its metrics; after damage the exit code is 2."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """a folder that `dsv3 train` or `dsv3 convert` wrote"""
@@ -52,9 +52,14 @@ def check(argv: list[str]) -> int:
     for name in (METRICS_FILE, LOAD_FILE):
         rows, bad = parse_rows(args.run / name)
         damaged += bool(bad)
-        text_console().print(describe_bad(args.run / name, bad, len(rows)) or f"{name}: {len(rows)} rows")
+        text_console().print(
+            describe_bad(args.run / name, bad, len(rows)) or f"{name}: {len(rows)} rows"
+        )
     if damaged:
-        raise ValueError(f"run={str(args.run)!r} has {damaged} damaged checkpoints or files; training passes over them")
+        raise ValueError(
+            f"run={str(args.run)!r} has {damaged} damaged checkpoints or files; training passes "
+            "over them"
+        )
     return 0
 
 
@@ -73,14 +78,19 @@ def list_runs(argv: list[str]) -> int:
     """
     args = parse(List, argv, "runs list")
     if not args.folder.is_dir():
-        raise ValueError(f"folder={str(args.folder)!r} does not exist; name a folder with runs: dsv3 runs list FOLDER")
+        raise ValueError(
+            f"folder={str(args.folder)!r} does not exist; name a folder with runs: dsv3 runs list "
+            "FOLDER"
+        )
     found = [line for folder in _run_folders(args.folder) if (line := _line(folder)) is not None]
     if not found:
         text_console().print(f"no run in {args.folder}")
         return 0
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "step", "state", "loss", "held out", "tokens/s", "changed"):
-        table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
+        table.add_column(
+            name, justify="left" if name in ("run", "state") else "right", overflow="fold"
+        )
     for changed, cells in sorted(found, reverse=True):
         table.add_row(*cells, f"{format_duration(max(time.time() - changed, 1))} ago")
     console = text_console()
@@ -102,7 +112,10 @@ def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
 
 
 def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
-    """A run's last change, and its cells. None means that it cannot be read; a line on stderr says why."""
+    """A run's last change, and its cells.
+
+    None means that it cannot be read; a line on stderr says why.
+    """
     from dsv3_jax.training.checkpoint import steps_of
     from dsv3_jax.training.run_folder import RUN_FILE, read_run
 
@@ -115,7 +128,9 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
         return None
 
     def last(key: str, form: str) -> str:
-        return next((form.format(row[key]) for row in reversed(rows) if row.get(key) is not None), "")
+        return next(
+            (form.format(row[key]) for row in reversed(rows) if row.get(key) is not None), ""
+        )
 
     step = max(last_step, max((row["step"] for row in rows), default=0))
     state = "training" if holder(folder) else "finished" if last_step >= run.steps else "stopped"

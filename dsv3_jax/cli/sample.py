@@ -1,7 +1,7 @@
 """The files of `dsv3 generate MODEL --prompts FILE.jsonl --out OUT.jsonl`: samples of many prompts.
 
-While texts are missing the output is OUT.jsonl.part: a line with the settings, then one for each text that is complete.
-The same command resumes.
+While texts are missing the output is OUT.jsonl.part: a line with the settings, then one for each
+text that is complete. The same command resumes.
 """
 
 import json
@@ -18,26 +18,42 @@ from dsv3_jax.data.corpus import json_lines
 from dsv3_jax.files import never_through_a_link, parse_json, read_bytes, write_atomic
 from dsv3_jax.lock import acquire
 
-ADDED = ("sample", "text", "tokens", "logprob", "ended")  # keys of the output beside the prompt's own
+# keys of the output beside the prompt's own
+ADDED = ("sample", "text", "tokens", "logprob", "ended")
 MAX_LINE = 2**23  # bytes
 PART = 16  # tokens between two looks at which texts are complete
 
 
 def write_samples(
-    model: Any, text: Any, records: Sequence[dict], prompts: list, config: Any, out: Path, settings: dict[str, Any]
+    model: Any,
+    text: Any,
+    records: Sequence[dict],
+    prompts: list,
+    config: Any,
+    out: Path,
+    settings: dict[str, Any],
 ) -> None:
     """Write a line for each text: its prompt's keys, and `ADDED`.
 
-    Args: prompts: the tokens of the records' prompts; settings: what the texts depend on, to compare after a stop.
+    Args: prompts: the tokens of the records' prompts; settings: what the texts depend on, to
+        compare after a stop.
     """
     total = len(prompts) * config.samples
     part = Path(f"{out}.part")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with acquire(out.absolute().parent, f".{out.name}.lock", out), resumed(part, settings, total) as (file, lines):
+    with (
+        acquire(out.absolute().parent, f".{out.name}.lock", out),
+        resumed(part, settings, total) as (file, lines),
+    ):
         for row, tokens, logprobs in complete(model, prompts, config, set(lines), total):
             shown = text.tokenizer.bytes_of(token for token in tokens if token not in text.stop_ids)
             # Further digits of the logprob depend on the batch.
-            added = row % config.samples, shown.decode("utf-8", "replace"), len(tokens), round(sum(logprobs), 4)
+            added = (
+                row % config.samples,
+                shown.decode("utf-8", "replace"),
+                len(tokens),
+                round(sum(logprobs), 4),
+            )
             ended = tokens[-1] in text.stop_ids
             record = records[row // config.samples] | dict(zip(ADDED, (*added, ended), strict=True))
             lines[row] = json.dumps(record)
@@ -61,15 +77,19 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f'{location}: "prompt" is {reprlib.repr(prompt)}, not a text')
         if taken := record.keys() & set(ADDED):
-            raise ValueError(f"{location}: key {min(taken)!r} is one that the output adds; rename it")
+            raise ValueError(
+                f"{location}: key {min(taken)!r} is one that the output adds; rename it"
+            )
         yield record
     if record is None:
         raise ValueError(f"{path} holds no prompt")
 
 
 @contextmanager
-def resumed(part: Path, settings: dict[str, Any], total: int) -> Iterator[tuple[IO[bytes], dict[int, str]]]:
-    """Open the unfinished file to add to it; a line that a killed process left is cut off, a damaged one passed over.
+def resumed(
+    part: Path, settings: dict[str, Any], total: int
+) -> Iterator[tuple[IO[bytes], dict[int, str]]]:
+    """Open the unfinished file to add to it; cut off a torn last line, and pass over damaged ones.
 
     Returns: in a `with` statement, (the file, its lines of the output by row).
     Raises: ValueError for other settings, or another file.
@@ -82,15 +102,20 @@ def resumed(part: Path, settings: dict[str, Any], total: int) -> Iterator[tuple[
         found = [parse_json(row[9:]) for row in rows if row[:9] == b"%08x " % zlib.crc32(row[9:])]
         lines = {row["row"]: json.dumps(row["line"]) for row in found}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{part} is not an unfinished file of samples: {error}; delete it") from error
+        raise ValueError(
+            f"{part} is not an unfinished file of samples: {error}; delete it"
+        ) from error
     for name, value in settings.items():
         if before.get(name) != value:
             raise ValueError(
-                f"{name}={value!r} is not the {before.get(name)!r} that {part} was begun with; delete it, or name "
-                "another out"
+                f"{name}={value!r} is not the {before.get(name)!r} that {part} was begun with; "
+                "delete it, or name another out"
             )
     if damaged := len(rows) - len(found):
-        print(f"damaged lines in {part}: {damaged}; texts to sample: {total - len(lines)}", file=sys.stderr)
+        print(
+            f"damaged lines in {part}: {damaged}; texts to sample: {total - len(lines)}",
+            file=sys.stderr,
+        )
     with open(part, "ab", opener=never_through_a_link) as file:
         file.truncate(size)
         if not size:
@@ -98,7 +123,9 @@ def resumed(part: Path, settings: dict[str, Any], total: int) -> Iterator[tuple[
         yield file, lines
 
 
-def complete(model: Any, prompts: list, config: Any, done: set[int], total: int) -> Iterator[tuple[int, list, list]]:
+def complete(
+    model: Any, prompts: list, config: Any, done: set[int], total: int
+) -> Iterator[tuple[int, list, list]]:
     """Decode the texts that are not done, with a progress bar.
 
     Returns: of each as it ends, (its row, its tokens, their log-probabilities at temperature 1).
@@ -118,7 +145,11 @@ def complete(model: Any, prompts: list, config: Any, done: set[int], total: int)
             start = start or time.perf_counter()  # after the first part, which compiles
             new = result.ended[ended - len(done) :]
             for row in new:
-                yield row, result.tokens[row], result.model_logprobs[row] if result.model_logprobs else []
+                yield (
+                    row,
+                    result.tokens[row],
+                    result.model_logprobs[row] if result.model_logprobs else [],
+                )
             ended = ended + len(new)
             count = count + sum(len(result.tokens[row]) for row in new)
             speed = count / max(time.perf_counter() - start, 1e-9)

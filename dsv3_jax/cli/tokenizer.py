@@ -39,5 +39,7 @@ def run(argv: list[str]) -> int:
     trained = tokenizer.train_bpe((d.text for d in corpus.train), args.vocab_size, str(args.out))
     sample = "".join(d.text for d in corpus.val)[:200_000]
     ratio = len(sample.encode()) / max(len(trained.encode(sample)), 1)
-    text_console().print(f"{args.out}: {trained.vocab_size} tokens, {ratio:.2f} bytes a token on held-out text")
+    text_console().print(
+        f"{args.out}: {trained.vocab_size} tokens, {ratio:.2f} bytes a token on held-out text"
+    )
     return 0

@@ -30,8 +30,9 @@ LOST = 75  # exit code: another process of the run is lost
 class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
-    dsv3 train sft --start MODEL --data.paths chats.jsonl fine-tunes on chats; grpo learns from answers.
-    --start takes a run's or released model's weights and settings; --trunk trains heads on its trunk.
+    dsv3 train sft --start MODEL --data.paths chats.jsonl fine-tunes on chats; grpo learns from
+    answers. --start takes a run's or released model's weights and settings; --trunk trains heads on
+    its trunk.
     """
 
     out: Path
@@ -40,9 +41,10 @@ class Train:
     step: int | None = None
     """resume here; later checkpoints become STEP.superseded"""
     mesh: str | None = None
-    """devices as data=N,expert=N,tensor=N, on a CPU simulated; None means all GPUs or TPUs along data"""
+    """devices as data=N,expert=N,tensor=N, on a CPU simulated; None: all GPUs or TPUs on data"""
     cluster: str | None = None
-    """train in processes with one OUT: HOST:PORT of process 0; or auto on SLURM, Kubernetes, Open MPI, TPU pods"""
+    """train in processes with one OUT: HOST:PORT of process 0; or auto on SLURM, Kubernetes, Open
+    MPI, TPU pods"""
     processes: int | None = None
     """number of processes of the cluster"""
     process_id: int | None = None
@@ -60,7 +62,9 @@ def run(argv: list[str]) -> int:
     if args.cluster is not None:
         return _train_in_cluster(args)
     if args.processes is not None or args.process_id is not None:
-        raise ValueError("--processes and --process-id need --cluster, which says where process 0 is")
+        raise ValueError(
+            "--processes and --process-id need --cluster, which says where process 0 is"
+        )
     mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
     return _fit(args, mesh)
 
@@ -76,8 +80,7 @@ def _fit(args: Train, mesh: Any) -> int:
 
 
 def options(argv: list[str]) -> Train:
-    """Parse the arguments; the defaults are the preset's recipe, on another run's model and data with --start or
-    --trunk."""
+    """Parse the arguments; defaults are the preset's recipe, or --start's or --trunk's."""
     run, rest = named_preset(with_variables(argv, "--data.template"), "train", recipe)
     if value_of(rest, "--optim.lr"):
         raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
@@ -92,11 +95,16 @@ def options(argv: list[str]) -> Train:
 
         run = on_weights(run, open_start(start, value_of(rest, "--out")))
     elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
-        raise ValueError(f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start MODEL")
+        raise ValueError(
+            f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start "
+            "MODEL"
+        )
     args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
     by_epochs = args.run.data.format == "chat" and not args.run.grpo.group
     if args.epochs is not None and not by_epochs:
-        raise ValueError(f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps")
+        raise ValueError(
+            f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps"
+        )
     if by_epochs:
         run, chats = _for_epochs(args, value_of(rest, "--steps"), value_of(rest, "--data.seq-len"))
         args = replace(args, run=run, chats=chats)
@@ -114,7 +122,9 @@ def parse_steps(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
     if match is None or int(match[1]) >= int(match[2]):
-        raise ValueError(f"profile={text!r} is not START:STOP, two steps of which the first is smaller, as 10:13")
+        raise ValueError(
+            f"profile={text!r} is not START:STOP, two steps of which the first is smaller, as 10:13"
+        )
     return int(match[1]), int(match[2])
 
 
@@ -153,6 +163,9 @@ def _train_in_cluster(args: Train) -> int:
         return _fit(args, processes.make_mesh(sizes))
     except Exception as error:
         if processes.is_connection_error(error):
-            return fail(f"a process of the run is lost; the same command resumes: {sentence(error)}", LOST)
-        time.sleep(1)  # every process may have this error, and the end of process 0 would abort the others
+            return fail(
+                f"a process of the run is lost; the same command resumes: {sentence(error)}", LOST
+            )
+        # every process may have this error, and the end of process 0 would abort the others
+        time.sleep(1)
         raise

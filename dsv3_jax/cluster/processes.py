@@ -1,7 +1,7 @@
-"""Several processes of one run: join them, exchange messages, agree, and find the rows of a batch that each one holds.
+"""Several processes of one run: join them, exchange messages, agree, find each one's batch rows.
 
-Every process runs the same program. All processes must call the functions here that communicate, in the same order.
-With one process they cost nothing and return the answer for one process.
+Every process runs the same program. All processes must call the functions here that communicate, in
+the same order. With one process they cost nothing and return the answer for one process.
 """
 
 import json
@@ -22,28 +22,38 @@ from dsv3_jax.mesh import sharding
 T = TypeVar("T")
 
 START_TIMEOUT = 300  # seconds to wait for the other processes
-HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life, until JAX counts a process as lost and ends the others
+# seconds without a sign of life, until JAX counts a process as lost and ends the others
+HEARTBEAT_TIMEOUT = 30
 
 
 def join(address: str, count: int | None, index: int | None, devices: int | None) -> None:
     """Join the other processes of a run before the first array is created.
 
-    JAX ends this process with a stack trace if the others do not arrive, and later if one of them is lost.
+    JAX ends this process with a stack trace if the others do not arrive, and later if one of them
+    is lost.
 
     Args:
         address: HOST:PORT of process 0; "auto" asks SLURM, Kubernetes, Open MPI or the TPU pod.
         count: number of processes. None means that "auto" finds it.
         index: of this process, from 0. None means that "auto" finds it.
-        devices: of the mesh. On CPU each process creates its share of them. None means one for each process on CPU.
+        devices: of the mesh. On CPU each process creates its share of them. None means one for each
+            process on CPU.
     Raises: ConfigError when an argument is not valid, or no cluster is found.
     """
     if address != "auto" and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):[1-9]\d{0,4}", address):
-        raise ConfigError(f"cluster={address!r} is neither auto nor of the form HOST:PORT; use one of them")
+        raise ConfigError(
+            f"cluster={address!r} is neither auto nor of the form HOST:PORT; use one of them"
+        )
     if devices is not None and count is not None:
         if count < 1 or devices % count:
-            raise ConfigError(f"devices={devices} of the mesh are not divisible by processes={count}; change one")
+            raise ConfigError(
+                f"devices={devices} of the mesh are not divisible by processes={count}; change one"
+            )
         jax.config.update("jax_num_cpu_devices", devices // count)
-    print(f"joining cluster={address!r}; JAX ends this process after {START_TIMEOUT} seconds alone", file=sys.stderr)
+    print(
+        f"joining cluster={address!r}; JAX ends this process after {START_TIMEOUT} seconds alone",
+        file=sys.stderr,
+    )
     try:
         jax.distributed.initialize(
             None if address == "auto" else address,
@@ -54,19 +64,23 @@ def join(address: str, count: int | None, index: int | None, devices: int | None
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"cluster={address!r}, processes={count}, process_id={index} cannot be used: {error} auto needs SLURM, "
-            "Kubernetes, Open MPI or a TPU pod; elsewhere give --cluster HOST:PORT --processes N --process-id I"
+            f"cluster={address!r}, processes={count}, process_id={index} cannot be used: {error} "
+            "auto needs SLURM, Kubernetes, Open MPI or a TPU pod; elsewhere give "
+            "--cluster HOST:PORT --processes N --process-id I"
         ) from error
-    if jax.local_devices()[0].platform == "cpu":  # programs of JAX's cache mix up two collectives' messages
+    # programs of JAX's cache mix up two collectives' messages
+    if jax.local_devices()[0].platform == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only sets a flag that nothing here reads
+    # JAX's handler only sets a flag that nothing here reads
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_connection_error(error: Exception) -> bool:
-    """Say whether an error is XLA's, as in a collective with a lost process, and not this package's.
+    """Say whether an error is XLA's, as of a collective with a lost process, not this package's.
 
     Example:
-        >>> is_connection_error(ValueError("UNAVAILABLE: connection reset")), is_connection_error(ValueError("steps=0"))
+        >>> lost, other = ValueError("UNAVAILABLE: connection reset"), ValueError("steps=0")
+        >>> is_connection_error(lost), is_connection_error(other)
         (True, False)
     """
     return re.match(r"[A-Z_]{5,}: ", str(error)) is not None
@@ -92,7 +106,8 @@ def gather(message: bytes) -> list[bytes]:
     lengths = _gather_arrays(np.array(len(message), np.int32))
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(message)] = np.frombuffer(message, np.uint8)
-    return [row[:length].tobytes() for row, length in zip(_gather_arrays(padded), lengths, strict=True)]
+    rows = _gather_arrays(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def any_of(flag: bool) -> bool:
@@ -108,7 +123,9 @@ def any_of(flag: bool) -> bool:
 def _gather_arrays(array: np.ndarray) -> np.ndarray:
     """Stack the processes' arrays of one shape."""
     if jax.process_count() * jax.local_device_count() != jax.device_count():
-        raise ConfigError("the processes have different numbers of devices; start all with the same --mesh")
+        raise ConfigError(
+            "the processes have different numbers of devices; start all with the same --mesh"
+        )
     with jax.transfer_guard("allow"):  # meant, though JAX calls it implicit
         return process_allgather(array)
 
@@ -129,8 +146,8 @@ def by_each(work: Callable[[], T]) -> T:
     """Let every process do work that may fail in some of them; all processes get the outcome.
 
     Returns: this process's result of `work`.
-    Raises: the error of `work` in a process where it raises ValueError or OSError. ConfigError in all others, with the
-        number of that process and its sentence.
+    Raises: the error of `work` in a process where it raises ValueError or OSError. ConfigError in
+        all others, with the number of that process and its sentence.
 
     Example:
         >>> by_each(lambda: 2 + 3)
@@ -153,7 +170,8 @@ def agree(facts: Mapping[str, Any]) -> None:
 
     Args:
         facts: plain JSON that must be equal.
-    Raises: ConfigError in all processes, naming those that differ from process 0 and the first difference.
+    Raises: ConfigError in all processes, naming those that differ from process 0 and the first
+        difference.
 
     Example:
         >>> agree({"steps": 400})  # one process agrees with itself
@@ -164,10 +182,11 @@ def agree(facts: Mapping[str, Any]) -> None:
         difference = first_difference(by_process[0], by_process[others[0]])
         assert difference is not None
         key, first, other = difference
-        names = f"process {others[0]}" if len(others) == 1 else f"processes {', '.join(map(str, others))}"
+        numbers = ", ".join(map(str, others))
+        names = f"process {numbers}" if len(others) == 1 else f"processes {numbers}"
         raise ConfigError(
-            f"{key}={other!r} in process {others[0]} differs from {key}={first!r} in process 0; {names} of "
-            f"{len(by_process)} must be started as process 0"
+            f"{key}={other!r} in process {others[0]} differs from {key}={first!r} in process 0; "
+            f"{names} of {len(by_process)} must be started as process 0"
         )
 
 
@@ -175,8 +194,8 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
     """Create a mesh of all processes' devices.
 
     Args: sizes: of the axes. None means all devices along "data".
-    Raises: ConfigError when processes disagree on it, or the mesh does not use every device: each process must have a
-        part of it.
+    Raises: ConfigError when processes disagree on it, or the mesh does not use every device: each
+        process must have a part of it.
     """
     agree({"mesh": sizes})
     count = jax.device_count()
@@ -184,7 +203,9 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
     mesh = sharding.make_mesh(**sizes)
     if mesh.size != count:
         name = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ConfigError(f"mesh={name} has {mesh.size} devices, but the cluster has {count}; use all of them")
+        raise ConfigError(
+            f"mesh={name} has {mesh.size} devices, but the cluster has {count}; use all of them"
+        )
     return mesh
 
 
@@ -200,12 +221,13 @@ def check_layout(layout: Layout) -> None:
     if layout.fsdp and jax.process_count() > 1 and count > 1 and jax.devices()[0].platform == "cpu":
         # XLA's CPU client may run two collectives in different orders in two processes.
         raise ConfigError(
-            f"layout.fsdp=True with {count} CPU devices in each process can deadlock; use one device in each"
+            f"layout.fsdp=True with {count} CPU devices in each process can deadlock; "
+            "use one device in each"
         )
 
 
 def rows_held(mesh: Mesh, size: int) -> np.ndarray:
-    """Return the rows of a global batch of `size` rows that this process's devices hold, in ascending order.
+    """Return the rows of a global batch of `size` rows that this process holds, in ascending order.
 
     Example:
         >>> rows_held(sharding.make_mesh(), 4)  # one process holds all rows
@@ -219,7 +241,8 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int) -> dict[s
     """Put a batch on devices; each process provides the rows that its devices hold.
 
     Args:
-        batch: arrays [R, …] of this process's rows of the global batch, as `rows_held`, or of all its rows.
+        batch: arrays [R, …] of this process's rows of the global batch, as `rows_held`, or of all
+            its rows.
         mesh: None means the default device.
         size: rows of the global batch.
 

@@ -21,13 +21,15 @@ class Batch(TypedDict):
 
     tokens: The tokenizer's eos follows each document.
     segment_ids: A row's documents are 1, 2, …; 0 is padding.
-    positions: They count from 0 in each document of a row. Without `separate_documents` they are 0 … T-1, and all
-        segment_ids are 1.
+    positions: They count from 0 in each document of a row. Without `separate_documents` they are
+        0 … T-1, and all segment_ids are 1.
     domains: index into `Source.domains`.
     documents: number of the document in its corpus or shards.
     loss_mask: tokens that count as targets of the losses. Without it all do.
-    expert_ids: experts in place of the routers' choices, int32 [B, L, T, K], see `training.loss.compute_loss`.
-    routed_tokens: the tokens that these were recorded for, −1 where there was none; they must be the row's.
+    expert_ids: experts in place of the routers' choices, int32 [B, L, T, K], see
+        `training.loss.compute_loss`.
+    routed_tokens: the tokens that these were recorded for, −1 where there was none; they must be
+        the row's.
     advantages, old_logprobs, start_logprobs: of answers, float32 [B, T], see `training.grpo`.
     """
 
@@ -49,7 +51,7 @@ Row = Batch
 
 @runtime_checkable  # tests check signatures when functions are called
 class Rows(Protocol):
-    """Random access to rows: `Packed` documents in memory, `ShardRows` on disk, and what Grain makes of them."""
+    """Random access to rows: `Packed` in memory, `ShardRows` on disk, or what Grain makes."""
 
     def __len__(self) -> int: ...
 
@@ -77,7 +79,9 @@ def stack(rows: Sequence[Row]) -> Batch:
 
 def _check_alignment(row: Row) -> None:
     if "routed_tokens" not in row:
-        raise ValueError("a row has expert_ids without routed_tokens, the tokens that they were recorded for")
+        raise ValueError(
+            "a row has expert_ids without routed_tokens, the tokens that they were recorded for"
+        )
     tokens, routed = row["tokens"], row["routed_tokens"]
     wrong = np.flatnonzero((routed >= 0) & (routed != tokens))
     if not len(wrong):
@@ -85,8 +89,8 @@ def _check_alignment(row: Row) -> None:
     fits = [n for n in (1, -1) if (np.roll(tokens, -n) == routed)[routed >= 0].all()]
     what = f"shifted by {fits[0]}" if fits else "of another text"
     raise ValueError(
-        f"expert_ids were recorded at place {wrong[0]} for token {routed[wrong[0]]}, and the row has "
-        f"{tokens[wrong[0]]} there: they are {what}"
+        f"expert_ids were recorded at place {wrong[0]} for token {routed[wrong[0]]}, and the row "
+        f"has {tokens[wrong[0]]} there: they are {what}"
     )
 
 
@@ -112,13 +116,20 @@ def one_row(tokens: Sequence[int], domain: int = 0) -> Batch:
     ids = np.array([list(tokens)], np.int32)
     zeros = np.zeros_like(ids)
     positions = np.arange(ids.shape[1], dtype=np.int32)[None]
-    return Batch(tokens=ids, segment_ids=zeros + 1, positions=positions, domains=zeros + domain, documents=zeros)
+    return Batch(
+        tokens=ids,
+        segment_ids=zeros + 1,
+        positions=positions,
+        domains=zeros + domain,
+        documents=zeros,
+    )
 
 
 class Batches(Iterator[Batch]):
     """Endless training batches. Their position is the number of the next row of an endless order.
 
-    All processes share one position. It is also valid for another number of processes, and for another batch size.
+    All processes share one position. It is also valid for another number of processes, and for
+    another batch size.
 
     Args:
         order: rows of the global order, see `endless`.
@@ -165,34 +176,42 @@ class Batches(Iterator[Batch]):
         if type(row) is not int or row < 0:
             raise ValueError(f"row={row!r:.80} is no position in the data")
         if saved != self._fingerprint:
-            raise ValueError(f"corpus={self._fingerprint!r} is not the saved one, {saved!r}; resume with the same data")
+            raise ValueError(
+                f"corpus={self._fingerprint!r} is not the saved one, {saved!r}; resume with the "
+                "same data"
+            )
         self._row = row
 
 
 def endless(parts: Sequence[Rows], seed: int, weights: Sequence[float] = (1.0,)) -> Rows:
-    """Order rows without end: each pass over a part has its own shuffle, and parts are mixed by weight.
+    """Order rows without end: each pass over a part is shuffled anew, and parts mix by weight.
 
     Row i of the order is found in constant time.
 
     Example:
         >>> order = endless([range(10), range(10, 20)], seed=0, weights=[0.75, 0.25])
-        >>> sorted(order[i] for i in range(12))  # most of the first part, a third as many of the second
+        >>> sorted(order[i] for i in range(12))  # of the second part a third as many
         [0, 1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17]
     """
-    orders = [grain.MapDataset.source(part).seed((seed + i) % 2**32).shuffle().repeat() for i, part in enumerate(parts)]
+    orders = [
+        grain.MapDataset.source(part).seed((seed + i) % 2**32).shuffle().repeat()
+        for i, part in enumerate(parts)
+    ]
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
 def alternate(domains: Sequence[Rows], batch_size: int, num_batches: int) -> list[Batch]:
-    """Return held-out batches whose rows alternate between domains, so that a few have equal amounts of each.
+    """Return held-out batches whose rows alternate between domains: a few have all in equal parts.
 
-    Args: num_batches: the most to return. Fewer rows give fewer batches, and the last one may end in rows of padding.
+    Args: num_batches: the most to return. Fewer rows give fewer batches, and the last one may end
+        in rows of padding.
     """
     rounds = range(max(map(len, domains), default=0))
     found = (rows[i] for i in rounds for rows in domains if i < len(rows))
     rows = list(itertools.islice(found, num_batches * batch_size))
     if rows:
-        rows += [{key: np.zeros_like(array) for key, array in rows[0].items()}] * (-len(rows) % batch_size)
+        padding = {key: np.zeros_like(array) for key, array in rows[0].items()}
+        rows += [padding] * (-len(rows) % batch_size)
     return [stack(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
 
@@ -207,10 +226,12 @@ class Source:
         train: returns the training rows, in parts that `weights` mix.
         held_out: returns the held-out rows of each domain.
         corpus: the documents. None for chats and shards.
-        training_bytes: bytes of the training text by domain. None where only the source knows its mix.
-        examples: of chats, if asked for, what is trained on: the tokens of the prompt, the record, its place.
-        sampled: makes training batches of what the model itself writes, and is given a function that returns its job
-            and state. None means that rows do not depend on the model.
+        training_bytes: bytes of the training text by domain. None where only the source knows its
+            mix.
+        examples: of chats, if asked for, what is trained on: the tokens of the prompt, the record,
+            its place.
+        sampled: makes training batches of what the model itself writes, and is given a function
+            that returns its job and state. None means that rows do not depend on the model.
         checker: a hash of the user's code that says which of these are right; "" if there is none.
     """
 
@@ -228,7 +249,10 @@ class Source:
     checker: str = ""
 
     def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
-        """Iterate over endless training batches. Args: rows: of each global batch that this process reads."""
+        """Iterate over endless training batches.
+
+        Args: rows: of each global batch that this process reads.
+        """
         order = endless(self.train(), self.cfg.seed, self.weights)
         return Batches(order, self.cfg.batch_size, rows, self.fingerprint)
 

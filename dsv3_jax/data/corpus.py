@@ -21,13 +21,15 @@ from dsv3_jax.data.hub import dataset_rows, is_dataset, numbered, parts_of
 from dsv3_jax.files import check_regular, open_file, parse_json, read_text
 
 T = TypeVar("T")
-_MAX_CHARACTERS = 2**18  # longer texts are cut, so that tokenising one, or resuming in it, takes little time
+# longer texts are cut, so that tokenising one, or resuming in it, takes little time
+_MAX_CHARACTERS = 2**18
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 _MAX_LINE_BYTES = 2**26  # of a line of JSONL, or a row of a library
 _MAX_CHAT_BYTES = 2**23  # of a line of chats: the places of its tokens take a hundred times as much
 _PARQUET_ROWS = 16  # that are decoded at once: a file of kilobytes may hold many rows of megabytes
 MAX_DOMAIN = 200  # characters of a domain's name
-_MIN_INSTALLED_FILES = 100  # of a domain; below it other packages' files are added: Debian moves headers and tests away
+# of a domain; below it other packages' files are added: Debian moves headers and tests away
+_MIN_INSTALLED_FILES = 100
 _MAX_INSTALLED_BYTES = 2**18  # larger installed files are left out: most of them are tables
 
 
@@ -52,7 +54,8 @@ class Corpus:
         fingerprint: a hash of the training texts in their order.
 
     Example:
-        >>> train, val = (Document("ab", "text"), Document("x = 1", "code")), (Document("é", "text"),)
+        >>> train = (Document("ab", "text"), Document("x = 1", "code"))
+        >>> val = (Document("é", "text"),)
         >>> corpus = Corpus(train, val, domains=("text", "code"), fingerprint="")
         >>> corpus.sizes()
         {'text': (2, 2), 'code': (5, 0)}
@@ -80,19 +83,21 @@ def load_corpus(cfg: DataConfig) -> Corpus:
         tests: its tests; if they are not installed, those of NumPy and SciPy.
         C: Python's headers; if they are not installed, those of NumPy and jaxlib.
         English: the language reference in `pydoc_data.topics`, one document a topic.
-    It leaves out character tables (`encodings`, `html/entities.py`), build settings, files above 256 KiB, and files
-    that are not UTF-8.
+    It leaves out character tables (`encodings`, `html/entities.py`), build settings, files above
+    256 KiB, and files that are not UTF-8.
 
-    A path is a file or a folder. `.jsonl` has an object in each line, with "text" and optionally "domain". `.parquet`
-    has columns of these names. `cfg.text_column` is another name of "text". Any other file is one document. Hidden and
-    binary files of a folder are skipped. `hf:NAME` is a dataset of Hugging Face, see `hub`.
-    A document's domain is the one it states, else the first folder below the path, else the file's suffix.
-    Texts above 2^18 characters are cut at line ends into several documents.
+    A path is a file or a folder. `.jsonl` has an object in each line, with "text" and optionally
+    "domain". `.parquet` has columns of these names. `cfg.text_column` is another name of "text".
+    Any other file is one document. Hidden and binary files of a folder are skipped. `hf:NAME` is a
+    dataset of Hugging Face, see `hub`. A document's domain is the one it states, else the first
+    folder below the path, else the file's suffix. Texts above 2^18 characters are cut at line ends
+    into several documents.
 
-    Equal texts are on the same side. If no hash selects a text for validation, the text with the smallest hash is used.
+    Equal texts are on the same side. If no hash selects a text for validation, the text with the
+    smallest hash is used.
 
-    Raises: ValueError naming a path that is absent, empty, unreadable or malformed; or when the documents are too few
-        for two sides.
+    Raises: ValueError naming a path that is absent, empty, unreadable or malformed; or when the
+        documents are too few for two sides.
 
     Example:
         >>> import tempfile
@@ -103,16 +108,24 @@ def load_corpus(cfg: DataConfig) -> Corpus:
         >>> len(corpus.train), len(corpus.val), corpus.domains
         (3, 1, ('txt',))
     """
-    documents = list(itertools.islice(read_documents(cfg.paths, cfg.text_column), cfg.max_documents))
+    documents = list(
+        itertools.islice(read_documents(cfg.paths, cfg.text_column), cfg.max_documents)
+    )
     if not documents:
-        raise ValueError("this Python installation holds no document; give paths of files or folders with text")
-    digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text, _ in documents]
+        raise ValueError(
+            "this Python installation holds no document; give paths of files or folders with text"
+        )
+    digests = [
+        hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text, _ in documents
+    ]
     train, val, fingerprint = split(documents, digests, cfg.val_fraction)
-    return Corpus(tuple(train), tuple(val), tuple(dict.fromkeys(d.domain for d in documents)), fingerprint)
+    return Corpus(
+        tuple(train), tuple(val), tuple(dict.fromkeys(d.domain for d in documents)), fingerprint
+    )
 
 
 def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[Document]:
-    """Yield documents as `load_corpus` reads them, one by one: the memory does not depend on their number.
+    """Yield documents as `load_corpus` reads them, one by one: memory does not grow with them.
 
     Args: text_column: the key of JSONL and the column of Parquet with the text.
     Raises: ValueError as `load_corpus`.
@@ -129,8 +142,10 @@ def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[
     return itertools.chain.from_iterable(_documents_of(path, text_column) for path in paths)
 
 
-def split(texts: Sequence[T], digests: Sequence[bytes], fraction: float) -> tuple[list[T], list[T], str]:
-    """Divide texts by hashes of 8 bytes into training and validation: about a fraction, and at least one.
+def split(
+    texts: Sequence[T], digests: Sequence[bytes], fraction: float
+) -> tuple[list[T], list[T], str]:
+    """Divide texts by hashes of 8 bytes into training and validation: a fraction, at least one.
 
     Returns: (training, validation, a hash of the training texts in their order).
     Raises: ValueError when all are held out.
@@ -145,8 +160,11 @@ def split(texts: Sequence[T], digests: Sequence[bytes], fraction: float) -> tupl
         sides[int.from_bytes(digest) < threshold].append(text)
     if not sides[0]:
         distinct = f"{len(texts)} in all, {len(set(digests))} of them distinct"
-        raise ValueError(f"val_fraction={fraction} leaves no text for training: there are {distinct}; add text")
-    return *sides, fingerprint_of(digest for digest in digests if int.from_bytes(digest) >= threshold)
+        raise ValueError(
+            f"val_fraction={fraction} leaves no text for training: there are {distinct}; add text"
+        )
+    trained = (digest for digest in digests if int.from_bytes(digest) >= threshold)
+    return *sides, fingerprint_of(trained)
 
 
 def fingerprint_of(digests: Iterable[bytes]) -> str:
@@ -164,10 +182,18 @@ def _installed_documents() -> Iterator[Document]:
     """Alternate between the domains, so that `max_documents` keeps some of each."""
     tests = _python_files(tests=True)
     if len(tests) < _MIN_INSTALLED_FILES:
-        tests += [path for path in _package_files("numpy", "scipy") if path.suffix == ".py" and "tests" in path.parts]
-    headers = [path for path in files_below(Path(sysconfig.get_path("include"))) if path.suffix == ".h"]
+        tests += [
+            path
+            for path in _package_files("numpy", "scipy")
+            if path.suffix == ".py" and "tests" in path.parts
+        ]
+    headers = [
+        path for path in files_below(Path(sysconfig.get_path("include"))) if path.suffix == ".h"
+    ]
     if len(headers) < _MIN_INSTALLED_FILES:
-        headers += [path for path in _package_files("numpy", "jaxlib") if path.suffix in (".h", ".hpp")]
+        headers += [
+            path for path in _package_files("numpy", "jaxlib") if path.suffix in (".h", ".hpp")
+        ]
     domains = {"code": _python_files(tests=False), "tests": tests, "C": headers}
     found = (_installed_files(paths, domain) for domain, paths in domains.items())
     for one_of_each in itertools.zip_longest(*found, _language_reference()):
@@ -181,7 +207,11 @@ def _python_files(tests: bool) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in files_below(root, skip=("site-packages", "dist-packages")):
         names = set(path.relative_to(root).parts)
-        if path.suffix == ".py" and bool(names & {"test", "tests", "idle_test"}) == tests and not names & tables:
+        if (
+            path.suffix == ".py"
+            and bool(names & {"test", "tests", "idle_test"}) == tests
+            and not names & tables
+        ):
             found.append(path)
     return [path for path in found if not path.name.startswith("_sysconfigdata")]
 
@@ -203,7 +233,7 @@ def _package_files(*names: str) -> Iterator[Path]:
 
 
 def _installed_files(paths: Iterable[Path], domain: str) -> Iterator[Document]:
-    """Yield the files that are neither large, empty nor other than UTF-8; tests of codecs contain broken files."""
+    """Yield the UTF-8 files that are neither large nor empty; tests of codecs have broken ones."""
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
             text = read_text(path, _MAX_INSTALLED_BYTES)
@@ -212,7 +242,7 @@ def _installed_files(paths: Iterable[Path], domain: str) -> Iterator[Document]:
 
 
 def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield files below `root` in order of name, without hidden files, compiled caches and folders named in `skip`."""
+    """Yield files below `root` by name, but no hidden ones, caches and folders of `skip`."""
 
     def fail(error: OSError):
         if error.filename != str(root) or root.exists():
@@ -220,7 +250,9 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 
     try:
         for folder, folders, files in os.walk(root, onerror=fail):
-            folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skip)
+            folders[:] = sorted(
+                f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skip
+            )
             yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
     except RecursionError:  # of `os.walk` before Python 3.12
         raise ValueError(f"path={str(root)!r} has too many folders within each other") from None
@@ -235,7 +267,10 @@ def _documents_of(path: str, column: str) -> Iterator[Document]:
     for location, row, domain in rows_of(path, (column,)):
         text = row.get(column)
         if not isinstance(text, str):
-            raise ValueError(f'{location}: "{column}" is {reprlib.repr(text)}, not a string, of {sorted(row)!r:.200}')
+            raise ValueError(
+                f'{location}: "{column}" is {reprlib.repr(text)}, not a string, of '
+                f"{sorted(row)!r:.200}"
+            )
         for part in _split_long(text):
             empty = False
             yield Document(part, domain)
@@ -243,21 +278,27 @@ def _documents_of(path: str, column: str) -> Iterator[Document]:
         raise ValueError(f"path={path!r} holds no text")
 
 
-def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Read the rows of one of `DataConfig.paths`: of JSONL, Parquet, a dataset, and other files, each one text.
+def rows_of(
+    path: str, needed: Sequence[str], chats: bool = False
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Read the rows of one of `DataConfig.paths`: JSONL, Parquet, a dataset, or files of one text.
 
     Args:
-        needed: keys; Parquet and datasets must have one of them. The first one is that of a file's text.
+        needed: keys; Parquet and datasets must have one of them. The first one is that of a file's
+            text.
         chats: read `tools` and `functions`, too; pass over files other than JSONL and Parquet.
-    Returns: triples of where the row is, for errors, the row, and its domain. That is the one that it states, else the
-        first folder below the path or the file's suffix, for chats the file's name.
+    Returns: triples of where the row is, for errors, the row, and its domain. That is the one that
+        it states, else the first folder below the path or the file's suffix, for chats the file's
+        name.
     Raises: ValueError that names the path, file or row.
     """
     also = ("domain", "tools", "functions") if chats else ("domain",)
     limit = _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES
     if is_dataset(path):
         name = Path(parts_of(path)[0]).name
-        found = ((*located, name) for located in numbered(path, dataset_rows(path, needed, also), limit))
+        found = (
+            (*located, name) for located in numbered(path, dataset_rows(path, needed, also), limit)
+        )
     else:
         found = _rows_of_files(Path(path), needed, also, chats, limit)
     for location, row, domain in found:
@@ -265,9 +306,12 @@ def rows_of(path: str, needed: Sequence[str], chats: bool = False) -> Iterator[t
             raise ValueError(f"{location}, is not an object")
         own = row.get("domain")
         if own is not None and (not isinstance(own, str) or len(own) > MAX_DOMAIN):
-            raise ValueError(f'{location}: "domain" is {reprlib.repr(own)}, not a string of {MAX_DOMAIN} or less')
+            raise ValueError(
+                f'{location}: "domain" is {reprlib.repr(own)}, not a string of {MAX_DOMAIN} or less'
+            )
         # For terminals, pictures and JSON: names may hold control codes and broken UTF-8.
-        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in (own or domain)[:MAX_DOMAIN])
+        shown = (own or domain)[:MAX_DOMAIN]
+        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in shown)
 
 
 def _rows_of_files(
@@ -291,7 +335,11 @@ def _rows_of_files(
             elif not chats and not (root.is_dir() and _is_binary(file)):
                 rows = [(str(file), {needed[0]: read_text(file, _MAX_TEXT_BYTES)})]
             for location, row in rows:
-                yield location, row, file.stem if chats else folders[0] if folders else suffix[1:] or "text"
+                yield (
+                    location,
+                    row,
+                    file.stem if chats else folders[0] if folders else suffix[1:] or "text",
+                )
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
@@ -319,11 +367,14 @@ def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
-def parquet_rows(path: Path, needed: Sequence[str], also: Sequence[str]) -> Iterator[dict[str, Any]]:
+def parquet_rows(
+    path: Path, needed: Sequence[str], also: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Read a Parquet file row by row.
 
     Args: needed, also: columns to read; one of `needed` must be there.
-    Raises: ValueError without the columns or pyarrow; errors of many kinds for a file that is damaged or not Parquet.
+    Raises: ValueError without the columns or pyarrow; errors of many kinds for a file that is
+        damaged or not Parquet.
     """
     try:
         import pyarrow.parquet

@@ -1,11 +1,12 @@
-"""Rows of Hugging Face datasets: `hf:NAME` of the hub, streamed, or `hf:FOLDER` as `datasets` saved it.
+"""Rows of Hugging Face datasets: `hf:NAME` of the hub, streamed, or `hf:FOLDER`, a saved one.
 
     hf:ORGANISATION/NAME            the split train
     hf:ORGANISATION/NAME:CONFIG     a configuration of it
     hf:ORGANISATION/NAME@SPLIT      another split, as in hf:allenai/c4:en@validation
     hf:FOLDER                       what `save_to_disk` wrote, or a folder that `load_dataset` knows
 
-Rows come one by one, so memory does not depend on their number. The package `datasets` is the extra of that name.
+Rows come one by one, so memory does not depend on their number. The package `datasets` is the extra
+of that name.
 """
 
 import json
@@ -41,7 +42,10 @@ def parts_of(path: str) -> tuple[str, str | None, str]:
     rest, at, split = path.removeprefix(PREFIX).partition("@")
     name, colon, config = rest.partition(":")
     if not name or (at and not split) or (colon and not config):
-        raise ValueError(f"path={path!r} has an empty part; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG@SPLIT")
+        raise ValueError(
+            f"path={path!r} has an empty part; write hf:NAME, hf:NAME:CONFIG or "
+            "hf:NAME:CONFIG@SPLIT"
+        )
     return name, config or None, split or SPLIT
 
 
@@ -49,8 +53,8 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
     """Read a dataset row by row.
 
     Args: needed, also: columns to keep; one of `needed` must be there.
-    Raises: ValueError for a dataset that has none of the columns or no such split, or without `datasets`; and errors of
-        many kinds for one that cannot be found or read.
+    Raises: ValueError for a dataset that has none of the columns or no such split, or without
+        `datasets`; and errors of many kinds for one that cannot be found or read.
     """
     name, config, split = parts_of(path)
     try:
@@ -73,11 +77,14 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
     yield from found
 
 
-def numbered(path: str, rows: Iterable[dict[str, Any]], limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def numbered(
+    path: str, rows: Iterable[dict[str, Any]], limit: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows that a library reads, each with its location for errors.
 
     Args: limit: characters of a row as JSON, at most.
-    Raises: ValueError with path and row when the library fails, or when JSON cannot hold a value: a time, bytes.
+    Raises: ValueError with path and row when the library fails, or when JSON cannot hold a value: a
+        time, bytes.
     """
     number = 0
     try:

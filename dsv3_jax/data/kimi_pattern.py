@@ -1,9 +1,12 @@
-"""The pattern by which Kimi and Moonlight split a text, which their `tiktoken.model` does not hold."""
+"""The pattern by which Kimi and Moonlight split a text; `tiktoken.model` does not hold it."""
 
-# One alternative a line: Han; words without Han that begin with capitals, or are capitals; up to three digits;
-# signs; line ends; spaces. Unlike in the patterns of OpenAI, a word has no Han characters.
+# One alternative a line: Han; words without Han that begin with capitals, or are capitals; up to
+# three digits; signs; line ends; spaces. Unlike in the patterns of OpenAI, a word has no Han
+# characters.
 _WORD = r"[^\r\n\p{L}\p{N}]?"
-_UPPER, _LOWER = (rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+_UPPER, _LOWER = (
+    rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}")
+)
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 KIMI_PATTERN = "|".join([
     r"[\p{Han}]+",

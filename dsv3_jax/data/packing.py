@@ -1,4 +1,7 @@
-"""Documents, whole or cut, to rows of T tokens. Documents in memory and shards on disk have the same records."""
+"""Documents, whole or cut, to rows of T tokens.
+
+Documents in memory and shards on disk have the same records.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -8,7 +11,8 @@ from jaxtyping import Bool, Integer
 
 from dsv3_jax.data.batches import Row
 
-_OPEN_ROWS = 64  # rows that whole documents may still fill: more waste less padding, and search longer
+# rows that whole documents may still fill: more waste less padding, and search longer
+_OPEN_ROWS = 64
 
 
 class Piece(NamedTuple):
@@ -27,7 +31,10 @@ class Piece(NamedTuple):
     def split(self, size: int) -> tuple["Piece", "Piece"]:
         """Return the first `size` tokens, and the rest."""
         return tuple(  # type: ignore[return-value]
-            self._replace(tokens=self.tokens[part], loss_mask=None if self.loss_mask is None else self.loss_mask[part])
+            self._replace(
+                tokens=self.tokens[part],
+                loss_mask=None if self.loss_mask is None else self.loss_mask[part],
+            )
             for part in (slice(size), slice(size, None))
         )
 
@@ -35,8 +42,8 @@ class Piece(NamedTuple):
 def fill(pieces: Iterable[Piece], size: int, whole: bool) -> Iterator[list[Piece]]:
     """Yield the pieces of each row of `size` tokens.
 
-    Args: whole: put each piece uncut into the first open row that has room. Otherwise pieces follow one another, and
-        one that does not fit continues in the next row.
+    Args: whole: put each piece uncut into the first open row that has room. Otherwise pieces follow
+        one another, and one that does not fit continues in the next row.
 
     Example:
         >>> pieces = [Piece(np.arange(n), 0, i) for i, n in enumerate((3, 2, 1))]
@@ -100,7 +107,7 @@ class Record(NamedTuple):
         )
 
     def to_bytes(self) -> bytes:
-        """Return three int32 (domain, d, n), starts, documents and tokens in int32, and the loss mask in bytes.
+        """Return int32: domain, d, n, starts, documents, tokens; then the loss mask in bytes.
 
         All documents are of one domain.
         """
@@ -113,7 +120,11 @@ class Record(NamedTuple):
         """Read what `to_bytes` returns."""
         domain, d, n = np.frombuffer(data, "<i4", 3).tolist()
         ids = np.frombuffer(data, "<i4", 2 * d + n, offset=12).astype(np.int32, copy=False)
-        mask = np.frombuffer(data, bool, offset=12 + ids.nbytes) if len(data) > 12 + ids.nbytes else None
+        mask = (
+            np.frombuffer(data, bool, offset=12 + ids.nbytes)
+            if len(data) > 12 + ids.nbytes
+            else None
+        )
         return cls(ids[:d], np.full(d, domain, np.int32), ids[d : 2 * d], ids[2 * d :], mask)
 
     def row(self, first: int, stop: int, seq_len: int, separate: bool = True) -> Row:
@@ -123,7 +134,8 @@ class Record(NamedTuple):
         """
         stop = min(stop, len(self.tokens))
         n = stop - first
-        a, b = np.searchsorted(self.starts, [first, stop - 1], side="right") - [1, 0]  # documents a to b-1 are in it
+        # documents a to b-1 are in it
+        a, b = np.searchsorted(self.starts, [first, stop - 1], side="right") - [1, 0]
         begins = np.maximum(self.starts[a:b] - first, 0)
         segment = np.repeat(np.arange(b - a), np.diff([*begins, n]))
         names = ("tokens", "segment_ids", "positions", "domains", "documents")
@@ -131,7 +143,8 @@ class Record(NamedTuple):
         row["tokens"][:n] = self.tokens[first:stop]
         row["segment_ids"][:n] = segment + 1 if separate else 1
         row["positions"][:n] = np.arange(n) - (begins[segment] if separate else 0)
-        row["domains"][:n], row["documents"][:n] = self.domains[a:b][segment], self.documents[a:b][segment]
+        row["domains"][:n] = self.domains[a:b][segment]
+        row["documents"][:n] = self.documents[a:b][segment]
         if self.loss_mask is not None:
             row["loss_mask"] = np.zeros(seq_len, bool)
             row["loss_mask"][:n] = self.loss_mask[first:stop]
@@ -152,7 +165,9 @@ class Packed:
         [[1, 1, 1, 2], [1, 0, 0, 0]]
     """
 
-    def __init__(self, pieces: Iterable[Piece], seq_len: int, *, whole: bool = False, separate: bool = True):
+    def __init__(
+        self, pieces: Iterable[Piece], seq_len: int, *, whole: bool = False, separate: bool = True
+    ):
         if whole:
             filled = list(fill(pieces, seq_len, whole))
             pieces = [piece for row in filled for piece in row]
@@ -160,7 +175,9 @@ class Packed:
         self._record = Record.of(list(pieces))
         self._seq_len = seq_len
         self._separate = separate
-        self._bounds = bounds if whole else np.arange(0, len(self._record.tokens) + seq_len, seq_len)
+        self._bounds = (
+            bounds if whole else np.arange(0, len(self._record.tokens) + seq_len, seq_len)
+        )
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

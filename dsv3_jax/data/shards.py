@@ -6,8 +6,9 @@
     train-00000.array_record, …      records of the training documents
     val-00000.array_record, …        records of the held-out documents
 
-A record is one long row of R tokens of one domain, the documents one after the other. The last record of a domain in a
-file may be shorter. With R a multiple of T, a record has R / T training rows.
+A record is one long row of R tokens of one domain, the documents one after the other. The last
+record of a domain in a file may be shorter. With R a multiple of T, a record has R / T training
+rows.
 """
 
 import bisect
@@ -33,8 +34,8 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import file_hash, read_json
 
 MANIFEST = "manifest.json"
-# Of shards, by what they hold. Chats of version 2 were split by their records, ids included: those that were held out
-# may be trained on, too.
+# Of shards, by what they hold. Chats of version 2 were split by their records, ids included: those
+# that were held out may be trained on, too.
 VERSIONS = {"text": 2, "chat": 3}
 SIDES = ("train", "val")
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # reads no record that is not asked for
@@ -89,26 +90,36 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
-        raise ValueError(f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}")
+        raise ValueError(
+            f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}"
+        )
     values = read_sealed(file)
     try:
         version = values.pop("version")
         newest = VERSIONS[values["format"]]
         if version != newest:
-            raise ValueError(f"{file} is not of version {newest}; tokenize again into an empty folder")
+            raise ValueError(
+                f"{file} is not of version {newest}; tokenize again into an empty folder"
+            )
         _check(values)
         return Manifest(folder=Path(folder), **values | {"domains": tuple(values["domains"])})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a manifest of shards: {error}; tokenize again into an empty folder") from None
+        raise ValueError(
+            f"{file} is not a manifest of shards: {error}; tokenize again into an empty folder"
+        ) from None
 
 
 def _check(values: dict[str, Any]) -> None:
     """Check types and ranges: anybody can seal a manifest. Raises: TypeError that names a value."""
     domains, files = values.get("domains"), values.get("files")
     files = files if isinstance(files, dict) else {}
-    possible = {key: _is_count(values.get(key)) for key in ("row_tokens", "vocab_size", "documents")}
+    possible = {
+        key: _is_count(values.get(key)) for key in ("row_tokens", "vocab_size", "documents")
+    }
     possible["tokenizer"] = isinstance(values.get("tokenizer"), str)
-    possible["domains"] = isinstance(domains, list) and all(isinstance(x, str) and x.isprintable() for x in domains)
+    possible["domains"] = isinstance(domains, list) and all(
+        isinstance(x, str) and x.isprintable() for x in domains
+    )
     possible["files"] = {name.partition("-")[0] for name in files} == {*SIDES}
     possible |= {name: _fits(name, facts, values) for name, facts in files.items()}
     for key, good in possible.items():
@@ -123,7 +134,10 @@ def _fits(name: str, facts: Any, values: dict[str, Any]) -> bool:
         return (
             (side in SIDES and name.startswith(f"{side}-") and Path(name).name == name)
             and (_is_count(facts["bytes"]) and len(bytes.fromhex(facts["hash"])) == 16)
-            and all(_is_count(domain, 0, len(values["domains"]) - 1) and _is_count(n) for domain, n, _ in parts)
+            and all(
+                _is_count(domain, 0, len(values["domains"]) - 1) and _is_count(n)
+                for domain, n, _ in parts
+            )
             and all(_is_count(tokens, (n - 1) * shortest + 1, n * size) for _, n, tokens in parts)
             and sum(n for _, n, _ in parts) == facts["records"] > 0
         )
@@ -157,7 +171,8 @@ def _seal(values: dict[str, Any]) -> str:
 def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
     """Yield a sentence on each shard that is missing or damaged.
 
-    Args: wholly: read every byte, compare hashes, and check every record. Otherwise the first record is checked.
+    Args: wholly: read every byte, compare hashes, and check every record. Otherwise the first
+        record is checked.
     """
     for name, facts in manifest.files.items():
         path = manifest.folder / name
@@ -170,7 +185,10 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
         else:
             try:
                 shard = Shard(manifest, name)
-                tokens = sum(len(shard.read(record).tokens) for record in range(facts["records"] if wholly else 1))
+                tokens = sum(
+                    len(shard.read(record).tokens)
+                    for record in range(facts["records"] if wholly else 1)
+                )
                 if wholly and tokens != (expected := sum(part[2] for part in facts["domains"])):
                     yield f"shard {str(path)!r} has {tokens:,} tokens of {expected:,}"
             except ValueError as error:
@@ -178,7 +196,10 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
 
 
 class Shard:
-    """The records of a file. Every read is checked. Raises: ValueError that names a damaged shard."""
+    """The records of a file; every read is checked.
+
+    Raises: ValueError that names a damaged shard.
+    """
 
     def __init__(self, manifest: Manifest, name: str):
         self._manifest = manifest
@@ -203,7 +224,10 @@ class Shard:
             if not (
                 (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
                 and (starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
-                and (record.domains[0] == domain and (mask is None) == (self._manifest.format == "text"))
+                and (
+                    record.domains[0] == domain
+                    and (mask is None) == (self._manifest.format == "text")
+                )
                 and (len(tokens) == length if mask is None else len(mask) == len(tokens) <= size)
                 and (mask is None or mask.view(np.uint8).max() <= 1)
             ):
@@ -216,7 +240,8 @@ class Shard:
             yield
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"shard {str(self._path)!r} is damaged in {what}: {str(error).splitlines()[0]:.200}; see dsv3 data "
+                f"shard {str(self._path)!r} is damaged in {what}: "
+                f"{str(error).splitlines()[0]:.200}; see dsv3 data "
                 f"check {self._manifest.folder}, delete the shard and tokenize again"
             ) from error
 
@@ -244,7 +269,8 @@ class ShardRows:
         record, i = divmod(row - self._first[part], self._per_record)
         first = i * self._cfg.seq_len
         stop = (i + 1) * self._cfg.seq_len
-        return self._shard(file).read(skip + record).row(first, stop, self._cfg.seq_len, self._cfg.separate_documents)
+        found = self._shard(file).read(skip + record)
+        return found.row(first, stop, self._cfg.seq_len, self._cfg.separate_documents)
 
 
 def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
@@ -255,7 +281,8 @@ def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
     Source: temperature-scaled mixing of T5 (arXiv 1910.10683), section 3.5.2.
 
     Example:
-        >>> cfg = DataConfig(("shards",), format="shards", mixture=("code=8", "English=2"), temperature=2.0)
+        >>> mixture = ("code=8", "English=2")
+        >>> cfg = DataConfig(("shards",), format="shards", mixture=mixture, temperature=2.0)
         >>> shares = proportions({"code": 100, "C": 100, "English": 50}, cfg)
         >>> {name: round(share, 3) for name, share in shares.items()}
         {'code': 0.667, 'English': 0.333}
@@ -265,20 +292,24 @@ def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
     for name, weight in weights.items():
         if weight and name not in sizes:
             known = ", ".join(sizes) + did_you_mean(name, sizes)
-            raise ValueError(f"mixture={cfg.mixture} names domain {name!r}, and the shards have {known}")
+            raise ValueError(
+                f"mixture={cfg.mixture} names domain {name!r}, and the shards have {known}"
+            )
     most = max(weights.values())
-    scaled = {name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items() if weight}
+    scaled = {
+        name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items() if weight
+    }
     return {name: weight / sum(scaled.values()) for name, weight in scaled.items()}
 
 
 def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     """Open the folder of shards that `cfg.paths` names.
 
-    Every row occurs once in each pass. Without a mixture a pass is over all rows. With one, passes are counted for each
-    domain.
+    Every row occurs once in each pass. Without a mixture a pass is over all rows. With one, passes
+    are counted for each domain.
 
-    Raises: ValueError for shards of another tokenizer, a missing or torn shard, a sequence length that does not divide
-        the records, or an unknown domain in the mixture.
+    Raises: ValueError for shards of another tokenizer, a missing or torn shard, a sequence length
+        that does not divide the records, or an unknown domain in the mixture.
 
     Example:
         >>> import tempfile
@@ -298,29 +329,48 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     folder = cfg.paths[0]
     manifest = read_manifest(folder)
     if manifest.tokenizer != tokenizer.fingerprint or manifest.vocab_size > tokenizer.vocab_size:
-        raise ValueError(f"tokenizer={cfg.tokenizer!r} is not that of shards={folder!r}; name theirs")
-    if manifest.row_tokens % cfg.seq_len or (manifest.format == "chat" and manifest.row_tokens != cfg.seq_len):
+        raise ValueError(
+            f"tokenizer={cfg.tokenizer!r} is not that of shards={folder!r}; name theirs"
+        )
+    if manifest.row_tokens % cfg.seq_len or (
+        manifest.format == "chat" and manifest.row_tokens != cfg.seq_len
+    ):
         whole = " equal" if manifest.format == "chat" else " divide"
         raise ValueError(
-            f"seq_len={cfg.seq_len} does not{whole} the {manifest.row_tokens} tokens of a record of shards={folder!r}; "
-            "change seq_len, or tokenize with another --row-tokens"
+            f"seq_len={cfg.seq_len} does not{whole} the {manifest.row_tokens} tokens of a record "
+            f"of shards={folder!r}; change seq_len, or tokenize with another --row-tokens"
         )
     if manifest.format == "chat" and not cfg.separate_documents:
-        raise ValueError("separate_documents=False is for text: chat examples never see one another")
+        raise ValueError(
+            "separate_documents=False is for text: chat examples never see one another"
+        )
     for damage in check_files(manifest):
-        raise ValueError(f"{damage}; run dsv3 data tokenize again, which writes only what is absent")
+        raise ValueError(
+            f"{damage}; run dsv3 data tokenize again, which writes only what is absent"
+        )
     train, val = manifest.parts("train"), manifest.parts("val")
     sizes = {name: sum(part.tokens for part in parts) for name, parts in train.items()}
     shares = proportions(sizes, cfg)
-    mixed = [train[name] for name in shares] if cfg.mixture or cfg.temperature != 1 else [sum(train.values(), [])]
+    mixed = (
+        [train[name] for name in shares]
+        if cfg.mixture or cfg.temperature != 1
+        else [sum(train.values(), [])]
+    )
     held_out = sum(part.tokens for parts in val.values() for part in parts)
     return Source(
         cfg,
         manifest.domains,
-        fingerprint_of(bytes.fromhex(f["hash"]) for f in manifest.files.values() if f["side"] == "train"),
-        f"shards: {len(manifest.files):,} files, {manifest.documents:,} documents, {sum(sizes.values()):,} tokens "
+        fingerprint_of(
+            bytes.fromhex(f["hash"]) for f in manifest.files.values() if f["side"] == "train"
+        ),
+        f"shards: {len(manifest.files):,} files, {manifest.documents:,} documents, "
+        f"{sum(sizes.values()):,} tokens "
         f"({', '.join(f'{name} {size:,}' for name, size in sizes.items())}); {held_out:,} held out",
         lambda: [ShardRows(manifest, parts, cfg) for parts in mixed],
-        lambda: [grain.MapDataset.source(ShardRows(manifest, p, cfg)).seed(0).shuffle() for p in val.values() if p],
+        lambda: [
+            grain.MapDataset.source(ShardRows(manifest, p, cfg)).seed(0).shuffle()
+            for p in val.values()
+            if p
+        ],
         weights=tuple(shares.values()),
     )

@@ -18,7 +18,9 @@ _FIM_ROWS = 4  # characters of a part that fill-in-the-middle rearranges, in uni
 
 
 def open_source(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
-    """Read the text or open the shards of a run. Chats need a template, see `chat.examples.load_examples`.
+    """Read the text or open the shards of a run.
+
+    Chats need a template, see `chat.examples.load_examples`.
 
     Raises: ValueError as `load_corpus` and `open_shards`; ConfigError for chats.
 
@@ -29,7 +31,10 @@ def open_source(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
         ('code', 'tests')
     """
     if cfg.format == "chat":
-        raise ConfigError("data.format='chat' needs a model's template; pass source=chat.examples.load_examples(…)")
+        raise ConfigError(
+            "data.format='chat' needs a model's template; pass "
+            "source=chat.examples.load_examples(…)"
+        )
     if cfg.format == "shards":
         return open_shards(cfg, tokenizer)
     return from_corpus(load_corpus(cfg), tokenizer, cfg)
@@ -38,7 +43,8 @@ def open_source(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
 def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source:
     """Pack documents in memory; every token is a target.
 
-    Rows are cut once, from the documents in an order that depends on the seed. A document's tokens end in eos.
+    Rows are cut once, from the documents in an order that depends on the seed. A document's tokens
+    end in eos.
 
     Raises: ValueError when `fim_rate` needs specials that the tokenizer lacks.
 
@@ -47,7 +53,8 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> corpus = Corpus((Document("ab", "text"),), (Document("c", "text"),), ("text",), "")
         >>> source = from_corpus(corpus, ByteTokenizer(), DataConfig(seq_len=4, batch_size=2))
-        >>> next(source.train_batches())["tokens"].tolist(), source.val_batches(1)[0]["segment_ids"].tolist()
+        >>> train, val = next(source.train_batches()), source.val_batches(1)[0]
+        >>> train["tokens"].tolist(), val["segment_ids"].tolist()
         ([[97, 98, 256, 0], [97, 98, 256, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]])
         >>> source.summary
         'text: text 0.0 MB; 0.00 MB of it held out'
@@ -60,21 +67,34 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
         rng = np.random.default_rng(cfg.seed)
         order = rng.permutation(len(corpus.train)).tolist()
         if cfg.fim_rate:
-            parts = ((i, part) for i in order for part in _rearranged(corpus.train[i].text, tokenizer, cfg, rng))
+            parts = (
+                (i, part)
+                for i in order
+                for part in _rearranged(corpus.train[i].text, tokenizer, cfg, rng)
+            )
         else:
             encoded = tokenizer.encode_arrays([corpus.train[i].text for i in order])
-            parts = ((i, np.append(ids, np.int32(tokenizer.eos_id))) for i, ids in zip(order, encoded, strict=True))
+            parts = (
+                (i, np.append(ids, np.int32(tokenizer.eos_id)))
+                for i, ids in zip(order, encoded, strict=True)
+            )
         for i, ids in parts:
-            small = ids.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else ids  # they are kept in memory
+            # kept in memory
+            small = ids.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else ids
             yield Piece(small, number[corpus.train[i].domain], i)
 
     def held_out(domain: str) -> Rows:
         texts = {i: text for i, (text, name) in enumerate(corpus.val) if name == domain}
-        found = (Piece(window, number[domain], i) for i, window in _windows(texts, tokenizer, cfg.seq_len))
+        found = (
+            Piece(window, number[domain], i)
+            for i, window in _windows(texts, tokenizer, cfg.seq_len)
+        )
         return Packed(found, cfg.seq_len, separate=cfg.separate_documents)
 
     sizes = corpus.sizes()
-    parts = ", ".join(f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items())
+    parts = ", ".join(
+        f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items()
+    )
     return Source(
         cfg,
         corpus.domains,
@@ -91,11 +111,13 @@ def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
     return np.append(tokenizer.encode_array(text), np.int32(tokenizer.eos_id))
 
 
-def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, Tokens]]:
+def _windows(
+    texts: dict[int, str], tokenizer: Tokenizer, length: int
+) -> Iterator[tuple[int, Tokens]]:
     """Yield (key, window) until every token of every text was in one window of `length` tokens.
 
-    Each round yields one window of each text that has more, the first at a random place from a fixed seed. A few rows
-    then represent all documents.
+    Each round yields one window of each text that has more, the first at a random place from a
+    fixed seed. A few rows then represent all documents.
     """
     rng = np.random.default_rng(0)
     keys = list(texts)
@@ -114,10 +136,13 @@ def _windows(texts: dict[int, str], tokenizer: Tokenizer, length: int) -> Iterat
             yield key, windows[(first + num_yielded) % len(windows)]
 
 
-def _rearranged(text: str, tokenizer: Tokenizer, cfg: DataConfig, rng: np.random.Generator) -> Iterator[Tokens]:
-    """Cut a text at line ends into parts of a few rows, and rearrange some for fill-in-the-middle (PSM).
+def _rearranged(
+    text: str, tokenizer: Tokenizer, cfg: DataConfig, rng: np.random.Generator
+) -> Iterator[Tokens]:
+    """Cut a text at line ends into parts of a few rows; rearrange some for fill-in-the-middle.
 
-    A rearranged part is <prefix> pre <suffix> suf <middle> mid <eos>, cut at two uniformly random characters.
+    A rearranged part is <prefix> pre <suffix> suf <middle> mid <eos>, cut at two uniformly random
+    characters.
 
     Source: prefix-suffix-middle order of arXiv 2207.14255.
     """
@@ -133,7 +158,9 @@ def _rearranged(text: str, tokenizer: Tokenizer, cfg: DataConfig, rng: np.random
             a, b = sorted(rng.integers(0, len(part) + 1, size=2).tolist())
             ids = (
                 np.append(np.int32(special), tokenizer.encode_array(piece))
-                for special, piece in zip(tokenizer.fim_ids, (part[:a], part[b:], part[a:b]), strict=True)
+                for special, piece in zip(
+                    tokenizer.fim_ids, (part[:a], part[b:], part[a:b]), strict=True
+                )
             )
             yield np.append(np.concatenate(list(ids)), np.int32(tokenizer.eos_id))
         else:
@@ -153,4 +180,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         ValueError: vocab_size=256 is below the tokenizer's 260 ids; ...
     """
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; increase it")
+        raise ValueError(
+            f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; "
+            "increase it"
+        )

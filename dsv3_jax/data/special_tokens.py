@@ -1,4 +1,4 @@
-"""Special tokens by the small files of a folder: their names by role, and the ids that end a text."""
+"""Special tokens by the small files of a folder: names by role, and the ids that end a text."""
 
 import os
 from pathlib import Path
@@ -6,28 +6,34 @@ from typing import Any
 
 from dsv3_jax.files import read_json
 
-CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"  # settings beside a tokenizer
+# files of settings beside a tokenizer
+CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"
 MAX_IDS = 2**22  # of a tokenizer; the largest released one has 262,144
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def named_specials(folder: Path) -> dict[str, str]:
-    """Return the names of a folder's special tokens by role: bos_token, eos_token, …, as far as its files give them.
+    """Return the special tokens that a folder's files name, by role: bos_token, eos_token, …
 
-    They come from tokenizer_config.json. The older special_tokens_map.json counts if tokenizer_config.json has no
-    added_tokens_decoder.
+    They come from tokenizer_config.json. The older special_tokens_map.json counts if
+    tokenizer_config.json has no added_tokens_decoder.
 
     Raises: ValueError when a file is not JSON, or a name is not text.
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
     config = read_object(folder / CONFIG_FILE)
-    said = config if "added_tokens_decoder" in config else config | read_object(folder / SPECIALS_FILE)
+    said = (
+        config if "added_tokens_decoder" in config else config | read_object(folder / SPECIALS_FILE)
+    )
     names = {}
     for role, value in said.items():
         value = value.get("content") if isinstance(value, dict) else value
         if role in ROLES and value is not None and not isinstance(value, str):
-            raise ValueError(f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token")
-        if role.endswith("_token") and isinstance(value, str):  # models add further roles, as image_token
+            raise ValueError(
+                f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token"
+            )
+        # models add further roles, as image_token
+        if role.endswith("_token") and isinstance(value, str):
             names[role] = value
     return names
 
@@ -38,12 +44,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def end_ids(folder: Path, name: str, key: str = "eos_token_id") -> list[int]:
-    """Return `eos_token_id`, or another key, of a file such as config.json: none, one or several ids.
+    """Return `eos_token_id`, or another key, of a file such as config.json: none, one or several.
 
     Raises: ValueError when it is neither an id nor a list of ids.
     """
     value = read_object(folder / name).get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_IDS for i in ids):
-        raise ValueError(f"{folder / name} has {key}={value!r}, which is neither an id nor a list of ids")
+        raise ValueError(
+            f"{folder / name} has {key}={value!r}, which is neither an id nor a list of ids"
+        )
     return ids

@@ -1,14 +1,17 @@
-"""`draft_length="auto"`: the host chooses how many drafts a step makes, between compiled parts of some tokens.
+"""`draft_length="auto"`: between compiled parts, the host chooses how many drafts a step makes.
 
-    A_p   share of tried drafts p that were accepted, with one more that is: lengths that are little tried are tried
+    A_p   share of tried drafts p that were accepted, with one more that is: lengths that are
+          little tried are tried
     E(J)  1 + A_1 + … + A_J, tokens of a step
-    t(J)  seconds of a step, the least of its last parts and of longer lengths'; until J has run, the next shorter one's
+    t(J)  seconds of a step, the least of its last parts and of longer lengths'; until J has run,
+          the next shorter one's
 
-The shortest length whose E(J) / t(J) is within 2 % of the largest is chosen. Now and then what the others have shown is
-forgotten, so that they are tried again: after twice as many tokens each time that this changes nothing.
+The shortest length whose E(J) / t(J) is within 2 % of the largest is chosen. Now and then what the
+others have shown is forgotten, so that they are tried again: after twice as many tokens each time
+that this changes nothing.
 
-The choice depends on past parts alone, so sampled text keeps its distribution. With a drafter that samples, a seed's
-text depends on the choices, and these on the clock.
+The choice depends on past parts alone, so sampled text keeps its distribution. With a drafter that
+samples, a seed's text depends on the choices, and these on the clock.
 """
 
 from collections import deque
@@ -37,7 +40,8 @@ def draft_lengths(draft: Any, cfg: ModelConfig) -> tuple[int, ...]:
     least = 1
     most = 8 if draft == "lookup" else 4
     if draft == "mtp":
-        least = cfg.mtp_depth if HEADS[cfg.mtp_kind].remembers else 1  # such a head must read every position
+        # such a head must read every position
+        least = cfg.mtp_depth if HEADS[cfg.mtp_kind].remembers else 1
         most = 4 if cfg.head_kind.reads_tokens else cfg.mtp_depth
     return tuple(sorted({0, least, *(n for n in (1, 2, 4, 8) if least <= n <= most)}))
 
@@ -76,11 +80,13 @@ class LengthChoice:
             cost.append(min(self.seconds[length] or cost[-1:] or [0.0]))
             if length and not self.seconds[length]:
                 break
-        # A step does all that one with fewer drafts does, so that one takes no longer, whatever its parts took.
+        # A step does all that one with fewer drafts does, so that one takes no longer, whatever its
+        # parts took.
         least = np.minimum.accumulate(cost[::-1])[::-1]
         worth = expected[list(self.lengths[: len(cost)])] / np.maximum(least, 1e-9)
         best = self.lengths[int(np.argmax(worth >= 0.98 * worth.max()))]
-        for length, parts in ((0, 2), (self.lengths[1], 1)):  # one slow part shall not make plain steps lose
+        # one slow part shall not make plain steps lose
+        for length, parts in ((0, 2), (self.lengths[1], 1)):
             if len(self.seconds[length]) < parts:
                 return length, TRIAL
         if not self.seconds[best]:
@@ -91,12 +97,21 @@ class LengthChoice:
             self.known = 0.0
             self.patience = SOONEST
         self.part = min(2 * self.part, LONGEST_DRAFTED if best else LONGEST_PLAIN)
-        return best, min(self.part, int(self.patience - self.known) + 1)  # others are tried within a text, too
+        # others are tried within a text, too
+        return best, min(self.part, int(self.patience - self.known) + 1)
 
-    def add(self, length: int, steps: int, tried: int, accepted: np.ndarray | Sequence[int], seconds: float) -> None:
+    def add(
+        self,
+        length: int,
+        steps: int,
+        tried: int,
+        accepted: np.ndarray | Sequence[int],
+        seconds: float,
+    ) -> None:
         """Remember a part.
 
-        Args: tried, accepted: how many of the first drafts were tried, and by position how many were accepted.
+        Args: tried, accepted: how many of the first drafts were tried, and by position how many
+            were accepted.
         """
         self.seconds[length].append(max(seconds - self.start.get(length, 0.0), seconds / 2) / steps)
         fade = 0.5 ** (tried / HALF_LIFE)

@@ -31,13 +31,17 @@ class DecodeConfig:
 
     max_new_tokens: int  # a text
     sampling: Sampling = GREEDY
-    cache: str | None = None  # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
-    cache_dtype: Any = None  # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
-    draft: "str | Transformer | None" = None  # None, "mtp" (own heads), "lookup" (the text), or a model
+    # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
+    cache: str | None = None
+    # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
+    cache_dtype: Any = None
+    # None, "mtp" (own heads), "lookup" (the text), or a model
+    draft: "str | Transformer | None" = None
     draft_length: int | str = 1  # tokens drafted a step, or "auto", see `auto_length`
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
-    pad_prompts_to: int = 0  # tokens at least, with cache slots for them: turns of a chat then share a compilation
+    # tokens at least, with cache slots for them: turns of a chat then share a compilation
+    pad_prompts_to: int = 0
     samples: int = 1  # texts a prompt
     batch_size: int | None = None  # rows that decode at once; None: all texts
     logprobs: bool = False  # of each new token
@@ -49,22 +53,29 @@ class DecodeConfig:
         kinds = get_args(CacheKind)
         rows = self.batch_size
         drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
-        auto_or_int = self.draft_length == "auto" or _is_int(self.draft_length, least)
+        length = self.draft_length
+        auto_or_int = length == "auto" or _is_int(length, least)
+        new = self.max_new_tokens
+        pad_to = self.pad_prompts_to
+        is_seed = _is_int(self.seed, 0) and self.seed < 1 << 32
+        not_negative = _is_number(temperature) and temperature >= 0
+        is_share = top_p is None or (_is_number(top_p) and 0 < top_p <= 1)
+        routing = self.return_routing
         for right, name, value, what in (
-            (_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an int of 1 or above"),
-            (auto_or_int, "draft_length", self.draft_length, f"an int of {least} or above or 'auto'"),
-            (_is_int(self.pad_prompts_to, 0), "pad_prompts_to", self.pad_prompts_to, "an int of 0 or above"),
-            (_is_int(self.seed, 0) and self.seed < 1 << 32, "seed", self.seed, "an int within [0, 2**32)"),
+            (_is_int(new, 1), "max_new_tokens", new, "an int of 1 or above"),
+            (auto_or_int, "draft_length", length, f"an int of {least} or above or 'auto'"),
+            (_is_int(pad_to, 0), "pad_prompts_to", pad_to, "an int of 0 or above"),
+            (is_seed, "seed", self.seed, "an int within [0, 2**32)"),
             (isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling"),
-            (_is_number(temperature) and temperature >= 0, "temperature", temperature, "a float of 0 or above"),
+            (not_negative, "temperature", temperature, "a float of 0 or above"),
             (top_k is None or _is_int(top_k, 1), "top_k", top_k, "an int of 1 or above"),
-            (top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "top_p", top_p, "a float within (0, 1]"),
+            (is_share, "top_p", top_p, "a float within (0, 1]"),
             (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
             (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
             (_is_int(self.samples, 1), "samples", self.samples, "an int of 1 or above"),
             (rows is None or _is_int(rows, 1), "batch_size", rows, "an int of 1 or above"),
             (isinstance(self.logprobs, bool), "logprobs", self.logprobs, "a bool"),
-            (isinstance(self.return_routing, bool), "return_routing", self.return_routing, "a bool"),
+            (isinstance(routing, bool), "return_routing", routing, "a bool"),
             (_is_list(self.stop_tokens), "stop_tokens", self.stop_tokens, "a list of token ids"),
         ):
             if not right:
@@ -73,7 +84,9 @@ class DecodeConfig:
         if self.draft is not None and self.cache == "none":
             raise ValueError("cache='none' decodes without drafts; leave out draft, or cache")
         if self.samples > 1 and temperature == 0:
-            raise ValueError(f"samples={self.samples} would be equal texts at temperature 0; raise temperature")
+            raise ValueError(
+                f"samples={self.samples} would be equal texts at temperature 0; raise temperature"
+            )
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
     @property
@@ -81,7 +94,9 @@ class DecodeConfig:
         """J: tokens drafted a step, at most; 0 if nobody drafts."""
         if self.draft is None:
             return 0
-        return self.draft_length if isinstance(self.draft_length, int) else 8 if self.draft == "lookup" else 4
+        if isinstance(self.draft_length, int):
+            return self.draft_length
+        return 8 if self.draft == "lookup" else 4
 
     def check(self, cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
         """Check that a model can continue prompts this way.
@@ -92,12 +107,17 @@ class DecodeConfig:
         depth = cfg.mtp_depth
         other = getattr(self.draft, "cfg", cfg)
         if not _is_list(prompts) or not len(prompts):
-            raise ValueError(f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]")
+            raise ValueError(
+                f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]"
+            )
         for i, tokens in enumerate((*prompts, self.stop_tokens)):
             is_prompt = i < len(prompts)
-            check_tokens(f"prompt {i}" if is_prompt else "stop_tokens", tokens, size, may_be_empty=not is_prompt)
+            name = f"prompt {i}" if is_prompt else "stop_tokens"
+            check_tokens(name, tokens, size, may_be_empty=not is_prompt)
         if other.vocab_size != size:
-            raise ValueError(f"vocab_size={other.vocab_size} of the draft model is not the model's {size}")
+            raise ValueError(
+                f"vocab_size={other.vocab_size} of the draft model is not the model's {size}"
+            )
         if self.return_routing and not cfg.num_sparse_layers:
             raise ValueError("return_routing=True needs routed experts, and the model has none")
         if self.draft == "mtp" and not depth:
@@ -105,7 +125,8 @@ class DecodeConfig:
         as_long = cfg.head_kind.reads_tokens or self.draft_length in ("auto", *range(depth + 1))
         if self.draft == "mtp" and not as_long:
             raise ValueError(
-                f"draft_length={self.draft_length} is more than mtp_depth={depth}: a {cfg.mtp_kind} head drafts one"
+                f"draft_length={self.draft_length} is more than mtp_depth={depth}: a "
+                f"{cfg.mtp_kind} head drafts one"
             )
         reach = min(cfg.max_positions, other.max_positions)
         longest = max(map(len, prompts))
@@ -113,8 +134,8 @@ class DecodeConfig:
         if longest + self.max_new_tokens + self.num_drafts > reach:
             drafts = f" with {self.num_drafts} drafts a step" if self.num_drafts else ""
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens}{drafts} does not fit: prompt {number} has {longest}, the most, "
-                f"and max_positions={reach}"
+                f"max_new_tokens={self.max_new_tokens}{drafts} does not fit: prompt {number} has "
+                f"{longest}, the most, and max_positions={reach}"
             )
 
 
@@ -128,20 +149,25 @@ class Generated:
         (1.75, 4.0)
     """
 
-    tokens: list[list[int]]  # new tokens only, of each prompt's samples; a stop token is the last of its row
-    acceptance: list[float] = field(default_factory=list)  # share of steps that accepted the draft at each position
+    # new tokens only, of each prompt's samples; a stop token is the last of its row
+    tokens: list[list[int]]
+    # share of steps that accepted the draft at each position
+    acceptance: list[float] = field(default_factory=list)
     steps: int = 0  # forward passes of the model after prefill
     prefill_seconds: float = 0.0  # with compilation if these shapes were not run before
     decode_seconds: float = 0.0  # likewise
     cache_bytes: int = 0  # of all slots, free ones too
     cache_bytes_per_token: int = 0
     steps_by_length: dict[int, int] = field(default_factory=dict)  # steps by their number of drafts
-    # of each new token, in nats, if asked for: of the distribution that it was drawn from, which temperature, top_k and
-    logprobs: list[list[float]] | None = None  # top_p change; 0 at temperature 0, where the token is certain
+    # of each new token, in nats, if asked for: of the distribution that it was drawn from, which
+    # temperature, top_k and top_p change; 0 at temperature 0, where the token is certain
+    logprobs: list[list[float]] | None = None
     model_logprobs: list[list[float]] | None = None  # of the model's own, at temperature 1
-    # if asked for: int32 [Lmoe, tokens, K] of the prompt's tokens and the new ones; -1 at the last, which nobody read
+    # if asked for: int32 [Lmoe, tokens, K] of the prompt's tokens and the new ones; -1 at the last,
+    # which nobody read
     expert_ids: list[np.ndarray] | None = None
-    ended: list[int] = field(default_factory=list)  # which rows are complete, in the order of their ends
+    # which rows are complete, in the order of their ends
+    ended: list[int] = field(default_factory=list)
 
     @property
     def mean_accepted(self) -> float:
@@ -166,13 +192,17 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, may_be_empty: bool = F
         ValueError: prompt 0 holds token 260, which is no id of a vocabulary of 260
     """
     if not _is_list(tokens):
-        raise ValueError(f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first")
+        raise ValueError(
+            f"{name}={tokens!r} is not a list of token ids; encode text with a tokenizer first"
+        )
     if not len(tokens) and not may_be_empty:
         raise ValueError(f"{name} is empty; give at least one token")
     for token in tokens:
         whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
         if not whole or not 0 <= token < vocab_size:
-            raise ValueError(f"{name} holds token {token!r}, which is no id of a vocabulary of {vocab_size}")
+            raise ValueError(
+                f"{name} holds token {token!r}, which is no id of a vocabulary of {vocab_size}"
+            )
 
 
 def _is_int(value: Any, least: int) -> bool:
@@ -185,4 +215,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     """A sequence, or an array with at least one axis; text is neither."""
-    return getattr(value, "ndim", 0) > 0 or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+    return getattr(value, "ndim", 0) > 0 or (
+        isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    )

@@ -1,12 +1,12 @@
 """Drafters: an independent small model, the model's own multi-token heads, or the text itself.
 
-`start` makes a drafter's state after a prompt. `draft` first reads what the last step accepted (`Unread`), then drafts
-a token with each of the keys [J, B]. `read` only reads: what plain steps have left. The state is in caches like the
-model's. Rows that were written for drafts are beyond the cache's lengths and will be overwritten, so nothing is copied
-or undone.
+`start` makes a drafter's state after a prompt. `draft` first reads what the last step accepted
+(`Unread`), then drafts a token with each of the keys [J, B]. `read` only reads: what plain steps
+have left. The state is in caches like the model's. Rows that were written for drafts are beyond the
+cache's lengths and will be overwritten, so nothing is copied or undone.
 
-Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest token; the trunk's
-hidden states are known up to position m − 1.
+Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest
+token; the trunk's hidden states are known up to position m − 1.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,14 @@ READ = 32  # positions that a drafter reads at once if it has left out many
 
 
 class Unread(NamedTuple):
-    """The end of a text that a drafter has not read: positions from `start` on, up to the newest token's."""
+    """The end of a text that a drafter has not read: from `start` to the newest token's."""
 
-    h: Any  # [B, F, D]: what heads read of the trunk at these positions; None if other drafters draft
-    text: Array  # int32 [B, S]: the complete text; beyond its newest token the numbers are arbitrary
-    num_valid: Array  # int32 [B]: how many positions, at most F; the newest token is at start + num_valid
+    # [B, F, D]: what heads read of the trunk at these positions; None if other drafters draft
+    h: Any
+    # int32 [B, S]: the complete text; beyond its newest token the numbers are arbitrary
+    text: Array
+    # int32 [B]: how many positions, at most F; the newest token is at start + num_valid
+    num_valid: Array
     start: Array  # int32 [B]
 
 
@@ -60,7 +63,9 @@ class Drafter:
     def start(self, prompt: Prompt) -> Any:
         """The state after a prompt; None if there is none."""
 
-    def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
+    def draft(
+        self, state: Any, unread: Unread, keys: Array, sampling: Sampling
+    ) -> tuple[Drafts, Any]:
         """Read, then draft. Returns: (drafts, the new state)."""
         raise NotImplementedError
 
@@ -72,7 +77,9 @@ class Drafter:
     def _continue(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         """Run a head over positions that follow what its cache holds."""
         count = tokens.shape[1]
-        ctx = make_context(self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, options=DECODING)
+        ctx = make_context(
+            self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, options=DECODING
+        )
         h, ctx, _ = self.heads[head](h, ctx, self.model.embedding(tokens))
         return h, ctx.cache.at_lengths(cache.lengths + count)
 
@@ -84,7 +91,8 @@ class ModelDrafter(Drafter):
         cfg = self.model.cfg
         batch = prompt.tokens.shape[0]
         cache = self.model.empty_cache(batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
-        # The prompts fit, but the target may have padded them beyond what a shorter draft model can read.
+        # The prompts fit, but the target may have padded them beyond what a shorter draft model can
+        # read.
         tokens = prompt.tokens[:, : cfg.max_positions]
         return self.model.prefill(tokens, prompt.lengths, cache, self.weights)[1]
 
@@ -92,10 +100,14 @@ class ModelDrafter(Drafter):
         tokens = window(unread.text, unread.start, READ)
         return self.model.run_layers(tokens, state.at_lengths(unread.start), self.weights)[1]
 
-    def draft(self, state: Cache, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Cache]:
+    def draft(
+        self, state: Cache, unread: Unread, keys: Array, sampling: Sampling
+    ) -> tuple[Drafts, Cache]:
         # Two tokens may not be cached: the newest, and before it a draft that ended a step.
         first = unread.start + unread.num_valid - 1
-        x, cache, _ = self.model.run_layers(window(unread.text, first, 2), state.at_lengths(first), self.weights)
+        x, cache, _ = self.model.run_layers(
+            window(unread.text, first, 2), state.at_lengths(first), self.weights
+        )
 
         def drawn(h: Array, key: Array) -> Drafts:
             return draw(self.model.logits(self.model.norm(h)), key, sampling)
@@ -107,23 +119,26 @@ class ModelDrafter(Drafter):
             return (cache.at_lengths(cache.lengths + 1), one.tokens), one
 
         one = drawn(x[:, 1], keys[0])
-        (cache, _), drafts = _draw_more([one], step, (cache.at_lengths(first + 2), one.tokens), keys[1:])
+        (cache, _), drafts = _draw_more(
+            [one], step, (cache.at_lengths(first + 2), one.tokens), keys[1:]
+        )
         return drafts, cache
 
 
 class _ChainState(NamedTuple):
-    """A chained head's state: its cache, and its output at the last position that is in the text."""
+    """A chained head's state: its cache, and its output at the text's last position."""
 
     cache: Cache  # of one layer; `Unread` says where it continues, not its lengths
     last: Array  # [B, D]
 
 
 class ChainDrafter(Drafter):
-    """Heads that read the token before: DeepSeek's modules, one a draft, and then the last of them again and again.
+    """Heads that read the token before: DeepSeek's modules, one a draft, then the last one again.
 
-    Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k + 1. All tokens up
-    to m are in the text, so what head k reads up to position m − k is kept. To draft token m + k it continues to
-    position m − 1 in the same pass, over the drafts before. An EAGLE head is a chain of one.
+    Head k at position i reads its predecessor's output at i and token i + k, and drafts token i + k
+    + 1. All tokens up to m are in the text, so what head k reads up to position m − k is kept. To
+    draft token m + k it continues to position m − 1 in the same pass, over the drafts before. An
+    EAGLE head is a chain of one.
     """
 
     def start(self, prompt: Prompt) -> tuple[_ChainState, ...]:
@@ -136,16 +151,21 @@ class ChainDrafter(Drafter):
             ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, options=DECODING)
             h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(tokens))
             read = jnp.maximum(prompt.lengths - k, 0)
-            states.append(_ChainState(_head_cache(self.model, prompt, ctx.rows, read), _pick(h, read - 1)))
+            states.append(
+                _ChainState(_head_cache(self.model, prompt, ctx.rows, read), _pick(h, read - 1))
+            )
         return tuple(states)
 
-    def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
+    def draft(
+        self, state: Any, unread: Unread, keys: Array, sampling: Sampling
+    ) -> tuple[Drafts, Any]:
         h, text, count, start = unread
         trained = min(keys.shape[0], len(self.heads))
         rows = jnp.arange(start.size, dtype=jnp.int32)
         states = list(state)
         drawn = list[Drafts]()
-        # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that are in the text.
+        # Entry j is position start − k + 1 + j of head k. Each draft is put behind the tokens that
+        # are in the text.
         tokens = window(text, start + 1, h.shape[1] + trained)
         for k, head in enumerate(state[:trained], start=1):
             # Positions before 0, if the text is shorter than the chain, are skipped.
@@ -157,7 +177,9 @@ class ChainDrafter(Drafter):
             out = window(out, -skipped, width)
             end = _pick(out, count + k - 2)  # at position m − 1
             drawn.append(draw(self.model.logits(end), keys[k - 1], sampling))
-            states[k - 1] = _ChainState(cache, jnp.where(count[:, None] > 0, _pick(out, count - 1), head.last))
+            states[k - 1] = _ChainState(
+                cache, jnp.where(count[:, None] > 0, _pick(out, count - 1), head.last)
+            )
             h = jnp.concatenate([head.last[:, None], out], axis=1)
             tokens = tokens.at[rows, count + k - 1].set(drawn[-1].tokens)
 
@@ -178,12 +200,18 @@ class ParallelDrafter(Drafter):
     """Heads that read the trunk's output alone, one draft each."""
 
     def start(self, prompt: Prompt) -> tuple[Cache, ...]:
-        ctx = make_context(self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING)
+        ctx = make_context(
+            self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING
+        )
         h = self.model.read_by_heads(prompt.x)
         read = prompt.lengths - 1  # the first step reads the last position
-        return tuple(_head_cache(self.model, prompt, head(h, ctx)[1].rows, read) for head in self.heads)
+        return tuple(
+            _head_cache(self.model, prompt, head(h, ctx)[1].rows, read) for head in self.heads
+        )
 
-    def draft(self, state: Any, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, Any]:
+    def draft(
+        self, state: Any, unread: Unread, keys: Array, sampling: Sampling
+    ) -> tuple[Drafts, Any]:
         caches = list(state)
         drawn = list[Drafts]()
         tokens = window(unread.text, unread.start, unread.h.shape[1])
@@ -194,21 +222,26 @@ class ParallelDrafter(Drafter):
 
 
 class LookupDrafter(Drafter):
-    """Prompt look-up: what followed the last tokens where they occurred before, in the prompt or the new text.
+    """Prompt look-up: what followed the last tokens where they occurred before in the text.
 
-    The occurrence of the longest run of last tokens is taken, up to LONGEST_MATCH of them; of several, the latest. The
-    drafts are the tokens after it. Beyond the end of the text come the drafts themselves, so a period repeats. Without
-    any occurrence the newest token is repeated. Each draft is certain: q is 1 at it.
+    The occurrence of the longest run of last tokens is taken, up to LONGEST_MATCH of them; of
+    several, the latest. The drafts are the tokens after it. Beyond the end of the text come the
+    drafts themselves, so a period repeats. Without any occurrence the newest token is repeated.
+    Each draft is certain: q is 1 at it.
 
-    Source: prompt look-up decoding, as transformers' `prompt_lookup_num_tokens`; LLMA, arXiv 2304.04487.
+    Source: prompt look-up decoding, as transformers' `prompt_lookup_num_tokens`; LLMA, arXiv
+        2304.04487.
     Departs from transformers: it takes the first occurrence, and its drafts end with the text.
     """
 
-    def draft(self, state: None, unread: Unread, keys: Array, sampling: Sampling) -> tuple[Drafts, None]:
+    def draft(
+        self, state: None, unread: Unread, keys: Array, sampling: Sampling
+    ) -> tuple[Drafts, None]:
         newest = unread.start + unread.num_valid
         found = look_up(unread.text, newest)
         ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
-        return Drafts(jnp.take_along_axis(unread.text, found[:, None] + 1 + ahead, axis=1), None), None
+        tokens = jnp.take_along_axis(unread.text, found[:, None] + 1 + ahead, axis=1)
+        return Drafts(tokens, None), None
 
 
 def make_drafter(draft: str, model: Transformer, weights: DecodeWeights | None) -> Drafter:
@@ -227,7 +260,7 @@ def make_drafter(draft: str, model: Transformer, weights: DecodeWeights | None) 
 
 
 def _draw_more(drawn: list[Drafts], step: Callable, carry: Any, keys: Array) -> tuple[Any, Drafts]:
-    """Stack drafts, and those that a step of `jax.lax.scan` draws: a long draft compiles as fast as a short one."""
+    """Stack drafts, and those that a step of `jax.lax.scan` draws: long ones compile fast."""
     parts = [jax.tree.map(lambda x: x[None], one) for one in drawn]
     if keys.shape[0]:
         carry, rest = jax.lax.scan(step, carry, keys)
@@ -235,11 +268,15 @@ def _draw_more(drawn: list[Drafts], step: Callable, carry: Any, keys: Array) -> 
     return carry, jax.tree.map(lambda *x: jnp.concatenate(x).swapaxes(0, 1), *parts)
 
 
-def _head_cache(model: Transformer, prompt: Prompt, rows: dict[str, Array] | None, lengths: Array) -> Cache:
-    """The cache of a head, of the trunk's kind, with the rows that it made of the prompt: none without attention."""
+def _head_cache(
+    model: Transformer, prompt: Prompt, rows: dict[str, Array] | None, lengths: Array
+) -> Cache:
+    """A head's cache, of the trunk's kind, with its rows of the prompt, if it has attention."""
     if rows is None:
         return Cache([], lengths)
-    cache = model.empty_cache(prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1)
+    cache = model.empty_cache(
+        prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1
+    )
     return cache.fill({name: x[None] for name, x in rows.items()}, lengths)
 
 

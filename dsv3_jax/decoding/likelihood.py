@@ -16,16 +16,24 @@ from dsv3_jax.model.transformer import Transformer
 
 
 def loglikelihood(
-    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 32
+    model: Transformer,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 32,
 ) -> list[tuple[float, bool]]:
-    """Score continuations of contexts. Pairs of about one length are read together; no token is ever dropped.
+    """Score continuations of contexts.
+
+    Pairs of about one length are read together; no token is ever dropped.
 
     Args:
         model: the model; on a mesh it reads there.
-        pairs: (context, continuation), lists of token ids. A context has at least one token, as a tokenizer's bos.
+        pairs: (context, continuation), lists of token ids. A context has at least one token, as a
+            tokenizer's bos.
         batch_size: pairs that are read at once.
-    Returns: for each pair (log p(continuation | context) in nats, whether each of its tokens is the likeliest one).
-    Raises: ValueError for an empty list, a token outside the vocabulary, or a pair beyond max_positions.
+    Returns: for each pair (log p(continuation | context) in nats, whether each of its tokens is the
+        likeliest one).
+    Raises: ValueError for an empty list, a token outside the vocabulary, or a pair beyond
+        max_positions.
 
     Example:
         >>> import jax.numpy as jnp, dsv3_jax as ds
@@ -46,14 +54,20 @@ def loglikelihood(
         for name, tokens in zip(("context", "continuation"), pair, strict=True):
             check_tokens(f"the {name} of pair {i}", tokens, model.cfg.vocab_size)
         if sum(map(len, pair)) > model.cfg.max_positions:
-            raise ValueError(f"pair {i} has {sum(map(len, pair))} tokens, over max_positions={model.cfg.max_positions}")
+            raise ValueError(
+                f"pair {i} has {sum(map(len, pair))} tokens, over "
+                f"max_positions={model.cfg.max_positions}"
+            )
     (graphdef, state), mesh = nnx.split(model.in_compute_dtype()), sharding.mesh_of(model)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        width = 1 << (sum(map(len, pairs[chosen[0]])) - 1).bit_length()  # few widths: each is compiled once
-        tokens = np.zeros((min(batch_size, len(order)), min(max(width, 32), model.cfg.max_positions)), np.int32)
+        # few widths: each is compiled once
+        width = 1 << (sum(map(len, pairs[chosen[0]])) - 1).bit_length()
+        tokens = np.zeros(
+            (min(batch_size, len(order)), min(max(width, 32), model.cfg.max_positions)), np.int32
+        )
         for row, i in zip(tokens, chosen, strict=False):
             row[: sum(map(len, pairs[i]))] = [*pairs[i][0], *pairs[i][1]]
         with sharding.use_mesh(mesh):
@@ -70,8 +84,13 @@ def loglikelihood(
 def next_token_scores(
     graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], temperature: float = 1.0
 ) -> tuple[Array, Array]:
-    """(Nats of each next token, the likeliest one), [B, T-1]. Padding comes last, so no token that counts sees it."""
+    """(Nats of each next token, the likeliest one), [B, T-1].
+
+    Padding comes last, so no token that counts sees it.
+    """
     model = nnx.merge(graphdef, state)
     x, *_ = model.run_layers(constrain(tokens, "batch", None), None)
-    nats, best = score_by_rows(model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:], temperature)
+    nats, best = score_by_rows(
+        model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:], temperature
+    )
     return constrain(nats), constrain(best)

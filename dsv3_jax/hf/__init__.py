@@ -1,4 +1,4 @@
-"""Read and write models as released folders (Hugging Face format); one table of names serves both directions."""
+"""Read and write models as released folders (Hugging Face format), both by one table of names."""
 
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.hf.conversion import convert

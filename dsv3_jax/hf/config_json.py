@@ -1,4 +1,4 @@
-"""Convert between config.json of a released folder and ModelConfig; what only one of them can express is an error."""
+"""Convert between a released config.json and ModelConfig; what only one can express is an error."""
 
 import typing
 from typing import Any
@@ -35,17 +35,24 @@ _WITH_DEFAULT: dict[str, tuple[str, Any]] = {
 }
 # The same for models with an indexer.
 _INDEX = {"index_topk": "index_topk", "index_heads": "index_n_heads", "index_dim": "index_head_dim"}
-_MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")  # in released files, and in newer transformers
+# in released files, and in newer transformers
+_MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
 _NULLABLE = ("q_lora_rank", "n_shared_experts")  # keys for which null differs from absent
-# Fields of the experts, which a model of dense layers does not have, and keys that are read one by one.
+# Fields of the experts, which a model of dense layers does not have, and keys that are read one by
+# one.
 _OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim", "num_dense_layers", "routed_scale")
-_ROUTER_KEYS = ("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "scoring_func", "topk_method")
-_OTHER_KEYS = ("mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta", "rope_interleave",
-               "num_key_value_heads", "quantization_config")  # fmt: skip
-# Keys inside of rope_scaling and rope_parameters that `_rope` reads or, without YaRN, no implementation does.
+_ROUTER_KEYS = (
+    "n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "scoring_func", "topk_method",
+)  # fmt: skip
+_OTHER_KEYS = (
+    "mlp_layer_types", "rope_parameters", "rope_scaling", "rope_theta", "rope_interleave",
+    "num_key_value_heads", "quantization_config",
+)  # fmt: skip
+# Keys inside of rope_scaling and rope_parameters that `_rope` reads or, without YaRN, no
+# implementation does.
 _ROPE_KEYS = frozenset(
-    "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
-    "truncate attention_factor partial_rotary_factor".split()
+    "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
+    "mscale_all_dim truncate attention_factor partial_rotary_factor".split()
 )
 _BLOCK_SIZE = [BLOCK, BLOCK]
 _HINTS = typing.get_type_hints(ModelConfig)
@@ -55,13 +62,14 @@ _REQUIRED = object()  # the default of a key that must be there
 def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False) -> ModelConfig:
     """Convert a released config.json to a ModelConfig.
 
-    RoPE scaling is read from `rope_theta` and `rope_scaling {type: yarn}`, or from `rope_parameters {rope_type: yarn}`.
-    The labels are those of `families.FAMILIES`.
+    RoPE scaling is read from `rope_theta` and `rope_scaling {type: yarn}`, or from
+    `rope_parameters {rope_type: yarn}`. The labels are those of `families.FAMILIES`.
 
     Args:
         values: the parsed JSON.
         allow_unknown_keys: pass over keys that are not known.
-    Raises: ConfigError naming an absent key, or a key and its value that this model does not support.
+    Raises: ConfigError naming an absent key, or a key and its value that this model does not
+        support.
     Source: the released config.json of each label; transformers' DeepseekV3Config.
 
     Example:
@@ -78,7 +86,13 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     values = {**family.defaults} | {
         key: value for key, value in values.items() if value is not None or key in _NULLABLE
     }
-    used = {*_SAME_VALUE.values(), *(key for key, _ in _WITH_DEFAULT.values()), *_MTP_KEYS, *_ROUTER_KEYS, *_OTHER_KEYS}
+    used = {
+        *_SAME_VALUE.values(),
+        *(key for key, _ in _WITH_DEFAULT.values()),
+        *_MTP_KEYS,
+        *_ROUTER_KEYS,
+        *_OTHER_KEYS,
+    }
     check_keys(values, family, used, allow_unknown=allow_unknown_keys)
     check_quantization(values)
     fields: dict[str, Any] = {}
@@ -91,24 +105,36 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
         fields[name] = _value(values, key, _HINTS[name], default)
     kv_heads = values.get("num_key_value_heads", fields["num_heads"])
     if kv_heads != fields["num_heads"]:
-        raise ConfigError(f"num_key_value_heads={kv_heads!r} differs from num_attention_heads={fields['num_heads']!r}")
+        raise ConfigError(
+            f"num_key_value_heads={kv_heads!r} differs from "
+            f"num_attention_heads={fields['num_heads']!r}"
+        )
     fields["mtp_depth"] = next((_value(values, key, int) for key in _MTP_KEYS if key in values), 0)
     if family.experts:
         fields["num_shared_experts"] = _value(values, "n_shared_experts", int | None) or 0
         fields.update(_router(family, values))
     else:  # a single expert that no layer has
-        fields |= {"num_dense_layers": fields["num_layers"], "num_experts": 1, "experts_per_token": 1, "expert_dim": 1}
+        fields |= {
+            "num_dense_layers": fields["num_layers"],
+            "num_experts": 1,
+            "experts_per_token": 1,
+            "expert_dim": 1,
+        }
         fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
     fields.update(_rope(family, values, fields["max_positions"], allow_unknown_keys))
     if family.indexer:
         fields |= {name: _value(values, key, int) for name, key in _INDEX.items()}
         fields |= {"attention": "dsa", "index_interleaved": family.shared_indexers}
     cfg = ModelConfig(**fields)  # checks the number of layers
-    return replace(cfg, index_types=_index_types(values, cfg.num_layers)) if family.shared_indexers else cfg
+    return (
+        replace(cfg, index_types=_index_types(values, cfg.num_layers))
+        if family.shared_indexers
+        else cfg
+    )
 
 
 def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...] | None:
-    """Which layers have an indexer ("full") and which reuse the last one's choice ("shared"); None means all are full.
+    """Which layers have an indexer ("full") or reuse the last choice ("shared"); None: all full.
 
     Source: transformers' GlmMoeDsaConfig.
     """
@@ -118,11 +144,14 @@ def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...] | None:
     if types is None:
         period = max(_value(values, "index_topk_freq", int, 1), 1)
         offset = _value(values, "index_skip_topk_offset", int, 2)
-        types = ["shared" if max(layer - offset + 1, 0) % period else "full" for layer in range(layers)]
+        types = [
+            "shared" if max(layer - offset + 1, 0) % period else "full" for layer in range(layers)
+        ]
     known = isinstance(types, list) and all(kind in ("full", "shared") for kind in types)
     if not known or len(types) != layers or types[:1] != ["full"]:
         raise ConfigError(
-            f"indexer_types={types!r:.80} does not say 'full' or 'shared' for each of {layers} layers, 'full' first"
+            f"indexer_types={types!r:.80} does not say 'full' or 'shared' for each of {layers} "
+            "layers, 'full' first"
         )
     return tuple(types) if "shared" in types else None
 
@@ -133,14 +162,18 @@ def _dense_prefix(values: dict[str, Any]) -> int:
     complete = isinstance(kinds, list) and len(kinds) == layers
     dense = kinds.count("dense") if complete else 0
     if not complete or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-        raise ConfigError(f"mlp_layer_types={kinds!r} is not 'dense' layers before 'sparse' ones, {layers!r} in all")
+        raise ConfigError(
+            f"mlp_layer_types={kinds!r} is not 'dense' layers before 'sparse' ones, {layers!r} in "
+            "all"
+        )
     return dense
 
 
 def _value(values: dict[str, Any], key: str, hint: Any, default: Any = _REQUIRED) -> Any:
     """Return a key's value in our field's type; JSON may write 40 for 40.0.
 
-    Raises: ConfigError for another type, or for an absent key without a default, as implementations assume several.
+    Raises: ConfigError for another type, or for an absent key without a default, as implementations
+        assume several.
     """
     value = values.get(key, default)
     if value is _REQUIRED:
@@ -149,20 +182,23 @@ def _value(values: dict[str, Any], key: str, hint: Any, default: Any = _REQUIRED
         return float(value)
     kinds = typing.get_args(hint) or (hint,)
     if type(value) not in kinds:
-        raise ConfigError(f"{key}={value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
+        raise ConfigError(
+            f"{key}={value!r} is not of type {' or '.join(k.__name__ for k in kinds)}"
+        )
     return value
 
 
 def check_quantization(values: dict[str, Any]) -> None:
-    """Check that weights are not quantized, are FP8 e4m3 in 128 × 128 blocks, or integers of 4 bits in groups.
+    """Check that weights are not quantized, or FP8 e4m3 in 128 × 128 blocks, or 4 bits in groups.
 
     Raises: ConfigError for another quantization.
 
     Example:
-        >>> check_quantization({"quantization_config": {"quant_method": "gptq"}})  # doctest: +ELLIPSIS
+        >>> config = {"quant_method": "gptq"}
+        >>> check_quantization({"quantization_config": config})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        dsv3_jax.config.ConfigError: quantization_config with quant_method='gptq', ...
+        dsv3_jax.config.fields.ConfigError: quantization_config with quant_method='gptq', ...
     """
     config = values.get("quantization_config")
     if config is None:
@@ -177,8 +213,8 @@ def check_quantization(values: dict[str, Any]) -> None:
     size = config.get("weight_block_size", _BLOCK_SIZE)
     if method != "fp8" or fmt != "e4m3" or size != _BLOCK_SIZE:
         raise ConfigError(
-            f"quantization_config with quant_method={method!r}, fmt={fmt!r}, weight_block_size={size!r} is not "
-            f"supported; use 'fp8', 'e4m3', {_BLOCK_SIZE}"
+            f"quantization_config with quant_method={method!r}, fmt={fmt!r}, "
+            f"weight_block_size={size!r} is not supported; use 'fp8', 'e4m3', {_BLOCK_SIZE}"
         )
 
 
@@ -189,14 +225,25 @@ def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     scoring = values.get("scoring_func", family.scoring)
     method = values.get("topk_method", methods[0])
     if scoring != family.scoring:
-        raise ConfigError(f"scoring_func={scoring!r} is not supported for {label}; use {family.scoring!r}")
+        raise ConfigError(
+            f"scoring_func={scoring!r} is not supported for {label}; use {family.scoring!r}"
+        )
     if method not in methods:
-        raise ConfigError(f"topk_method={method!r} is not supported for {label}; use {' or '.join(methods)}")
-    groups = (1, 1) if method == "greedy" else [_value(values, key, int) for key in ("n_group", "topk_group")]
+        raise ConfigError(
+            f"topk_method={method!r} is not supported for {label}; use {' or '.join(methods)}"
+        )
+    groups = (
+        (1, 1)
+        if method == "greedy"
+        else [_value(values, key, int) for key in ("n_group", "topk_group")]
+    )
     normalize = _value(values, "norm_topk_prob", bool)
     if label == "deepseek_v2" and normalize:
         # The released code then ignores the scale, and transformers ignores the normalisation.
-        raise ConfigError("norm_topk_prob=True is not supported for deepseek_v2: its implementations disagree on it")
+        raise ConfigError(
+            "norm_topk_prob=True is not supported for deepseek_v2: its implementations disagree "
+            "on it"
+        )
     return {
         "router": scoring,
         "group_score": "top2_sum" if scoring == "sigmoid" else "max",
@@ -206,7 +253,9 @@ def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unknown: bool) -> dict[str, Any]:
+def _rope(
+    family: Family, values: dict[str, Any], max_positions: int, allow_unknown: bool
+) -> dict[str, Any]:
     """Return our fields of RoPE and YaRN."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
@@ -214,18 +263,30 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unkn
             raise ConfigError(f"{key}={value!r} is not an object")
     scaling = {k: v for k, v in {**(old or {}), **(new or {})}.items() if v is not None}
     fields: dict[str, Any] = {
-        "rope_theta": _value(scaling if "rope_theta" in scaling else values, "rope_theta", float, 1e4),
+        "rope_theta": _value(
+            scaling if "rope_theta" in scaling else values, "rope_theta", float, 1e4
+        ),
         "rope_interleaved": _value(values, "rope_interleave", bool, True),
     }
     label = values["model_type"]
     if (label == "deepseek_v2" or family.indexer) and not fields["rope_interleaved"]:
-        raise ConfigError(f"rope_interleave=False is not supported for {label}: its rotary pairs are interleaved")
+        raise ConfigError(
+            f"rope_interleave=False is not supported for {label}: its rotary pairs are interleaved"
+        )
     supported = family.shared_indexers
     if (index := values.get("indexer_rope_interleave", supported)) != supported:
-        raise ConfigError(f"indexer_rope_interleave={index!r} is not supported for {label}; use {supported!r}")
-    for key, supported in (("partial_rotary_factor", 1), ("truncate", True), ("attention_factor", None)):
+        raise ConfigError(
+            f"indexer_rope_interleave={index!r} is not supported for {label}; use {supported!r}"
+        )
+    for key, supported in (
+        ("partial_rotary_factor", 1),
+        ("truncate", True),
+        ("attention_factor", None),
+    ):
         if scaling.get(key, supported) != supported:
-            raise ConfigError(f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}")
+            raise ConfigError(
+                f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}"
+            )
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ("default", "yarn", "deepseek_yarn"):
         raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
@@ -237,10 +298,14 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unkn
     if not all_dim and mscale in (0, 1):
         mscale = 1.0  # the reference's value where both are absent
     elif not mscale or not all_dim:
-        raise ConfigError(f"mscale={mscale!r} does not go with mscale_all_dim={all_dim!r}; give both or neither")
+        raise ConfigError(
+            f"mscale={mscale!r} does not go with mscale_all_dim={all_dim!r}; give both or neither"
+        )
     fields["yarn"] = Yarn(
         factor=_value(scaling, "factor", float),
-        original_max_positions=_value(scaling, "original_max_position_embeddings", int, max_positions),
+        original_max_positions=_value(
+            scaling, "original_max_position_embeddings", int, max_positions
+        ),
         beta_fast=_value(scaling, "beta_fast", float, 32.0),
         beta_slow=_value(scaling, "beta_slow", float, 1.0),
         mscale=mscale,
@@ -249,11 +314,14 @@ def _rope(family: Family, values: dict[str, Any], max_positions: int, allow_unkn
     return fields
 
 
-def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat16") -> dict[str, Any]:
+def config_to_dict(
+    cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat16"
+) -> dict[str, Any]:
     """Convert a ModelConfig to the config.json that was released and that transformers reads.
 
-    The inverse of `config_from_dict`. Settings that config.json cannot express are left out: balance losses, dispatch,
-    remat, compute dtype, and the rounding of index queries and keys, see `left_out`.
+    The inverse of `config_from_dict`. Settings that config.json cannot express are left out:
+    balance losses, dispatch, remat, compute dtype, and the rounding of index queries and keys, see
+    `left_out`.
 
     Args:
         cfg: a model with a released format, see `table.check_released`.
@@ -272,9 +340,12 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
     if cfg.attention == "dsa":
         label = "glm_moe_dsa" if cfg.index_interleaved else "deepseek_v32"
     grouped = cfg.groups_per_token < cfg.num_groups
-    method = "noaux_tc" if cfg.router == "sigmoid" else "group_limited_greedy" if grouped else "greedy"
+    method = (
+        "noaux_tc" if cfg.router == "sigmoid" else "group_limited_greedy" if grouped else "greedy"
+    )
     config: dict[str, Any] = {
-        "architectures": [label.title().replace("_", "") + "ForCausalLM"],  # as in DeepseekV3ForCausalLM
+        # as in DeepseekV3ForCausalLM
+        "architectures": [label.title().replace("_", "") + "ForCausalLM"],
         "model_type": label,
         **{key: getattr(cfg, field) for field, key in _SAME_VALUE.items()},
         **{key: getattr(cfg, field) for field, (key, _) in _WITH_DEFAULT.items()},
@@ -301,7 +372,10 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
         config["indexer_types"] = list(cfg.index_types or ["full"] * cfg.num_layers)
     if cfg.yarn.factor > 1:
         yarn = cfg.yarn
-        scaling = {key: getattr(yarn, key) for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        scaling = {
+            key: getattr(yarn, key)
+            for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        }
         original = {"original_max_position_embeddings": yarn.original_max_positions}
         config["rope_scaling"] = {"type": "yarn"} | scaling | original
     if fp8:
@@ -312,8 +386,8 @@ def config_to_dict(cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat1
     if restored != expected:
         field = next(k for k in vars(restored) if getattr(restored, k) != getattr(expected, k))
         raise ConfigError(
-            f"{field}={getattr(cfg, field)!r} cannot be expressed in the released format {label!r}; "
-            f"it requires {field}={getattr(restored, field)!r}"
+            f"{field}={getattr(cfg, field)!r} cannot be expressed in the released format "
+            f"{label!r}; it requires {field}={getattr(restored, field)!r}"
         )
     return config
 
@@ -338,8 +412,11 @@ def _expressible(cfg: ModelConfig, restored: ModelConfig) -> ModelConfig:
     """Return `cfg` with the fields that config.json does not determine taken from `restored`."""
     silent = ("balance", "capacity_factor", "index_precision")
     changes = {key: getattr(restored, key) for key in silent}
-    if cfg.groups_per_token == cfg.num_groups:  # no limit, so the number of groups and their score have no effect
-        changes |= {key: getattr(restored, key) for key in ("num_groups", "groups_per_token", "group_score")}
+    # no limit, so the number of groups and their score have no effect
+    if cfg.groups_per_token == cfg.num_groups:
+        changes |= {
+            key: getattr(restored, key) for key in ("num_groups", "groups_per_token", "group_score")
+        }
     if cfg.yarn.factor == 1:
         changes["yarn"] = restored.yarn
     if cfg.mtp_depth == 0:

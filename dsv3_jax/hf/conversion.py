@@ -1,4 +1,4 @@
-"""`dsv3 convert`: released folder → run folder, run folder → released folder, released folder → another dtype."""
+"""`dsv3 convert`: a released folder to a run, a run to a released folder, or another dtype."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,14 +44,17 @@ def convert(
     allow_unknown_keys: bool = False,
     quiet: bool = False,
 ) -> str:
-    """Convert a run to the released format, or a released folder to a run or another dtype; a failure leaves no folder.
+    """Convert a run to a released folder, or such a folder to a run or another dtype.
+
+    A failure leaves no folder.
 
     Args:
         source: a run folder or a released folder.
         out: the folder to create.
         step: of a run's checkpoint. None means the last.
-        dtype: of a released folder's weights. None makes a run of a released folder. A run is written in the dtype of
-            the released folder that it was made of, else in its embedding's.
+        dtype: of a released folder's weights. None makes a run of a released folder. A run is
+            written in the dtype of the released folder that it was made of, else in its
+            embedding's.
         mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
@@ -73,11 +76,18 @@ def convert(
     if step is not None and not from_run:
         raise ValueError(f"step={step} is for runs, and folder={str(source)!r} is a released one")
     if from_run and not mtp:
-        raise ValueError("mtp=False is not supported for a run, which is written with its MTP layers; leave it out")
+        raise ValueError(
+            "mtp=False is not supported for a run, which is written with its MTP layers; leave it "
+            "out"
+        )
     files.check_new(out, 0)
     if from_run:
         return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
-    accept: dict[str, Any] = {"mtp": mtp, "allow_nonfinite": allow_nonfinite, "allow_unknown_keys": allow_unknown_keys}
+    accept: dict[str, Any] = {
+        "mtp": mtp,
+        "allow_nonfinite": allow_nonfinite,
+        "allow_unknown_keys": allow_unknown_keys,
+    }
     if dtype is None:
         check_place(out.resolve())
         return _released_to_run(source, out, load(source, jnp.float32, quiet=quiet, **accept))
@@ -85,17 +95,25 @@ def convert(
 
 
 def _run_to_released(
-    source: Path, out: Path, step: int | None, dtype: DType | None, allow_nonfinite: bool, quiet: bool
+    source: Path,
+    out: Path,
+    step: int | None,
+    dtype: DType | None,
+    allow_nonfinite: bool,
+    quiet: bool,
 ) -> str:
     """Convert a run's checkpoint, with its tokenizer and the other files of its text."""
-    model, run, step = load_run(source, step=step, kernels="auto")  # the run's own may be of other devices
+    # the run's own may be of other devices
+    model, run, step = load_run(source, step=step, kernels="auto")
     origin = read_object(files.file_inside(source, ORIGIN))
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
     fp8 = dtype == "fp8"
     name = next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
     config, table, read = prepare(model, fp8, name)
     ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
-    config |= ids | {k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None}
+    config |= ids | {
+        k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None
+    }
     texts = {name: read_bytes(file) for name, file in text_files(source).items()}
     if run.data.tokenizer == "bytes":
         texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
@@ -103,7 +121,10 @@ def _run_to_released(
     write_released(out, config, table, tensors, quiet=quiet, texts=texts)
     written = "fp8" if fp8 else config["torch_dtype"]
     lost = left_out(run.model)
-    sentence = f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, in Hugging Face format"
+    sentence = (
+        f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, "
+        "in Hugging Face format"
+    )
     return f"{sentence}; {lost}" if lost else sentence
 
 
@@ -126,11 +147,12 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
 
 
 def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
-    """Convert to a run at step 0 with a new optimizer state, as `dsv3 generate` and `dsv3 eval` read it."""
+    """Convert to a run at step 0 with a new optimizer state, as other commands read it."""
     run = released_run(source, model.cfg)
     params = nnx.state(model, nnx.Param)
     bias = nnx.state(model, RouterBias)
-    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)  # untouched pages take no memory
+    # untouched pages take no memory
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)
     state = TrainState(params, bias, AdamState(zeros, zeros), jnp.zeros((), jnp.int32))
     files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     with atomic_folder(out) as folder:
@@ -145,7 +167,7 @@ def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
 
 
 def keep_origin(source: Path, run: str | Path) -> None:
-    """Copy a released folder's config.json into a run that is made of it: it is converted back with its dtype and ids.
+    """Copy a released config.json into a run made of it, which keeps its dtype and ids when saved.
 
     Args: source: the released folder, or a run that may have been made of one.
     Raises: ValueError when it is no JSON, or a link out of the folder.

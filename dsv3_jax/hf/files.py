@@ -1,8 +1,9 @@
-"""Folders of safetensors files: read by memory map after a check of their headers, written one tensor at a time.
+"""Folders of safetensors files: mapped after a check of their headers, written tensor by tensor.
 
-The safetensors package checks the headers. It cannot read FP8 into NumPy, and writing with it holds a complete shard in
-memory, so this module maps and writes the bytes. Nothing is unpickled.
-Source: the safetensors format's description (a header of names, dtypes, shapes and offsets that leave no hole).
+The safetensors package checks the headers. It cannot read FP8 into NumPy, and writing with it holds
+a complete shard in memory, so this module maps and writes the bytes. Nothing is unpickled.
+Source: the safetensors format's description (a header of names, dtypes, shapes and offsets that
+    leave no hole).
 """
 
 import json
@@ -28,8 +29,10 @@ STORED_DTYPES = {  # the format's name → NumPy's dtype
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
-_FORMAT_NAMES = {dtype.name: name for name, dtype in STORED_DTYPES.items()}  # NumPy's name → the format's name
-MAX_CONFIG = 8_000_000  # bytes of config.json; lists of layers that are not quantized take half a megabyte
+# NumPy's name → the format's name
+_FORMAT_NAMES = {dtype.name: name for name, dtype in STORED_DTYPES.items()}
+# bytes of config.json; lists of layers that are not quantized take half a megabyte
+MAX_CONFIG = 8_000_000
 
 
 class StoredTensor(NamedTuple):
@@ -50,7 +53,8 @@ def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
 
     A hub snapshot holds links to `blobs/` in the same repository; they are followed.
 
-    Raises: ValueError when the name contains a path, or is a link that leads elsewhere out of the folder.
+    Raises: ValueError when the name contains a path, or is a link that leads elsewhere out of the
+        folder.
 
     Example:
         >>> file_inside(Path("v3"), "config.json").as_posix()
@@ -60,9 +64,12 @@ def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
             ...
         ValueError: v3 names a file '../secret', which is not a plain file name in that folder
     """
-    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name  # without NUL and surrogates
+    # without NUL and surrogates
+    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
     if not isinstance(name, str) or not plain or name in ("", ".", "..") or "\\" in name:
-        raise ValueError(f"{folder} names a file {name!r}, which is not a plain file name in that folder")
+        raise ValueError(
+            f"{folder} names a file {name!r}, which is not a plain file name in that folder"
+        )
     path = folder / under / name
     try:
         there, own = path.resolve(), folder.resolve()
@@ -70,7 +77,9 @@ def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
         raise ValueError(f"{path} is a link that leads to itself") from error
     inside = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
     if not any(there.is_relative_to(place) for place in inside):
-        raise ValueError(f"{path} is a link out of its folder; replace it by the file, as cp -rL does")
+        raise ValueError(
+            f"{path} is a link out of its folder; replace it by the file, as cp -rL does"
+        )
     return path
 
 
@@ -78,14 +87,15 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     """Read config.json and the headers of a folder; no tensor is read.
 
     Returns: (config.json, name → stored tensor).
-    Raises: ValueError naming the file, and the tensor if any. A file is absent, truncated, or a link out of the folder;
-        or a header does not describe its file.
+    Raises: ValueError naming the file, and the tensor if any. A file is absent, truncated, or a
+        link out of the folder; or a header does not describe its file.
 
     Example:
         >>> import tempfile
+        >>> table = {"norm": ((2,), "float32")}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_json(Path(folder, CONFIG), {"hidden_size": 2})
-        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, [np.ones(2, np.float32)])
+        ...     write_shards(Path(folder), table, 1000, [np.ones(2, np.float32)])
         ...     config, stored = open_folder(folder)
         >>> config, stored["norm"].shape
         ({'hidden_size': 2}, (2,))
@@ -96,10 +106,13 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     if not os.path.lexists(folder / CONFIG):
         raise ValueError(f"{folder} has no {CONFIG}")
     config = read_json(file_inside(folder, CONFIG), MAX_CONFIG)
-    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():  # preferred to an index, as in transformers
+    # preferred to an index, as in transformers
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         return config, read_header(file_inside(folder, SINGLE))
     if not (folder / INDEX).exists():
-        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not supported")
+        raise ValueError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not supported"
+        )
     return config, _read_index(folder)
 
 
@@ -112,23 +125,29 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
         for tensor, stored in read_header(file_inside(folder, name)).items():
             if file_of.get(tensor, name) != name or tensor in tensors:
                 other = tensors[tensor].file.name if tensor in tensors else file_of[tensor]
-                raise ValueError(f"{stored.file} holds {tensor}, which the index assigns to {other}")
+                raise ValueError(
+                    f"{stored.file} holds {tensor}, which the index assigns to {other}"
+                )
             tensors[tensor] = stored
     for tensor, name in file_of.items():
         if tensor not in tensors:
-            raise ValueError(f"{folder / str(name)} does not hold {tensor}, which the index assigns to it")
+            raise ValueError(
+                f"{folder / str(name)} does not hold {tensor}, which the index assigns to it"
+            )
     return tensors
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Read the header of a safetensors file: name → stored tensor.
 
-    Raises: ValueError when the file is absent or truncated, or its header does not describe it exactly.
+    Raises: ValueError when the file is absent or truncated, or its header does not describe it
+        exactly.
 
     Example:
         >>> import tempfile
+        >>> table = {"norm": ((2,), "float32")}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, [np.ones(2, np.float32)])
+        ...     write_shards(Path(folder), table, 1000, [np.ones(2, np.float32)])
         ...     stored = read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]
         >>> stored.dtype, stored.shape, stored.nbytes
         (dtype('float32'), (2,), 8)
@@ -140,27 +159,37 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             pass
         with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(length))  # refuses a name given twice, of which safetensors takes the last
+            # refuses a name given twice, of which safetensors takes the last
+            header = parse_json(file.read(length))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, fields in header.items():
         if fields["dtype"] not in STORED_DTYPES:
-            raise ValueError(f"{path} holds {name} of dtype={fields['dtype']}, which is not supported")
+            raise ValueError(
+                f"{path} holds {name} of dtype={fields['dtype']}, which is not supported"
+            )
         start = 8 + length + fields["data_offsets"][0]
-        tensors[name] = StoredTensor(path, STORED_DTYPES[fields["dtype"]], tuple(fields["shape"]), start)
+        tensors[name] = StoredTensor(
+            path, STORED_DTYPES[fields["dtype"]], tuple(fields["shape"]), start
+        )
     return tensors
 
 
 def read_tensor(stored: StoredTensor) -> np.ndarray:
-    """Map a tensor of a checked file, read-only, in its stored dtype. Bytes are read when they are used.
+    """Map a tensor of a checked file, read-only, in its stored dtype.
+
+    Bytes are read when they are used.
+
 
     Example:
         >>> import tempfile
+        >>> table = {"norm": ((2,), "float32")}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_shards(Path(folder), {"norm": ((2,), "float32")}, 1000, [np.ones(2, np.float32)])
-        ...     read_tensor(read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]).tolist()
+        ...     write_shards(Path(folder), table, 1000, [np.ones(2, np.float32)])
+        ...     stored = read_header(Path(folder, "model-00001-of-00001.safetensors"))["norm"]
+        ...     read_tensor(stored).tolist()
         [1.0, 1.0]
     """
     if stored.nbytes == 0:  # no map is empty
@@ -172,7 +201,8 @@ def read_tensor(stored: StoredTensor) -> np.ndarray:
 def check_new(path: Path, nbytes: int) -> None:
     """Check that a folder of `nbytes` can be created.
 
-    Raises: ValueError when `path` exists and is not an empty folder, its parent is absent, or the disk has no room.
+    Raises: ValueError when `path` exists and is not an empty folder, its parent is absent, or the
+        disk has no room.
 
     Example:
         >>> check_new(Path("no/such/v3"), nbytes=0)
@@ -183,11 +213,16 @@ def check_new(path: Path, nbytes: int) -> None:
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists and is not an empty folder; choose another path")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is not a folder, so {path.name} cannot be created in it; create it first")
+        raise ValueError(
+            f"{path.parent} is not a folder, so {path.name} cannot be created in it; create it "
+            "first"
+        )
     check_writable(path, folders=True)
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + (64 << 20):
-        raise ValueError(f"{path.parent} has no room for {nbytes / 1e6:,.0f} MB: {free / 1e6:,.0f} MB are free")
+        raise ValueError(
+            f"{path.parent} has no room for {nbytes / 1e6:,.0f} MB: {free / 1e6:,.0f} MB are free"
+        )
 
 
 Table = dict[str, tuple[tuple[int, ...], str]]  # as `tensor_table`
@@ -203,7 +238,9 @@ def table_bytes(table: Table) -> int:
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in table.values())
 
 
-def write_shards(folder: Path, table: Table, shard_bytes: int, tensors: Iterable[np.ndarray]) -> None:
+def write_shards(
+    folder: Path, table: Table, shard_bytes: int, tensors: Iterable[np.ndarray]
+) -> None:
     """Write every tensor of a table into shards, with their index.
 
     Args:
@@ -214,8 +251,9 @@ def write_shards(folder: Path, table: Table, shard_bytes: int, tensors: Iterable
     Example:
         >>> import tempfile
         >>> table = {"a": ((2,), "float32"), "b": ((2,), "float32")}
+        >>> tensors = [np.ones(2, np.float32)] * 2
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_shards(Path(folder), table, shard_bytes=8, tensors=[np.ones(2, np.float32)] * 2)
+        ...     write_shards(Path(folder), table, shard_bytes=8, tensors=tensors)
         ...     [file.name for file in sorted(Path(folder).glob("*.safetensors"))]
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
@@ -234,17 +272,25 @@ def write_shards(folder: Path, table: Table, shard_bytes: int, tensors: Iterable
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         file_of.update(dict.fromkeys(shard, file))
         _write_file(folder / file, shard, remaining)
-    write_json(folder / INDEX, {"metadata": {"total_size": table_bytes(table)}, "weight_map": file_of})
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": table_bytes(table)}, "weight_map": file_of}
+    )
 
 
 def _write_file(path: Path, shard: Table, tensors: Iterator[np.ndarray]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The widest dtypes first, so that every tensor begins at a multiple of its item size.
-    for name, (shape, dtype) in sorted(shard.items(), key=lambda row: -np.dtype(row[1][1]).itemsize):
+    for name, (shape, dtype) in sorted(
+        shard.items(), key=lambda row: -np.dtype(row[1][1]).itemsize
+    ):
         start = end
         end = end + table_bytes({name: (shape, dtype)})
-        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _FORMAT_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:

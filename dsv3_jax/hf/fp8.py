@@ -1,4 +1,4 @@
-"""FP8 weights: e4m3 numbers with one float32 scale for each 128 × 128 block; value = number · scale."""
+"""FP8 weights: e4m3 numbers, a float32 scale for each 128 × 128 block; value = number · scale."""
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +26,8 @@ def dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
         [0.5, 0.5, 0.5]
     """
     out = _VALUES[numbers.view(np.uint8)]
-    for row in range(scales.shape[0]):  # one row of blocks at a time saves a second array of the weight's size
+    # one row of blocks at a time saves a second array of the weight's size
+    for row in range(scales.shape[0]):
         strip = out[row * BLOCK : (row + 1) * BLOCK]
         strip *= np.repeat(scales[row], BLOCK)[None, : out.shape[1]]
     return out
@@ -35,15 +36,16 @@ def dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantize a weight to FP8 numbers and scales.
 
-    A scale is the block's largest magnitude over 448, rounded up to 20 significant bits. Then number · scale is exact
-    in float32, and quantizing a dequantized weight returns the same bytes. Released files have scales of 24 bits.
-    Such a scale is used where it represents every value of a block exactly.
+    A scale is the block's largest magnitude over 448, rounded up to 20 significant bits. Then
+    number · scale is exact in float32, and quantizing a dequantized weight returns the same bytes.
+    Released files have scales of 24 bits. Such a scale is used where it represents every value of a
+    block exactly.
 
     Args: values: float32 [out, in], finite.
     Returns: numbers and scales as `dequantize` takes them.
 
     Example:
-        >>> numbers, scales = quantize(np.array([[896.0, -2.0]], np.float32))  # 896 is twice e4m3's largest number
+        >>> numbers, scales = quantize(np.array([[896.0, -2.0]], np.float32))  # 896 is 2 · 448
         >>> numbers.astype(np.float32).tolist(), scales.tolist()
         ([[448.0, -1.0]], [[2.0]])
     """
@@ -56,7 +58,9 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         strip[: part.shape[0], :columns] = part
         blocks = strip.reshape(BLOCK, -1, BLOCK).swapaxes(0, 1).reshape(-1, BLOCK * BLOCK)
         scales[row] = _scales(blocks)
-        rounded = _round(blocks, scales[row]).reshape(-1, BLOCK, BLOCK).swapaxes(0, 1).reshape(BLOCK, -1)
+        rounded = (
+            _round(blocks, scales[row]).reshape(-1, BLOCK, BLOCK).swapaxes(0, 1).reshape(BLOCK, -1)
+        )
         numbers[row * BLOCK : (row + 1) * BLOCK] = rounded[: part.shape[0], :columns]
     return numbers, scales
 
@@ -74,7 +78,8 @@ def _scales(blocks: np.ndarray) -> np.ndarray:
         if undecided.size == 0:
             break
         candidates = (bits[undecided].astype(np.int64) + ulps).astype(np.uint32).view(np.float32)
-        likely = _is_exact(blocks[undecided, :BLOCK], candidates)  # a block's first row rules out most blocks
+        # a block's first row rules out most blocks
+        likely = _is_exact(blocks[undecided, :BLOCK], candidates)
         undecided_likely = undecided[likely]
         exact = _is_exact(blocks[undecided_likely], candidates[likely])
         scales[undecided_likely[exact]] = candidates[likely][exact]
@@ -83,7 +88,7 @@ def _scales(blocks: np.ndarray) -> np.ndarray:
 
 
 def _is_exact(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Say for each block whether all its values are e4m3 numbers times the block's scale: bool [n]."""
+    """Say for each block whether all its values are e4m3 numbers times its scale: bool [n]."""
     return (_VALUES[_round(blocks, scales).view(np.uint8)] * scales[:, None] == blocks).all(axis=1)
 
 

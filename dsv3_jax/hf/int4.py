@@ -1,7 +1,7 @@
 """Weights of 4 bits as compressed-tensors packs them: Kimi K2-Thinking's experts.
 
-Eight numbers of a row share an int32, the first in its lowest four bits, each stored as number + 8. A group of numbers
-of a row has one scale: weight = number · scale.
+Eight numbers of a row share an int32, the first in its lowest four bits, each stored as number + 8.
+A group of numbers of a row has one scale: weight = number · scale.
 Source: the compressed-tensors format "pack-quantized", symmetric, of integers.
 """
 
@@ -12,10 +12,17 @@ import numpy as np
 from dsv3_jax.config import ConfigError
 
 METHOD = "compressed-tensors"
-PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the three tensors that replace a weight
+# suffixes of the three tensors that replace a weight
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
 IN_ONE = 8  # numbers in an int32
-_WANTED = {"format": "pack-quantized", "input_activations": None, "num_bits": 4, "type": "int", "symmetric": True,
-           "strategy": "group"}  # fmt: skip
+_WANTED = {
+    "format": "pack-quantized",
+    "input_activations": None,
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+}
 
 
 def shapes(shape: tuple[int, ...], group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -29,7 +36,9 @@ def shapes(shape: tuple[int, ...], group: int) -> tuple[tuple[int, ...], tuple[i
     return (rows, -(-columns // IN_ONE)), (rows, -(-columns // group))
 
 
-def unpack(packed: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], group: int) -> np.ndarray:
+def unpack(
+    packed: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], group: int
+) -> np.ndarray:
     """Return the weight of 4-bit numbers.
 
     Args:
@@ -55,19 +64,30 @@ def group_size(config: dict[str, Any]) -> int:
     Raises: ConfigError when it is of another form.
 
     Example:
-        >>> weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-        >>> group_size({"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}})
+        >>> weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+        >>> groups = {"group_0": {"weights": weights | {"group_size": 32}}}
+        >>> group_size({"format": "pack-quantized", "config_groups": groups})
         32
     """
     try:
         [group] = config["config_groups"].values()
-        found = {**group["weights"], "format": config["format"], "input_activations": group.get("input_activations")}
+        found = {
+            **group["weights"],
+            "format": config["format"],
+            "input_activations": group.get("input_activations"),
+        }
         size = found["group_size"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"quantization_config={config!r:.80} is not one group of packed weights") from error
+        raise ConfigError(
+            f"quantization_config={config!r:.80} is not one group of packed weights"
+        ) from error
     for key, value in _WANTED.items():
         if found.get(key) != value:
-            raise ConfigError(f"quantization_config has {key}={found.get(key)!r} of weights; use {value!r}")
+            raise ConfigError(
+                f"quantization_config has {key}={found.get(key)!r} of weights; use {value!r}"
+            )
     if type(size) is not int or size < 1:
-        raise ConfigError(f"quantization_config has group_size={size!r}, which is not a positive number; use 32")
+        raise ConfigError(
+            f"quantization_config has group_size={size!r}, which is not a positive number; use 32"
+        )
     return size

@@ -1,4 +1,4 @@
-"""One way to open a model with its settings, wherever it lies: a run, a released folder, or a hub id in the cache.
+"""One way to open a model with its settings: a run, a released folder, or a hub id in the cache.
 
 A released model is read as it is: nothing is converted or written, and there is no optimizer state.
 """
@@ -45,7 +45,8 @@ def open_model(
         mesh: shards the model. None means a single device.
         step: of a run's checkpoint. None means the last.
         kernels: as `Execution.kernels`. None means a run's own, and "auto" for a released model.
-        dtype: of a released model's parameters. None means float32 on a CPU, whose kernels serve it, else bfloat16.
+        dtype: of a released model's parameters. None means float32 on a CPU, whose kernels serve
+            it, else bfloat16.
     Returns: (model, run, step); a released model's step is 0, its text that of the default corpus.
     Raises: ValueError if there is neither, or as `load_run` and `hf.load`.
     """
@@ -67,20 +68,23 @@ def load_model(
     """Load a model from a run or a released folder, without optimizer state. It needs no tokenizer.
 
     Args:
-        folder: a folder that `dsv3 train` made, one with config.json and safetensors, or a hub id in the local cache.
+        folder: a folder that `dsv3 train` made, one with config.json and safetensors, or a hub id
+            in the local cache.
         mesh: shards the model. None means a single device.
         step: of a run's checkpoint. None means the last.
-        dtype: of a released model's parameters, float32 or bfloat16. None means float32 on a CPU, else bfloat16. A
-            run's are as `load_run` says.
+        dtype: of a released model's parameters, float32 or bfloat16. None means float32 on a CPU,
+            else bfloat16. A run's are as `load_run` says.
         kernels: as `Execution.kernels`. None means the run's own, and "auto" for a released folder.
-        mtp: False leaves the MTP layers of a released model out, and so their memory. A run's are always loaded.
+        mtp: False leaves the MTP layers of a released model out, and so their memory. A run's are
+            always loaded.
     Raises: ValueError if the folder holds neither, or as `load_run` and `hf.load`.
 
     Example:
         >>> import tempfile
         >>> from flax import nnx
         >>> import dsv3_jax as ds
-        >>> model = ds.Transformer(ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0), rngs=nnx.Rngs(0))
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     ds.hf.save(model, folder, quiet=True)
         ...     ds.load_model(folder).cfg.num_layers
@@ -103,7 +107,10 @@ def find_released(place: str | Path) -> Path:
     """
     folder = find(place)
     if not (folder / files.CONFIG).exists():
-        raise ValueError(f"folder={str(folder)!r} is neither a run (no {RUN_FILE}) nor released (no {files.CONFIG})")
+        raise ValueError(
+            f"folder={str(folder)!r} is neither a run (no {RUN_FILE}) nor released (no "
+            f"{files.CONFIG})"
+        )
     return folder
 
 
@@ -114,17 +121,21 @@ def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
     """
     check_text(folder, cfg)
     name = str(tokenizer.file_of(str(folder)))
-    return RunConfig(model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions)))
+    return RunConfig(
+        model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions))
+    )
 
 
 def text_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that say how text is read and ended, by name: tokenizer, chat templates, sampling.
+    """The files of a folder that say how text is read and ended, by name.
 
     Raises: ValueError when one of them is a link out of the folder, no file, or too large.
     """
     found = {name: files.file_inside(folder, name) for name in TEXT_FILES}
     for path in text_settings.template_files(folder):
-        found[f"{TEMPLATES_FOLDER}/{path.name}"] = files.file_inside(folder, path.name, under=TEMPLATES_FOLDER)
+        found[f"{TEMPLATES_FOLDER}/{path.name}"] = files.file_inside(
+            folder, path.name, under=TEMPLATES_FOLDER
+        )
     found = {name: path for name, path in found.items() if os.path.lexists(path)}
     for path in found.values():
         check_regular(path, MAX_JSON)
@@ -132,21 +143,29 @@ def text_files(folder: Path) -> dict[str, Path]:
 
 
 def check_text(folder: Path, cfg: ModelConfig) -> None:
-    """Check the files that say how a released folder's text is read and ended, against each other and the model.
+    """Check a released folder's files about text against each other and the model.
 
     Raises: ValueError as `load_text`, and when the tokenizer has more ids than the model.
     """
     if (size := load_text(folder).tokenizer.vocab_size) > cfg.vocab_size:
         file = tokenizer.file_of(str(folder))
-        raise ValueError(f"{file} has vocab_size={size}, more than the model's vocab_size={cfg.vocab_size}")
+        raise ValueError(
+            f"{file} has vocab_size={size}, more than the model's vocab_size={cfg.vocab_size}"
+        )
 
 
 def open_draft(
-    place: str | Path, own: Tokenizer, mesh: Mesh | None = None, *, kernels: str | None = None, dtype: Any = None
+    place: str | Path,
+    own: Tokenizer,
+    mesh: Mesh | None = None,
+    *,
+    kernels: str | None = None,
+    dtype: Any = None,
 ) -> Transformer:
     """Load a model to draft for a model with tokenizer `own`, on the same mesh.
 
-    Raises: ValueError as `load_model` and `load_text`, and if its tokenizer gives ids another meaning.
+    Raises: ValueError as `load_model` and `load_text`, and if its tokenizer gives ids another
+        meaning.
     """
     if not own.same_ids(load_text(place).tokenizer):
         raise ValueError(f"draft={str(place)!r} has another tokenizer: its ids mean other text")
@@ -154,10 +173,10 @@ def open_draft(
 
 
 def load_text(folder: str | Path) -> TextSettings:
-    """Read how a run's or a released folder's model reads and ends text: tokenizer, BOS, chat template, stop tokens.
+    """Read how the model of a run or of a released folder reads and ends text.
 
-    Raises: ValueError if the folder holds neither, its tokenizer is absent or cannot be read, or one of the files is
-        damaged or a link out of the folder.
+    Raises: ValueError if the folder holds neither, its tokenizer is absent or cannot be read, or
+        one of the files is damaged or a link out of the folder.
     """
     place = Path(folder)
     is_run = (place / RUN_FILE).is_file()
@@ -168,18 +187,22 @@ def load_text(folder: str | Path) -> TextSettings:
         data = read_run(place).data
         return text_settings.read_settings(place, data.tokenizer, data.template)
     if not names.keys() & {TOKENIZER_FILE, TIKTOKEN_FILE}:
-        raise ValueError(f"{place} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it")
+        raise ValueError(
+            f"{place} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it"
+        )
     return text_settings.read_settings(place)
 
 
 def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:
-    """A run's settings for other data: shards, files of chat examples if it was trained on chats, or text.
+    """A run's settings for other data: shards, files of chats if it was trained on them, or text.
 
     Example:
         >>> with_paths(DataConfig(format="chat", paths=("a.jsonl",)), ("a.txt",)).format
         'text'
     """
-    chats = cfg.format == "chat" and any(Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths)
+    chats = cfg.format == "chat" and any(
+        Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths
+    )
     shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
     format = "shards" if shards else "chat" if chats else "text"
     defaults = vars(DataConfig())

@@ -1,4 +1,7 @@
-"""Places of models: a folder, a snapshot of the hub's cache, or a hub id that it holds. Nothing is downloaded."""
+"""Places of models: a folder, a snapshot of the hub's cache, or a hub id that it holds.
+
+Nothing is downloaded.
+"""
 
 import re
 from pathlib import Path
@@ -24,7 +27,11 @@ def find(place: str | Path) -> Path:
         return folder
     name, _, revision = str(place).partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, local_files_only=True
+            )
+        )
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         if folder.parent.is_dir():  # a path: the caller says what it lacks
             return folder

@@ -1,4 +1,4 @@
-"""Load a released folder: memory-mapped tensors, one at a time, into stacked and sharded parameters."""
+"""Load a released folder: mapped tensors, one at a time, into stacked and sharded parameters."""
 
 import itertools
 import math
@@ -34,13 +34,16 @@ from dsv3_jax.report.progress import text_console, transfer
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BF16)
 _ALIGNMENT = 64  # bytes
-_MAX_ABSENT = 20_000  # tensors of the model that may be absent: those of its MTP layers, or those that an error counts
+# tensors of the model that may be absent: those of its MTP layers, or those that an error counts
+_MAX_ABSENT = 20_000
 _MAX_LISTED = 20  # wrong tensors that an error names
 _EMBED = "model.embed_tokens.weight"
-# Prefixes of the language model in a wrapper's names, and names of the wrapper's vision parts, which are not read.
+# Prefixes of the language model in a wrapper's names, and names of the wrapper's vision parts,
+# which are not read.
 _PREFIXES = ("", "language_model.")
 _BESIDE = re.compile(r"(model\.)?(vision\w*|mm_projector|multi_modal_projector)\.")
-_BLOCKS = re.compile(r"model\.blocks\.(?=\d)")  # transformers 5.24 saves a wrapper's layers under this name
+# transformers 5.24 saves a wrapper's layers under this name
+_BLOCKS = re.compile(r"model\.blocks\.(?=\d)")
 # Old files repeat what rope_theta gives; transformers does not read it either.
 _INV_FREQ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -61,7 +64,7 @@ class ReleasedFolder:
         >>> import tempfile
         >>> import dsv3_jax as ds
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> model = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract(cfg))  # all are 1
         >>> with tempfile.TemporaryDirectory() as path:
         ...     ds.hf.save(model, path, fp8=True, quiet=True)
         ...     folder = ReleasedFolder(path)
@@ -70,7 +73,12 @@ class ReleasedFolder:
     """
 
     def __init__(
-        self, place: str | Path, *, mtp: bool = True, allow_nonfinite: bool = False, allow_unknown_keys: bool = False
+        self,
+        place: str | Path,
+        *,
+        mtp: bool = True,
+        allow_nonfinite: bool = False,
+        allow_unknown_keys: bool = False,
     ):
         self.path = find(place)
         self.allow_nonfinite = allow_nonfinite
@@ -83,29 +91,38 @@ class ReleasedFolder:
         self.stored = self._of_the_language_model(stored)
         quantization = text_config(self.config).get("quantization_config") or {}
         packed = quantization.get("quant_method") == int4.METHOD
-        self._group = int4.group_size(quantization) if packed else 0  # numbers of a 4-bit weight with one scale
-        # A model that needs far more tensors than there are is refused before they are listed: numbers of layers and
-        # experts may be anything.
+        # numbers of a 4-bit weight with one scale
+        self._group = int4.group_size(quantization) if packed else 0
+        # A model that needs far more tensors than there are is refused before they are listed:
+        # numbers of layers and experts may be anything.
         most = len(self.stored) + _MAX_ABSENT
         all_entries = list(itertools.islice(entries(cfg), most + 1))
         if len(all_entries) > most:
             raise ValueError(
-                f"{self.path} does not match its {CONFIG}: the files hold {len(self.stored)} tensors, and num_layers="
-                f"{cfg.num_layers}, num_experts={cfg.num_experts}, mtp_depth={cfg.mtp_depth} need more than {most}"
+                f"{self.path} does not match its {CONFIG}: the files hold {len(self.stored)} "
+                f"tensors, and num_layers={cfg.num_layers}, num_experts={cfg.num_experts}, "
+                f"mtp_depth={cfg.mtp_depth} need more than {most}"
             )
         heads = [e for e in all_entries if e.mtp and not e.copy_of]
         if mtp and heads and not any(self.stored.keys() & self._wanted(e).keys() for e in heads):
             mtp = False
-            self.notes.append(f"{CONFIG} names {cfg.mtp_depth} MTP layers, and the files have none: loaded without")
+            self.notes.append(
+                f"{CONFIG} names {cfg.mtp_depth} MTP layers, and the files have none: loaded "
+                "without"
+            )
         self.entries = {e.name: e for e in all_entries if mtp or not e.mtp}
         self.cfg = cfg if mtp else replace(cfg, mtp_depth=0)
         self._check_tensors(all_entries)
         self._check_copies()
 
     def _of_the_language_model(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """The tensors by DeepSeek's names, without those that are not part of this model's computation."""
+        """The tensors by DeepSeek's names, without those that this model does not compute with."""
         prefix = next((p for p in _PREFIXES if p + _EMBED in stored), "")
-        named = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if not _BESIDE.match(name)}
+        named = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in stored.items()
+            if not _BESIDE.match(name)
+        }
         if self.config.get("model_type") in WRAPPERS:
             named = {_BLOCKS.sub("model.layers.", name): tensor for name, tensor in named.items()}
         if len(named) < len(stored):
@@ -119,7 +136,7 @@ class ReleasedFolder:
         return self._group > 0
 
     def own_dtype(self, entry: Entry) -> np.dtype:
-        """The dtype to read a tensor into without a wider copy: float32 of float32 and float16, else bfloat16.
+        """The dtype that needs no wider copy: float32 of float32 and float16, else bfloat16.
 
         That rounds the products of FP8 or 4-bit numbers and their scales.
         """
@@ -137,19 +154,27 @@ class ReleasedFolder:
         if rest:
             scales = np.array(read_tensor(self.stored[rest[0]]))
             fp8 = stored.dtype == E4M3
-            value = dequantize(value, scales) if fp8 else int4.unpack(value, scales, entry.shape, self._group)
+            value = (
+                dequantize(value, scales)
+                if fp8
+                else int4.unpack(value, scales, entry.shape, self._group)
+            )
         if not self.allow_nonfinite and not (finite := np.isfinite(value)).all():
             raise ValueError(f"{stored.file} holds {np.sum(~finite)} NaN or Inf in {entry.name}")
         return value.astype(dtype, copy=False)
 
     def packed(self, entry: Entry) -> Packed | None:
-        """A feed-forward matrix [in, out] as it is stored, in FP8 or 4 bits; None for any other tensor.
+        """A feed-forward matrix [in, out] as stored, in FP8 or 4 bits; None for other tensors.
 
         None also if the last group of inputs with one scale is not whole.
         """
         name, *rest = self._wanted(entry)
         fp8 = self.stored[name].dtype == E4M3
-        if not rest or ".mlp." not in name or entry.shape[1] % (BLOCK if fp8 else math.lcm(self._group, 2)):
+        if (
+            not rest
+            or ".mlp." not in name
+            or entry.shape[1] % (BLOCK if fp8 else math.lcm(self._group, 2))
+        ):
             return None
         numbers, scales = (read_tensor(self.stored[x]) for x in (name, *rest))
         if fp8:  # a scale for each output
@@ -161,14 +186,20 @@ class ReleasedFolder:
         name = entry.name
         stored = self.stored.get(entry.name)
         if entry.quantized and stored is not None and stored.dtype == E4M3:
-            return {name: (entry.shape, (E4M3,)), name + SCALE_SUFFIX: (entry.scale_shape, READABLE_DTYPES[:1])}
+            return {
+                name: (entry.shape, (E4M3,)),
+                name + SCALE_SUFFIX: (entry.scale_shape, READABLE_DTYPES[:1]),
+            }
         if entry.quantized and self._group and name + int4.PACKED in self.stored:
             packed, scales = int4.shapes(entry.shape, self._group)
-            return {name + int4.PACKED: (packed, (np.dtype(np.int32),)), name + int4.SCALE: (scales, READABLE_DTYPES)}
+            return {
+                name + int4.PACKED: (packed, (np.dtype(np.int32),)),
+                name + int4.SCALE: (scales, READABLE_DTYPES),
+            }
         return {name: (entry.shape, READABLE_DTYPES)}
 
     def _check_tensors(self, all_entries: list[Entry]) -> None:
-        """Raises: ValueError that lists all tensors that are missing, unknown, or of a wrong shape or dtype."""
+        """Raises: ValueError that lists all missing, unknown and wrong tensors (shape or dtype)."""
         wrong = []
         known = set()
         for entry in all_entries:
@@ -179,26 +210,37 @@ class ReleasedFolder:
                 if stored is None:
                     wrong += [] if entry.copy_of else [f"{name} is missing"]
                 elif stored.shape != shape or stored.dtype not in dtypes:
-                    actual = f"{name} in {stored.file.name} is {stored.dtype.name} {list(stored.shape)}"
+                    actual = (
+                        f"{name} in {stored.file.name} is {stored.dtype.name} {list(stored.shape)}"
+                    )
                     wrong.append(f"{actual}, not {dtypes[0].name} {list(shape)}")
-        wrong += [f"{name} in {self.stored[name].file.name} is unknown" for name in self.stored.keys() - known]
+        wrong += [
+            f"{name} in {self.stored[name].file.name} is unknown"
+            for name in self.stored.keys() - known
+        ]
         if wrong:
             more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
             listed = "; ".join(sorted(wrong)[:_MAX_LISTED])
-            raise ValueError(f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}")
+            raise ValueError(
+                f"{self.path} does not match its {CONFIG}, {len(wrong)} tensors: {listed}{more}"
+            )
 
     def _check_copies(self) -> None:
-        """Raises: ValueError when a tensor differs from the one that it repeats: this model has only one of them."""
+        """Raises: ValueError when a copied tensor differs: this model has only one of the two."""
         for entry in self.entries.values():
             if entry.copy_of is None or entry.name not in self.stored:
                 continue
-            copy, original = (read_tensor(self.stored[name]) for name in (entry.name, entry.copy_of))
+            copy, original = (
+                read_tensor(self.stored[name]) for name in (entry.name, entry.copy_of)
+            )
             for start in range(0, len(copy), 4096):  # by rows: no second array of the tensor's size
-                left, right = (tensor[start : start + 4096].astype(np.float32) for tensor in (copy, original))
+                left, right = (
+                    tensor[start : start + 4096].astype(np.float32) for tensor in (copy, original)
+                )
                 if not np.array_equal(left, right, equal_nan=True):
                     raise ValueError(
-                        f"{self.stored[entry.name].file} holds {entry.name} that differs from {entry.copy_of}, "
-                        "but this model uses one tensor for both"
+                        f"{self.stored[entry.name].file} holds {entry.name} that differs from "
+                        f"{entry.copy_of}, but this model uses one tensor for both"
                     )
 
 
@@ -214,28 +256,33 @@ def load(
     quiet: bool = False,
     packed: bool = False,
 ) -> Transformer:
-    """Load a released model: config.json and safetensors of float32, bfloat16, float16, FP8 or 4 bits.
+    """Load a released model: config.json and safetensors of float32, (b)float16, FP8 or 4 bits.
 
-    On a CPU, peak memory is that of the parameters plus less than a gigabyte. For another device, the host holds one
-    parameter at a time. With a mesh, each host reads only the tensors of its shards.
+    On a CPU, peak memory is that of the parameters plus less than a gigabyte. For another device,
+    the host holds one parameter at a time. With a mesh, each host reads only the tensors of its
+    shards.
 
     Args:
-        path: a folder, a snapshot of the hub's cache, or a hub id that is in this cache (organisation/name). No file
-            outside it is read; nothing is downloaded.
-        dtype: dtype of parameters and computation, float32 or bfloat16. The router's weight and bias stay float32.
-            None means each parameter's own in the files, bfloat16 for FP8 and 4 bits; the embedding's for computation.
+        path: a folder, a snapshot of the hub's cache, or a hub id that is in this cache
+            (organisation/name). No file outside it is read; nothing is downloaded.
+        dtype: dtype of parameters and computation, float32 or bfloat16. The router's weight and
+            bias stay float32. None means each parameter's own in the files, bfloat16 for FP8 and 4
+            bits; the embedding's for computation.
         mesh: shards parameters as `sharding.state_sharding`. None means the default device.
-        mtp: False leaves the MTP layers out. They are left out too, with a line, where the files have none.
+        mtp: False leaves the MTP layers out. They are left out too, with a line, where the files
+            have none.
         allow_nonfinite: accept NaN and Inf.
         allow_unknown_keys: pass over keys of config.json that are not known.
         kernels: as `Execution.kernels`.
-        quiet: show no progress bar, and no line about what is not read. Without a terminal there is no bar.
-        packed: with dtype None, feed-forward matrices in FP8 and 4 bits stay so, see `layers.Packed`: for training
-            beside them, not for decoding.
+        quiet: show no progress bar, and no line about what is not read. Without a terminal there is
+            no bar.
+        packed: with dtype None, feed-forward matrices in FP8 and 4 bits stay so, see
+            `layers.Packed`: for training beside them, not for decoding.
     Raises:
         ConfigError: config.json describes another kind of model.
-        ValueError: a file is absent, truncated, outside the folder, or differs from its header. Tensors are missing,
-            unknown, or of another shape or dtype (listed together). A tensor holds NaN or Inf (named with its file).
+        ValueError: a file is absent, truncated, outside the folder, or differs from its header.
+            Tensors are missing, unknown, or of another shape or dtype (listed together). A tensor
+            holds NaN or Inf (named with its file).
 
     Example:
         >>> import tempfile
@@ -251,7 +298,9 @@ def load(
     dtype = None if dtype is None else np.dtype(dtype)
     if dtype not in (None, np.float32, BF16):
         raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
-    folder = ReleasedFolder(path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys)
+    folder = ReleasedFolder(
+        path, mtp=mtp, allow_nonfinite=allow_nonfinite, allow_unknown_keys=allow_unknown_keys
+    )
     if not quiet:
         for note in folder.notes:
             text_console(stderr=True).print(f"{folder.path}: {note}")
@@ -268,11 +317,16 @@ def load(
 
     def form(path: tuple, variable: nnx.Variable) -> Any:
         """The shape and dtype of a parameter, or both of what is packed."""
-        kinds = {tuple((x.shape, x.dtype) for x in folder.packed(entry) or ()) for entry, _ in sources[path] if packed}
+        kinds = {
+            tuple((x.shape, x.dtype) for x in folder.packed(entry) or ())
+            for entry, _ in sources[path]
+            if packed
+        }
         if len(kinds) == 1 and (kind := kinds.pop()):
             lead = variable.shape[:-2]
             return Packed(*(jax.ShapeDtypeStruct((*lead, *shape), own) for shape, own in kind))
-        owns = [folder.own_dtype(entry) for entry, _ in sources[path]]  # none for indexers that no layer has
+        # none for indexers that no layer has
+        owns = [folder.own_dtype(entry) for entry, _ in sources[path]]
         own = dtype or max(owns, key=lambda own: own.itemsize, default=READABLE_DTYPES[0])
         exact = isinstance(variable, RouterBias) or path[-1] == "w_router"
         return jax.ShapeDtypeStruct(variable.shape, READABLE_DTYPES[0] if exact else own)
@@ -321,7 +375,8 @@ def _read_shard(
 
     Args:
         parts: reads a released tensor, as slices of our parameters.
-        sources: the released tensors that fill the parameter, each with the number of its slice there.
+        sources: the released tensors that fill the parameter, each with the number of its slice
+            there.
         wanted: the parameter's shape and dtype.
         shard: a slice for each of its axes.
     """
@@ -332,12 +387,13 @@ def _read_shard(
         indices = entry.slices[part].indices
         if all(i in r for i, r in zip(indices, ranges, strict=False)):
             value = parts(entry)[part]
-            out[tuple(i - r.start for i, r in zip(indices, ranges, strict=False))] = value[shard[len(indices) :]]
+            place = tuple(i - r.start for i, r in zip(indices, ranges, strict=False))
+            out[place] = value[shard[len(indices) :]]
     return out
 
 
 def _zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Allocate zeros at an address that XLA's CPU client takes over without a copy; NumPy aligns to 16 bytes only."""
+    """Allocate zeros aligned so that XLA's CPU client takes them without a copy, unlike NumPy's."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

@@ -1,7 +1,8 @@
-"""The table between released tensor names and our parameters. Loading, saving and checking all read it.
+"""The table between released tensor names and our parameters.
 
-Released linear weights are [out, in] and ours are [in, out]; w_uk and w_uv keep the released order.
-Our heads have their own axis. Layers and their experts are stacked along leading axes. Letters as in `config.py`.
+Loading, saving and checking all read it. Released linear weights are [out, in] and ours are
+[in, out]; w_uk and w_uv keep the released order. Our heads have their own axis. Layers and their
+experts are stacked along leading axes. Letters as in `config/model.py`.
 Source: the released index files of DeepSeek-V2, V2-Lite and V3, and the reference inference code.
 """
 
@@ -29,7 +30,7 @@ class ParamSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One released tensor, and how our parameters are made of it: reshape, transpose, then split along axis 1.
+    """One released tensor, and how ours are made of it: reshape, transpose, split along axis 1.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -46,7 +47,8 @@ class Entry:
     parts: Shape = ()  # rows of a head in each of our arrays; empty for one array
     quantized: bool = False  # FP8 in an FP8 checkpoint
     always_float32: bool = False  # in every checkpoint
-    copy_of: str | None = None  # name of the tensor that this one repeats; it may be absent but must not differ
+    # name of the tensor that this one repeats; it may be absent but must not differ
+    copy_of: str | None = None
     mtp: bool = False  # belongs to an MTP layer
 
     @property
@@ -72,7 +74,10 @@ class Entry:
 
 
 def entries(cfg: ModelConfig) -> Iterator[Entry]:
-    """List every released tensor of a model in layer order. With tied embeddings the head is a copy.
+    """List every released tensor of a model in layer order.
+
+    With tied embeddings the head is a copy.
+
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -85,7 +90,9 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
         dense = layer < cfg.num_dense_layers
         index = layer if dense else layer - cfg.num_dense_layers
         stack = ("dense",) if dense else ("sparse",)
-        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense, cfg.has_indexer[layer])
+        yield from _block(
+            cfg, f"model.layers.{layer}", stack, (index,), dense, cfg.has_indexer[layer]
+        )
     yield _norm("model.norm", cfg.dim, ("norm",), ())
     head = replace(embed, name="lm_head.weight", copy_of=embed.name)
     if not cfg.tie_embeddings:
@@ -103,14 +110,18 @@ def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[
     yield _norm(f"{name}.enorm", cfg.dim, (*path, "embed_norm"), ())
     yield _norm(f"{name}.hnorm", cfg.dim, (*path, "hidden_norm"), ())
     # A linear weight that the released FP8 checkpoint does not quantize.
-    yield Entry(f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (ParamSlice((*path, "w_eh"), ()),))
+    yield Entry(
+        f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (ParamSlice((*path, "w_eh"), ()),)
+    )
     yield from _block(cfg, name, (*path, "block"), (), dense=False, indexer=cfg.attention == "dsa")
     yield _norm(f"{name}.shared_head.norm", cfg.dim, (*path, "norm"), ())
     source = head.copy_of or head.name  # a tied head is the embedding
     yield replace(head, name=f"{name}.shared_head.head.weight", copy_of=source)
 
 
-def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, indexer: bool) -> Iterator[Entry]:
+def _block(
+    cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, indexer: bool
+) -> Iterator[Entry]:
     """List a transformer block's tensors.
 
     Args:
@@ -131,10 +142,14 @@ def _block(cfg: ModelConfig, name: str, path: Path, index: Shape, dense: bool, i
     router = (cfg.num_experts, cfg.dim)
     yield Entry(f"{name}.mlp.gate.weight", router, (ParamSlice((*moe, "w_router"), index),))
     if cfg.router == "sigmoid":
-        bias = _same(f"{name}.mlp.gate.e_score_correction_bias", (cfg.num_experts,), (*moe, "bias"), index)
+        bias = _same(
+            f"{name}.mlp.gate.e_score_correction_bias", (cfg.num_experts,), (*moe, "bias"), index
+        )
         yield replace(bias, always_float32=True)
     for e in range(cfg.num_experts):
-        yield from _swiglu(cfg.dim, cfg.expert_dim, f"{name}.mlp.experts.{e}", (*moe, "experts"), (*index, e))
+        yield from _swiglu(
+            cfg.dim, cfg.expert_dim, f"{name}.mlp.experts.{e}", (*moe, "experts"), (*index, e)
+        )
     if cfg.num_shared_experts:
         shared = cfg.num_shared_experts * cfg.expert_dim
         yield from _swiglu(cfg.dim, shared, f"{name}.mlp.shared_experts", (*moe, "shared"), index)
@@ -188,7 +203,9 @@ def _swiglu(dim: int, hidden: int, name: str, path: Path, index: Shape) -> Itera
         ("up_proj", "w_up", (hidden, dim)),
         ("down_proj", "w_down", (dim, hidden)),
     ):
-        yield Entry(f"{name}.{part}.weight", shape, (ParamSlice((*path, ours), index),), quantized=True)
+        yield Entry(
+            f"{name}.{part}.weight", shape, (ParamSlice((*path, ours), index),), quantized=True
+        )
 
 
 def _norm(name: str, dim: int, path: Path, index: Shape) -> Entry:
@@ -200,15 +217,18 @@ def _same(name: str, shape: Shape, path: Path, index: Shape) -> Entry:
     return Entry(name, shape, (ParamSlice(path, index),), order=tuple(range(len(shape))))
 
 
-def tensor_table(cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16") -> dict[str, tuple[Shape, str]]:
+def tensor_table(
+    cfg: ModelConfig, fp8: bool = False, *, dtype: str = "bfloat16"
+) -> dict[str, tuple[Shape, str]]:
     """List every tensor of a released checkpoint: name → (shape, dtype name).
 
     Args:
         cfg: any configuration of the V2 or V3 family.
-        fp8: linear weights are float8_e4m3fn, as DeepSeek-V3 was released. Each has a float32 `weight_scale_inv`
-            with one scale for each 128 × 128 block.
+        fp8: linear weights are float8_e4m3fn, as DeepSeek-V3 was released. Each has a float32
+            `weight_scale_inv` with one scale for each 128 × 128 block.
         dtype: name of the other tensors' dtype. The router's correction bias is always float32.
-    Raises: ConfigError for a router or a kind of multi-token head that the released format does not have.
+    Raises: ConfigError for a router or a kind of multi-token head that the released format does not
+        have.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -241,12 +261,16 @@ def check_released(cfg: ModelConfig) -> None:
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> check_released(replace(preset("tiny"), router="topk"))
+        >>> check_released(replace(preset("tiny"), router="topk"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        dsv3_jax.config.ConfigError: router='topk' has no released format; use 'sigmoid' or 'softmax'
+        dsv3_jax.config.fields.ConfigError: router='topk' has no released format; ...
     """
     if cfg.router not in ("sigmoid", "softmax"):
-        raise ConfigError(f"router={cfg.router!r} has no released format; use 'sigmoid' or 'softmax'")
+        raise ConfigError(
+            f"router={cfg.router!r} has no released format; use 'sigmoid' or 'softmax'"
+        )
     if cfg.mtp_depth and cfg.mtp_kind != "deepseek":
-        raise ConfigError(f"mtp_kind={cfg.mtp_kind!r} has no released format; use 'deepseek' or mtp_depth=0")
+        raise ConfigError(
+            f"mtp_kind={cfg.mtp_kind!r} has no released format; use 'deepseek' or mtp_depth=0"
+        )

@@ -1,4 +1,4 @@
-"""Save a model as a released folder that `transformers` loads, one tensor at a time; a failure leaves no folder."""
+"""Save a model as a folder that `transformers` loads, tensor by tensor; a failure leaves none."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,11 +20,12 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16")
 
 
-ReadTensor = Callable[[str], np.ndarray]  # a released tensor by name, in the released layout and any float dtype
+# a released tensor by name, in the released layout and any float dtype
+ReadTensor = Callable[[str], np.ndarray]
 
 
 def cast(read: ReadTensor, table: files.Table, *, allow_nonfinite: bool) -> Iterator[np.ndarray]:
-    """Read the tensors of a table, in its order and its dtypes; an FP8 tensor's scales come after it.
+    """Read a table's tensors, in its order and dtypes; an FP8 tensor's scales come after it.
 
     Args:
         read: reads a tensor in any float dtype.
@@ -33,7 +34,8 @@ def cast(read: ReadTensor, table: files.Table, *, allow_nonfinite: bool) -> Iter
     Raises: ValueError naming a tensor that holds NaN or Inf.
 
     Example:
-        >>> tensors = cast(lambda name: np.ones(2, np.float32), {"norm": ((2,), "bfloat16")}, allow_nonfinite=False)
+        >>> table = {"norm": ((2,), "bfloat16")}
+        >>> tensors = cast(lambda name: np.ones(2, np.float32), table, allow_nonfinite=False)
         >>> [tensor.dtype.name for tensor in tensors]
         ['bfloat16']
     """
@@ -61,7 +63,8 @@ def model_tensors(model: Transformer) -> ReadTensor:
         >>> import dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> ones = lambda x: jax.numpy.ones(x.shape, x.dtype)
+        >>> model = jax.tree.map(ones, abstract(cfg))  # all weights are 1
         >>> read = model_tensors(model)
         >>> read("model.layers.0.self_attn.q_a_proj.weight").shape
         (64, 128)
@@ -70,7 +73,10 @@ def model_tensors(model: Transformer) -> ReadTensor:
     arrays = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
     for path, array in arrays.items():
         if not array.is_fully_addressable:
-            raise ValueError(f"parameter {'.'.join(map(str, path))} is sharded over hosts; gather it before saving")
+            raise ValueError(
+                f"parameter {'.'.join(map(str, path))} is sharded over hosts; gather it before "
+                "saving"
+            )
 
     def part(path: tuple, index: tuple[int, ...]) -> np.ndarray:
         array = arrays[path]
@@ -94,7 +100,9 @@ def folder_tensors(folder: ReleasedFolder) -> ReadTensor:
         if name not in folder.stored and entry.copy_of:
             entry = folder.entries[entry.copy_of]
         stored = folder.stored.get(entry.name)  # None: of 4 bits
-        return folder.read(entry, BF16 if stored is not None and stored.dtype == BF16 else np.dtype(np.float32))
+        return folder.read(
+            entry, BF16 if stored is not None and stored.dtype == BF16 else np.dtype(np.float32)
+        )
 
     return read
 
@@ -114,17 +122,19 @@ def save(
     Files go to a temporary folder that is renamed at the end, so a failure leaves no folder.
 
     Args:
-        model: its router is "sigmoid" (written as DeepSeek-V3) or "softmax" (as V2). MTP layers are written with
-            their copies of embedding and head, as released.
+        model: its router is "sigmoid" (written as DeepSeek-V3) or "softmax" (as V2). MTP layers are
+            written with their copies of embedding and head, as released.
         path: a folder that is absent or empty.
-        fp8: write linear weights in FP8 with a scale for each 128 × 128 block, and the rest in bfloat16 or `dtype`.
+        fp8: write linear weights in FP8 with a scale for each 128 × 128 block, and the rest in
+            bfloat16 or `dtype`.
         shard_bytes: a shard holds at most so many bytes of tensors, or one tensor.
         dtype: float32 or bfloat16. Default: the embedding's. The correction bias is always float32.
         allow_nonfinite: write NaN and Inf as they are; never in FP8.
         quiet: show no progress bar, and no sentence about a setting that is lost.
     Raises:
         ConfigError: the released format cannot express the configuration.
-        ValueError: `path` is taken, the disk has no room, a weight (named) holds NaN or Inf, or shard_bytes is below 1.
+        ValueError: `path` is taken, the disk has no room, a weight (named) holds NaN or Inf, or
+            shard_bytes is below 1.
 
     Example:
         >>> import tempfile
@@ -145,15 +155,21 @@ def save(
         text_console(quiet=quiet, stderr=True).print(lost)
 
 
-def prepare(model: Transformer, fp8: bool, dtype: Any) -> tuple[dict[str, Any], files.Table, ReadTensor]:
-    """Return config.json, the table, and a function that reads a tensor of a model. Arguments and errors as `save`.
+def prepare(
+    model: Transformer, fp8: bool, dtype: Any
+) -> tuple[dict[str, Any], files.Table, ReadTensor]:
+    """Return config.json, the table, and a function that reads a tensor of a model.
+
+    Arguments and errors as `save`.
+
 
     Example:
         >>> import jax
         >>> import dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> ones = lambda x: jax.numpy.ones(x.shape, x.dtype)
+        >>> model = jax.tree.map(ones, abstract(cfg))  # all weights are 1
         >>> config, table, read = prepare(model, fp8=False, dtype=None)
         >>> config["hidden_size"], table["model.norm.weight"], read("model.norm.weight").shape
         (128, ((128,), 'float32'), (128,))
@@ -180,7 +196,9 @@ def write_released(
     Raises: ValueError as `save`.
     """
     if shard_bytes < 1:
-        raise ValueError(f"shard_bytes={shard_bytes} is below 1; give the bytes that a shard may hold")
+        raise ValueError(
+            f"shard_bytes={shard_bytes} is below 1; give the bytes that a shard may hold"
+        )
     total = files.table_bytes(table)
     files.check_new(Path(path), total)
     with atomic_folder(path) as folder, transfer("saving", total, quiet=quiet) as advance:

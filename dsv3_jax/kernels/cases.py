@@ -1,7 +1,7 @@
-"""The arguments with which `check.py` holds each op's implementations to plain XLA: a model's shapes, and odd ones.
+"""The arguments with which `check.py` compares implementations: a model's shapes, and odd ones.
 
-Kernels go wrong where shapes end: experts without rows, one with all of them, counts and widths that no tile divides,
-one token, many documents, rows of 8 bits, sequences of all lengths.
+Kernels go wrong where shapes end: experts without rows, one with all of them, counts and widths
+that no tile divides, one token, many documents, rows of 8 bits, sequences of all lengths.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def _numbers() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draw:
-    """Normal numbers of any shape, in the compute dtype or another. Arrays of a model's size take a second."""
+    """Normal numbers of any shape and dtype. Arrays of a model's size take a second."""
 
     dtype: Any
     rng: np.random.Generator
@@ -51,7 +51,9 @@ class Draw:
 PLAIN: dict[str, tuple[tuple[tuple[int, ...], ...], ...]] = {
     "product": (((256, 384), (384, 256)), ((1, 1024), (1024, 512)), ((3, 200), (200, 160))),
     "exact_product": (((1, 1024), (1024, 64)), ((3, 200), (200, 160)), ((256, 1024), (1024, 64))),
-    "swiglu": tuple(((n, 384), (384, f), (384, f), (f, 384)) for n, f in ((256, 256), (3, 160), (1, 160))),
+    "swiglu": tuple(
+        ((n, 384), (384, f), (384, f), (f, 384)) for n, f in ((256, 256), (3, 160), (1, 160))
+    ),
     "product_by_head": (((2, 8, 128), (8, 128, 512)), ((100, 8, 128), (8, 128, 64))),
     "expand": (((2, 64, 512), (2, 64, 64), (4, 128, 512), (4, 128, 512)),),
 }
@@ -60,7 +62,9 @@ PLAIN: dict[str, tuple[tuple[tuple[int, ...], ...], ...]] = {
 def plain(op: str, draw: Draw, large: bool) -> Iterator[Case]:
     """Factors are scaled so that results are about 1."""
     for shapes in PLAIN[op]:
-        arrays = [draw(*shape, std=shape[-1] ** -0.5 if i else 1.0) for i, shape in enumerate(shapes)]
+        arrays = [
+            draw(*shape, std=shape[-1] ** -0.5 if i else 1.0) for i, shape in enumerate(shapes)
+        ]
         yield Case(" × ".join(map(str, shapes)), tuple(arrays), tuple(range(len(arrays))))
 
 
@@ -75,13 +79,19 @@ def causal_attention(draw: Draw, large: bool) -> Iterator[Case]:
         for documents in ({}, {"segment_ids": ids}):
             label = f"{length} tokens, heads of {key}/128{', documents' if documents else ''}"
             # The softmax of one score is 1, so queries and keys take no gradient.
-            yield Case(label, args, (0, 1, 2) if length > 1 else (2,), documents, (("scale", key**-0.5),))
+            yield Case(
+                label, args, (0, 1, 2) if length > 1 else (2,), documents, (("scale", key**-0.5),)
+            )
 
 
 def cached_attention(draw: Draw, large: bool) -> Iterator[Case]:
-    """Latents in all dtypes of a cache; sequences of all lengths: one holds one token, and one is full."""
+    """Latents in all dtypes of a cache; sequences of all lengths, from one token to a full one."""
     batch, heads, even = (32, 16, 4096) if large else (3, 4, 128)
-    for tokens, dtype, slots in ((1, draw.dtype, even), (3, np.int8, even + 1), (1, jnp.float8_e4m3fn, even)):
+    for tokens, dtype, slots in (
+        (1, draw.dtype, even),
+        (3, np.int8, even + 1),
+        (1, jnp.float8_e4m3fn, even),
+    ):
         keys = [Stored(jnp.asarray(draw(batch, 1, slots, width)), None) for width in (512, 64)]
         if dtype != draw.dtype:
             keys = [Stored(*quantize_rows(x.rows, dtype)) for x in keys]
@@ -98,8 +108,12 @@ def cached_attention(draw: Draw, large: bool) -> Iterator[Case]:
 def write_rows(draw: Draw, large: bool) -> Iterator[Case]:
     """One layer or two."""
     for layers, dtype in ((1, draw.dtype), (1, np.int8), (2, np.int8)):
-        old, new = (draw(*shape, std=20.0, dtype=dtype) for shape in ((layers, 3, 1, 97, 64), (3, 1, 2, 64)))
-        yield Case(f"{layers} layers", (old, new, np.int32(layers - 1), np.array([0, 95, 33], np.int32)))
+        old, new = (
+            draw(*shape, std=20.0, dtype=dtype) for shape in ((layers, 3, 1, 97, 64), (3, 1, 2, 64))
+        )
+        yield Case(
+            f"{layers} layers", (old, new, np.int32(layers - 1), np.array([0, 95, 33], np.int32))
+        )
 
 
 def index_choose(draw: Draw, large: bool) -> Iterator[Case]:
@@ -113,7 +127,11 @@ def index_choose(draw: Draw, large: bool) -> Iterator[Case]:
         scales = jnp.ones((2, 1, slots, 1)) if dtype == jnp.int8 else None
         last = np.sort(draw.rng.integers(0, slots, (2, tokens))).astype(np.int32)
         settings = (("k", k),)
-        yield Case(f"{tokens} tokens", (q, w, Stored(jnp.asarray(rows, dtype), scales), last), settings=settings)
+        yield Case(
+            f"{tokens} tokens",
+            (q, w, Stored(jnp.asarray(rows, dtype), scales), last),
+            settings=settings,
+        )
 
 
 def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
@@ -128,10 +146,13 @@ def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
         ids[:, 0, k // 2 :] = -1
 
         label = f"{tokens} tokens, {groups} × {each} heads"
-        yield Case(label, (queries, keys, keys[0], jnp.asarray(ids)), settings=(("scale", 192**-0.5),))
+        yield Case(
+            label, (queries, keys, keys[0], jnp.asarray(ids)), settings=(("scale", 192**-0.5),)
+        )
 
 
-# (at a model's shapes alone? None: always; tokens, choices of each, experts, D, F, weights' dtype or the tokens')
+# (at a model's shapes alone? None: always; tokens, choices of each, experts, D, F, weights' dtype
+# or the tokens')
 MANY_ROWS = (
     (True, 2048, 6, 64, 2048, 1408, "f4"),
     (True, 1024, 2, 6, 7168, 2048, None),
@@ -146,7 +167,9 @@ FEW_ROWS = (
 )
 
 
-def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, large: bool) -> Iterator[Case]:
+def experts(
+    sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, large: bool
+) -> Iterator[Case]:
     """Each pattern of choices at each size."""
     for at, tokens, each, count, dim, hidden, dtype in sizes:
         if at not in (None, large):
@@ -156,7 +179,8 @@ def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, lar
         for pattern in ("holes", "one full", "elsewhere")[: 2 if draw.dtype == np.float32 else 3]:
             scores = draw.rng.random((tokens, count))
             gates = draw.rng.uniform(0.1, 1, (tokens, each))
-            scores[:, [0, 1, count // 2, count - 1]] -= 1  # experts without rows; the second has a single one
+            # experts without rows; the second has a single one
+            scores[:, [0, 1, count // 2, count - 1]] -= 1
             scores[-1, 1] = 2
             ids = np.argsort(-scores, axis=1)[:, :each].astype(np.int32)
             if pattern == "one full":
@@ -164,14 +188,23 @@ def experts(sizes: tuple, wrt: tuple[int, ...], settings: tuple, draw: Draw, lar
             if pattern == "elsewhere":  # as on a mesh: choices of no expert that is here
                 ids[::2, 0], gates[::2, 0] = count, 0
             label = f"{pattern}, {tokens} tokens, {count} experts of {dim}×{hidden}"
-            yield Case(label, (draw(tokens, dim), ids, gates.astype(draw.dtype), *weights), wrt, settings=settings)
+            yield Case(
+                label,
+                (draw(tokens, dim), ids, gates.astype(draw.dtype), *weights),
+                wrt,
+                settings=settings,
+            )
 
 
 def cross_entropy(draw: Draw, large: bool) -> Iterator[Case]:
     tokens, dim, vocab = (4096, 2048, 102_400) if large else (70, 64, 1000)
     targets = draw.rng.integers(0, vocab, tokens, np.int32)
     mask = draw.rng.random(tokens) < 0.8
-    yield Case(f"{tokens} tokens, {vocab} words", (draw(tokens, dim), draw(dim, vocab, std=0.1), targets, mask), (0, 1))
+    yield Case(
+        f"{tokens} tokens, {vocab} words",
+        (draw(tokens, dim), draw(dim, vocab, std=0.1), targets, mask),
+        (0, 1),
+    )
 
 
 def embedding(draw: Draw, large: bool) -> Iterator[Case]:
@@ -185,23 +218,31 @@ def rotate_last(draw: Draw, large: bool) -> Iterator[Case]:
     angles = draw.rng.uniform(0, 6, (2, 70, 1, 32)).astype(np.float32)
     for interleaved in (True, False):
         args = (draw(2, 70, 4, 192), np.cos(angles), np.sin(angles))
-        yield Case(f"interleaved={interleaved}", args, (0,), settings=(("interleaved", interleaved),))
+        yield Case(
+            f"interleaved={interleaved}", args, (0,), settings=(("interleaved", interleaved),)
+        )
 
 
 def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
     p, mu, g = (draw(300, 256, std=0.01) for _ in range(3))
     numbers = np.array([0.7, 3.0, 9.0, 1e-3, 1.0], np.float32)
     settings = (("betas", (0.9, 0.95)), ("eps", 1e-8))
-    yield Case("300 × 256", (p, mu, np.square(mu), g, numbers), settings=(*settings, ("decay", 0.1)))
+    yield Case(
+        "300 × 256", (p, mu, np.square(mu), g, numbers), settings=(*settings, ("decay", 0.1))
+    )
 
 
 GRADIENTS = (0, 2, 3, 4, 5)  # of tokens, gates and the experts' weights
-ALONE = (causal_attention, cached_attention, index_choose, sparse_attention, write_rows, cross_entropy, embedding,
-         optimizer, rotate_last)  # fmt: skip
+ALONE = (
+    causal_attention, cached_attention, index_choose, sparse_attention, write_rows, cross_entropy,
+    embedding, optimizer, rotate_last,
+)  # fmt: skip
 CASES: dict[str, Callable[[Draw, bool], Iterator[Case]]] = {
     **{op: partial(plain, op) for op in PLAIN},
     **{of_op.__name__: of_op for of_op in ALONE},
     "grouped_swiglu": partial(experts, MANY_ROWS, GRADIENTS, ()),
     "decode_experts": partial(experts, FEW_ROWS, (), ()),
-    "capacity_swiglu": partial(experts, ((None, 8, 4, 8, 128, 192, None),), GRADIENTS, (("factor", 1.0),)),
+    "capacity_swiglu": partial(
+        experts, ((None, 8, 4, 8, 128, 192, None),), GRADIENTS, (("factor", 1.0),)
+    ),
 }

@@ -1,10 +1,13 @@
-"""Hold each implementation that may be chosen on a device to plain XLA in float32 there: forward, and every gradient.
+"""Hold each implementation that a device may use to plain XLA in float32: forward, all gradients.
 
-An error counts relative to what it is an error of: one expert, one head, one token. A largest error over all of them
-would hide a small expert that is wrong. Two measures see different faults, each with its bound by dtype:
+An error counts relative to what it is an error of: one expert, one head, one token. A largest error
+over all of them would hide a small expert that is wrong. Two measures see different faults, each
+with its bound by dtype:
 
-    factor  how far from 1 the factor is by which the numbers differ from the right ones, in the mean
-    peak    the largest error over the largest number: a wrong or missing part, which leaves the mean as it is
+    factor  how far from 1 the factor is by which the numbers differ from the right ones, in the
+            mean
+    peak    the largest error over the largest number: a wrong or missing part, which leaves the
+            mean as it is
 """
 
 import inspect
@@ -23,7 +26,13 @@ from dsv3_jax.kernels.choose import IN_FLOAT32, TABLE, Implementation, Kernels
 
 BOUNDS = {"float32": (2e-5, 2e-4), "bfloat16": (7e-3, 4e-2), "8 bits": (6e-2, 0.25)}
 # The axes that number the groups of an op's results, or of an argument's gradient.
-HEADS = {"causal_attention": (0, 2), "cached_attention": (0, 1, 2), "q": (0, 2), "k": (0, 2), "v": (0, 2)}
+HEADS = {
+    "causal_attention": (0, 2),
+    "cached_attention": (0, 1, 2),
+    "q": (0, 2),
+    "k": (0, 2),
+    "v": (0, 2),
+}
 
 
 class Verdict(NamedTuple):
@@ -53,16 +62,24 @@ def check(
         names: the implementations to check, as `Implementation.of` names them. None means all.
         trying: is called with an implementation's name before it runs.
     """
-    for op, precision, dtype, found in rows_by_op(kernels, precisions=precisions, ops=ops, also=also):
+    for op, precision, dtype, found in rows_by_op(
+        kernels, precisions=precisions, ops=ops, also=also
+    ):
         rows = [row for row in found if names is None or row.of(op) in names]
         draw = Draw(jnp.dtype(dtype), np.random.default_rng(0))
         cases = CASES[op](draw, large and precision == "none")
         for case in itertools.islice(cases, (None if precision == "none" else 1) if rows else 0):
-            yield from _check_case(op, rows, reference_of(op, precision), case, draw, precision, trying)
+            yield from _check_case(
+                op, rows, reference_of(op, precision), case, draw, precision, trying
+            )
 
 
 def rows_by_op(
-    kernels: Kernels, *, precisions: Iterable[str] = ("none",), ops: Iterable[str] = TABLE, also: Iterable[str] = ()
+    kernels: Kernels,
+    *,
+    precisions: Iterable[str] = ("none",),
+    ops: Iterable[str] = TABLE,
+    also: Iterable[str] = (),
 ) -> Iterator[tuple[str, str, str, list[Implementation]]]:
     """What `check` checks. Yields: (op, precision, dtype, implementations)."""
     for op, precision in itertools.product(ops, dict.fromkeys(precisions)):
@@ -73,7 +90,11 @@ def rows_by_op(
         named = [row for row in target.here(op) if row.name in also]
         dtype = "float32" if op in IN_FLOAT32 or target.platform == "cpu" else "bfloat16"
         rows = [row for row in (*target.rows(op), *named) if row.name not in dict(kernels.missing)]
-        rows = [row for row in rows if row.serves(dtype, 1) and (row.run, dtype) != (reference, "float32")]
+        rows = [
+            row
+            for row in rows
+            if row.serves(dtype, 1) and (row.run, dtype) != (reference, "float32")
+        ]
         yield op, precision, dtype, rows
 
 
@@ -96,34 +117,44 @@ def _check_case(
     args, arrays = jax.device_put((case.args, case.arrays))
     shapes = jax.eval_shape(partial(reference, **dict(case.settings)), *args, **arrays)
     d_out = jax.tree.map(lambda y: jnp.asarray(draw(*y.shape), y.dtype), shapes)
-    widened = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (args, arrays, d_out))
+    widened = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (args, arrays, d_out)
+    )
     with jax.default_matmul_precision("highest"):
         want = program(reference, case.wrt, case.settings)(*widened)
     parameters = list(inspect.signature(reference).parameters)
-    names = (op,) * (len(jax.tree.leaves(want)) - len(case.wrt)) + tuple(parameters[i] for i in case.wrt)
-    # Between two products of 8-bit numbers bfloat16 rounds once more, and may change the second one's operands.
-    bounds = BOUNDS[draw.dtype.name if precision == "none" or op in ("product", "expand") else "8 bits"]
+    of_gradients = tuple(parameters[i] for i in case.wrt)
+    names = (op,) * (len(jax.tree.leaves(want)) - len(case.wrt)) + of_gradients
+    # Between two products of 8-bit numbers bfloat16 rounds once more, and may change the second
+    # one's operands.
+    exact = precision == "none" or op in ("product", "expand")
+    bounds = BOUNDS[draw.dtype.name if exact else "8 bits"]
     for row in rows:
         if row.fits is not None and not row.fits(*args, **arrays, **dict(case.settings)):
             continue
         jax.block_until_ready(want)  # else its time would count as the implementation's
         trying(row.of(op))
         try:
-            errors = _errors(names, program(row.run, case.wrt, case.settings)(args, arrays, d_out), want)
+            found = program(row.run, case.wrt, case.settings)(args, arrays, d_out)
+            errors = _errors(names, found, want)
             share, wrong = _judge(names, jax.device_get(errors), bounds)
         except Exception as error:  # of a compiler or a library: any type
             share = np.inf
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         yield Verdict(row.of(op), share, wrong and f"{wrong} ({case.label})")
         if share == np.inf:
-            jax.block_until_ready(jnp.zeros(()))  # raises if the device was lost: others are not to blame
+            # raises if the device was lost: others are not to blame
+            jax.block_until_ready(jnp.zeros(()))
 
 
 @cache
-def program(run: Callable[..., Any], wrt: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """A compiled function of (arguments, arguments by name, gradient of the results): results and gradients.
+def program(
+    run: Callable[..., Any], wrt: tuple[int, ...], settings: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """Compile a function (arguments, arguments by name, results' gradient) → (results, gradients).
 
-    Results are there twice, alone and as a gradient's forward pass has them, because kernels then differ.
+    Results are there twice, alone and as a gradient's forward pass has them, because kernels then
+    differ.
     """
 
     def call(args: tuple, arrays: dict[str, Any], d_out: Any) -> tuple[Any, ...]:
@@ -148,7 +179,7 @@ def _errors(names: tuple[str, ...], found: Any, want: Any) -> list[tuple[jax.Arr
         b = b.astype(jnp.float32)
         off = a.astype(jnp.float32) - b
 
-        # Tokens and their gradients by token, stacks of matrices by matrix, and single matrices at once.
+        # Tokens and their gradients by token, stacks of matrices by matrix, others at once.
         own = HEADS.get(name, (0,) if b.ndim != 2 or name in (names[0], "x", "h") else ())
         axes = tuple(i for i in range(b.ndim) if i not in own)
 
@@ -169,5 +200,6 @@ def _judge(names: tuple[str, ...], errors: list, bounds: tuple[float, float]) ->
             share = np.where(np.isfinite(share), share, np.inf)
             at = np.unravel_index(share.argmax(), share.shape)
             what = f"{'' if name == names[0] else 'gradient of '}{name}{[int(i) for i in at] or ''}"
-            worst = max(worst, (float(share[at]) / bound, f"{what} is {share[at]:.2%} off by {measure}"))
+            sentence = f"{what} is {share[at]:.2%} off by {measure}"
+            worst = max(worst, (float(share[at]) / bound, sentence))
     return worst[0], worst[1] if worst[0] > 1 else ""

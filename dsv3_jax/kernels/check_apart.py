@@ -1,7 +1,8 @@
-"""`check.py` in processes of their own: a kernel that is wrong on a chip may never end, or lose the device.
+"""`check.py` in processes of their own: a wrong kernel may never end, or lose the device.
 
-A kernel that is written by hand has a process to itself; plain XLA's implementations share one. The process that starts
-them uses no device. It keeps each verdict at once, so nothing is lost if it is stopped.
+A kernel that is written by hand has a process to itself; plain XLA's implementations share one. The
+process that starts them uses no device. It keeps each verdict at once, so nothing is lost if it is
+stopped.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ def check_and_keep(
     command: Sequence[str] | None = None,
     seconds: float | None = None,
 ) -> Iterator[Verdict]:
-    """Check the implementations that "auto" may choose on JAX's default device. Yield the worst verdict on each.
+    """Check what "auto" may choose on JAX's default device. Yield the worst verdict on each.
 
     Wrong ones are kept for `choose.prepare`. Shapes are a model's too, except on a CPU.
 
@@ -46,30 +47,38 @@ def check_and_keep(
         precisions, also: as `check.check`.
         command: the process that checks, which calls `main`. None means COMMAND.
         seconds: that an implementation may take for one case. None means SECONDS.
-    Raises: ConfigError if the device or a process cannot be used, or if it does not have the kernels of `execution`.
+    Raises: ConfigError if the device or a process cannot be used, or if it does not have the
+        kernels of `execution`.
     """
     seconds = SECONDS if seconds is None else seconds
     asked = {
-        "execution": {name: getattr(execution, name) for name in ("compute_dtype", "kernels", "precision")},
+        "execution": {
+            name: getattr(execution, name) for name in ("compute_dtype", "kernels", "precision")
+        },
         "check": {"precisions": list(precisions), "also": list(also)},
     }
     start = [*(command or COMMAND), json.dumps(asked)]
     try:
         (here,) = _replies(start, seconds)
     except Ended as error:
-        raise ConfigError(f"kernels cannot be checked: the process that lists them {error}") from None
+        raise ConfigError(
+            f"kernels cannot be checked: the process that lists them {error}"
+        ) from None
     if "refused" in here:
         raise ConfigError(here["refused"])
     rows = here["rows"]  # whether they are written by hand, by name
     groups = [[name] for name in rows if rows[name]] + [[name for name in rows if not rows[name]]]
     while groups:
         names = groups.pop(0)
-        found, lost = _check_together([*start, json.dumps(names)], names, (here["platform"], here["chip"]), seconds)
+        found, lost = _check_together(
+            [*start, json.dumps(names)], names, (here["platform"], here["chip"]), seconds
+        )
         if not lost:
             yield from found.values()
             continue
         yield found[lost]
-        if others := [name for name in names if name != lost]:  # again, in a process that this one has not touched
+        # again, in a process that this one has not touched
+        if others := [name for name in names if name != lost]:
             groups.insert(0, others)
 
 
@@ -78,7 +87,8 @@ def _check_together(
 ) -> tuple[dict[str, Verdict], str]:
     """Check implementations in one process, and keep what is wrong.
 
-    Returns: (the worst verdict on each, the name of the one with which the process ended early or "").
+    Returns: (the worst verdict on each, the name of the one with which the process ended early or
+        "").
     """
     worst: dict[str, Verdict] = {}
     tried = ""
@@ -90,13 +100,16 @@ def _check_together(
                 verdicts.keep(*chip, tried, known or BEGUN)
             else:
                 found = Verdict(*reply["verdict"])
-                worst[found.name] = max(worst.get(found.name, found), found, key=lambda verdict: verdict.share)
+                before = worst.get(found.name, found)
+                worst[found.name] = max(before, found, key=lambda verdict: verdict.share)
                 verdicts.keep(*chip, found.name, worst[found.name].wrong)
                 if found.share < np.inf:
                     tried = ""  # what follows is not its fault
     except Ended as error:
         if not tried:
-            raise ConfigError(f"{', '.join(names)} cannot be checked: the process {error}") from None
+            raise ConfigError(
+                f"{', '.join(names)} cannot be checked: the process {error}"
+            ) from None
         ended = Verdict(tried, np.inf, f"it {error}")
         worst[tried] = max(worst.get(tried, ended), ended, key=lambda verdict: verdict.share)
         verdicts.keep(*chip, tried, worst[tried].wrong)
@@ -108,7 +121,8 @@ def _check_together(
 def _replies(command: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
     """What a process says, line by line, until it is done.
 
-    Raises: Ended if the process ends early. It is ended if it tries an implementation for more than `seconds`.
+    Raises: Ended if the process ends early. It is ended if it tries an implementation for more than
+        `seconds`.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -120,7 +134,8 @@ def _replies(command: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]
                 lines.put(line)
         lines.put("")
 
-    # Reading waits in a thread: a process that hangs in a driver may outlive its end, and so keep the pipe open.
+    # Reading waits in a thread: a process that hangs in a driver may outlive its end, and so keep
+    # the pipe open.
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     limit = STARTING
@@ -145,7 +160,7 @@ def _replies(command: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]
 
 
 def main() -> int:
-    """Say which implementations there are, or check those that the second argument lists: lines of JSON."""
+    """Say which implementations there are, or check those of the second argument: lines of JSON."""
     # Libraries print on descriptor 1 too: the replies get one of their own.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -172,7 +187,11 @@ def main() -> int:
         ):
             say(verdict=verdict)
     else:
-        rows = {row.of(op): bool(row.dtypes) for op, _, _, rows in rows_by_op(kernels, **settings) for row in rows}
+        rows = {
+            row.of(op): bool(row.dtypes)
+            for op, _, _, rows in rows_by_op(kernels, **settings)
+            for row in rows
+        }
         say(platform=target.platform, chip=target.chip, rows=rows)
     say(done=True)
     return 0

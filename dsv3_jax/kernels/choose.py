@@ -1,12 +1,14 @@
 """Which implementation of each op runs where: the only file that knows platforms.
 
-An op of `ops/` has several implementations, the rows of TABLE, in order of preference. `Kernels` is the table for one
-target: `kernels("product", x, w)` runs the first row that serves the platform, the dtype, the mesh and the shapes. A
-row of plain XLA serves all of them, and rows after it run only if they are named. A new device is a folder beside this
-file and its rows in TABLE. Kernels that are elsewhere enter it by `add`.
+An op of `ops/` has several implementations, the rows of TABLE, in order of preference. `Kernels` is
+the table for one target: `kernels("product", x, w)` runs the first row that serves the platform,
+the dtype, the mesh and the shapes. A row of plain XLA serves all of them, and rows after it run
+only if they are named. A new device is a folder beside this file and its rows in TABLE. Kernels
+that are elsewhere enter it by `add`.
 
-`prepare` compiles the C++ kernels before anything is traced. While a program is traced nothing is asked of the process,
-except whether a mesh of several devices is in use: some kernels run on one device.
+`prepare` compiles the C++ kernels before anything is traced. While a program is traced nothing is
+asked of the process, except whether a mesh of several devices is in use: some kernels run on one
+device.
 """
 
 import math
@@ -51,11 +53,16 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GPUS, ACCELERATORS = ("cuda", "rocm"), ("cuda", "rocm", "tpu")
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
 MANY_ROWS = 256  # rows that no decoding step on a GPU has, as a rule
-LARGE_WEIGHT = 1 << 18  # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
-ROWS_OF_AN_EXPERT = 4  # on average, up to which a GPU reads an expert's weights for each row by itself
-LARGE_EXPERTS = 32 << 20  # bytes of a layer's matrix that a GPU's cache does not hold: each row reads it from memory
-LARGE_UPDATE = 1 << 16  # numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
-IN_FLOAT32 = ("embedding", "exact_product", "optimizer")  # ops on float32 arrays, whatever the compute dtype
+# bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
+LARGE_WEIGHT = 1 << 18
+# on average, up to which a GPU reads an expert's weights for each row by itself
+ROWS_OF_AN_EXPERT = 4
+# bytes of a layer's matrix that a GPU's cache does not hold: each row reads it from memory
+LARGE_EXPERTS = 32 << 20
+# numbers of an array from which the C++ optimizer, on all threads, is faster than XLA
+LARGE_UPDATE = 1 << 16
+# ops on float32 arrays, whatever the compute dtype
+IN_FLOAT32 = ("embedding", "exact_product", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,13 @@ class Implementation:
     name: str
     run: Callable  # with the op's signature
     platforms: tuple[str, ...] = PLATFORMS
-    dtypes: tuple[str, ...] = ()  # of the op's first array, in a kernel that is written by hand; (): any, in XLA
+    # of the op's first array, in a kernel that is written by hand; (): any, in XLA
+    dtypes: tuple[str, ...] = ()
     one_device: bool = False  # not on a mesh of several
-    fits: Callable[..., bool] | None = None  # the op's arguments? None: all. If not, the next row is taken
-    why_not: Callable[["Target"], str] | None = None  # a library, a compiler or a chip that is missing; "" if none is
+    # the op's arguments? None: all. If not, the next row is taken
+    fits: Callable[..., bool] | None = None
+    # a library, a compiler or a chip that is missing; "" if none is
+    why_not: Callable[["Target"], str] | None = None
     precision: str = "none"  # Execution.precision that it computes in
 
     def serves(self, dtype: str, devices: int) -> bool:
@@ -82,7 +92,8 @@ class Implementation:
     @property
     def made_for(self) -> str:
         """A sentence on what `serves` asks."""
-        return f"for {' or '.join(self.dtypes) or 'any dtype'}{' on one device' if self.one_device else ''}"
+        dtypes = " or ".join(self.dtypes) or "any dtype"
+        return f"for {dtypes}{' on one device' if self.one_device else ''}"
 
 
 def _all_float32(*arrays: Any, **settings: Any) -> bool:
@@ -109,16 +120,20 @@ def _many_rows(x: Array, *weights: Array, **settings: Any) -> bool:
     return x.size >= MANY_ROWS * x.shape[-1]
 
 
-def _few_choices(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any) -> bool:
+def _few_choices(
+    x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any
+) -> bool:
     return expert_ids.size <= ROWS_OF_AN_EXPERT * w_gate.shape[0]
 
 
-def _shared_experts(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any) -> bool:
-    """Whether Mosaic, which reads each chosen expert once, saves more than its launches cost beside `_few_choices`."""
-    rows = (
-        ROWS_OF_AN_EXPERT if w_gate.size * w_gate.dtype.itemsize <= LARGE_EXPERTS else 1 / 4
-    )  # more are of an expert that others read
-    return expert_ids.size > rows * w_gate.shape[0] and gpu_products.fits(x, expert_ids, gates, w_gate)
+def _shared_experts(
+    x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings: Any
+) -> bool:
+    """Whether Mosaic saves more than its launches cost: it reads each chosen expert once."""
+    in_cache = w_gate.size * w_gate.dtype.itemsize <= LARGE_EXPERTS
+    rows = ROWS_OF_AN_EXPERT if in_cache else 1 / 4  # more are of an expert that others read
+    many = expert_ids.size > rows * w_gate.shape[0]
+    return many and gpu_products.fits(x, expert_ids, gates, w_gate)
 
 
 def _attend(q: Array, k: Array, v: Array, *, maxima: bool = False, **settings: Any) -> Any:
@@ -128,7 +143,7 @@ def _attend(q: Array, k: Array, v: Array, *, maxima: bool = False, **settings: A
 
 
 def kept_maxima(run: Callable) -> Callable:
-    """A library's attention, which keeps its maxima to itself: beside it one more product of queries and keys runs."""
+    """A library's attention, which keeps its maxima to itself: one more product finds them."""
 
     def attend(q: Array, k: Array, v: Array, *, maxima: bool = False, **settings: Any) -> Any:
         out = run(q, k, v, **settings)
@@ -153,29 +168,42 @@ _by_mosaic = partial(_cuda, fits=gpu_products.fits, why_not=gpu_products.why_not
 _mosaic, _mosaic_but_dw = partial(_by_mosaic, "mosaic"), partial(_by_mosaic, "mosaic_but_dw")
 # megablox does not say which of a mesh's axes its results vary along, so `shard_map` refuses it.
 _megablox = partial(
-    Implementation, "megablox", platforms=("tpu",), dtypes=("bfloat16",), one_device=True, fits=tpu_products.fits
+    Implementation,
+    "megablox",
+    platforms=("tpu",),
+    dtypes=("bfloat16",),
+    one_device=True,
+    fits=tpu_products.fits,
 )
 _ragged_on_tpu = partial(Implementation, "ragged_dot", platforms=("tpu",))
-# Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32 if it holds the
-# rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100. But a scale for each 128 of them then
-# needs a sum in memory for each. By arithmetic that allows at most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's.
+# Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32
+# if it holds the rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100.
+# But a scale for each 128 of them then needs a sum in memory for each. By arithmetic that allows at
+# most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's.
 _RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
 _IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
 
-def _low_precision(run: Callable, argument: str = "recipe", make: Callable = lambda recipe: recipe) -> tuple:
+def _low_precision(
+    run: Callable, argument: str = "recipe", make: Callable = lambda recipe: recipe
+) -> tuple:
     """The rows of an op's recipes. Args: make: of a recipe, gives `argument` of `run`."""
     return tuple(
-        Implementation(recipe.name, partial(run, **{argument: make(recipe)}), platforms, precision=recipe.name)
+        Implementation(
+            recipe.name, partial(run, **{argument: make(recipe)}), platforms, precision=recipe.name
+        )
         for recipes, platforms in ((_IN_BFLOAT16, ACCELERATORS), (_RECIPES, PLATFORMS))
         for recipe in recipes
     )
 
 
 def _rounded_before(row: Callable[..., Implementation], product: Any) -> tuple[Implementation, ...]:
-    """The rows of a grouped product in bfloat16 that multiplies the rounded operands of each recipe."""
+    """The rows of a grouped product in bfloat16 of the operands that each recipe rounds."""
     return tuple(
-        row(partial(dispatch.grouped_swiglu, product=low_precision.grouped(recipe, product)), precision=recipe.name)
+        row(
+            partial(dispatch.grouped_swiglu, product=low_precision.grouped(recipe, product)),
+            precision=recipe.name,
+        )
         for recipe in _IN_BFLOAT16
     )
 
@@ -183,7 +211,9 @@ def _rounded_before(row: Callable[..., Implementation], product: Any) -> tuple[I
 _BY_PRODUCTS = (
     _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
     _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
-    Implementation("row_blocks", partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS), GPUS),
+    Implementation(
+        "row_blocks", partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS), GPUS
+    ),
 )
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
@@ -214,7 +244,12 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "cached_attention": (
         _cpp(calls.cached_attention, fits=_cached),
         _loops(cpu_attention.cached_attention_in_blocks),
-        Implementation("blocks", tpu_attention.cached_attention_in_blocks, ("tpu",), fits=tpu_attention.fits_in_blocks),
+        Implementation(
+            "blocks",
+            tpu_attention.cached_attention_in_blocks,
+            ("tpu",),
+            fits=tpu_attention.fits_in_blocks,
+        ),
         _xla(cached_attention.cached_attention),
     ),
     "write_rows": (
@@ -224,12 +259,16 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _xla(cached_attention.write_rows),
     ),
     "index_choose": (
-        Implementation("large_blocks", partial(indexer.choose, most=attention.LARGE_SCORES), ACCELERATORS),
+        Implementation(
+            "large_blocks", partial(indexer.choose, most=attention.LARGE_SCORES), ACCELERATORS
+        ),
         _xla(indexer.choose),
     ),
     "sparse_attention": (
         Implementation(
-            "large_blocks", partial(sparse_attention.sparse_attention, most=attention.LARGE_SCORES), ACCELERATORS
+            "large_blocks",
+            partial(sparse_attention.sparse_attention, most=attention.LARGE_SCORES),
+            ACCELERATORS,
         ),
         _xla(sparse_attention.sparse_attention),
     ),
@@ -257,7 +296,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
-        Implementation("two_rows", partial(products.in_two_rows, products.product), GPUS, fits=_one_row),
+        Implementation(
+            "two_rows", partial(products.in_two_rows, products.product), GPUS, fits=_one_row
+        ),
         _xla(products.product),
         *_low_precision(low_precision.product),
     ),
@@ -265,7 +306,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
         Implementation("one_pass", products.swiglu_in_one_pass, GPUS, fits=_many_rows),
-        Implementation("two_rows", partial(products.in_two_rows, products.swiglu), GPUS, fits=_one_row),
+        Implementation(
+            "two_rows", partial(products.in_two_rows, products.swiglu), GPUS, fits=_one_row
+        ),
         _xla(products.swiglu),
         *_low_precision(low_precision.swiglu),
     ),
@@ -273,15 +316,21 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_products.product_by_head, fits=partial(_few_rows, axes=2)),
         _xla(products.product_by_head),
     ),
-    # tokamax has a kernel for TPUs. It computes the logits twice, these rows once, and it does not tell whether a
-    # target is the argmax, which the metrics count.
+    # tokamax has a kernel for TPUs. It computes the logits twice, these rows once, and it does not
+    # tell whether a target is the argmax, which the metrics count.
     "cross_entropy": (
         Implementation("by_memory", cross_entropy.cross_entropy_by_memory, ACCELERATORS),
         _xla(cross_entropy.chunked_cross_entropy),
     ),
-    "embedding": (Implementation("in_order", embedding.look_up_in_order, GPUS), _xla(embedding.look_up)),
+    "embedding": (
+        Implementation("in_order", embedding.look_up_in_order, GPUS),
+        _xla(embedding.look_up),
+    ),
     "optimizer": (
-        _cpp(calls.adamw, fits=lambda p, *rest, **settings: p.size >= LARGE_UPDATE and _all_float32(p, *rest)),
+        _cpp(
+            calls.adamw,
+            fits=lambda p, *rest, **settings: p.size >= LARGE_UPDATE and _all_float32(p, *rest),
+        ),
         _xla(adamw.adamw_update),
     ),
     "rotate_last": (
@@ -297,7 +346,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "capacity_swiglu": (
         _xla(dispatch.capacity_swiglu),
         *_low_precision(
-            dispatch.capacity_swiglu, "product", lambda recipe: partial(low_precision.product_by_expert, recipe=recipe)
+            dispatch.capacity_swiglu,
+            "product",
+            lambda recipe: partial(low_precision.product_by_expert, recipe=recipe),
         ),
     ),
 }
@@ -328,7 +379,8 @@ class Target:
 
     platform: str  # of the devices that the program is compiled for: one of PLATFORMS
     kernels: str = "auto"  # Execution.kernels
-    chip: str = ""  # a GPU's compute capability, such as "9.0"; a TPU's kind, such as "TPU v5p"; "" if not known
+    # a GPU's compute capability, such as "9.0"; a TPU's kind, such as "TPU v5p"; "" if not known
+    chip: str = ""
     precision: str = "none"  # Execution.precision
 
     def __post_init__(self) -> None:
@@ -340,9 +392,13 @@ class Target:
             raise ConfigError(f"kernels={base!r} is not one of {', '.join(sorted(known))}")
         for op, name in by_op.items():
             if op not in TABLE:
-                raise ConfigError(f"kernels={op}={name}: {op!r} is not one of the ops {', '.join(TABLE)}")
+                raise ConfigError(
+                    f"kernels={op}={name}: {op!r} is not one of the ops {', '.join(TABLE)}"
+                )
             if name not in names[op]:
-                raise ConfigError(f"kernels={op}={name}: {name!r} is not one of {', '.join(names[op])}")
+                raise ConfigError(
+                    f"kernels={op}={name}: {name!r} is not one of {', '.join(names[op])}"
+                )
 
     @property
     def asked(self) -> tuple[str, dict[str, str]]:
@@ -352,15 +408,17 @@ class Target:
         return base, dict(word.split("=") for word in words)
 
     def name_of(self, op: str) -> str:
-        """The row of an op that is asked for by name; "" if the choice is free, or the op has no row of the name."""
+        """The row of an op asked for by name; "" if the choice is free or there is none."""
         base, by_op = self.asked
         name = by_op.get(op) or ("" if base == "xla" else base)
         return name if any(row.name == name for row in TABLE[op]) else ""
 
     def here(self, op: str) -> list[Implementation]:
-        """The rows of an op for the platform and the precision. Ops that stay in the compute dtype have only those."""
-        precision = self.precision if any(row.precision == self.precision for row in TABLE[op]) else "none"
-        return [row for row in TABLE[op] if self.platform in row.platforms and row.precision == precision]
+        """The rows of an op for the platform and the precision, or without one if it has none."""
+        precisions = {row.precision for row in TABLE[op]}
+        precision = self.precision if self.precision in precisions else "none"
+        rows = (row for row in TABLE[op] if self.platform in row.platforms)
+        return [row for row in rows if row.precision == precision]
 
     def forced(self, op: str) -> Implementation | None:
         """The row of `here` that is asked for by name; None if the choice is free."""
@@ -372,7 +430,8 @@ class Target:
         rows = [row for row in self.here(op) if not (xla_only and row.dtypes)]
         forced = self.forced(op)
         last = next(i for i, row in enumerate(rows) if not (row.dtypes or row.fits or row.why_not))
-        return ([] if forced is None else [forced]) + [row for row in rows[: last + 1] if row is not forced]
+        others = [row for row in rows[: last + 1] if row is not forced]
+        return others if forced is None else [forced, *others]
 
 
 @dataclass(frozen=True)
@@ -388,7 +447,8 @@ class Kernels:
 
     target: Target
     missing: tuple[tuple[str, str], ...] = ()  # (implementation, why it cannot run here)
-    wrong: tuple[tuple[str, str], ...] = ()  # (`Implementation.of`, what `dsv3 info --check` found wrong on this chip)
+    # (`Implementation.of`, what `dsv3 info --check` found wrong on this chip)
+    wrong: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, op: str, *args: Any, **settings: Any) -> Any:
         return self.pick(op, *args, **settings).run(*args, **settings)
@@ -409,7 +469,7 @@ class Kernels:
         raise AssertionError(f"{op} has no row that always fits")
 
     def _available(self, op: str) -> list[Implementation]:
-        """The rows that can run. One that is wrong here runs only if it is named, or if no other one is left."""
+        """The rows that can run. One that is wrong here runs only if named, or if no other can."""
         rows = [row for row in self.target.rows(op) if row.name not in dict(self.missing)]
         kept = (self.target.forced(op), rows[-1])
         return [row for row in rows if row.of(op) not in dict(self.wrong) or row in kept]
@@ -423,7 +483,8 @@ class Kernels:
             return
         if row is None:
             rows = ", ".join(dict.fromkeys(row.name for row in target.here(op)))
-            reason = f"is not available on {target.platform} in precision={target.precision!r}: {op} has {rows}"
+            where = f"on {target.platform} in precision={target.precision!r}"
+            reason = f"is not available {where}: {op} has {rows}"
         elif name in dict(self.missing):
             reason = f"is not available here: {dict(self.missing)[name]}"
         elif not row.serves(dtype, devices):
@@ -439,12 +500,12 @@ class Kernels:
 
     @property
     def cache_row_multiple(self) -> int:
-        """Rows of a cache are padded to a multiple of it: TPUs transpose arrays whose rows do not fill 128 lanes."""
+        """Rows of a cache are padded to a multiple of it: TPUs transpose rows of fewer lanes."""
         return 128 if self.target.platform == "tpu" else 1
 
     @property
     def slices_experts(self) -> bool:
-        """Whether XLA reads the chosen experts of a layer out of the stack of all, without a copy of the layer.
+        """Whether XLA reads a layer's chosen experts out of the stack of all, without a copy.
 
         On a TPU the grouped product needs a separate array.
         """
@@ -452,7 +513,7 @@ class Kernels:
 
     @property
     def turns_experts(self) -> bool:
-        """Whether a grouped product's gradient is faster by transposed experts, which it would make itself.
+        """Whether a grouped product's gradient is faster by experts that are transposed before.
 
         A TPU's. Under fsdp each device transposes its part, before they are gathered.
         """
@@ -460,12 +521,12 @@ class Kernels:
 
     @property
     def reads_all_slots(self) -> bool:
-        """Whether attention to a cache reads slots that hold nothing: a GPU's has no loop that ends before them."""
+        """Whether attention to a cache reads empty slots: a GPU's has no loop that ends before."""
         return self.target.platform in GPUS
 
     @property
     def scan_copies(self) -> bool:
-        """Whether a scan over layers loses much time in copies, into stacks, of what its backward pass reads."""
+        """Whether a scan over layers loses much time in copies of what its backward pass reads."""
         return self.target.platform == "cpu"
 
     def chosen(self, dtype: Any = "float32", devices: int = 1) -> dict[str, str]:
@@ -476,20 +537,25 @@ class Kernels:
             'xla'
         """
         dtypes = {op: "float32" if op in IN_FLOAT32 else jnp.dtype(dtype).name for op in TABLE}
-        return {op: next(r.name for r in self._available(op) if r.serves(dtypes[op], devices)) for op in TABLE}
+        return {
+            op: next(r.name for r in self._available(op) if r.serves(dtypes[op], devices))
+            for op in TABLE
+        }
 
     def describe(self, dtype: Any = "float32", devices: int = 1) -> str:
         """One short line on what runs; `dsv3 info PRESET --kernels` lists it by op.
 
         Example:
-            >>> Kernels(Target("cuda", "xla"), (("tokamax", "it is not installed"),)).describe()
-            'kernels for cuda: large_blocks, xla, row_blocks, by_row, two_rows, one_pass, by_memory, in_order, in_place'
+            >>> Kernels(Target("tpu", "xla"), (("tokamax", "it is not installed"),)).describe()
+            'kernels for tpu: large_blocks, blocks, select, ragged_dot, xla, by_memory'
         """
-        line = f"kernels for {self.target.platform}: {', '.join(dict.fromkeys(self.chosen(dtype, devices).values()))}"
+        names = dict.fromkeys(self.chosen(dtype, devices).values())
+        line = f"kernels for {self.target.platform}: {', '.join(names)}"
         wanted = {row.name for op in TABLE for row in self.target.rows(op)}
         lacking = [name for name, _ in self.missing if name in wanted]
         line += f"; without {', '.join(lacking)}: see `dsv3 info tiny --kernels`" if lacking else ""
-        return line + "".join(f"; not {name}, which is wrong here: {reason}" for name, reason in self.wrong)
+        wrong = (f"; not {name}, which is wrong here: {reason}" for name, reason in self.wrong)
+        return line + "".join(wrong)
 
 
 def platform_of(mesh: Mesh | None = None) -> str:
@@ -524,15 +590,20 @@ def _platform_name(device: Any) -> str:
 
 
 def prepare(
-    execution: Execution | None = None, *, platform: str | None = None, chip: str = "", mesh: Mesh | None = None
+    execution: Execution | None = None,
+    *,
+    platform: str | None = None,
+    chip: str = "",
+    mesh: Mesh | None = None,
 ) -> Kernels:
-    """Choose the kernels of a target, and compile and load those in C++ if they may be used. Call it before tracing.
+    """Choose a target's kernels; compile and load those in C++ it may use. Call before tracing.
 
     Args:
         execution: says which kernels are asked for. Default: "auto".
-        platform, chip: what is compiled for, see `Target`. None means that of `mesh`, see `platform_of`.
-    Raises: ConfigError for kernels that the target does not have, that do not serve the dtype or the mesh, or that
-        cannot be compiled here.
+        platform, chip: what is compiled for, see `Target`. None means that of `mesh`, see
+            `platform_of`.
+    Raises: ConfigError for kernels that the target does not have, that do not serve the dtype or
+        the mesh, or that cannot be compiled here.
 
     Example:
         >>> prepare(Execution(kernels="xla")).chosen()["product"]
@@ -543,7 +614,9 @@ def prepare(
         platform = platform_of(mesh)
         chip = _chip_of(_device_of(mesh))
     target = Target(platform, execution.kernels, chip, execution.precision)
-    rows = {row.name: row.why_not for op in TABLE for row in target.rows(op) if row.why_not is not None}
+    rows = {
+        row.name: row.why_not for op in TABLE for row in target.rows(op) if row.why_not is not None
+    }
     missing = tuple((name, reason) for name, why_not in rows.items() if (reason := why_not(target)))
     kernels = Kernels(target, missing, tuple(verdicts.read(platform, chip).items()))
     for op in TABLE:

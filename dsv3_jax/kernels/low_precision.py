@@ -1,27 +1,32 @@
 """Training in 8 bits: products whose operands are e4m3 numbers with a scale for each tile.
 
-    y  = q(x) q(w)     Fprop: x in tiles of 1 × 128 along the contracted axis, w in blocks of 128 × 128
+    y  = q(x) q(w)     Fprop: x in tiles of 1 × 128 along the contracted axis, w in blocks of
+                       128 × 128
     dx = q(dy) q(w)ᵀ   Dgrad: dy in tiles of 1 × 128; the same blocks of w
-    dw = q(x)ᵀ q(dy)   Wgrad: both in tiles of 128 × 1, because this product is contracted over tokens
+    dw = q(x)ᵀ q(dy)   Wgrad: both in tiles of 128 × 1, because this product is contracted over
+                       tokens
 
-q(x) rounds each x / s to e4m3, for a scale s of its tile such that the tile's largest magnitude becomes 448. Sums are
-float32. FP8 is DeepSeek-V3's recipe, and FP8_UE8M0 that of V3.1: the same tiles, with scales that are powers of two.
-MXFP8 has tiles of 32 along the contracted axis in all operands, weights too, and such scales. The linear layers use
-these products: attention's projections, SwiGLU, experts, and those of multi-token heads. Embedding, output head,
-router, norms, attention itself and the optimizer do not.
+q(x) rounds each x / s to e4m3, for a scale s of its tile such that the tile's largest magnitude
+becomes 448. Sums are float32. FP8 is DeepSeek-V3's recipe, and FP8_UE8M0 that of V3.1: the same
+tiles, with scales that are powers of two. MXFP8 has tiles of 32 along the contracted axis in all
+operands, weights too, and such scales. The linear layers use these products: attention's
+projections, SwiGLU, experts, and those of multi-token heads. Embedding, output head, router, norms,
+attention itself and the optimizer do not.
 
-This file emulates the recipe on any device. The operands hold exactly the values of e4m3 numbers times their scales, in
-float32. One float32 product adds them up. The recipe's own order, one sum for each 128 numbers and then the scales,
-differs by float32 rounding only. On a mesh that shards experts or their tokens, tiles do not cross devices.
+This file emulates the recipe on any device. The operands hold exactly the values of e4m3 numbers
+times their scales, in float32. One float32 product adds them up. The recipe's own order, one sum
+for each 128 numbers and then the scales, differs by float32 rounding only. On a mesh that shards
+experts or their tokens, tiles do not cross devices.
 
-If scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number has four
-significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32 (`in_bfloat16`): the same terms, at the
-speed of bfloat16.
+If scales are powers of two, bfloat16 holds each of these values exactly too, because an e4m3 number
+has four significant bits. GPUs and TPUs then multiply in bfloat16 and add in float32
+(`in_bfloat16`): the same terms, at the speed of bfloat16.
 
-Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so rounds their scales, and
-the scales of what it dispatches, to powers of two: a 1 × 128 tile then becomes a 128 × 1 tile without a second
-rounding. Here both come from the same unrounded activations, so all scales are float32. For the same reason no operand
-needs the report's E5M6 format. Source: DeepSeek-V3 report, section 3.3; the model card of DeepSeek-V3.1 for UE8M0; OCP
+Departs from the paper: nothing is kept in 8 bits. The report caches activations in FP8, and so
+rounds their scales, and the scales of what it dispatches, to powers of two: a 1 × 128 tile then
+becomes a 128 × 1 tile without a second rounding. Here both come from the same unrounded
+activations, so all scales are float32. For the same reason no operand needs the report's E5M6
+format. Source: DeepSeek-V3 report, section 3.3; the model card of DeepSeek-V3.1 for UE8M0; OCP
 Microscaling Formats v1.0; arXiv 2506.08027 for the rounding of MXFP8's scales.
 """
 
@@ -38,7 +43,8 @@ from dsv3_jax.ops.grouped_product import ROW_BLOCKS, GroupedProduct, row_blocks
 
 LARGEST = 448.0  # of e4m3
 SMALLEST_NORMAL = 2.0**-6  # of e4m3; below it numbers are multiples of 2⁻⁹
-SMALLEST_SCALE = 2.0**-100  # no e4m3 number times it is subnormal in float32, which devices flush to 0
+# no e4m3 number times it is subnormal in float32, which devices flush to 0
+SMALLEST_SCALE = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Recipe:
     tile: int  # numbers along the contracted axis that share a scale
     square_weights: bool  # a weight's tiles are as wide as they are long
     power_of_two: bool  # of scales
-    operands: str = "float32"  # dtype that products read; bfloat16 only where it holds the rounded numbers exactly
+    # dtype that products read; bfloat16 only where it holds the rounded numbers exactly
+    operands: str = "float32"
 
     def weight_tile(self, contracted: int) -> tuple[int, int]:
         """The tile of a matrix that is contracted over its axis 0 or 1."""
@@ -83,12 +90,13 @@ MXFP8 = Recipe("mxfp8", 32, square_weights=False, power_of_two=True)
 def tile_scales(
     x: Float[Array, "*n r c"], tile: tuple[int, int], *, power_of_two: bool = False
 ) -> Float[Array, "*n R C"]:
-    """Compute the scale of each tile of the last two axes: its largest magnitude over 448; the last tiles may be short.
+    """Compute the scale of each tile of the last two axes: its largest magnitude over 448.
 
-    A power of two is rounded up, so that no number exceeds 448. The OCP specification's example rounds down and clips
-    the largest numbers, which training does not bear (arXiv 2506.08027).
+    A power of two is rounded up, so that no number exceeds 448. The OCP specification's example
+    rounds down and clips the largest numbers, which training does not bear (arXiv 2506.08027).
 
-    Returns: float32, ⌈r / tile[0]⌉ × ⌈c / tile[1]⌉; at least 2⁻¹⁰⁰, so a tile of zeros has a scale too.
+    Returns: float32, ⌈r / tile[0]⌉ × ⌈c / tile[1]⌉; at least 2⁻¹⁰⁰, so a tile of zeros has a scale
+        too.
 
     Example:
         >>> x = jnp.array([[448.0, 1.0, 600.0]])
@@ -116,7 +124,7 @@ def _largest_of_each(x: Array, axis: int, size: int) -> Array:
 
 
 def _power_of_two_over_448(x: Array) -> Array:
-    """The smallest power of two that is at least x / 448, for x ≥ 0: 448 is 1.75 · 2⁸. Exact: it counts in bits."""
+    """The smallest power of two that is at least x / 448, for x ≥ 0, exactly: by its bits."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
     scale = jax.lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
@@ -139,7 +147,7 @@ def round_to_tiles(
 
 
 def round_to_e4m3(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Round float32 numbers of magnitude 448 at most as a cast to e4m3 and back does, eight times as fast on a CPU.
+    """Round as a cast to e4m3 and back does, up to magnitude 448, eight times as fast on a CPU.
 
     Example:
         >>> round_to_e4m3(jnp.array([1.06, 0.001, 300.0]))
@@ -182,7 +190,9 @@ def _weight(recipe: Recipe, w: Array, contracted: int) -> Array:
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
     dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, dims, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,7 +203,8 @@ def matmul(recipe: Recipe, x: Float[Array, "m K"], w: Float[Array, "K N"]) -> Fl
     Returns: q(x) q(w) in x's dtype.
 
     Example:
-        >>> jax.jit(partial(matmul, MXFP8))(jnp.array([[1.0, 1.2]]), jnp.ones((2, 1)))  # 1.2 is rounded to 1.25
+        >>> x = jnp.array([[1.0, 1.2]])  # 1.2 is rounded to 1.25
+        >>> jax.jit(partial(matmul, MXFP8))(x, jnp.ones((2, 1)))
         Array([[2.25]], dtype=float32)
     """
     return _dot(_rows(recipe, x), _weight(recipe, w, 0), (1, 0)).astype(x.dtype)
@@ -213,8 +224,10 @@ def _matmul_bwd(recipe, saved, dy):
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, recipe: Recipe) -> Float[Array, "..."]:
-    """Compute `ops.products.product` by a recipe. Heads are joined to one matrix, as in the released weights.
+def product(
+    x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, *, recipe: Recipe
+) -> Float[Array, "..."]:
+    """Compute `ops.products.product` by a recipe. Heads make one matrix, as in released weights.
 
     Example:
         >>> jax.jit(partial(product, recipe=FP8))(jnp.ones((1, 2)), jnp.ones((2, 3)))
@@ -252,7 +265,7 @@ def expand(
     *,
     recipe: Recipe,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Compute `ops.mla.expand` by a recipe: one product, with each head's W_uk and W_uv as the released kv_b_proj.
+    """Compute `ops.mla.expand` by a recipe: one product, whose matrix is the released kv_b_proj.
 
     Example:
         >>> c_kv, k_rope, w_uk, w_uv = map(jnp.ones, ((1, 1, 2), (1, 1, 1), (3, 4, 2), (3, 5, 2)))
@@ -265,7 +278,9 @@ def expand(
     return mla.join_keys(k_nope, k_rope), v
 
 
-def product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, recipe: Recipe) -> Float[Array, "E m N"]:
+def product_by_expert(
+    x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, recipe: Recipe
+) -> Float[Array, "E m N"]:
     """Multiply each expert's rows, as many of each, with its matrix.
 
     Example:
@@ -282,37 +297,45 @@ def product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"], *, rec
 def round_tokens_by_group(
     rows: Float[Array, "m c"], counts: Int[Array, " G"], tile: int, *, power_of_two: bool = False
 ) -> Float[Array, "m c"]:
-    """Round columns of sorted rows, in tiles that restart with each group, as Wgrad's product of each expert does.
+    """Round columns of sorted rows, in tiles that restart with each group, as each Wgrad does.
 
     Args: counts: rows of each group. Rows after the last group are left as they are.
 
     Example:
         >>> rows, counts = jnp.array([[448.0], [0.013], [0.013]]), jnp.array([2, 1])
-        >>> found = jax.jit(partial(round_tokens_by_group, tile=32, power_of_two=True))(rows, counts)
-        >>> found.ravel().tolist()  # in a tile with 448 numbers are multiples of 2⁻⁹; the last row has its own tile
+        >>> round_rows = jax.jit(partial(round_tokens_by_group, tile=32, power_of_two=True))
+        >>> found = round_rows(rows, counts)  # beside 448 numbers are multiples of 2⁻⁹
+        >>> found.ravel().tolist()  # the last row has a tile of its own
         [448.0, 0.013671875, 0.0126953125]
     """
     m = rows.shape[0]
     blocks = row_blocks(counts, m, tile)
     here = jnp.arange(tile, dtype=jnp.int32)[None]
     places = jnp.minimum(blocks.start[:, None] + here, m - 1)
-    tiles = jnp.where((here < blocks.left[:, None])[..., None], jnp.abs(rows[places]), 0)  # [J, tile, c]
+    # [J, tile, c]
+    tiles = jnp.where((here < blocks.left[:, None])[..., None], jnp.abs(rows[places]), 0)
     scales = tile_scales(tiles, (tile, 1), power_of_two=power_of_two)[:, 0]
-    # A row's tile is the last one that starts at or before it. Those without rows start after all rows.
+    # A row's tile is the last that starts at or before it. Those without rows start after all rows.
     row = jnp.arange(m, dtype=jnp.int32)[:, None]
     index = jnp.maximum((blocks.start[None] <= row).sum(axis=1, dtype=jnp.int32) - 1, 0)
     scale = scales[index]
-    return jnp.where(row < counts.sum(dtype=jnp.int32), round_to_e4m3(rows.astype(jnp.float32) / scale) * scale, rows)
+    return jnp.where(
+        row < counts.sum(dtype=jnp.int32),
+        round_to_e4m3(rows.astype(jnp.float32) / scale) * scale,
+        rows,
+    )
 
 
 def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduct:
     """The grouped products of a recipe: operands are rounded, then multiplied by another backend.
 
-    A backend's result has the dtype of its rows, so float32 rows stay float32 for it, whatever `recipe.operands`.
+    A backend's result has the dtype of its rows, so float32 rows stay float32 for it, whatever
+    `recipe.operands`.
 
     Example:
         >>> backend = grouped(MXFP8)
-        >>> jax.jit(backend.forward)(jnp.ones((2, 1)), jnp.array([[[3.0]], [[4.0]]]), jnp.array([1, 1])).ravel()
+        >>> x, w, counts = jnp.ones((2, 1)), jnp.array([[[3.0]], [[4.0]]]), jnp.array([1, 1])
+        >>> jax.jit(backend.forward)(x, w, counts).ravel()
         Array([3., 4.], dtype=float32)
     """
 
@@ -331,7 +354,9 @@ def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduc
 
     def dw(x: Array, dy: Array, counts: Array, dtype) -> Array:
         a, b = (
-            round_tokens_by_group(rows.astype(jnp.float32), counts, recipe.tile, power_of_two=recipe.power_of_two)
+            round_tokens_by_group(
+                rows.astype(jnp.float32), counts, recipe.tile, power_of_two=recipe.power_of_two
+            )
             for rows in (x, dy)
         )
         with jax.default_matmul_precision("highest"):

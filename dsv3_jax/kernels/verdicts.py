@@ -1,6 +1,7 @@
-"""Implementations that `check_apart.py` found to be wrong on a chip: a file in the user's cache folder.
+"""Implementations that `check_apart.py` found wrong on a chip: a file in the user's cache folder.
 
-It is of one chip and of the versions of what compiles for it. One of other versions, or damaged, counts as absent.
+It is of one chip and of the versions of what compiles for it. One of other versions, or damaged,
+counts as absent.
 """
 
 import json
@@ -12,13 +13,16 @@ from pathlib import Path
 
 from dsv3_jax.kernels.cpu.library import private_folder
 
-PACKAGES = ("dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin",
-            "jax-rocm7-plugin")  # fmt: skip
+PACKAGES = (
+    "dsv3-jax", "jax", "jaxlib", "flax", "libtpu", "tokamax", "jax-cuda12-plugin",
+    "jax-cuda13-plugin", "jax-rocm7-plugin",
+)  # fmt: skip
 
 
 def path_of(platform: str, chip: str) -> Path:
     """The file of a chip. Raises: as `private_folder`."""
-    return private_folder() / f"wrong-{re.sub(r'[^a-z0-9.]+', '-', f'{platform}-{chip}'.lower())}.json"
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{platform}-{chip}".lower())
+    return private_folder() / f"wrong-{name}.json"
 
 
 def read(platform: str, chip: str) -> dict[str, str]:
@@ -31,7 +35,7 @@ def read(platform: str, chip: str) -> dict[str, str]:
 
 
 def keep(platform: str, chip: str, name: str, wrong: str) -> None:
-    """Keep what is wrong with an implementation; "" means that it is right. Raises: as `private_folder`."""
+    """Keep what is wrong with an implementation; "" means nothing. Raises: as `private_folder`."""
     others = {other: reason for other, reason in read(platform, chip).items() if other != name}
     content = {"versions": versions(), "wrong": others | ({name: wrong} if wrong else {})}
     path = path_of(platform, chip)

@@ -1,19 +1,22 @@
 """Expert parallelism: every device runs the experts it holds, on the tokens of all its peers.
 
-Along the mesh axis "expert" each device holds E/P experts and its own share of the batch. Along "tensor" each holds a
-part of every expert's hidden units, and the parts' outputs are added. Under fsdp a layer's matrices are gathered along
-"data" in the layer's turn. No token is dropped, and results depend on the mesh by the order of additions only.
+Along the mesh axis "expert" each device holds E/P experts and its own share of the batch. Along
+"tensor" each holds a part of every expert's hidden units, and the parts' outputs are added. Under
+fsdp a layer's matrices are gathered along "data" in the layer's turn. No token is dropped, and
+results depend on the mesh by the order of additions only.
 
 `Layout.expert_comm` says how tokens reach other devices' experts, and how their sums return:
 
     gather      peers gather one another's tokens; a reduce-scatter adds what each computed of them
-    all_to_all  a token goes to the devices that hold its experts, once to each, in rounds of a fixed size
+    all_to_all  a token goes to the devices that hold its experts, once to each, in rounds of a
+                fixed size
     ragged      the same in one round of exactly the tokens that there are; not on CPU
-    auto        `all_to_all` if a round of it is smaller than all the peers' tokens, else `gather`. Never `ragged`: it
-                saves more bandwidth, but it has been tested by an emulation only, so it has to be asked for
+    auto        `all_to_all` if a round of it is smaller than all the peers' tokens, else `gather`.
+                Never `ragged`: it saves more bandwidth, but it has been tested by an emulation
+                only, so it has to be asked for
 
-The last two are in token_exchange.py. Decoding's few tokens are always gathered. These two files are the only ones
-with hand-written collectives.
+The last two are in token_exchange.py. Decoding's few tokens are always gathered. These two files
+are the only ones with hand-written collectives.
 """
 
 from collections.abc import Callable
@@ -89,7 +92,8 @@ def grouped_swiglu(
         apart = how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, n, how.peers) if apart else "gather"
         if comm == "gather":
-            return _gathered(partial(kernels, "grouped_swiglu", complete=how.peers == 1), how, *args)
+            run = partial(kernels, "grouped_swiglu", complete=how.peers == 1)
+            return _gathered(run, how, *args)
         args = args[:4]
         if comm == "all_to_all":
             y, sent = all_to_all(*args, kernels=kernels, size=round_size(cfg, layout, n, how.peers))
@@ -109,27 +113,37 @@ def decode_experts(
     kernels: Kernels,
     layout: Layout,
 ) -> Float[Array, "n D"]:
-    """Run `ops.dispatch.decode_experts` on the mesh of the context: each device reads only experts that it holds."""
-
-    return _on_shards(partial(_gathered, partial(kernels, "decode_experts")), layout, x, expert_ids, gates, experts)[0]
+    """Run `ops.dispatch.decode_experts` on the mesh; a device reads only experts that it holds."""
+    meet = partial(_gathered, partial(kernels, "decode_experts"))
+    return _on_shards(meet, layout, x, expert_ids, gates, experts)[0]
 
 
 def _on_shards(
-    meet: Callable, layout: Layout, x: Array, ids: Array, gates: Array, experts: Experts, turn: bool = False
+    meet: Callable,
+    layout: Layout,
+    x: Array,
+    ids: Array,
+    gates: Array,
+    experts: Experts,
+    turn: bool = False,
 ):
-    """Call `meet(how, x, ids, gates, experts)` on each device: its tokens, its experts with their complete width D.
+    """Call `meet(how, x, ids, gates, experts)` on each device, whose experts have all of D.
 
     Args: turn: gathered experts go along transposed as well.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = row_axes(x.shape[0])
-    specs = tuple(spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True))
+    specs = tuple(
+        spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True)
+    )
     how = Sharded(rows, specs, mesh.shape["expert"])
 
     def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
         gathered = ()
         if how.gathered:
-            gathered = (_gather(jax.lax.stop_gradient(experts), how, x.dtype, (0, 2, 1)),) if turn else ()
+            gathered = (
+                (_gather(jax.lax.stop_gradient(experts), how, x.dtype, (0, 2, 1)),) if turn else ()
+            )
             experts = _gather(experts, how, x.dtype)
         # All of one type, so that the gradients of experts are summed over devices here, once.
         experts = tuple(as_varying(w, x) for w in experts)
@@ -141,16 +155,30 @@ def _on_shards(
     return jax.shard_map(local, in_specs=in_specs, out_specs=(tokens, P()))(x, ids, gates, experts)
 
 
-def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, experts: Experts, turned: Any = None):
+def _gathered(
+    run: Callable,
+    how: Sharded,
+    x: Array,
+    ids: Array,
+    gates: Array,
+    experts: Experts,
+    turned: Any = None,
+):
     """(y of this device's tokens, copies of a token sent), by `run` on the tokens of all peers."""
     shared = how.peers > 1
     sent = 0.0
     if shared and "expert" in how.rows:
-        x, ids, gates = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, ids, gates))
+        x, ids, gates = (
+            jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, ids, gates)
+        )
         sent = how.peers - 1.0
     if shared:
         ids, gates = to_local_ids(ids, gates, experts[0].shape[0])
-    y = run(x, ids, gates, *experts) if turned is None else run(x, ids, gates, *experts, turned=turned)
+    y = (
+        run(x, ids, gates, *experts)
+        if turned is None
+        else run(x, ids, gates, *experts, turned=turned)
+    )
     if how.hidden:
         y = jax.lax.psum(y, "tensor")
     if shared and "expert" in how.rows:
@@ -160,12 +188,20 @@ def _gathered(run: Callable, how: Sharded, x: Array, ids: Array, gates: Array, e
     return y, jnp.asarray(sent, jnp.float32)
 
 
-def _gather(experts: tuple[Array, ...], how: Sharded, dtype: Any, order: Any = (0, 1, 2)) -> tuple[Array, ...]:
+def _gather(
+    experts: tuple[Array, ...], how: Sharded, dtype: Any, order: Any = (0, 1, 2)
+) -> tuple[Array, ...]:
     """The experts [E, …] cast, their axes in that order, and gathered along "data"."""
     # If "data" does not shard the tokens, its devices all do the same with them, and JAX must know.
     to = "varying" if "data" in how.rows else "invarying"
     return tuple(
-        jax.lax.all_gather(w.astype(dtype).transpose(order), "data", axis=order[_along_data(of)[0]], tiled=True, to=to)
+        jax.lax.all_gather(
+            w.astype(dtype).transpose(order),
+            "data",
+            axis=order[_along_data(of)[0]],
+            tiled=True,
+            to=to,
+        )
         for of, w in zip(how.experts, experts, strict=True)
     )
 

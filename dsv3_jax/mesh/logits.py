@@ -8,8 +8,10 @@ from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 from dsv3_jax.ops.verify_drafts import Drafts, probabilities
 
 
-def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple[Float[Array, "B *F W"], Sampling]:
-    """Apply temperature, top-k and top-p to logits; on a mesh each device to its own rows of complete vocabulary.
+def process_by_rows(
+    logits: Float[Array, "B *F W"], sampling: Sampling
+) -> tuple[Float[Array, "B *F W"], Sampling]:
+    """Apply temperature, top-k and top-p to logits; each device of a mesh takes its own rows.
 
     Otherwise the compiler would gather all rows for a `top_k`.
     Returns: (logits, sharded by rows; the sampling that is left to do).
@@ -22,11 +24,13 @@ def process_by_rows(logits: Float[Array, "B *F W"], sampling: Sampling) -> tuple
         (Array([[ True, False, False]], dtype=bool), 1.0)
     """
     middle = (None,) * (logits.ndim - 2)
-    # Sharded as the unembedding at first: otherwise the compiler gathers its matrix, not the logits.
+    # Sharded as the unembedding at first: else the compiler gathers its matrix, not the logits.
     logits = constrain(constrain(logits, "batch", *middle, "vocab"), "batch", *middle, None)
     if sampling.temperature == 0.0:
         return logits, sampling
-    _, kept = shard_map_over_batch(lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits)
+    _, kept = shard_map_over_batch(
+        lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits
+    )
     return kept, Sampling(temperature=1.0)
 
 
@@ -44,9 +48,12 @@ def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts
 
 
 def score_by_rows(
-    h: Float[Array, "B S D"], matrix: Float[Array, "D W"], wanted: Int[Array, "B S"], temperature: float = 1.0
+    h: Float[Array, "B S D"],
+    matrix: Float[Array, "D W"],
+    wanted: Int[Array, "B S"],
+    temperature: float = 1.0,
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
-    """`ops.cross_entropy.token_scores`: nats of the wanted tokens, and the likeliest ones; each device its own rows.
+    """Compute `ops.cross_entropy.token_scores`; each device of a mesh takes its own rows.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,7 +63,9 @@ def score_by_rows(
     """
 
     def score(matrix, h, wanted):
-        found = token_scores(h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), temperature=temperature)
+        found = token_scores(
+            h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), temperature=temperature
+        )
         return (), tuple(x.reshape(wanted.shape) for x in found)
 
     return shard_map_over_batch(score, (matrix,), h, wanted)[1]

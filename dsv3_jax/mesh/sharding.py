@@ -1,10 +1,10 @@
 """The device mesh, and where on it each array is.
 
-A mesh has three axes. The axes "data" and "expert" both shard the batch, by rows. The axis "expert" also shards the
-routed experts, and "tensor" shards heads, hidden widths and the vocabulary. An axis may have size 1. RULES is the one
-table that says which axis of an array each of them shards. Parameters carry the names of their axes
-(`model.layers.param`), and activations are named where they are constrained (`constrain`). An axis that does not divide
-evenly is replicated.
+A mesh has three axes. The axes "data" and "expert" both shard the batch, by rows. The axis "expert"
+also shards the routed experts, and "tensor" shards heads, hidden widths and the vocabulary. An axis
+may have size 1. RULES is the one table that says which axis of an array each of them shards.
+Parameters carry the names of their axes (`model.layers.param`), and activations are named where
+they are constrained (`constrain`). An axis that does not divide evenly is replicated.
 
 `jax.set_mesh` sets the mesh in use; without one everything is on a single device.
 """
@@ -32,10 +32,12 @@ from dsv3_jax.config import ConfigError, Layout, ModelConfig, RunConfig
 AXES = ("data", "expert", "tensor")
 MOST_DEVICES = 65536  # of a mesh: more is a typing error, and JAX would try to make them
 ROWS = ("data", "expert")  # axes that shard the batch
-# Off by default. With `ragged_all_to_all` it has given wrong gradients (marin-community/marin#8077).
-LATENCY_HIDING = re.compile(r"xla_gpu_enable_latency_hiding_scheduler(=true|=1|\s|$)", re.IGNORECASE)
+# Off by default. With `ragged_all_to_all` gradients have been wrong (marin-community/marin#8077).
+LATENCY_HIDING = re.compile(
+    r"xla_gpu_enable_latency_hiding_scheduler(=true|=1|\s|$)", re.IGNORECASE
+)
 
-# Mesh axes that shard an array's axis of that name, outermost first; an axis without a name is replicated.
+# Mesh axes that shard an array's axis of that name, outermost first; nameless ones are replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ROWS,
     "expert": ("expert",),
@@ -43,16 +45,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "hidden": ("tensor",),
     "vocab": ("tensor",),
 }
-# `Layout.fsdp` adds these for weights, and for all that is sharded like them; they are gathered for use. Experts are
-# sharded by number where "data" divides it: what is gathered then lies in memory as it is used.
+# `Layout.fsdp` adds these for weights, and for all that is sharded like them; they are gathered for
+# use. Experts are sharded by number where "data" divides it: they then lie in memory as in use.
 FSDP_RULES = RULES | {"expert": ("expert", "data"), "dim": ("data",), "latent": ("data",)}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=2,expert=4` as {"data": 2, "expert": 4, "tensor": 1}; an axis that is not named has size 1.
+    """Read `data=2,expert=4` as {"data": 2, "expert": 4, "tensor": 1}; an absent axis has size 1.
 
-    Raises: ConfigError for other axes, one that is named twice, sizes that are not positive whole numbers, or more
-        than MOST_DEVICES devices in all.
+    Raises: ConfigError for other axes, one that is named twice, sizes that are not positive whole
+        numbers, or more than MOST_DEVICES devices in all.
 
     >>> parse_mesh("data=2,expert=4")
     {'data': 2, 'expert': 4, 'tensor': 1}
@@ -61,7 +63,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
         if not found or found[1] not in AXES:
-            raise ConfigError(f"mesh={text!r} is not of the form {','.join(f'{a}=N' for a in AXES)}")
+            raise ConfigError(
+                f"mesh={text!r} is not of the form {','.join(f'{a}=N' for a in AXES)}"
+            )
         if found[1] in sizes:
             raise ConfigError(f"mesh={text!r} names {found[1]} twice")
         sizes[found[1]] = int(found[2])
@@ -73,7 +77,8 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     """Make a mesh of data × expert × tensor devices of all processes.
 
-    Raises: ConfigError if there are fewer devices, or several slices that the mesh does not divide evenly over.
+    Raises: ConfigError if there are fewer devices, or several slices that the mesh does not divide
+        evenly over.
 
     Example:
         >>> make_mesh(data=1).axis_names
@@ -82,8 +87,8 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     count = data * expert * tensor
     if count > jax.device_count():
         raise ConfigError(
-            f"mesh data={data},expert={expert},tensor={tensor} needs {count} devices, and there are "
-            f"{jax.device_count()} here"
+            f"mesh data={data},expert={expert},tensor={tensor} needs {count} devices, "
+            f"and there are {jax.device_count()} here"
         )
     sizes = (data, expert, tensor)
     kinds = (AxisType.Auto,) * len(AXES)
@@ -93,15 +98,19 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
         return Mesh(_over_slices(sizes, devices, slices), AXES, axis_types=kinds)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    except NotImplementedError:  # a TPU's torus has no axes of these sizes: one of its axes is split
+    except NotImplementedError:
+        # A TPU's torus has no axes of these sizes: one of its axes is split.
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(array, AXES, axis_types=kinds)
 
 
-def _over_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: Counter[int]) -> np.ndarray:
-    """Arrange devices of several slices: nodes of GPUs, or TPU pods. The network between slices is the slower one.
+def _over_slices(
+    sizes: tuple[int, ...], devices: Sequence[Any], slices: Counter[int]
+) -> np.ndarray:
+    """Arrange devices of several slices, nodes of GPUs or TPU pods, with slower networks between.
 
-    Slices are counted along "data", and along "expert" and "tensor" only as far as "data" is not divisible by them.
+    Slices are counted along "data", and along "expert" and "tensor" only as far as "data" is not
+    divisible by them.
 
     Args: slices: the number of devices by slice.
     """
@@ -114,10 +123,13 @@ def _over_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: Counter
         mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         counts = " + ".join(map(str, slices.values()))
         raise ConfigError(
-            f"mesh {mesh} does not divide evenly over {len(slices)} slices (nodes or pods) of {counts} devices"
+            f"mesh {mesh} does not divide evenly over {len(slices)} slices (nodes or pods) of "
+            f"{counts} devices"
         )
     inside = [size // number for size, number in zip(sizes, over, strict=True)]
-    return mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, over, devices, allow_split_physical_axes=True
+    )
 
 
 def format_mesh(mesh: Mesh | AbstractMesh) -> str:
@@ -141,21 +153,26 @@ def check(mesh: Mesh, run: RunConfig) -> None:
     """
     rows = run.data.batch_size // run.optim.microbatches
     if rows % math.prod(mesh.shape[axis] for axis in ROWS):
-        raise ConfigError(f"batch_size/microbatches={rows} rows are not divisible by mesh {format_mesh(mesh)}")
+        raise ConfigError(
+            f"batch_size/microbatches={rows} rows are not divisible by mesh {format_mesh(mesh)}"
+        )
     check_model(mesh, run.model, run.execution.layout)
 
 
 def check_model(mesh: Mesh, cfg: ModelConfig, layout: Layout) -> None:
     """Check that a model fits the mesh.
 
-    Raises: ConfigError if its experts or heads cannot be sharded evenly, or its devices lack what the layout needs.
+    Raises: ConfigError if its experts or heads cannot be sharded evenly, or its devices lack what
+        the layout needs.
 
     Example:
         >>> from dsv3_jax.presets import preset
         >>> check_model(make_mesh(), preset("tiny"), Layout())  # one device fits every model
     """
     if cfg.num_experts % mesh.shape["expert"]:
-        raise ConfigError(f"num_experts={cfg.num_experts} is not divisible by mesh {format_mesh(mesh)}")
+        raise ConfigError(
+            f"num_experts={cfg.num_experts} is not divisible by mesh {format_mesh(mesh)}"
+        )
     if cfg.num_heads % mesh.shape["tensor"]:
         raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {format_mesh(mesh)}")
     if layout.expert_comm == "ragged" and mesh.shape["expert"] > 1:
@@ -163,7 +180,9 @@ def check_model(mesh: Mesh, cfg: ModelConfig, layout: Layout) -> None:
         if mesh.devices.flat[0].platform == "cpu":
             reason = "is not supported on cpu: JAX lacks it there"
         if LATENCY_HIDING.search(os.environ.get("XLA_FLAGS", "")):
-            reason = "is not checked beside XLA's latency-hiding scheduler, which XLA_FLAGS turns on"
+            reason = (
+                "is not checked beside XLA's latency-hiding scheduler, which XLA_FLAGS turns on"
+            )
         if reason:
             raise ConfigError(f"layout.expert_comm='ragged' {reason}; use 'all_to_all'")
 
@@ -181,7 +200,10 @@ def mesh_of(state: Any) -> Mesh | None:
         mesh = getattr(x.sharding, "mesh", None)
         if isinstance(mesh, Mesh) and mesh.size > 1:
             if mesh.axis_names != AXES:
-                raise ValueError(f"mesh axes={mesh.axis_names} of the arrays are not {AXES}; use sharding.make_mesh")
+                raise ValueError(
+                    f"mesh axes={mesh.axis_names} of the arrays are not {AXES}; "
+                    "use sharding.make_mesh"
+                )
             return mesh
     return None
 
@@ -208,18 +230,27 @@ def on_mesh() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and mesh.axis_names != AXES:
-        raise ConfigError(f"mesh axes={mesh.axis_names} are not {AXES}; use sharding.make_mesh, or sizes of 1")
+        raise ConfigError(
+            f"mesh axes={mesh.axis_names} are not {AXES}; use sharding.make_mesh, or sizes of 1"
+        )
     return not mesh.empty and mesh.size > 1
 
 
-def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> P:
-    """How an array is sharded. `names` belong to its last axes; axes before them, as a stack's layers, are not sharded.
+def spec(
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    *,
+    fsdp: bool = False,
+) -> P:
+    """How an array is sharded: `names` belong to its last axes; axes before them are not sharded.
 
     An axis of the mesh shards the first axis of the array that it can.
 
     Example:
         >>> mesh, names = AbstractMesh((2, 4, 1), AXES), ("expert", "dim", "hidden")
-        >>> spec(names, (58, 256, 7168, 2048), mesh, fsdp=True), spec(names, (58, 4, 7168, 2048), mesh, fsdp=True)
+        >>> many, few = (58, 256, 7168, 2048), (58, 4, 7168, 2048)
+        >>> spec(names, many, mesh, fsdp=True), spec(names, few, mesh, fsdp=True)
         (P(None, ('expert', 'data'), None, None), P(None, 'expert', 'data', None))
     """
     leading = len(shape) - len(names)
@@ -237,13 +268,15 @@ def row_axes(rows: int) -> tuple[str, ...]:
 
     Example:
         >>> with jax.sharding.use_abstract_mesh(AbstractMesh((2, 4, 1), AXES)):
-        ...     row_axes(16), row_axes(6), row_axes(5)  # 6 rows are not divisible by 2 · 4, and 5 not by 2
+        ...     row_axes(16), row_axes(6), row_axes(5)  # 6 is not divisible by 2 · 4, 5 not by 2
         (('data', 'expert'), ('data',), ())
     """
     return _mesh_axes("batch", rows, jax.sharding.get_abstract_mesh())
 
 
-def _mesh_axes(name: str | None, size: int, mesh: Mesh | AbstractMesh, fsdp: bool = False) -> tuple[str, ...]:
+def _mesh_axes(
+    name: str | None, size: int, mesh: Mesh | AbstractMesh, fsdp: bool = False
+) -> tuple[str, ...]:
     """The mesh axes for a name, as many as divide `size` evenly; axes of size 1 are left out."""
     axes: tuple[str, ...] = ()
     for axis in (FSDP_RULES if fsdp else RULES).get(name or "", ()):
@@ -299,7 +332,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Constrain an activation to the shards that its axes' names say; no change without a mesh. Under `jax.jit`.
+    """Shard an activation as its axes' names say; no change without a mesh. Under `jax.jit`.
 
     Example:
         >>> x = jnp.ones((4, 3))
@@ -308,7 +341,9 @@ def constrain(x: Array, *names: str | None) -> Array:
     """
     if not on_mesh():
         return x
-    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, jax.sharding.get_abstract_mesh()))
+    return jax.lax.with_sharding_constraint(
+        x, spec(names, x.shape, jax.sharding.get_abstract_mesh())
+    )
 
 
 def constrain_state(state, *, fsdp: bool = False):
@@ -320,14 +355,15 @@ def constrain_state(state, *, fsdp: bool = False):
 
 
 def unshard_weights(v, *, fsdp: bool, dtype: Any):
-    """Gather weights (variables in any structure) along "data" for use, if fsdp shards them. Under `jax.jit`.
+    """Gather weights, in any structure, along "data" if fsdp shards them. Under `jax.jit`.
 
     Routed experts stay sharded: `expert_parallel` gathers them.
 
-    They are cast to `dtype` first, except those that `model.layers.param` marks as exact. Their gradients are summed
-    along "data" and sharded again in that dtype, then cast back: a bfloat16 run sums them in bfloat16. No device ever
-    holds all of the layers' gradients. It does hold for the embedding and the head: `shard_map_over_batch` takes
-    these tables unsharded and sums their gradients unsharded.
+    They are cast to `dtype` first, except those that `model.layers.param` marks as exact. Their
+    gradients are summed along "data" and sharded again in that dtype, then cast back: a bfloat16
+    run sums them in bfloat16. No device ever holds all of the layers' gradients. It does hold for
+    the embedding and the head: `shard_map_over_batch` takes these tables unsharded and sums their
+    gradients unsharded.
     """
     if not fsdp or not on_mesh():
         return v
@@ -342,7 +378,9 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
         def of(x):
             used = spec(names, x.shape, mesh)
             kept = spec(names, x.shape, mesh, fsdp=True)
-            return x if used == kept else _gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
+            if used == kept:
+                return x
+            return _gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
 
         return jax.tree.map(of, v)
 
@@ -367,15 +405,17 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
-    """Call `f(*replicated, *batched)` with each device on its own rows of the batched arrays; without a mesh, once.
+    """Call `f(*replicated, *batched)` on each device's rows of the batched; once without a mesh.
 
-    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The function f returns
-    (sums, rows): arrays that are summed over devices, and arrays that are sharded as the batched ones.
+    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The
+    function f returns (sums, rows): arrays that are summed over devices, and arrays that are
+    sharded as the batched ones.
 
     Example:
         >>> def scaled(w, x):
         ...     return x.sum(), w * x
-        >>> shard_map_over_batch(scaled, (jnp.float32(2),), jnp.array([1.0, 3.0]))  # the same on a mesh
+        >>> x = jnp.array([1.0, 3.0])
+        >>> shard_map_over_batch(scaled, (jnp.float32(2),), x)  # the same on a mesh
         (Array(4., dtype=float32), Array([2., 6.], dtype=float32))
     """
     axes = row_axes(jax.tree.leaves(batched)[0].shape[0]) if on_mesh() else ()
@@ -387,37 +427,45 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
 
     specs = (*(P() for _ in replicated), *(P(axes) for _ in batched))
-    return jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))(*replicated, *batched)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))
+    return mapped(*replicated, *batched)
 
 
 def shards_alike(names: Sequence[str | None], *shapes: Sequence[int]) -> bool:
-    """Whether arrays of these shapes and axis names are sharded along the same axes; without a mesh, they are."""
+    """Whether these shapes are sharded along the same axes; without a mesh, they are."""
     mesh = jax.sharding.get_abstract_mesh()
     return not on_mesh() or len({spec(names, shape, mesh) for shape in shapes}) == 1
 
 
 def shard_map_by_names(
-    f: Callable, names: Sequence[Sequence[str | None]], like: Sequence[int], *args: Any, has_kernel: bool = False
+    f: Callable,
+    names: Sequence[Sequence[str | None]],
+    like: Sequence[int],
+    *args: Any,
+    has_kernel: bool = False,
 ) -> Any:
     """Call `f(*args)` with each device on its own shard of every argument; without a mesh, once.
 
     Args:
         names: of each argument's last axes, by which it is sharded; the same for all its arrays.
-        like: f returns a tuple of so many results, which are sharded as the arguments of these indices.
-        has_kernel: f may call a Pallas kernel of a library. JAX cannot check along which axes its results differ, so
-            the check is left out. Therefore f must have no collectives, and an axis that does not shard a result may
-            shard no argument.
+        like: f returns a tuple of so many results, which are sharded as the arguments of these
+            indices.
+        has_kernel: f may call a Pallas kernel of a library. JAX cannot check along which axes its
+            results differ, so the check is left out. Therefore f must have no collectives, and an
+            axis that does not shard a result may shard no argument.
 
     Example:
         >>> rows = ("batch",)  # both arguments are sharded by rows, and the result as argument 0 is
-        >>> shard_map_by_names(lambda x, y: (x + y,), (rows, rows), (0,), jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+        >>> x, y = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+        >>> shard_map_by_names(lambda x, y: (x + y,), (rows, rows), (0,), x, y)
         (Array([4., 6.], dtype=float32),)
     """
     if not on_mesh():
         return f(*args)
     mesh = jax.sharding.get_abstract_mesh()
     specs = tuple(
-        jax.tree.map(lambda x, of=of: spec(of, x.shape, mesh), arg) for of, arg in zip(names, args, strict=True)
+        jax.tree.map(lambda x, of=of: spec(of, x.shape, mesh), arg)
+        for of, arg in zip(names, args, strict=True)
     )
     out_specs = tuple(specs[i] for i in like)
     return jax.shard_map(f, in_specs=specs, out_specs=out_specs, check_vma=not has_kernel)(*args)

@@ -1,13 +1,13 @@
 """Tokens to the devices that hold their experts, and sums back: a token goes only where it must.
 
-P devices along the mesh axis "expert" hold E/P experts each, and n tokens each. A token goes to a device at most once,
-however many of its K experts are there: that device adds its experts' weighted outputs, and one sum returns. With
-node-limited routing these are few devices; see `mean_reach`.
+P devices along the mesh axis "expert" hold E/P experts each, and n tokens each. A token goes to a
+device at most once, however many of its K experts are there: that device adds its experts' weighted
+outputs, and one sum returns. With node-limited routing these are few devices; see `mean_reach`.
 
-`all_to_all` has static shapes: it sends tokens in rounds, until all are sent. A round has slots for so many tokens of
-each peer, and rows for so many of their choices. Even load takes one round, uneven load further ones, which are
-smaller, and no token is ever dropped. `ragged` sends exactly the tokens that there are, by the hardware's own
-collective.
+`all_to_all` has static shapes: it sends tokens in rounds, until all are sent. A round has slots for
+so many tokens of each peer, and rows for so many of their choices. Even load takes one round,
+uneven load further ones, which are smaller, and no token is ever dropped. `ragged` sends exactly
+the tokens that there are, by the hardware's own collective.
 
 This file and expert_parallel.py are the only ones with hand-written collectives.
 """
@@ -30,10 +30,10 @@ from dsv3_jax.ops.varying import varying, zeros
 
 
 def mean_reach(cfg: ModelConfig, peers: int) -> float:
-    """Devices among `peers` that hold a token's experts, on average over all choices that the router can make.
+    """Devices among `peers` that hold a token's experts, on average over all possible choices.
 
-    A token chooses g of G groups, and K of the experts in these. A device holds E/P experts, or E/G of each of several
-    groups. If devices and groups do not divide one another, groups are ignored.
+    A token chooses g of G groups, and K of the experts in these. A device holds E/P experts, or E/G
+    of each of several groups. If devices and groups do not divide one another, groups are ignored.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -49,25 +49,28 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
     each = cfg.num_experts // max(peers, num_groups)
     # Choices that miss a device, with j of its groups among the chosen ones.
     missed = sum(
-        math.comb(on_device, j) * math.comb(num_groups - on_device, groups - j) * math.comb(pool - j * each, k)
+        math.comb(on_device, j)
+        * math.comb(num_groups - on_device, groups - j)
+        * math.comb(pool - j * each, k)
         for j in range(min(on_device, groups) + 1)
     )
     return peers * (1 - missed / (math.comb(num_groups, groups) * math.comb(pool, k)))
 
 
 class Size(NamedTuple):
-    """Of a round: how many tokens a device may send to each peer, and how many choices these may have there."""
+    """Of a round: how many tokens a device may send to a peer, and how many choices of them."""
 
     tokens: int
     choices: int
 
 
 def round_size(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> Size:
-    """The first round's size: what even load needs times the slack, and no more than a device can need.
+    """The first round's size: what even load needs times the slack, at most what a device can need.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> round_size(preset("v3"), Layout(capacity_slack=1.0), tokens=1000, peers=8)  # 1000 · 3.63 / 8, 1000 · 8 / 8
+        >>> layout = Layout(capacity_slack=1.0)
+        >>> round_size(preset("v3"), layout, tokens=1000, peers=8)  # 1000 · 3.63 / 8, 1000 · 8 / 8
         Size(tokens=454, choices=1000)
     """
     share = layout.capacity_slack * tokens / peers
@@ -82,7 +85,7 @@ def most_choices(num_choices: int, held: int) -> int:
 
 
 def later_size(size: Size, most: int) -> Size:
-    """The size of each round after the first, for the little that is left: a quarter, and `most` choices at least.
+    """The size of each later round, for the little that is left: a quarter, or `most` choices.
 
     Example:
         >>> later_size(Size(454, 1000), most=8)
@@ -95,7 +98,8 @@ def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
     """Bytes a token that one layer's forward pass sends, there and back.
 
     Args:
-        tokens_sent: copies of a token that go to other devices: a row there, with ids and gates, and a row back.
+        tokens_sent: copies of a token that go to other devices: a row there, with ids and gates,
+            and a row back.
         itemsize: bytes of a number of the compute dtype.
 
     Example:
@@ -110,7 +114,7 @@ def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
 
 
 class PeerTable(NamedTuple):
-    """Which device each choice of a token is on, and for each device how many tokens and choices go there so far."""
+    """Which device each choice is on, and how many tokens and choices go to each so far."""
 
     peer: Array  # int32 [n, K]
     first: Array  # bool [n, K]: no earlier choice of the token is on the same device
@@ -123,26 +127,31 @@ def peer_table(expert_ids: Int[Array, "n K"], held: int, peers: int) -> PeerTabl
     """List where this device's tokens go, if each device holds `held` experts.
 
     Example:
-        >>> table = peer_table(jnp.array([[0, 1], [0, 2]]), held=2, peers=2)  # the first device has experts 0 and 1
+        >>> expert_ids = jnp.array([[0, 1], [0, 2]])  # the first device has experts 0 and 1
+        >>> table = peer_table(expert_ids, held=2, peers=2)
         >>> table.choices_so_far.tolist(), table.first.tolist()
         ([[2, 0], [3, 1]], [[True, False], [True, True]])
     """
     peer = expert_ids // held
     choices = jax.nn.one_hot(peer, peers, dtype=jnp.int32).sum(axis=1)
     again = jnp.tril(peer[:, :, None] == peer[:, None, :], -1).any(axis=-1)
-    tokens_so_far, choices_so_far = (jnp.cumsum(a, axis=0, dtype=jnp.int32) for a in (jnp.minimum(choices, 1), choices))
+    tokens_so_far, choices_so_far = (
+        jnp.cumsum(a, axis=0, dtype=jnp.int32) for a in (jnp.minimum(choices, 1), choices)
+    )
     return PeerTable(peer, ~again, choices, tokens_so_far, choices_so_far)
 
 
-# How many tokens, and choices of theirs, earlier rounds have sent to each device: int32 [1, P] each.
+# How many tokens, and choices of theirs, earlier rounds have sent to each device: int32 [1, P].
 Start = tuple[Array, Array]
 
 
 def _in_round(table: PeerTable, start: Start, size: Size) -> tuple[Array, Start]:
-    """(Which token a round sends to which device [n, P], the next round's start): the next ones in order that fit."""
+    """(Which token a round sends where [n, P], the next round's start): the next that fit."""
     token, choice = table.tokens_so_far - start[0], table.choices_so_far - start[1]
     now = (table.choices > 0) & (token > 0) & (token <= size.tokens) & (choice <= size.choices)
-    sent = (jnp.where(now, a, 0).sum(axis=0, dtype=jnp.int32, keepdims=True) for a in (1, table.choices))
+    sent = (
+        jnp.where(now, a, 0).sum(axis=0, dtype=jnp.int32, keepdims=True) for a in (1, table.choices)
+    )
     return now, jax.tree.map(jnp.add, start, tuple(sent))
 
 
@@ -162,7 +171,8 @@ class SendBuffer(NamedTuple):
     """Which token is in each of S slots, and which slot each choice of a token has."""
 
     token: Array  # int32 [S]: n if the slot is empty
-    slot: Array  # int32 [n, K]: S for a choice without one: an earlier choice's serves it, or another round's
+    # int32 [n, K]: S for a choice without one: an earlier choice's serves it, or another round's
+    slot: Array
 
 
 def _send_buffer(slot: Array, size: int) -> SendBuffer:
@@ -185,7 +195,8 @@ def to_slots(x: Array, buffer: SendBuffer) -> Array:
     """[n, …] to [S, …]: each slot's token, zeros if it is empty.
 
     Example:
-        >>> buffer = SendBuffer(token=jnp.array([1, 0, 2]), slot=jnp.array([[1], [0]]))  # 2: an empty slot
+        >>> token = jnp.array([1, 0, 2])  # 2: an empty slot
+        >>> buffer = SendBuffer(token, slot=jnp.array([[1], [0]]))
         >>> to_slots(jnp.array([5.0, 6.0]), buffer)
         Array([6., 5., 0.], dtype=float32)
     """
@@ -197,7 +208,8 @@ def from_slots(rows: Array, buffer: SendBuffer) -> Array:
     """[S, …] to [n, …]: the sum over a token's slots.
 
     Example:
-        >>> buffer = SendBuffer(token=jnp.array([0, 1, 0]), slot=jnp.array([[0, 2], [1, 3]]))  # 3: without a slot
+        >>> slot = jnp.array([[0, 2], [1, 3]])  # 3: without a slot
+        >>> buffer = SendBuffer(token=jnp.array([0, 1, 0]), slot=slot)
         >>> from_slots(jnp.array([7.0, 8.0, 9.0]), buffer)
         Array([16.,  8.], dtype=float32)
     """
@@ -205,32 +217,43 @@ def from_slots(rows: Array, buffer: SendBuffer) -> Array:
     return sum(_fetch(rows, slot[:, k]) for k in range(1, slot.shape[1])) + _fetch(rows, slot[:, 0])
 
 
-to_slots.defvjp(lambda x, buffer: (to_slots(x, buffer), buffer), lambda buffer, d: (from_slots(d, buffer), None))
+to_slots.defvjp(
+    lambda x, buffer: (to_slots(x, buffer), buffer), lambda buffer, d: (from_slots(d, buffer), None)
+)
 from_slots.defvjp(
-    lambda rows, buffer: (from_slots(rows, buffer), buffer), lambda buffer, d: (to_slots(d, buffer), None)
+    lambda rows, buffer: (from_slots(rows, buffer), buffer),
+    lambda buffer, d: (to_slots(d, buffer), None),
 )
 
 
 def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
-    """Choices among this device's experts, counted from 0; others get the id after the last, and gate 0."""
+    """Choices among this device's experts, from 0; others get the id after the last, and gate 0."""
     ids = ids - jax.lax.axis_index("expert").astype(ids.dtype) * held
     here = (ids >= 0) & (ids < held)
     return jnp.where(here, ids, held), jnp.where(here, gates, 0)
 
 
-Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # w_gate, w_up, w_down
+# w_gate, w_up, w_down
+Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 Args = tuple[Array, Array, Array, Experts]  # x, expert_ids, gates and this device's experts
 
 
 def _at_their_experts(
-    args: Args, buffer: SendBuffer, there: Callable, back: Callable, kernels: Kernels, **settings: Any
+    args: Args,
+    buffer: SendBuffer,
+    there: Callable,
+    back: Callable,
+    kernels: Kernels,
+    **settings: Any,
 ) -> Array:
-    """Send the tokens that have a slot to their experts, and the sums back. Args: settings: of `grouped_swiglu`."""
+    """Send tokens with a slot to their experts, and sums back; settings: of `grouped_swiglu`."""
     x, ids, gates, experts = args
     rows, row_gates = there(to_slots(x, buffer)), there(to_slots(gates, buffer))
-    row_ids = there(_fetch(ids + 1, buffer.token)) - 1  # an empty slot has the expert -1, which no device holds
+    # an empty slot has the expert -1, which no device holds
+    row_ids = there(_fetch(ids + 1, buffer.token)) - 1
     row_ids, row_gates = to_local_ids(row_ids, row_gates, experts[0].shape[0])
-    return from_slots(back(kernels("grouped_swiglu", rows, row_ids, row_gates, *experts, **settings)), buffer)
+    y = kernels("grouped_swiglu", rows, row_ids, row_gates, *experts, **settings)
+    return from_slots(back(y), buffer)
 
 
 # All to all, in rounds
@@ -245,11 +268,12 @@ def all_to_all(
     kernels: Kernels,
     size: Size,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
-    """Run `Kernels.grouped_swiglu` on this device's tokens with all peers' experts, inside `shard_map`.
+    """Run `Kernels.grouped_swiglu` on this device's tokens and all experts, inside `shard_map`.
 
-    A device receives at most `size.choices` choices of each peer, so its arrays have P times as many rows, and not K
-    for each token. All devices go through as many rounds as the one that needs most, along other mesh axes too: a round
-    may hold other collectives. The gradient computes the later rounds again, a loop of unknown length.
+    A device receives at most `size.choices` choices of each peer, so its arrays have P times as
+    many rows, and not K for each token. All devices go through as many rounds as the one that needs
+    most, along other mesh axes too: a round may hold other collectives. The gradient computes the
+    later rounds again, a loop of unknown length.
 
     Args:
         x, gates: vary along every axis along which the experts do, and the experts along theirs.
@@ -272,11 +296,18 @@ def all_to_all(
 def _round(args: Args, table: PeerTable, start: Start, kernels: Kernels, size: Size) -> Array:
     """Send the tokens of a round, and add up what returns."""
     now, _ = _in_round(table, start, size)
-    now, rank = (jnp.take_along_axis(a, table.peer, axis=1) for a in (now, table.tokens_so_far - start[0] - 1))
+    now, rank = (
+        jnp.take_along_axis(a, table.peer, axis=1)
+        for a in (now, table.tokens_so_far - start[0] - 1)
+    )
     slots = start[0].size * size.tokens
-    buffer = _send_buffer(jnp.where(now & table.first, table.peer * size.tokens + rank, slots), slots)
-    across = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
-    return _at_their_experts(args, buffer, across, across, kernels, rows=start[0].size * size.choices)
+    slot = jnp.where(now & table.first, table.peer * size.tokens + rank, slots)
+    buffer = _send_buffer(slot, slots)
+    across = partial(
+        jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True
+    )
+    rows = start[0].size * size.choices
+    return _at_their_experts(args, buffer, across, across, kernels, rows=rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -294,7 +325,8 @@ def _rounds_fwd(kernels, sizes, x, gates, experts, which):
         return y + _round((x, ids, gates, experts), table, start, kernels, sizes[1])
 
     y, pull_back = jax.vjp(first, x, gates, experts)
-    return _later_rounds(later, y, table, start, rounds, sizes[1]), (pull_back, x, gates, experts, which)
+    y = _later_rounds(later, y, table, start, rounds, sizes[1])
+    return y, (pull_back, x, gates, experts, which)
 
 
 def _rounds_bwd(kernels, sizes, saved, dy):
@@ -312,10 +344,13 @@ def _rounds_bwd(kernels, sizes, saved, dy):
 _rounds.defvjp(_rounds_fwd, _rounds_bwd)
 
 
-def _later_rounds(add: Callable, total: Any, table: PeerTable, start: Start, rounds: Array, size: Size) -> Any:
+def _later_rounds(
+    add: Callable, total: Any, table: PeerTable, start: Start, rounds: Array, size: Size
+) -> Any:
     """Call `total = add(total, start)` in each round after the first.
 
-    Experts of another dtype are cast in each round: kept casts would be half of the program's temporary memory.
+    Experts of another dtype are cast in each round: kept casts would be half of the program's
+    temporary memory.
     """
 
     def one(_, carry):
@@ -328,8 +363,8 @@ def _later_rounds(add: Callable, total: Any, table: PeerTable, start: Start, rou
 # Ragged
 
 
-# One way, int32 [P] each: where the rows for a peer start here, how many they are, where they land there, and how many
-# rows come from it. See `jax.lax.ragged_all_to_all`.
+# One way, int32 [P] each: where the rows for a peer start here, how many they are, where they land
+# there, and how many rows come from it. See `jax.lax.ragged_all_to_all`.
 Way = tuple[Array, Array, Array, Array]
 
 
@@ -374,11 +409,16 @@ def ragged(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _exchange(received: int, size: int, rows: Array, there: Way, home: Way) -> Array:
-    """[size, …] here to [received, …] there, zeros where nothing lands; `home` is the way back, and the gradient's."""
-    return jax.lax.ragged_all_to_all(rows, zeros((received, *rows.shape[1:]), rows), *there, axis_name="expert")
+    """[size, …] here to [received, …] there, zeros elsewhere; `home` is the way of the gradient."""
+    return jax.lax.ragged_all_to_all(
+        rows, zeros((received, *rows.shape[1:]), rows), *there, axis_name="expert"
+    )
 
 
 _exchange.defvjp(
-    lambda received, size, rows, there, home: (_exchange(received, size, rows, there, home), (there, home)),
+    lambda received, size, rows, there, home: (
+        _exchange(received, size, rows, there, home),
+        (there, home),
+    ),
     lambda received, size, ways, d: (_exchange(size, received, d, ways[1], ways[0]), None, None),
 )

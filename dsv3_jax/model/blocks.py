@@ -23,7 +23,7 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> LayerResult:
-        """Training, prefill or decoding, by the context. Returns (x, the context for the next layer, metrics)."""
+        """Train, prefill or decode, by the context. Returns (x, the next context, metrics)."""
         y, ctx, of_attention = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
         y, metrics = self.feed_forward(self.ffn_norm(x), ctx)
@@ -41,7 +41,9 @@ class DenseBlock(Block):
         >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
         >>> cfg, kernels = preset("tiny"), prepare()
-        >>> block = nnx.eval_shape(lambda: DenseBlock(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> def make():
+        ...     return DenseBlock(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        >>> block = nnx.eval_shape(make)
         >>> block.ffn.w_gate.shape
         (128, 352)
     """
@@ -55,13 +57,15 @@ class DenseBlock(Block):
 
 
 class SparseBlock(Block):
-    """A block with a mixture of experts. The router's decisions are among its metrics, as "routing".
+    """A block with a mixture of experts. The router's decisions are its metric "routing".
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
         >>> cfg, kernels = preset("tiny"), prepare()
-        >>> block = nnx.eval_shape(lambda: SparseBlock(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> def make():
+        ...     return SparseBlock(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        >>> block = nnx.eval_shape(make)
         >>> block.moe.w_router.shape
         (128, 16)
     """

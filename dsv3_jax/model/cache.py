@@ -1,10 +1,11 @@
-"""The cache of decoding: named arrays with a row for each earlier token, as the attention declares them.
+"""The cache of decoding: named arrays of a row for each earlier token, as attention declares them.
 
 latent    MLA's rows, which all heads share: {"latent": c_kv, "k_rope": the rotated key}
-expanded  a key and a value for each key-value head, {"k", "v"}: the cache of MHA, GQA and MQA, and MLA's naive one
+expanded  a key and a value for each key-value head, {"k", "v"}: the cache of MHA, GQA and MQA, and
+          MLA's naive one
 
-The names and widths come from the attention's `cache_rows`; nothing here knows them. Decoding with cache="none" has no
-cache: `decoding/programs.py` recomputes all tokens each step.
+The names and widths come from the attention's `cache_rows`; nothing here knows them. Decoding with
+cache="none" has no cache: `decoding/programs.py` recomputes all tokens each step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ from dsv3_jax.ops.quantize import quantize_rows
 
 CACHE_KINDS: tuple[CacheKind, ...] = ("latent", "expanded")
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
-# How a mesh shards arrays [L, B, G, S, X]: by sequences and by key-value heads. A token's row is written and read on
-# the devices that hold its sequence.
+# How a mesh shards arrays [L, B, G, S, X]: by sequences and by key-value heads. A token's row is
+# written and read on the devices that hold its sequence.
 ROW_AXES = ("batch", "heads", None, None)
 
 
@@ -35,13 +36,15 @@ class Cache:
     """The rows of a batch. Sequence b holds `lengths[b]` tokens; slots beyond are not read.
 
     Example:
-        >>> cache = empty_cache({"k": (2, 48), "v": (2, 32)}, [1], batch=2, capacity=8, dtype="float32")
+        >>> rows = {"k": (2, 48), "v": (2, 32)}
+        >>> cache = empty_cache(rows, [1], batch=2, capacity=8, dtype="float32")
         >>> list(cache.parts[0]), cache.positions(3).tolist()
         (['k', 'v'], [[0, 1, 2], [0, 1, 2]])
     """
 
-    # Not annotated more closely: JAX rebuilds it with shapes and placeholders.
-    parts: Any  # a list of {name: Stored of arrays [L, B, G, S, X]}: one of all layers, or one of 1 layer for each
+    # A list of {name: Stored of arrays [L, B, G, S, X]}: one of all layers, or one of 1 layer for
+    # each. Not annotated more closely: JAX rebuilds it with shapes and placeholders.
+    parts: Any
     lengths: Any  # int32 [B]
 
     @property
@@ -67,12 +70,14 @@ class Cache:
         return replace(self, lengths=lengths)
 
     def place(self, layer: Int[Array, ""] | int) -> tuple[int, Array]:
-        """(The part that holds a layer, the layer's index in it). Only a stack of all takes a traced layer."""
+        """(The part that holds a layer, its index there). Only a stack takes a traced layer."""
         if len(self.parts) == 1:
             return 0, jnp.asarray(layer, jnp.int32)
         return int(layer), jnp.zeros((), jnp.int32)
 
-    def write(self, rows: Mapping[str, Float[Array, "B T _ _"]], layer: Array | int, kernels: Kernels) -> "Cache":
+    def write(
+        self, rows: Mapping[str, Float[Array, "B T _ _"]], layer: Array | int, kernels: Kernels
+    ) -> "Cache":
         """Put T tokens' rows of one layer behind each sequence's own, in place. Lengths stay.
 
         Args: rows: by name; those that the cache does not keep are left out.
@@ -94,13 +99,20 @@ class Cache:
 
         return jax.tree.map(of_layer, self.parts[i])
 
-    def fill(self, rows: Mapping[str, Float[Array, "L B T _ _"]], lengths: Int[Array, " B"]) -> "Cache":
+    def fill(
+        self, rows: Mapping[str, Float[Array, "L B T _ _"]], lengths: Int[Array, " B"]
+    ) -> "Cache":
         """The cache with prompts, whose first `lengths` tokens count."""
-        new = {name: _as_stored(rows[name].swapaxes(2, 3), like) for name, like in self.parts[0].items()}
+        new = {
+            name: _as_stored(rows[name].swapaxes(2, 3), like)
+            for name, like in self.parts[0].items()
+        }
         each = jax.tree.leaves(self.parts[0])[0].shape[0]  # layers of a part
 
         def put(part: Any, first: int) -> Any:
-            return jax.tree.map(lambda old, x: old.at[:, :, :, : x.shape[3]].set(x[first : first + each]), part, new)
+            return jax.tree.map(
+                lambda old, x: old.at[:, :, :, : x.shape[3]].set(x[first : first + each]), part, new
+            )
 
         parts = [put(part, i * each) for i, part in enumerate(self.parts)]
         return keep_sharded(Cache(parts, lengths))
@@ -112,12 +124,14 @@ def empty_cache(
     """An empty cache with `capacity` slots a sequence.
 
     Args:
-        rows: for each array (key-value heads, numbers a row), as an attention's `cache_rows` declares them.
-        sizes: layers of each part. [L] is one stack, for a scan; [1, 1, …] gives each layer its arrays, for layers that
-            are unrolled: they are then read without a copy.
+        rows: for each array (key-value heads, numbers a row), as an attention's `cache_rows`
+            declares them.
+        sizes: layers of each part. [L] is one stack, for a scan; [1, 1, …] gives each layer its
+            arrays, for layers that are unrolled: they are then read without a copy.
 
     Example:
-        >>> cache = empty_cache({"latent": (1, 32), "k_rope": (1, 16)}, [3], batch=2, capacity=8, dtype="int8")
+        >>> rows = {"latent": (1, 32), "k_rope": (1, 16)}
+        >>> cache = empty_cache(rows, [3], batch=2, capacity=8, dtype="int8")
         >>> {name: (x.rows.shape, x.scales.shape) for name, x in cache.parts[0].items()}["k_rope"]
         ((3, 2, 1, 8, 16), (3, 2, 1, 8, 1))
     """
@@ -161,7 +175,9 @@ def pick_kind(cfg: ModelConfig, kind: Any) -> CacheKind:
     if kind not in CACHE_KINDS:
         raise ValueError(f"cache={kind!r} is not one of {', '.join(CACHE_KINDS)}")
     if kind == "latent" and not cfg.has_latent:
-        raise ValueError(f"cache='latent' needs attention='mla', and the model has {cfg.attention!r}")
+        raise ValueError(
+            f"cache='latent' needs attention='mla', and the model has {cfg.attention!r}"
+        )
     return kind
 
 

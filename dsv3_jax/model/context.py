@@ -20,7 +20,8 @@ class Options:
     """Options of a forward pass, fixed when it is traced."""
 
     may_drop: bool = True  # False: decoding, which drops no token, whatever capacity_factor says
-    watch: frozenset[str] = frozenset()  # "max_logit": each head's largest logit; "scores": every expert's
+    # "max_logit": each head's largest logit; "scores": every expert's
+    watch: frozenset[str] = frozenset()
     edit_gates: Callable | None = None  # (layer, expert_ids, gates) → gates, of the trunk
 
 
@@ -35,17 +36,21 @@ class Context(NamedTuple):
 
     cos: Array  # float32 [B, T, R/2]
     sin: Array  # float32 [B, T, R/2]
-    segment_ids: Array | None  # int32 [B, T]: a token sees its own segment only; None means one segment a row
+    # int32 [B, T]: a token sees its own segment only; None means one segment a row
+    segment_ids: Array | None
     mask: Array  # bool [B, T]: tokens that count for load and balance losses
-    layer: Array | int  # int32 []: which layer of the cache; a Python number where layers are unrolled
+    # int32 []: which layer of the cache; a Python number where layers are unrolled
+    layer: Array | int
     cache: Any = None  # Cache of all layers, that holds earlier tokens, or None
     options: Options = Options()
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
-    keys: Array | None = None  # random keys [B], one a row, of the router's noise; None without noise
-    expert_ids: Any = None  # int32 [B, T, K]: experts that take the place of the router's choice; −1 chooses freely
-    # of the layer that has just run without a cache: arrays [B, T, G, X] that a cache may keep, by name
+    # random keys [B], one a row, of the router's noise; None without noise
+    keys: Array | None = None
+    # int32 [B, T, K]: experts that take the place of the router's choice; −1 chooses freely
+    expert_ids: Any = None
+    # of the layer that has just run without a cache: by name, [B, T, G, X] that a cache may keep
     rows: Any = None
-    # int32 [B, T, k]: the tokens that the last indexer chose, for layers that share its choice; None: each chooses
+    # int32 [B, T, k]: the last indexer's choice, for layers that share it; None: each chooses
     chosen: Array | None = None
     # float32 []: of losses that are means over tokens; None: the number of tokens in `mask`
     divisor: Array | None = None
@@ -67,8 +72,9 @@ def make_context(
 ) -> Context:
     """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding.
 
-    Only a router that reads them gets `tokens` [B, T] and `keys` [B]. With `one_document` the segment ids of a row are
-    1, then 0. No token sees the padding after it, so attention needs no segments.
+    Only a router that reads them gets `tokens` [B, T] and `keys` [B]. With `one_document` the
+    segment ids of a row are 1, then 0. No token sees the padding after it, so attention needs no
+    segments.
 
     Example:
         >>> from dsv3_jax.presets import preset

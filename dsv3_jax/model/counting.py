@@ -1,4 +1,4 @@
-"""How large a model is, and what it costs: parameters, FLOPs a token, cache bytes a token. Allocates nothing."""
+"""A model's size and cost: parameters, FLOPs a token, cache bytes a token. Allocates nothing."""
 
 import math
 from dataclasses import dataclass
@@ -19,15 +19,17 @@ class Size:
     """Counts of one model. The multi-token heads are apart, as in the reports' 671B."""
 
     total: int  # parameters without multi-token heads
-    active: int  # of these, what one token is multiplied with (the embedding is looked up, not multiplied)
+    # of these, what one token is multiplied with (the embedding is looked up, not multiplied)
+    active: int
     mtp: int  # parameters of the multi-token heads
     mtp_active: int  # with the shared unembedding, once a head
     parts: dict[str, int]  # total, by kind
-    attention_flops: int  # score and value products of one token over a full context, forward; an indexer's too
+    # score and value products of one token over a full context, forward; an indexer's too
+    attention_flops: int
 
 
 def size(cfg: ModelConfig, context: int | None = None) -> Size:
-    """Count a model's parameters; `context` is the length that attention FLOPs are counted at (default 4,096).
+    """Count a model's parameters; attention FLOPs are of the length `context` (default 4,096).
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -52,6 +54,7 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
     head = cfg.vocab_size * cfg.dim * cfg.mtp_depth
     qk = cfg.nope_head_dim + cfg.rope_head_dim
     v = cfg.v_head_dim
+    products = 2 * cfg.num_layers * cfg.num_heads * (qk + v) * attended(cfg, context)
     scored = 2 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
     return Size(
         total=counted["trunk"],
@@ -59,7 +62,7 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
         mtp=counted["mtp"],
         mtp_active=round(counted["mtp"] - routed["mtp"] * idle + head),
         parts=parts,
-        attention_flops=2 * cfg.num_layers * cfg.num_heads * (qk + v) * attended(cfg, context) + scored,
+        attention_flops=products + scored,
     )
 
 
@@ -75,18 +78,22 @@ def attended(cfg: ModelConfig, context: int) -> int:
 
 
 def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
-    """Number of parameters in each array, by its path; without indexers that share another's choice."""
+    """Count each array's parameters, by path, without indexers that share another's choice."""
     # Named kernels, because the default ones start the device and compile the C++.
     params = nnx.state(abstract(cfg, kernels=Kernels(Target("cpu", "xla"))), nnx.Param)
     counts = {
         tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    of = {"dense": cfg.has_indexer[: cfg.num_dense_layers], "sparse": cfg.has_indexer[cfg.num_dense_layers :]}
-    return {
-        path: count * sum(of[path[0]]) // len(of[path[0]]) if "indexer" in path and path[0] in of else count
-        for path, count in counts.items()
+    of = {
+        "dense": cfg.has_indexer[: cfg.num_dense_layers],
+        "sparse": cfg.has_indexer[cfg.num_dense_layers :],
     }
+    for path, count in counts.items():
+        if "indexer" in path and path[0] in of:
+            own = of[path[0]]
+            counts[path] = count * sum(own) // len(own)
+    return counts
 
 
 # The kind of a parameter, by the first of these names that is in its path.
@@ -100,17 +107,26 @@ KINDS = {
     "head": "embedding and head",
 }
 # Names of the parameters that low-rank adapters may change.
-ADAPTED: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
+ADAPTED: dict[LoraPart, str] = {
+    "attention": "attn",
+    "dense": "ffn",
+    "shared": "shared",
+    "routed": "experts",
+}
 
 
 def train_flops_per_token(
-    cfg: ModelConfig, *, with_mtp: bool = True, frozen_trunk: bool = False, adapted: tuple[LoraPart, ...] = ()
+    cfg: ModelConfig,
+    *,
+    with_mtp: bool = True,
+    frozen_trunk: bool = False,
+    adapted: tuple[LoraPart, ...] = (),
 ) -> int:
-    """FLOPs a trained token: 6 for each active parameter (2 forward, 4 backward). Attention scores are not counted.
+    """FLOPs a trained token: 6 an active parameter (2 forward, 4 backward), no attention scores.
 
-    With `frozen_trunk` the heads alone are trained: 2 for the trunk's, and 4 for the unembedding that heads share.
-    With `adapted`, low-rank adapters of these parts are trained: 4, and 2 more for the matrices that they change. The
-    gradient of these is formed on the way to the adapters'.
+    With `frozen_trunk` the heads alone are trained: 2 for the trunk's, and 4 for the unembedding
+    that heads share. With `adapted`, low-rank adapters of these parts are trained: 4, and 2 more
+    for the matrices that they change. The gradient of these is formed on the way to the adapters'.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -119,7 +135,11 @@ def train_flops_per_token(
     """
     counted = size(cfg)
     if frozen_trunk:
-        return 2 * counted.active + 6 * counted.mtp_active - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
+        return (
+            2 * counted.active
+            + 6 * counted.mtp_active
+            - 2 * cfg.mtp_depth * cfg.vocab_size * cfg.dim
+        )
     active = counted.active + (counted.mtp_active if with_mtp else 0)
     if not adapted:
         return 6 * active
@@ -133,21 +153,22 @@ def train_flops_per_token(
 
 
 def distinct_experts(cfg: ModelConfig, tokens: int) -> float:
-    """Experts of a layer that so many tokens are expected to reach together: E (1 − (1 − K/E)^tokens).
+    """Experts of a layer that so many tokens reach, as expected: E (1 − (1 − K/E)^tokens).
 
-    Exact if all experts are equally likely and tokens choose independently of one another. Which experts a token may
-    combine, as with groups, does not matter.
+    Exact if all experts are equally likely and tokens choose independently of one another. Which
+    experts a token may combine, as with groups, does not matter.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> distinct_experts(preset("v3"), tokens=1), round(distinct_experts(preset("v3"), tokens=32))
+        >>> v3 = preset("v3")
+        >>> distinct_experts(v3, tokens=1), round(distinct_experts(v3, tokens=32))
         (8.0, 163)
     """
     return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
 
 
 def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
-    """Numbers cached a token over all layers, by kind, and `mha`: a key and a value for each of the model's heads.
+    """Numbers cached a token over all layers, by kind; `mha` has a key and a value for each head.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -156,7 +177,9 @@ def elements_per_token(cfg: ModelConfig) -> dict[str, int]:
     """
     kinds: tuple[CacheKind, ...] = ("latent", "expanded") if cfg.has_latent else ("expanded",)
     rows = {kind: ATTENTION[cfg.attention].cache_rows(cfg, kind).values() for kind in kinds}
-    counts: dict[str, int] = {kind: sum(heads * width for heads, width in of) for kind, of in rows.items()}
+    counts: dict[str, int] = {
+        kind: sum(heads * width for heads, width in of) for kind, of in rows.items()
+    }
     counts["mha"] = cfg.num_heads * (cfg.nope_head_dim + cfg.rope_head_dim + cfg.v_head_dim)
     return {name: cfg.num_layers * count for name, count in counts.items()}
 
@@ -171,18 +194,23 @@ def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
     """
     size = jnp.dtype(dtype).itemsize
     rows = ATTENTION[cfg.attention].cache_rows(cfg, kind)
-    return cfg.num_layers * sum(heads * (width * size + (4 if size == 1 else 0)) for heads, width in rows.values())
+    return cfg.num_layers * sum(
+        heads * (width * size + (4 if size == 1 else 0)) for heads, width in rows.values()
+    )
 
 
 def share_read(cfg: ModelConfig, context: int, kind: CacheKind) -> float:
-    """Share of so many cached tokens' numbers that a decoding step reads: all index keys, and the rows it attends to.
+    """Share of cached numbers that a decoding step reads: all index keys, and rows attended to.
 
     Example:
         >>> from dsv3_jax.presets import preset
         >>> share_read(preset("v3"), 4096, "latent")
         1.0
     """
-    widths = {name: n * width for name, (n, width) in ATTENTION[cfg.attention].cache_rows(cfg, kind).items()}
+    widths = {
+        name: n * width
+        for name, (n, width) in ATTENTION[cfg.attention].cache_rows(cfg, kind).items()
+    }
     index = widths.get("index_key", 0)
     total = sum(widths.values())
     return (index + (total - index) * attended(cfg, context) / context) / total

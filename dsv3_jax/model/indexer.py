@@ -1,4 +1,4 @@
-"""The lightning indexer as a module: its weights, its queries and keys, and its loss. See `ops/indexer.py`."""
+"""The lightning indexer as a module: weights, queries and keys, and loss. See `ops/indexer.py`."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,10 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n X"]) -> Float[Array, "*n X"]:
         wide = x.astype(np.promote_types(x.dtype, np.float32))
-        scale, bias = (v[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for v in (self.scale, self.bias))
+        scale, bias = (
+            v[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+            for v in (self.scale, self.bias)
+        )
         wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
         return (wide * scale + bias).astype(x.dtype)
@@ -40,8 +43,9 @@ class LayerNorm(nnx.Module):
 class Indexer(nnx.Module):
     """Makes index queries, keys and weights: q = c_q W_iq; k = LayerNorm(x W_ik); w = x W_iw.
 
-    Its inputs are detached: it takes part in no gradient but that of its own loss. Layers that are alike have their
-    arrays in one stack, so a layer that shares another one's choice has weights too. They are never used or counted.
+    Its inputs are detached: it takes part in no gradient but that of its own loss. Layers that are
+    alike have their arrays in one stack, so a layer that shares another one's choice has weights
+    too. They are never used or counted.
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
@@ -55,7 +59,10 @@ class Indexer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], c_q: Float[Array, "B T Q"], ctx: Context, kernels: Kernels
     ) -> dict[str, Array]:
-        """The rows "index_query" [B, T, I, X], "index_key" [B, T, 1, X] and "index_weight" [B, T, 1, I]."""
+        """Compute the indexer's rows of each token.
+
+        Returns: "index_query" [B, T, I, X], "index_key" [B, T, 1, X], "index_weight" [B, T, 1, I].
+        """
         x, c_q = jax.lax.stop_gradient((x, c_q))
         q = kernels("product", c_q, self.w_iq[...])
         k = self.k_norm(kernels("product", x, self.w_ik[...]))
@@ -69,7 +76,9 @@ class Indexer(nnx.Module):
         cos, sin = ctx.cos[:, :, None], ctx.sin[:, :, None]
         rotated = rope.rotate(rotated, cos, sin, interleaved=cfg.index_interleaved)
         x = jnp.concatenate([rotated, rest], axis=-1)
-        return x if cfg.index_precision == "none" else round_rotated(x, cfg.index_precision == "fp8_ue8m0")
+        if cfg.index_precision == "none":
+            return x
+        return round_rotated(x, cfg.index_precision == "fp8_ue8m0")
 
     def loss(
         self,

@@ -26,7 +26,12 @@ NORMS = "norms"  # each row's factor
 
 
 def param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, exact: bool = False
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std: float,
+    *,
+    exact: bool = False,
 ) -> nnx.Param:
     """Draw a float32 parameter from a normal distribution.
 
@@ -45,14 +50,16 @@ def param(
 
 
 _WAITS: ContextVar[bool] = ContextVar("whether parameters wait to be drawn together", default=False)
-_DRAWN_ALONE = 2**18  # a larger parameter is drawn alone: with others, it would take its memory twice
-_FEWEST = 2**14  # numbers to draw for a parameter, of which it takes the first: few sizes are few operations
+# a larger parameter is drawn alone: with others, it would take its memory twice
+_DRAWN_ALONE = 2**18
+# numbers to draw for a parameter, of which it takes the first: few sizes are few operations
+_FEWEST = 2**14
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["shape", "std"])
 @dataclass(frozen=True)
 class Draw:
-    """The value of a parameter that is not drawn yet. A stack of layers has one of its keys a layer."""
+    """The value of a parameter that is not drawn yet. A stack has one of its keys a layer."""
 
     key: Any  # [*layers]; not annotated more closely, as `Frozen`
     shape: tuple[int, ...]  # of one layer
@@ -60,7 +67,7 @@ class Draw:
 
 
 def draw_all(draws: list[Draw]) -> list[Array]:
-    """Draw parameters, all of about one size in one operation: compile time grows with the number of operations.
+    """Draw parameters, all of about one size at once: compile time grows with the operations.
 
     A key's first n numbers do not depend on how many are drawn.
 
@@ -78,7 +85,8 @@ def draw_all(draws: list[Draw]) -> list[Array]:
     drawn: dict[int, Array] = {}
     for (count, std, _), chosen in alike.items():
         keys = [draws[i].key.reshape(-1) for i in chosen]
-        normal = std * jax.vmap(lambda key, n=count: jax.random.normal(key, (n,), jnp.float32))(jnp.concatenate(keys))
+        draw_each = jax.vmap(lambda key, n=count: jax.random.normal(key, (n,), jnp.float32))
+        normal = std * draw_each(jnp.concatenate(keys))
         ends = np.cumsum([len(own) for own in keys])
         for i, own in zip(chosen, jnp.split(normal, ends[:-1]), strict=True):
             drawn[i] = own[:, : sizes[i]].reshape(draws[i].key.shape + draws[i].shape)
@@ -86,7 +94,7 @@ def draw_all(draws: list[Draw]) -> list[Array]:
 
 
 def draws_together(init: Callable) -> Callable:
-    """Decorate a module's `__init__`: all parameters, also of modules in it, are drawn in one compiled program."""
+    """Decorate a module's `__init__`: one compiled program draws all parameters in it."""
 
     @wraps(init)
     def made(self, *args, **kwargs):
@@ -97,7 +105,11 @@ def draws_together(init: Callable) -> Callable:
             init(self, *args, **kwargs)
         finally:
             _WAITS.reset(token)
-        params = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Param) and isinstance(v.get_value(), Draw)]
+        params = [
+            v
+            for _, v in nnx.iter_graph(self)
+            if isinstance(v, nnx.Param) and isinstance(v.get_value(), Draw)
+        ]
         draws = [v.get_value() for v in params]
         draw = draw_all
         if not any(isinstance(d.key, jax.core.Tracer) for d in draws):
@@ -111,8 +123,8 @@ def draws_together(init: Callable) -> Callable:
 class Packed(NamedTuple):
     """The value of a frozen matrix as a released folder stores it, in 8 or 4 bits: number · scale.
 
-    It is unpacked where it is used. A group of inputs has one scale. A byte holds two numbers of 4 bits, the first in
-    its low bits, each stored as number + 8.
+    It is unpacked where it is used. A group of inputs has one scale. A byte holds two numbers of 4
+    bits, the first in its low bits, each stored as number + 8.
     """
 
     # Not annotated more closely, as `Frozen`.
@@ -129,7 +141,8 @@ class Packed(NamedTuple):
         """The matrix in bfloat16.
 
         Example:
-            >>> Packed(jnp.array([[0x29]], jnp.uint8), jnp.array([[0.5]])).unpack()  # of 9 - 8 and 2 - 8
+            >>> numbers = jnp.array([[0x29]], jnp.uint8)  # 9 - 8 and 2 - 8
+            >>> Packed(numbers, jnp.array([[0.5]])).unpack()
             Array([[0.5],
                    [-3]], dtype=bfloat16)
         """
@@ -163,10 +176,10 @@ def unpack_all(v: Any) -> Any:
 
 
 class Frozen(NamedTuple):
-    """The value of a parameter that is frozen in training, and how low-rank adapters change it: w + left right.
+    """The value of a parameter frozen in training, and what adapters make of it: w + left right.
 
-    The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer and each expert has
-    its own pair.
+    The sum is formed where it is used, see `training.lora`. Leading axes are a batch: each layer
+    and each expert has its own pair.
     """
 
     # Not annotated more closely: JAX rebuilds it with shapes and shardings in its places.
@@ -178,19 +191,22 @@ class Frozen(NamedTuple):
         """The matrix in use.
 
         Example:
-            >>> Frozen(jnp.zeros((2, 2)), jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0]])).merge()
+            >>> left, right = jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0]])
+            >>> Frozen(jnp.zeros((2, 2)), left, right).merge()
             Array([[3., 4.],
                    [6., 8.]], dtype=float32)
         """
         w = unpacked(self.w)
         batch = tuple(range(self.left.ndim + self.right.ndim - 2 - w.ndim))
         dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
-        change = jax.lax.dot_general(self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST)
+        change = jax.lax.dot_general(
+            self.left, self.right, dims, precision=jax.lax.Precision.HIGHEST
+        )
         return w.astype(change.dtype) + change
 
 
 def in_use(v: Any, dtype: Any) -> Any:
-    """Variables in any structure as they are used: unpacked, merged, and none narrower than the compute dtype.
+    """Variables as they are used: unpacked, merged, and none narrower than the compute dtype.
 
     Example:
         >>> w = nnx.Param(Frozen(jnp.zeros((1, 1)), jnp.array([[2.0]]), jnp.array([[3.0]])))
@@ -224,7 +240,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         wide = x.astype(np.promote_types(x.dtype, np.float32))
-        factor = checkpoint_name(jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps), NORMS)
+        factor = checkpoint_name(
+            jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps), NORMS
+        )
         scale = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * factor * scale).astype(x.dtype)
 
@@ -250,7 +268,7 @@ class SwiGLU(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """Make `count` like modules as one whose parameters have a leading layer axis; None if count is 0.
+    """Make `count` like modules one, whose parameters have a leading layer axis; None for 0.
 
     Example:
         >>> stack(lambda rngs: RMSNorm(4, eps=1e-6), 3, nnx.Rngs(0)).scale.shape
@@ -262,9 +280,10 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.State]:
-    """The arrays of each of the modules that `stack` made one, as views of its memory if they can be.
+    """The arrays of each module that `stack` made one, as views of its memory if they can be.
 
-    Args: experts: with the routed experts. False leaves them out, for `loop_layers` to slice them where they are read.
+    Args: experts: with the routed experts. False leaves them out, for `loop_layers` to slice them
+        where they are read.
 
     Example:
         >>> layers = unstack(stack(lambda rngs: RMSNorm(4, eps=1e-6), 3, nnx.Rngs(0)))
@@ -273,7 +292,9 @@ def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.Sta
     """
     if stacked is None:
         return []
-    _, kept = nnx.split_state(nnx.state(stacked), lambda path, _: not experts and "experts" in path, ...)
+    _, kept = nnx.split_state(
+        nnx.state(stacked), lambda path, _: not experts and "experts" in path, ...
+    )
     leaves, treedef = jax.tree.flatten(kept)
     return [jax.tree.unflatten(treedef, parts) for parts in zip(*map(views, leaves), strict=True)]
 
@@ -281,9 +302,10 @@ def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.Sta
 def recompute(f: Callable, remat: str) -> Callable:
     """A function whose backward pass recomputes what `remat` does not keep.
 
-    "none" keeps every result; "dots" keeps matrix products and attention; "attention" keeps attention's output and its
-    rows' log-sums, so that its forward pass runs once, and the router's choice; "queries" keeps beside these what a TPU
-    is slow to make again, queries and the factors of norms; "full" keeps only the arguments.
+    "none" keeps every result; "dots" keeps matrix products and attention; "attention" keeps
+    attention's output and its rows' log-sums, so that its forward pass runs once, and the router's
+    choice; "queries" keeps beside these what a TPU is slow to make again, queries and the factors
+    of norms; "full" keeps only the arguments.
     """
     if remat == "none":
         return f
@@ -291,9 +313,8 @@ def recompute(f: Callable, remat: str) -> Callable:
     names = (RESULTS, CHOICE, *((QUERIES, NORMS) if remat == "queries" else ()))
     attention = policies.save_only_these_names(*names)
     if remat == "dots":
-        return jax.checkpoint(
-            f, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
-        )
+        dots = policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(f, policy=policies.save_from_both_policies(dots, attention))
     return jax.checkpoint(f, policy=None if remat == "full" else attention)
 
 
@@ -311,17 +332,19 @@ def loop_layers(
 
     Args:
         stacked: what `stack` made; None has no layers.
-        layers: each module's own arrays, from `unstack`: the loop is unrolled, slices only arrays that are not there,
-            and `index` is a Python number. None means a scan, whose compile time does not grow with depth.
+        layers: each module's own arrays, from `unstack`: the loop is unrolled, slices only arrays
+            that are not there, and `index` is a Python number. None means a scan, whose compile
+            time does not grow with depth.
         remat: see `recompute`.
-        unroll: write the scan out layer by layer. Then nothing that the backward pass reads is copied into a stack and
-            out again, and compile time grows with depth.
+        unroll: write the scan out layer by layer. Then nothing that the backward pass reads is
+            copied into a stack and out again, and compile time grows with depth.
         unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
     Returns: (carry, ys stacked along a leading layer axis; None without layers).
 
     Example:
         >>> norms = stack(lambda rngs: RMSNorm(2, eps=0.0), 3, nnx.Rngs(0))
-        >>> x, ys = loop_layers(norms, lambda norm, x, index: (norm(x), 10 * index), jnp.array([1.0, 7.0]))
+        >>> x = jnp.array([1.0, 7.0])
+        >>> x, ys = loop_layers(norms, lambda norm, x, index: (norm(x), 10 * index), x)
         >>> x.shape, ys.tolist()
         ((2,), [0, 10, 20])
     """

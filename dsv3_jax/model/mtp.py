@@ -1,11 +1,12 @@
 """Multi-token prediction: four kinds of head that draft the tokens after the next one.
 
-Head k = 1 … M at position i predicts token t_{i+k+1}; the trunk's own head predicts t_{i+1}. All kinds share the
-trunk's embedding and unembedding. Two read the tokens that they continue, each after the head before (`MTPModule`) or
-after itself (`EagleHead`). Two are parallel, and read the trunk's output alone.
+Head k = 1 … M at position i predicts token t_{i+k+1}; the trunk's own head predicts t_{i+1}. All
+kinds share the trunk's embedding and unembedding. Two read the tokens that they continue, each
+after the head before (`MTPModule`) or after itself (`EagleHead`). Two are parallel, and read the
+trunk's output alone.
 
-A new kind is a class here, with a row of HEADS, and a row of `config.HEAD_KINDS`. Its loss and its drafter follow from
-what these declare.
+A new kind is a class here, with a row of HEADS, and a row of `config.HEAD_KINDS`. Its loss and its
+drafter follow from what these declare.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ Hidden = Float[Array, "B T D"]
 
 
 class Head(nnx.Module):
-    """The protocol of a multi-token head. `config.HEAD_KINDS` says what it reads and whether it routes."""
+    """The protocol of a multi-token head. `config.HEAD_KINDS` says what it reads, if it routes."""
 
     remembers = True  # has a block whose attention needs a separate cache while decoding
     token_weight = 1.0  # weight of the cross-entropy in the head's loss
@@ -42,13 +43,14 @@ class Head(nnx.Module):
         Args:
             h: the trunk's output, or what the head before returned.
             ctx: positions; a cache of one layer while decoding.
-            embedded: of the token that the head continues, k positions later; None if it reads none.
+            embedded: of the token that the head continues, k positions later; None if it reads
+                none.
         Returns: (hidden states [B, T, D], the context with the head's cache, metrics of its block).
         """
         raise ValueError(f"{type(self).__name__} must define __call__")
 
     def feature_loss(self, h: Hidden, target: Hidden) -> Float[Array, "B T"] | None:
-        """Loss of each position against the trunk's hidden state one position later; None if the head has none."""
+        """Loss of a position against the trunk's next hidden state; None if the head has none."""
         return None
 
 
@@ -56,14 +58,17 @@ class MetaHead(Head):
     """One of Meta's parallel heads: h^k = norm(Block_k(h)), each with its own block and norm.
 
     Source: arXiv 2404.19737, section 2.
-    Departs from the paper: there the next token's head has such a block too, and all blocks are taken from the trunk's
-    layers. Here they are added to a complete trunk, whose own head predicts the next token.
+    Departs from the paper: there the next token's head has such a block too, and all blocks are
+    taken from the trunk's layers. Here they are added to a complete trunk, whose own head predicts
+    the next token.
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
         >>> cfg, kernels = preset("tiny"), prepare()
-        >>> head = nnx.eval_shape(lambda: MetaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> def make():
+        ...     return MetaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        >>> head = nnx.eval_shape(make)
         >>> head.block.moe.experts.w_gate.shape  # experts of its own
         (16, 128, 64)
     """
@@ -79,17 +84,23 @@ class MetaHead(Head):
 
 
 class MTPModule(MetaHead):
-    """One depth of DeepSeek's causal chain: h^k_i = norm(Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)])).
+    """One depth of DeepSeek's causal chain.
 
-    It is a Meta head that reads the joined token and hidden state. The next depth reads the normed h^k.
+        h^k_i = norm(Block(W_eh [norm(Emb(t_{i+k})); norm(h^{k-1}_i)]))
+
+    It is a Meta head that reads the joined token and hidden state. The next depth reads the normed
+    h^k.
     Source: DeepSeek-V3 report, section 2.2.
-    Departs from the paper: the embedding comes first, then the hidden state, as in the released weights.
+    Departs from the paper: the embedding comes first, then the hidden state, as in the released
+    weights.
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
         >>> cfg, kernels = preset("tiny"), prepare()
-        >>> head = nnx.eval_shape(lambda: MTPModule(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> def make():
+        ...     return MTPModule(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        >>> head = nnx.eval_shape(make)
         >>> head.w_eh.shape  # of [norm(e), norm(h)] to D
         (256, 128)
     """
@@ -107,11 +118,11 @@ class MTPModule(MetaHead):
 
 
 class MedusaHead(Head):
-    """One of Medusa's parallel heads: h^k = h + silu(h W_k). W_k is 0 at first: it then predicts what the trunk does.
+    """One of Medusa's parallel heads: h^k = h + silu(h W_k), at first the trunk's, as W_k is 0.
 
     Source: arXiv 2401.10774, section 2.1.
-    Departs from the paper: the unembedding is shared, and all heads weigh alike. There each head has its own, a copy of
-    the trunk's at first, and the loss of head k weighs 0.8^k.
+    Departs from the paper: the unembedding is shared, and all heads weigh alike. There each head
+    has its own, a copy of the trunk's at first, and the loss of head k weighs 0.8^k.
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
@@ -134,18 +145,21 @@ class MedusaHead(Head):
 
 
 class EagleHead(Head):
-    """EAGLE's head continues features: f_{i+1} = Block(W_eh [Emb(t_{i+1}); h_i]) approximates the trunk's h_{i+1}.
+    """EAGLE's head continues features: f_{i+1} = Block(W_eh [Emb(t_{i+1}); h_i]), nearly h_{i+1}.
 
-    The unembedding of f_{i+1} predicts t_{i+2}. For the token after that the head reads f_{i+1} instead of h_{i+1}.
+    The unembedding of f_{i+1} predicts t_{i+2}. For the token after that the head reads f_{i+1}
+    instead of h_{i+1}.
     Source: arXiv 2401.15077, section 3; its loss is in section 3.2.
-    Departs from the paper: cross-entropy is on the text's own tokens, not on the trunk's distribution, and no noise is
-    added to what the head reads.
+    Departs from the paper: cross-entropy is on the text's own tokens, not on the trunk's
+    distribution, and no noise is added to what the head reads.
 
     Example:
         >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
         >>> cfg, kernels = preset("tiny"), prepare()
-        >>> head = nnx.eval_shape(lambda: EagleHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels))
+        >>> def make():
+        ...     return EagleHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        >>> head = nnx.eval_shape(make)
         >>> head.w_eh.shape  # of [e, h] to D
         (256, 128)
     """
@@ -166,10 +180,17 @@ class EagleHead(Head):
         return smooth_l1(h, target)
 
 
-HEADS: dict[str, type[Head]] = {"deepseek": MTPModule, "meta": MetaHead, "medusa": MedusaHead, "eagle": EagleHead}
+HEADS: dict[str, type[Head]] = {
+    "deepseek": MTPModule,
+    "meta": MetaHead,
+    "medusa": MedusaHead,
+    "eagle": EagleHead,
+}
 
 
-def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: Kernels) -> list[Head]:
+def make_heads(
+    cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: Kernels
+) -> list[Head]:
     """The heads of a configuration, `mtp_depth` of its kind.
 
     Example:
@@ -180,11 +201,14 @@ def make_heads(cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: 
         >>> [type(head).__name__ for head in make_heads(cfg, Execution(), nnx.Rngs(0), prepare())]
         ['MedusaHead', 'MedusaHead']
     """
-    return [HEADS[cfg.mtp_kind](cfg, execution, rngs=rngs, kernels=kernels) for _ in range(cfg.mtp_depth)]
+    return [
+        HEADS[cfg.mtp_kind](cfg, execution, rngs=rngs, kernels=kernels)
+        for _ in range(cfg.mtp_depth)
+    ]
 
 
 def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
-    """Mean over D of d²/2 where |d| < 1 and of |d| - 1/2 elsewhere, d = x - target; float32 (float64 stays).
+    """Mean over D of d²/2 where |d| < 1, else |d| - 1/2, d = x - target; float32 (float64 stays).
 
     Example:
         >>> smooth_l1(jnp.array([0.5, 3.0]), jnp.zeros(2))  # mean of 0.5² / 2 and 3 − 1/2
@@ -204,7 +228,7 @@ def unshard_head(head: Head, unshard: Callable) -> Head:
 def counted(
     cfg: ModelConfig, mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None, k: int
 ) -> Bool[Array, "B _"]:
-    """The positions of head k, from 1, that count for load and balance losses; those of the trunk for k = 0.
+    """The positions that count for losses of load and balance: of head k from 1, or the trunk (0).
 
     A position that reads padding or another document's token is not counted.
 
@@ -253,7 +277,8 @@ def run_heads(
     Args:
         embedding: embeds tokens as the trunk does.
         h: the trunk's output, as `mtp_input` has it.
-        given: of each head, the experts that take the place of its router's choice, int32 [B, T-1-k, K].
+        given: of each head, the experts that take the place of its router's choice, int32 [B,
+            T-1-k, K].
         counts: of each head, its context's `divisor`.
         remat: what the backward pass keeps of each head, see `layers.recompute`.
         unshard: as in `loop_layers`.
@@ -262,7 +287,7 @@ def run_heads(
     reads_tokens = cfg.head_kind.reads_tokens
 
     def run(head, h, part, embedded) -> tuple[Array, dict[str, Any]]:
-        # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace holds.
+        # Split and merged, as in loop_layers: nnx.remat would write to an outer trace's variables.
         graphdef, state = nnx.split(head)
 
         def plain(state, h, part, embedded):
@@ -290,7 +315,9 @@ def run_heads(
             part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
         if ctx.keys is not None:  # its own noise, numbered after the trunk's layers
             part = part._replace(layer=jnp.int32(cfg.num_layers + k))
-        made, of_head = run(head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None)
+        made, of_head = run(
+            head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None
+        )
         if reads_tokens:
             h = made
         hidden.append(made)

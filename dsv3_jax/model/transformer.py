@@ -1,4 +1,4 @@
-"""The whole model: embedding, dense layers, sparse layers, norm, head, and the multi-token heads on the side."""
+"""The whole model: embedding, dense layers, sparse layers, norm, head, and multi-token heads."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,29 +16,41 @@ from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import DECODING, Context, Options, from_zero, make_context
-from dsv3_jax.model.layers import RMSNorm, draws_together, in_use, loop_layers, param, stack, unstack
+from dsv3_jax.model.layers import (
+    RMSNorm,
+    draws_together,
+    in_use,
+    loop_layers,
+    param,
+    stack,
+    unstack,
+)
 from dsv3_jax.model.moe import Experts, LayerRouting, check_expert_ids
 from dsv3_jax.model.mtp import make_heads, run_heads
 
-UNROLLED = 64  # most layers that decoding unrolls: a scan copies each layer out of its stack, experts too
+# most layers that decoding unrolls: a scan copies each layer out of its stack, experts too
+UNROLLED = 64
 UNROLLED_PREFILL = 16  # most layers that reading prompts unrolls on the CPU
-UNROLLED_IN_TRAINING = 4  # most layers that training unrolls on the CPU; see experiments/bench/README.md
+# most layers that training unrolls on the CPU; see experiments/bench/README.md
+UNROLLED_IN_TRAINING = 4
 
 
 class ForwardOut(NamedTuple):
-    """The results of a forward pass before the unembedding; the training loss is computed from them."""
+    """What a forward pass gives before the unembedding; the training loss is computed from it."""
 
     x: Array  # [B, T, D]: the last layer's output
     h: Array  # [B, T, D]: the same after the final norm
-    mtp_h: tuple[Array, ...]  # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
+    # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
+    mtp_h: tuple[Array, ...]
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
-    # by the path of the blocks in the model ("dense", "sparse" or "mtp.0.block") and by name: [L, …], or […] of one
+    # by the path of the blocks in the model ("dense", "sparse" or "mtp.0.block") and by name:
+    # [L, …], or […] of one
     metrics: dict[str, dict[str, Array]]
 
 
 class DecodeWeights(NamedTuple):
-    """Each layer's own arrays, sliced out of the stacks once a request: a loop over stacks copies them each step."""
+    """Each layer's arrays, sliced once a request: a loop over stacks copies them each step."""
 
     dense: list[nnx.State]
     sparse: list[nnx.State]
@@ -75,19 +87,39 @@ class Transformer(nnx.Module):
 
     @draws_together
     def __init__(
-        self, cfg: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs, kernels: Kernels | None = None
+        self,
+        cfg: ModelConfig,
+        execution: Execution | None = None,
+        *,
+        rngs: nnx.Rngs,
+        kernels: Kernels | None = None,
     ):
         check_kind("cfg", cfg, ModelConfig)
         execution = execution or Execution()
         kernels = kernels or prepare(execution)
-        self.embed = param(rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std, exact=True)
-        self.dense = stack(lambda r: DenseBlock(cfg, execution, rngs=r, kernels=kernels), cfg.num_dense_layers, rngs)
-        sparse: Any = stack(lambda r: SparseBlock(cfg, execution, rngs=r, kernels=kernels), cfg.num_sparse_layers, rngs)
+        self.embed = param(
+            rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std, exact=True
+        )
+        self.dense = stack(
+            lambda r: DenseBlock(cfg, execution, rngs=r, kernels=kernels),
+            cfg.num_dense_layers,
+            rngs,
+        )
+        sparse: Any = stack(
+            lambda r: SparseBlock(cfg, execution, rngs=r, kernels=kernels),
+            cfg.num_sparse_layers,
+            rngs,
+        )
         if sparse is not None:
-            sparse.moe.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs)  # one draw of all layers
+            # one draw of all layers
+            sparse.moe.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs)
         self.sparse = sparse
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        head = None if cfg.tie_embeddings else param(rngs, (cfg.dim, cfg.vocab_size), ("dim", "vocab"), cfg.init_std)
+        head = (
+            None
+            if cfg.tie_embeddings
+            else param(rngs, (cfg.dim, cfg.vocab_size), ("dim", "vocab"), cfg.init_std)
+        )
         self.head = head
         self.mtp = nnx.List(make_heads(cfg, execution, rngs, kernels))
         self.cfg = cfg
@@ -107,16 +139,26 @@ class Transformer(nnx.Module):
 
         Args:
             tokens: ids below vocab_size.
-            segment_ids: documents of a packed row, 1, 2, …; 0 is padding. None means one document a row.
+            segment_ids: documents of a packed row, 1, 2, …; 0 is padding. None means one document a
+                row.
             positions: None counts from 0.
-            expert_ids: experts that take the place of the routers' choices, as `routing.expert_ids` of another pass; a
-                token whose ids are −1 chooses freely. See `ops.routing.replay`.
-            mtp_expert_ids: the same of each head that has experts, [B, T-1-k, K], as in `mtp_routing`.
-        Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are others; outside jit, for
-            token or expert ids out of range, or the same expert twice for a token.
+            expert_ids: experts that take the place of the routers' choices, as `routing.expert_ids`
+                of another pass; a token whose ids are −1 chooses freely. See `ops.routing.replay`.
+            mtp_expert_ids: the same of each head that has experts, [B, T-1-k, K], as in
+                `mtp_routing`.
+        Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are
+            others; outside jit, for token or expert ids out of range, or the same expert twice for
+            a token.
         """
-        out = self.forward_hidden(tokens, segment_ids, positions, expert_ids=(expert_ids, *mtp_expert_ids))
-        return Output(self.logits(out.h), tuple(self.logits(h) for h in out.mtp_h), out.routing, out.mtp_routing)
+        out = self.forward_hidden(
+            tokens, segment_ids, positions, expert_ids=(expert_ids, *mtp_expert_ids)
+        )
+        return Output(
+            self.logits(out.h),
+            tuple(self.logits(h) for h in out.mtp_h),
+            out.routing,
+            out.mtp_routing,
+        )
 
     def forward_hidden(
         self,
@@ -135,26 +177,37 @@ class Transformer(nnx.Module):
 
         Args:
             tokens, segment_ids, positions: as `__call__`.
-            one_document: each row holds one document, and padding after it. Attention then runs without segments, also
-                by a kernel that knows none. What it gives for padding is another number, and counts nowhere.
+            one_document: each row holds one document, and padding after it. Attention then runs
+                without segments, also by a kernel that knows none. What it gives for padding is
+                another number, and counts nowhere.
             keys: a random key for each row, [B], of the router's noise. None means no noise.
             watch, edit_gates: see `context.Options`.
             expert_ids: of the trunk, then of each head, see `__call__`.
-            counts: divisors of the losses that are means over tokens, of the trunk, then of each head. None means the
-                numbers of their tokens, see `mtp.token_counts`.
+            counts: divisors of the losses that are means over tokens, of the trunk, then of each
+                head. None means the numbers of their tokens, see `mtp.token_counts`.
         """
         cfg = self.cfg
         check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
         _check_ids(tokens, cfg.vocab_size)
         batch, length = tokens.shape
         if length > cfg.max_positions:
-            raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
+            raise ValueError(
+                f"length {length} is over the model's max_positions={cfg.max_positions}"
+            )
         if length <= cfg.mtp_depth:
-            raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
+            raise ValueError(
+                f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read"
+            )
         positions = from_zero(batch, length) if positions is None else positions
         options = Options(watch=frozenset(watch), edit_gates=edit_gates)
         ctx = make_context(
-            cfg, positions, segment_ids, tokens=tokens, keys=keys, options=options, one_document=one_document
+            cfg,
+            positions,
+            segment_ids,
+            tokens=tokens,
+            keys=keys,
+            options=options,
+            one_document=one_document,
         )
         given, *of_heads_given = self._checked(expert_ids, batch, length)
         divisor, *of_heads_counts = (None,) if counts is None else counts
@@ -162,10 +215,15 @@ class Transformer(nnx.Module):
         h = self.norm(x)
         mtp_h, of_heads = run_heads(
             self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
-            given=of_heads_given, counts=of_heads_counts, remat=self.execution.remat, unshard=self.unshard,
+            given=of_heads_given, counts=of_heads_counts, remat=self.execution.remat,
+            unshard=self.unshard,
         )  # fmt: skip
         metrics |= {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
-        routing = {path: of_block.pop("routing") for path, of_block in metrics.items() if "routing" in of_block}
+        routing = {
+            path: of_block.pop("routing")
+            for path, of_block in metrics.items()
+            if "routing" in of_block
+        }
         trunk = routing.pop("sparse", None)
         return ForwardOut(x, h, mtp_h, trunk, tuple(routing.values()), metrics)
 
@@ -177,8 +235,9 @@ class Transformer(nnx.Module):
         Args:
             cache: None means that the tokens are all there are.
             weights: from `prepare_decode`, made outside the loop over tokens.
-        Returns: (the last layer's output before the final norm; the cache with the tokens' rows; the experts that the
-            routers chose, int32 [Lmoe, B, T, K], or None). Lengths stay: the caller knows how many tokens will count.
+        Returns: (the last layer's output before the final norm; the cache with the tokens' rows;
+            the experts that the routers chose, int32 [Lmoe, B, T, K], or None). Lengths stay: the
+            caller knows how many tokens will count.
         """
         positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
         ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
@@ -186,33 +245,47 @@ class Transformer(nnx.Module):
         return x, cache, found.get("sparse")
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, weights: DecodeWeights | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        cache: Cache,
+        weights: DecodeWeights | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache, Any]:
         """Read prompts, whose first `lengths` tokens count, into an empty cache.
 
-        Args: weights: from `prepare_decode`, used where a scan would copy each layer's experts and the model is not so
-            deep that it takes long to compile.
+        Args: weights: from `prepare_decode`, used where a scan would copy each layer's experts and
+            the model is not so deep that it takes long to compile.
         Returns: as `run_layers`, with the filled cache.
         """
         ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, options=DECODING)
-        weights = weights if self.kernels.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL else None
+        weights = (
+            weights
+            if self.kernels.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL
+            else None
+        )
         x, rows, found = self._trunk(tokens, ctx, weights, keep=tuple(cache.parts[0]))
         return x, cache.fill(rows, lengths), found.get("sparse")
 
     def _trunk(
-        self, tokens: Array, ctx: Context, weights: DecodeWeights | None = None, keep: tuple[str, ...] = ()
+        self,
+        tokens: Array,
+        ctx: Context,
+        weights: DecodeWeights | None = None,
+        keep: tuple[str, ...] = (),
     ) -> tuple[Array, Any, dict[str, Any]]:
         """Run all layers.
 
         Args: keep: names of the rows that are returned in place of the cache, stacked by layer.
-        Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers; of those that decode, the
-            experts chosen alone).
+        Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers; of
+            those that decode, the experts chosen alone).
         """
         if ctx.cache is not None and weights is None:
             weights = self.prepare_decode()
         decoding = not ctx.options.may_drop
         given = ctx.expert_ids
-        how: dict[str, Any] = {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
+        how: dict[str, Any] = (
+            {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
+        )
 
         def run(stacked, first, layers, carry):
             def layer(block, carry, index):
@@ -229,23 +302,35 @@ class Transformer(nnx.Module):
 
         slots = tokens.shape[1] if ctx.cache is None else ctx.cache.capacity
         shares = self.cfg.attention == "dsa" and not all(self.cfg.has_indexer)
-        chosen = jnp.zeros((*tokens.shape, min(slots, self.cfg.index_topk)), jnp.int32) if shares else None
+        chosen = (
+            jnp.zeros((*tokens.shape, min(slots, self.cfg.index_topk)), jnp.int32)
+            if shares
+            else None
+        )
         carry = self.embedding(tokens), ctx.cache, chosen
         carry, dense = run(self.dense, 0, weights and weights.dense, carry)
-        (x, cache, _), sparse = run(self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry)
+        (x, cache, _), sparse = run(
+            self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry
+        )
         found = {path: of for path, of in (("dense", dense), ("sparse", sparse)) if of is not None}
         if keep:
-            cache = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values()))
+            cache = jax.tree.map(
+                lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values())
+            )
         return x, cache, {path: metrics for path, (metrics, _) in found.items()}
 
-    def _checked(self, expert_ids: Sequence[Array | None], batch: int, length: int) -> Sequence[Array | None]:
+    def _checked(
+        self, expert_ids: Sequence[Array | None], batch: int, length: int
+    ) -> Sequence[Array | None]:
         """Experts to replay, of the trunk and of each head: see `check_expert_ids`."""
         trunk, *heads = expert_ids
         if trunk is not None:
             check_expert_ids(self.cfg, trunk, (self.cfg.num_sparse_layers, batch, length))
         with_experts = self.cfg.mtp_depth if self.cfg.head_kind.has_experts else 0
         if len(heads) not in (0, with_experts):
-            raise ValueError(f"mtp_expert_ids has {len(heads)} arrays, and {with_experts} heads have experts")
+            raise ValueError(
+                f"mtp_expert_ids has {len(heads)} arrays, and {with_experts} heads have experts"
+            )
         for k, ids in enumerate(heads):
             check_expert_ids(self.cfg, ids, (batch, length - 1 - k), f"mtp_expert_ids[{k}]")
         return expert_ids
@@ -257,7 +342,7 @@ class Transformer(nnx.Module):
 
     @property
     def trains_unrolled(self) -> bool:
-        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, where few digits move by it.
+        """Whether a pass without a cache unrolls its scans: on one CPU, in float32.
 
         In fewer bits XLA rounds inside a fusion or not, and fuses otherwise without the loop.
         """
@@ -267,13 +352,16 @@ class Transformer(nnx.Module):
         return exact and shallow and self.kernels.scan_copies and not on_mesh()
 
     def prepare_decode(self) -> DecodeWeights | None:
-        """Take each layer's arrays out of the stacks, once a request; None if layers are not unrolled.
+        """Take each layer's arrays out of the stacks, once a request; None if no layer is unrolled.
 
-        Outside `jax.jit` a CPU copies nothing. A GPU copies all but the experts, which XLA can slice; a TPU copies all.
+        Outside `jax.jit` a CPU copies nothing. A GPU copies all but the experts, which XLA can
+        slice; a TPU copies all.
         """
         if not self.unrolls:
             return None
-        return DecodeWeights(unstack(self.dense), unstack(self.sparse, experts=not self.kernels.slices_experts))
+        return DecodeWeights(
+            unstack(self.dense), unstack(self.sparse, experts=not self.kernels.slices_experts)
+        )
 
     def empty_cache(
         self, batch: int, capacity: int, kind: CacheKind, dtype: Any, *, layers: int | None = None
@@ -282,7 +370,9 @@ class Transformer(nnx.Module):
         layers = layers or self.cfg.num_layers
         multiple = self.kernels.cache_row_multiple
         rows = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind)
-        rows = {name: (heads, -(-width // multiple) * multiple) for name, (heads, width) in rows.items()}
+        rows = {
+            name: (heads, -(-width // multiple) * multiple) for name, (heads, width) in rows.items()
+        }
         return empty_cache(rows, [1] * layers if self.unrolls else [layers], batch, capacity, dtype)
 
     def read_by_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -305,21 +395,23 @@ class Transformer(nnx.Module):
 
     def logits(self, h: Float[Array, "*n D"]) -> Float[Array, "*n W"]:
         """Compute float32 logits of normed hidden states."""
-        if self.head is None or h.dtype != jnp.float32:  # a transposed table would first be copied for a kernel
+        # a transposed table would first be copied for a kernel
+        if self.head is None or h.dtype != jnp.float32:
             return jnp.dot(h, self.head_matrix(), preferred_element_type=jnp.float32)
         return self.kernels.in_compute_dtype("product", h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
-        """Prepare weights for use: see `layers.in_use`; then gather what a mesh shards (`unshard_weights`)."""
+        """Prepare weights for use (`layers.in_use`), and gather them (`unshard_weights`)."""
         dtype = self.compute_dtype
         return unshard_weights(in_use(v, dtype), fsdp=self.execution.layout.fsdp, dtype=dtype)
 
     def in_compute_dtype(self) -> "Transformer":
-        """The model without 8-bit products, on the same arrays: low precision is for training, decoding does without.
+        """The model on the same arrays without 8-bit products, which are for training alone.
 
         Example:
             >>> import dsv3_jax as ds
-            >>> model = abstract(ds.replace(ds.preset("tiny"), num_layers=1), Execution(precision="fp8"))
+            >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1)
+            >>> model = abstract(cfg, Execution(precision="fp8"))
             >>> model.in_compute_dtype().execution.precision
             'none'
         """
@@ -335,7 +427,7 @@ class Transformer(nnx.Module):
 
 
 def _check_ids(tokens: Array, vocab_size: int) -> None:
-    """Check token ids, which the embedding would clip. Under jit, and on other processes, they are not known."""
+    """Check token ids, which the embedding would clip, if they are known: not under jit."""
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
     ids = np.asarray(tokens)
@@ -344,7 +436,9 @@ def _check_ids(tokens: Array, vocab_size: int) -> None:
         raise ValueError(f"tokens holds {wrong[0]}, which is no id of a vocabulary of {vocab_size}")
 
 
-def abstract(cfg: ModelConfig, execution: Execution | None = None, kernels: Kernels | None = None) -> Transformer:
+def abstract(
+    cfg: ModelConfig, execution: Execution | None = None, kernels: Kernels | None = None
+) -> Transformer:
     """The model as shapes alone: nothing is allocated.
 
     Example:

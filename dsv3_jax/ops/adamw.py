@@ -17,18 +17,19 @@ def adamw_update(
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
     """Take one step: μ ← β₁μ + (1−β₁)g, ν ← β₂ν + (1−β₂)g², p ← p − η (μ̂ / (√ν̂ + ε) + decay · p).
 
-    The means may be bfloat16. They are computed in the gradient's dtype, move the parameter so, and are rounded to the
-    nearest when they are stored. Source: DeepSeek-V3 report, section 3.3.2.
+    The means may be bfloat16. They are computed in the gradient's dtype, move the parameter so, and
+    are rounded to the nearest when they are stored. Source: DeepSeek-V3 report, section 3.3.2.
 
     Args:
         p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
-        numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 0 to change nothing.
+        numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 0 to
+            change nothing.
         betas: β₁, β₂.
     Returns: (p, mu, nu).
 
     Example:
         >>> p, zero, g = jnp.array([1.0]), jnp.zeros(1), jnp.array([0.5])
-        >>> numbers = jnp.array([1.0, 10.0, 20.0, 0.1, 1.0])  # first step: 1 / (1 − β₁), 1 / (1 − β₂); η = 0.1
+        >>> numbers = jnp.array([1.0, 10.0, 20.0, 0.1, 1.0])  # 1, 1 / (1 − β₁), 1 / (1 − β₂), η, 1
         >>> p, _, _ = adamw_update(p, zero, zero, g, numbers, betas=(0.9, 0.95), eps=0.0, decay=0.0)
         >>> p.round(4)  # the first step has the length η, whatever the gradient
         Array([0.9], dtype=float32)

@@ -1,8 +1,8 @@
 """Load balancing of experts: methods that make the load even, and measures of how even it is.
 
-Methods: the loss-free bias (no gradient), which moves by one of `RULES`, V3's loss for each sequence, and Switch's loss
-for the batch. The z-loss keeps logits small. Four measures of a load [..., E]: MaxVio, entropy, Gini coefficient, and
-the smallest and largest load.
+Methods: the loss-free bias (no gradient), which moves by one of `RULES`, V3's loss for each
+sequence, and Switch's loss for the batch. The z-loss keeps logits small. Four measures of a load
+[..., E]: MaxVio, entropy, Gini coefficient, and the smallest and largest load.
 
 A new rule is a function and a row of `RULES`, here or in a notebook.
 """
@@ -19,7 +19,9 @@ from dsv3_jax.config import ConfigError, ModelConfig, Table
 from dsv3_jax.ops.routing import ROUTERS, replay
 
 
-def load(expert_ids: Int[Array, "*n K"], num_experts: int, mask: Bool[Array, "*n"] | None = None) -> Float[Array, " E"]:
+def load(
+    expert_ids: Int[Array, "*n K"], num_experts: int, mask: Bool[Array, "*n"] | None = None
+) -> Float[Array, " E"]:
     """Count how many assignments each expert got.
 
     Args:
@@ -36,11 +38,14 @@ def load(expert_ids: Int[Array, "*n K"], num_experts: int, mask: Bool[Array, "*n
     ones = jnp.ones(ids.shape, jnp.int32)
     if mask is not None:
         ones = jnp.broadcast_to(mask[..., None], expert_ids.shape).reshape(-1).astype(jnp.int32)
-    # Whole numbers: they are exact in any order of additions, and beyond 2^24, where adding 1 to a float32 ends.
+    # Whole numbers: they are exact in any order of additions, and beyond 2^24, where adding 1 to a
+    # float32 ends.
     return jax.ops.segment_sum(ones, ids, num_segments=num_experts).astype(jnp.float32)
 
 
-def bias_update(bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: float | Array) -> Float[Array, "*l E"]:
+def bias_update(
+    bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: float | Array
+) -> Float[Array, "*l E"]:
     """Take one step of loss-free balancing: b_e ← b_e + γ · sign(mean load − load_e).
 
     Args:
@@ -50,7 +55,8 @@ def bias_update(bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: fl
     Returns: the new bias, in the bias's dtype.
 
     Example:
-        >>> bias_update(jnp.zeros(4), load=jnp.array([3.0, 2.0, 1.0, 2.0]), rate=0.5)  # the mean is 2
+        >>> load = jnp.array([3.0, 2.0, 1.0, 2.0])  # the mean is 2
+        >>> bias_update(jnp.zeros(4), load, rate=0.5)
         Array([-0.5,  0. ,  0.5,  0. ], dtype=float32)
 
     Source: arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2.
@@ -61,24 +67,27 @@ def bias_update(bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: fl
 def proportional_update(
     bias: Float[Array, "*l E"], load: Float[Array, "*l E"], rate: float | Array
 ) -> Float[Array, "*l E"]:
-    """Move the bias by how far the load is from even: b_e ← b_e + γ · (mean load − load_e) / mean load.
+    """Move the bias by the load's distance from even: b_e ← b_e + γ · (mean − load_e) / mean.
 
     Args: as in `bias_update`.
     Returns: the new bias, in the bias's dtype. It does not change if there is no load.
 
     Example:
-        >>> proportional_update(jnp.zeros(4), load=jnp.array([4.0, 2.0, 1.0, 1.0]), rate=0.5)  # the mean is 2
+        >>> load = jnp.array([4.0, 2.0, 1.0, 1.0])  # the mean is 2
+        >>> proportional_update(jnp.zeros(4), load, rate=0.5)
         Array([-0.5 ,  0.  ,  0.25,  0.25], dtype=float32)
 
-    Source: arXiv 2408.15664, section 4.3, where the sign is compared with it; divided by the mean here, so that γ does
-    not depend on the number of tokens.
+    Source: arXiv 2408.15664, section 4.3, where the sign is compared with it; divided by the mean
+    here, so that γ does not depend on the number of tokens.
     """
     mean = load.mean(-1, keepdims=True)
     return bias + (rate * (mean - load) / jnp.maximum(mean, 1e-20)).astype(bias.dtype)
 
 
-def quantile_margins(scores: Float[Array, "n E"], bias: Float[Array, " E"], k: int) -> Float[Array, "n E"]:
-    """Compute each score's margin over its token's cut: m_te = s_te − α_t, α_t the (K+1)-th largest of s_t + b.
+def quantile_margins(
+    scores: Float[Array, "n E"], bias: Float[Array, " E"], k: int
+) -> Float[Array, "n E"]:
+    """Compute margins over a token's cut: m_te = s_te − α_t, α_t the (K+1)-th largest of s_t + b.
 
     Token t chooses expert e exactly if m_te + b_e > 0.
 
@@ -97,12 +106,14 @@ def quantile_target(
 
     b*_e = −(the (q+1)-th largest of m_te over the tokens t that count)
 
-    Then m_te + b*_e > 0 holds for q tokens of each expert, or for fewer if several margins are equal to −b*_e. It is
-    one step of coordinate descent on the dual of the assignment problem: the cuts α_t use the old bias.
+    Then m_te + b*_e > 0 holds for q tokens of each expert, or for fewer if several margins are
+    equal to −b*_e. It is one step of coordinate descent on the dual of the assignment problem: the
+    cuts α_t use the old bias.
 
-    The order statistic is exact and needs no sort. The margins' bits, read as integers of the same order, are searched
-    bit by bit, and a step counts the margins above a trial value. On a mesh only these counts are summed, in whole
-    numbers. So the target is that of all tokens, and the same on any mesh.
+    The order statistic is exact and needs no sort. The margins' bits, read as integers of the same
+    order, are searched bit by bit, and a step counts the margins above a trial value. On a mesh
+    only these counts are summed, in whole numbers. So the target is that of all tokens, and the
+    same on any mesh.
 
     Args:
         margins: from `quantile_margins`, of all tokens of a batch.
@@ -113,7 +124,8 @@ def quantile_target(
     Example:
         >>> from functools import partial
         >>> margins = jnp.array([[0.5, 0.0], [0.25, 0.0], [-0.25, 0.75], [-0.5, 0.5]])
-        >>> jax.jit(partial(quantile_target, k=1))(margins, jnp.ones(4, bool), jnp.zeros(2))  # each is over two tokens
+        >>> target = jax.jit(partial(quantile_target, k=1))
+        >>> target(margins, jnp.ones(4, bool), jnp.zeros(2))  # each is over two tokens
         Array([ 0.25, -0.  ], dtype=float32)
     """
     num_experts = margins.shape[-1]
@@ -136,14 +148,18 @@ def quantile_target(
     return jnp.where(count > 0, -cut, bias)
 
 
-def quantile_update(bias: Float[Array, "*l E"], target: Float[Array, "*l E"], rate: Array) -> Float[Array, "*l E"]:
+def quantile_update(
+    bias: Float[Array, "*l E"], target: Float[Array, "*l E"], rate: Array
+) -> Float[Array, "*l E"]:
     """Take one step of quantile balancing: b ← c − mean c, with c = b + γ (b* − b).
 
-    The choice depends on differences of biases only; their mean is kept at 0, so that they do not drift.
+    The choice depends on differences of biases only; their mean is kept at 0, so that they do not
+    drift.
 
     Args:
         bias: the router's correction of each expert, for one layer or several.
-        target: b*, from `quantile_target`. If the batch is split in microbatches, the mean of theirs.
+        target: b*, from `quantile_target`. If the batch is split in microbatches, the mean of
+            theirs.
         rate: γ in [0, 1]. The bias does not change at 0, whatever the target.
     Returns: the new bias, in the bias's dtype.
 
@@ -152,7 +168,8 @@ def quantile_update(bias: Float[Array, "*l E"], target: Float[Array, "*l E"], ra
         Array([ 0.125, -0.125], dtype=float32)
 
     Source: quantile balancing, kexue.fm/archives/11619; `qb_dual_update` of NVIDIA's Megatron-LM.
-    Departs from the source: the quantile is of all tokens of the global batch, not a mean over devices.
+    Departs from the source: the quantile is of all tokens of the global batch, not a mean over
+    devices.
     """
     moved = bias + rate * (target - bias)
     return jnp.where(rate > 0, moved - moved.mean(-1, keepdims=True), bias).astype(bias.dtype)
@@ -161,21 +178,26 @@ def quantile_update(bias: Float[Array, "*l E"], target: Float[Array, "*l E"], ra
 class Rule(NamedTuple):
     """A rule by which the bias moves after a step.
 
-    A rule may need more of a batch than its load. A layer then takes two measures: `of_tokens` on the device that holds
-    the tokens, and `of_batch` of these over all devices. If the batch is split in microbatches, `update` gets the load
-    of all of them, and the mean of their measures.
+    A rule may need more of a batch than its load. A layer then takes two measures: `of_tokens` on
+    the device that holds the tokens, and `of_batch` of these over all devices. If the batch is
+    split in microbatches, `update` gets the load of all of them, and the mean of their measures.
     """
 
-    update: Callable[[Array, Array, Any, Array], Array]  # (bias, load, measure or None, γ) → the new bias, all [*l, E]
-    of_tokens: Callable[[Array, Array, int], Array] | None = None  # (scores [n, E], bias [E], K) → [n, E]
-    of_batch: Callable[[Array, Array, Array, int], Array] | None = None  # (those [*n, E], mask [*n], bias, K) → [E]
+    # (bias, load, measure or None, γ) → the new bias, all [*l, E]
+    update: Callable[[Array, Array, Any, Array], Array]
+    # (scores [n, E], bias [E], K) → [n, E]
+    of_tokens: Callable[[Array, Array, int], Array] | None = None
+    # (those [*n, E], mask [*n], bias, K) → [E]
+    of_batch: Callable[[Array, Array, Array, int], Array] | None = None
 
 
 RULES: Table[Rule] = Table("balance rule", {
     "sign": Rule(lambda bias, load, _, rate: bias_update(bias, load, rate)),
     "proportional": Rule(lambda bias, load, _, rate: proportional_update(bias, load, rate)),
     "quantile": Rule(
-        lambda bias, _, target, rate: quantile_update(bias, target, rate), quantile_margins, quantile_target
+        lambda bias, _, target, rate: quantile_update(bias, target, rate),
+        quantile_margins,
+        quantile_target,
     ),
 }, more="--import NAME imports a program that registers more")  # fmt: skip
 register_rule = RULES.add
@@ -195,12 +217,16 @@ def rule_of(cfg: ModelConfig) -> Rule | None:
     name = cfg.balance.rule
     if not ROUTERS[cfg.router].reads_bias:
         if name != "sign":
-            raise ConfigError(f"rule={name!r} moves a bias, which router={cfg.router!r} does not read")
+            raise ConfigError(
+                f"rule={name!r} moves a bias, which router={cfg.router!r} does not read"
+            )
         return None
-    if name == "quantile" and (cfg.groups_per_token < cfg.num_groups or cfg.experts_per_token == cfg.num_experts):
+    limited = cfg.groups_per_token < cfg.num_groups or cfg.experts_per_token == cfg.num_experts
+    if name == "quantile" and limited:
         raise ConfigError(
-            f"rule='quantile' needs a choice among all experts: groups_per_token={cfg.groups_per_token} of "
-            f"num_groups={cfg.num_groups}, experts_per_token={cfg.experts_per_token} of num_experts={cfg.num_experts}"
+            "rule='quantile' needs a choice among all experts: "
+            f"groups_per_token={cfg.groups_per_token} of num_groups={cfg.num_groups}, "
+            f"experts_per_token={cfg.experts_per_token} of num_experts={cfg.num_experts}"
         )
     return rule
 
@@ -224,7 +250,8 @@ def z_loss(
     Source: arXiv 2202.08906, equation 5.
     """
     weight = mask.astype(logits_z.dtype)
-    return (logits_z * logits_z * weight).sum() / (jnp.maximum(weight.sum(), 1) if count is None else count)
+    total = (logits_z * logits_z * weight).sum()
+    return total / (jnp.maximum(weight.sum(), 1) if count is None else count)
 
 
 def sequence_loss(
@@ -237,21 +264,22 @@ def sequence_loss(
 
     f_e = E/(K·T) · #{t : e in topK(s_t)};  P_e = mean_t s_te / Σ_e s_te
 
-    The gradient flows through P alone, because f is a count. The loss is 1 if the routing of a sequence is even. Its
-    weight α and the mean over sequences are left to the caller. A row of a batch is a sequence, whatever part of the
-    batch it is in and however many documents it holds.
+    The gradient flows through P alone, because f is a count. The loss is 1 if the routing of a
+    sequence is even. Its weight α and the mean over sequences are left to the caller. A row of a
+    batch is a sequence, whatever part of the batch it is in and however many documents it holds.
 
     Args:
-        scores: s, the scores of all experts, without bias. The top K are taken from them, without groups.
+        scores: s, the scores of all experts, without bias. The top K are taken from them, without
+            groups.
         k: K, experts for each token.
         mask: positions where it is False are left out of both means. None means all count.
-        given: experts that are counted in place of the top K, see `routing.replay`. A router's own choice is another
-            than the top K if it has a bias or groups.
+        given: experts that are counted in place of the top K, see `routing.replay`. A router's own
+            choice is another than the top K if it has a bias or groups.
     Returns: one loss for each sequence, in the dtype of `scores`.
 
     Example:
         >>> from functools import partial
-        >>> jax.jit(partial(sequence_loss, k=1))(jnp.eye(4)[None])  # each of four tokens has its own expert
+        >>> jax.jit(partial(sequence_loss, k=1))(jnp.eye(4)[None])  # each token has its own expert
         Array([1.], dtype=float32)
 
     Source: DeepSeek-V3 report, equations 17-20.
@@ -270,13 +298,16 @@ def sequence_loss(
 
 
 def switch_loss(
-    scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"], mask: Bool[Array, " n"] | None = None
+    scores: Float[Array, "n E"],
+    expert_ids: Int[Array, "n K"],
+    mask: Bool[Array, " n"] | None = None,
 ) -> Float[Array, ""]:
     """Compute Switch Transformer's balance loss of a batch: E · Σ_e f_e P_e.
 
-    f_e is expert e's share of the assignments; P_e is the mean of its score, normalised over experts. The loss is 1 if
-    the routing is even and E if one expert has everything. Its weight α is left to the caller. It is a product of two
-    means, so it is no sum over the parts of a batch: with microbatches, each has its own.
+    f_e is expert e's share of the assignments; P_e is the mean of its score, normalised over
+    experts. The loss is 1 if the routing is even and E if one expert has everything. Its weight α
+    is left to the caller. It is a product of two means, so it is no sum over the parts of a batch:
+    with microbatches, each has its own.
 
     Args:
         scores: scores of all experts, without bias.
@@ -285,7 +316,8 @@ def switch_loss(
     Returns: the loss, in the dtype of `scores`.
 
     Example:
-        >>> switch_loss(jnp.eye(4)[:2], expert_ids=jnp.array([[0], [1]]))  # two of four experts share all tokens
+        >>> expert_ids = jnp.array([[0], [1]])  # two of four experts share all tokens
+        >>> switch_loss(jnp.eye(4)[:2], expert_ids)
         Array(2., dtype=float32)
 
     Source: arXiv 2101.03961, equations 4-6.

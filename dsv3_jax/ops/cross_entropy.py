@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, in chunks of tokens: the logits [n, W] are never in memory at once."""
+"""Cross-entropy over a large vocabulary, in chunks of tokens: the logits [n, W] never exist."""
 
 from functools import partial
 
@@ -19,10 +19,10 @@ def chunked_cross_entropy(
     chunk: int = 1024,
     one_pass: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute the summed negative log-likelihood of `targets` under softmax(h w), and how many are the argmax.
+    """Compute the summed nats of `targets` under softmax(h w), and how many are the argmax.
 
-    The gradients of h and w are computed in the forward pass, while a chunk's logits are in memory. So the logits are
-    computed once. The second result takes no gradient.
+    The gradients of h and w are computed in the forward pass, while a chunk's logits are in memory.
+    So the logits are computed once. The second result takes no gradient.
 
     Args:
         h: hidden states, of any floating dtype.
@@ -30,12 +30,14 @@ def chunked_cross_entropy(
         targets: token ids in 0 … W - 1.
         mask: positions where it is False do not count.
         chunk: about how many tokens are computed at a time.
-        one_pass: read the logits once for their maximum and their sum. A CPU is faster in two passes.
+        one_pass: read the logits once for their maximum and their sum. A CPU is faster in two
+            passes.
     Returns: (sum of nats, number of correct predictions), float32, or float64 if h is.
 
     Example:
         >>> h, w = jnp.zeros((3, 2)), jnp.zeros((2, 4))  # even odds over 4 tokens: ln 4 nats each
-        >>> nats, _ = chunked_cross_entropy(h, w, targets=jnp.array([0, 1, 2]), mask=jnp.array([True, True, False]))
+        >>> targets, mask = jnp.array([0, 1, 2]), jnp.array([True, True, False])
+        >>> nats, _ = chunked_cross_entropy(h, w, targets, mask)
         >>> round(float(nats), 4)
         2.7726
     """
@@ -47,12 +49,15 @@ LOGITS_BYTES = 1 << 32  # of a chunk in `cross_entropy_by_memory`
 
 
 def cross_entropy_by_memory(
-    h: Float[Array, "n D"], w: Float[Array, "D W"], targets: Int[Array, " n"], mask: Bool[Array, " n"]
+    h: Float[Array, "n D"],
+    w: Float[Array, "D W"],
+    targets: Int[Array, " n"],
+    mask: Bool[Array, " n"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute `chunked_cross_entropy` in chunks as large as LOGITS_BYTES of logits allow.
 
-    Each chunk reads and writes the head's complete gradient in float32. An accelerator has memory for few, large
-    chunks; with a single one there is no loop.
+    Each chunk reads and writes the head's complete gradient in float32. An accelerator has memory
+    for few, large chunks; with a single one there is no loop.
     """
     chunk = max(1, LOGITS_BYTES // (_wide(h.dtype).itemsize * w.shape[1]))
     return chunked_cross_entropy(h, w, targets, mask, chunk=chunk, one_pass=True)
@@ -77,18 +82,21 @@ def token_scores(
 
     Example:
         >>> nats, best = token_scores(jnp.eye(2), 3 * jnp.eye(2), targets=jnp.array([0, 0]))
-        >>> nats.round(2), best  # ln(1 + e⁻³) = 0.05 where 0 has the larger logit, and 3 more where 1 has it
+        >>> nats.round(2), best  # ln(1 + e⁻³) = 0.05 where 0 has the larger logit, else 3 more
         (Array([0.05, 3.05], dtype=float32), Array([0, 1], dtype=int32))
     """
 
     def body(_, xs):
         h_c, t_c = xs
         logits = _logits(h_c, w) / temperature
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
+        wanted = jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - wanted
         return None, (nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
     n = h.shape[0]
-    _, (nll, best) = jax.lax.scan(jax.checkpoint(body), None, (_split(h, chunk), _split(targets, chunk)))
+    _, (nll, best) = jax.lax.scan(
+        jax.checkpoint(body), None, (_split(h, chunk), _split(targets, chunk))
+    )
     return nll.T.reshape(-1)[:n], best.T.reshape(-1)[:n]
 
 
@@ -101,7 +109,7 @@ def _logits(h, w):
 
 
 def _split(x: Array, chunk: int) -> Array:
-    """Cut [n, …] into [chunks, rows, …]. Chunk j has rows j, j + chunks, …, so it is sharded if n is."""
+    """Cut [n, …] into [chunks, rows, …], as sharded as n: chunk j has rows j, j + chunks, …."""
     chunks = -(-x.shape[0] // chunk)
     pad = -x.shape[0] % chunks
     x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
@@ -109,7 +117,7 @@ def _split(x: Array, chunk: int) -> Array:
 
 
 def _in_one_pass(logits):
-    """(The logarithm of the sum of exponentials, the maximum) of each row: a part's sum counts from its own maximum."""
+    """(Log-sum of exponentials, maximum) of each row: a part's sum counts from its maximum."""
 
     def join(a, b):
         top = jnp.maximum(a[0], b[0])
@@ -121,13 +129,17 @@ def _in_one_pass(logits):
 
 
 def _forward(h, w, targets, weight, chunk, one_pass, with_grad):
-    """Return ((sum of nats, number correct), (dh in chunks, dw)). Without `with_grad`, dh and dw mean nothing."""
+    """Return ((sum of nats, number correct), (dh in chunks, dw)), the latter by `with_grad`."""
 
     def body(carry, xs):
         total, correct, dw = carry
         h_c, t_c, m_c = xs
         logits = _logits(h_c, w)
-        lse, top = _in_one_pass(logits) if one_pass else (jax.nn.logsumexp(logits, axis=-1), logits.max(-1))
+        lse, top = (
+            _in_one_pass(logits)
+            if one_pass
+            else (jax.nn.logsumexp(logits, axis=-1), logits.max(-1))
+        )
         picked = jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
         total = total + ((lse - picked) * m_c).sum()
         correct = correct + jnp.where(picked >= top, m_c, 0).sum()

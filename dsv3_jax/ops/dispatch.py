@@ -1,17 +1,18 @@
 """Tokens to their experts and back: y_t = Σ_k g_tk FFN_{e_tk}(x_t).
 
-Assignments (token, choice) are sorted by expert, so each expert's rows are contiguous. Every expert runs one SwiGLU
-over its rows. The results return by the inverse permutation and are summed over a token's choices. No token is dropped,
-except by `capacity_swiglu`, which is there to compare.
+Assignments (token, choice) are sorted by expert, so each expert's rows are contiguous. Every expert
+runs one SwiGLU over its rows. The results return by the inverse permutation and are summed over a
+token's choices. No token is dropped, except by `capacity_swiglu`, which is there to compare.
 
     grouped_swiglu sorted rows, two grouped products (see grouped_product.py), any number of tokens
-    dense_swiglu   every expert on every token, weighted by the gates: the oracle, and the field's starting point
+    dense_swiglu   every expert on every token, weighted by the gates: the oracle, and the field's
+                   starting point
     decode_experts a loop over the chosen experts alone, for a few tokens on a CPU
-    decode_by_row  no loop: each assignment's sums read its expert's weights, for a few tokens on a GPU
+    decode_by_row  no loop: each assignment's sums read its expert's weights; a few tokens on a GPU
     capacity       GShard's and Switch's, which drops what overflows
 
-Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is scattered, so no two
-additions meet in an order that changes from run to run.
+Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is
+scattered, so no two additions meet in an order that changes from run to run.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct, wide
 from dsv3_jax.ops.sort_by_expert import SortedRows, count_by_expert, sort_by_expert
 from dsv3_jax.ops.varying import zeros
 
-FEW_CHOICES = 32  # assignments for each expert up to which `decode_experts` is the faster: reading weights is the cost
+# assignments for each expert up to which `decode_experts` is faster: reading weights is the cost
+FEW_CHOICES = 32
 
 
 def dense_swiglu(
@@ -44,8 +46,9 @@ def dense_swiglu(
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
-        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
-        >>> dense_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # of 1: 2, 5; silu(9) is 9
+        >>> x, ids, gates = jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]])
+        >>> dense_swiglu(x, ids, gates, *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
@@ -70,22 +73,26 @@ def grouped_swiglu(
 ) -> Float[Array, "n D"]:
     """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
-    Sums over D, F and K are accumulated in float32. The gradient keeps a = x w_gate and b = x w_up, and nothing else of
-    the rows' size. The experts' gradients have the dtype of the experts.
+    Sums over D, F and K are accumulated in float32. The gradient keeps a = x w_gate and b = x w_up,
+    and nothing else of the rows' size. The experts' gradients have the dtype of the experts.
 
     Args:
         x: tokens.
-        expert_ids, gates: the router's choice; gates are cast to x's dtype. An id of E counts as no expert.
+        expert_ids, gates: the router's choice; gates are cast to x's dtype. An id of E counts as no
+            expert.
         w_gate, w_up, w_down: the experts' matrices, cast to x's dtype for use.
         product: the backend of the grouped products.
-        rows: choices that name an expert, at most: the arrays have so many rows. None means all, n·K.
-        turned: the three transposed in x's dtype, for a backend whose `dx` would transpose them; they take no gradient.
+        rows: choices that name an expert, at most: the arrays have so many rows. None means all,
+            n·K.
+        turned: the three transposed in x's dtype, for a backend whose `dx` would transpose them;
+            they take no gradient.
         complete: every id names an expert, so that no row must be masked.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
-        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
-        >>> grouped_swiglu(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # of 1: 2, 5; silu(9) is 9
+        >>> x, ids, gates = jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]])
+        >>> grouped_swiglu(x, ids, gates, *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
     p = product.sort(expert_ids, w_gate.shape[0])
@@ -109,7 +116,8 @@ class _Rows(NamedTuple):
 
     token: Array  # int32 [m]
     gate: Array  # float32 [m, 1]
-    in_expert: Array | None  # bool [m, 1]: not padding, and of an expert that is here; None: all are
+    # bool [m, 1]: not padding, and of an expert that is here; None: all are
+    in_expert: Array | None
 
 
 def _sorted_rows(product: GroupedProduct, complete: bool, gates: Array, p: SortedRows) -> _Rows:
@@ -120,7 +128,9 @@ def _sorted_rows(product: GroupedProduct, complete: bool, gates: Array, p: Sorte
     return _Rows(order // gates.shape[1], gate[:, None], in_expert)
 
 
-def _forward(product, complete, x, gates, weights, p: SortedRows) -> tuple[Array, tuple[Array, ...]]:
+def _forward(
+    product, complete, x, gates, weights, p: SortedRows
+) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave)."""
     w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
     rows = _sorted_rows(product, complete, gates, p)
@@ -142,7 +152,7 @@ def _grouped_bwd(product, complete, saved, dy):
     silu = a * sig
     h = _rounded(silu * b * rows.gate, rows, x.dtype)
     d_h = back(dy_rows, w_down, p.counts).astype(a.dtype)
-    # Else XLA sums again what it has in hand, in the fusion that adds these to the router's gradient.
+    # Else XLA sums again what it has, in the fusion that adds these to the router's gradient.
     d_gates = jax.lax.optimization_barrier((d_h * silu * b).sum(-1))
     d_h = d_h * rows.gate
     d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
@@ -151,7 +161,9 @@ def _grouped_bwd(product, complete, saved, dy):
         *(product.dw(x_rows, d, p.counts, weights[0].dtype) for d in d_inner),
         product.dw(h, dy_rows, p.counts, weights[2].dtype),
     )
-    d_gates = _or_zero(None if complete else p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1)))
+    d_gates = _or_zero(
+        None if complete else p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1))
+    )
     return _sum_choices(dx, p, complete), d_gates.astype(gates.dtype), dw, None, None
 
 
@@ -169,21 +181,23 @@ def _rounded(values: Array, rows: _Rows, dtype) -> Array:
 
 
 def _sum_choices(parts: tuple[Array, ...], p: SortedRows, complete: bool) -> Array:
-    """y_t = Σ_k of row (t, k), in float32: each token fetches its rows, so no two additions meet. [n, K, D] never
-    exists.
-    """
+    """y_t = Σ_k of row (t, k), in float32: each token fetches its rows. [n, K, D] never exists."""
     total = p.total
     y = jnp.zeros((), wide(parts[0].dtype))
     for k in range(p.row.shape[1]):
         row = p.row[:, k]
-        fetched = sum(_take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y.dtype) for part in parts)
+        fetched = sum(
+            _take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y.dtype) for part in parts
+        )
         y = y + _or_zero(None if complete else (row < total)[:, None], fetched)
     return y.astype(parts[0].dtype)
 
 
 def _or_zero(mask: Array | None, values: Any) -> Array:
-    """Values where the mask is true, else 0; without a mask, all. The zeros depend on the mask: before a scan over
-    layers JAX would write others out as an array, which each layer then reads.
+    """Values where the mask is true, else 0; without a mask, all.
+
+    The zeros depend on the mask: before a scan over layers JAX would write others out as an array,
+    which each layer then reads.
     """
     return values if mask is None else jnp.where(mask, values, (mask ^ mask).astype(values.dtype))
 
@@ -252,11 +266,11 @@ def decode_experts(
     *,
     rows: int | None = None,
 ) -> Float[Array, "n D"]:
-    """Compute the same for a few tokens, whose time goes into reading weights: a loop over the chosen experts alone.
+    """Compute the same for a few tokens: a loop over the chosen experts, which reads no others.
 
-    A visit reads one expert's matrices and multiplies them with `rows` rows. If the expert has fewer, rows of the
-    next one go along: a product of a few rows costs little more than one of a single row. An expert with more is
-    visited again. Takes no gradient.
+    A visit reads one expert's matrices and multiplies them with `rows` rows. If the expert has
+    fewer, rows of the next one go along: a product of a few rows costs little more than one of a
+    single row. An expert with more is visited again. Takes no gradient.
 
     Args:
         expert_ids: an id of E marks an expert of another device; its gate must be 0.
@@ -264,8 +278,9 @@ def decode_experts(
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
-        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
-        >>> decode_experts(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights).round(2)
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # of 1: 2, 5; silu(9) is 9
+        >>> x, ids, gates = jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]])
+        >>> decode_experts(x, ids, gates, *weights).round(2)
         Array([[4.7]], dtype=float32)
     """
     n, num_choices = expert_ids.shape
@@ -274,22 +289,28 @@ def decode_experts(
 
     def visit(expert: Array, local_rows: Array) -> Array:
         gate, up, down = (
-            jax.lax.dynamic_index_in_dim(w, expert, 0, keepdims=False).astype(x.dtype) for w in (w_gate, w_up, w_down)
+            jax.lax.dynamic_index_in_dim(w, expert, 0, keepdims=False).astype(x.dtype)
+            for w in (w_gate, w_up, w_down)
         )
         return (jax.nn.silu(local_rows @ gate) * (local_rows @ up)) @ down
 
     gates = gates.astype(x.dtype)
     if n == 1:  # nothing to sort; an id of E reads the last expert
         return jax.lax.fori_loop(
-            0, num_choices, lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x), zeros(x.shape, x, w_gate)
+            0,
+            num_choices,
+            lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x),
+            zeros(x.shape, x, w_gate),
         )
     rows = rows or (4 if n * num_choices < 8 * num_experts else 8)
     p = sort_by_expert(expert_ids, num_experts)
     visits = -(-p.counts // rows)
     ends = jnp.cumsum(visits, dtype=jnp.int32)
     turn = jnp.arange(n * num_choices, dtype=jnp.int32)
-    # The expert of each visit: how many experts have had all of theirs. One comparison of all; a search would loop.
-    expert = jnp.minimum((ends[None] <= turn[:, None]).sum(axis=1, dtype=jnp.int32), num_experts - 1)
+    # The expert of each visit: how many experts have had all of theirs. A search would loop.
+    expert = jnp.minimum(
+        (ends[None] <= turn[:, None]).sum(axis=1, dtype=jnp.int32), num_experts - 1
+    )
     first = p.starts[expert] + (turn - (ends - visits)[expert]) * rows
     tokens = jnp.pad(p.order // num_choices, (0, rows))
 
@@ -311,11 +332,12 @@ def decode_by_row(
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
 ) -> Float[Array, "n D"]:
-    """Compute the same without a loop: three sums for each assignment, in float32. Takes no gradient.
+    """Compute the same without a loop: three float32 sums for each assignment. Takes no gradient.
 
-    Each sum reads the weights of its expert in place. On a GPU XLA fuses the look-up of the expert into the sum, so no
-    weight is copied, and eight kernels do it all. Rows are sorted by expert, so one expert's rows run side by side and
-    find its weights in the cache. The cost grows with the number of assignments, not of experts.
+    Each sum reads the weights of its expert in place. On a GPU XLA fuses the look-up of the expert
+    into the sum, so no weight is copied, and eight kernels do it all. Rows are sorted by expert, so
+    one expert's rows run side by side and find its weights in the cache. The cost grows with the
+    number of assignments, not of experts.
 
     Args: as `decode_experts`.
     """

@@ -1,11 +1,14 @@
-"""How far a drafter's distribution q is from the target's p: Kullback-Leibler divergence and total variation.
+"""A drafter's distribution q against the target's p: Kullback-Leibler divergence, total variation.
 
-    KL  = Σ_w p_w ln(p_w / q_w)                    gradient by the drafter's logits: q − p
-    TV  = ½ Σ_w |p_w − q_w| = 1 − Σ_w min(p_w, q_w)  gradient: q_w (s_w − Σ_v q_v s_v), s = −1 where p > q, else 0
+    KL  = Σ_w p_w ln(p_w / q_w)                      gradient by the drafter's logits: q − p
+    TV  = ½ Σ_w |p_w − q_w| = 1 − Σ_w min(p_w, q_w)  gradient: q_w (s_w − Σ_v q_v s_v),
+                                                     s = −1 where p > q, else 0
 
-1 − TV is the probability that speculative sampling accepts a draft at temperature 1. KL bounds it from one side only:
-TV² ≤ KL / 2 (Pinsker). The cross-entropy on the text's own tokens has KL's minimum, p, if the text follows p.
-Source: arXiv 2211.17192, section 3.3, for 1 − TV; DistillSpec, arXiv 2310.08461, for drafters trained by both.
+1 − TV is the probability that speculative sampling accepts a draft at temperature 1. KL bounds it
+from one side only: TV² ≤ KL / 2 (Pinsker). The cross-entropy on the text's own tokens has KL's
+minimum, p, if the text follows p.
+Source: arXiv 2211.17192, section 3.3, for 1 − TV; DistillSpec, arXiv 2310.08461, for drafters
+trained by both.
 """
 
 from typing import Literal
@@ -18,7 +21,9 @@ from jaxtyping import Array, Bool, Float
 Distance = Literal["kl", "tv"]
 
 
-def distance(log_p: Float[Array, "*n W"], log_q: Float[Array, "*n W"], kind: Distance) -> Float[Array, "*n"]:
+def distance(
+    log_p: Float[Array, "*n W"], log_q: Float[Array, "*n W"], kind: Distance
+) -> Float[Array, "*n"]:
     """Compute KL(p, q) in nats, or TV(p, q).
 
     Example:
@@ -41,19 +46,20 @@ def summed_distance(
     *,
     chunk: int = 1024,
 ) -> Float[Array, ""]:
-    """Add up the distances between softmax(target_h w) and softmax(h w), in chunks of tokens, for the loss of a head.
+    """Add up the distances of softmax(h w) to softmax(target_h w), in chunks of tokens.
 
     The target takes no gradient.
 
     Args:
-        h: what the head gives to the unembedding. target_h: what the trunk gives to it, at the position before the
-            drafted token.
+        h: what the head gives to the unembedding. target_h: what the trunk gives to it, at the
+            position before the drafted token.
         w: the unembedding.
         mask: positions where it is False do not count.
 
     Example:
         >>> h, w = jnp.eye(2), 3 * jnp.eye(2)
-        >>> summed_distance(h, h[::-1], w, jnp.array([True, True]), "tv").round(2)  # 0.95 − 0.05, twice
+        >>> mask = jnp.array([True, True])
+        >>> summed_distance(h, h[::-1], w, mask, "tv").round(2)  # 0.95 − 0.05, twice
         Array(1.81, dtype=float32)
     """
     wide = np.promote_types(h.dtype, np.float32)
@@ -63,7 +69,10 @@ def summed_distance(
 
     @jax.checkpoint  # the logits of a chunk are computed again, not kept
     def one(h, target_h):
-        log_q, log_p = (jax.nn.log_softmax(jnp.dot(x, w, preferred_element_type=wide), axis=-1) for x in (h, target_h))
+        log_q, log_p = (
+            jax.nn.log_softmax(jnp.dot(x, w, preferred_element_type=wide), axis=-1)
+            for x in (h, target_h)
+        )
         return distance(jax.lax.stop_gradient(log_p), log_q, kind)
 
     found = jax.lax.map(lambda both: one(*both), tuple(parts)).reshape(-1)[: h.shape[0]]

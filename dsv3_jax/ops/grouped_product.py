@@ -7,12 +7,15 @@ functions, the product and its two gradients, because a kernel for one is no ker
     dx       x' [m, K] = y' [m, N] · wᵀ
     dw       w' [G, K, N] = xᵀ y' over each group's rows
 
-A backend computes a part of a block more for each group; RAGGED_DOT off TPUs computes all rows once for each group.
-Rows after the last group belong to no group. Their results are undefined, and their inputs must be finite. They cost
-time all the same in ROW_BLOCKS and in the forward and dx of Mosaic's kernels, whose dw leaves them out.
+A backend computes a part of a block more for each group; RAGGED_DOT off TPUs computes all rows once
+for each group. Rows after the last group belong to no group. Their results are undefined, and their
+inputs must be finite. They cost time all the same in ROW_BLOCKS and in the forward and dx of
+Mosaic's kernels, whose dw leaves them out.
 
-    RAGGED_DOT  `jax.lax.ragged_dot`: a grouped kernel on TPU; every group multiplies every row on other platforms
-    ROW_BLOCKS  a scan over blocks of rows, of static length: runs anywhere at any dtype, one product after another
+    RAGGED_DOT  `jax.lax.ragged_dot`: a grouped kernel on TPU; every group multiplies every row on
+                other platforms
+    ROW_BLOCKS  a scan over blocks of rows, of static length: runs anywhere at any dtype, one
+                product after another
 """
 
 from collections.abc import Callable
@@ -36,7 +39,8 @@ class GroupedProduct:
     name: str
     forward: Callable[..., Array]  # (x [m, K], w [G, K, N], counts [G]) -> [m, N] in x's dtype
     dx: Callable[..., Array]  # (dy [m, N], w [G, K, N], counts [G]) -> [m, K] in dy's dtype
-    dw: Callable[..., Array]  # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
+    # (x [m, K], dy [m, N], counts [G], dtype) -> [G, K, N], accumulated in float32
+    dw: Callable[..., Array]
     row_multiple: int = 1  # m must be a multiple of it
     sort: Callable = sort_by_expert  # or what gives the same
     casts: bool = True  # w must have the rows' dtype; False: it is taken in its own
@@ -80,10 +84,10 @@ RAGGED_DOT = GroupedProduct("ragged_dot", ragged_dot, ragged_dot_dx, ragged_dot_
 
 
 class RowBlocks(NamedTuple):
-    """Blocks of rows, each of one group: a number of blocks that is known when the program is compiled.
+    """Blocks of rows, each of one group: as many as are known when the program is compiled.
 
-    A group's last block may reach into the next group's rows. `left` says how many of a block's rows are its own. The
-    blocks that are not needed have no rows, and start after the last row.
+    A group's last block may reach into the next group's rows. `left` says how many of a block's
+    rows are its own. The blocks that are not needed have no rows, and start after the last row.
     """
 
     group: Array  # int32 [J]
@@ -94,12 +98,13 @@ class RowBlocks(NamedTuple):
 def row_blocks(counts: Int[Array, " G"], num_rows: int, size: int) -> RowBlocks:
     """Cut each group's rows into blocks of `size` rows."""
     num_groups = counts.shape[0]
-    num_blocks = num_rows // size + min(num_groups, num_rows)  # Σ ceil(count / size) is never larger
+    # Σ ceil(count / size) is never larger
+    num_blocks = num_rows // size + min(num_groups, num_rows)
     blocks = -(-counts // size)
     ends = jnp.cumsum(blocks, dtype=jnp.int32)
     starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     j = jnp.arange(num_blocks, dtype=jnp.int32)
-    # The group of each block: how many groups have had all of theirs. One comparison of all; a search would loop.
+    # The group of each block: how many groups have had all of theirs. A search would loop.
     group = jnp.minimum((ends[None] <= j[:, None]).sum(axis=1, dtype=jnp.int32), num_groups - 1)
     before = (j - (ends - blocks)[group]) * size
     needed = j < ends[-1]
@@ -117,9 +122,7 @@ def block_size(num_rows: int, num_groups: int) -> int:
 
 
 def row_blocks_product(x: Array, w: Array, counts: Array) -> Array:
-    """`GroupedProduct.forward` by a scan over blocks, in order: the next group's block overwrites what one wrote too
-    much.
-    """
+    """`GroupedProduct.forward` by a scan over blocks: each overwrites the excess of the last."""
     return _over_blocks(x, w, counts, w.shape[2], lambda rows, one: rows @ one)
 
 
@@ -157,7 +160,9 @@ def row_blocks_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
         before = jax.lax.dynamic_index_in_dim(dw, group, 0, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw, before + part, group, 0), None
 
-    start = as_varying(jnp.zeros((counts.shape[0], x.shape[1], dy.shape[1]), wide(dtype)), x, dy, counts)
+    start = as_varying(
+        jnp.zeros((counts.shape[0], x.shape[1], dy.shape[1]), wide(dtype)), x, dy, counts
+    )
     return jax.lax.scan(visit, start, row_blocks(counts, m, size))[0].astype(dtype)
 
 

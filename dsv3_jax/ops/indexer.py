@@ -1,9 +1,9 @@
-"""The lightning indexer of sparse attention: which k tokens each query attends to, and what teaches it.
+"""The lightning indexer of sparse attention: which k tokens a query attends to, and its teacher.
 
-    score_ts = Σ_i w_ti · I^-1/2 · relu(X^-1/2 q_ti · k_s),  in float32, for the tokens s that t may see
+    score_ts = Σ_i w_ti · I^-1/2 · relu(X^-1/2 q_ti · k_s),  in float32, for tokens s that t may see
 
-All heads of attention share the k tokens of the largest scores. A few queries are scored at a time, so memory grows
-with length, not with its square.
+All heads of attention share the k tokens of the largest scores. A few queries are scored at a time,
+so memory grows with length, not with its square.
 Source: DeepSeek-V3.2 report, section 2.1.
 """
 
@@ -31,13 +31,14 @@ def choose(
     most: int = MAX_SCORES,
     score: Callable[..., Array] | None = None,
 ) -> Int[Array, "B T k"]:
-    """Choose the k slots of the largest scores for each query, best first; the lower slot wins a tie.
+    """Choose the k slots of the largest scores for each query, best first; a tie goes to the lower.
 
     Args:
         q, w: index queries, and the weights of their heads.
         keys: index keys of S ≥ k slots and one head.
         last: the last slot that each query may see.
-        segment_ids: a query sees its own segment only, and slots are its tokens; None means one segment.
+        segment_ids: a query sees its own segment only, and slots are its tokens; None means one
+            segment.
         most: scores of heads that are held at a time.
         score: computes `index_scores`. None means that function.
     Returns: int32; -1 stands behind the slots of a query that sees fewer than k.
@@ -53,16 +54,21 @@ def choose(
     def one(q, w, last, segment):
         s = (score or index_scores)(q, w, rows, scales)
         s = jnp.where(s == 0, 0.0, s)  # a sort may put -0 below 0
-        best, ids = jax.lax.top_k(jnp.where(visible(rows.shape[1], last, segment, segment_ids), s, -jnp.inf), k)
+        best, ids = jax.lax.top_k(
+            jnp.where(visible(rows.shape[1], last, segment, segment_ids), s, -jnp.inf), k
+        )
         return jnp.where(best == -jnp.inf, -1, ids)
 
     return by_query(one, most // (q.shape[0] * q.shape[2] * rows.shape[1]), q, w, last, segment_ids)
 
 
 def index_scores(
-    q: Float[Array, "B I X"], w: Float[Array, "B I"], rows: Array, scales: Float[Array, "B S 1"] | None = None
+    q: Float[Array, "B I X"],
+    w: Float[Array, "B I"],
+    rows: Array,
+    scales: Float[Array, "B S 1"] | None = None,
 ) -> Float[Array, "B S"]:
-    """Scores of one query a sequence with S index keys [B, S, X], which may end in zeros; float32 or wider.
+    """Score one query a sequence on S index keys [B, S, X], which may end in zeros; in float32.
 
     Args: scales: of keys in 8 bits. A scale is positive, so it may wait until after the ReLU.
     """
@@ -74,15 +80,20 @@ def index_scores(
 
 
 def visible(
-    slots: int, last: Int[Array, " B"], segment: Int[Array, " B"] | None, segment_ids: Int[Array, "B S"] | None
+    slots: int,
+    last: Int[Array, " B"],
+    segment: Int[Array, " B"] | None,
+    segment_ids: Int[Array, "B S"] | None,
 ) -> Array:
     """bool [B, S]: the slots that one query of each sequence may see."""
     seen = jnp.arange(slots, dtype=jnp.int32)[None] <= last[:, None]
-    return seen if segment is None or segment_ids is None else seen & (segment_ids == segment[:, None])
+    if segment is None or segment_ids is None:
+        return seen
+    return seen & (segment_ids == segment[:, None])
 
 
 def by_query(f: Callable, block: int, *queries: Any) -> Any:
-    """f of one query a sequence, for all queries [B, T, …]: `block` of them at once, the blocks one after the other.
+    """Compute f of one query a sequence, for all queries [B, T, …]: `block` of them at once.
 
     The backward pass computes each block again.
     """
@@ -110,18 +121,20 @@ def divergence(
     *,
     scale: float,
 ) -> Float[Array, "B T"]:
-    """What the indexer learns from: KL(p ‖ softmax(score)) of each query, p attention's mean over its heads.
+    """What the indexer learns from: a query's KL(p ‖ softmax(score)), p attention's mean of heads.
 
     Takes a gradient in q, w and index_keys only.
 
     Args:
         queries, keys: of attention; all heads share the keys. Scores are the sum of the products.
-        ids: the tokens that both distributions are over, from `choose`; None means all that a query may see.
+        ids: the tokens that both distributions are over, from `choose`; None means all that a query
+            may see.
         last, segment_ids: as in `choose`.
 
     Example:
         >>> one = jnp.zeros((1, 2, 1, 1))  # equal scores on both sides
-        >>> divergence(one, one[..., 0], one[..., 0], [one], [one[..., 0]], None, jnp.array([[0, 1]]), scale=1.0)
+        >>> w, last = one[..., 0], jnp.array([[0, 1]])
+        >>> divergence(one, w, one[..., 0], [one], [one[..., 0]], None, last, scale=1.0)
         Array([[0., 0.]], dtype=float32)
     """
     queries, keys = jax.lax.stop_gradient((tuple(queries), tuple(keys)))
@@ -137,19 +150,23 @@ def divergence(
             place = jnp.maximum(ids, 0)[..., None]
             some, own = jax.tree.map(lambda x: jnp.take_along_axis(x, place, 1), (index_keys, keys))
         products = zip(queries, own, strict=True)
-        logits = sum(jnp.einsum("bhx,bsx->bhs", scaled(a, scale), b, preferred_element_type=wide) for a, b in products)
+        logits = sum(
+            jnp.einsum("bhx,bsx->bhs", scaled(a, scale), b, preferred_element_type=wide)
+            for a, b in products
+        )
         p = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1).mean(1)
         log_q = jax.nn.log_softmax(jnp.where(seen, index_scores(q, w, some), -jnp.inf), axis=-1)
         positive = seen & (p > 0)
         difference = jnp.log(jnp.where(positive, p, 1.0)) - jnp.where(seen, log_q, 0.0)
         return jnp.where(positive, p * difference, 0.0).sum(-1)
 
-    held = q.shape[0] * max(q.shape[2], queries[0].shape[2]) * (slots if ids is None else ids.shape[2])
+    heads = max(q.shape[2], queries[0].shape[2])
+    held = q.shape[0] * heads * (slots if ids is None else ids.shape[2])
     return by_query(one, MAX_SCORES // held, q, w, queries, ids, last, segment_ids)
 
 
 def round_rotated(x: Float[Array, "*n X"], power_of_two: bool) -> Float[Array, "*n X"]:
-    """Rotate by a Hadamard matrix times X^-1/2, and round to e4m3 with a scale for each row, as the released code does.
+    """Rotate by a Hadamard matrix times X^-1/2, and round rows to e4m3, as the released code does.
 
     Rotating queries and keys changes no product. The gradient is that of the rotation alone.
 

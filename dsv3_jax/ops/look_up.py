@@ -13,7 +13,8 @@ def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B
     Returns: the last position before `newest` where the longest run of the last tokens ends.
 
     Example:
-        >>> look_up(jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]]), jnp.array([5]))  # 5, 6 ends at position 2
+        >>> text = jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]])
+        >>> look_up(text, jnp.array([5]))  # 5, 6 ends at position 2
         Array([2], dtype=int32)
     """
     before = LONGEST_MATCH - 1

@@ -1,13 +1,16 @@
 """Multi-head latent attention has two equal forms.
 
     expanded  k = [c_kv W_uk, k_rope], v = c_kv W_uv;  out = softmax(scale · q · k) v
-    absorbed  scores = (q_nope W_uk) · c_kv + q_rope · k_rope;  out = (softmax(scale · scores) · c_kv) W_uvᵀ
+    absorbed  scores = (q_nope W_uk) · c_kv + q_rope · k_rope;
+              out = (softmax(scale · scores) · c_kv) W_uvᵀ
 
-Training and prefill expand the latent into keys and values for each head. Decoding absorbs the up-projections into the
-query and the output instead, so every head reads one cached row [c_kv, k_rope] a token: see `model.attention.MLA`.
+Training and prefill expand the latent into keys and values for each head. Decoding absorbs the
+up-projections into the query and the output instead, so every head reads one cached row [c_kv,
+k_rope] a token: see `model.attention.MLA`.
 Source: DeepSeek-V2 report, section 2.1; the released reference's "naive" and "absorb" paths.
 
-The up-projections have the released order, [H, N, C] and [H, V, C], so both forms multiply with them as they are.
+The up-projections have the released order, [H, N, C] and [H, V, C], so both forms multiply with
+them as they are.
 """
 
 import jax
@@ -16,13 +19,17 @@ from jaxtyping import Array, Float
 
 
 def expand(
-    c_kv: Float[Array, "B T C"], k_rope: Float[Array, "B T R"], w_uk: Float[Array, "H N C"], w_uv: Float[Array, "H V C"]
+    c_kv: Float[Array, "B T C"],
+    k_rope: Float[Array, "B T R"],
+    w_uk: Float[Array, "H N C"],
+    w_uv: Float[Array, "H V C"],
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Expand latents into each head's keys [k_nope, k_rope], K = N + R, and values; k_rope is repeated.
+    """Expand latents into a head's keys [k_nope, k_rope], K = N + R, and values; k_rope repeats.
 
     Example:
         >>> c_kv, k_rope = jnp.array([[[2.0]]]), jnp.array([[[5.0]]])  # one token, C = R = 1
-        >>> k, v = expand(c_kv, k_rope, w_uk=jnp.array([[[1.0]], [[3.0]]]), w_uv=jnp.array([[[4.0]], [[0.0]]]))
+        >>> w_uk, w_uv = jnp.array([[[1.0]], [[3.0]]]), jnp.array([[[4.0]], [[0.0]]])
+        >>> k, v = expand(c_kv, k_rope, w_uk, w_uv)
         >>> k.tolist(), v.tolist()  # of two heads
         ([[[[2.0, 5.0], [6.0, 5.0]]]], [[[[8.0], [0.0]]]])
     """
@@ -33,9 +40,12 @@ def expand(
 
 @jax.custom_vjp
 def expand_in_place(
-    c_kv: Float[Array, "B T C"], k_rope: Float[Array, "B T R"], w_uk: Float[Array, "H N C"], w_uv: Float[Array, "H V C"]
+    c_kv: Float[Array, "B T C"],
+    k_rope: Float[Array, "B T R"],
+    w_uk: Float[Array, "H N C"],
+    w_uv: Float[Array, "H V C"],
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Compute `expand` with keys of the whole width from the product on, so that a GPU writes k_rope into them alone.
+    """Compute `expand` with keys as wide as K from the product on: a GPU then writes k_rope alone.
 
     The product's last R columns are zeros; its gradient has none.
     """
@@ -44,10 +54,14 @@ def expand_in_place(
     return k.at[..., w_uk.shape[1] :].set(k_rope[:, :, None]), v
 
 
-expand_in_place.defvjp(lambda *args: (expand_in_place(*args), args), lambda args, d: jax.vjp(expand, *args)[1](d))
+expand_in_place.defvjp(
+    lambda *args: (expand_in_place(*args), args), lambda args, d: jax.vjp(expand, *args)[1](d)
+)
 
 
-def join_keys(k_nope: Float[Array, "B T H N"], k_rope: Float[Array, "B T R"]) -> Float[Array, "B T H K"]:
+def join_keys(
+    k_nope: Float[Array, "B T H N"], k_rope: Float[Array, "B T R"]
+) -> Float[Array, "B T H K"]:
     """The keys of each head, [k_nope, k_rope]; k_rope is repeated.
 
     Example:

@@ -1,9 +1,10 @@
-"""Newton-Schulz iteration: nearly the nearest matrix with orthonormal rows or columns, by products alone."""
+"""Newton-Schulz iteration: nearly the nearest orthonormal rows or columns, by products alone."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # chosen for a steep slope at 0: five steps bring singular values to 0.7 … 1.2
+# chosen for a steep slope at 0: five steps bring singular values to 0.7 … 1.2
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
@@ -12,9 +13,11 @@ def orthogonalize(x: Float[Array, "*n I O"], *, eps: float = 1e-8) -> Float[Arra
 
     X ← X / (‖X‖_F + eps), then five times  A = X Xᵀ;  X ← c₀ X + (c₁ A + c₂ A A) X.
 
-    The smaller of the two sides makes A. Leading axes are a batch, and stay apart, so a mesh may shard them.
+    The smaller of the two sides makes A. Leading axes are a batch, and stay apart, so a mesh may
+    shard them.
 
-    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon), whose coefficients these are; arXiv 2502.16982.
+    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon), whose coefficients these are;
+    arXiv 2502.16982.
 
     Example:
         >>> orthogonalize(jnp.array([[3.0, 0.0], [0.0, -1.0]])).round(1)

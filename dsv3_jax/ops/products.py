@@ -1,4 +1,4 @@
-"""Products with a weight, in the dtype of the activations; the router's is exact float32 on every device."""
+"""Products with a weight, in the dtype of the activations; the router's is exact float32."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Fl
 def in_two_rows(
     multiply: Callable, x: Float[Array, "..."], *weights: Float[Array, "..."], **settings: int
 ) -> Float[Array, "..."]:
-    """Compute `product` or `swiglu` for a single row by adding a row of zeros, which moves no more bytes on a GPU.
+    """Compute `product` or `swiglu` of one row beside a row of zeros: no more bytes on a GPU.
 
     For one row XLA would write w times x, as large as w, and read it again to add it up.
 
@@ -39,8 +39,8 @@ def in_two_rows(
 def exact_product(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
     """Multiply x with w in complete float32 precision, in the gradient too.
 
-    An accelerator's default for float32 is shorter: TF32 on a GPU, one bfloat16 pass on a TPU. Two experts whose
-    scores differ by less than that would change places.
+    An accelerator's default for float32 is shorter: TF32 on a GPU, one bfloat16 pass on a TPU. Two
+    experts whose scores differ by less than that would change places.
 
     Returns: x w in x's dtype.
     """
@@ -48,7 +48,10 @@ def exact_product(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array
 
 
 def swiglu(
-    x: Float[Array, "*n D"], w_gate: Float[Array, "D F"], w_up: Float[Array, "D F"], w_down: Float[Array, "F D"]
+    x: Float[Array, "*n D"],
+    w_gate: Float[Array, "D F"],
+    w_up: Float[Array, "D F"],
+    w_down: Float[Array, "F D"],
 ) -> Float[Array, "*n D"]:
     """Compute (silu(x w_gate) ⊙ (x w_up)) w_down in x's dtype. Source: arXiv 2002.05202.
 
@@ -60,8 +63,10 @@ def swiglu(
     return product(jax.nn.silu(product(x, w_gate)) * product(x, w_up), w_down)
 
 
-def swiglu_in_one_pass(x: Float[Array, "*n D"], *weights: Float[Array, "..."]) -> Float[Array, "*n D"]:
-    """Compute `swiglu`, whose backward pass then reads the products before silu once on a GPU, not three times.
+def swiglu_in_one_pass(
+    x: Float[Array, "*n D"], *weights: Float[Array, "..."]
+) -> Float[Array, "*n D"]:
+    """Compute `swiglu`; its backward pass reads the products before silu once on a GPU.
 
     XLA does not join what reads a product there, but it joins what reads a barrier.
     """
@@ -83,4 +88,5 @@ def product_by_head(
         Array([[ 2.,  3.],
                [40., 50.]], dtype=float32)
     """
-    return jnp.einsum("...hk,hnk->...hn" if transposed else "...hk,hkn->...hn", x, w.astype(x.dtype))
+    equation = "...hk,hnk->...hn" if transposed else "...hk,hkn->...hn"
+    return jnp.einsum(equation, x, w.astype(x.dtype))

@@ -22,7 +22,8 @@ def quantize_rows(x: Float[Array, "*n X"], dtype) -> tuple[Array, Float[Array, "
     Args:
         x: rows, of a floating dtype.
         dtype: int8 or float8_e4m3fn.
-    Returns: (rows [..., X] in `dtype`, float32 scales [..., 1]). The scale is 1 where a row is all zeros.
+    Returns: (rows [..., X] in `dtype`, float32 scales [..., 1]). The scale is 1 where a row is all
+        zeros.
 
     Example:
         >>> rows, scales = quantize_rows(jnp.array([[254.0, -2.0]]), dtype=jnp.int8)

@@ -1,8 +1,9 @@
 """Rotary position embedding, with YaRN's extension of its reach.
 
-A pair of features is a point in a plane, and a token at position p rotates pair i by p·f_i. A dot product of two
-rotated vectors then depends on their distance alone. YaRN slows the slow pairs by `factor`, keeps the fast ones,
-and blends between, so that a model trained to L0 positions reads `factor` times as many.
+A pair of features is a point in a plane, and a token at position p rotates pair i by p·f_i. A dot
+product of two rotated vectors then depends on their distance alone. YaRN slows the slow pairs by
+`factor`, keeps the fast ones, and blends between, so that a model trained to L0 positions reads
+`factor` times as many.
 Source: arXiv 2104.09864 (RoPE), arXiv 2309.00071 (YaRN), the released DeepSeek-V3 inference code.
 """
 
@@ -16,7 +17,7 @@ from dsv3_jax.config import Yarn
 
 
 def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
-    """Compute each pair's frequency, f_i = theta^(−2i/R), with YaRN's change if yarn.factor is not 1.
+    """Compute each pair's frequency, f_i = theta^(−2i/R), with YaRN's change if factor is not 1.
 
     Args:
         rope_dim: R, even.
@@ -40,7 +41,7 @@ def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
 
 
 def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
-    """The pairs between which YaRN blends: below `low` untouched, above `high` slowed by the whole factor.
+    """The pairs between which YaRN blends: below `low` none is slowed, above `high` all are.
 
     Example:
         >>> yarn_range(64, 1e4, Yarn(factor=40.0))  # of V3's 32 pairs
@@ -48,7 +49,8 @@ def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
     """
 
     def pair_that_turns(times: float) -> float:
-        return rope_dim * math.log(yarn.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(theta))
+        positions_a_radian = yarn.original_max_positions / (times * 2 * math.pi)
+        return rope_dim * math.log(positions_a_radian) / (2 * math.log(theta))
 
     low = math.floor(pair_that_turns(yarn.beta_fast))
     high = math.ceil(pair_that_turns(yarn.beta_slow))
@@ -90,22 +92,31 @@ def cos_sin(
         Array([[0.],
                [1.]], dtype=float32)
     """
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs).reshape((1,) * positions.ndim + (-1,))
+    of_pairs = jnp.asarray(freqs).reshape((1,) * positions.ndim + (-1,))
+    angles = positions[..., None].astype(jnp.float32) * of_pairs
     ratio = mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
     return jnp.cos(angles) * ratio, jnp.sin(angles) * ratio
 
 
-def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, "..."], *, interleaved: bool) -> Array:
-    """Rotate each pair of x's last axis by its angle, in float32 or wider, and round once to x's dtype.
+def rotate(
+    x: Float[Array, "*n R"],
+    cos: Float[Array, "..."],
+    sin: Float[Array, "..."],
+    *,
+    interleaved: bool,
+) -> Array:
+    """Rotate each pair of x's last axis by its angle, in float32 or wider, and round once.
 
     Args:
         x: [..., R].
         cos, sin: float32, of x's rank with R/2 last and axes of size 1 to broadcast over (heads).
         interleaved: pairs are (2i, 2i+1), as in the released weights; otherwise (i, i + R/2).
-    Returns: [..., R] in x's dtype and layout. Scores agree between layouts when queries and keys share one.
+    Returns: [..., R] in x's dtype and layout. Scores agree between layouts when queries and keys
+        share one.
 
     Example:
-        >>> x, cos, sin = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+        >>> x = jnp.array([1.0, 2.0, 3.0, 4.0])
+        >>> cos, sin = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
         >>> rotate(x, cos, sin, interleaved=True)  # (1, 2) stays, and (3, 4) makes a quarter turn
         Array([ 1.,  2., -4.,  3.], dtype=float32)
         >>> rotate(x, cos, sin, interleaved=False)  # (1, 3) stays, and (2, 4) makes a quarter turn
@@ -124,14 +135,19 @@ def rotate(x: Float[Array, "*n R"], cos: Float[Array, "..."], sin: Float[Array, 
 
 
 def rotate_last(
-    x: Float[Array, "*n K"], cos: Float[Array, "..."], sin: Float[Array, "..."], *, interleaved: bool
+    x: Float[Array, "*n K"],
+    cos: Float[Array, "..."],
+    sin: Float[Array, "..."],
+    *,
+    interleaved: bool,
 ) -> Array:
     """Rotate the last R numbers of each row, twice as many as cos has.
 
     Args: as `rotate`.
 
     Example:
-        >>> rotate_last(jnp.array([7.0, 1.0, 2.0]), jnp.array([0.0]), jnp.array([1.0]), interleaved=True)
+        >>> cos, sin = jnp.array([0.0]), jnp.array([1.0])
+        >>> rotate_last(jnp.array([7.0, 1.0, 2.0]), cos, sin, interleaved=True)
         Array([ 7., -2.,  1.], dtype=float32)
     """
     rest, rotated = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)

@@ -1,11 +1,11 @@
 """Routers: which experts a token goes to, and the weight (gate) of each.
 
-`ROUTERS` lists them all: V3's sigmoid with a correction bias and a group limit, the same with V4's scores, V2's
-softmax, top-k without and with noise, the dense softmax over all experts, and a hash of the token's id. A new router is
-a function and a row of `ROUTERS`, here or in a notebook.
+`ROUTERS` lists them all: V3's sigmoid with a correction bias and a group limit, the same with V4's
+scores, V2's softmax, top-k without and with noise, the dense softmax over all experts, and a hash
+of the token's id. A new router is a function and a row of `ROUTERS`, here or in a notebook.
 
-Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal, the lower expert id
-is chosen first.
+Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal,
+the lower expert id is chosen first.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,17 @@ class Routing(NamedTuple):
 
 
 def sigmoid(
-    logits: Float[Array, "n E"], bias: Float[Array, " E"], *, normalize: bool = True, scale: float = 1.0, **limits: Any
+    logits: Float[Array, "n E"],
+    bias: Float[Array, " E"],
+    *,
+    normalize: bool = True,
+    scale: float = 1.0,
+    **limits: Any,
 ) -> Routing:
-    """Route with V3's sigmoid router: the bias affects which experts are chosen, and never their gates.
+    """Route with V3's sigmoid router: the bias affects which experts are chosen, not their gates.
 
-    s = sigmoid(logits);  ids = topk(s + bias) within the best groups;  g = scale · s[ids] / (Σ s[ids] + 1e-20)
+    s = sigmoid(logits);  ids = topk(s + bias) within the best groups;
+    g = scale · s[ids] / (Σ s[ids] + 1e-20)
 
     Args:
         logits: x W_rᵀ, float32.
@@ -56,7 +62,12 @@ def sigmoid(
 
 
 def sqrtsoftplus(
-    logits: Float[Array, "n E"], bias: Float[Array, " E"], *, normalize: bool = True, scale: float = 1.0, **limits: Any
+    logits: Float[Array, "n E"],
+    bias: Float[Array, " E"],
+    *,
+    normalize: bool = True,
+    scale: float = 1.0,
+    **limits: Any,
 ) -> Routing:
     """Route as `sigmoid`, with scores that are not bounded by 1.
 
@@ -72,15 +83,17 @@ def sqrtsoftplus(
 
     Source: the affinity of DeepSeek-V4, "sqrtsoftplus" in its config.json.
     """
-    # Far below 0, softplus(x) is e^x. There its square root is taken as e^(x/2): softplus underflows, and the gradient
-    # of a square root at 0 is infinite.
+    # Far below 0, softplus(x) is e^x. There its square root is taken as e^(x/2): softplus
+    # underflows, and the gradient of a square root at 0 is infinite.
     far = jnp.log(jnp.finfo(logits.dtype).eps).astype(logits.dtype)
     near = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, far)))
     scores = jnp.where(logits > far, near, jnp.exp(jnp.minimum(logits, far) / 2))
     return _biased(scores, bias, normalize, scale, limits)
 
 
-def softmax(logits: Float[Array, "n E"], *, normalize: bool = False, scale: float = 1.0, **limits: Any) -> Routing:
+def softmax(
+    logits: Float[Array, "n E"], *, normalize: bool = False, scale: float = 1.0, **limits: Any
+) -> Routing:
     """Route with V2's softmax router: the K largest probabilities within the best groups.
 
     s = softmax(logits);  ids = topk(s) within the best groups;  g = scale · s[ids]
@@ -89,7 +102,8 @@ def softmax(logits: Float[Array, "n E"], *, normalize: bool = False, scale: floa
 
     Args:
         logits: x W_rᵀ, float32.
-        normalize, scale, limits: as in `sigmoid`; V2's groups are scored by their largest s, group_score="max".
+        normalize, scale, limits: as in `sigmoid`; V2's groups are scored by their largest s,
+            group_score="max".
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
 
     Example:
@@ -114,7 +128,8 @@ def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None
         logits: x W_rᵀ, float32.
         k: K, experts for each token.
         given: see `replay`.
-    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax over all experts.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax over all
+        experts.
 
     Example:
         >>> routed = topk(jnp.array([[0.0, 3.0, 1.0, 2.0]]), k=2)
@@ -124,7 +139,11 @@ def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None
     Source: arXiv 1701.06538, without the noise; `noisy_topk` has it.
     """
     expert_ids = choose(jax.lax.stop_gradient(logits), k, given=given)
-    return Routing(expert_ids, jax.nn.softmax(_pick(logits, expert_ids), axis=-1), jax.nn.softmax(logits, axis=-1))
+    return Routing(
+        expert_ids,
+        jax.nn.softmax(_pick(logits, expert_ids), axis=-1),
+        jax.nn.softmax(logits, axis=-1),
+    )
 
 
 def noisy_topk(
@@ -142,26 +161,34 @@ def noisy_topk(
     Args:
         logits: x W_rᵀ, float32.
         spread: x W_noise, float32.
-        normal: ε, standard normal, from `noise`. None means no noise: h = logits, as in evaluation and decoding.
+        normal: ε, standard normal, from `noise`. None means no noise: h = logits, as in evaluation
+            and decoding.
         k: K, experts for each token.
         given: see `replay`.
-    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax of h over all experts.
+    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax of h
+        over all experts.
 
     Example:
         >>> logits, spread = jnp.array([[1.0, 0.0, 0.0]]), jnp.zeros((1, 3))
-        >>> noisy_topk(logits, spread, jnp.array([[0.0, 0.0, 3.0]]), k=1).expert_ids  # 3 ln 2 is over 1
+        >>> normal = jnp.array([[0.0, 0.0, 3.0]])
+        >>> noisy_topk(logits, spread, normal, k=1).expert_ids  # 3 ln 2 is over 1
         Array([[2]], dtype=int32)
 
     Source: arXiv 1701.06538, equations 3-5.
     """
-    noisy = logits if normal is None or spread is None else logits + normal * jax.nn.softplus(spread)
+    noisy = (
+        logits if normal is None or spread is None else logits + normal * jax.nn.softplus(spread)
+    )
     return topk(noisy, k=k, given=given)
 
 
-def noise(keys: Array, layer: Int[Array, ""] | int, length: int, num_experts: int) -> Float[Array, "B T E"]:
+def noise(
+    keys: Array, layer: Int[Array, ""] | int, length: int, num_experts: int
+) -> Float[Array, "B T E"]:
     """Draw the noise of one layer, standard normal, float32.
 
-    A row's noise depends on its own key and the layer alone. So it is the same on any mesh, and in any microbatch.
+    A row's noise depends on its own key and the layer alone. So it is the same on any mesh, and in
+    any microbatch.
 
     Args:
         keys: a random key for each row, [B].
@@ -175,16 +202,20 @@ def noise(keys: Array, layer: Int[Array, ""] | int, length: int, num_experts: in
         >>> both.shape, bool((both[2] == last[0]).all())
         ((3, 4, 8), True)
     """
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, layer), (length, num_experts), jnp.float32))(
-        keys
-    )
+
+    def of_row(key: Array) -> Array:
+        of_layer = jax.random.fold_in(key, layer)
+        return jax.random.normal(of_layer, (length, num_experts), jnp.float32)
+
+    return jax.vmap(of_row)(keys)
 
 
 def dense(logits: Float[Array, "n E"]) -> Routing:
     """Route to every expert, with gates from a softmax over all.
 
     Args: logits: x W_rᵀ, float32.
-    Returns: Routing with K = E: expert_ids 0 … E - 1 in this order; gates and scores are the softmax.
+    Returns: Routing with K = E: expert_ids 0 … E - 1 in this order; gates and scores are the
+        softmax.
 
     Example:
         >>> routed = dense(jnp.zeros((1, 2)))
@@ -193,18 +224,25 @@ def dense(logits: Float[Array, "n E"]) -> Routing:
     """
     n, num_experts = logits.shape
     gates = jax.nn.softmax(logits, axis=-1)
-    return Routing(jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), (n, num_experts)), gates, gates)
+    expert_ids = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), (n, num_experts))
+    return Routing(expert_ids, gates, gates)
 
 
 def hash_tokens(
-    logits: Float[Array, "n E"], tokens: Int[Array, " n"], *, normalize: bool = True, scale: float = 1.0, **limits: Any
+    logits: Float[Array, "n E"],
+    tokens: Int[Array, " n"],
+    *,
+    normalize: bool = True,
+    scale: float = 1.0,
+    **limits: Any,
 ) -> Routing:
-    """Route by the token's id: the K experts with the largest hash(token, expert). No router is trained to choose.
+    """Route by the token's id: the K experts of largest hash(token, expert). No choice is trained.
 
     ids = topk(hash(token, ·));  s = sigmoid(logits);  g = scale · s[ids] / (Σ s[ids] + 1e-20)
 
-    The hash is a fixed function of 32-bit integers, the same in all layers. It gives all experts the same share of the
-    ids in expectation; the load is then as even as the tokens' frequencies allow.
+    The hash is a fixed function of 32-bit integers, the same in all layers. It gives all experts
+    the same share of the ids in expectation; the load is then as even as the tokens' frequencies
+    allow.
 
     Args:
         logits: x W_rᵀ, float32: for the gates.
@@ -221,12 +259,13 @@ def hash_tokens(
                [2, 6]], dtype=int32), Array([0.5, 0.5], dtype=float32))
 
     Source: arXiv 2106.04426.
-    Departs from the paper: K experts and gates from scores, as in DeepSeek-V4's first layers; there K = 1 without gate.
+    Departs from the paper: K experts and gates from scores, as in DeepSeek-V4's first layers; there
+    K = 1 without gate.
     """
     num_experts = logits.shape[-1]
     expert = jnp.arange(num_experts, dtype=jnp.uint32) * np.uint32(0x85EBCA77)
     x = (tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1))[:, None] ^ expert[None]
-    # MurmurHash3's last mixing: a bijection of 32-bit integers, so two experts of a token never have the same hash.
+    # MurmurHash3's last mixing: a bijection of 32-bit integers, so a token's experts have no ties.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     expert_ids = choose(x, **limits)
@@ -234,18 +273,22 @@ def hash_tokens(
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
-def _biased(scores: Array, bias: Array, normalize: bool, scale: float, limits: dict[str, Any]) -> Routing:
+def _biased(
+    scores: Array, bias: Array, normalize: bool, scale: float, limits: dict[str, Any]
+) -> Routing:
     """Choose by s + bias within the best groups, with gates from s."""
     expert_ids = choose(jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None]), **limits)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
-def _gates(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"], normalize: bool, scale: float) -> Array:
+def _gates(
+    scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"], normalize: bool, scale: float
+) -> Array:
     """Return scale · s[ids], divided by their sum if `normalize`."""
     gates = _pick(scores, expert_ids)
     if normalize:
-        # The division is done in log space. A quotient's gradient squares the sum, and 1e-20 squared is 0 in float32.
-        # So a quotient's gradient would be NaN if all sigmoids underflow.
+        # The division is done in log space. A quotient's gradient squares the sum, and 1e-20
+        # squared is 0 in float32. So a quotient's gradient would be NaN if all sigmoids underflow.
         gates = gates * jnp.exp(-jnp.log(gates.sum(-1, keepdims=True) + 1e-20))
     return gates * scale
 
@@ -253,7 +296,7 @@ def _gates(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"], normalize
 def _pick(scores: Float[Array, "n E"], expert_ids: Int[Array, "n K"]) -> Float[Array, "n K"]:
     """Return each token's scores of its experts."""
     rows = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None]
-    # A token's experts are distinct. With that said, the gradient's scatter needs no atomic adds on a GPU.
+    # A token's experts are distinct. Said so, the gradient's scatter needs no atomic adds on a GPU.
     return scores.at[rows, expert_ids].get(unique_indices=True, mode="promise_in_bounds")
 
 
@@ -265,16 +308,18 @@ def choose(
     group_score: str = "top2_sum",
     given: Int[Array, "n K"] | None = None,
 ) -> Int[Array, "n K"]:
-    """Return the ids of the k largest `choice` scores within the best groups, the largest first; int32.
+    """Return the ids of the k largest `choice` scores within the best groups, largest first; int32.
 
     Args:
         groups: number of groups of consecutive experts; it divides E.
-        groups_kept: a token's experts come from this many groups. With groups_kept = groups there is no limit.
-        group_score: a group's score is the sum of its two largest scores ("top2_sum", V3) or the largest ("max", V2).
+        groups_kept: a token's experts come from this many groups. With groups_kept = groups there
+            is no limit.
+        group_score: a group's score is the sum of its two largest scores ("top2_sum", V3) or the
+            largest ("max", V2).
         given: ids that take the choice's place, see `replay`.
 
     Example:
-        >>> choose(jnp.array([[0.5, 0.0, 0.4, 0.3]]), 2, groups=2)  # experts 2 and 3 have the larger sum
+        >>> choose(jnp.array([[0.5, 0.0, 0.4, 0.3]]), 2, groups=2)  # 2 and 3 have the larger sum
         Array([[2, 3]], dtype=int32)
     """
     if groups_kept < groups:
@@ -286,15 +331,16 @@ def choose(
             group_scores = jax.lax.top_k(grouped, 2)[0].sum(-1)
         _, kept = jax.lax.top_k(group_scores, groups_kept)
         allowed = jax.nn.one_hot(kept, groups, dtype=jnp.bool_).any(axis=1)  # [n, G]
-        # -inf, not 0: biases can be negative, and an expert outside the kept groups could then win with 0.
+        # -inf, not 0: biases can be negative, and an expert of other groups could win with 0.
         choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(n, num_experts)
     return replay(jax.lax.top_k(choice, k)[1].astype(jnp.int32), given)
 
 
 def replay(chosen: Int[Array, "*n K"], given: Int[Array, "*n K"] | None) -> Int[Array, "*n K"]:
-    """Put given ids in the place of the chosen ones, but for tokens whose ids are −1: these choose freely.
+    """Put given ids in the place of the chosen ones, except −1: such tokens choose freely.
 
-    Neither bias nor groups act on given ids, and gates come from the scores at them, with their gradient.
+    Neither bias nor groups act on given ids, and gates come from the scores at them, with their
+    gradient.
 
     Example:
         >>> replay(jnp.array([[0, 1], [2, 3]]), jnp.array([[3, 2], [-1, -1]]))
@@ -314,7 +360,8 @@ class Inputs(NamedTuple):
     tokens: Any = None  # int32 [n]: ids
     spread: Array | None = None  # float32 [n, E]: x W_noise
     normal: Array | None = None  # float32 [n, E]: noise; None outside training
-    given: Array | None = None  # int32 [n, K]: experts in place of the router's choice, see `replay`
+    # int32 [n, K]: experts in place of the router's choice, see `replay`
+    given: Array | None = None
 
 
 class Router(NamedTuple):
@@ -336,24 +383,38 @@ def _gated(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _grouped(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
-    return _gated(x, cfg) | dict(groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score)
+    return _gated(x, cfg) | dict(
+        groups=cfg.num_groups, groups_kept=cfg.groups_per_token, group_score=cfg.group_score
+    )
 
 
 ROUTERS: Table[Router] = Table("router", {
-    "sigmoid": Router(lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(x, cfg)), reads_bias=True, has_groups=True),
-    "sqrtsoftplus": Router(lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(x, cfg)), True, has_groups=True),
+    "sigmoid": Router(
+        lambda x, cfg: sigmoid(x.logits, x.bias, **_grouped(x, cfg)),
+        reads_bias=True,
+        has_groups=True,
+    ),
+    "sqrtsoftplus": Router(
+        lambda x, cfg: sqrtsoftplus(x.logits, x.bias, **_grouped(x, cfg)),
+        reads_bias=True,
+        has_groups=True,
+    ),
     "softmax": Router(lambda x, cfg: softmax(x.logits, **_grouped(x, cfg)), has_groups=True),
     "topk": Router(lambda x, cfg: topk(x.logits, **_chosen(x, cfg))),
     "noisy_topk": Router(
         lambda x, cfg: noisy_topk(x.logits, x.spread, x.normal, **_chosen(x, cfg)), has_noise=True
     ),
     "dense": Router(lambda x, cfg: dense(x.logits)),
-    "hash": Router(lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(x, cfg)), reads_tokens=True),
+    "hash": Router(
+        lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(x, cfg)), reads_tokens=True
+    ),
 }, more="--import NAME imports a program that registers more")  # fmt: skip
 register_router = ROUTERS.add
 
 
-def route(logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig, **needs: Array | None) -> Routing:
+def route(
+    logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig, **needs: Array | None
+) -> Routing:
     """Route with the router and settings in `cfg`.
 
     Args:

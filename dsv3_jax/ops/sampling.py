@@ -25,21 +25,27 @@ GREEDY = Sampling()
 
 
 def processed_logits(
-    logits: Float[Array, "*n W"], *, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits: Float[Array, "*n W"],
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Float[Array, "*n W"]:
     """Apply temperature, then top-k, then top-p. Tokens that are cut get −inf.
 
     Args:
         logits: float32, W tokens in the last axis.
         temperature: above 0.
-        top_k: keep the top_k largest logits, and all that equal the smallest of these. None keeps all.
-        top_p: keep the fewest tokens, largest first, whose probabilities sum to at least top_p, and all that equal the
-            smallest of these. None keeps all.
+        top_k: keep the top_k largest logits, and all that equal the smallest of these. None keeps
+            all.
+        top_p: keep the fewest tokens, largest first, whose probabilities sum to at least top_p, and
+            all that equal the smallest of these. None keeps all.
     Returns: logits whose softmax is the distribution to sample from.
 
     Example:
         >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-        >>> jax.nn.softmax(processed_logits(logits, temperature=1.0, top_p=0.7)).round(1)  # 0.5 / 0.8, 0.3 / 0.8
+        >>> kept = processed_logits(logits, temperature=1.0, top_p=0.7)
+        >>> jax.nn.softmax(kept).round(1)  # 0.5 / 0.8, 0.3 / 0.8
         Array([0.6, 0.4, 0. , 0. ], dtype=float32)
     """
     logits = logits / temperature
@@ -58,7 +64,8 @@ def processed_logits(
 def row_keys(seed: Array | int, texts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
     """Two keys [B, 2] for each row of a batch: of its draws, and of its drafts'.
 
-    Args: texts: a hash of each row's prompt, of 32 bits. samples: which of the prompt's samples it is.
+    Args: texts: a hash of each row's prompt, of 32 bits. samples: which of the prompt's samples it
+        is.
 
     Example:
         >>> row_keys(0, jnp.array([-7, -7, 9]), jnp.array([0, 1, 0])).shape
@@ -66,13 +73,14 @@ def row_keys(seed: Array | int, texts: Int[Array, " B"], samples: Int[Array, " B
     """
 
     def keys(text: Array, sample: Array) -> Array:
-        return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), text), sample))
+        of_text = jax.random.fold_in(jax.random.key(seed), text)
+        return jax.random.split(jax.random.fold_in(of_text, sample))
 
     return jax.vmap(keys)(texts, samples)
 
 
 def keys_at(keys: Array, positions: Int[Array, "B F"]) -> Array:
-    """A key [B, F] for each position of each row, of the rows' keys [B]: a draw depends on seed, row and position.
+    """Make a key [B, F] for each position, of the rows' keys [B]: a draw depends on these two.
 
     Example:
         >>> keys = keys_at(jax.random.split(jax.random.key(0), 2), jnp.array([[3, 4], [4, 5]]))
@@ -94,7 +102,8 @@ def sample(
 
     Args:
         logits: float32, W tokens in the last axis.
-        key: of `jax.random.key`, or an array of them, of one a row or of fewer axes; unused at temperature 0.
+        key: of `jax.random.key`, or an array of them, of one a row or of fewer axes; unused at
+            temperature 0.
         temperature: 0 takes the largest logit; then top_k and top_p have no effect.
         top_k, top_p: as in `processed_logits`.
     Returns: int32 tokens.
@@ -119,7 +128,8 @@ def log_probability(logits: Float[Array, "*n W"], tokens: Int[Array, "*n"]) -> F
     """The log-probability of each token, in nats.
 
     Example:
-        >>> log_probability(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0])).round(2)  # ln 0.5
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+        >>> log_probability(logits, jnp.array([0])).round(2)  # ln 0.5
         Array([-0.69], dtype=float32)
     """
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

@@ -1,4 +1,4 @@
-"""What changes over a run: the learning rate, the weight of the MTP losses, the step of the loss-free bias."""
+"""What changes over a run: the learning rate, the MTP losses' weight, the loss-free bias's step."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -9,14 +9,16 @@ from dsv3_jax.config import OptimConfig
 def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
     """Rise linearly for `warmup_steps`, then follow `cfg.schedule`; float32.
 
-    report   constant to `decay_start`, a cosine to `decay_end`, then constant (DeepSeek-V3 report, section 4.2)
-    wsd      constant to `decay_start`, a straight line to `decay_end`, then constant (arXiv 2404.06395, 2405.18392)
-    cosine   a cosine from the end of the warm-up to the last step (arXiv 1608.03983, without restarts)
+    report   constant to `decay_start`, a cosine to `decay_end`, then constant
+             (DeepSeek-V3 report, section 4.2)
+    wsd      constant to `decay_start`, a straight line to `decay_end`, then constant
+             (arXiv 2404.06395, 2405.18392)
+    cosine   a cosine from the end of the warm-up to the last step
+             (arXiv 1608.03983, without restarts)
 
     Example:
-        >>> cfg = OptimConfig(
-        ...     learning_rate=1.0, final_learning_rate=0.2, warmup_steps=10, decay_start=0.5, decay_end=0.9
-        ... )
+        >>> when = dict(warmup_steps=10, decay_start=0.5, decay_end=0.9)
+        >>> cfg = OptimConfig(learning_rate=1.0, final_learning_rate=0.2, **when)
         >>> [round(float(x), 2) for x in learning_rate(cfg, 100, jnp.array([0, 9, 50, 70, 99]))]
         [0.1, 1.0, 1.0, 0.6, 0.2]
     """
@@ -51,4 +53,5 @@ def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
         >>> bias_rate(OptimConfig(bias_freeze=0.5), 1e-3, 100, jnp.array([49, 50]))
         Array([0.001, 0.   ], dtype=float32)
     """
-    return jnp.where(jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps, rate, 0.0).astype(jnp.float32)
+    moves = jnp.asarray(step, jnp.float32) < cfg.bias_freeze * steps
+    return jnp.where(moves, rate, 0.0).astype(jnp.float32)

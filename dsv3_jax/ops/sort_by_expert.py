@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-FEW = 1024  # assignments up to which a GPU counts those before each one: fewer launches than to sort and to scatter
+# assignments up to which a GPU counts those before each one: fewer launches than sort and scatter
+FEW = 1024
 
 
 class SortedRows(NamedTuple):
@@ -28,14 +29,16 @@ def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRow
 
     Example:
         >>> rows = sort_by_expert(jnp.array([[2, 0], [0, 1]]), num_experts=3)
-        >>> rows.order, rows.counts  # expert 0 has assignments 1 and 2, expert 1 has 3, and expert 2 has 0
+        >>> rows.order, rows.counts  # expert 0 has assignments 1 and 2, 1 has 3, and 2 has 0
         (Array([1, 2, 3, 0], dtype=int32), Array([2, 1, 1], dtype=int32))
     """
     flat = expert_ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    places = jnp.arange(order.size, dtype=jnp.int32)
+    row = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
     counts = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.int32), flat, num_segments=num_experts)
-    return SortedRows(order, row.reshape(expert_ids.shape), counts, jnp.cumsum(counts, dtype=jnp.int32) - counts)
+    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)
 
 
 def count_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRows:
@@ -51,10 +54,12 @@ def count_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRo
     place = jnp.arange(flat.size, dtype=jnp.int32)
     key = flat * flat.size + place
     first = jnp.arange(num_experts, dtype=jnp.int32) * flat.size
-    # One sum counts the keys from `low` to `high`: those before each one, of the experts before, and of each expert.
+    # One sum counts the keys from `low` to `high`: those before each one, of the experts before,
+    # and of each expert.
     low = jnp.concatenate([jnp.zeros(flat.size + num_experts, jnp.int32), first])
     high = jnp.concatenate([key, first, first + flat.size])
-    counted = ((low[:, None] <= key[None]) & (key[None] < high[:, None])).sum(axis=1, dtype=jnp.int32)
+    between = (low[:, None] <= key[None]) & (key[None] < high[:, None])
+    counted = between.sum(axis=1, dtype=jnp.int32)
     row, starts, counts = jnp.split(counted, [flat.size, flat.size + num_experts])
     order = jnp.where(row[None] == place[:, None], place[None], 0).sum(axis=1, dtype=jnp.int32)
     return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)

@@ -1,8 +1,9 @@
-"""Attention of each query to its own chosen tokens: softmax over k of S tokens, for O(T k) products.
+"""Attention of each query to its own chosen tokens: softmax over k of S tokens, O(T k) products.
 
-Expanded, each head has its own keys and values. Absorbed, all heads read the same rows [c_kv, k_rope], see `mla.py`,
-and a query gathers k rows for all its heads. That is how sparse MLA trains, prefills and decodes: gathering expanded
-rows would move H (N + R + V) / (C + R) times as many numbers, 71 times in V3.
+Expanded, each head has its own keys and values. Absorbed, all heads read the same rows [c_kv,
+k_rope], see `mla.py`, and a query gathers k rows for all its heads. That is how sparse MLA trains,
+prefills and decodes: gathering expanded rows would move H (N + R + V) / (C + R) times as many
+numbers, 71 times in V3.
 Source: DeepSeek-V3.2 report, section 2.1 ("instantiate DSA under MLA").
 """
 
@@ -28,7 +29,7 @@ def sparse_attention(
     most: int = MAX_SCORES,
     attend: Callable[..., Array] = cached_attention,
 ) -> Float[Array, "B T G Q V"]:
-    """Attend to chosen tokens: softmax(scale · Σ_i q_i · keys_i) values over the tokens in ids, in float32.
+    """Attend to chosen tokens: softmax(scale · Σ_i q_i · keys_i) values over ids, in float32.
 
     Args:
         queries: for each array of keys, Q queries of each of G key-value heads.
@@ -40,9 +41,10 @@ def sparse_attention(
     Returns: V is the width of `values`; in the queries' dtype.
 
     Example:
-        >>> key, value = (jnp.array(x).reshape(1, 1, 3, 1) for x in ([5.0, 9.0, 5.0], [1.0, 9.0, 3.0]))
+        >>> numbers = [5.0, 9.0, 5.0], [1.0, 9.0, 3.0]
+        >>> key, value = (Stored(jnp.array(x).reshape(1, 1, 3, 1), None) for x in numbers)
         >>> q, ids = jnp.zeros((1, 1, 1, 1, 1)), jnp.array([[[2, 0, -1]]])
-        >>> sparse_attention([q], [Stored(key, None)], Stored(value, None), ids, scale=1.0).item()  # mean of 1 and 3
+        >>> sparse_attention([q], [key], value, ids, scale=1.0).item()  # mean of 1 and 3
         2.0
     """
     batch, _, groups, each, _ = queries[0].shape
@@ -52,7 +54,8 @@ def sparse_attention(
         place = jnp.maximum(ids, 0)[:, None, :, None]
         take = partial(jnp.take_along_axis, indices=place, axis=2, mode="promise_in_bounds")
         chosen = jax.tree.map(take, (list(keys), values))
-        last = jnp.broadcast_to((ids >= 0).sum(-1, keepdims=True, dtype=jnp.int32) - 1, (batch, each))
+        count = (ids >= 0).sum(-1, keepdims=True, dtype=jnp.int32)
+        last = jnp.broadcast_to(count - 1, (batch, each))
         return attend(queries, *chosen, last, scale=scale)
 
     return by_query(one, most // (batch * groups * ids.shape[2] * width), list(queries), ids)

@@ -1,6 +1,7 @@
-"""Types of values inside `shard_map`: along which mesh axes a value varies, that is, differs between devices.
+"""Types of values inside `shard_map`: along which mesh axes a value differs between devices.
 
-JAX checks these types. A value that starts as zeros and is then summed with varying values must be declared varying.
+JAX checks these types. A value that starts as zeros and is then summed with varying values must be
+declared varying.
 """
 
 import jax
@@ -19,7 +20,7 @@ def varying(x: Array) -> frozenset:
 
 
 def zeros(shape: tuple[int, ...], *like: Array) -> Array:
-    """Return zeros in the dtype of the first array in `like`, varying along the axes of all arrays in `like`.
+    """Return zeros in the dtype of the first array in `like`, varying along the axes of them all.
 
     Example:
         >>> zeros((2,), jnp.ones(3, jnp.bfloat16))

@@ -1,7 +1,7 @@
-"""Which drafts are accepted, and the token after them: one pass of the target over k drafts gives 1 to k + 1 tokens.
+"""Which drafts are accepted, and the token after: a pass over k drafts gives 1 to k + 1 tokens.
 
-Accept draft x_j with probability min(1, p/q). At the first rejection draw from norm(max(p − q, 0)); if all are
-accepted, draw one more from p. The text follows the target's p exactly, whatever q is.
+Accept draft x_j with probability min(1, p/q). At the first rejection draw from norm(max(p − q, 0));
+if all are accepted, draw one more from p. The text follows the target's p exactly, whatever q is.
 Source: arXiv 2211.17192 and 2302.01318.
 """
 
@@ -15,7 +15,7 @@ from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
 
 
 class Drafts(NamedTuple):
-    """J drafts a sequence, and the distributions they were drawn from: None at temperature 0, or if each is certain.
+    """J drafts a sequence, and their distributions; None at temperature 0, or if each is certain.
 
     Example:
         >>> Drafts(jnp.array([[5, 2]]), None).tokens.shape
@@ -47,15 +47,15 @@ def accept(
 
     Args:
         drafts: J drafted tokens a sequence; J may be 0.
-        q: the distributions that they were drawn from. None means that each draft was certain: it is accepted if the
-            target draws it too, and the text is the target's own for these keys.
+        q: the distributions that they were drawn from. None means that each draft was certain: it
+            is accepted if the target draws it too, and the text is the target's own for these keys.
         logits: the target's, F = J + 1: at the token before the drafts and at each draft.
         keys: [B, F], for the draw of each token. sampling: how the target chooses.
-    Returns: (how many drafts are accepted, int32 [B]; tokens [B, F]: the accepted drafts, then the target's own token;
-        entries beyond are arbitrary).
+    Returns: (how many drafts are accepted, int32 [B]; tokens [B, F]: the accepted drafts, then the
+        target's own token; entries beyond are arbitrary).
 
     Example:
-        >>> logits = jax.nn.one_hot(jnp.array([[5, 6, 7]]), 8)  # the target chooses 5, then 6 and 7 after the drafts
+        >>> logits = jax.nn.one_hot(jnp.array([[5, 6, 7]]), 8)  # the target chooses 5, then 6 and 7
         >>> drafts, keys = jnp.array([[5, 2]]), jax.random.split(jax.random.key(0), (1, 3))
         >>> count, tokens = accept(drafts, None, logits, keys, Sampling(temperature=0.0))
         >>> count, tokens[:, :2]  # 5 is accepted, and 6 takes the place of 2
@@ -65,8 +65,11 @@ def accept(
         own = sample(logits, keys, **sampling._asdict())
         return _leading(drafts == own[:, :-1]), own
     p = probabilities(logits, sampling)
-    of_p, of_q = (jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q))
-    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0))))(keys[:, :-1])
+    of_p, of_q = (
+        jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q)
+    )
+    draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0))))
+    uniform = draw(keys[:, :-1])
     count = _leading(uniform * of_q < of_p)
     rest = jnp.maximum(p - jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1), 0)
     rest, own = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (rest, p))

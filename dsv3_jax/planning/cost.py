@@ -1,17 +1,20 @@
 """Predict what each device of a mesh holds, computes and sends in a step, before any device exists.
 
-Lowers and compiles the training step and the decoding step from shapes; no weight is allocated. The figures:
+Lowers and compiles the training step and the decoding step from shapes; no weight is allocated. The
+figures:
 
     persistent    exact: the shards of parameters, optimizer state and cache
-    FLOPs         by formula: 2 a parameter and token forward, 4 backward, and the scores of attention
-    sent          every collective of the program, once for each iteration of its loops, by ring formulas (`hlo.py`).
-                  Loops whose length depends on the data, as further rounds of an all-to-all, are counted apart.
+    FLOPs         by formula: 2 a parameter and token forward, 4 backward, and attention's scores
+    sent          every collective of the program, once for each iteration of its loops, by ring
+                  formulas (`hlo.py`). Loops whose length depends on the data, as further rounds of
+                  an all-to-all, are counted apart.
     temporaries   the compiler's sum of all other memory at the worst moment
 
-On fake CPU devices two things differ from an accelerator. First, the CPU's compiler turns bfloat16 into float32.
-Collectives are therefore counted before that pass, and temporaries are larger than on an accelerator. Second, experts
-run in blocks, while `ragged_dot` would have a layer's experts in bfloat16 and all rows at once. A target has neither
-difference: it has its own kernels, and its own compiler reports the figures.
+On fake CPU devices two things differ from an accelerator. First, the CPU's compiler turns bfloat16
+into float32. Collectives are therefore counted before that pass, and temporaries are larger than on
+an accelerator. Second, experts run in blocks, while `ragged_dot` would have a layer's experts in
+bfloat16 and all rows at once. A target has neither difference: it has its own kernels, and its own
+compiler reports the figures.
 """
 
 import math
@@ -29,7 +32,13 @@ from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import Cache, pick_kind
-from dsv3_jax.model.counting import attended, distinct_experts, share_read, size, train_flops_per_token
+from dsv3_jax.model.counting import (
+    attended,
+    distinct_experts,
+    share_read,
+    size,
+    train_flops_per_token,
+)
 from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
@@ -37,7 +46,8 @@ from dsv3_jax.planning.devices import Device
 from dsv3_jax.planning.hlo import Traffic, compile_with_hlo, traffic
 from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
 
-# As released folders pack weights: name → parts of the model; how many inputs share a number, then a scale, and dtypes.
+# As released folders pack weights: name → parts of the model; how many inputs share a number, then
+# a scale, and dtypes.
 PACKED: dict[str, Any] = {
     "fp8": ({"experts", "shared", "ffn"}, (1, "float8_e4m3fn"), (128, "float32")),  # DeepSeek-V3
     "int4": ({"experts"}, (2, "uint8"), (32, "bfloat16")),  # Kimi K2-Thinking
@@ -52,7 +62,8 @@ class Cost:
     mesh: dict[str, int]
     tokens: int  # on the complete mesh
     persistent: dict[str, int]  # bytes by kind that exist before and after the step
-    transient: dict[str, int]  # bytes by kind, of known size, that exist only during the step: part of the temporaries
+    # bytes by kind, of known size, that exist only during the step: part of the temporaries
+    transient: dict[str, int]
     flops: float
     bytes_read: float  # bytes that must be read from memory; 0 where this bounds nothing
     temporaries: int | None  # bytes; None if compiling failed
@@ -64,7 +75,10 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Bytes of memory at the worst moment. If compiling failed, only the persistent and transient ones."""
+        """Bytes of memory at the worst moment.
+
+        If compiling failed, only the persistent and transient ones.
+        """
         transient = sum(self.transient.values())
         temporaries = transient if self.temporaries is None else max(self.temporaries, transient)
         return sum(self.persistent.values()) + temporaries
@@ -74,11 +88,13 @@ class Cost:
         return not self.compile_error and self.total <= memory
 
     def least_seconds(self, device: Device) -> dict[str, float]:
-        """Return, for each resource, the seconds of a step that waits for nothing else, by the device's figures."""
+        """Return the seconds of a step that waits for one resource alone, for each resource."""
         return {
             "FLOPs": self.flops / device.flops,
             "memory": self.bytes_read / device.memory_bandwidth,
-            "wire": sum((c.wire / _bandwidth(device, c.devices) for c in self.sent.known().collectives), 0.0),
+            "wire": sum(
+                (c.wire / _bandwidth(device, c.devices) for c in self.sent.known().collectives), 0.0
+            ),
         }
 
 
@@ -88,16 +104,19 @@ def _bandwidth(device: Device, members: tuple[int, ...]) -> float:
     return device.link if inside else device.network
 
 
-def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target: str | None = None) -> Cost:
+def train_cost(
+    run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target: str | None = None
+) -> Cost:
     """Predict the cost of a run's training step on a mesh; nothing is allocated.
 
     Args:
         run: its batch is that of the step.
         mesh: of fake devices, or of a target's.
-        frozen: dtype of weights that do not train, or a name in PACKED. None means the model's compute dtype.
+        frozen: dtype of weights that do not train, or a name in PACKED. None means the model's
+            compute dtype.
         target: of the mesh, see `devices.parse_target`. None means fake devices.
-    Raises: ConfigError when batch or experts are not divisible by the mesh, or for kernels that the target does not
-        have.
+    Raises: ConfigError when batch or experts are not divisible by the mesh, or for kernels that the
+        target does not have.
 
     Example:
         >>> from dsv3_jax.presets import recipe
@@ -131,7 +150,8 @@ def train_cost(run: RunConfig, mesh: Mesh, *, frozen: str | None = None, target:
     flops = _train_flops(run) * count / mesh.size
     return _compile_cost(
         "training step", mesh, target, make_step(Job(run, mesh, kernels)), (state, batch),
-        tokens=count, persistent=persistent, transient={"gradients": gradients}, flops=flops, bytes_read=0.0,
+        tokens=count, persistent=persistent, transient={"gradients": gradients},
+        flops=flops, bytes_read=0.0,
     )  # fmt: skip
 
 
@@ -142,7 +162,8 @@ def _packed(params: nnx.State, parts: set[str], *kinds: tuple[int, str]) -> nnx.
         if not parts & set(path) or v.shape[-2] % max(inputs for inputs, _ in kinds):
             return v
         lead, (rows, out) = v.shape[:-2], v.shape[-2:]
-        return v.replace(Packed(*(jax.ShapeDtypeStruct((*lead, rows // inputs, out), own) for inputs, own in kinds)))
+        shapes = (((*lead, rows // inputs, out), own) for inputs, own in kinds)
+        return v.replace(Packed(*(jax.ShapeDtypeStruct(shape, own) for shape, own in shapes)))
 
     return nnx.from_flat_state((path, of(path, v)) for path, v in nnx.to_flat_state(params))
 
@@ -157,27 +178,32 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in sharding.ROWS)
 
 
-def check_decode(cfg: ModelConfig, execution: Execution, mesh: Mesh, batch: int, context: int) -> None:
+def check_decode(
+    cfg: ModelConfig, execution: Execution, mesh: Mesh, batch: int, context: int
+) -> None:
     """Check that a mesh can run a decoding step.
 
-    Raises: ConfigError when batch, experts or heads are not divisible by the mesh, or the context is beyond
-        max_positions.
+    Raises: ConfigError when batch, experts or heads are not divisible by the mesh, or the context
+        is beyond max_positions.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> check_decode(preset("tiny"), Execution(), sharding.make_mesh(), batch=1, context=9999)
+        >>> mesh = sharding.make_mesh()
+        >>> check_decode(preset("tiny"), Execution(), mesh, 1, context=9999)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        dsv3_jax.config.ConfigError: context=9999 is not between 1 and the model's max_positions=2048
+        dsv3_jax.config.fields.ConfigError: context=9999 is not between 1 and the model's ...
     """
     parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
         raise ConfigError(
-            f"decode_batch={batch} is not divisible by the {parts} parts of mesh={sharding.format_mesh(mesh)}; "
-            "use a multiple"
+            f"decode_batch={batch} is not divisible by the {parts} parts of "
+            f"mesh={sharding.format_mesh(mesh)}; use a multiple"
         )
     if not 0 < context <= cfg.max_positions:
-        raise ConfigError(f"context={context} is not between 1 and the model's max_positions={cfg.max_positions}")
+        raise ConfigError(
+            f"context={context} is not between 1 and the model's max_positions={cfg.max_positions}"
+        )
     sharding.check_model(mesh, cfg, execution.layout)
 
 
@@ -191,7 +217,7 @@ def decode_cost(
     weight_dtype: str | None = None,
     target: str | None = None,
 ) -> Cost:
-    """Predict the cost of a step of plain decoding, one token for each sequence; nothing is allocated.
+    """Predict the cost of a step of plain decoding, one token a sequence; nothing is allocated.
 
     Args:
         batch: sequences, sharded as a training batch.
@@ -203,7 +229,8 @@ def decode_cost(
     Example:
         >>> from dsv3_jax.presets import preset
         >>> mesh = sharding.make_mesh()
-        >>> cost = decode_cost(preset("tiny"), Execution(), mesh, batch=8, context=1024)  # doctest: +SKIP
+        >>> cfg = preset("tiny")
+        >>> cost = decode_cost(cfg, Execution(), mesh, batch=8, context=1024)  # doctest: +SKIP
         >>> cost.persistent["cache"] // (8 * 1024)  # doctest: +SKIP
         768
     """
@@ -213,13 +240,19 @@ def decode_cost(
     compute_dtype = jnp.dtype(execution.compute_dtype)
     dtype = jnp.dtype(weight_dtype or compute_dtype)
     fsdp = execution.layout.fsdp
-    graph, *variables = nnx.split(abstract(cfg, execution, choose_kernels(execution, mesh)), nnx.Param, RouterBias)
+    graph, *variables = nnx.split(
+        abstract(cfg, execution, choose_kernels(execution, mesh)), nnx.Param, RouterBias
+    )
     params, bias = variables
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
-    params, bias = (_with_shardings(v, sharding.state_sharding(v, mesh, fsdp=fsdp)) for v in (params, bias))
+    params, bias = (
+        _with_shardings(v, sharding.state_sharding(v, mesh, fsdp=fsdp)) for v in (params, bias)
+    )
     # As `generate` does once a request.
     with jax.set_mesh(mesh):
-        by_layer = jax.eval_shape(lambda params, bias: nnx.merge(graph, params, bias).prepare_decode(), params, bias)
+        by_layer = jax.eval_shape(
+            lambda params, bias: nnx.merge(graph, params, bias).prepare_decode(), params, bias
+        )
     by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
     kind = pick_kind(cfg, None)
 
@@ -255,13 +288,16 @@ def decode_cost(
     read = sum(weights.values()) - unread + _shard_bytes(cache) * share_read(cfg, context, kind)
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
-        "decoding step", mesh, target, jax.jit(step, donate_argnums=3), (params, bias, by_layer, cache, tokens),
+        "decoding step", mesh, target, jax.jit(step, donate_argnums=3),
+        (params, bias, by_layer, cache, tokens),
         tokens=batch, persistent=persistent, transient={}, flops=flops, bytes_read=read,
     )  # fmt: skip
 
 
-def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: tuple, **known) -> Cost:
-    """Compile a function for a mesh and return its cost; `known` are the fields that need no compiler."""
+def _compile_cost(
+    program: str, mesh: Mesh, target: str | None, function, args: tuple, **known
+) -> Cost:
+    """Compile a function for a mesh and return its cost; `known`: fields that need no compiler."""
     start = time.perf_counter()
     compile_error = ""
     temporaries = None
@@ -284,27 +320,39 @@ def _compile_cost(program: str, mesh: Mesh, target: str | None, function, args: 
         compile_error = " ".join(str(error).split("See https")[0].split())
     note = "compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks"
     return Cost(
-        program, dict(mesh.shape), temporaries=temporaries, sent=sent, seconds=time.perf_counter() - start,
-        compile_error=compile_error, notes=[] if target else [note], text=text, **known,
+        program, dict(mesh.shape), temporaries=temporaries, sent=sent,
+        seconds=time.perf_counter() - start, compile_error=compile_error,
+        notes=[] if target else [note], text=text, **known,
     )  # fmt: skip
 
 
 def choose_kernels(execution: Execution, mesh: Mesh) -> Kernels:
-    """Choose the kernels of the mesh's devices. Simulated CPU devices represent accelerators, so they get plain XLA.
+    """Choose the kernels of the mesh's devices.
+
+    Simulated CPU devices represent accelerators, so they get plain XLA.
 
     Raises: ConfigError for kernels that the devices do not have.
     """
-    return Kernels(Target("cpu", "xla")) if platform_of(mesh) == "cpu" else prepare(execution, mesh=mesh)
+    return (
+        Kernels(Target("cpu", "xla"))
+        if platform_of(mesh) == "cpu"
+        else prepare(execution, mesh=mesh)
+    )
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
     """Add shardings to shapes of the same structure, for `lower`."""
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
 
 
 def _shard_bytes(shapes: Any) -> int:
     """Add up one device's bytes of shapes with shardings."""
-    return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+    return sum(
+        math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+        for s in jax.tree.leaves(shapes)
+    )
 
 
 def _parameter_bytes(params: nnx.State) -> dict[str, int]:
@@ -327,7 +375,7 @@ def _train_flops(run: RunConfig) -> float:
 
 
 def _decode_attention_flops(cfg: ModelConfig, context: int) -> float:
-    """Return attention's FLOPs of a token; absorbed attention reads each latent row twice, as key and as value."""
+    """Return attention's FLOPs of a token; absorbed, it reads latent rows twice, as k and v."""
     if pick_kind(cfg, None) != "latent":
         return float(size(cfg, context).attention_flops)
     scored = 2.0 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context

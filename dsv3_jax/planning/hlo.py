@@ -1,11 +1,11 @@
-"""Read the text of a compiled program (HLO): its collectives, how often they run, and the bytes that they send.
+"""Read a compiled program (HLO): its collectives, how often they run, and the bytes they send.
 
-A collective in a loop counts once for each iteration, and nested loops multiply. A conditional counts as the branch
-that sends most. Bytes on the wire are those that one device sends by the formulas of ring algorithms, for n devices in
-a group:
+A collective in a loop counts once for each iteration, and nested loops multiply. A conditional
+counts as the branch that sends most. Bytes on the wire are those that one device sends by the
+formulas of ring algorithms, for n devices in a group:
 
-    all-gather, all-to-all   (n-1)/n of the result       all-reduce           2 (n-1)/n of the result
-    reduce-scatter           (n-1)/n of the operand      collective-permute   all of the result
+    all-gather, all-to-all   (n-1)/n of the result     all-reduce           2 (n-1)/n of the result
+    reduce-scatter           (n-1)/n of the operand    collective-permute   all of the result
 """
 
 import contextlib
@@ -24,16 +24,21 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute",
+)  # fmt: skip
 SAME_VALUE = ("bitcast", "copy", "reshape", "convert")  # operations that keep an array's numbers
-CALLS = ("call", "fusion", "async-start", "call-start", "fusion-start")  # operations that run another computation once
+# operations that run another computation once
+CALLS = ("call", "fusion", "async-start", "call-start", "fusion-start")
 
 
 def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """Compile for the CPU; return the program, and its HLO directly after partitioning into one device's part.
+    """Compile for the CPU; return the program, and its HLO right after partitioning by device.
 
-    Another backend would start from that HLO. Later the CPU's compiler turns bfloat16 into float32, which doubles the
-    bytes that collectives send. A program of one device is not partitioned: its HLO is the compiled program's.
+    Another backend would start from that HLO. Later the CPU's compiler turns bfloat16 into float32,
+    which doubles the bytes that collectives send. A program of one device is not partitioned: its
+    HLO is the compiled program's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,7 +51,8 @@ def compile_with_hlo(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
             "xla_dump_to": folder,
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
-            "xla_disable_hlo_passes": "all-reduce-promotion",  # aborts on bfloat16 sums of partly manual programs
+            # aborts on bfloat16 sums of partly manual programs
+            "xla_disable_hlo_passes": "all-reduce-promotion",
             "xla_backend_optimization_level": "0",  # of machine code, which nothing here reads
         }
         compiled = lowered.compile(options)
@@ -75,7 +81,7 @@ class Collective:
     """One collective of a program, as one device runs it.
 
     Example:
-        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True)
+        >>> gather = Collective("all-gather", 800, (0, 1, 2, 3), ("data",), runs=2, known=True)
         >>> gather.wire  # 2 · 800 · 3/4
         1200.0
     """
@@ -89,9 +95,16 @@ class Collective:
 
     @property
     def wire(self) -> float:
-        """Bytes that a device sends in all runs. A ragged all-to-all counts as full, since its load is data."""
+        """Bytes that a device sends in all runs.
+
+        A ragged all-to-all counts as full, since its load is data.
+        """
         n = len(self.devices)
-        share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
+        share = {
+            "all-reduce": 2 * (n - 1) / n,
+            "reduce-scatter": n - 1.0,
+            "collective-permute": 1.0,
+        }
         return self.nbytes * self.runs * share.get(self.kind, (n - 1) / n)
 
 
@@ -99,13 +112,14 @@ class Traffic(NamedTuple):
     """All collectives of a program.
 
     Example:
-        >>> gather = Collective("all-gather", 800, devices=(0, 1, 2, 3), axes=("data",), runs=2, known=True)
+        >>> gather = Collective("all-gather", 800, (0, 1, 2, 3), ("data",), runs=2, known=True)
         >>> Traffic([gather], unknown_loops=0).by("axes")
         {('data',): 1200.0}
     """
 
     collectives: list[Collective]
-    unknown_loops: int  # loops of unknown length that contain collectives; each counts as one iteration
+    # loops of unknown length that contain collectives; each counts as one iteration
+    unknown_loops: int
 
     def known(self) -> "Traffic":
         """Return the traffic outside loops of unknown length."""
@@ -127,8 +141,8 @@ class Traffic(NamedTuple):
 def traffic(program: jax.stages.Compiled | str, axes: Mapping[str, int] | None = None) -> Traffic:
     """Find the collectives of a compiled program.
 
-    An all-reduce whose result is only sliced counts as a reduce-scatter. Compilers for GPU and TPU make one of it, and
-    the CPU's compiler does not.
+    An all-reduce whose result is only sliced counts as a reduce-scatter. Compilers for GPU and TPU
+    make one of it, and the CPU's compiler does not.
 
     Args:
         program: the result of `jax.jit(…).lower(…).compile()`, or HLO text after partitioning.
@@ -188,12 +202,16 @@ class Instruction:
         """The arrays of the result."""
         return [
             Shape(dtype, tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d), layout)
-            for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", self.shape)
+            for dtype, dims, layout in re.findall(
+                r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?", self.shape
+            )
         ]
 
     def called(self, *attributes: str) -> list[str]:
-        """Return the names of the computations in these attributes: each has one, or a list in braces."""
-        found = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.rest)
+        """Return the computations that these attributes name: one each, or a list in braces."""
+        found = re.findall(
+            rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.rest
+        )
         return [name for several, one in found for name in re.findall(r"[\w.\-]+", several or one)]
 
 
@@ -215,9 +233,13 @@ class Module:
                 current = self.computations[match[2]] = {}
                 self.entry = match[2] if match[1] else self.entry
             elif match := re.match(r"\s+(ROOT )?%?([\w.\-#]+) = (.+?) ([a-z][\w\-]*)\((.*)$", line):
-                current[match[2]] = Instruction(match[2], match[3], match[4], match[5], bool(match[1]))
+                current[match[2]] = Instruction(
+                    match[2], match[3], match[4], match[5], bool(match[1])
+                )
         if not self.entry:
-            raise ValueError(f"program={self.text[:40]!r} is not HLO; give the text of a compiled program")
+            raise ValueError(
+                f"program={self.text[:40]!r} is not HLO; give the text of a compiled program"
+            )
         self._users_of: dict[str, dict[str, list[Instruction]]] = {}
         self._traffic: dict[str, Traffic] = {}
 
@@ -241,7 +263,7 @@ class Module:
         return self._users_of[computation]
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """Return a loop's number of iterations: the compiler's, or from a condition `i < constant`; None if unknown.
+        """Return a loop's iterations: the compiler's, or from `i < constant`; None if unknown.
 
         JAX's loops of known length count in steps of 1, and from 0 unless the text says so.
         """
@@ -251,13 +273,15 @@ class Module:
         compare = self.root(condition)
         if compare.opcode != "compare" or "direction=LT" not in compare.rest:
             return None
-        counter, limit = (self._first_value(computation, loop, condition, compare, i) for i in (0, 1))
+        counter, limit = (
+            self._first_value(computation, loop, condition, compare, i) for i in (0, 1)
+        )
         return None if limit is None else limit - (counter or 0)
 
     def _first_value(
         self, computation: str, loop: Instruction, condition: str, compare: Instruction, index: int
     ) -> int | None:
-        """Return the first value of an operand of a loop's condition; None if it is not a constant."""
+        """Return the first value of a loop condition's operand; None if it is not a constant."""
         value = self._source(condition, self.operand(condition, compare, index))
         where = condition
         if value is not None and value.opcode == "get-tuple-element":  # what the loop began with
@@ -268,7 +292,11 @@ class Module:
             if index == 1:  # the limit must stay the same
                 body = loop.called("body")[0]
                 kept = self._source(body, self.operand(body, self.root(body), int(place[1])))
-                if kept is None or kept.opcode != "get-tuple-element" or not re.search(rf"\b{place[0]}\b", kept.rest):
+                if (
+                    kept is None
+                    or kept.opcode != "get-tuple-element"
+                    or not re.search(rf"\b{place[0]}\b", kept.rest)
+                ):
                     return None
             value = self.operand(computation, init, int(place[1]))
             where = computation
@@ -282,11 +310,14 @@ class Module:
         return value
 
     def traffic(self, computation: str, axes: dict[str, int]) -> Traffic:
-        """Return the traffic of a computation and of those that it calls, on a mesh of these axes."""
+        """Return the traffic of a computation and of those it calls, on a mesh of these axes."""
         if computation not in self._traffic:
-            parts = [self._part(computation, i, axes) for i in self.computations[computation].values()]
+            parts = [
+                self._part(computation, i, axes) for i in self.computations[computation].values()
+            ]
             self._traffic[computation] = Traffic(
-                [c for part in parts for c in part.collectives], sum(part.unknown_loops for part in parts)
+                [c for part in parts for c in part.collectives],
+                sum(part.unknown_loops for part in parts),
             )
         return self._traffic[computation]
 
@@ -298,11 +329,15 @@ class Module:
             trips = self.trip_count(computation, i)
             known = trips is not None
             trips = 1 if trips is None else trips
-            collectives = [replace(c, runs=c.runs * trips, known=c.known and known) for c in body.collectives]
+            collectives = [
+                replace(c, runs=c.runs * trips, known=c.known and known) for c in body.collectives
+            ]
             return Traffic(collectives, body.unknown_loops + (not known and bool(collectives)))
         if i.opcode == "conditional":
             branches = i.called("branch_computations", "true_computation", "false_computation")
-            return max((self.traffic(name, axes) for name in branches), key=lambda branch: branch.wire)
+            return max(
+                (self.traffic(name, axes) for name in branches), key=lambda branch: branch.wire
+            )
         if i.opcode in CALLS:
             return self.traffic(i.called("calls", "to_apply")[0], axes)
         return Traffic([], 0)
@@ -320,7 +355,11 @@ class Module:
         along: tuple[str, ...] = ()
         if axes:  # those along which the devices of the group differ
             places = np.unravel_index(np.array(group), tuple(axes.values()))
-            along = tuple(axis for axis, place in zip(axes, places, strict=True) if len(set(place.tolist())) > 1)
+            along = tuple(
+                axis
+                for axis, place in zip(axes, places, strict=True)
+                if len(set(place.tolist())) > 1
+            )
         return Collective(kind, nbytes, tuple(group), along, 1, True)
 
     def _is_sliced(self, computation: str, all_reduce: Instruction, n: int) -> bool:
@@ -359,12 +398,17 @@ def first_group(attributes: str, num_devices: int) -> list[int]:
         return [0]
     if "replica_groups={}" in attributes or "replica_groups" not in attributes:
         return list(range(num_devices))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+    iota = r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if match := re.search(iota, attributes):
         return _iota(match[2], match[3])[: int(match[1])].tolist()
-    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    mesh = (
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    )
     if match := re.search(mesh, attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        ids = _iota(match[2] or str(math.prod(sizes.values())), match[3]).reshape(tuple(sizes.values()))
+        shape = tuple(sizes.values())
+        ids = _iota(match[2] or str(math.prod(shape)), match[3]).reshape(shape)
         axes = re.findall(r"'(\w+)'", match[4])
         return ids[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
     groups = attributes[attributes.index("replica_groups") :][:80]

@@ -12,17 +12,25 @@ from rich.console import Console
 from dsv3_jax.config import Execution, Lora, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
 from dsv3_jax.planning import devices
-from dsv3_jax.planning.cost import PACKED, Cost, batch_parts, check_decode, choose_kernels, decode_cost, train_cost
+from dsv3_jax.planning.cost import (
+    PACKED,
+    Cost,
+    batch_parts,
+    check_decode,
+    choose_kernels,
+    decode_cost,
+    train_cost,
+)
 from dsv3_jax.planning.devices import DEVICES, Device
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 
 
 @dataclass
 class PlanOptions:
-    """Predict memory, FLOPs and bytes sent of a training step and a decoding step, for each device of a mesh.
+    """Predict memory, FLOPs and bytes sent of training and decoding, for each device of a mesh.
 
-    Both steps are compiled for fake CPU devices, or with --target for GPUs or TPUs that need not exist. Nothing is
-    allocated.
+    Both steps are compiled for fake CPU devices, or with --target for GPUs or TPUs that need not
+    exist. Nothing is allocated.
     """
 
     model: Annotated[ModelConfig, tyro.conf.arg(name="")]
@@ -31,7 +39,8 @@ class PlanOptions:
     mesh: str = "data=1"
     """devices, as data=N,expert=N,tensor=N"""
     batch: int | None = None
-    """sequences in an optimizer step. Default: one for each part of the mesh's batch and each microbatch"""
+    """sequences in an optimizer step. Default: one for each part of the mesh's batch and each
+    microbatch"""
     seq_len: int | None = None
     """tokens of a sequence. Default: the recipe's"""
     microbatches: int = 1
@@ -43,13 +52,16 @@ class PlanOptions:
     context: int | None = None
     """cached tokens a sequence. Default: 4,096 or max_positions"""
     weight_dtype: Literal["float32", "bfloat16", "fp8", "int4"] | None = None
-    """dtype of weights in decoding, and of those that LoRA freezes, alone in fp8 or int4. Default: the compute dtype"""
+    """dtype of weights in decoding, and of those that LoRA freezes, alone in fp8 or int4. Default:
+    the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
-    """report whether each step fits in this device, and the shortest time that it can take. Default: the target's"""
+    """report whether each step fits in this device, and the shortest time that it can take.
+    Default: the target's"""
     memory: str | None = None
     """a device's memory, as 80GB or 95.7GiB. Default: --device's"""
     target: str | None = None
-    """compile with the devices' own compiler: gpu:h100, gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1 (extra plan-tpu)"""
+    """compile with the devices' own compiler: gpu:h100, gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1
+    (extra plan-tpu)"""
 
 
 def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
@@ -62,7 +74,9 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
     Raises: ConfigError before anything is compiled.
     """
     device = device_of(options)
-    memory = devices.parse_bytes(options.memory) if options.memory else device.memory if device else None
+    memory = (
+        devices.parse_bytes(options.memory) if options.memory else device.memory if device else None
+    )
     jobs = jobs_of(options, run)
     print_row("model", name)
     for rows, length, compute_cost in jobs:
@@ -80,19 +94,32 @@ def device_of(options: PlanOptions) -> Device | None:
 
 
 def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callable[[], Cost]]]:
-    """Check the steps; return (sequences, tokens of each, function that computes the cost) of each step.
+    """Check the steps; return of each (sequences, their tokens, function that computes the cost).
 
     Raises: ConfigError before anything is compiled.
     """
-    sizes = {step: sharding.parse_mesh(options.mesh) for step in ("train", "decode") if options.only in (None, step)}
+    sizes = {
+        step: sharding.parse_mesh(options.mesh)
+        for step in ("train", "decode")
+        if options.only in (None, step)
+    }
     # A target's program is compiled by this process too, which needs no device.
-    devices.fake_cpus(1 if options.target else max(math.prod(size.values()) for size in sizes.values()))
+    devices.fake_cpus(
+        1 if options.target else max(math.prod(size.values()) for size in sizes.values())
+    )
     return [_job(step, options, run, size) for step, size in sizes.items()]
 
 
-def _job(step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int]) -> tuple[int, int, Callable[[], Cost]]:
-    mesh = devices.target_mesh(options.target, sizes) if options.target else sharding.make_mesh(**sizes)
-    choose_kernels(options.execution, mesh)  # raises here what would else be raised after the first lines are printed
+def _job(
+    step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int]
+) -> tuple[int, int, Callable[[], Cost]]:
+    mesh = (
+        devices.target_mesh(options.target, sizes)
+        if options.target
+        else sharding.make_mesh(**sizes)
+    )
+    # raises here what would else be raised after the first lines are printed
+    choose_kernels(options.execution, mesh)
     parts = batch_parts(mesh)
     if step == "train":
         data = replace(
@@ -125,36 +152,56 @@ def print_row(label: str, value: str) -> None:
     print(f"{label:22s} {value}")
 
 
-def describe(cost: Cost, rows: int, length: int, memory: float | None, device: Device | None) -> list[tuple[str, str]]:
+def describe(
+    cost: Cost, rows: int, length: int, memory: float | None, device: Device | None
+) -> list[tuple[str, str]]:
     """Return the lines of a program's cost: (label, value)."""
-    mesh = ",".join(f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1) or "one device"
+    mesh = (
+        ",".join(f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1) or "one device"
+    )
     count = math.prod(cost.mesh.values())
     lines = [
-        (cost.program, f"{rows:,} sequences of {length:,} tokens on {mesh} ({count:,} devices), each device:"),
+        (
+            cost.program,
+            f"{rows:,} sequences of {length:,} tokens on {mesh} ({count:,} devices), each device:",
+        ),
         *((f"  {kind}", format_bytes(amount)) for kind, amount in cost.persistent.items()),
         *((f"  {kind}", format_bytes(amount)) for kind, amount in cost.transient.items()),
     ]
     if cost.temporaries is not None:
-        lines.append(("  other temporaries", format_bytes(max(0, cost.temporaries - sum(cost.transient.values())))))
+        others = max(0, cost.temporaries - sum(cost.transient.values()))
+        lines.append(("  other temporaries", format_bytes(others)))
     verdict = ""
     if cost.compile_error:
         verdict = f" and more: the compiler ran out of memory. {cost.compile_error}"
     elif memory is not None:
         verdict = f": {'fits' if cost.fits(memory) else 'does not fit'} in {format_bytes(memory)}"
     lines.append(("  in all", format_bytes(cost.total) + verdict))
-    work = f"{format_count(cost.flops)} FLOPs, {format_count(cost.flops / (cost.tokens / count))} FLOPs a token"
+    per_token = format_count(cost.flops / (cost.tokens / count))
+    work = f"{format_count(cost.flops)} FLOPs, {per_token} FLOPs a token"
     lines.append(("  computed", work))
     if not cost.compile_error:
         known = cost.sent.known()
         lines.append(("  sent", format_bytes(known.wire)))
-        for (kind, axes), amount in sorted(known.by("kind", "axes").items(), key=lambda item: -item[1]):
-            lines += [(f"    {kind}", f"{format_bytes(amount)} along {'+'.join(axes)}")] if amount else []
+        by_kind = known.by("kind", "axes")
+        for (kind, axes), amount in sorted(by_kind.items(), key=lambda item: -item[1]):
+            if amount:
+                lines.append((f"    {kind}", f"{format_bytes(amount)} along {'+'.join(axes)}"))
         if cost.sent.unknown_loops:
             iteration = format_bytes(cost.sent.wire - known.wire)
-            loops = f"{iteration} in each iteration of loops of unknown length ({cost.sent.unknown_loops})"
+            number = cost.sent.unknown_loops
+            loops = f"{iteration} in each iteration of loops of unknown length ({number})"
             lines.append(("    and", loops))
     if device is not None and not cost.compile_error:
         least = cost.least_seconds(device)
-        by_resource = ", ".join(f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s)
-        lines.append(("  a step takes at least", f"{format_seconds(max(least.values()))}: {by_resource}"))
-    return lines + [("  note", note) for note in cost.notes] + [("  compiled in", f"{cost.seconds:.1f} s")]
+        by_resource = ", ".join(
+            f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s
+        )
+        lines.append(
+            ("  a step takes at least", f"{format_seconds(max(least.values()))}: {by_resource}")
+        )
+    return (
+        lines
+        + [("  note", note) for note in cost.notes]
+        + [("  compiled in", f"{cost.seconds:.1f} s")]
+    )

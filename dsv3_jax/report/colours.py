@@ -1,9 +1,10 @@
 """Colours of all pictures and pages: one colour has one meaning everywhere.
 
-`DIVERGING` is for what is above or below even: blue below, nearly white at even, red above. Lightness and chroma change
-linearly in OKLab from the middle to both ends, and both ends have the same lightness. So equal differences of a value
-look equally large, and the picture is readable in grey too. On a dark page the middle is dark and the ends are light.
-`MEANINGS` names the colours of curves and points. They also differ in their markers if a picture has several.
+`DIVERGING` is for what is above or below even: blue below, nearly white at even, red above.
+Lightness and chroma change linearly in OKLab from the middle to both ends, and both ends have the
+same lightness. So equal differences of a value look equally large, and the picture is readable in
+grey too. On a dark page the middle is dark and the ends are light. `MEANINGS` names the colours of
+curves and points. They also differ in their markers if a picture has several.
 Source of OKLab: Björn Ottosson, "A perceptual color space for image processing", 2020.
 """
 
@@ -33,6 +34,8 @@ MEANINGS = {
 # From BELOW over MIDDLE to ABOVE in equal steps of OKLab, as sRGB.
 DIVERGING = LinearSegmentedColormap.from_list(
     "below_above",
-    ["#1b549b", "#537cb3", "#87a4ca", "#bdcce0", "#f5f5f5", "#e4c1bc", "#d08e86", "#b85a51", "#9c1b1b"],
+    ["#1b549b", "#537cb3", "#87a4ca", "#bdcce0"]
+    + ["#f5f5f5"]
+    + ["#e4c1bc", "#d08e86", "#b85a51", "#9c1b1b"],
     N=257,
 )

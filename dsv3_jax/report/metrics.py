@@ -1,4 +1,4 @@
-"""A run's metrics as JSON lines and for TensorBoard, and each expert's load in a second file of JSON lines."""
+"""A run's metrics as JSON lines and for TensorBoard; each expert's load in a second file."""
 
 import json
 import socket
@@ -14,7 +14,8 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.files import never_through_a_link, read_bytes, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
-LOAD_ROWS = 1000  # about so many steps of a run log their load: a large model's is tens of kilobytes
+# about so many steps of a run log their load: a large model's is tens of kilobytes
+LOAD_ROWS = 1000
 _MAX_FILE = 2 << 30  # bytes
 _AXES = {"mtp_loss": 1, "mtp_acceptance": 1, "load": 2, "bias": 2}  # other metrics are one number
 _OBJECTS = ("kernels", "bits_per_byte_by_domain", "max_vio_by_domain")
@@ -25,7 +26,8 @@ class Rows:
 
     Args:
         path: the file; created if absent.
-        after: the step of the restored checkpoint. Later rows are dropped, because the resumed run writes them again.
+        after: the step of the restored checkpoint. Later rows are dropped, because the resumed run
+            writes them again.
         read_only: write nothing. Only one of several processes writes.
 
     Example:
@@ -71,12 +73,15 @@ def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
     """A row of load.jsonl: the load, and the bias after the step where a rule moves it.
 
     Example:
-        >>> load_row(10, {"load": np.array([[3.0, 1.0]]), "bias": np.array([[-0.001, 0.001]], np.float32)})
+        >>> bias = np.array([[-0.001, 0.001]], np.float32)
+        >>> load_row(10, {"load": np.array([[3.0, 1.0]]), "bias": bias})
         {'step': 10, 'load': [[3, 1]], 'bias': [[-0.001, 0.001]]}
     """
     row: dict[str, Any] = {"step": step, "load": np.asarray(found["load"]).astype(int).tolist()}
     if "bias" in found:
-        row["bias"] = [[float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()]
+        row["bias"] = [
+            [float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()
+        ]
     return row
 
 
@@ -95,13 +100,14 @@ class Metrics(Rows):
 
 
 class _Board:
-    """A file of events for TensorBoard, in which events from `first_step` on replace those of files before.
+    """A file of TensorBoard events: those from `first_step` on replace the ones of files before.
 
     Not by tensorboardX's writer: its thread prints tracebacks when the disk is full.
     """
 
     def __init__(self, folder: Path, first_step: int):
-        from tensorboardX.proto.event_pb2 import SessionLog  # imported late: it imports torch if torch is installed
+        # imported late: it imports torch if torch is installed
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}"
@@ -111,14 +117,17 @@ class _Board:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         from tensorboardX.summary import scalar
 
-        self._add(*({"step": step, "summary": scalar(name, value)} for name, value in numbers.items()))
+        self._add(
+            *({"step": step, "summary": scalar(name, value)} for name, value in numbers.items())
+        )
 
     def _add(self, *events: dict[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
         now = time.time()
         with open(self._path, "ab", opener=never_through_a_link) as file:
-            file.write(b"".join(_record(Event(wall_time=now, **event).SerializeToString()) for event in events))
+            written = (Event(wall_time=now, **event).SerializeToString() for event in events)
+            file.write(b"".join(map(_record, written)))
 
 
 def _record(data: bytes) -> bytes:
@@ -126,11 +135,16 @@ def _record(data: bytes) -> bytes:
     from tensorboardX.record_writer import masked_crc32c
 
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+    return (
+        length
+        + struct.pack("<I", masked_crc32c(length))
+        + data
+        + struct.pack("<I", masked_crc32c(data))
+    )
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the rows of a file of JSON lines; an absent file has none, and lines that are no rows are passed over.
+    """Read a file of JSON lines; an absent one has no rows, and lines that are none are skipped.
 
     Example:
         >>> read_rows(Path("no/such/metrics.jsonl"))
@@ -144,13 +158,15 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
 
     Lists, and the matrices of loads and biases, must have the shape of the first ones in the file.
 
-    Returns: (the rows, numbers of the other lines from 1). A last line that a crash has cut off is in neither.
+    Returns: (the rows, numbers of the other lines from 1). A last line that a crash has cut off is
+        in neither.
     Raises: ValueError for a pipe, a device or a folder of that name, and for more than 2 GiB.
 
     Example:
         >>> import tempfile
+        >>> text = '{"step": 1}\\n12\\n\\n{"step": 2}\\n{"st'
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, METRICS_FILE).write_text('{"step": 1}\\n12\\n\\n{"step": 2}\\n{"st')
+        ...     _ = Path(folder, METRICS_FILE).write_text(text)
         ...     parse_rows(Path(folder, METRICS_FILE))
         ([{'step': 1}, {'step': 2}], [2, 3])
     """
@@ -162,7 +178,9 @@ def parse_rows(path: Path) -> tuple[list[dict], list[int]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):
         found = _parse(line)
-        if found is not None and all(shapes.get(key, shape) == shape for key, shape in found[1].items()):
+        if found is not None and all(
+            shapes.get(key, shape) == shape for key, shape in found[1].items()
+        ):
             shapes |= found[1]
             rows.append(found[0])
         elif number < len(lines):  # the last is cut off, or empty
@@ -180,14 +198,20 @@ def describe_bad(path: Path, bad: Sequence[int], rows: int) -> str:
     if not bad:
         return ""
     numbers = ", ".join(map(str, bad[:5])) + ", …" * (len(bad) > 5)
-    return f"file={path}: lines {numbers} are no rows and are passed over; the other {rows} are kept"
+    return (
+        f"file={path}: lines {numbers} are no rows and are passed over; the other {rows} are kept"
+    )
 
 
 def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
     """A line's row, and the shapes of its lists; None if it holds no row."""
     try:
         row = json.loads(line)
-        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 1 << 63:
+        if (
+            not isinstance(row, dict)
+            or type(row.get("step")) is not int
+            or not 0 <= row["step"] < 1 << 63
+        ):
             return None
         return row, {key: shape for key, value in row.items() if (shape := _shape(key, value))}
     except (ValueError, RecursionError):
@@ -209,9 +233,13 @@ def _shape(key: str, value: Any) -> tuple[int, ...]:
 
 
 def _flat(row: dict) -> dict[str, float]:
-    """A row's numbers by name, with names such as "mtp_loss/0" for the parts of a list or an object."""
+    """A row's numbers by name, as "mtp_loss/0" for the parts of a list or an object."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         parts = dict(enumerate(value)) if isinstance(value, list) else value
-        flat |= {f"{key}/{part}": x for part, x in parts.items()} if isinstance(parts, dict) else {key: parts}
+        flat |= (
+            {f"{key}/{part}": x for part, x in parts.items()}
+            if isinstance(parts, dict)
+            else {key: parts}
+        )
     return {name: x for name, x in flat.items() if name != "step" and type(x) in (int, float)}

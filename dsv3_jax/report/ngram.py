@@ -10,12 +10,13 @@ from jaxtyping import Float64, Int
 
 
 class Order2:
-    """Interpolated Witten-Bell smoothing, from two bytes of context down to none and to the uniform distribution.
+    """Interpolated Witten-Bell smoothing, from two bytes of context down to none and to uniform.
 
     P(c | h) = (n(h c) + t(h) P(c | h')) / (n(h) + t(h))
 
-    h' is h without its first byte, n counts, and t(h) is the number of distinct bytes seen after h. For a context that
-    was never seen, P(c | h) = P(c | h'). Two zero bytes, which are not scored, precede each document.
+    h' is h without its first byte, n counts, and t(h) is the number of distinct bytes seen after h.
+    For a context that was never seen, P(c | h) = P(c | h'). Two zero bytes, which are not scored,
+    precede each document.
 
     Args: train: the documents' bytes.
     Raises: ValueError when they are empty.
@@ -31,7 +32,9 @@ class Order2:
     def __init__(self, train: Iterable[bytes]):
         grams = _trigrams(train)
         if not len(grams):
-            raise ValueError("the order-2 model has no training bytes; give it a document that is not empty")
+            raise ValueError(
+                "the order-2 model has no training bytes; give it a document that is not empty"
+            )
         self._counts = np.bincount(grams, minlength=256**3).astype(np.int32).reshape(256**2, 256)
         pairs = self._counts.reshape(256, 256, 256).sum(0)  # [b, c]
         order0 = _interpolate(pairs.sum(0)[None], np.full((1, 256), 1 / 256))
@@ -60,15 +63,18 @@ def _trigrams(documents: Iterable[bytes]) -> Int[np.ndarray, " n"]:
     if not len(stream):
         return stream
     grams = (stream[:-2] << 16) | (stream[1:-1] << 8) | stream[2:]
-    # Trigram i ends at byte i + 2 of the stream. Those that end in a document's two zeros are dropped.
+    # Trigram i ends at byte i + 2 of the stream. Those that end in a document's two zeros are
+    # dropped.
     starts = np.cumsum([len(d) + 2 for d in documents])[:-1]
     scored = np.ones(len(grams), bool)
     scored[starts - 2] = scored[starts - 1] = False
     return grams[scored]
 
 
-def _interpolate(counts: Int[np.ndarray, "n 256"], lower: Float64[np.ndarray, "n 256"]) -> Float64[np.ndarray, "n 256"]:
-    """Mix counts of n contexts with the lower order's probabilities; an unseen context keeps the latter."""
+def _interpolate(
+    counts: Int[np.ndarray, "n 256"], lower: Float64[np.ndarray, "n 256"]
+) -> Float64[np.ndarray, "n 256"]:
+    """Mix counts of n contexts with the lower order's probabilities, which unseen ones keep."""
     seen = counts.sum(1, keepdims=True)
     distinct = np.count_nonzero(counts, axis=1, keepdims=True)
     mixed = (counts + distinct * lower) / np.maximum(seen + distinct, 1)

@@ -26,7 +26,7 @@ class _Console(Console):
 
 
 def text_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """Where text appears as it is: `[b]` is no markup, `:smile:` no picture, and numbers have no colour.
+    """Where text appears as it is: `[b]` is no markup, `:smile:` no picture, numbers are plain.
 
     Control codes in it are visible and do nothing.
 
@@ -34,11 +34,13 @@ def text_console(*, quiet: bool = False, stderr: bool = False) -> Console:
         >>> text_console().print("[b] :smile: 1")
         [b] :smile: 1
     """
-    return _Console(quiet=quiet, stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(
+        quiet=quiet, stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
 
 
 def say(text: str) -> None:
-    """Write text to stdout at once, without a line end; on a terminal its control codes are visible.
+    """Write text to stdout at once, without a line end; a terminal gets control codes visibly.
 
     Example:
         >>> say("to be")
@@ -102,13 +104,15 @@ class Progress:
             self.say(f"step {step}  {line}{self._remaining(step)}")
 
     def _remaining(self, step: int) -> str:
-        """How long the remaining steps will take, as measured since the first update, which came after compiling."""
+        """How long the rest will take, as measured since the first update, after compiling."""
         now, (first, since) = time.perf_counter(), self._first
         if not since:
             self._first = step, now
         if not since or step == self._steps:
             return ""
-        return f"  {format_duration((self._steps - step) * (now - since) / max(step - first, 1))} left"
+        return (
+            f"  {format_duration((self._steps - step) * (now - since) / max(step - first, 1))} left"
+        )
 
     def show_evaluation(self, step: int, row: dict) -> None:
         """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
@@ -123,17 +127,24 @@ class Progress:
             text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
         self.say(f"step {step}  validation: {text}")
 
-    def show_result(self, evaluation: dict, order2: float | None, out: Path, pictures: Sequence[Path]) -> None:
+    def show_result(
+        self, evaluation: dict, order2: float | None, out: Path, pictures: Sequence[Path]
+    ) -> None:
         """Print the last lines of a run.
 
         Args:
             evaluation: metrics of the last evaluation.
-            order2: bits a byte of an order-2 byte model of the same text. None means that there is none.
+            order2: bits a byte of an order-2 byte model of the same text. None means that there is
+                none.
             out: the run's folder.
             pictures: that were drawn.
         """
         bits = evaluation["val_bits_per_byte"]
-        against = "" if order2 is None else f", against {order2:.3f} of an order-2 byte model of the same text"
+        against = (
+            ""
+            if order2 is None
+            else f", against {order2:.3f} of an order-2 byte model of the same text"
+        )
         self.say(f"validation bits a byte: {bits:.3f}{against}")
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
             self.say(f"  {name:10s} {value:.3f}")
@@ -156,7 +167,8 @@ def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:
 def transfer(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Show a progress bar on stderr if that is a terminal.
 
-    Args: name: text before the bar; total: bytes of the transfer, or what is counted; quiet: show nothing.
+    Args: name: text before the bar; total: bytes of the transfer, or what is counted; quiet: show
+        nothing.
     Returns: in a `with` statement, a function that adds to what is done, and may change the text.
 
     Example:

@@ -14,7 +14,7 @@ from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 
 
 def order2_of(source: Source, tokenizer: Tokenizer, held_out: Sequence[Batch]) -> float | None:
-    """Bits a byte of an order-2 byte model, fitted on the training text, on the same validation rows.
+    """Bits a byte of an order-2 byte model, fitted on training text, on the validation rows.
 
     None for chat examples, which it would have to answer without a context.
     """
@@ -29,7 +29,9 @@ def order2_of(source: Source, tokenizer: Tokenizer, held_out: Sequence[Batch]) -
     return bits / max(size, 1)
 
 
-def draw(out: Path, evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cfg: ModelConfig) -> list[Path]:
+def draw(
+    out: Path, evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cfg: ModelConfig
+) -> list[Path]:
     """Draw the routing, if there is any, and the curves of training. Returns the pictures."""
     load = np.asarray(evaluation["load"])
     routing = out / "routing.png"
@@ -37,5 +39,7 @@ def draw(out: Path, evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, A
     training_curves(rows, training)
     if not load.size:
         return [training]
-    routing_heatmap(load, routing, first_layer=cfg.num_dense_layers, mtp_blocks=cfg.num_sparse_heads)
+    routing_heatmap(
+        load, routing, first_layer=cfg.num_dense_layers, mtp_blocks=cfg.num_sparse_heads
+    )
     return [routing, training]

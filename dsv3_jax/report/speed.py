@@ -22,7 +22,9 @@ class Speed:
 
     def __init__(self, run: RunConfig, devices: int):
         adapted = run.lora.on if run.lora.rank else ()
-        self.flops = train_flops_per_token(run.model, frozen_trunk=run.trunk is not None, adapted=adapted)
+        self.flops = train_flops_per_token(
+            run.model, frozen_trunk=run.trunk is not None, adapted=adapted
+        )
         if run.indexer_stage == "warm":  # forward alone, but for the indexers
             self.flops //= 3
         self.tokens = run.data.batch_size * run.data.seq_len
@@ -38,20 +40,24 @@ class Speed:
         if before is None:
             return {}
         rate = (step - before[0]) * self.tokens / max(now - before[1], 1e-9)
-        return {"tokens_per_s": rate} | ({"mfu": rate * self.flops / self.peak} if self.peak else {})
+        return {"tokens_per_s": rate} | (
+            {"mfu": rate * self.flops / self.peak} if self.peak else {}
+        )
 
 
 def gemm_flops(dtype="float32", size: int | None = None, seconds: float = 0.5) -> float:
-    """Measure the FLOP/s of a square matrix product, the best of several runs: the peak that MFU is relative to.
+    """Measure the FLOP/s of a square matrix product, the best of several runs: MFU's peak.
 
-    Args: size: rows of the matrix; None means 2,048 on the CPU and 8,192 elsewhere. seconds: how long to repeat it.
+    Args: size: rows of the matrix; None means 2,048 on the CPU and 8,192 elsewhere. seconds: how
+        long to repeat it.
 
     Example:
         >>> gemm_flops(size=64, seconds=0.01) > 0
         True
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    # Random numbers: on a GPU equal ones need less power, so they are multiplied faster than a model's.
+    # Random numbers: on a GPU equal ones need less power, so they are multiplied faster than a
+    # model's.
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     jax.block_until_ready(product(a))  # compiles

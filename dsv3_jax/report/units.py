@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 COUNTS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0))
 BYTES = ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" KB", 1e3), (" B", 1.0))
-_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CODES = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 SECONDS = ((" s", 1.0), (" ms", 1e-3), (" µs", 1e-6))
 
 
 def format_count(count: int | float) -> str:
-    """Write a count with four significant digits, in thousands (K), millions (M), billions (B) or trillions (T).
+    """Write a count with four significant digits, and K, M, B or T for powers of a thousand.
 
     Example:
         >>> [format_count(x) for x in (0, 999, 35_136, 1_234_567, 671e9, 2.5e12)]
@@ -46,7 +48,11 @@ def format_duration(seconds: int | float) -> str:
         >>> [format_duration(s) for s in (0.2, 4, 200, 9000, 2e5)]
         ['1 second', '4 seconds', '3 minutes', '2.5 hours', '2.3 days']
     """
-    for unit, size, limit in (("seconds", 1.0, 100.0), ("minutes", 60.0, 6000.0), ("hours", 3600.0, 172800.0)):
+    for unit, size, limit in (
+        ("seconds", 1.0, 100.0),
+        ("minutes", 60.0, 6000.0),
+        ("hours", 3600.0, 172800.0),
+    ):
         if seconds < limit:
             if unit == "hours":
                 return f"{seconds / size:.1f} {unit}"
@@ -56,13 +62,13 @@ def format_duration(seconds: int | float) -> str:
 
 
 def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int) -> str:
-    """Divide by the largest unit that does not exceed the value; a smaller value takes the last unit."""
+    """Divide by the largest unit that does not exceed the value, else by the last unit."""
     unit, scale = next((pair for pair in units if value >= pair[1]), units[-1])
     return f"{value / scale:.{digits}g}{unit}"
 
 
 def visible(text: str) -> str:
-    """Write out the codes that would steer a terminal or reorder a line: C0, C1, surrogates and bidi marks.
+    """Write out codes that would steer a terminal or reorder a line: C0, C1, surrogates, bidi.
 
     Line ends and tabs stay.
 

@@ -1,1 +1,1 @@
-"""Task scores: which of several texts a model takes for likelier, over folders of tasks in JSON lines."""
+"""Task scores: which texts a model takes for likelier, over folders of tasks in JSON lines."""

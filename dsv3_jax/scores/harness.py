@@ -1,4 +1,4 @@
-"""A model for EleutherAI's lm-evaluation-harness, which has hundreds of tasks: `pip install 'dsv3-jax[eval]'`."""
+"""A model for EleutherAI's lm-evaluation-harness: `pip install 'dsv3-jax[eval]'`."""
 
 import itertools
 from typing import Any
@@ -29,12 +29,16 @@ def harness_model(model: Transformer, text: TextSettings) -> Any:
         def eot_token_id(self) -> int:
             return text.tokenizer.eos_id
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
             return text.encode(string, raw=add_special_tokens is False)
 
         def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
             pairs = [(context, more[1 - longest :]) for _, context, more in requests]
-            return loglikelihood(model, [(context[len(more) - longest :], more) for context, more in pairs])
+            return loglikelihood(
+                model, [(context[len(more) - longest :], more) for context, more in pairs]
+            )
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             sums = []

@@ -1,7 +1,7 @@
 """Three small tasks made from program text: close a bracket, recall a name, choose a keyword.
 
-They are made from a run's own held-out documents, so nothing is downloaded and the model has not seen the text. The
-right choice is always the text's own.
+They are made from a run's own held-out documents, so nothing is downloaded and the model has not
+seen the text. The right choice is always the text's own.
 """
 
 import json
@@ -21,14 +21,18 @@ _WORDS = 30  # that a query of names is looked for in
 _CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 _KEYWORDS = ("class", "def", "else", "for", "from", "if", "import", "raise", "return", "with")
 _PAIR = re.compile(r"[(\[{<]([^()\[\]{}<>]{4,80})[)\]}>]")
-_FOLLOWED = re.compile(r"\b([A-Za-z_]\w*)(?=(\W{1,3})([A-Za-z_]\w{3,}))")  # a word, and a name after it
+# a word, and a name after it
+_FOLLOWED = re.compile(r"\b([A-Za-z_]\w*)(?=(\W{1,3})([A-Za-z_]\w{3,}))")
 _LINE = re.compile(rf"^ +({'|'.join(_KEYWORDS)})\b", re.MULTILINE)
 
 
-def write_tasks(folder: str | Path, documents: Sequence[str], *, rows: int = 200, seed: int = 0) -> None:
-    """Write a folder of tasks made from documents: brackets, names and keywords, each with at most `rows` rows.
+def write_tasks(
+    folder: str | Path, documents: Sequence[str], *, rows: int = 200, seed: int = 0
+) -> None:
+    """Write a folder of tasks made from documents: brackets, names, keywords; at most `rows` each.
 
-    Raises: ValueError when no document has the text of any task; OSError when the folder exists, unless it is empty.
+    Raises: ValueError when no document has the text of any task; OSError when the folder exists,
+        unless it is empty.
 
     Example:
         >>> import tempfile
@@ -46,18 +50,25 @@ def write_tasks(folder: str | Path, documents: Sequence[str], *, rows: int = 200
             by_answer = defaultdict(list)
             for text in documents:
                 for end, answer, others in find(text):
-                    by_answer[answer].append((text[max(end - _WINDOW, 0) : end], answer, sorted(others)))
+                    by_answer[answer].append(
+                        (text[max(end - _WINDOW, 0) : end], answer, sorted(others))
+                    )
             # In turns from all answers, so that none is right much more often than others.
             turns = zip_longest(*(rng.sample(pile, len(pile)) for pile in by_answer.values()))
             lines = []
             for query, answer, others in [row for row in chain.from_iterable(turns) if row][:rows]:
                 choices = rng.sample([answer, *rng.sample(others, 3)], 4)
-                lines.append(json.dumps({"query": query, "choices": choices, "gold": choices.index(answer)}) + "\n")
+                row = {"query": query, "choices": choices, "gold": choices.index(answer)}
+                lines.append(json.dumps(row) + "\n")
             if lines:
                 (part / f"{label}.jsonl").write_text("".join(lines))
-                entries.append({"label": label, "dataset_uri": f"{label}.jsonl", "continuation_delimiter": ""})
+                entries.append(
+                    {"label": label, "dataset_uri": f"{label}.jsonl", "continuation_delimiter": ""}
+                )
         if not entries:
-            raise ValueError(f"the {len(documents)} documents have no bracket, name or keyword to ask for")
+            raise ValueError(
+                f"the {len(documents)} documents have no bracket, name or keyword to ask for"
+            )
         (part / CORE_FILE).write_text(json.dumps({"icl_tasks": entries}, indent=1))  # JSON is YAML
 
 
@@ -71,7 +82,7 @@ def _brackets(text: str) -> _Found:
 
 
 def _names(text: str) -> _Found:
-    """A name that followed the same word and signs before, against names of the query that never follow them."""
+    """A name that followed the same word and signs before, against names that never follow them."""
     found = list(_FOLLOWED.finditer(text))
     keys = [match.groups() for match in found]
     followers: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -82,7 +93,8 @@ def _names(text: str) -> _Found:
         first = max(i - _WORDS, 0)
         if keys[i] in keys[first:i] and not keyword.iskeyword(name):
             near = [match.groups() for match in found[first:i] if match.start() >= end - _WINDOW]
-            others = {other for *_, other in near if not keyword.iskeyword(other)} - followers[word, signs]
+            others = {other for *_, other in near if not keyword.iskeyword(other)}
+            others -= followers[word, signs]
             if keys[i] in near and len(others) >= 3:
                 yield end, name, others
 

@@ -1,11 +1,12 @@
 """Score a model on tasks: accuracy against chance, with intervals, as DCLM's CORE.
 
-An option's score is its log-probability a token. Of several options the one with the largest score is the answer. A
-single continuation is right if each of its tokens is the likeliest one.
+An option's score is its log-probability a token. Of several options the one with the largest score
+is the answer. A single continuation is right if each of its tokens is the likeliest one.
 
     centred = (accuracy - chance) / (1 - chance)        CORE = the mean of centred over tasks
 
-Source: DCLM, arXiv 2406.11794, and nanochat's CORE, for how prompts are cut into context and continuation.
+Source: DCLM, arXiv 2406.11794, and nanochat's CORE, for how prompts are cut into context and
+    continuation.
 """
 
 import math
@@ -35,7 +36,8 @@ class Score:
     Attributes:
         label, kind, shots, chance: as `Task`.
         rows: number of rows that were scored.
-        cut: of these, the rows whose prompt lost its beginning, since it is longer than the model's max_positions.
+        cut: of these, the rows whose prompt lost its beginning, since it is longer than the model's
+            max_positions.
         accuracy, interval: with Wilson's 95 % interval.
         centred, centred_interval: 0 is a blind guess, 1 is perfect.
     """
@@ -56,7 +58,8 @@ class Score:
 class Scores:
     """A model's scores on the tasks of a folder, and their mean.
 
-    Attributes: core, core_interval: the mean of centred accuracies, with its 95 % interval for independent tasks.
+    Attributes: core, core_interval: the mean of centred accuracies, with its 95 % interval for
+        independent tasks.
     """
 
     tasks: tuple[Score, ...]
@@ -73,7 +76,9 @@ def score_tasks(
     limit: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Scores:
-    """Score a model on all tasks of a folder. All files are read and checked before the first task is scored.
+    """Score a model on all tasks of a folder.
+
+    All files are read and checked before the first task is scored.
 
     Args:
         text: how the model reads text, as `ds.load_text` returns it.
@@ -81,16 +86,19 @@ def score_tasks(
         shots: examples before each prompt. None means as the folder's core.yaml says, else 0.
         limit: rows of each task, at most. None means all.
         say: is given each line of a table as its task is done. None means silence.
-    Raises: ValueError as `read_tasks`, for limit < 1, and for a model whose log-probabilities are not finite.
+    Raises: ValueError as `read_tasks`, for limit < 1, and for a model whose log-probabilities are
+        not finite.
 
     Example:
         >>> import jax, tempfile, dsv3_jax as ds
         >>> from dsv3_jax.chat.text_settings import plain_settings
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract(cfg))  # all 0: it knows nothing
+        >>> zeros = lambda x: jax.numpy.zeros(x.shape, x.dtype)
+        >>> model = jax.tree.map(zeros, abstract(cfg))  # it knows nothing
+        >>> row = '{"query": "1+1=", "choices": ["2", "3"], "gold": 1}'
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "sums.jsonl").write_text('{"query": "1+1=", "choices": ["2", "3"], "gold": 1}')
+        ...     _ = Path(folder, "sums.jsonl").write_text(row)
         ...     scores = ds.score_tasks(model, plain_settings(), folder)
         >>> scores.tasks[0].accuracy, scores.core  # equal options: the first one is the answer
         (0.0, -1.0)
@@ -109,16 +117,21 @@ def score_tasks(
         score = _score(model, text, task, limit)
         scores.append(score)
         low, high = score.interval
+        cut = f"  ({score.cut:,} prompts cut to {model.cfg.max_positions:,} tokens)"
         say(
-            f"{task.label:{width}}  {task.shots:5d}  {score.rows:5,d}  {score.accuracy:8.3f}  {low:.3f} to {high:.3f}"
-            f"  {task.chance:6.3f}  {score.centred:7.3f}"
-            + (f"  ({score.cut:,} prompts cut to {model.cfg.max_positions:,} tokens)" if score.cut else "")
+            f"{task.label:{width}}  {task.shots:5d}  {score.rows:5,d}  {score.accuracy:8.3f}  "
+            f"{low:.3f} to {high:.3f}  {task.chance:6.3f}  {score.centred:7.3f}"
+            + (cut if score.cut else "")
         )
-    core = sum(score.centred for score in scores) / len(scores)
-    # Distances from a mean to the ends of its parts' intervals add as squares (Zou and Donner, 2008).
-    below = math.hypot(*(score.centred - score.centred_interval[0] for score in scores)) / len(scores)
-    above = math.hypot(*(score.centred_interval[1] - score.centred for score in scores)) / len(scores)
-    say(f"mean of centred accuracies (CORE): {core:.3f}, 95 % interval {core - below:.3f} to {core + above:.3f}")
+    count = len(scores)
+    core = sum(score.centred for score in scores) / count
+    # Distances from a mean to its parts' intervals' ends add as squares (Zou and Donner, 2008).
+    below = math.hypot(*(score.centred - score.centred_interval[0] for score in scores)) / count
+    above = math.hypot(*(score.centred_interval[1] - score.centred for score in scores)) / count
+    say(
+        f"mean of centred accuracies (CORE): {core:.3f}, 95 % interval {core - below:.3f} to "
+        f"{core + above:.3f}"
+    )
     return Scores(tuple(scores), core, (core - below, core + above))
 
 
@@ -127,34 +140,44 @@ def _score(model: Transformer, text: TextSettings, task: Task, limit: int | None
     rows = len(task.rows[:limit])
     right = 0
     cut = 0
-    at_once = math.ceil(rows / max(rows // _AT_ONCE, 1))  # no small rest: it would be compiled again
+    # no small rest: it would be compiled again
+    at_once = math.ceil(rows / max(rows // _AT_ONCE, 1))
     with transfer(task.label, rows) as advance:
         for first in range(0, rows, at_once):
             part = range(first, min(first + at_once, rows))
             found = [pairs_of(task, i, text, model.cfg.max_positions) for i in part]
             results = iter(loglikelihood(model, [pair for pairs, _ in found for pair in pairs]))
             for i, (pairs, shortened) in zip(part, found, strict=True):
-                scores = [(nats / len(more), greedy) for (_, more), (nats, greedy) in zip(pairs, results, strict=False)]
+                scores = [
+                    (nats / len(more), greedy)
+                    for (_, more), (nats, greedy) in zip(pairs, results, strict=False)
+                ]
                 means = [mean for mean, _ in scores]
                 if not np.isfinite(means).all():
-                    raise ValueError(f"task {task.label!r}: the model's log-probabilities are not finite")
+                    raise ValueError(
+                        f"task {task.label!r}: the model's log-probabilities are not finite"
+                    )
                 single = task.kind == "language_modeling"
                 right += scores[0][1] if single else means.index(max(means)) == task.rows[i].gold
                 cut += shortened
             advance(len(part))
     accuracy = right / rows
     interval = wilson(right, rows)
-    centred, low, high = ((share - task.chance) / (1 - task.chance) for share in (accuracy, *interval))
+    centred, low, high = (
+        (share - task.chance) / (1 - task.chance) for share in (accuracy, *interval)
+    )
     numbers = (task.shots, rows, cut, task.chance, accuracy, interval, centred, (low, high))
     return Score(task.label, task.kind, *numbers)
 
 
-def pairs_of(task: Task, i: int, text: TextSettings, longest: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Encode a row's options as (context, continuation), and say whether any lost its beginning, beyond `longest`.
+def pairs_of(
+    task: Task, i: int, text: TextSettings, longest: int
+) -> tuple[list[tuple[list[int], list[int]]], bool]:
+    """Encode a row's options as (context, continuation); say if any was cut to `longest`.
 
-    Context and continuation are encoded together, because a token may be in both. The continuation begins where
-    the options' tokens begin to differ. In a schema it is their common end. For a single continuation it begins where
-    the tokens differ from the context's.
+    Context and continuation are encoded together, because a token may be in both. The continuation
+    begins where the options' tokens begin to differ. In a schema it is their common end. For a
+    single continuation it begins where the tokens differ from the context's.
 
     Example:
         >>> from dsv3_jax.chat.text_settings import plain_settings

@@ -3,11 +3,13 @@
 Each line of a file is a row, and its keys say of which kind the task is:
 
     multiple_choice     {"query": "2+2 =", "choices": ["4", "5"], "gold": 0}
-    schema              {"context_options": ["A saw B;", "B saw A;"], "continuation": "A was seen", "gold": 1}
+    schema              {"context_options": ["A saw B;", "B saw A;"], "continuation": "A was seen",
+                         "gold": 1}
     language_modeling   {"context": "one two", "continuation": "three"}
 
-A folder may have a `core.yaml`, as DCLM's bundle. It then says which files are tasks, how many examples a prompt begins
-with, and what separates a context from its continuation. Chance levels are read from `eval_meta_data.csv`.
+A folder may have a `core.yaml`, as DCLM's bundle. It then says which files are tasks, how many
+examples a prompt begins with, and what separates a context from its continuation. Chance levels are
+read from `eval_meta_data.csv`.
 """
 
 import csv
@@ -66,7 +68,9 @@ class Task:
     chance: float
 
     def prompts(self, i: int) -> list[str]:
-        """Return the texts of a row's options. The row number draws the examples, and never the row itself.
+        """Return the texts of a row's options.
+
+        The row number draws the examples, and never the row itself.
 
         Source: nanochat's CORE, whose seeds and separators these are.
         """
@@ -86,14 +90,15 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
     """Read the tasks of a folder: those of its core.yaml, else its files *.jsonl.
 
     Args: shots: examples before each prompt. None means as core.yaml says, else 0.
-    Raises: ValueError that names the file and line of a row that is of no kind, of another kind than the first, or
-        without a right answer; or for a folder without tasks, a task with too few rows for its examples, and one whose
-        rows leave nothing to choose.
+    Raises: ValueError that names the file and line of a row that is of no kind, of another kind
+        than the first, or without a right answer; or for a folder without tasks, a task with too
+        few rows for its examples, and one whose rows leave nothing to choose.
 
     Example:
         >>> import tempfile
+        >>> row = '{"context": "one two", "continuation": "three"}'
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "count.jsonl").write_text('{"context": "one two", "continuation": "three"}')
+        ...     _ = Path(folder, "count.jsonl").write_text(row)
         ...     [task] = read_tasks(folder)
         >>> task.label, task.kind, task.prompts(0)
         ('count', 'language_modeling', ['one two three'])
@@ -102,7 +107,9 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
     if (root / CORE_FILE).exists():
         entries = _entries(root / CORE_FILE)
     else:
-        entries = [{"label": file.stem, "dataset_uri": file.name} for file in sorted(root.glob("*.jsonl"))]
+        entries = [
+            {"label": file.stem, "dataset_uri": file.name} for file in sorted(root.glob("*.jsonl"))
+        ]
     if not entries:
         raise ValueError(f"tasks={str(folder)!r} has neither a {CORE_FILE} nor a file *.jsonl")
     chances = _chances(root / CHANCE_FILE)
@@ -111,19 +118,32 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
         label = entry["label"]
         file = root / entry["dataset_uri"]
         if not (label + entry["dataset_uri"]).isprintable() or len(label) > _MAX_LABEL:
-            raise ValueError(f"{root} has a task {label!r:.80}: a name has one line, and up to {_MAX_LABEL} letters")
+            raise ValueError(
+                f"{root} has a task {label!r:.80}: a name has one line, and up to {_MAX_LABEL} "
+                "letters"
+            )
         kind, rows = _read(file if file.exists() else root / DATA_FOLDER / entry["dataset_uri"])
         counts = entry.get("num_fewshot", 0) if shots is None else shots
         delimiter = entry.get("continuation_delimiter")
         if delimiter is None:
             delimiter = "" if _has_space(rows) else " "
-        blind = 0.0 if kind == "language_modeling" else sum(1 / len(row.options) for row in rows) / len(rows)
+        blind = (
+            0.0
+            if kind == "language_modeling"
+            else sum(1 / len(row.options) for row in rows) / len(rows)
+        )
         chance = chances.get(label, blind)
         if chance == 1:
-            raise ValueError(f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is always right")
+            raise ValueError(
+                f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is "
+                "always right"
+            )
         for count in counts if counts and isinstance(counts, list) else [counts]:
             if type(count) is not int or not 0 <= count < len(rows):
-                raise ValueError(f"shots={count!r} is no number of examples for {file}, which has {len(rows)} rows")
+                raise ValueError(
+                    f"shots={count!r} is no number of examples for {file}, which has {len(rows)} "
+                    "rows"
+                )
             if any((task.label, task.shots) == (label, count) for task in tasks):
                 raise ValueError(f"{root / CORE_FILE} has task {label!r} with shots={count} twice")
             tasks.append(Task(label, kind, rows, count, delimiter, chance))
@@ -140,12 +160,17 @@ def _entries(core: Path) -> list[dict[str, Any]]:
     import yaml
 
     try:
-        entries = [{"continuation_delimiter": " "} | entry for entry in yaml.safe_load(read_text(core))["icl_tasks"]]
+        entries = [
+            {"continuation_delimiter": " "} | entry
+            for entry in yaml.safe_load(read_text(core))["icl_tasks"]
+        ]
         texts = ("label", "dataset_uri", "continuation_delimiter")
         if not all(isinstance(entry[key], str) for entry in entries for key in texts):
             raise ValueError(f"one of {', '.join(texts)} is not a text")
     except Exception as error:  # the readers of YAML's tags raise many kinds
-        raise ValueError(f"{core} has no list icl_tasks with a label and a dataset_uri for each: {error}") from error
+        raise ValueError(
+            f"{core} has no list icl_tasks with a label and a dataset_uri for each: {error}"
+        ) from error
     return entries
 
 
@@ -157,9 +182,13 @@ def _chances(file: Path) -> dict[str, float]:
         table = list(csv.DictReader(read_text(file).splitlines()))
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in table}
         if not all(0 <= chance < 1 for chance in chances.values()) or len(chances) < len(table):
-            raise ValueError("a random baseline is below 0 or not below 100 percent, or a task has two")
+            raise ValueError(
+                "a random baseline is below 0 or not below 100 percent, or a task has two"
+            )
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f'{file} is no table with "Eval Task" and "Random baseline" in percent: {error}') from error
+        raise ValueError(
+            f'{file} is no table with "Eval Task" and "Random baseline" in percent: {error}'
+        ) from error
     return chances
 
 
@@ -185,11 +214,18 @@ def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
 
 def _row(record: dict[str, Any], kind: str, where: str) -> Row:
     one, several, *_ = KINDS[kind]
-    texts, gold = ([record[several]], 0) if kind == "language_modeling" else (record[several], record["gold"])
+    texts, gold = (
+        ([record[several]], 0) if kind == "language_modeling" else (record[several], record["gold"])
+    )
     if not isinstance(texts, list) or type(gold) is not int or not 0 <= gold < len(texts):
-        raise ValueError(f"{where}: gold={gold!r:.80} is not the index of one of {several}={texts!r:.80}")
+        raise ValueError(
+            f"{where}: gold={gold!r:.80} is not the index of one of {several}={texts!r:.80}"
+        )
     options = [(text, record[one]) if kind == "schema" else (record[one], text) for text in texts]
     for context, continuation in options:
         if not isinstance(context, str) or not isinstance(continuation, str) or not continuation:
-            raise ValueError(f"{where}: {context!r:.80} and {continuation!r:.80} are not a text and one to follow it")
+            raise ValueError(
+                f"{where}: {context!r:.80} and {continuation!r:.80} are not a text and one to "
+                "follow it"
+            )
     return Row(tuple(options), gold)

@@ -1,4 +1,4 @@
-"""Routing statistics of a model on text: counts, measures of these counts, and a page that draws them."""
+"""Routing statistics of a model on text: counts, their measures, and a page that draws them."""
 
 from dsv3_jax.stats.bits import Information, information
 from dsv3_jax.stats.flow import repeats, transition_lift, transitions

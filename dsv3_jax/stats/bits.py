@@ -1,17 +1,21 @@
 """Token against domain: how many bits the token tells about its expert, and the domain beyond it.
 
-All three measures are of one assignment: a token's occurrence and one of its K experts, drawn at random.
+All three measures are of one assignment: a token's occurrence and one of its K experts, drawn at
+random.
 
-    I(expert; token), I(expert; domain), I(expert; domain | token) = Σ_t p_t I(expert; domain | token = t)
+    I(expert; token), I(expert; domain),
+    I(expert; domain | token) = Σ_t p_t I(expert; domain | token = t)
 
-Counts of a finite text show information where there is none. Chance is measured by shuffles, not by a formula: Miller
-and Madow's correction needs many occurrences of each token, and most tokens of a large vocabulary are rare. For the
-token, the occurrences' expert sets are shuffled among all positions. For the domain, the domains are shuffled among the
-documents, because the tokens of one document are alike whatever its domain. The mean of the shuffles is taken off. It
-is what independence gives, so an estimate of a strong dependence is a little too low, and never too high.
+Counts of a finite text show information where there is none. Chance is measured by shuffles, not by
+a formula: Miller and Madow's correction needs many occurrences of each token, and most tokens of a
+large vocabulary are rare. For the token, the occurrences' expert sets are shuffled among all
+positions. For the domain, the domains are shuffled among the documents, because the tokens of one
+document are alike whatever its domain. The mean of the shuffles is taken off. It is what
+independence gives, so an estimate of a strong dependence is a little too low, and never too high.
 
-Intervals resample documents: tokens of one document are not independent. A resample repeats documents, and so its own
-plug-in information is too high. The interval is therefore the estimate ± 1.96 standard deviations of the resamples.
+Intervals resample documents: tokens of one document are not independent. A resample repeats
+documents, and so its own plug-in information is too high. The interval is therefore the estimate ±
+1.96 standard deviations of the resamples.
 """
 
 from typing import NamedTuple
@@ -50,9 +54,15 @@ class Information(NamedTuple):
 
 
 def information(
-    rows: TokenRows, num_experts: int, num_domains: int, *, draws: int = 20, resamples: int = 100, seed: int = 0
+    rows: TokenRows,
+    num_experts: int,
+    num_domains: int,
+    *,
+    draws: int = 20,
+    resamples: int = 100,
+    seed: int = 0,
 ) -> Information:
-    """Measure what the token and the domain tell about the expert, layer by layer, corrected for chance.
+    """Measure what token and domain tell about the expert, by layer, corrected for chance.
 
     Args:
         draws: shuffles that estimate chance, at least 1.
@@ -63,7 +73,7 @@ def information(
         >>> from dsv3_jax.stats.token_rows import rows_of
         >>> experts = np.arange(4000) % 4
         >>> rows = rows_of(experts[None, :, None], document=np.arange(4000) // 100)
-        >>> rows = rows._replace(token=(experts // 2).astype(np.int32))  # the token tells one bit of two
+        >>> rows = rows._replace(token=(experts // 2).astype(np.int32))  # it tells one of two bits
         >>> found = information(rows, num_experts=4, num_domains=1)
         >>> found.entropy.round(2), found.token.bits.round(2), abs(found.domain.bits).round(2)
         (array([2.]), array([1.]), array([0.]))
@@ -73,22 +83,30 @@ def information(
     domain_of = np.zeros(len(documents), np.int64)
     domain_of[document] = rows.domain
     token = np.unique(rows.token, return_inverse=True)[1]
-    # The same documents and shuffles in every layer.
-    weights = rng.multinomial(len(documents), np.full(len(documents), 1 / len(documents)), resamples).T  # [S, R]
+    # The same documents and shuffles in every layer: weights [S, R].
+    even = np.full(len(documents), 1 / len(documents))
+    weights = rng.multinomial(len(documents), even, resamples).T
     shuffled = np.stack([rng.permutation(domain_of) for _ in range(draws)], axis=1)  # [S, draws]
     estimates = []
     for counted, ids in zip(rows.counted, rows.expert_ids, strict=True):
-        counts = _Counts(token[counted], ids[counted], document[counted], num_experts, len(documents))
+        counts = _Counts(
+            token[counted], ids[counted], document[counted], num_experts, len(documents)
+        )
         plain = counts.measure(np.ones((len(documents), 1)), domain_of[:, None], num_domains)[:, 0]
         by_shuffle = np.mean([counts.shuffled_tokens(rng) for _ in range(draws)])
         once = np.ones((len(documents), draws))
         chance = np.array([by_shuffle, *counts.measure(once, shuffled, num_domains)[1:].mean(-1)])
-        spread = counts.measure(weights, np.repeat(domain_of[:, None], resamples, 1), num_domains).std(-1, ddof=1)
+        repeated = np.repeat(domain_of[:, None], resamples, 1)
+        spread = counts.measure(weights, repeated, num_domains).std(-1, ddof=1)
         bits = plain - chance
-        estimates.append(np.stack([bits, chance, bits - WIDE * spread, bits + WIDE * spread], axis=1))
+        estimates.append(
+            np.stack([bits, chance, bits - WIDE * spread, bits + WIDE * spread], axis=1)
+        )
     per_measure = np.moveaxis(np.array(estimates), 0, -1)  # [measure, 4, L]
     layers = zip(rows.counted, rows.expert_ids, strict=True)
-    load = np.stack([np.bincount(ids[c].ravel(), minlength=num_experts) for c, ids in layers], axis=1)
+    load = np.stack(
+        [np.bincount(ids[c].ravel(), minlength=num_experts) for c, ids in layers], axis=1
+    )
     of_token, of_domain, given_token = (Measured(*of) for of in per_measure)
     return Information(
         of_token, of_domain, given_token, _entropy(load.astype(np.float64)),
@@ -99,7 +117,14 @@ def information(
 class _Counts:
     """Assignments of one layer by (token, expert) and document, as a sparse matrix [cells, S]."""
 
-    def __init__(self, token: np.ndarray, ids: np.ndarray, document: np.ndarray, num_experts: int, num_documents: int):
+    def __init__(
+        self,
+        token: np.ndarray,
+        ids: np.ndarray,
+        document: np.ndarray,
+        num_experts: int,
+        num_documents: int,
+    ):
         self._token = token
         self._ids = ids
         self._num_experts = num_experts
@@ -116,11 +141,12 @@ class _Counts:
             (np.ones(len(where)), (of_token.ravel(), where)), shape=(len(self._tokens), len(where))
         )
         self._to_expert = sparse.csr_matrix(
-            (np.ones(len(where)), (self._cells % num_experts, where)), shape=(num_experts, len(where))
+            (np.ones(len(where)), (self._cells % num_experts, where)),
+            shape=(num_experts, len(where)),
         )
 
     def measure(self, weights: np.ndarray, domains: np.ndarray, num_domains: int) -> np.ndarray:
-        """The three measures [3, R] of R samples: how often each document counts, and its domain, both [S, R]."""
+        """The three measures [3, R] of R samples: each document's weight and domain, [S, R]."""
         step = max(1, CELLS // (max(len(self._cells), 1) * (num_domains + 1)))
         parts = [
             self._measure(weights[:, i : i + step], domains[:, i : i + step], num_domains)
@@ -129,7 +155,8 @@ class _Counts:
         return np.concatenate(parts, axis=1)
 
     def _measure(self, weights: np.ndarray, domains: np.ndarray, num_domains: int) -> np.ndarray:
-        by_domain = [self._by_document @ (weights * (domains == d)) for d in range(num_domains)]  # each [cells, R]
+        # each [cells, R]
+        by_domain = [self._by_document @ (weights * (domains == d)) for d in range(num_domains)]
         joint = np.concatenate(by_domain)
         both = sum(by_domain)
         of_token = self._to_token @ both
@@ -151,7 +178,9 @@ class _Counts:
         ids = self._ids[rng.permutation(len(self._ids))]
         size = (int(self._token.max(initial=0)) + 1) * self._num_experts
         cells = (self._token[:, None] * self._num_experts + ids).ravel()
-        counts = np.bincount(cells, minlength=size).reshape(-1, self._num_experts).astype(np.float64)
+        counts = (
+            np.bincount(cells, minlength=size).reshape(-1, self._num_experts).astype(np.float64)
+        )
         return float(_entropy(counts.sum(0)) + _entropy(counts.sum(1)) - _entropy(counts.ravel()))
 
 

@@ -35,7 +35,8 @@ def cache_quality(
     """Read held-out rows through caches. Each row is one text, whose documents see one another.
 
     Args:
-        dtypes: of cached rows; all are compared with the first, which should be the exact one, "float32".
+        dtypes: of cached rows; all are compared with the first, which should be the exact one,
+            "float32".
         cache: "latent" or "expanded". None means the model's own.
     Raises: ValueError for an unknown kind or dtype.
 
@@ -44,9 +45,9 @@ def cache_quality(
         >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all are 0
         >>> quality = cache_quality(model, [one_row(b"x = 1")], ["int8"])["int8"]
-        >>> round(quality.val_loss, 2), quality.bytes_per_token  # ln 260; 48 numbers and two float32 scales
+        >>> round(quality.val_loss, 2), quality.bytes_per_token  # ln 260; 48 int8 and 2 float32
         (5.56, 56)
     """
     cfg = model.cfg
@@ -59,7 +60,9 @@ def cache_quality(
         nats, same, count = 0.0, 0.0, 0.0
         for i, batch in enumerate(batches):
             tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
-            nll, best = map(np.asarray, _through_cache(graphdef, state, tokens, kind=kind, dtype=dtype))
+            nll, best = map(
+                np.asarray, _through_cache(graphdef, state, tokens, kind=kind, dtype=dtype)
+            )
             if len(exact) == i:
                 exact.append(best)
             loss_mask = jnp.asarray(batch["loss_mask"]) if "loss_mask" in batch else None
@@ -68,7 +71,9 @@ def cache_quality(
             count = count + mask.sum()
             same += (best == exact[i])[mask].sum()
         count = max(count, 1)
-        found[name] = CacheQuality(float(nats / count), float(same / count), bytes_per_token(cfg, kind, dtype))
+        found[name] = CacheQuality(
+            float(nats / count), float(same / count), bytes_per_token(cfg, kind, dtype)
+        )
     return found
 
 
@@ -88,5 +93,7 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
 
     _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
     h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
-    scored = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1))
+    scored = token_scores(
+        h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1)
+    )
     return tuple(x.reshape(batch, length - 1) for x in scored)

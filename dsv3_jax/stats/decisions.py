@@ -1,4 +1,4 @@
-"""Decisions of a model's routers for one batch, in one forward pass: the choices, and how close they were."""
+"""Decisions of a model's routers for one batch: the choices, and how close they were."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,23 +21,27 @@ class Choices(NamedTuple):
 
     expert_ids: Int32[Array, "L B T K"]
     gates: Float[Array, "L B T K"]
-    margin: Float[Array, "L B T K"]  # s + b of the expert over the best expert that was not chosen; NaN: there is none
+    # s + b of the expert over the best expert that was not chosen; NaN: there is none
+    margin: Float[Array, "L B T K"]
     gate_entropy: Float[Array, "L B T"]
     score_entropy: Float[Array, "L B T"]
     mask: Bool[Array, "L B T"]  # positions that are counted
     coactivation: Float[Array, "L E E"]
-    without_bias: Int32[Array, "L B T K"]  # the choice by the same scores without bias; the same ids if there is none
-    nll: Float[Array, "B T"]  # nats of each token, given those before it in its row; NaN of a segment's first token
+    # the choice by the same scores without bias; the same ids if there is none
+    without_bias: Int32[Array, "L B T K"]
+    # nats of each token, given those before it in its row; NaN of a segment's first token
+    nll: Float[Array, "B T"]
 
 
 def biases(model: Transformer) -> Float[Array, "L E"] | None:
-    """Return the routers' biases, in the order of `RoutingStats.layers`; None if the router reads none.
+    """Return the routers' biases in the order of `RoutingStats.layers`; None if there are none.
 
     Example:
         >>> import numpy as np
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
-        >>> biases(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(preset("tiny")))).shape
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(preset("tiny")))
+        >>> biases(model).shape
         (4, 16)
     """
     cfg = model.cfg
@@ -64,30 +68,43 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
     trunk = model.cfg.num_sparse_layers
     if out.routing is not None:
         mask = jnp.broadcast_to(segment_ids != 0, out.routing.score_entropy.shape)
-        parts.append((_decisions(out.routing, None if bias is None else bias[:trunk], model.cfg), mask))
+        parts.append(
+            (_decisions(out.routing, None if bias is None else bias[:trunk], model.cfg), mask)
+        )
     for k, head in enumerate(out.mtp_routing, start=1):
         own = None if bias is None else bias[trunk + k - 1 : trunk + k]
         decisions = _decisions(jax.tree.map(lambda x: x[None], head), own, model.cfg)
         # A head that also reads token t + k counts only where that token is in the same document.
         reads_tokens = model.cfg.head_kind.reads_tokens
         mask = targets(tokens, segment_ids, k)[1] if reads_tokens else segment_ids[:, :-k] != 0
-        parts.append(jax.tree.map(lambda x, k=k: jnp.pad(x, _padding(k, x.ndim)), (decisions, mask[None])))
-    (ids, gates, margin, score_entropy, without), mask = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        parts.append(
+            jax.tree.map(lambda x, k=k: jnp.pad(x, _padding(k, x.ndim)), (decisions, mask[None]))
+        )
+    (ids, gates, margin, score_entropy, without), mask = jax.tree.map(
+        lambda *x: jnp.concatenate(x), *parts
+    )
 
     def count_pairs(layer) -> Array:
         ids, mask = layer
-        chosen = jax.nn.one_hot(ids, model.cfg.num_experts, dtype=jnp.float32).sum(-2) * mask[..., None]
+        chosen = (
+            jax.nn.one_hot(ids, model.cfg.num_experts, dtype=jnp.float32).sum(-2) * mask[..., None]
+        )
         return jnp.einsum("bte,btf->ef", chosen, chosen)
 
     coactivation = jax.lax.map(count_pairs, (ids, mask.astype(jnp.float32)))
     nll = token_nll(model, out.h, tokens, segment_ids)
-    return Choices(ids, gates, margin, balance.entropy(gates), score_entropy, mask, coactivation, without, nll)
+    return Choices(
+        ids, gates, margin, balance.entropy(gates), score_entropy, mask, coactivation, without, nll
+    )
 
 
 def token_nll(
-    model: Transformer, h: Float[Array, "B T D"], tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+    model: Transformer,
+    h: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Compute the nats of each token from the normed output at the token before; NaN of a segment's first token.
+    """Compute each token's nats from the output at the token before; NaN of a segment's first.
 
     Args: h: as `ForwardOut.h`.
     """
@@ -97,8 +114,10 @@ def token_nll(
     return jnp.pad(jnp.where(has_target, nll, jnp.nan), ((0, 0), (1, 0)), constant_values=jnp.nan)
 
 
-def _decisions(layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: ModelConfig) -> tuple[Array, ...]:
-    """Expert ids, gates, margin, score entropy and the choice without bias of `Choices`, with a leading layer axis."""
+def _decisions(
+    layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: ModelConfig
+) -> tuple[Array, ...]:
+    """Ids, gates, margin, score entropy, choice without bias of `Choices`; layers come first."""
     ids, scores = layer.expert_ids, layer.scores
     assert scores is not None
     shape = ids.shape
@@ -110,11 +129,13 @@ def _decisions(layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: Model
     flat = scores.reshape(-1, cfg.num_experts)
     choice = flat if bias is None else (scores + bias[:, None, None]).reshape(flat.shape)
     without = flat_ids if bias is None else routing.choose(flat, k, **how)
-    if k == cfg.num_experts // groups * kept or router.reads_tokens:  # none is left over, or no score chooses
+    # none is left over, or no score chooses
+    if k == cfg.num_experts // groups * kept or router.reads_tokens:
         margin = jnp.full(flat_ids.shape, jnp.nan, flat.dtype)
     else:
         runner_up = routing.choose(choice, k + 1, **how)[:, k:]
-        margin = jnp.take_along_axis(choice, flat_ids, -1) - jnp.take_along_axis(choice, runner_up, -1)
+        chosen, next_best = (jnp.take_along_axis(choice, ids, -1) for ids in (flat_ids, runner_up))
+        margin = chosen - next_best
     return ids, layer.gates, margin.reshape(shape), layer.score_entropy, without.reshape(shape)
 
 

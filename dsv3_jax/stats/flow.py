@@ -1,4 +1,4 @@
-"""How choices follow one another: from layer to layer, from token to token, from the trunk to its multi-token heads."""
+"""How choices follow one another: by layer, by token, from the trunk to its multi-token heads."""
 
 from typing import NamedTuple
 
@@ -11,22 +11,26 @@ from dsv3_jax.stats.token_rows import TokenRows
 class Repeats(NamedTuple):
     """How often a token has the experts of the token before it."""
 
-    share: Float64[np.ndarray, " L"]  # of a token's choices that the previous token of its piece made too
-    by_chance: Float64[np.ndarray, " L"]  # the same for two tokens that choose apart, with the layer's load
+    # of a token's choices that the previous token of its piece made too
+    share: Float64[np.ndarray, " L"]
+    # the same for two tokens that choose apart, with the layer's load
+    by_chance: Float64[np.ndarray, " L"]
 
 
 class HeadsAgainstTrunk(NamedTuple):
     """Choices of M multi-token heads and of the trunk's last layer, for the same position."""
 
     load_correlation: Float64[np.ndarray, " M"]  # of the experts' loads, by number
-    same_expert_number: Float64[np.ndarray, " M"]  # share of a head's choices whose number the trunk chose too
+    # share of a head's choices whose number the trunk chose too
+    same_expert_number: Float64[np.ndarray, " M"]
     by_chance: Float64[np.ndarray, " M"]  # the same for choices that are apart, with both loads
 
 
 def transitions(rows: TokenRows, num_experts: int) -> Int64[np.ndarray, "M E E"]:
-    """Count tokens that chose expert i in one layer and expert j in the next one of `RoutingStats.layers`.
+    """Count tokens that chose expert i in one layer and j in the next of `RoutingStats.layers`.
 
-    Returns: M = L - 1 tables. A token has K · K pairs, or none if it is counted in one of the two layers alone.
+    Returns: M = L - 1 tables. A token has K · K pairs, or none if it is counted in one of the two
+        layers alone.
 
     Example:
         >>> from dsv3_jax.stats.token_rows import rows_of
@@ -80,14 +84,17 @@ def repeats(rows: TokenRows, num_experts: int) -> Repeats:
     return Repeats(np.array(share), np.array(chance))
 
 
-def heads_against_trunk(rows: TokenRows, num_experts: int, num_heads: int) -> HeadsAgainstTrunk | None:
-    """Compare each head's choices with the trunk's last layer's; None without heads or without a trunk.
+def heads_against_trunk(
+    rows: TokenRows, num_experts: int, num_heads: int
+) -> HeadsAgainstTrunk | None:
+    """Compare each head's choices with the trunk's last layer's; None without heads or trunk.
 
     Args: num_heads: M, layers at the end of the rows.
 
     Example:
         >>> from dsv3_jax.stats.token_rows import rows_of
-        >>> heads_against_trunk(rows_of(np.array([[[0], [1], [1]], [[0], [0], [1]]])), 2, 1).same_expert_number.round(2)
+        >>> rows = rows_of(np.array([[[0], [1], [1]], [[0], [0], [1]]]))
+        >>> heads_against_trunk(rows, 2, 1).same_expert_number.round(2)
         array([0.67])
     """
     last = len(rows.counted) - num_heads - 1

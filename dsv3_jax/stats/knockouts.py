@@ -1,8 +1,8 @@
 """The worth of an expert: the loss without its output, expert by expert.
 
-The expert's gate is set to 0 wherever it is chosen. No other expert takes its place, and the other gates stay. So this
-is the damage of a missing expert, not what another would have done for it. Experts that do the same may each seem to be
-worth little.
+The expert's gate is set to 0 wherever it is chosen. No other expert takes its place, and the other
+gates stay. So this is the damage of a missing expert, not what another would have done for it.
+Experts that do the same may each seem to be worth little.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +45,7 @@ def worth(
     seed: int = 0,
     follow: Callable[[Iterable, int, str], Iterable] = lambda items, count, name: items,
 ) -> Worth:
-    """Measure the loss without each routed expert of the trunk: one forward pass an expert over the same text.
+    """Measure the loss without each routed expert of the trunk: a pass an expert over one text.
 
     The program is compiled once: the expert is an argument.
 
@@ -61,24 +61,32 @@ def worth(
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all are 0
         >>> found = worth(model, [one_row(b"x = 1")], resamples=2)
         >>> found.tokens, found.without.shape, float(abs(found.without - found.loss).max())
         (4, (1, 16), 0.0)
     """
     cfg = model.cfg
     if not cfg.num_sparse_layers:
-        raise ValueError(f"the trunk has no experts to leave out: all of its {cfg.num_layers} layers are dense")
+        raise ValueError(
+            f"the trunk has no experts to leave out: all of its {cfg.num_layers} layers are dense"
+        )
     read = first_batches(batches, tokens)
     graphdef, state = nnx.split(model)
-    names, column = np.unique(np.concatenate([b["documents"].ravel() for b in read]), return_inverse=True)
-    placed = [{key: jnp.asarray(b[key]) for key in ("tokens", "segment_ids", "positions")} for b in read]
+    names, column = np.unique(
+        np.concatenate([b["documents"].ravel() for b in read]), return_inverse=True
+    )
+    placed = [
+        {key: jnp.asarray(b[key]) for key in ("tokens", "segment_ids", "positions")} for b in read
+    ]
     target = np.concatenate([b.get("loss_mask", b["segment_ids"] != 0).ravel() for b in read])
 
     def by_document(layer: int, expert: int) -> tuple[np.ndarray, np.ndarray]:
         """Sums of nats and numbers of tokens, of each document."""
         muted = jnp.array([layer, expert], jnp.int32)
-        nll = np.concatenate([np.asarray(_nll(graphdef, state, batch, muted)).ravel() for batch in placed])
+        nll = np.concatenate(
+            [np.asarray(_nll(graphdef, state, batch, muted)).ravel() for batch in placed]
+        )
         known = target & ~np.isnan(nll)
         where = column.ravel()[known]
         sums = np.bincount(where, nll[known].astype(np.float64), len(names))
@@ -89,19 +97,29 @@ def worth(
         raise ValueError("there is no token with a loss: each piece of the text has one token")
     layers = range(cfg.num_dense_layers, cfg.num_layers)
     experts = [(layer, expert) for layer in layers for expert in range(cfg.num_experts)]
-    more = np.stack([by_document(*one)[0] - base for one in follow(experts, len(experts), "experts")])  # [L E, S]
+    # [L E, S]
+    more = np.stack(
+        [by_document(*one)[0] - base for one in follow(experts, len(experts), "experts")]
+    )
     present = sizes > 0
     rng = np.random.default_rng(seed)
     size = int(present.sum())
     weights = rng.multinomial(size, np.full(size, 1 / size), resamples)
-    drawn = more[:, present] @ weights.T / np.maximum(weights @ sizes[present], 1)  # [L E, resamples]
+    # [L E, resamples]
+    drawn = more[:, present] @ weights.T / np.maximum(weights @ sizes[present], 1)
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
     shape = (len(layers), cfg.num_experts)
     total = sizes.sum()
     loss = base.sum() / sizes.sum()
     without = loss + more.sum(-1) / total
     return Worth(
-        float(loss), without.reshape(shape), low.reshape(shape), high.reshape(shape), int(total), size, resamples
+        float(loss),
+        without.reshape(shape),
+        low.reshape(shape),
+        high.reshape(shape),
+        int(total),
+        size,
+        resamples,
     )
 
 
@@ -114,5 +132,7 @@ def _nll(
     def mute(layer, ids, gates):
         return jnp.where((muted[0] == layer) & (muted[1] == ids), 0.0, gates)
 
-    out = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"], edit_gates=mute)
+    out = model.forward_hidden(
+        batch["tokens"], batch["segment_ids"], batch["positions"], edit_gates=mute
+    )
     return token_nll(model, out.h, batch["tokens"], batch["segment_ids"])

@@ -1,4 +1,4 @@
-"""Measures of routing counts: co-activation, domain preference, information about the domain, favourite tokens."""
+"""Measures of routing counts: co-activation, preferred domains, information, favourite tokens."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,15 @@ def lift(coactivation: Num[np.ndarray, "L E E"]) -> Float64[np.ndarray, "L E E"]
 
     lift_ef = c_ef / (c · p_e p_f) for e ≠ f
 
-    Chance keeps each expert's load p, and c keeps the number of pairs: Σ c · p_e p_f = Σ c_ef. Plain n · p_e p_f would
-    put even routing below 1, because no token chooses an expert twice.
+    Chance keeps each expert's load p, and c keeps the number of pairs: Σ c · p_e p_f = Σ c_ef.
+    Plain n · p_e p_f would put even routing below 1, because no token chooses an expert twice.
 
     Args: coactivation: tokens that chose both experts; the diagonal is the load.
     Returns: 1 is chance; NaN on the diagonal and where chance is 0.
 
     Example:
-        >>> together = np.array([[[2, 2, 0], [2, 3, 1], [0, 1, 1]]])  # two tokens chose experts 0 and 1, one 1 and 2
+        >>> # two tokens chose experts 0 and 1, one 1 and 2
+        >>> together = np.array([[[2, 2, 0], [2, 3, 1], [0, 1, 1]]])
         >>> lift(together).round(2)
         array([[[ nan, 1.22, 0.  ],
                 [1.22,  nan, 1.22],
@@ -31,11 +32,13 @@ def lift(coactivation: Num[np.ndarray, "L E E"]) -> Float64[np.ndarray, "L E E"]
     chance = np.where(off_diagonal, load[:, :, None] * load[:, None, :], 0.0)
     pairs = np.where(off_diagonal, coactivation, 0).sum((1, 2), keepdims=True)
     chance = chance * pairs / np.maximum(chance.sum((1, 2), keepdims=True), 1e-300)
-    return np.divide(coactivation, chance, out=np.full(chance.shape, np.nan), where=off_diagonal & (chance > 0))
+    return np.divide(
+        coactivation, chance, out=np.full(chance.shape, np.nan), where=off_diagonal & (chance > 0)
+    )
 
 
 def domain_preference(load_by_domain: Num[np.ndarray, "N L E"]) -> Float[np.ndarray, "N L E"]:
-    """Compute p(expert | domain) / p(expert); NaN for an expert without load or a domain without tokens.
+    """Compute p(expert | domain) / p(expert); NaN without load or without tokens.
 
     Example:
         >>> domain_preference(np.array([[[3, 1]], [[1, 3]]]))
@@ -49,7 +52,9 @@ def domain_preference(load_by_domain: Num[np.ndarray, "N L E"]) -> Float[np.ndar
         return np.divide(load, total, out=np.full(load.shape, np.nan), where=total > 0)
 
     overall = np.broadcast_to(shares(load_by_domain.sum(0))[None], load_by_domain.shape)
-    return np.divide(shares(load_by_domain), overall, out=np.full(overall.shape, np.nan), where=overall > 0)
+    return np.divide(
+        shares(load_by_domain), overall, out=np.full(overall.shape, np.nan), where=overall > 0
+    )
 
 
 def mutual_information(load_by_domain: Num[np.ndarray, "N *l E"]) -> Float64[np.ndarray, " *l"]:
@@ -58,7 +63,8 @@ def mutual_information(load_by_domain: Num[np.ndarray, "N *l E"]) -> Float64[np.
     I = Σ_de p_de log2 p_de / (p_d p_e)
 
     Example:
-        >>> mutual_information(np.array([[[4, 0], [2, 2]], [[0, 4], [2, 2]]]))  # 2 domains, 2 layers, 2 experts
+        >>> load = np.array([[[4, 0], [2, 2]], [[0, 4], [2, 2]]])  # 2 domains, 2 layers, 2 experts
+        >>> mutual_information(load)
         array([1., 0.])
     """
     joint = load_by_domain / np.maximum(load_by_domain.sum((0, -1), keepdims=True), 1)
@@ -88,7 +94,8 @@ class Specialisation(NamedTuple):
     share: Float64[np.ndarray, " L"]  # I / H(domain): 1 means that the expert determines the domain
     shuffled_mean: Float64[np.ndarray, " L"]  # bits
     shuffled_95: Float64[np.ndarray, " L"]  # bits, the 95 % quantile of the shuffles
-    p_value: Float64[np.ndarray, " L"]  # share of orders with at least as many bits; the real order counts as one
+    # share of orders with at least as many bits; the real order counts as one
+    p_value: Float64[np.ndarray, " L"]
     draws: int  # number of shuffles
     seed: int  # of the shuffles
 
@@ -100,7 +107,7 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
     Raises: ValueError for draws below 1.
 
     Example:
-        >>> load = np.array([[[9, 1]], [[8, 2]], [[1, 9]], [[0, 10]]])  # 4 documents, 1 layer, 2 experts
+        >>> load = np.array([[[9, 1]], [[8, 2]], [[1, 9]], [[0, 10]]])  # 4 documents, 2 experts
         >>> stats = RoutingStats.from_loads(load, np.array([0, 0, 1, 1]), ["code", "prose"])
         >>> result = specialisation(stats, draws=100)
         >>> result.bits.round(2), result.shuffled_mean.round(2)
@@ -110,14 +117,17 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
         raise ValueError(f"draws={draws} is below 1")
     bits = mutual_information(stats.load_by_domain)
     upper_bound = domain_entropy(stats.load_by_domain)
-    # All tokens of a document move together: they are alike whatever its domain, and a shuffle of single tokens would
-    # count that as specialisation.
+    # All tokens of a document move together: they are alike whatever its domain, and a shuffle of
+    # single tokens would count that as specialisation.
     rng = np.random.default_rng(seed)
     shuffled = (rng.permutation(stats.document_domains) for _ in range(draws))
-    loads = (sum_by_domain(stats.document_load, domains, len(stats.domains)) for domains in shuffled)
+    loads = (
+        sum_by_domain(stats.document_load, domains, len(stats.domains)) for domains in shuffled
+    )
     chance = np.stack([mutual_information(load) for load in loads])
     share = np.divide(bits, upper_bound, out=np.zeros_like(bits), where=upper_bound > 0)
-    at_least = (chance >= bits[None] - 1e-12).sum(0)  # 1e-12: another order of the same sum rounds differently
+    # 1e-12: another order of the same sum rounds differently
+    at_least = (chance >= bits[None] - 1e-12).sum(0)
     return Specialisation(
         bits,
         share,
@@ -139,13 +149,17 @@ class Favourite(NamedTuple):
     margin: float  # mean of `Choices.margin` over these occurrences; NaN where unknown
 
 
-def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int = 20) -> list[list[Favourite]]:
+def favourites(
+    stats: RoutingStats, layer: int, *, top: int = 12, min_count: int = 20
+) -> list[list[Favourite]]:
     """List the tokens that tell most about each expert of a layer, of those with a lift above 1.
 
-    lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n);  bits = n_et / (n K) · log2 lift
+    lift = p(expert | token) / p(expert) = (n_et / n_t) / (n_e / n)
+    bits = n_et / (n K) · log2 lift
 
-    n counts tokens. The sum of all bits, of lifts below 1 too, is I(expert; token). The largest lift alone says little.
-    Every token that always goes to the expert has a lift of n / n_e, which is E/K for an expert of mean load.
+    n counts tokens. The sum of all bits, of lifts below 1 too, is I(expert; token). The largest
+    lift alone says little. Every token that always goes to the expert has a lift of n / n_e, which
+    is E/K for an expert of mean load.
 
     Args:
         layer: index into `stats.layers`.
@@ -158,8 +172,10 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
         >>> from dsv3_jax.stats.token_rows import rows_of
         >>> stats = RoutingStats.from_loads(np.array([[[3, 5]]]), np.array([0]), ["code"])
         >>> rows = rows_of(np.array([[[0], [0], [0], [1], [1], [1], [1], [1]]], np.int16))
-        >>> stats = replace(stats, rows=rows._replace(token=np.array([7, 7, 7, 7, 8, 8, 8, 8], np.int32)))
-        >>> [(f.token, f.num_routed, f.lift, round(f.bits, 3)) for [f] in favourites(stats, 0, min_count=4)]
+        >>> token = np.array([7, 7, 7, 7, 8, 8, 8, 8], np.int32)
+        >>> stats = replace(stats, rows=rows._replace(token=token))
+        >>> found = favourites(stats, 0, min_count=4)
+        >>> [(f.token, f.num_routed, f.lift, round(f.bits, 3)) for [f] in found]
         [(7, 3, 2.0, 0.375), (8, 4, 1.6, 0.339)]
     """
     counted = stats.rows.counted[layer]
@@ -179,6 +195,9 @@ def favourites(stats: RoutingStats, layer: int, *, top: int = 12, min_count: int
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))
     columns = token, num_routed, lift, bits, margin
     return [
-        [Favourite(*(column[i].item() for column in columns)) for i in order[start : min(start + top, stop)]]
+        [
+            Favourite(*(column[i].item() for column in columns))
+            for i in order[start : min(start + top, stop)]
+        ]
         for start, stop in zip(borders[:-1], borders[1:], strict=True)
     ]

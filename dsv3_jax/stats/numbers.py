@@ -1,4 +1,7 @@
-"""The numbers of `dsv3 stats` as plain JSON: see `KEYS`. Tables that grow with the model are cut here."""
+"""The numbers of `dsv3 stats` as plain JSON: see `KEYS`.
+
+Tables that grow with the model are cut here.
+"""
 
 import dataclasses
 import json
@@ -32,7 +35,8 @@ PAIRS = 64  # of two layers
 DOMAINS = 24  # on the page; stats.json has all of them
 TEXTS, TEXT_TOKENS = 12, 512  # complete texts, and tokens of each, at most
 HISTORY = 60  # steps of the bias
-# Most entries of a table, all layers together, so that the page of V3's 59 × 256 experts stays below 5 MB.
+# Most entries of a table, all layers together, so that the page of V3's 59 × 256 experts stays
+# below 5 MB.
 MOST_PAIRS, MOST_FAVOURITES, MOST_PARTNERS = 150_000, 30_000, 45_000
 MOST_CONTEXTS, MOST_LETTERS = 6_000, 450_000
 MOST_LOADS, MOST_HISTORY, MOST_CHOICES, MOST_CURVES = 120_000, 60_000, 60_000, 30_000
@@ -42,7 +46,7 @@ KEYS: dict[str, str] = json.loads((Path(__file__).parent / "keys.json").read_tex
 
 
 def merge_small_domains(stats: RoutingStats) -> RoutingStats:
-    """Keep the domains with the most tokens, and take the others together, for pictures and the page.
+    """Keep the domains with the most tokens, and join the others, for pictures and the page.
 
     Example:
         >>> names = [f"site {i}" for i in range(100)]
@@ -61,7 +65,9 @@ def merge_small_domains(stats: RoutingStats) -> RoutingStats:
     names = tuple(stats.domains[i] for i in kept)
     while rest in names:
         rest += "…"
-    return dataclasses.replace(stats, domains=(*names, rest), document_domains=number[stats.document_domains])
+    return dataclasses.replace(
+        stats, domains=(*names, rest), document_domains=number[stats.document_domains]
+    )
 
 
 def as_json(
@@ -73,13 +79,14 @@ def as_json(
 ) -> dict[str, Any]:
     """Return the numbers of stats.json, see `KEYS`; NaN becomes None.
 
-    Args: more: keys that need more than the counts: header, information, worth, saturation, against, … They are None
-        where they are absent.
+    Args: more: keys that need more than the counts: header, information, worth, saturation,
+        against, … They are None where they are absent.
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> from dsv3_jax.stats.measures import specialisation
-        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> loads = np.array([[[3, 1]], [[0, 4]]])
+        >>> stats = RoutingStats.from_loads(loads, np.array([0, 1]), ["code", "prose"])
         >>> numbers = as_json(stats, specialisation(stats, draws=1), ByteTokenizer(), None)
         >>> numbers["load"], numbers["max_vio"]
         ([[3, 5]], [0.25])
@@ -100,7 +107,10 @@ def as_json(
         **_coactivation(stats),
         "specialisation": {
             "domain_entropy": as_lists(domain_entropy(stats.load_by_domain)),
-            **{name: x if isinstance(x, int) else as_lists(x) for name, x in special._asdict().items()},
+            **{
+                name: x if isinstance(x, int) else as_lists(x)
+                for name, x in special._asdict().items()
+            },
         },
         "favourites": _favourites(stats, tokenizer),
         "contexts": _contexts(stats, tokenizer),
@@ -108,7 +118,9 @@ def as_json(
         "bias": _bias(stats, log),
         **_flow(stats),
         "texts": texts(stats.rows, stats.domains, tokenizer),
-        **dict.fromkeys(("header", "information", "worth", "saturation", "groups", "devices", "against")),
+        **dict.fromkeys(
+            ("header", "information", "worth", "saturation", "groups", "devices", "against")
+        ),
     } | dict(more or {})
 
 
@@ -116,7 +128,8 @@ def by_domain(stats: RoutingStats) -> dict[str, Any]:
     """Return the keys that depend on how the documents are divided into domains.
 
     Example:
-        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> loads = np.array([[[3, 1]], [[0, 4]]])
+        >>> stats = RoutingStats.from_loads(loads, np.array([0, 1]), ["code", "prose"])
         >>> by_domain(stats)["documents"]
         {'code': 1, 'prose': 1}
     """
@@ -170,7 +183,8 @@ def _coactivation(stats: RoutingStats) -> dict[str, Any]:
     small = stats.coactivation.size <= MOST_PAIRS
     lifts = lift(stats.coactivation)
     known = np.where(np.isnan(lifts), -np.inf, lifts)
-    order = np.argsort(-known, axis=-1, kind="stable")[..., : _budget(MOST_PARTNERS, stats.load.size, PARTNERS)]
+    most = _budget(MOST_PARTNERS, stats.load.size, PARTNERS)
+    order = np.argsort(-known, axis=-1, kind="stable")[..., :most]
     partners = [
         [
             [[int(f), round(row[f].item(), 2)] for f in best if np.isfinite(row[f])]
@@ -195,7 +209,14 @@ def _favourites(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[lis
     return [
         [
             [
-                [token, shown(token), count, round(ratio, 4), _rounded(bits), _rounded(round(margin, 4))]
+                [
+                    token,
+                    shown(token),
+                    count,
+                    round(ratio, 4),
+                    _rounded(bits),
+                    _rounded(round(margin, 4)),
+                ]
                 for token, count, ratio, bits, margin in of_expert
             ]
             for of_expert in favourites(stats, layer, top=top, min_count=MIN_COUNT)
@@ -256,7 +277,9 @@ def _flow(stats: RoutingStats) -> dict[str, Any]:
     lifts = flow.transition_lift(pairs)
     names = [name for name in stats.layers if name.startswith("MTP")]
     heads = flow.heads_against_trunk(rows, num_experts, len(names))
-    by_fields = {name: as_lists(values) for name, values in heads._asdict().items()} if heads else None
+    by_fields = (
+        {name: as_lists(values) for name, values in heads._asdict().items()} if heads else None
+    )
     return {
         "transitions": {
             "lift": as_lists(lifts) if lifts.size <= MOST_PAIRS else None,
@@ -273,10 +296,16 @@ def _largest_pairs(pairs: np.ndarray, lifts: np.ndarray) -> list[list]:
     """The PAIRS with the largest lift of those that occur often enough: [from, to, lift]."""
     often = np.where(pairs >= MIN_COUNT, np.nan_to_num(lifts), 0.0)
     best = np.argsort(-often, axis=None, kind="stable")[:PAIRS]
-    return [[*divmod(int(i), len(pairs)), round(float(often.flat[i]), 2)] for i in best if often.flat[i] > 0]
+    return [
+        [*divmod(int(i), len(pairs)), round(float(often.flat[i]), 2)]
+        for i in best
+        if often.flat[i] > 0
+    ]
 
 
-def information_json(rows: TokenRows, num_experts: int, num_domains: int, seed: int = 0) -> dict[str, Any]:
+def information_json(
+    rows: TokenRows, num_experts: int, num_domains: int, seed: int = 0
+) -> dict[str, Any]:
     """Measure "information" of `KEYS`; `seed`: of its shuffles and resamples."""
     found = information(rows, num_experts, num_domains, seed=seed)
     numbers: dict[str, Any] = {}
@@ -294,13 +323,18 @@ def worth_json(found: Worth, num_layers: int) -> dict[str, Any]:
     """Write "worth" of `KEYS`; multi-token heads, the last of `num_layers`, have no numbers."""
     num_experts = found.without.shape[1]
     heads = [[None] * num_experts for _ in range(num_layers - len(found.without))]
-    tables = {name: [*as_lists(getattr(found, name)), *heads] for name in ("without", "low", "high")}
+    tables = {
+        name: [*as_lists(getattr(found, name)), *heads] for name in ("without", "low", "high")
+    }
     counts = {key: getattr(found, key) for key in ("tokens", "documents", "resamples")}
     return {"loss": as_lists(found.loss)} | tables | counts
 
 
 def texts(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """List pieces of text with each token's experts: the longest of each domain in turn, each of another document.
+    """List pieces of text with each token's experts: the longest of each domain in turn.
+
+    Each is of another document.
+
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -319,8 +353,15 @@ def texts(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer) -> list
         if document not in seen:
             seen.add(document)
             queues.setdefault(int(rows.domain[starts[piece]]), []).append(piece)
-    turns = sorted((turn, domain, piece) for domain, queue in queues.items() for turn, piece in enumerate(queue))
-    return [text_of(rows, domains, tokenizer, int(starts[i]), int(starts[i] + sizes[i])) for *_, i in turns[:count]]
+    turns = sorted(
+        (turn, domain, piece)
+        for domain, queue in queues.items()
+        for turn, piece in enumerate(queue)
+    )
+    return [
+        text_of(rows, domains, tokenizer, int(starts[i]), int(starts[i] + sizes[i]))
+        for *_, i in turns[:count]
+    ]
 
 
 def text_size(rows: TokenRows) -> tuple[int, int]:
@@ -330,11 +371,18 @@ def text_size(rows: TokenRows) -> tuple[int, int]:
     return count, min(TEXT_TOKENS, max(32, most // count))
 
 
-def text_of(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer, start: int, stop: int) -> dict[str, Any]:
-    """One of `texts`: the rows from `start` to `stop`. A position of a head without a choice has no experts."""
+def text_of(
+    rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer, start: int, stop: int
+) -> dict[str, Any]:
+    """One of `texts`: the rows from `start` to `stop`.
+
+    A position of a head without a choice has no experts.
+    """
     here = slice(start, stop)
     order = np.argsort(-rows.gates[:, here], axis=-1, kind="stable")
-    experts, gates = (np.take_along_axis(x[:, here], order, -1) for x in (rows.expert_ids, rows.gates))
+    experts, gates = (
+        np.take_along_axis(x[:, here], order, -1) for x in (rows.expert_ids, rows.gates)
+    )
     counted = rows.counted[:, here].tolist()
     return {
         "domain": domains[rows.domain[start]],
@@ -342,8 +390,14 @@ def text_of(rows: TokenRows, domains: Sequence[str], tokenizer: Tokenizer, start
         "tokens": [readable(tokenizer, [int(i)]) for i in rows.token[here]],
         "nll": [None if np.isnan(x) else round(float(x), 3) for x in rows.nll[here]],
         **{
-            key: [[x if c else [] for x, c in zip(*of, strict=True)] for of in zip(values, counted, strict=True)]
-            for key, values in (("experts", experts.tolist()), ("gates", np.round(gates.astype(float), 2).tolist()))
+            key: [
+                [x if c else [] for x, c in zip(*of, strict=True)]
+                for of in zip(values, counted, strict=True)
+            ]
+            for key, values in (
+                ("experts", experts.tolist()),
+                ("gates", np.round(gates.astype(float), 2).tolist()),
+            )
         },
     }
 
@@ -387,7 +441,8 @@ def name_of(cfg: ModelConfig) -> str | None:
     """The preset that a model is, whatever its vocabulary and balancing; None if it is none.
 
     Example:
-        >>> name_of(replace(MODELS["tiny"], vocab_size=1024)), name_of(replace(MODELS["tiny"], dim=64))
+        >>> tiny = MODELS["tiny"]
+        >>> name_of(replace(tiny, vocab_size=1024)), name_of(replace(tiny, dim=64))
         ('tiny', None)
     """
     own = dict(vocab_size=cfg.vocab_size, balance=cfg.balance)
@@ -416,18 +471,26 @@ def describe_balance(cfg: ModelConfig) -> str:
 
 
 def bits_per_byte(rows: TokenRows, tokenizer: Tokenizer) -> float:
-    """Divide the bits of all tokens that have a loss by their bytes; special tokens have none. NaN without bytes.
+    """Divide the bits of all tokens that have a loss by their bytes; special tokens have none.
+
+    NaN without bytes.
+
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> from dsv3_jax.stats.token_rows import rows_of
-        >>> rows = rows_of(np.zeros((1, 2, 1), int))._replace(nll=np.array([np.nan, np.log(4)], np.float32))
+        >>> nll = np.array([np.nan, np.log(4)], np.float32)
+        >>> rows = rows_of(np.zeros((1, 2, 1), int))._replace(nll=nll)
         >>> round(bits_per_byte(rows, ByteTokenizer()), 3)
         2.0
     """
     known = ~np.isnan(rows.nll)
     count = tokenizer.byte_lengths[rows.token[known]].sum()
-    return float(rows.nll[known].astype(np.float64).sum() / np.log(2) / count) if count else float("nan")
+    return (
+        float(rows.nll[known].astype(np.float64).sum() / np.log(2) / count)
+        if count
+        else float("nan")
+    )
 
 
 def _mixed(
@@ -439,7 +502,13 @@ def _mixed(
     if mix is None or not cfg.num_sparse_layers or set(mix) != set(stats.domains):
         return None
     known = ~np.isnan(rows.nll)
-    bytes_ = np.bincount(rows.domain[known], tokenizer.byte_lengths[rows.token[known]], len(stats.domains))
+    bytes_ = np.bincount(
+        rows.domain[known], tokenizer.byte_lengths[rows.token[known]], len(stats.domains)
+    )
     read = np.bincount(rows.domain, minlength=len(stats.domains)) * stats.experts_per_token
-    found = training_mix(trunk.astype(np.float64), read / np.maximum(bytes_, 1), [mix[name] for name in stats.domains])
+    found = training_mix(
+        trunk.astype(np.float64),
+        read / np.maximum(bytes_, 1),
+        [mix[name] for name in stats.domains],
+    )
     return None if found is None else as_lists(found)

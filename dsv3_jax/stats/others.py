@@ -33,12 +33,14 @@ class Match(NamedTuple):
     """Experts of another model matched to this model's, layer by layer, one to one."""
 
     match: Int64[np.ndarray, "L E"]  # this model's expert → the other's
-    shared: Float64[np.ndarray, " L"]  # share of this model's choices whose token the other sends to the matched expert
-    by_chance: Float64[np.ndarray, " L"]  # the same where the other's tokens are shuffled, and matched again
+    # share of this model's choices whose token the other sends to the matched expert
+    shared: Float64[np.ndarray, " L"]
+    # the same where the other's tokens are shuffled, and matched again
+    by_chance: Float64[np.ndarray, " L"]
 
 
 def agreement(rows: TokenRows, earlier: TokenRows) -> Float64[np.ndarray, " L"]:
-    """Share of choices that an earlier checkpoint made already, for the same tokens and the same experts.
+    """Share of choices that an earlier checkpoint made already, for the same tokens.
 
     Example:
         >>> from dsv3_jax.stats.token_rows import rows_of
@@ -50,13 +52,16 @@ def agreement(rows: TokenRows, earlier: TokenRows) -> Float64[np.ndarray, " L"]:
 
 
 def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed: int = 0) -> Match:
-    """Match experts by the tokens they share: the matching with the most shared choices, found exactly.
+    """Match experts by the tokens they share: exactly the matching with the most shared choices.
 
-    Args: others: the rows of another model with as many layers and experts, of the same tokens; seed: of the shuffles.
+    Args: others: the rows of another model with as many layers and experts, of the same tokens;
+        seed: of the shuffles.
 
     Example:
         >>> from dsv3_jax.stats.token_rows import rows_of
-        >>> found = match_experts(rows_of(np.array([[[0], [0], [1]]])), rows_of(np.array([[[1], [1], [0]]])), 2)
+        >>> rows = rows_of(np.array([[[0], [0], [1]]]))
+        >>> others = rows_of(np.array([[[1], [1], [0]]]))
+        >>> found = match_experts(rows, others, 2)
         >>> found.match.tolist(), found.shared.tolist()
         ([[1, 0]], [1.0])
     """
@@ -80,23 +85,35 @@ def _matched(here: np.ndarray, there: np.ndarray, num_experts: int) -> tuple[np.
 
 
 def saturation(
-    folder: Path, step: int, rows: TokenRows, batches: Sequence[Batch], *, kernels: str | None = None
+    folder: Path,
+    step: int,
+    rows: TokenRows,
+    batches: Sequence[Batch],
+    *,
+    kernels: str | None = None,
 ) -> dict[str, Any] | None:
     """Measure how many of a checkpoint's choices the run's earlier checkpoints made already.
 
     Args:
         folder: of the run.
         rows: of the checkpoint of `step`.
-        batches: what they were read from; SATURATION_TOKENS of them are read again, and at least one batch.
-    Returns: "saturation" of `numbers.KEYS`; None if no earlier checkpoint is kept whole, or the folder is no run's.
+        batches: what they were read from; SATURATION_TOKENS of them are read again, and at least
+            one batch.
+    Returns: "saturation" of `numbers.KEYS`; None if no earlier checkpoint is kept whole, or the
+        folder is no run's.
     """
-    earlier = [one for one in steps_of(folder / "checkpoints") if one < step] if (folder / RUN_FILE).is_file() else []
+    earlier = (
+        [one for one in steps_of(folder / "checkpoints") if one < step]
+        if (folder / RUN_FILE).is_file()
+        else []
+    )
     read = first_batches(batches, SATURATION_TOKENS)
     steps, shares = [], []
     for one in earlier:
         try:
             model, *_ = load_run(folder, step=one, kernels=kernels)
-        except ValueError as error:  # a damaged checkpoint, or one of another configuration: the others remain
+        except ValueError as error:
+            # A damaged checkpoint, or one of another configuration: the others remain.
             print(f"step {one} is left out of the run's earlier choices: {error}", file=sys.stderr)
             continue
         found = tokens(model, read, ())
@@ -152,12 +169,13 @@ def against(
     seed: int = 0,
     **text: Any,
 ) -> dict[str, Any]:
-    """Read the same text with another checkpoint, and match its experts to this one's where they can be matched.
+    """Read the same text with another checkpoint, and match its experts to this one's if possible.
 
     Args:
         own, folder, stats, reading, tokenizer: the checkpoint of the report, and what it has read.
         seed: of the shuffles.
-        text: `paths` and `batches` as in `open_text`, to read the text again with another tokenizer.
+        text: `paths` and `batches` as in `open_text`, to read the text again with another
+            tokenizer.
     Returns: "against" of `numbers.KEYS`.
     """
     model, run, step = other.loaded
@@ -182,18 +200,32 @@ def against(
     }
     common = [name for name in stats.layers if name in found.layers]
     if not same_ids:
-        return result | {"note": "experts are not matched: the tokenizers differ, so no token is the same"}
+        return result | {
+            "note": "experts are not matched: the tokenizers differ, so no token is the same"
+        }
     if here != there:
-        return result | {"note": f"experts are not matched: num_experts={here} here and {there} there"}
+        return result | {
+            "note": f"experts are not matched: num_experts={here} here and {there} there"
+        }
     if not common:
-        return result | {"note": "experts are not matched: no layer with experts has the same number in both"}
-    rows, others = (_layers(of.rows, [of.layers.index(name) for name in common]) for of in (stats, found))
+        return result | {
+            "note": "experts are not matched: no layer with experts has the same number in both"
+        }
+    rows, others = (
+        _layers(of.rows, [of.layers.index(name) for name in common]) for of in (stats, found)
+    )
     matched = match_experts(rows, others, here, seed=seed)
     for key, values in matched._asdict().items():
-        by_name = dict(zip(common, values.tolist() if key == "match" else as_lists(values), strict=True))
-        result[key] = [by_name.get(name, [None] * here if key == "match" else None) for name in stats.layers]
+        by_name = dict(
+            zip(common, values.tolist() if key == "match" else as_lists(values), strict=True)
+        )
+        result[key] = [
+            by_name.get(name, [None] * here if key == "match" else None) for name in stats.layers
+        ]
     if missing := [name for name in stats.layers if name not in common]:
-        result["note"] = f"{', '.join(missing)} is not in {other.name}, so its experts are not matched"
+        result["note"] = (
+            f"{', '.join(missing)} is not in {other.name}, so its experts are not matched"
+        )
     return result
 
 

@@ -1,7 +1,7 @@
 """The page of `dsv3 stats`: one file that needs no other file and no network.
 
-The page holds stats.json, and the scripts of the folder `web` draw it. All values are escaped; the page's policy runs
-its own script alone and loads nothing.
+The page holds stats.json, and the scripts of the folder `web` draw it. All values are escaped; the
+page's policy runs its own script alone and loads nothing.
 """
 
 import base64
@@ -15,16 +15,27 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dsv3_jax.report.colours import ABOVE, BELOW, DARK_ABOVE, DARK_BELOW, DARK_MIDDLE, MEANINGS, MIDDLE
+from dsv3_jax.report.colours import (
+    ABOVE,
+    BELOW,
+    DARK_ABOVE,
+    DARK_BELOW,
+    DARK_MIDDLE,
+    MEANINGS,
+    MIDDLE,
+)
 from dsv3_jax.report.run_plots import load_finding
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ("core.js", "maps.js", "lines.js", "layers.js", "experts.js", "texts.js", "panel.js", "table.js", "main.js")
+SCRIPTS = (
+    "core.js", "maps.js", "lines.js", "layers.js", "experts.js", "texts.js", "panel.js",
+    "table.js", "main.js",
+)  # fmt: skip
 COLOURS = {"light": (MIDDLE, BELOW, ABOVE), "dark": (DARK_MIDDLE, DARK_BELOW, DARK_ABOVE)}
 
 
 def render_page(numbers: dict[str, Any]) -> str:
-    """Render the page from the numbers of stats.json (`numbers.KEYS`); a part that they lack is left out.
+    """Render the page from the numbers of stats.json (`numbers.KEYS`), without parts they lack.
 
     Returns: HTML, with style, script and numbers inside and all text escaped.
 
@@ -33,7 +44,8 @@ def render_page(numbers: dict[str, Any]) -> str:
         >>> from dsv3_jax.stats.measures import specialisation
         >>> from dsv3_jax.stats.numbers import as_json
         >>> from dsv3_jax.stats.routing_stats import RoutingStats
-        >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+        >>> loads = np.array([[[3, 1]], [[0, 4]]])
+        >>> stats = RoutingStats.from_loads(loads, np.array([0, 1]), ["code", "prose"])
         >>> numbers = as_json(stats, specialisation(stats, draws=1), ByteTokenizer(), None)
         >>> page = render_page({"run": "demo", "step": 400, "data": "text"} | numbers)
         >>> page.split("\\n")[0]
@@ -51,7 +63,11 @@ def render_page(numbers: dict[str, Any]) -> str:
         "ensure_ascii": False,
         "separators": (",", ":"),
     }
-    script = "(() => {\n" + "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS) + "})();\n"
+    script = (
+        "(() => {\n"
+        + "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
+        + "})();\n"
+    )
     return environment.get_template("page.html").render(
         title=f"Where tokens go: {numbers['run']}, step {numbers['step']}",
         has=partial(_has, numbers),
@@ -65,7 +81,7 @@ def render_page(numbers: dict[str, Any]) -> str:
 
 
 def _has(numbers: Mapping[str, Any], key: str) -> bool:
-    """Whether a part has content: one domain prefers nothing, and a token of one expert has no partners."""
+    """Whether a part has content: one domain prefers nothing, one expert has no partners."""
     value = numbers.get(key)
     if key == "domains":
         return len(numbers["domains"]) > 1
@@ -73,11 +89,13 @@ def _has(numbers: Mapping[str, Any], key: str) -> bool:
 
 
 def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
-    """Say in a sentence what the main parts show: key → sentence; means are over the trunk's layers.
+    """Say in a sentence what each main part shows, by key; means are over the trunk's layers.
 
     Example:
-        >>> bias = {"changed_choices": [0.2, 0.4], "max_vio": [0.5, 0.5], "max_vio_without": [2.0, 3.0]}
-        >>> findings({"layers": ["layer 0", "layer 1"], "load": [[3, 1], [2, 2]], "bias": bias})["bias"]
+        >>> bias = {"changed_choices": [0.2, 0.4], "max_vio": [0.5, 0.5]}
+        >>> bias["max_vio_without"] = [2.0, 3.0]
+        >>> numbers = {"layers": ["layer 0", "layer 1"], "load": [[3, 1], [2, 2]], "bias": bias}
+        >>> findings(numbers)["bias"]
         'The bias changes 30% of the choices; without it, MaxVio is 2.50 in place of 0.50.'
     """
     layers = numbers["layers"]
@@ -85,19 +103,28 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
 
     def mean(values: Any) -> float:
         """Mean of the known numbers of the trunk; NaN without any."""
-        trunk = [x for x, name in zip(values, layers, strict=True) if not name.startswith("MTP") and x is not None]
+        trunk = [
+            x
+            for x, name in zip(values, layers, strict=True)
+            if not name.startswith("MTP") and x is not None
+        ]
         return float(np.mean(trunk)) if trunk else float("nan")
 
     if bias := numbers.get("bias"):
-        changed, vio, without = (mean(bias[key]) for key in ("changed_choices", "max_vio", "max_vio_without"))
+        changed, vio, without = (
+            mean(bias[key]) for key in ("changed_choices", "max_vio", "max_vio_without")
+        )
         found["bias"] = (
-            f"The bias changes {changed:.0%} of the choices; without it, MaxVio is {without:.2f} in place of {vio:.2f}."
+            f"The bias changes {changed:.0%} of the choices; without it, MaxVio is {without:.2f} "
+            f"in place of {vio:.2f}."
         )
     if known := numbers.get("information"):
-        token, domain, given = (mean(known[key]) for key in ("token", "domain", "domain_given_token"))
+        token, domain, given = (
+            mean(known[key]) for key in ("token", "domain", "domain_given_token")
+        )
         found["information"] = (
-            f"The token tells {token:.2f} bits about its expert, the domain {domain:.2f}; once the token is known, the "
-            f"domain adds {given:.3f}."
+            f"The token tells {token:.2f} bits about its expert, the domain {domain:.2f}; once the "
+            f"token is known, the domain adds {given:.3f}."
         )
     if worth := numbers.get("worth"):
         delta = np.array(worth["without"], np.float64) - worth["loss"]  # None becomes NaN
@@ -105,14 +132,15 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
         low, high = np.array(worth["low"], np.float64), np.array(worth["high"], np.float64)
         found["worth"] = (
             f"Without expert {expert} of {layers[layer]} the loss of {worth['loss']:.3f} nats is "
-            f"{delta[layer, expert]:.4f} higher, the most of all; for {((low <= 0) & (high >= 0)).sum():,} of "
+            f"{delta[layer, expert]:.4f} higher, the most of all; for "
+            f"{((low <= 0) & (high >= 0)).sum():,} of "
             f"{np.isfinite(delta).sum():,} experts the interval holds 0."
         )
     if other := numbers.get("against"):
         name = f"{other['run']}, step {other['step']}"
         found["against"] = (
-            f"{mean(other['shared']):.0%} of the choices go to the matched expert of {name}; by chance "
-            f"{mean(other['by_chance']):.0%}."
+            f"{mean(other['shared']):.0%} of the choices go to the matched expert of {name}; by "
+            f"chance {mean(other['by_chance']):.0%}."
             if other["shared"]
             else f"The experts of {name} are not matched."
         )

@@ -1,4 +1,4 @@
-"""What a report reads: held-out text, or all of the user's; a text of the user's own; loads that training wrote."""
+"""What a report reads: held-out text, all of the user's, one of their own; training's loads."""
 
 import hashlib
 import os
@@ -34,7 +34,8 @@ class Reading:
     batches: list[Batch]
     domains: tuple[str, ...]
     data: str  # a name for titles
-    mix: dict[str, float] | None  # bytes of the training text by domain, where this is the run's own held-out text
+    # bytes of the training text by domain, where this is the run's own held-out text
+    mix: dict[str, float] | None
     own: list[Batch]  # the user's own text, which is shown and not counted
 
 
@@ -51,8 +52,8 @@ def open_text(
 
     Args:
         cfg: of the model's run.
-        paths: other text, read to its end; of shards and of files of chat examples, the held-out part. Empty means the
-            run's held-out text.
+        paths: other text, read to its end; of shards and of files of chat examples, the held-out
+            part. Empty means the run's held-out text.
         text: a sentence, or the path of a file, that is shown token by token.
         batches: the most to read. None means 16 of the run's own text, and all of `paths`.
     Raises: ValueError if a text cannot be read, is empty or in no known encoding.
@@ -70,13 +71,20 @@ def open_text(
     source = measured_on(cfg, folder)
     named = ", ".join(map(str, cfg.paths)) or "the text that comes with Python"
     held_out = source.val_batches((ALL if paths else BATCHES) if batches is None else batches)
-    return Reading(held_out, source.domains, f"held-out part of {named}", None if paths else source.training_bytes, own)
+    return Reading(
+        held_out,
+        source.domains,
+        f"held-out part of {named}",
+        None if paths else source.training_bytes,
+        own,
+    )
 
 
 def read_own(text: str) -> str:
     """Return the text of a file if `text` is the path of one, else `text` itself.
 
-    Raises: ValueError for an empty text, and one that is not UTF-8 or in a file of more than 16 MiB.
+    Raises: ValueError for an empty text, and one that is not UTF-8 or in a file of more than 16
+        MiB.
 
     Example:
         >>> read_own("a sentence")
@@ -139,7 +147,9 @@ def folder_name(step: int, paths: tuple[str, ...], text: str | None) -> str:
     word = Path(paths[0]).name if paths else "text"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).strip("-.")[:24]
     where = [str(Path(path).absolute()) if Path(path).exists() else path for path in paths]
-    digest = hashlib.blake2b(repr((where, text)).encode("utf-8", "backslashreplace"), digest_size=3).hexdigest()
+    digest = hashlib.blake2b(
+        repr((where, text)).encode("utf-8", "backslashreplace"), digest_size=3
+    ).hexdigest()
     return "-".join(part for part in (name, word, digest) if part)
 
 
@@ -152,7 +162,7 @@ class LoadLog(NamedTuple):
 
 
 def read_load(run: str | Path) -> LoadLog | None:
-    """Read the loads and biases that training wrote; None for a run without them, such as a converted one.
+    """Read the loads and biases that training wrote; None for a run without, as a converted one.
 
     Example:
         >>> read_load("no/such/run") is None
@@ -163,4 +173,6 @@ def read_load(run: str | Path) -> LoadLog | None:
         return None
     steps, load = (np.array([row[key] for row in rows]) for key in ("step", "load"))
     has_bias = all(np.shape(row.get("bias", 0)) == load.shape[1:] for row in rows)
-    return LoadLog(steps, load, np.array([row["bias"] for row in rows], np.float64) if has_bias else None)
+    return LoadLog(
+        steps, load, np.array([row["bias"] for row in rows], np.float64) if has_bias else None
+    )

@@ -1,6 +1,7 @@
-"""`dsv3 stats`: the routing of a run's checkpoint on held-out text, as a folder of numbers, a picture and a page.
+"""`dsv3 stats`: a checkpoint's routing of held-out text, as numbers, a picture and a page.
 
-The folder is written under a temporary name and then renamed. An existing folder is replaced only if `report` wrote it.
+The folder is written under a temporary name and then renamed. An existing folder is replaced only
+if `report` wrote it.
 """
 
 import io
@@ -41,7 +42,8 @@ from dsv3_jax.stats.token_rows import TokenRows, join_rows
 
 T = TypeVar("T")
 NUMBERS, PAGE, PICTURE = "stats.json", "index.html", "load.png"
-Follow = Callable[[Iterable[T], int, str], Iterable[T]]  # shows progress; the number of items, and their name
+# shows progress; the number of items, and their name
+Follow = Callable[[Iterable[T], int, str], Iterable[T]]
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ class ReportOptions:
     worth_tokens: int = WORTH_TOKENS
     # another run to read the same text, RUN or RUN:STEP; its experts are matched to this one's
     against: str | None = None
-    # .npz file to write too, the arrays of `TokenRows`: each token's experts, gates, margins and nats
+    # .npz file to write too, the arrays of `TokenRows`: experts, gates, margins and nats a token
     tokens: Path | None = None
-    # kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means the run's own
+    # kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means
+    # the run's own
     kernels: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError for batches, draws, a seed or worth_tokens out of range, and for tokens that are no .npz."""
+        """Raise ValueError for a number or seed out of range, and for tokens that are no .npz."""
         for name in ("batches", "draws", "worth_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -87,13 +90,13 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats(ReportOptions):
-    """Count how a run's checkpoint routes held-out text; write stats.json, load.png, and index.html."""
+    """Count how a checkpoint routes held-out text; write stats.json, load.png, index.html."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """a folder that `dsv3 train` or `dsv3 convert` wrote"""
     out: Path | None = None
-    """folder to write; an earlier report there is replaced. None means a folder in the run's "stats", named by the step
-    and by what is read"""
+    """folder to write; an earlier report there is replaced. None means a folder in the run's
+    "stats", named by the step and by what is read"""
 
 
 class Report(NamedTuple):
@@ -110,16 +113,16 @@ def report(
     *,
     follow: Follow = lambda items, count, name: items,
 ) -> Report:
-    """Run a checkpoint on held-out text, and write its routing statistics as numbers, a picture and a page.
+    """Run a checkpoint on held-out text; write its routing as numbers, a picture and a page.
 
     Args:
         run: a folder that training or conversion wrote.
-        out: the folder to write; an earlier report there is replaced. None means a folder in "stats" of the run's,
-            named by the step and by what is read.
+        out: the folder to write; an earlier report there is replaced. None means a folder in
+            "stats" of the run's, named by the step and by what is read.
         options: None means the default of each.
         follow: wraps what takes long, to show progress.
-    Raises: ValueError if `run` or `against` holds no run or no such checkpoint, for a model without experts, unreadable
-        text, devices or tokens out of range, and if `out` holds other files.
+    Raises: ValueError if `run` or `against` holds no run or no such checkpoint, for a model without
+        experts, unreadable text, devices or tokens out of range, and if `out` holds other files.
 
     Example:
         >>> report("runs/demo", options=ReportOptions(batches=0))
@@ -143,11 +146,16 @@ def report(
     if options.devices is not None:
         flow.load_by_parts(np.zeros((1, cfg.num_experts)), options.devices)
     tokenizer = tokenizers.load(config.data.tokenizer)
-    reading = open_text(config.data, run, tokenizer, paths=paths, text=options.text, batches=options.batches)
-    stats = collect(model, follow(reading.batches, len(reading.batches), "batches"), reading.domains)
+    reading = open_text(
+        config.data, run, tokenizer, paths=paths, text=options.text, batches=options.batches
+    )
+    stats = collect(
+        model, follow(reading.batches, len(reading.batches), "batches"), reading.domains
+    )
     own = tokens(model, reading.own, (OWN,)) if reading.own else None
     header = make_header(run, config, step, reading.data, stats, tokenizer, reading.mix)
-    more: dict[str, Any] = {key: header[key] for key in ("run", "step", "data")} | {"header": header}
+    more: dict[str, Any] = {key: header[key] for key in ("run", "step", "data")}
+    more["header"] = header
     more["information"] = information_json(stats.rows, cfg.num_experts, len(stats.domains), seed)
     more["saturation"] = others.saturation(run, step, stats.rows, reading.batches, kernels=kernels)
     if routing.ROUTERS[cfg.router].has_groups and cfg.num_groups > 1:
@@ -156,11 +164,15 @@ def report(
         load = flow.load_by_parts(stats.load, options.devices)
         more["devices"] = {"count": options.devices, "load": load.tolist()}
     if options.worth:
-        found = measure_worth(model, reading.batches, tokens=options.worth_tokens, seed=seed, follow=follow)
+        found = measure_worth(
+            model, reading.batches, tokens=options.worth_tokens, seed=seed, follow=follow
+        )
         more["worth"] = worth_json(found, len(stats.layers))
     if other is not None:
         text: dict[str, Any] = {"paths": paths, "batches": options.batches}
-        more["against"] = others.against(other, opened, run, stats, reading, tokenizer, seed=seed, **text)
+        more["against"] = others.against(
+            other, opened, run, stats, reading, tokenizer, seed=seed, **text
+        )
     special = specialisation(stats, draws=options.draws, seed=seed)
     numbers = as_json(stats, special, tokenizer, read_load(run), more)
     if own is not None:
@@ -170,10 +182,18 @@ def report(
         _write_tokens(options.tokens, stats, own)
     shown = merge_small_domains(stats)
     with atomic_folder(out, overwrite=True) as part:
-        loads = dict(zip(shown.domains, shown.load_by_domain, strict=True)) if len(shown.domains) > 1 else None
+        loads = (
+            dict(zip(shown.domains, shown.load_by_domain, strict=True))
+            if len(shown.domains) > 1
+            else None
+        )
         dense, heads = cfg.num_dense_layers, cfg.num_sparse_heads
-        routing_heatmap(stats.load, part / PICTURE, domain_loads=loads, first_layer=dense, mtp_blocks=heads)
-        text_of_numbers = json.dumps({"keys": KEYS} | numbers, allow_nan=False, separators=(",", ":"))
+        routing_heatmap(
+            stats.load, part / PICTURE, domain_loads=loads, first_layer=dense, mtp_blocks=heads
+        )
+        text_of_numbers = json.dumps(
+            {"keys": KEYS} | numbers, allow_nan=False, separators=(",", ":")
+        )
         (part / NUMBERS).write_text(text_of_numbers, encoding="utf-8")
         (part / PAGE).write_text(render_page(numbers | by_domain(shown)), encoding="utf-8")
     return Report(out, numbers)
@@ -187,7 +207,9 @@ def _write_tokens(path: Path, stats: RoutingStats, own: TokenRows | None) -> Non
     rows, domains = stats.rows, stats.domains
     if own is not None:
         last = len(domains)
-        own = own._replace(document=np.full_like(own.document, -1), domain=np.full_like(own.domain, last))
+        own = own._replace(
+            document=np.full_like(own.document, -1), domain=np.full_like(own.domain, last)
+        )
         rows = join_rows([own, rows])
         domains = (*domains, OWN)
     file = io.BytesIO()
@@ -201,6 +223,11 @@ def _check(out: Path) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"out={str(out)!r} is a file; choose a folder for the statistics")
-    others = sorted(path.name for path in out.iterdir() if path.name not in (NUMBERS, PAGE, PICTURE))
+    others = sorted(
+        path.name for path in out.iterdir() if path.name not in (NUMBERS, PAGE, PICTURE)
+    )
     if others:
-        raise ValueError(f"out={str(out)!r} holds other files than statistics, such as {others[0]}; choose another")
+        raise ValueError(
+            f"out={str(out)!r} holds other files than statistics, such as {others[0]}; choose "
+            "another"
+        )

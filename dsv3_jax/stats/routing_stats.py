@@ -1,8 +1,9 @@
 """Routing decisions of a model on text, counted in one pass over batches.
 
-One compiled function returns the decisions for a batch. The host adds them up, so that no array of tokens × experts
-outlives its batch. Counts are kept by document: a domain's count is the sum over its documents. A shuffle of domains
-must move all tokens of a document together, because the tokens of one document are not independent.
+One compiled function returns the decisions for a batch. The host adds them up, so that no array of
+tokens × experts outlives its batch. Counts are kept by document: a domain's count is the sum over
+its documents. A shuffle of domains must move all tokens of a document together, because the tokens
+of one document are not independent.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from dsv3_jax.stats.token_rows import MOST_CHOICES, TokenRows, join_rows, rows_o
 
 
 class BiasWork(NamedTuple):
-    """The routers' biases, and what the same tokens would have chosen by the same scores without them."""
+    """The routers' biases, and what the same tokens would have chosen by scores without them."""
 
     value: Float64[np.ndarray, "L E"]
     load_without: Int64[np.ndarray, "L E"]  # assignments
@@ -31,20 +32,25 @@ class BiasWork(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Routing counts of S documents from N domains, in L layers of E experts, with K experts a token.
+    """Routing counts of S documents of N domains, in L layers of E experts, with K of them a token.
 
-    Layers are the trunk's sparse layers, then the multi-token heads with experts. An assignment is one token sent to
-    one expert. A head's position is counted under its first input token, if its target is in the same document.
+    Layers are the trunk's sparse layers, then the multi-token heads with experts. An assignment is
+    one token sent to one expert. A head's position is counted under its first input token, if its
+    target is in the same document.
     """
 
-    layers: tuple[str, ...]  # of the trunk's sparse layers by their number in the model, "MTP 1", … of the heads
+    # of the trunk's sparse layers by their number in the model, "MTP 1", … of the heads
+    layers: tuple[str, ...]
     domains: tuple[str, ...]
     experts_per_token: int  # K
     document_domains: Int64[np.ndarray, " S"]  # index into `domains`
     document_load: Int64[np.ndarray, "S L E"]  # assignments
-    document_gate_entropy: Float64[np.ndarray, "S L"]  # sum over tokens: entropy of the K chosen gates
-    document_score_entropy: Float64[np.ndarray, "S L"]  # sum over tokens: entropy of the scores of all E experts
-    coactivation: Int64[np.ndarray, "L E E"]  # tokens that chose both experts; the diagonal is the load
+    # sum over tokens: entropy of the K chosen gates
+    document_gate_entropy: Float64[np.ndarray, "S L"]
+    # sum over tokens: entropy of the scores of all E experts
+    document_score_entropy: Float64[np.ndarray, "S L"]
+    # tokens that chose both experts; the diagonal is the load
+    coactivation: Int64[np.ndarray, "L E E"]
     rows: TokenRows  # of the first tokens, see `token_rows.MOST_CHOICES`
     bias: BiasWork | None = None  # None: the router reads no bias
 
@@ -55,10 +61,11 @@ class RoutingStats:
         document_domains: Int64[np.ndarray, " S"],
         domains: Sequence[str],
     ) -> "RoutingStats":
-        """Build statistics of one expert a token from loads alone: without rows of tokens or score entropies.
+        """Build statistics of one expert a token from loads: no rows of tokens, no entropies.
 
         Example:
-            >>> stats = RoutingStats.from_loads(np.array([[[3, 1]], [[0, 4]]]), np.array([0, 1]), ["code", "prose"])
+            >>> loads = np.array([[[3, 1]], [[0, 4]]])
+            >>> stats = RoutingStats.from_loads(loads, np.array([0, 1]), ["code", "prose"])
             >>> stats.load.tolist(), stats.tokens.tolist()
             ([[3, 5]], [8])
         """
@@ -93,7 +100,7 @@ class RoutingStats:
 
     @property
     def gate_entropy(self) -> Float64[np.ndarray, " L"]:
-        """Mean over tokens of the entropy of the K chosen gates; 1 is even, as in `balance.entropy`."""
+        """Mean over tokens of the entropy of the K chosen gates; 1 is even (`balance.entropy`)."""
         return self.document_gate_entropy.sum(0) / np.maximum(self.tokens, 1)
 
     @property
@@ -101,7 +108,9 @@ class RoutingStats:
         """Mean over tokens of the entropy of the scores of all experts; 1 is even."""
         return self.document_score_entropy.sum(0) / np.maximum(self.tokens, 1)
 
-    def mean_by_domain(self, document_sums: Float64[np.ndarray, "S L"]) -> Float64[np.ndarray, "N L"]:
+    def mean_by_domain(
+        self, document_sums: Float64[np.ndarray, "S L"]
+    ) -> Float64[np.ndarray, "N L"]:
         """Divide sums over a domain's documents by its tokens; NaN for a domain without tokens."""
         tokens = self.load_by_domain.sum(-1) / self.experts_per_token
         sums = sum_by_domain(document_sums, self.document_domains, len(self.domains))
@@ -109,7 +118,9 @@ class RoutingStats:
 
 
 def sum_by_domain(
-    document_values: Num[np.ndarray, "S ..."], document_domains: Int64[np.ndarray, " S"], num_domains: int
+    document_values: Num[np.ndarray, "S ..."],
+    document_domains: Int64[np.ndarray, " S"],
+    num_domains: int,
 ) -> Num[np.ndarray, "N ..."]:
     """Sum over the documents of each domain.
 
@@ -123,7 +134,7 @@ def sum_by_domain(
 
 
 def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
-    """Name the layers with experts, in the order of `RoutingStats.layers`: numbers count dense layers too.
+    """Name the layers with experts, in the order of `RoutingStats.layers`; dense layers count too.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -148,14 +159,16 @@ def collect(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all are 1
         >>> collect(model, [one_row(b"x = 1")], ["code"]).load[0, :6]
         array([5, 5, 5, 5, 0, 0])
     """
     cfg = model.cfg
     layers = layer_names(model.cfg)
     if not layers:
-        raise ValueError(f"the model has no experts to count: all of its {cfg.num_layers} layers are dense")
+        raise ValueError(
+            f"the model has no experts to count: all of its {cfg.num_layers} layers are dense"
+        )
     graphdef, state = nnx.split(model)
     documents = []
     parts = []
@@ -168,7 +181,9 @@ def collect(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
         choices = jax.device_get(decide(graphdef, state, inputs))
         if "loss_mask" in batch:
-            choices = choices._replace(nll=np.where(batch["loss_mask"], choices.nll, np.float32(np.nan)))
+            choices = choices._replace(
+                nll=np.where(batch["loss_mask"], choices.nll, np.float32(np.nan))
+            )
         parts.append(rows_of_batch(batch, choices, room))
         room -= parts[-1].expert_ids.size
         if not choices.mask.any():
@@ -185,7 +200,9 @@ def collect(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]
         raise ValueError("there is no token to count: the batches are empty or hold padding alone")
     document, domain, *sums = map(np.concatenate, zip(*documents, strict=True))
     _, first, number = np.unique(document, return_index=True, return_inverse=True)
-    load, gate_entropy, score_entropy = (sum_by_domain(values, number, len(first)) for values in sums)
+    load, gate_entropy, score_entropy = (
+        sum_by_domain(values, number, len(first)) for values in sums
+    )
     return RoutingStats(
         layers,
         tuple(domains),
@@ -212,7 +229,7 @@ def tokens(model: Transformer, batches: Iterable[Batch], domains: Sequence[str])
         >>> from dsv3_jax.model.transformer import abstract
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), num_layers=1, num_dense_layers=0, dim=16, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all weights are 1
+        >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all are 1
         >>> rows = tokens(model, [one_row(b"x = 1")], ["code"])
         >>> rows.expert_ids.shape, rows.expert_ids[0, 4].tolist()  # [L, n, K]
         ((1, 5, 4), [0, 1, 2, 3])
@@ -221,14 +238,17 @@ def tokens(model: Transformer, batches: Iterable[Batch], domains: Sequence[str])
 
 
 def _by_document(batch: Batch, choices: Choices) -> tuple[np.ndarray, ...]:
-    """The documents [S] of a batch, their domains, load [S, L, E], and sums of gate and score entropies [S, L]."""
+    """A batch's documents [S], domains, load [S, L, E], sums of gate and score entropies [S, L]."""
     num_layers, num_experts = choices.coactivation.shape[:2]
     real = batch["segment_ids"] != 0
-    documents, first, inverse = np.unique(batch["documents"][real], return_index=True, return_inverse=True)
+    documents, first, inverse = np.unique(
+        batch["documents"][real], return_index=True, return_inverse=True
+    )
     row = np.zeros(real.shape, np.int64)
     row[real] = inverse
     layer = np.arange(num_layers)[:, None, None]
-    group = (row[None] * num_layers + layer)[choices.mask]  # [n]: (document, layer) of each counted position
+    # [n]: (document, layer) of each counted position
+    group = (row[None] * num_layers + layer)[choices.mask]
     cells = group[:, None] * num_experts + choices.expert_ids[choices.mask]  # [n, K]
     shape = (len(documents), num_layers)
     load = np.bincount(cells.ravel(), minlength=len(documents) * num_layers * num_experts)

@@ -1,4 +1,4 @@
-"""Every token that was read, with its experts, gates and margins; what these rows say of each expert.
+"""Every token that was read, with experts, gates and margins; what these rows say of an expert.
 
 `TokenRows` holds the choices. `find_contexts` finds the text around an expert's largest gates.
 """
@@ -13,7 +13,8 @@ from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.stats.decisions import Choices
 
-MOST_CHOICES = 2**26  # L · n · K that are kept: some 700 MB; tokens beyond are counted, and have no row
+# L · n · K that are kept: some 700 MB; tokens beyond are counted, and have no row
+MOST_CHOICES = 2**26
 TOP = 8  # contexts kept for each expert
 BEFORE, AFTER = 32, 12  # tokens of a context
 VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -23,12 +24,15 @@ class TokenRows(NamedTuple):
     """Choices of n tokens in L layers, in the order of reading."""
 
     token: Int32[np.ndarray, " n"]
-    segment: Int32[np.ndarray, " n"]  # running number of the piece of text: neighbours of one piece are adjacent rows
+    # running number of the piece of text: neighbours of one piece are adjacent rows
+    segment: Int32[np.ndarray, " n"]
     position: Int32[np.ndarray, " n"]  # in its piece
     document: Int32[np.ndarray, " n"]
     domain: Int32[np.ndarray, " n"]
-    nll: Float32[np.ndarray, " n"]  # nats of the token, given those before it in its piece; NaN of the first
-    counted: Bool[np.ndarray, "L n"]  # a multi-token head has no choice where its target is elsewhere
+    # nats of the token, given those before it in its piece; NaN of the first
+    nll: Float32[np.ndarray, " n"]
+    # a multi-token head has no choice where its target is elsewhere
+    counted: Bool[np.ndarray, "L n"]
     expert_ids: Int[np.ndarray, "L n K"]  # int16 or int32
     gates: Float32[np.ndarray, "L n K"]
     margin: Float32[np.ndarray, "L n K"]  # as `Choices.margin`
@@ -40,8 +44,10 @@ class TokenRows(NamedTuple):
         return float(self.nll[known].astype(np.float64).mean()) if known.any() else float("nan")
 
 
-def rows_of(expert_ids: Int[np.ndarray, "L n K"], document: Int[np.ndarray, " n"] | None = None) -> TokenRows:
-    """Build rows from choices alone, for tests and examples: one piece a document, gates 1/K, no losses or margins.
+def rows_of(
+    expert_ids: Int[np.ndarray, "L n K"], document: Int[np.ndarray, " n"] | None = None
+) -> TokenRows:
+    """Build rows from choices alone, for tests: one piece a document, gates 1/K, no other numbers.
 
     Example:
         >>> rows_of(np.zeros((1, 3, 2), int)).position
@@ -57,7 +63,9 @@ def rows_of(expert_ids: Int[np.ndarray, "L n K"], document: Int[np.ndarray, " n"
     none = np.full(expert_ids.shape, np.nan, np.float32)
     nll = np.full(n, np.nan, np.float32)
     counted = np.ones((num_layers, n), bool)
-    return TokenRows(zeros, segment, position, document, zeros, nll, counted, expert_ids, gates, none)
+    return TokenRows(
+        zeros, segment, position, document, zeros, nll, counted, expert_ids, gates, none
+    )
 
 
 def first_rows(rows: TokenRows, count: int) -> TokenRows:
@@ -67,7 +75,9 @@ def first_rows(rows: TokenRows, count: int) -> TokenRows:
         >>> first_rows(rows_of(np.zeros((1, 3, 2), int)), 2).counted.shape
         (1, 2)
     """
-    return TokenRows(*(column[..., :count] if column.ndim < 3 else column[:, :count] for column in rows))
+    return TokenRows(
+        *(column[..., :count] if column.ndim < 3 else column[:, :count] for column in rows)
+    )
 
 
 def join_rows(parts: Sequence[TokenRows]) -> TokenRows:
@@ -79,13 +89,18 @@ def join_rows(parts: Sequence[TokenRows]) -> TokenRows:
         [0, 0, 0, 1, 1, 1]
     """
     first = np.cumsum([0, *(part.segment.max(initial=-1) + 1 for part in parts)])
-    parts = [part._replace(segment=part.segment + np.int32(i)) for part, i in zip(parts, first, strict=False)]
+    parts = [
+        part._replace(segment=part.segment + np.int32(i))
+        for part, i in zip(parts, first, strict=False)
+    ]
     columns = zip(*parts, strict=True)
-    return TokenRows(*(np.concatenate(column, axis=0 if column[0].ndim < 2 else 1) for column in columns))
+    return TokenRows(
+        *(np.concatenate(column, axis=0 if column[0].ndim < 2 else 1) for column in columns)
+    )
 
 
 def rows_of_batch(batch: Batch, choices: Choices, most: int = MOST_CHOICES) -> TokenRows:
-    """The tokens of a batch, row by row, without padding: the first ones with at most so many choices."""
+    """The tokens of a batch, row by row, without padding: the first ones with so many choices."""
     real = np.asarray(batch["segment_ids"]) != 0
     choices_a_token = int(np.prod(choices.expert_ids.shape)) // real.size
     chosen = np.flatnonzero(real)[: most // max(choices_a_token, 1)]
@@ -97,7 +112,8 @@ def rows_of_batch(batch: Batch, choices: Choices, most: int = MOST_CHOICES) -> T
         return np.asarray(values).reshape(len(values), real.size, *np.shape(values)[3:])[:, chosen]
 
     row = np.arange(len(real))[:, None]
-    piece = np.unique(pick(row * (real.shape[1] + 1) + batch["segment_ids"]), return_inverse=True)[1]
+    pieces = pick(row * (real.shape[1] + 1) + batch["segment_ids"])
+    piece = np.unique(pieces, return_inverse=True)[1]
     small = np.int16 if choices.coactivation.shape[-1] < 2**15 else np.int32
     return TokenRows(
         pick(batch["tokens"]),
@@ -119,7 +135,8 @@ class Contexts(NamedTuple):
     layer: Int64[np.ndarray, " n"]
     expert: Int64[np.ndarray, " n"]
     gate: Float32[np.ndarray, " n"]
-    tokens: Int32[np.ndarray, "n window"]  # BEFORE tokens, the routed token, AFTER tokens; -1 outside the piece
+    # BEFORE tokens, the routed token, AFTER tokens; -1 outside the piece
+    tokens: Int32[np.ndarray, "n window"]
     margin: Float32[np.ndarray, " n"]  # as `Choices.margin`
     document: Int32[np.ndarray, " n"]
 
@@ -127,8 +144,8 @@ class Contexts(NamedTuple):
 def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Contexts:
     """Find the positions of each expert's largest gates; at most one of a token and of a document.
 
-    The largest gate is taken, then the largest one of another token in another document, and so on. If gates are
-    equal, the one that was read first is taken.
+    The largest gate is taken, then the largest one of another token in another document, and so on.
+    If gates are equal, the one that was read first is taken.
 
     Args: top: contexts for each expert, at most.
     """
@@ -150,14 +167,18 @@ def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Conte
             where = np.full(num_experts, -1)
             where[experts] = position[best]
             parts.append(
-                np.stack([np.full(len(best), layer), experts, np.full(len(best), rank), position[best]], axis=1)
+                np.stack(
+                    [np.full(len(best), layer), experts, np.full(len(best), rank), position[best]],
+                    axis=1,
+                )
             )
             gates.append(gate[best])
             margins.append(rows.margin[layer, position[best], slot[best]])
             of_best = where[expert[alive]]
             here = position[alive]
-            other = (rows.token[of_best] != rows.token[here]) & (rows.document[of_best] != rows.document[here])
-            alive = alive[other]
+            other_token = rows.token[of_best] != rows.token[here]
+            other_document = rows.document[of_best] != rows.document[here]
+            alive = alive[other_token & other_document]
     found = np.concatenate(parts)
     order = np.lexsort((found[:, 2], found[:, 1], found[:, 0]))
     layers, experts, _, positions = found[order].T
@@ -172,7 +193,7 @@ def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Conte
 
 
 def _windows(rows: TokenRows, positions: np.ndarray) -> np.ndarray:
-    """Cut out the tokens around n rows: int32 [n, BEFORE + 1 + AFTER], -1 outside the row's piece."""
+    """Cut out the tokens around n rows: int32 [n, BEFORE + 1 + AFTER], -1 outside the piece."""
     window = positions[:, None] + np.arange(-BEFORE, AFTER + 1)[None]
     inside = (window >= 0) & (window < len(rows.token))
     window = np.where(inside, window, 0)
@@ -181,7 +202,7 @@ def _windows(rows: TokenRows, positions: np.ndarray) -> np.ndarray:
 
 
 def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Decode ids to printable text: signs for line ends and tabs, \\x.. for broken UTF-8, <eos> and <id> for specials.
+    """Decode ids to printable text: signs for line ends and tabs, \\x.. for broken UTF-8, <eos>.
 
     Example:
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -193,7 +214,9 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     start = 0
     for at in [*specials, len(ids)]:
         if at > start:  # a character of several ids is complete before a special or the end
-            parts.append(_printable(tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace")))
+            parts.append(
+                _printable(tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace"))
+            )
         if at < len(ids):
             parts.append("<eos>" if ids[at] == tokenizer.eos_id else f"<{ids[at]}>")
         start = at + 1
@@ -204,7 +227,9 @@ def _printable(text: str) -> str:
     text = text.translate(VISIBLE)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def context(tokenizer: Tokenizer, window: Int32[np.ndarray, " window"]) -> tuple[str, str, str]:

@@ -1,14 +1,16 @@
-"""Checkpoints with Orbax: complete or not there at all, written in the background, the last few kept.
+"""Checkpoints with Orbax: complete or not there, written in the background, the last few kept.
 
-Each holds the training state (parameters, router bias, optimizer, step), the data position and the run's
-configuration. Orbax writes into a temporary folder and renames it, so a run killed at any moment leaves the checkpoint
-before. An old one is renamed before its files are deleted, so none is half there either. The next start deletes the
-remains of a dead run. Checkpoints are independent of the mesh.
+Each holds the training state (parameters, router bias, optimizer, step), the data position and the
+run's configuration. Orbax writes into a temporary folder and renames it, so a run killed at any
+moment leaves the checkpoint before. An old one is renamed before its files are deleted, so none is
+half there either. The next start deletes the remains of a dead run. Checkpoints are independent of
+the mesh.
 
-The file checksums.json of a checkpoint lists the size and CRC-32 of all others, and is complete before the rename. A
-checkpoint is compared with it before it is read. A reader refuses a damaged one, because results must be of the step
-that was asked for. Training resumes from the newest one that is whole (`Checkpoints.rewind`). A CRC-32 finds each
-flipped bit and each burst of up to 32 bits; other damage passes once in 4 billion. It does not stop an attacker.
+The file checksums.json of a checkpoint lists the size and CRC-32 of all others, and is complete
+before the rename. A checkpoint is compared with it before it is read. A reader refuses a damaged
+one, because results must be of the step that was asked for. Training resumes from the newest one
+that is whole (`Checkpoints.rewind`). A CRC-32 finds each flipped bit and each burst of up to 32
+bits; other damage passes once in 4 billion. It does not stop an attacker.
 """
 
 import json
@@ -38,10 +40,18 @@ from dsv3_jax.training import lora
 from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.orbax_noise import silence
 from dsv3_jax.training.run_folder import check_registered, read_run
-from dsv3_jax.training.step import Job, TrainState, abstract_state, first_nonfinite, map_frozen, model_of
+from dsv3_jax.training.step import (
+    Job,
+    TrainState,
+    abstract_state,
+    first_nonfinite,
+    map_frozen,
+    model_of,
+)
 
 MANIFEST = "checksums.json"
-LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax completes its two later; nothing reads them
+# Orbax completes its two later; nothing reads them
+LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`
 SHAPES = ("model", "lora")  # settings of a run that say which arrays it has
@@ -57,7 +67,7 @@ class DamagedCheckpoint(ValueError):
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint's folder whose other files are complete, and sync them all."""
+    """Write the manifest of a checkpoint's folder whose other files are complete; sync them all."""
     (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=0) + "\n")
     sync(*folder.rglob("*"), folder)
 
@@ -77,13 +87,20 @@ def find_damage(folder: Path) -> str:
     """
     try:
         expected = read_json(folder / MANIFEST)
-        found = _checksums(folder, {name: of[0] for name, of in expected.items() if isinstance(of, list) and of})
+        sizes = {name: of[0] for name, of in expected.items() if isinstance(of, list) and of}
+        found = _checksums(folder, sizes)
     except (OSError, ValueError) as error:
-        remedy = "; the guide to training says how to make another" if MANIFEST in str(error) else ""
+        remedy = (
+            "; the guide to training says how to make another" if MANIFEST in str(error) else ""
+        )
         return f"a file is not readable: {error}{remedy}"
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            what = "damaged: its size or checksum is not the one that was written" if name in found else "absent"
+            what = (
+                "damaged: its size or checksum is not the one that was written"
+                if name in found
+                else "absent"
+            )
             return f"file={str(folder / name)!r} is {what}"
     return ""
 
@@ -93,16 +110,24 @@ def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, l
 
     Names that begin with a dot belong to other programs, as a file server.
 
-    Args: sizes: those that are expected; a file of another size is not read, for it may be of any size.
+    Args: sizes: those that are expected; a file of another size is not read, for it may be of any
+        size.
     """
 
     def fail(error: OSError) -> None:  # else a folder that cannot be listed would seem to be empty
         raise error
 
-    paths = (Path(top, name) for top, _, names in os.walk(folder, onerror=fail) for name in names if name[0] != ".")
+    paths = (
+        Path(top, name)
+        for top, _, names in os.walk(folder, onerror=fail)
+        for name in names
+        if name[0] != "."
+    )
     names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _size_and_crc32(folder / name, sizes and sizes.get(name, -1)), names)
+        found = pool.map(
+            lambda name: _size_and_crc32(folder / name, sizes and sizes.get(name, -1)), names
+        )
         return dict(zip(names, found, strict=True))
 
 
@@ -116,7 +141,7 @@ def _size_and_crc32(path: Path, expected: Any) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Use as a context: leaving it waits for what is still being written.
+    """The checkpoints of one run folder. As a context, it waits at its end for what is written.
 
     Args:
         read_only: nothing is written or deleted: the run may be training elsewhere.
@@ -125,8 +150,10 @@ class Checkpoints:
     Example:
         >>> import tempfile
         >>> import dsv3_jax as ds
-        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(Job(run)))
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
+        >>> shapes = abstract_state(Job(run))
+        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with Checkpoints(folder, run) as checkpoints:
         ...         checkpoints.save(state, {"piece": 0}, wait=True)
@@ -135,14 +162,21 @@ class Checkpoints:
         (0, {'piece': 0})
     """
 
-    def __init__(self, folder: str | Path, run: RunConfig, *, read_only: bool = False, optimizer: Transform = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        run: RunConfig,
+        *,
+        read_only: bool = False,
+        optimizer: Transform = None,
+    ):
         check_name(folder)
         silence()  # Orbax's errors are raised, too
         self.folder = Path(folder).absolute() / "checkpoints"
         self.run = run
         self._optimizer = optimizer
         self._read_only = read_only
-        # Process 0 calls back when all files of all processes are complete, before the folder is renamed.
+        # Process 0 calls back when the files of all processes are complete, before the renaming.
         options = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._saving: int | None = None  # the step of the last `save`
@@ -167,16 +201,16 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the last checkpoint; None before the first. Waits for one that is being written."""
+        """Step of the last checkpoint; None before the first. Waits for one that is in writing."""
         with self._named_errors():
             self._orbax.wait_until_finished()
         return max(steps_of(self.folder), default=None)
 
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
-        """Save a state and the data position, in the background unless `wait`. Checkpoints beyond `keep` are deleted.
+        """Save a state and the data position, in the background unless `wait`; keep `keep` of them.
 
-        Raises: SaveFailed if it cannot be written, for want of room too, or an earlier save failed; the checkpoints
-            before stay.
+        Raises: SaveFailed if it cannot be written, for want of room too, or an earlier save failed;
+            the checkpoints before stay.
         """
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(_parts(state)),
@@ -198,20 +232,21 @@ class Checkpoints:
         write_manifest(folder)
 
     def _tidy(self, keep: int | None = None) -> None:
-        """Delete the remains of saves that failed, and all but the last `keep` checkpoints; None keeps all."""
+        """Delete remains of failed saves, and all checkpoints but the last `keep`; None: none."""
         if self._read_only or not processes.is_first():
             return
         if keep is not None and (steps := steps_of(self.folder)):
             sync(self.folder)  # the new one's name, before an older one is deleted
             for step in steps[:-keep]:
-                (self.folder / str(step)).rename(self.folder / f"{step}.deleted")  # so that none is half there
+                # so that none is half there
+                (self.folder / str(step)).rename(self.folder / f"{step}.deleted")
         for pattern in REMAINS:
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Name what failed where a save ends in an error of Orbax or TensorStore, of whatever type."""
+        """Name what failed where a save ends in an error of Orbax or TensorStore, of any type."""
         try:
             yield
         except Exception as error:
@@ -219,14 +254,15 @@ class Checkpoints:
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise SaveFailed(
-                f"the checkpoint of step {self._saving} cannot be written to {self.folder}: {reason}; the checkpoints "
-                "before are complete"
+                f"the checkpoint of step {self._saving} cannot be written to {self.folder}: "
+                f"{reason}; the checkpoints before are complete"
             ) from error
 
     def rewind(self, step: int | None = None) -> list[str]:
         """Choose the checkpoint that training resumes from, and rename all later ones.
 
-        Damaged ones become `N.damaged`, others `N.superseded`. These folders are not read again, and may be deleted.
+        Damaged ones become `N.damaged`, others `N.superseded`. These folders are not read again,
+        and may be deleted.
 
         Args: step: None means the newest checkpoint that is whole.
         Returns: sentences to print; none if the last checkpoint is chosen.
@@ -240,8 +276,8 @@ class Checkpoints:
             chosen = self._require(step, steps)
         if chosen is None and steps:
             raise DamagedCheckpoint(
-                f"{self._damage(steps[-1])}, and no other checkpoint in {self.folder} is whole; move the damaged "
-                "folders away to train from the start"
+                f"{self._damage(steps[-1])}, and no other checkpoint in {self.folder} is whole; "
+                "move the damaged folders away to train from the start"
             )
         for later in steps[steps.index(chosen) + 1 :] if chosen is not None else ():
             reason = self._damage(later) if step is None else f"training resumes from step {step}"
@@ -262,28 +298,39 @@ class Checkpoints:
     def _require(self, step: int, steps: list[int]) -> int:
         """Return `step`.
 
-        Raises: ValueError if it is none of the steps that have a checkpoint; DamagedCheckpoint if it is not whole.
+        Raises: ValueError if it is none of the steps that have a checkpoint; DamagedCheckpoint if
+            it is not whole.
         """
         if step not in steps:
             kept = ", ".join(map(str, steps)) or "no step"
-            raise ValueError(f"step={step} has no checkpoint in {self.folder}; there are those of {kept}")
+            raise ValueError(
+                f"step={step} has no checkpoint in {self.folder}; there are those of {kept}"
+            )
         if damage := self._damage(step):
-            raise DamagedCheckpoint(f"step={step}: {damage}; `dsv3 runs check` says which checkpoints are whole")
+            raise DamagedCheckpoint(
+                f"step={step}: {damage}; `dsv3 runs check` says which checkpoints are whole"
+            )
         return step
 
     def restore(
-        self, mesh: Mesh | None = None, step: int | None = None, *, optimizer: bool = True, widen: bool = False
+        self,
+        mesh: Mesh | None = None,
+        step: int | None = None,
+        *,
+        optimizer: bool = True,
+        widen: bool = False,
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """Read a complete checkpoint: the state and the data position; None if there is none yet.
 
         Args:
             mesh: shards the state, whatever mesh it was saved on. None means a single device.
             step: None means the last; if a trainer deletes it while it is read, the last of then.
-            optimizer: False is for readers. It leaves the optimizer's state out, and merges LoRA's adapters into the
-                weights.
-            widen: to float32, also of frozen weights. False means that these have the dtype that they were saved in.
-        Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's configuration, or
-            there is none of `step`.
+            optimizer: False is for readers. It leaves the optimizer's state out, and merges LoRA's
+                adapters into the weights.
+            widen: to float32, also of frozen weights. False means that these have the dtype that
+                they were saved in.
+        Raises: ValueError if the checkpoint is damaged (DamagedCheckpoint), does not fit the run's
+            configuration, or there is none of `step`.
         """
         while steps := steps_of(self.folder):
             chosen = steps[-1] if step is None else step
@@ -293,7 +340,8 @@ class Checkpoints:
                 if chosen not in steps or (self.folder / str(chosen)).exists():
                     raise
             else:
-                if (self.folder / str(chosen)).exists():  # otherwise some of its files may have been absent
+                # otherwise some of its files may have been absent
+                if (self.folder / str(chosen)).exists():
                     return found
         return None
 
@@ -304,13 +352,20 @@ class Checkpoints:
             if jax.process_count() > 1 and processes.is_connection_error(error):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"step={step}: the checkpoint in {self.folder} cannot be read: {reason}") from error
+            raise ValueError(
+                f"step={step}: the checkpoint in {self.folder} cannot be read: {reason}"
+            ) from error
 
-    def _read(self, folder: Path, mesh: Mesh | None, optimizer: bool, widen: bool) -> tuple[TrainState, dict[str, Any]]:
+    def _read(
+        self, folder: Path, mesh: Mesh | None, optimizer: bool, widen: bool
+    ) -> tuple[TrainState, dict[str, Any]]:
         saved, position = (read_json(folder / name / "metadata") for name in ("config", "data"))
         packed = saved.pop(PACKED, [])
         # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        theirs, ours = ({key: to_dict(run)[key] for key in SHAPES} for run in (from_dict(RunConfig, saved), self.run))
+        theirs, ours = (
+            {key: to_dict(run)[key] for key in SHAPES}
+            for run in (from_dict(RunConfig, saved), self.run)
+        )
         if different := first_difference(theirs, ours):
             key, a, b = different
             raise ValueError(f"{key}={b!r} is not that of the checkpoint, {a!r}")
@@ -318,15 +373,21 @@ class Checkpoints:
         place = partial(sharding.state_sharding, mesh=mesh, fsdp=self.run.execution.layout.fsdp)
         of_use = place(target.params)
         target = replace(target, params=_with_packed(target.params, packed))
-        target = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, place(target))
+        target = jax.tree.map(
+            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, place(target)
+        )
         item = target
         how = ocp.checkpoint_utils.construct_restore_args(target)
         if not widen:  # Orbax restores the dtype that was saved if neither names one
             item = replace(item, params=map_frozen(lambda _: 0, self.run, item.params))
-            how = replace(how, params=map_frozen(lambda args: replace(args, dtype=None), self.run, how.params))
+            how = replace(
+                how, params=map_frozen(lambda args: replace(args, dtype=None), self.run, how.params)
+            )
         item, how = _parts(item), _parts(how)
         if not optimizer:  # whose types a reader may not know
-            item, how = ({name: parts[name] for name in ("params", "bias", "step")} for parts in (item, how))
+            item, how = (
+                {name: parts[name] for name in ("params", "bias", "step")} for parts in (item, how)
+            )
         # Not StandardRestore, which reads no part of a tree.
         state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=not optimizer)
         found = self._orbax.restore(folder, args=ocp.args.Composite(state=state)).state
@@ -342,14 +403,18 @@ class Checkpoints:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """A state's trees by name; without the start's biases in a run that needs none, whose checkpoints have no such."""
+    """A state's trees by name; without the start's biases in a run that needs none."""
     return {name: tree for name, tree in vars(state).items() if name != "start_bias" or tree}
 
 
 def _packed(params: nnx.State) -> list:
     """The packed parameters: [path, [shape, dtype] of each array]."""
     found = ((path, v.get_value()) for path, v in nnx.to_flat_state(params))
-    return [[path, [[x.shape, x.dtype.name] for x in value]] for path, value in found if isinstance(value, Packed)]
+    return [
+        [path, [[x.shape, x.dtype.name] for x in value]]
+        for path, value in found
+        if isinstance(value, Packed)
+    ]
 
 
 def _with_packed(params: nnx.State, packed: list) -> nnx.State:
@@ -367,7 +432,7 @@ def _with_packed(params: nnx.State, packed: list) -> nnx.State:
 
 
 def steps_of(folder: Path) -> list[int]:
-    """The steps in a folder of checkpoints, in order, by their names; none if there is no such folder.
+    """The steps in a folder of checkpoints, in order, by their names; none if there is no folder.
 
     Raises: OSError if the folder cannot be listed.
 
@@ -397,22 +462,26 @@ def load_run(
 ) -> Loaded:
     """Load the model of a run's checkpoint, without optimizer state.
 
-    Its weights are float32. Those that were frozen in bfloat16 stay so if the run computes in bfloat16.
+    Its weights are float32. Those that were frozen in bfloat16 stay so if the run computes in
+    bfloat16.
 
     Args:
         mesh: shards the model, whatever it was trained on. None means a single device.
         step: None means the last.
         kernels: as `Execution.kernels`. None means the run's own.
         widen: all weights are float32, to be trained.
-    Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or (ConfigError) its model
-        does not fit the mesh, its devices do not have the kernels, or its router or rule is not registered.
+    Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or
+        (ConfigError) its model does not fit the mesh, its devices do not have the kernels, or its
+        router or rule is not registered.
 
     Example:
         >>> import tempfile
         >>> import dsv3_jax as ds
         >>> from dsv3_jax.training.run_folder import claim
-        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(Job(run)))
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
+        >>> shapes = abstract_state(Job(run))
+        >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
         >>> with tempfile.TemporaryDirectory() as folder:  # what `ds.train.fit` writes
         ...     _ = claim(folder, run)
         ...     with Checkpoints(folder, run) as checkpoints:
@@ -432,5 +501,7 @@ def load_run(
     with Checkpoints(folder, run, read_only=True) as checkpoints:
         found = checkpoints.restore(mesh, step, optimizer=False, widen=widen)
     if found is None:
-        raise ValueError(f"folder={str(folder)!r} holds no checkpoint yet; training writes the first")
+        raise ValueError(
+            f"folder={str(folder)!r} holds no checkpoint yet; training writes the first"
+        )
     return Loaded(model_of(Job(run, mesh, prepared), found[0]), run, int(found[0].step))

@@ -1,4 +1,4 @@
-"""Held-out measures: loss, bits a byte (in all and by domain), MaxVio over the whole set, MTP acceptance."""
+"""Held-out measures: loss, bits a byte, in all and by domain, MaxVio of the set, MTP acceptance."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -34,23 +34,25 @@ def evaluate(
 ) -> dict[str, object]:
     """Measure a model on held-out batches; on a mesh their rows are sharded over its devices.
 
-    Held-out rows contain equal amounts of each domain; the training text does not. So MaxVio of all rows mixes uneven
-    load with another mix of domains. `max_vio_training_mix` weights each domain's load by its share of the training
-    tokens, and `max_vio_by_domain` is that of each domain alone.
+    Held-out rows contain equal amounts of each domain; the training text does not. So MaxVio of all
+    rows mixes uneven load with another mix of domains. `max_vio_training_mix` weights each domain's
+    load by its share of the training tokens, and `max_vio_by_domain` is that of each domain alone.
 
-    Args: mix: bytes of the training text by domain, see `Source.training_bytes`. None means unknown.
-    Returns: val_loss (nats a token), val_bits_per_byte, mtp_acceptance (list, a share a depth), load ([L, E] float
-    array: the trunk's sparse layers, then the heads with experts), and bits_per_byte_by_domain where `domains` names
-    them. MaxVio, each the mean over layers: max_vio_global of all rows, max_vio_by_domain and max_vio_training_mix of
-    the trunk's sparse layers, and max_vio_mtp of the heads. Bits a byte divide by the bytes of the target tokens;
-    special tokens have none, but their cost counts.
+    Args: mix: bytes of the training text by domain, see `Source.training_bytes`. None means
+        unknown.
+    Returns: val_loss (nats a token), val_bits_per_byte, mtp_acceptance (list, a share a depth),
+        load ([L, E] float array: the trunk's sparse layers, then the heads with experts), and
+        bits_per_byte_by_domain where `domains` names them. MaxVio, each the mean over layers:
+        max_vio_global of all rows, max_vio_by_domain and max_vio_training_mix of the trunk's sparse
+        layers, and max_vio_mtp of the heads. Bits a byte divide by the bytes of the target tokens;
+        special tokens have none, but their cost counts.
 
     Example:
         >>> import dsv3_jax as ds
         >>> from dsv3_jax.data.batches import one_row
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all 0
         >>> result = evaluate(model, [one_row(b"x = 1")], ds.tokenizer.load("bytes"))
         >>> round(result["val_bits_per_byte"], 2)  # even odds over 260 tokens: log2 260
         8.02
@@ -61,19 +63,25 @@ def evaluate(
     for batch in batches:
         inputs = model_inputs(batch) | ({"domains": batch["domains"]} if apart else {})
         placed = processes.put(inputs, mesh, len(batch["tokens"]))
-        found = processes.fetch(_scores(graphdef, state, placed, len(domains) if apart else 0), mesh)
+        found = processes.fetch(
+            _scores(graphdef, state, placed, len(domains) if apart else 0), mesh
+        )
         nats = np.where(found.mask, found.nll, 0).astype(np.float64)
         size = np.where(found.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
         here = batch["domains"][:, 1:]
         new = {
             "all": np.array([nats.sum(), size.sum(), found.mask.sum()]),
-            "by_domain": np.array([[x[here == i].sum() for i in range(len(domains))] for x in (nats, size)]),
+            "by_domain": np.array(
+                [[x[here == i].sum() for i in range(len(domains))] for x in (nats, size)]
+            ),
             "drafts": np.array([found.agree, found.drafted], np.float64),
             "load": found.load.astype(np.float64),
             "domain_load": found.domain_load.astype(np.float64),
         }
         sums = {name: x + sums.get(name, 0) for name, x in new.items()}
-    (nats, size, tokens), (domain_nats, domain_bytes), load = sums["all"], sums["by_domain"], sums["load"]
+    nats, size, tokens = sums["all"]
+    domain_nats, domain_bytes = sums["by_domain"]
+    load = sums["load"]
     result: dict[str, object] = {
         "val_loss": float(nats / max(tokens, 1)),
         "val_bits_per_byte": float(nats / np.log(2) / max(size, 1)),
@@ -86,10 +94,14 @@ def evaluate(
         result["max_vio_mtp"] = _max_vio(load[layers:])
     if apart:
         by_domain = dict(zip(domains, sums["domain_load"], strict=True))
-        result["max_vio_by_domain"] = {name: _max_vio(load) for name, load in by_domain.items() if load.any()}
+        result["max_vio_by_domain"] = {
+            name: _max_vio(load) for name, load in by_domain.items() if load.any()
+        }
         if mix is not None and all(load.any() for load in by_domain.values()):
             tokens_a_byte = sums["domain_load"][:, 0].sum(-1) / np.maximum(domain_bytes, 1)
-            mixed = training_mix(sums["domain_load"], tokens_a_byte, [mix[name] for name in domains])
+            mixed = training_mix(
+                sums["domain_load"], tokens_a_byte, [mix[name] for name in domains]
+            )
             result["max_vio_training_mix"] = mixed
     if domains:
         bits = zip(domains, domain_nats / np.log(2), domain_bytes, strict=True)
@@ -98,11 +110,12 @@ def evaluate(
 
 
 def training_mix(load: np.ndarray, tokens_a_byte: np.ndarray, mix: Sequence[float]) -> float | None:
-    """MaxVio, mean over layers, of the load of domains as they are mixed in training; None if a domain has no load.
+    """MaxVio, mean over layers, of domains mixed as in training; None if a domain has no load.
 
     Args:
         load: [N, L, E], of what was read of each domain.
-        tokens_a_byte: [N], as it was read: the bytes of training become tokens by it. Any unit that all domains share.
+        tokens_a_byte: [N], as it was read: the bytes of training become tokens by it. Any unit that
+            all domains share.
         mix: [N] bytes of the training text.
 
     Example:

@@ -1,21 +1,23 @@
-"""GRPO: which of a model's answers to a prompt were better than the others, and the loss that makes them likelier.
+"""GRPO: which of a model's answers to a prompt were better, and the loss that favours them.
 
-The answers to one prompt are a group. An answer's advantage is its reward above the group's mean, over the group's
-standard deviation. Each token t of an answer i has
+The answers to one prompt are a group. An answer's advantage is its reward above the group's mean,
+over the group's standard deviation. Each token t of an answer i has
 
     ratio_t = π(t) / π_old(t)
     gain_t  = min(ratio_t · A_i, clip(ratio_t, 1 − clip_low, 1 + clip_high) · A_i)
     kl_t    = π_start(t) / π(t) − ln(π_start(t) / π(t)) − 1
     L       = Σ_t (β · kl_t − gain_t) / N
 
-where π_old is what the sampler computed. Each batch of answers is used for one step, so ratios would be 1 if sampler
-and trainer computed alike. Their mismatch is measured: the mean of |ln ratio_t|, and its maximum. All π are of the
-distribution that was sampled from, so logits are divided by its temperature.
+where π_old is what the sampler computed. Each batch of answers is used for one step, so ratios
+would be 1 if sampler and trainer computed alike. Their mismatch is measured: the mean of |ln
+ratio_t|, and its maximum. All π are of the distribution that was sampled from, so logits are
+divided by its temperature.
 
 Source: DeepSeekMath, arXiv 2402.03300, section 4.1.
-Departs from it: N is the number of tokens in all answers of the batch (DAPO, arXiv 2503.14476), or with the form
-constant_length the number that they could have (arXiv 2503.20783). The paper takes the mean over each answer first,
-which makes wrong answers longer. There is no older policy than the one that starts the step.
+Departs from it: N is the number of tokens in all answers of the batch (DAPO, arXiv 2503.14476), or
+with the form constant_length the number that they could have (arXiv 2503.20783). The paper takes
+the mean over each answer first, which makes wrong answers longer. There is no older policy than the
+one that starts the step.
 """
 
 import jax.numpy as jnp
@@ -50,14 +52,17 @@ def policy_loss(
     """Sum the loss over tokens; the caller divides.
 
     Args:
-        logprobs, old, start: log π, log π_old and log π_start of each token. `start` may be None: there is no KL.
+        logprobs, old, start: log π, log π_old and log π_start of each token. `start` may be None:
+            there is no KL.
         gains: A, the advantage of the answer that each token is of.
         mask: tokens of answers.
-    Returns: (the sum; sums of the measures "mismatch", "clipped" and "kl", and the maximum "max_mismatch").
+    Returns: (the sum; sums of the measures "mismatch", "clipped" and "kl", and the maximum
+        "max_mismatch").
 
     Example:
         >>> one = jnp.ones((1, 1))
-        >>> loss, found = policy_loss(jnp.log(2 * one), 0 * one, None, one, one > 0, Grpo(clip_high=0.25))
+        >>> cfg = Grpo(clip_high=0.25)
+        >>> loss, found = policy_loss(jnp.log(2 * one), 0 * one, None, one, one > 0, cfg)
         >>> float(loss), float(found["clipped"])  # twice as likely as it was: it counts 1.25 times
         (-1.25, 1.0)
     """

@@ -1,19 +1,21 @@
-"""The training loop: batches in, a run folder out. The same call again resumes where the run stopped.
+"""The training loop: batches in, a run folder out. The same call resumes where the run stopped.
 
-A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every `log_every` steps and one
-each evaluation), load.jsonl (each expert's load and bias, at some of those steps), tensorboard/, and two pictures,
-routing.png and training.png. A start takes these steps:
+A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every
+`log_every` steps and one each evaluation), load.jsonl (each expert's load and bias, at some of
+those steps), tensorboard/, and two pictures, routing.png and training.png. A start takes these
+steps:
 
-    0. several processes (see `cluster`) agree on one run, and its text is read (`prepare`); from here the first alone
-       prints and writes
-    1. the folder is locked and claimed, or found to be this run's; another run's is refused, and one that another
-       process writes to (`lock`)
-    2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router bias, step and
-       data position. Later checkpoints are renamed (`Checkpoints.rewind`)
+    0. several processes (see `cluster`) agree on one run, and its text is read (`prepare`); from
+       here the first alone prints and writes
+    1. the folder is locked and claimed, or found to be this run's; another run's is refused, and
+       one that another process writes to (`lock`)
+    2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router
+       bias, step and data position. Later checkpoints are renamed (`Checkpoints.rewind`)
     3. metrics and load after that step are dropped: they will be written again
-    4. without a checkpoint, training begins at step 0 from the run's seed, from another run's weights if `start` names
-       one, or on another's trunk if `trunk` does: then the multi-token heads alone are trained. With `lora`, the
-       weights of `start` are frozen, and low-rank adapters are trained
+    4. without a checkpoint, training begins at step 0 from the run's seed, from another run's
+       weights if `start` names one, or on another's trunk if `trunk` does: then the multi-token
+       heads alone are trained. With `lora`, the weights of `start` are frozen, and low-rank
+       adapters are trained
 """
 
 import math
@@ -39,7 +41,15 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.lock import FolderLock, acquire
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops.routing import ROUTERS
-from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, Metrics, Rows, load_every, load_row, read_rows
+from dsv3_jax.report.metrics import (
+    LOAD_FILE,
+    METRICS_FILE,
+    Metrics,
+    Rows,
+    load_every,
+    load_row,
+    read_rows,
+)
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
 from dsv3_jax.report.speed import Speed
@@ -60,8 +70,8 @@ from dsv3_jax.training.step import (
 )
 from dsv3_jax.training.warm_start import Start, begin
 
-# Steps started before the oldest one is looked at. If above 0, the next batch is copied while a step runs. On a CPU the
-# step needs all cores.
+# Steps started before the oldest one is looked at. If above 0, the next batch is copied while a
+# step runs. On a CPU the step needs all cores.
 AHEAD = {"cpu": 0}
 AHEAD_ELSEWHERE = 2
 TRACE_FOLDER = "profile"
@@ -69,7 +79,7 @@ _compiled_step = lru_cache(maxsize=16)(make_step)  # a run resumed in one proces
 
 
 class NonFiniteLoss(ValueError):
-    """Training met a loss or gradient that is not finite; the message names the step and the first bad tensor."""
+    """A loss or gradient that is not finite; the message names the step and first bad tensor."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,9 @@ def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"
     words, source, start = read(job, out, options)
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
-        _only_writer(job, out, made_from(source.fingerprint, words.fingerprint, source.checker)) as lock,
+        _only_writer(
+            job, out, made_from(source.fingerprint, words.fingerprint, source.checker)
+        ) as lock,
         Checkpoints(out, job.run, optimizer=options.optimizer) as checkpoints,
         asked_to_stop() as asked,
         sharding.use_mesh(options.mesh),
@@ -146,13 +158,16 @@ class Training:
         run = self.job.run
         mesh = self.job.mesh
         kernels = self.job.chosen()
-        rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)  # None means all
+        # None means all
+        rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
         self.batches = self.source.train_batches(rows)
         if self.source.sampled is not None:
             self.batches = self.source.sampled(lambda: (self.job, self.state))
         self.held_out = self.source.val_batches(run.eval_batches)
         # A machine's CPU devices share its cores, others add up.
-        devices = jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
+        devices = (
+            jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
+        )
         self.speed = Speed(run, devices if self.options.report else 0)
         self.stopped = False
         self.evaluation: dict[str, Any] | None = None
@@ -166,8 +181,11 @@ class Training:
             try:
                 self.batches.set_state(position)
             except ValueError as error:
-                raise ValueError(f"step={int(self.state.step)} in {self.checkpoints.folder}: {error}") from error
-            sentence = f"resumed from the checkpoint of step {int(self.state.step)} in {self.checkpoints.folder}"
+                raise ValueError(
+                    f"step={int(self.state.step)} in {self.checkpoints.folder}: {error}"
+                ) from error
+            checkpoint = f"the checkpoint of step {int(self.state.step)}"
+            sentence = f"resumed from {checkpoint} in {self.checkpoints.folder}"
         self.step = int(self.state.step)
         self.resumed_from = None if found is None else self.step
         first = processes.is_first()
@@ -182,25 +200,34 @@ class Training:
             callback.on_start(run, self.out, self.step)
 
     def steps(self) -> Iterator[Done]:
-        """Train, and yield each step once it is complete. No other runs when one that is evaluated or saved is yielded.
+        """Train, and yield each step once it is complete.
 
-        Nothing goes between the host and the devices but batches, each step's flag `finite`, and what is logged.
+        No other runs when one that is evaluated or saved is yielded.
+
+        Nothing goes between the host and the devices but batches, each step's flag `finite`, and
+        what is logged.
         """
         steps, (first, end) = self.job.run.steps, self.options.profile or (0, 0)
         step_fn = _compiled_step(_of_any_seed(self.job))
         ahead = AHEAD.get(self.job.chosen().target.platform, AHEAD_ELSEWHERE)
-        ahead = 0 if self.source.sampled else ahead  # the model samples once it has learnt from the batch before
-        # Whether a step may change the state; made of the state, to be on its devices as the steps' own flags are.
+        # the model samples once it has learnt from the batch before
+        ahead = 0 if self.source.sampled else ahead
+        # Whether a step may change the state; made of the state, to be on its devices as the steps'
+        # own flags are.
         go = self.state.step >= 0
         started = deque[Done]()
         batch = None
         traces = processes.is_first()
         if self.step < steps:
-            self.progress.say("compiling the training step" + (" …" if self.step == 0 else " (again) …"))
+            self.progress.say(
+                "compiling the training step" + (" …" if self.step == 0 else " (again) …")
+            )
         with ExitStack() as trace:
             while self.step < steps and not self.stopped:
                 if traces and first <= self.step < end:  # also if the run resumes between the two
-                    trace.enter_context(jax.profiler.trace(self.out / TRACE_FOLDER, create_perfetto_trace=True))
+                    trace.enter_context(
+                        jax.profiler.trace(self.out / TRACE_FOLDER, create_perfetto_trace=True)
+                    )
                     traces = False
                 with jax.transfer_guard("disallow"):
                     arrays = self._next_batch() if batch is None else batch
@@ -225,7 +252,7 @@ class Training:
             self.save()
 
     def _next_batch(self) -> Batch | None:
-        """Put the next batch on the devices. None if it cannot be made: the run is saved, and `finish` raises why."""
+        """Put the next batch on the devices. None if that fails: `finish` raises why."""
         try:
             batch = next(self.batches)
         except (ValueError, OSError) as error:
@@ -242,7 +269,8 @@ class Training:
         step = self.step
         self.stopped = step == self.options.stop_after
         logged = step % run.log_every == 0
-        if ask_often or logged or jax.process_count() == 1:  # several processes wait for the step when they ask
+        # several processes wait for the step when they ask
+        if ask_often or logged or jax.process_count() == 1:
             self.stopped |= processes.any_of(self.asked.is_set())
         last = step == run.steps
         logged |= last or self.stopped or step == 1
@@ -255,14 +283,17 @@ class Training:
             # The steps after it changed nothing: the state is still the one that it met.
             bad = first_bad_tensor(self.job, self.state, done.batch)
             raise self._not_good(
-                f"step {done.step - 1} met a loss or gradient that is not finite; first bad tensor: {bad}"
+                f"step {done.step - 1} met a loss or gradient that is not finite; "
+                f"first bad tensor: {bad}"
             )
         return done
 
     def _not_good(self, what: str) -> NonFiniteLoss:
         latest = self.checkpoints.latest
         last = "does not exist" if latest is None else f"is step {latest}"
-        return NonFiniteLoss(f"{what}; the last good checkpoint {last} in {self.checkpoints.folder}")
+        return NonFiniteLoss(
+            f"{what}; the last good checkpoint {last} in {self.checkpoints.folder}"
+        )
 
     def log(self, done: Done) -> None:
         """Write a step's row of metrics, and at some steps its load."""
@@ -298,29 +329,36 @@ class Training:
         moved = split_trainable(self.job.run, self.state.params)[0], self.state.bias, self.state.opt
         arrays = [x for x in jax.tree.leaves(moved) if x.ndim]  # optax begins at infinity
         if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
-            bad = first_nonfinite("parameter", self.state.params) or first_nonfinite("router bias", self.state.bias)
-            bad = bad or "an optimizer state"
-            raise self._not_good(f"step {self.step} has {bad}, whose norm is not finite; a smaller rate may help")
+            bad = first_nonfinite("parameter", self.state.params)
+            bad = bad or first_nonfinite("router bias", self.state.bias) or "an optimizer state"
+            raise self._not_good(
+                f"step {self.step} has {bad}, whose norm is not finite; a smaller rate may help"
+            )
         self.lock.check()
         ends = self.stopped or self.step == self.job.run.steps
         self.checkpoints.save(self.state, self.batches.get_state(), wait=ends)
         self._call("on_checkpoint", self.step, self.checkpoints.folder / str(self.step))
 
     def finish(self) -> FitResult:
-        """Print and draw how the run ended. Raises: the first error of a callback or of the source."""
+        """Print and draw how the run ended. Raises: the first error of a callback or the source."""
         finished = self.step == self.job.run.steps
         order2 = None
         pictures = []
         if finished:
-            evaluation = self.evaluation = self.evaluation or self._measured()  # it may have been finished before
+            # it may have been finished before
+            evaluation = self.evaluation = self.evaluation or self._measured()
             if self.options.report:
                 order2 = order2_of(self.source, self.tokenizer, self.held_out)
             if self.options.report and processes.is_first():
                 self.lock.check()
-                pictures = draw(self.out, evaluation, read_rows(self.out / METRICS_FILE), self.job.run.model)
+                pictures = draw(
+                    self.out, evaluation, read_rows(self.out / METRICS_FILE), self.job.run.model
+                )
             self.progress.show_result(evaluation, order2, self.out, pictures)
         else:
-            self.progress.say(f"stopped and saved at step {self.step}; the same command resumes from there")
+            self.progress.say(
+                f"stopped and saved at step {self.step}; the same command resumes from there"
+            )
         result = FitResult(self.step, finished, self.resumed_from, self.evaluation, order2)
         if self.error is None:
             self._call("on_end", result)
@@ -329,7 +367,7 @@ class Training:
         return result
 
     def _call(self, name: str, *args: Any) -> None:
-        """Call a method of all callbacks. One that raises is not called again, and the run stops and is saved."""
+        """Call a method of all callbacks. If one raises, the run stops and calls it no more."""
         for callback in list(self.callbacks):
             try:
                 getattr(callback, name)(*map(copy, args))
@@ -340,7 +378,7 @@ class Training:
 
 
 def _of_any_seed(job: Job) -> Job:
-    """The job as its step depends on it: runs that differ in their seeds alone share a step, if nothing is drawn."""
+    """The job as its step depends on it: if nothing is drawn, runs of any seed share a step."""
     run = job.run
     if ROUTERS[run.model.router].has_noise:
         return job
@@ -349,7 +387,7 @@ def _of_any_seed(job: Job) -> Job:
 
 @contextmanager
 def _only_writer(job: Job, out: Path, made: dict[str, Any]) -> Iterator[FolderLock]:
-    """Lock and claim the run folder: process 0 holds the lock, and the others get one that is always in order."""
+    """Lock and claim the run folder: process 0 has the lock, others one always in order."""
     locks = [FolderLock()]
 
     def lock() -> None:

@@ -1,29 +1,32 @@
 """LoRA: low-rank adapters that are trained in place of the weights of a start.
 
-A frozen matrix W, as a map from inputs to outputs, is used as W + (alpha / rank) A B. A [in, rank] is random at first,
-and B [rank, out] is 0, so that training begins with the start's own numbers. Every matrix of a stack has a pair of its
-own: each layer, and each routed expert. A weight with heads is one matrix, over all heads.
+A frozen matrix W, as a map from inputs to outputs, is used as W + (alpha / rank) A B. A [in, rank]
+is random at first, and B [rank, out] is 0, so that training begins with the start's own numbers.
+Every matrix of a stack has a pair of its own: each layer, and each routed expert. A weight with
+heads is one matrix, over all heads.
 
-The names of a parameter's axes say which of them are inputs and outputs (`sides`). The adapters are in the state's
-parameters beside the weights, under the name "lora". The step takes the gradient with respect to them alone, and the
-optimizer has no other state. `join` hands weights and adapters to the model, which merges each layer when it runs
-(`model.layers.Frozen`): the gradient of a merged matrix ends in its layer. So memory holds it for one layer at a time.
-The merged matrices are results like others: with remat "none" or "dots" the backward pass keeps all layers' merged
-matrices, with "attention" or "full" it forms them again. Beside its arguments, a CPU step of `mini` (4 × 256 tokens,
-remat "full") takes 493 MB with adapters on all experts and attention. It takes 1,572 MB if all layers are merged
-beforehand.
+The names of a parameter's axes say which of them are inputs and outputs (`sides`). The adapters are
+in the state's parameters beside the weights, under the name "lora". The step takes the gradient
+with respect to them alone, and the optimizer has no other state. `join` hands weights and adapters
+to the model, which merges each layer when it runs (`model.layers.Frozen`): the gradient of a merged
+matrix ends in its layer. So memory holds it for one layer at a time. The merged matrices are
+results like others: with remat "none" or "dots" the backward pass keeps all layers' merged
+matrices, with "attention" or "full" it forms them again. Beside its arguments, a CPU step of `mini`
+(4 × 256 tokens, remat "full") takes 493 MB with adapters on all experts and attention. It takes
+1,572 MB if all layers are merged beforehand.
 
-Frozen weights keep the dtype of their start in memory and in checkpoints: float32, bfloat16, or, of feed-forward
-matrices, FP8 and 4 bits (`model.layers.Packed`). They are unpacked and cast where they are used, one layer at a time,
-so float32 of them would give the same numbers.
+Frozen weights keep the dtype of their start in memory and in checkpoints: float32, bfloat16, or, of
+feed-forward matrices, FP8 and 4 bits (`model.layers.Packed`). They are unpacked and cast where they
+are used, one layer at a time, so float32 of them would give the same numbers.
 
-Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`), and GRPO samples from
-merged copies (`policy`). A checkpoint holds weights and adapters, so a run resumes bitwise and does not depend on its
-start.
+Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`),
+and GRPO samples from merged copies (`policy`). A checkpoint holds weights and adapters, so a run
+resumes bitwise and does not depend on its start.
 
 Source: LoRA (arXiv 2106.09685), section 4.1.
-Departs from the paper: any matrix of attention and experts may change, and W + A B is formed before it meets a token.
-This costs the products of a training step without LoRA; what it saves is the optimizer's state and the gradients.
+Departs from the paper: any matrix of attention and experts may change, and W + A B is formed before
+it meets a token. This costs the products of a training step without LoRA; what it saves is the
+optimizer's state and the gradients.
 """
 
 import math
@@ -41,14 +44,19 @@ from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.model.layers import Frozen
 
 NAME = "lora"  # of the adapters in a state's parameters
-MODULES: dict[LoraPart, str] = {"attention": "attn", "dense": "ffn", "shared": "shared", "routed": "experts"}
+MODULES: dict[LoraPart, str] = {
+    "attention": "attn",
+    "dense": "ffn",
+    "shared": "shared",
+    "routed": "experts",
+}
 
 
 def sides(names: tuple[str | None, ...]) -> tuple[int, int, bool]:
-    """Read off the names of a parameter's axes how they make matrices: a batch, left axes, right axes.
+    """Read off the names of a parameter's axes how they make matrices: batch, left and right axes.
 
-    Heads and the axis after them are one side. Inputs come first, but in w_uk and w_uv, which end in the latent that
-    they read. Leading axes without names, a stack's layers, are a batch too.
+    Heads and the axis after them are one side. Inputs come first, but in w_uk and w_uv, which end
+    in the latent that they read. Leading axes without names, a stack's layers, are a batch too.
 
     Returns: (the first left axis, the first right axis, whether the right ones are inputs).
 
@@ -62,30 +70,37 @@ def sides(names: tuple[str | None, ...]) -> tuple[int, int, bool]:
 
 
 def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
-    """Make new adapters, {"lora": …}, each of the variance 1 / (number of inputs) or 0; without LoRA an empty state.
+    """Make new adapters, {"lora": …}, of variance 1 / (number of inputs) or 0; empty without LoRA.
 
     Args: weights: parameters, or their shapes.
 
     Example:
         >>> w = nnx.Param(jnp.ones((2, 4, 3)), axes=("dim", "hidden"))  # of 2 layers
-        >>> made = init(Lora(rank=1, on=("dense",)), nnx.State({"ffn": {"w": w}}), jax.random.key(0))
+        >>> weights = nnx.State({"ffn": {"w": w}})
+        >>> made = init(Lora(rank=1, on=("dense",)), weights, jax.random.key(0))
         >>> made["lora"]["ffn"]["w"]["a"].shape, made["lora"]["ffn"]["w"]["b"][...].sum()
         ((2, 4, 1), Array(0., dtype=float32))
     """
     made = {}
     for path, v in nnx.to_flat_state(weights) if cfg.rank else ():
         names = names_of(v)
-        if not any(MODULES[part] in path for part in cfg.on) or not names:  # a norm's scale has no names
+        # A norm's scale has no names.
+        if not any(MODULES[part] in path for part in cfg.on) or not names:
             continue
         left, right, input_is_right = sides(names)
         layers = len(v.shape) - len(names)
         of_left, of_right = v.shape[layers + left : layers + right], v.shape[layers + right :]
-        shapes = (*v.shape[: layers + right], cfg.rank), (*v.shape[: layers + left], cfg.rank, *of_right)
+        shapes = (
+            (*v.shape[: layers + right], cfg.rank),
+            (*v.shape[: layers + left], cfg.rank, *of_right),
+        )
         axes = (*names[:right], None), (*names[:left], None, *names[right:])
         a, b = (1, 0) if input_is_right else (0, 1)
         own = jax.random.fold_in(key, zlib.crc32(repr(path).encode()))
         std = 1 / math.sqrt(math.prod(of_right if input_is_right else of_left))
-        made[NAME, *path, "a"] = nnx.Param(std * jax.random.normal(own, shapes[a], jnp.float32), axes=axes[a])
+        made[NAME, *path, "a"] = nnx.Param(
+            std * jax.random.normal(own, shapes[a], jnp.float32), axes=axes[a]
+        )
         made[NAME, *path, "b"] = nnx.Param(jnp.zeros(shapes[b], jnp.float32), axes=axes[b])
     return nnx.from_flat_state(made)
 
@@ -128,12 +143,13 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
 
 
 def merge(cfg: Lora, params: nnx.State) -> nnx.State:
-    """Merge adapters into their weights, whose memory and dtype the result has; parameters without adapters stay.
+    """Merge adapters into their weights, in their memory and dtype; other parameters stay.
 
     Example:
         >>> w = nnx.Param(jnp.zeros((1, 1)), axes=("dim", "hidden"))
         >>> a, b = nnx.Param(jnp.array([[2.0]])), nnx.Param(jnp.array([[3.0]]))
-        >>> merge(Lora(rank=1, alpha=10.0), nnx.State({"w": w, "lora": {"w": {"a": a, "b": b}}}))["w"][...]
+        >>> params = nnx.State({"w": w, "lora": {"w": {"a": a, "b": b}}})
+        >>> merge(Lora(rank=1, alpha=10.0), params)["w"][...]
         Array([[60.]], dtype=float32)
     """
     adapters, weights = split(params)
@@ -147,18 +163,20 @@ def _merged(cfg: Lora, weights: nnx.State, adapters: nnx.State) -> nnx.State:
     joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
     pairs = ((path, v, v.get_value()) for path, v in joined)
     return nnx.from_flat_state(
-        (path, v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v) for path, v, x in pairs
+        (path, v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v)
+        for path, v, x in pairs
     )
 
 
 def policy(cfg: Lora, params: nnx.State, dtype: Any) -> nnx.State:
-    """The weights that a training step computes with, to sample from: those with adapters are merged copies.
+    """The weights that a step computes with, to sample from: merged copies of those with adapters.
 
-    A copy has the compute dtype, to which a step casts what it merges. In the dtype of a bfloat16 start it would lose
-    all changes below 2^-9 of a weight, so the sampler would be another policy than the trainer. Beside the frozen
-    weights, the copies take 4 bytes in float32 and 2 in bfloat16 for each number of a matrix with adapters. All else is
-    not copied. Packed matrices are unpacked where they are read (`model.layers.loop_layers`). XLA for CPUs does so once
-    before a decoding loop, so while it runs they take 2 bytes a number as temporary memory.
+    A copy has the compute dtype, to which a step casts what it merges. In the dtype of a bfloat16
+    start it would lose all changes below 2^-9 of a weight, so the sampler would be another policy
+    than the trainer. Beside the frozen weights, the copies take 4 bytes in float32 and 2 in
+    bfloat16 for each number of a matrix with adapters. All else is not copied. Packed matrices are
+    unpacked where they are read (`model.layers.loop_layers`). XLA for CPUs does so once before a
+    decoding loop, so while it runs they take 2 bytes a number as temporary memory.
 
     Args: dtype: the compute dtype.
 
@@ -181,7 +199,7 @@ def policy(cfg: Lora, params: nnx.State, dtype: Any) -> nnx.State:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _merged_copy(x: Frozen, is_stack: bool, dtype: Any) -> Array:
-    """Merge in float32, one layer at a time: what is unpacked and changed meanwhile has the size of a layer."""
+    """Merge in float32, one layer at a time: what is made meanwhile has the size of a layer."""
 
     def of_layer(x: Frozen) -> Array:
         return x.merge().astype(dtype)

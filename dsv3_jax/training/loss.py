@@ -1,10 +1,11 @@
-"""What training minimises: L = L_main + (λ/M)·Σ_k L_k + balance losses, each L a mean over positions with a target.
+"""What training minimises: L = L_main + (λ/M)·Σ_k L_k + balance losses, each a mean over targets.
 
-With sparse attention, the indexers' losses are added (`model.attention.DSA`). They share no parameter with the others.
-In its warm-up they are the total.
+With sparse attention, the indexers' losses are added (`model.attention.DSA`). They share no
+parameter with the others. In its warm-up they are the total.
 
-L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds (`model.mtp.Head`). On a frozen
-trunk it may be the head's distance to the trunk's own distribution instead (`ops.draft_loss`).
+L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds
+(`model.mtp.Head`). On a frozen trunk it may be the head's distance to the trunk's own distribution
+instead (`ops.draft_loss`).
 
 With `RunConfig.grpo`, L_main is the loss of `training.grpo` on answers that the model wrote itself.
 Source: DeepSeek-V3 report, equations 17-25.
@@ -30,23 +31,29 @@ from dsv3_jax.training.metrics import Metrics
 
 
 class Losses(NamedTuple):
-    """One batch's losses; float32 scalars, and load [L, E]: the trunk's sparse layers, then the heads with experts."""
+    """One batch's losses, float32 scalars; load [L, E]: sparse layers, then heads with experts."""
 
     total: Array
     main: Array  # nats a token
-    mtp: Array  # [M] nats a token; with head_loss="tv" the mean share of drafts that sampling rejects
-    feature: Array  # what heads add to their cross-entropy (EAGLE's regression), mean over positions; 0 without
+    # [M] nats a token; with head_loss="tv" the mean share of drafts that sampling rejects
+    mtp: Array
+    # what heads add to their cross-entropy (EAGLE's regression), mean over positions; 0 without
+    feature: Array
     balance: Array
     accuracy: Array  # share of next tokens that are the argmax
     load: Array
     metrics: Metrics  # of blocks
-    bias_measure: Array | None = None  # [L, E]: what the bias's rule needs beside the load; rows as of load
+    # [L, E]: what the bias's rule needs beside the load; rows as of load
+    bias_measure: Array | None = None
 
 
 def targets(
-    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], ahead: int, loss_mask: Bool[Array, "B T"] | None = None
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    ahead: int,
+    loss_mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Array, Array]:
-    """Tokens `ahead` positions on, and which positions have one in their own segment: two [B, T - ahead].
+    """Tokens `ahead` on, and which positions have one in their own segment: two [B, T - ahead].
 
     Args: loss_mask: tokens that may be targets, as an assistant's in a chat. None means all.
 
@@ -71,7 +78,10 @@ def target_counts(
         >>> target_counts(jnp.array([[1, 1, 1, 2]]), depths=2)
         Array([2., 1.], dtype=float32)
     """
-    counts = [targets(segment_ids, segment_ids, a, loss_mask)[1].sum(dtype=jnp.float32) for a in range(1, depths + 1)]
+    counts = [
+        targets(segment_ids, segment_ids, a, loss_mask)[1].sum(dtype=jnp.float32)
+        for a in range(1, depths + 1)
+    ]
     return jnp.maximum(jnp.stack(counts), 1)
 
 
@@ -91,25 +101,30 @@ def compute_loss(
     """Compute all losses of a batch.
 
     Args:
-        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all tokens are targets;
-            keys, a random key for each row, [B], for a router with noise; expert_ids, int32 [B, L, T, K], experts that
-            take the place of the routers' choices, of the trunk's sparse layers and then of heads with experts;
-            of answers their advantages, old_logprobs and possibly start_logprobs, float32 [B, T].
-        mtp_weight: λ. None: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their balance losses; there is
-            no other loss to weigh them against.
-        head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's token.
+        batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all
+            tokens are targets; keys, a random key for each row, [B], for a router with noise;
+            expert_ids, int32 [B, L, T, K], experts that take the place of the routers' choices, of
+            the trunk's sparse layers and then of heads with experts; of answers their advantages,
+            old_logprobs and possibly start_logprobs, float32 [B, T].
+        mtp_weight: λ. None: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their
+            balance losses; there is no other loss to weigh them against.
+        head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's
+            token.
         watch: see `model.context.Options`.
         grpo: L_main is that of `training.grpo`. None means the cross-entropy.
-        counts: divisors of sums over targets, from `target_counts`: of the complete batch if this is a part of one.
-        token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and indexers' losses.
-        share: of the complete batch's rows that this part has: the weight of its other balance losses.
+        counts: divisors of sums over targets, from `target_counts`: of the complete batch if this
+            is a part of one.
+        token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and
+            indexers' losses.
+        share: of the complete batch's rows that this part has: the weight of its other balance
+            losses.
         one_document: see `Transformer.forward_hidden`.
 
     Example:
         >>> import numpy as np, dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all 0
         >>> one = jnp.ones((1, 4), jnp.int32)
         >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
         >>> main = jax.jit(lambda model: compute_loss(model, batch, mtp_weight=0.0).main)(model)
@@ -120,7 +135,7 @@ def compute_loss(
     segment_ids = batch["segment_ids"]
     loss_mask = batch.get("loss_mask")
     given = _given(model, batch.get("expert_ids"))
-    # `share` weights these losses below too; it cancels, so that they are sums over the complete batch's counts.
+    # `share` weights these losses below too; it cancels: they are over the complete batch's counts.
     divisors = None if token_counts is None else token_counts * share
     out = model.forward_hidden(
         tokens,
@@ -145,14 +160,15 @@ def compute_loss(
     measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if mtp_weight is None else main + balance + mtp_weight * heads
     measure = jnp.concatenate(measures) * share if measures else None
-    if indexers := [of["index_kl"].sum() * share for of in out.metrics.values() if "index_kl" in of]:
+    indexers = [of["index_kl"].sum() * share for of in out.metrics.values() if "index_kl" in of]
+    if indexers:
         own = jnp.stack(indexers).sum()
         total = own if "index_warm" in watch else total + own
     return Losses(total, main, mtp, feature, balance, accuracy, _load(out), of_blocks, measure)
 
 
 def _given(model: Transformer, expert_ids: Array | None) -> tuple[Array | None, ...]:
-    """A batch's expert_ids as `forward_hidden` takes them: of the trunk [L, B, T, K], of head k [B, T-1-k, K]."""
+    """A batch's expert_ids as `forward_hidden` takes them: [L, B, T, K], a head's [B, T-1-k, K]."""
     if expert_ids is None:
         return (None,)
     trunk, heads = jnp.split(jnp.moveaxis(expert_ids, 1, 0), [model.cfg.num_sparse_layers])
@@ -162,7 +178,7 @@ def _given(model: Transformer, expert_ids: Array | None) -> tuple[Array | None, 
 def _token_losses(
     model: Transformer, out: ForwardOut, batch: dict[str, Array], counts: Array, head_loss: HeadLoss
 ) -> tuple[list[Array], Array, Array]:
-    """(Mean loss of the trunk, then of each head; the trunk's accuracy; what heads add to their cross-entropy.)"""
+    """(Mean losses of trunk and heads; the trunk's accuracy; what heads add to cross-entropy.)"""
     matrix = model.head_matrix()
 
     def summed(score: Callable, *rows: Array) -> Any:
@@ -198,9 +214,14 @@ def _token_losses(
 
 
 def _of_answers(
-    model: Transformer, out: ForwardOut, batch: dict[str, Array], count: Array, share: float, cfg: Grpo
+    model: Transformer,
+    out: ForwardOut,
+    batch: dict[str, Array],
+    count: Array,
+    share: float,
+    cfg: Grpo,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """(GRPO's loss, the accuracy, the measures of `policy_loss`.) The measures' means over parts are the batch's."""
+    """(GRPO's loss, accuracy, measures of `policy_loss`): the parts' mean is the batch's."""
     _, h, wanted, mask = next(_by_depth(out, batch))
     nats, best = score_by_rows(h, model.head_matrix(), wanted, cfg.temperature)
     right = jnp.where(mask, best == wanted, False).sum(dtype=jnp.float32)
@@ -208,7 +229,9 @@ def _of_answers(
     # What the sampler and the start said of each token, at the position that predicts it.
     of_wanted = {name: x[:, 1:] for name, x in batch.items() if x.ndim == 2}
     start = of_wanted.get("start_logprobs")
-    loss, found = policy_loss(-nats, of_wanted["old_logprobs"], start, of_wanted["advantages"], mask, cfg)
+    loss, found = policy_loss(
+        -nats, of_wanted["old_logprobs"], start, of_wanted["advantages"], mask, cfg
+    )
 
     # Sums become means over the complete batch; a maximum stays one.
     tokens = count if cfg.form == "token_mean" else len(wanted) / share * cfg.max_new_tokens
@@ -216,34 +239,40 @@ def _of_answers(
     return loss / tokens, right / count, means
 
 
-def _by_depth(out: ForwardOut, batch: dict[str, Array]) -> Iterator[tuple[int, Array, Array, Array]]:
-    """0 for the trunk, then a head's number from 1; its rows that predict tokens of the text, these tokens, mask."""
+def _by_depth(
+    out: ForwardOut, batch: dict[str, Array]
+) -> Iterator[tuple[int, Array, Array, Array]]:
+    """0 for the trunk, or a head's number from 1; its rows that predict tokens; these; mask."""
     for k, h in enumerate((out.h, *out.mtp_h)):
         wanted, mask = targets(batch["tokens"], batch["segment_ids"], k + 1, batch.get("loss_mask"))
         yield k, h[:, : wanted.shape[1]], wanted, mask
 
 
 def _routings(out: ForwardOut, heads_only: bool = False) -> list[LayerRouting]:
-    """Routing of the trunk's sparse layers, then of the heads that have experts; each has a leading layer axis."""
+    """Routing of sparse layers, then of heads with experts; each has a leading layer axis."""
     heads = [jax.tree.map(lambda x: x[None], r) for r in out.mtp_routing]
     return heads if heads_only or out.routing is None else [out.routing, *heads]
 
 
 def _balance(out: ForwardOut, heads_only: bool = False) -> Array:
-    return sum((r.balance_loss.sum() for r in _routings(out, heads_only)), jnp.zeros((), jnp.float32))
+    losses = (r.balance_loss.sum() for r in _routings(out, heads_only))
+    return sum(losses, jnp.zeros((), jnp.float32))
 
 
 def _load(out: ForwardOut) -> Array:
     """The load, [L, E]."""
     routings = _routings(out)
-    return jnp.concatenate([r.load for r in routings]) if routings else jnp.zeros((0, 1), jnp.float32)
+    if not routings:
+        return jnp.zeros((0, 1), jnp.float32)
+    return jnp.concatenate([r.load for r in routings])
 
 
 def over_parts(parts: Losses) -> Losses:
     """The losses of a batch, from its stacked parts: sums, and metrics by their rules.
 
     Example:
-        >>> parts = Losses(*[jnp.ones(2)] * 7, metrics={"dense": {"max_logit": jnp.array([[1.0, 7.0], [2.0, 3.0]])}})
+        >>> found = {"max_logit": jnp.array([[1.0, 7.0], [2.0, 3.0]])}
+        >>> parts = Losses(*[jnp.ones(2)] * 7, metrics={"dense": found})
         >>> batch = over_parts(parts)
         >>> batch.main, batch.metrics["dense"]["max_logit"]
         (Array(2., dtype=float32), Array([2., 7.], dtype=float32))
@@ -260,25 +289,30 @@ class Scores(NamedTuple):
     agree: Float[Array, " M"]  # positions where head k drafts what the model itself then predicts
     drafted: Float[Array, " M"]  # positions counted
     load: Float[Array, "L E"]
-    domain_load: Float[Array, "N L E"]  # of the trunk's sparse layers, by the tokens' domain; N = 0 without domains
+    # of the trunk's sparse layers, by the tokens' domain; N = 0 without domains
+    domain_load: Float[Array, "N L E"]
 
 
-def _domain_load(out: ForwardOut, mask: Array, domains: Array | None, num_domains: int, num_experts: int) -> Array:
+def _domain_load(
+    out: ForwardOut, mask: Array, domains: Array | None, num_domains: int, num_experts: int
+) -> Array:
     """Count the trunk's assignments by domain: tokens of padding do not count."""
     if out.routing is None or domains is None or not num_domains:
         return jnp.zeros((0, 0, num_experts), jnp.float32)
     ids = out.routing.expert_ids  # [L, B, T, K]
     # One count over domain and expert; padding is counted under a domain beyond the last one.
     cell = jnp.where(mask, domains, num_domains)[None, ..., None] * num_experts + ids
-    count = jax.vmap(lambda c: balance.load(c[..., None], (num_domains + 1) * num_experts))(cell.reshape(len(ids), -1))
+    count_cells = jax.vmap(lambda c: balance.load(c[..., None], (num_domains + 1) * num_experts))
+    count = count_cells(cell.reshape(len(ids), -1))
     return count.reshape(len(ids), num_domains + 1, num_experts)[:, :num_domains].swapaxes(0, 1)
 
 
 def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int = 0) -> Scores:
-    """Compute negative log-likelihoods, and how often each head's draft would be accepted under greedy decoding.
+    """Compute negative log-likelihoods, and how often greedy decoding would accept a head's draft.
 
-    Head k (from 0) at position i drafts token i+k+2. The model, given the true tokens up to i+k+1, predicts its own. A
-    draft of head k counts only if all drafts before it were right, for parallel heads as for a chain.
+    Head k (from 0) at position i drafts token i+k+2. The model, given the true tokens up to i+k+1,
+    predicts its own. A draft of head k counts only if all drafts before it were right, for parallel
+    heads as for a chain.
 
     Args: num_domains: count the load of so many domains too, by the batch's `domains`.
 
@@ -286,7 +320,7 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
         >>> import numpy as np, dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all weights are 0
+        >>> model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))  # all 0
         >>> one = jnp.ones((1, 4), jnp.int32)
         >>> batch = {"tokens": one, "segment_ids": one, "positions": jnp.arange(4)[None]}
         >>> nll = jax.jit(lambda model: score_tokens(model, batch).nll)(model)
@@ -308,6 +342,8 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
         drafted.append(alive.sum(dtype=jnp.float32))
         alive = alive & (draft == own[:, k : k + length])
         agree.append(alive.sum(dtype=jnp.float32))
-    by_domain = _domain_load(out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts)
+    by_domain = _domain_load(
+        out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts
+    )
     agreed, counted = (jnp.array(x, jnp.float32) for x in (agree, drafted))
     return Scores(nll, mask, agreed, counted, _load(out), by_domain)

@@ -1,8 +1,8 @@
 """What is logged of a step: metrics of layers and of the experts' load, as a row of plain numbers.
 
-A block returns its metrics by name. One rule holds for each name: a name that begins with "max_" is a maximum over
-layers, parts of a batch and devices, any other a mean. A new metric is one entry where its block makes it, in
-`model/moe.py` for a sparse one.
+A block returns its metrics by name. One rule holds for each name: a name that begins with "max_" is
+a maximum over layers, parts of a batch and devices, any other a mean. A new metric is one entry
+where its block makes it, in `model/moe.py` for a sparse one.
 """
 
 from collections import defaultdict
@@ -17,7 +17,8 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.mesh.token_exchange import wire_bytes
 from dsv3_jax.ops import balance
 
-Metrics = dict[str, dict[str, Any]]  # arrays by the block's path and by name, as `ForwardOut.metrics`
+# arrays by the block's path and by name, as `ForwardOut.metrics`
+Metrics = dict[str, dict[str, Any]]
 
 
 def _rule(name: str) -> Callable[..., Array]:
@@ -31,14 +32,18 @@ def over_parts(metrics: Metrics) -> Metrics:
         >>> over_parts({"": {"dropped": jnp.array([0.5, 1.0]), "max_logit": jnp.array([3.0, 2.0])}})
         {'': {'dropped': Array(0.75, dtype=float32), 'max_logit': Array(3., dtype=float32)}}
     """
-    return {path: {name: _rule(name)(x, axis=0) for name, x in of.items()} for path, of in metrics.items()}
+    return {
+        path: {name: _rule(name)(x, axis=0) for name, x in of.items()}
+        for path, of in metrics.items()
+    }
 
 
 def over_layers(metrics: Metrics) -> dict[str, Array]:
     """One number for each name, over all blocks.
 
     Example:
-        >>> found = over_layers({"sparse": {"dropped": jnp.array([0.0, 0.5])}, "mtp.0": {"dropped": jnp.ones(())}})
+        >>> trunk, head = {"dropped": jnp.array([0.0, 0.5])}, {"dropped": jnp.ones(())}
+        >>> found = over_layers({"sparse": trunk, "mtp.0": head})
         >>> float(found["dropped"])
         0.5
     """
@@ -58,9 +63,14 @@ def of_load(load: Float[Array, "L E"]) -> dict[str, Array]:
     """
     if not load.shape[0]:
         return {}
-    measures = {"max_vio": balance.max_vio, "load_entropy": balance.entropy, "load_gini": balance.gini}
+    measures = {
+        "max_vio": balance.max_vio,
+        "load_entropy": balance.entropy,
+        "load_gini": balance.gini,
+    }
     low, high = balance.min_max(load)
-    return {name: f(load).mean() for name, f in measures.items()} | {"load_min": low.min(), "load_max": high.max()}
+    found = {name: f(load).mean() for name, f in measures.items()}
+    return found | {"load_min": low.min(), "load_max": high.max()}
 
 
 def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:

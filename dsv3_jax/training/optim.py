@@ -1,8 +1,9 @@
 """How parameters move: the optimizers AdamW, Muon, and any optax transformation.
 
-`make` gives the optimizer of a run, by `OptimConfig.name`, of which MAKERS has the classes. A transformation that is
-given to `ds.train.fit(…, optimizer=tx)` comes before that name. The functions of an optimizer are pure, and run under
-`jax.jit`: `init` makes the state of step 0, any tree of arrays or variables; `update` takes a step, see `AdamW`.
+`make` gives the optimizer of a run, by `OptimConfig.name`, of which MAKERS has the classes. A
+transformation that is given to `ds.train.fit(…, optimizer=tx)` comes before that name. The
+functions of an optimizer are pure, and run under `jax.jit`: `init` makes the state of step 0, any
+tree of arrays or variables; `update` takes a step, see `AdamW`.
 """
 
 import math
@@ -42,13 +43,15 @@ class AdamState(NamedTuple):
 class AdamW:
     """AdamW in one fused pass; weight decay on all but the norms' scales. Source: arXiv 1711.05101.
 
-    It equals optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. That chain
-    writes the clipped gradients out and copies both means: three times the memory traffic, and a gradient's size of
-    temporary memory.
+    It equals optax.chain(clip_by_global_norm, adamw), in an order that XLA runs in place. That
+    chain writes the clipped gradients out and copies both means: three times the memory traffic,
+    and a gradient's size of temporary memory.
 
     Example:
-        >>> optimizer = AdamW(OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0), 100, XLA)
-        >>> params, step, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.int32(0), jnp.float32(1)
+        >>> cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
+        >>> optimizer = AdamW(cfg, 100, XLA)
+        >>> params = nnx.State({"w": nnx.Param(jnp.array([1.0]))})
+        >>> step, one = jnp.int32(0), jnp.float32(1)
         >>> state, gradient = optimizer.init(params), params
         >>> new, _ = optimizer.update(step, params, state, gradient, one, jnp.bool_(True))
         >>> round(float(new["w"][0]), 3)
@@ -85,10 +88,16 @@ class AdamW:
         numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
         settings: dict[str, Any] = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
         variables = jax.tree.leaves(params, is_leaf=_is_variable)  # each has one leaf
-        decays = [cfg.weight_decay if v.get_metadata().get("decay", True) else 0.0 for v in variables]
-        leaves = zip(*map(jax.tree.leaves, (params, state.mu, state.nu, grads)), decays, strict=True)
-        new = [self.kernels("optimizer", *x, numbers, **settings, decay=decay) for *x, decay in leaves]
-        p, mu, nu = (jax.tree.unflatten(jax.tree.structure(params), [x[i] for x in new]) for i in range(3))
+        decays = [
+            cfg.weight_decay if v.get_metadata().get("decay", True) else 0.0 for v in variables
+        ]
+        arrays = map(jax.tree.leaves, (params, state.mu, state.nu, grads))
+        leaves = zip(*arrays, decays, strict=True)
+        new = [
+            self.kernels("optimizer", *x, numbers, **settings, decay=decay) for *x, decay in leaves
+        ]
+        structure = jax.tree.structure(params)
+        p, mu, nu = (jax.tree.unflatten(structure, [x[i] for x in new]) for i in range(3))
         return p, AdamState(mu, nu)
 
 
@@ -112,19 +121,23 @@ class MuonState(NamedTuple):
 class Muon(AdamW):
     """Muon: the updates of matrices are orthogonalised, and AdamW updates the rest.
 
-        M ← β M + (1−β) G;   O = NewtonSchulz(β M̂ + (1−β) Ĝ);   W ← W − η (0.2 √max(in, out) · O + decay · W)
+        M ← β M + (1−β) G;   O = NewtonSchulz(β M̂ + (1−β) Ĝ);
+        W ← W − η (0.2 √max(in, out) · O + decay · W)
 
-    M̂ and Ĝ are corrected for the first steps, as optax.contrib.muon does. The factor gives an update the root mean
-    square of AdamW's, so both take the same learning rate η and weight decay.
+    M̂ and Ĝ are corrected for the first steps, as optax.contrib.muon does. The factor gives an
+    update the root mean square of AdamW's, so both take the same learning rate η and weight decay.
 
-    Which axes make a matrix follows from the names of a parameter's axes (`lora.sides`). Layers and experts are a
-    batch: each has a matrix of its own. The heads of w_uq, w_uk, w_uv and w_o are one matrix, as in Moonlight and Kimi
-    K2, whose factor and learning rates then hold here: w_uq is [Q, H·(N+R)], w_uk [H·N, C], w_uv [H·V, C], w_o
-    [H·V, D]. AdamW updates embedding, unembedding, router and the norms' scales. LoRA's A and B are matrices.
+    Which axes make a matrix follows from the names of a parameter's axes (`lora.sides`). Layers and
+    experts are a batch: each has a matrix of its own. The heads of w_uq, w_uk, w_uv and w_o are one
+    matrix, as in Moonlight and Kimi K2, whose factor and learning rates then hold here: w_uq is [Q,
+    H·(N+R)], w_uk [H·N, C], w_uv [H·V, C], w_o [H·V, D]. AdamW updates embedding, unembedding,
+    router and the norms' scales. LoRA's A and B are matrices.
 
-    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Moonlight (arXiv 2502.16982), section 2.2.
-    Departs from optax.contrib.muon, which it equals on matrices: the rest has AdamW without Nesterov, with weight decay
-    on all but norms. The batch axes stay apart, so that a mesh shards experts while they are orthogonalised.
+    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon); Moonlight (arXiv 2502.16982),
+    section 2.2.
+    Departs from optax.contrib.muon, which it equals on matrices: the rest has AdamW without
+    Nesterov, with weight decay on all but norms. The batch axes stay apart, so that a mesh shards
+    experts while they are orthogonalised.
 
     Example:
         >>> w = nnx.Param(jnp.ones((1, 2)), axes=("dim", "hidden"))
@@ -140,7 +153,9 @@ class Muon(AdamW):
     def update(
         self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
     ) -> tuple[nnx.State, Any]:
-        cfg, (matrices, rest), (of_matrices, of_rest) = self.cfg, split_matrices(params), split_matrices(grads)
+        cfg = self.cfg
+        matrices, rest = split_matrices(params)
+        of_matrices, of_rest = split_matrices(grads)
         others, adam = super().update(step, rest, state.adam, of_rest, norm, keep)
         rate = learning_rate(cfg, self.steps, step)
         clip = clip_factor(cfg, norm)
@@ -156,7 +171,8 @@ class Muon(AdamW):
             w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
             moved[path] = v.replace(w)
             means[path] = means[path].replace(jnp.where(keep, new.astype(kept_dtype), mean))
-        return nnx.merge_state(nnx.from_flat_state(moved), others), MuonState(nnx.from_flat_state(means), adam)
+        params = nnx.merge_state(nnx.from_flat_state(moved), others)
+        return params, MuonState(nnx.from_flat_state(means), adam)
 
 
 def split_matrices(params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -180,11 +196,16 @@ def _is_matrix(v: nnx.Variable) -> bool:
 
 
 def direction(
-    mean: Float[Array, "*n"], g: Float[Array, "*n"], step: Array, names: tuple[str | None, ...], beta: float
+    mean: Float[Array, "*n"],
+    g: Float[Array, "*n"],
+    step: Array,
+    names: tuple[str | None, ...],
+    beta: float,
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """(The new running mean, the orthogonalised and scaled direction.)
 
-    Stacked layers are computed one after the other, so that temporary arrays have the size of one layer.
+    Stacked layers are computed one after the other, so that temporary arrays have the size of one
+    layer.
 
     Args: names: of the last axes; see `lora.sides`.
     """
@@ -206,11 +227,12 @@ def _orthogonal(x: Float[Array, "*n"], names: tuple[str | None, ...]) -> Float[A
 
 @dataclass(frozen=True, eq=False)
 class Optax:
-    """Any optax transformation on clipped gradients; it counts its own steps, and one that is not kept does not count.
+    """Any optax transformation on clipped gradients; a step that is not kept does not count.
 
-    It sees parameters and gradients as nested dicts of arrays, {"sparse": {"attn": {"w_uq": …}}, …}, so its masks and
-    labels are functions of such dicts. Leaves of its state with the path and the shape of a parameter get that
-    parameter's axis names, by which a mesh shards them; all others are replicated.
+    It sees parameters and gradients as nested dicts of arrays, {"sparse": {"attn": {"w_uq": …}},
+    …}, so its masks and labels are functions of such dicts. Leaves of its state with the path and
+    the shape of a parameter get that parameter's axis names, by which a mesh shards them; all
+    others are replicated.
 
     Example:
         >>> params = nnx.State({"w": nnx.Param(jnp.ones(2), axes=("heads",))})
@@ -234,20 +256,24 @@ class Optax:
         assert self.tx is not None
         clip = clip_factor(self.cfg, norm)
         old = nnx.to_pure_dict(params)
-        before = jax.tree.map(lambda v: v.get_value() if _is_variable(v) else v, state, is_leaf=_is_variable)
+        before = jax.tree.map(
+            lambda v: v.get_value() if _is_variable(v) else v, state, is_leaf=_is_variable
+        )
         clipped = nnx.to_pure_dict(jax.tree.map(lambda g: g * clip, grads))
         with _promoting():
             updates, after = self.tx.update(clipped, before, old)
             new = optax.apply_updates(old, updates)
         new, after = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (new, after), (old, before))
         flat = nnx.traversals.flatten_mapping(new)
-        moved = nnx.from_flat_state([(path, v.replace(flat[path])) for path, v in nnx.to_flat_state(params)])
+        moved = nnx.from_flat_state(
+            [(path, v.replace(flat[path])) for path, v in nnx.to_flat_state(params)]
+        )
         return moved, _named(after, params)
 
 
 @contextmanager
 def _promoting() -> Iterator[None]:
-    """optax mixes dtypes, such as a count and a decay, also where the caller has JAX refuse that."""
+    """optax mixes dtypes, as of a count and a decay, even if the caller has JAX refuse that."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -272,21 +298,26 @@ def _named(state: Any, params: nnx.State) -> Any:
 MAKERS = {"adamw": AdamW, "muon": Muon}
 
 
-def make(cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: Transform = None) -> AdamW | Optax:
+def make(
+    cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: Transform = None
+) -> AdamW | Optax:
     """Make the optimizer of a run.
 
     Args:
         steps: length of the run, for the schedule.
         kernels: run AdamW's update.
-        transformation: takes the place of `cfg.name`. Clipping and steps that are not taken stay `cfg`'s and the
-            step's; learning rate, schedule and weight decay are its own.
-    Without the transformation of a run that one trains, the state is empty, and an update raises ConfigError.
+        transformation: takes the place of `cfg.name`. Clipping and steps that are not taken stay
+            `cfg`'s and the step's; learning rate, schedule and weight decay are its own.
+    Without the transformation of a run that one trains, the state is empty, and an update raises
+    ConfigError.
 
     Example:
         >>> optimizer = make(OptimConfig(), 100, transformation=optax.sgd(0.5, momentum=0.9))
         >>> params, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.float32(1)
         >>> state = optimizer.init(params)
-        >>> optimizer.update(jnp.int32(0), params, state, params, one, jnp.bool_(True))[0]["w"][...]  # gradient: 1
+        >>> step, keep, gradients = jnp.int32(0), jnp.bool_(True), params
+        >>> moved, _ = optimizer.update(step, params, state, gradients, one, keep)
+        >>> moved["w"][...]  # the gradient is 1
         Array([0.5], dtype=float32)
     """
     if transformation is None and cfg.name in MAKERS:
@@ -297,20 +328,25 @@ def make(cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: T
 def check(cfg: OptimConfig, transformation: object) -> None:
     """Check that a run has what trains it.
 
-    Raises: ConfigError if it is not an optax transformation, or is missing for a run that was trained by one.
+    Raises: ConfigError if it is not an optax transformation, or is missing for a run that was
+        trained by one.
 
     Example:
         >>> check(OptimConfig(), optax.sgd(1e-3)), check(OptimConfig(), None)
         (None, None)
     """
     if transformation is None and cfg.name.startswith(OPTAX):
-        raise ConfigError(f"optim.name={cfg.name!r} is a transformation: give it by ds.train.fit(…, optimizer=tx)")
+        raise ConfigError(
+            f"optim.name={cfg.name!r} is a transformation: give it by ds.train.fit(…, optimizer=tx)"
+        )
     if not isinstance(transformation, optax.GradientTransformation | None):
-        raise ConfigError(f"optimizer={transformation!r} is not an optax transformation, such as optax.lion(1e-4)")
+        raise ConfigError(
+            f"optimizer={transformation!r} is not an optax transformation, such as optax.lion(1e-4)"
+        )
 
 
 def name_of(tx: optax.GradientTransformation, params: nnx.State) -> str:
-    """Name a transformation by the types of its state, for `OptimConfig.name`; it has no other name.
+    """Name a transformation by the types of its state, for `OptimConfig.name`: it has no other.
 
     Args: params: or their shapes.
 

@@ -1,4 +1,4 @@
-"""Before the first step: the options of `fit`; then the processes agree, the run is checked, and its text is read."""
+"""Before the first step: options of `fit`; processes agree, the run is checked, text is read."""
 
 import importlib.metadata
 import os
@@ -29,12 +29,13 @@ from dsv3_jax.training.step import Job, abstract_state, split_trainable
 class Callback:
     """The methods that `fit` calls while it trains; each does nothing by default.
 
-    Only the first of several processes calls them. A callback gets plain numbers and paths, never the state, so it
-    cannot change the run. It is called between two steps, and training waits for it.
+    Only the first of several processes calls them. A callback gets plain numbers and paths, never
+    the state, so it cannot change the run. It is called between two steps, and training waits for
+    it.
 
-    An error in `on_start` ends `fit` before the first step. After an error elsewhere the callback is not called again.
-    Training stops as after SIGTERM: the step that runs is completed and saved. Then `fit` raises the error, and the
-    same call resumes.
+    An error in `on_start` ends `fit` before the first step. After an error elsewhere the callback
+    is not called again. Training stops as after SIGTERM: the step that runs is completed and saved.
+    Then `fit` raises the error, and the same call resumes.
 
     Example:
         >>> class Losses(Callback):
@@ -44,7 +45,7 @@ class Callback:
         ...     def on_step(self, row):
         ...         self.seen.append((row["step"], row["loss"]))
         >>> losses = Losses()
-        >>> losses.on_step({"step": 10, "loss": 5.5, "lr": 1e-3})  # `fit(run, out, callbacks=[losses])` does this
+        >>> losses.on_step({"step": 10, "loss": 5.5, "lr": 1e-3})  # as `fit(…, callbacks=[losses])`
         >>> losses.seen
         [(10, 5.5)]
     """
@@ -53,7 +54,7 @@ class Callback:
         """Training begins or resumes after `step` steps, in folder `out`."""
 
     def on_step(self, row: dict[str, Any]) -> None:
-        """A row of training metrics was written, see metrics.jsonl: every `log_every` steps, in their order.
+        """A row of training metrics was written, see metrics.jsonl: every `log_every` steps.
 
         On accelerators later steps may have started by then.
         """
@@ -62,7 +63,7 @@ class Callback:
         """A row of validation metrics was written."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """The state after `step` steps is being saved into `folder`. It is complete before the next one begins."""
+        """The state after `step` steps is being saved, and complete before the next begins."""
 
     def on_end(self, result: Any) -> None:
         """`fit` is about to return this `FitResult`. Not called if it raises."""
@@ -86,11 +87,13 @@ class Options:
     def __post_init__(self):
         for callback in self.callbacks:
             if not isinstance(callback, Callback):
-                raise ValueError(f"callbacks holds {callback!r}, which is no dsv3_jax.train.Callback")
+                raise ValueError(
+                    f"callbacks holds {callback!r}, which is no dsv3_jax.train.Callback"
+                )
 
 
 def agree(run: RunConfig, options: Options) -> Job:
-    """Choose the kernels, and check that all processes train the same run from and to the same step.
+    """Choose the kernels, and check that all processes train one run from and to the same step.
 
     A run that `optimizer` trains is named by it. All that follows is alike in all processes.
 
@@ -126,8 +129,10 @@ def check(job: Job) -> None:
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
-def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm_start.Start | None]:
-    """Read the tokenizer, the text, and the run to begin with; a run that has a checkpoint needs none.
+def read(
+    job: Job, out: Path, options: Options
+) -> tuple[Tokenizer, Source, warm_start.Start | None]:
+    """Read the tokenizer, the text, and the run to begin with: none if there is a checkpoint.
 
     Raises: ValueError.
     """
@@ -137,7 +142,9 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
     words = processes.by_each(lambda: tokenizer.load(own.data.tokenizer))
     taken = max(steps_of(out / "checkpoints"), default=0) if options.step is None else options.step
     if begun and taken > run.steps:
-        raise ConfigError(f"steps={run.steps} is below the {taken} steps that the run in {out} has taken")
+        raise ConfigError(
+            f"steps={run.steps} is below the {taken} steps that the run in {out} has taken"
+        )
 
     def other() -> warm_start.Start | None:
         place = run.trunk or run.start
@@ -150,14 +157,20 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
     start = processes.by_each(other)
     check_vocab(words, run.model.vocab_size)
     if options.source is None and run.data.format == "chat":
-        raise ConfigError("data.format='chat' needs the examples as source; dsv3_jax.train.fit opens them")
+        raise ConfigError(
+            "data.format='chat' needs the examples as source; dsv3_jax.train.fit opens them"
+        )
     source = options.source or processes.by_each(lambda: open_source(run.data, words))
     if run.grpo.group and source.sampled is None:
-        raise ConfigError(f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it")
+        raise ConfigError(
+            f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it"
+        )
     processes.agree({"text": source.fingerprint})
-    before = [start.get("checker") for start in read_made(out)[-1:] if isinstance(start, dict)] if begun else []
+    starts = read_made(out)[-1:] if begun else []
+    before = [start.get("checker") for start in starts if isinstance(start, dict)]
     if source.checker and before not in ([], [None], [source.checker]):
-        line = f"grpo checker={run.grpo.checker!r} has changed since the last start: rewards are by the new one"
+        changed = f"grpo checker={run.grpo.checker!r} has changed since the last start"
+        line = f"{changed}: rewards are by the new one"
         source = replace(source, summary=f"{source.summary}\n{line}")
     return words, source, start
 
@@ -165,7 +178,8 @@ def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, warm
 def check_memory(job: Job, hosts: int = 1) -> None:
     """Check that a host's memory holds its share of the training state and a step's gradients.
 
-    On a CPU these are in the host's memory, on however many devices. Without the check the process is killed.
+    On a CPU these are in the host's memory, on however many devices. Without the check the process
+    is killed.
 
     Raises: ConfigError.
 
@@ -174,31 +188,37 @@ def check_memory(job: Job, hosts: int = 1) -> None:
         >>> check_memory(Job(ds.recipe("v3")))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        dsv3_jax.config.ConfigError: dim=7168 and num_layers=61 are too large: ...
+        dsv3_jax.config.fields.ConfigError: dim=7168 and num_layers=61 are too large: ...
     """
     state = abstract_state(job, frozen=jnp.bfloat16)  # at least
     gradients = split_trainable(job.run, state.params)[0]
-    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, gradients, state.opt))) / hosts
+    arrays = jax.tree.leaves((state.params, gradients, state.opt))
+    needed = sum(x.size * x.dtype.itemsize for x in arrays) / hosts
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ConfigError(
-            f"dim={job.run.model.dim} and num_layers={job.run.model.num_layers} are too large: the training state of "
-            f"{format_bytes(needed)} does not fit in this host's memory of {format_bytes(memory)}; "
+            f"dim={job.run.model.dim} and num_layers={job.run.model.num_layers} are too large: "
+            f"the training state of {format_bytes(needed)} does not fit in this host's memory of "
+            f"{format_bytes(memory)}; "
             "`dsv3 plan` shows what a mesh would hold"
         )
 
 
 def kernels_of(job: Job) -> dict[str, str]:
-    """The implementation of each op, by name. The table's optimizer is AdamW's update, for float32 means in C++.
+    """The implementation of each op, by name.
+
+    The table's optimizer is AdamW's update, for float32 means in C++.
 
     Example:
         >>> import dsv3_jax as ds
         >>> run = ds.recipe("tiny")
-        >>> kernels_of(Job(ds.replace(run, optim=ds.replace(run.optim, name="optax:lion"))))["optimizer"]
+        >>> run = ds.replace(run, optim=ds.replace(run.optim, name="optax:lion"))
+        >>> kernels_of(Job(run))["optimizer"]
         'optax:lion'
     """
     run = job.run
-    names = job.chosen().chosen(run.execution.compute_dtype, 1 if job.mesh is None else job.mesh.size)
+    devices = 1 if job.mesh is None else job.mesh.size
+    names = job.chosen().chosen(run.execution.compute_dtype, devices)
     adamw = names["optimizer"] if run.optim.moments_dtype == "float32" else "xla"
     others = {"adamw": adamw, "muon": f"muon by xla, adamw by {adamw}"}
     return names | {"optimizer": others.get(run.optim.name, run.optim.name)}

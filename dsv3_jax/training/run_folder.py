@@ -1,7 +1,7 @@
 """A run's folder: its configuration, its own tokenizer, and whether it is this run's.
 
-A folder can be copied, renamed and used from any directory: what is inside it is named relative to it, and it holds a
-copy of its tokenizer. The text that it was trained on stays where it is.
+A folder can be copied, renamed and used from any directory: what is inside it is named relative to
+it, and it holds a copy of its tokenizer. The text that it was trained on stays where it is.
 """
 
 import importlib.metadata
@@ -14,7 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import ConfigError, Execution, RunConfig, first_difference, from_dict, replace, to_dict
+from dsv3_jax.config import (
+    ConfigError,
+    Execution,
+    RunConfig,
+    first_difference,
+    from_dict,
+    replace,
+    to_dict,
+)
 from dsv3_jax.data import hub, tokenizer
 from dsv3_jax.files import PART, check_writable, read_json, write_atomic
 from dsv3_jax.imports import IMPORTED
@@ -23,18 +31,21 @@ from dsv3_jax.ops.balance import RULES
 from dsv3_jax.ops.routing import ROUTERS
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
-REPLACED = (RUN_FILE, "metrics.jsonl", "load.jsonl", "training.png", "routing.png")  # files that training writes
-FORMAT = 2  # of run folders: raised when parameters or data positions change so that older ones cannot be read
+# files that training writes
+REPLACED = (RUN_FILE, "metrics.jsonl", "load.jsonl", "training.png", "routing.png")
+# of run folders: raised when parameters or data positions change so that older ones cannot be read
+FORMAT = 2
 OLDER = "dsv3-jax 0.1.0"  # reads run folders without a format
-# Settings that may change when a run is resumed. The learning rate's schedule is a function of steps.
+# Settings that may change when a run is resumed; the learning rate is a function of steps.
 MAY_CHANGE = ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every")
 _MAX_RUN = 8_000_000  # bytes of a run.json
 
 
 def read_run(folder: str | Path) -> RunConfig:
-    """Read the configuration of a run folder; its tokenizer's path names the folder's copy, if there is one.
+    """Read the configuration of a run folder, whose own tokenizer it names, if there is one.
 
-    Raises: ValueError if the folder holds no run or one of another format, or its configuration cannot be read.
+    Raises: ValueError if the folder holds no run or one of another format, or its configuration
+        cannot be read.
 
     Example:
         >>> import tempfile
@@ -53,7 +64,7 @@ def read_run(folder: str | Path) -> RunConfig:
 
 
 def read_made(folder: str | Path) -> list[dict[str, Any]]:
-    """Return what a run was trained with, one entry for each start that differs from the one before.
+    """Return what a run was trained with, an entry for each start unlike the one before.
 
     Example:
         >>> import tempfile
@@ -73,7 +84,10 @@ def _read(folder: str | Path) -> dict[str, Any]:
     values = read_json(path, _MAX_RUN)
     if (found := values.get("format")) != FORMAT:
         reader = OLDER if found is None else "the version that wrote it"
-        raise ValueError(f"folder={str(folder)!r} has a run of format={found!s:.20}, not {FORMAT}: {reader} reads it")
+        raise ValueError(
+            f"folder={str(folder)!r} has a run of format={found!s:.20}, not {FORMAT}: "
+            f"{reader} reads it"
+        )
     kinds = {"run": dict, "kernels": dict, "made": list, "history": list}
     if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"file={str(path)!r} is damaged: it has no {wrong[0]!r}")
@@ -81,29 +95,36 @@ def _read(folder: str | Path) -> dict[str, Any]:
 
 
 def check_place(folder: Path) -> None:
-    """Check that a run can be written there. Raises: OSError; ValueError for a path that Orbax takes for a pattern."""
+    """Check that a run can be written there. Raises: OSError; ValueError for a pattern of Orbax."""
     path = str(folder.absolute())
     if found := [letter for letter in "[*?" if letter in path]:
         raise ValueError(
-            f"out={path!r} holds {found[0]!r}, which Orbax reads as a pattern of names; choose another path"
+            f"out={path!r} holds {found[0]!r}, which Orbax reads as a pattern of names; "
+            "choose another path"
         )
     check_writable(folder, folders=True)
 
 
 def claim(
-    folder: str | Path, run: RunConfig, kernels: dict[str, str] | None = None, made: dict[str, Any] | None = None
+    folder: str | Path,
+    run: RunConfig,
+    kernels: dict[str, str] | None = None,
+    made: dict[str, Any] | None = None,
 ) -> RunConfig:
     """Make a run folder, or check that it is this run's.
 
-    A tokenizer may be there already. The configuration must be the one the folder was made with, key by key,
-    except for its execution and `MAY_CHANGE`, whose changes go into the file's `history`.
+    A tokenizer may be there already. The configuration must be the one the folder was made with,
+    key by key, except for its execution and `MAY_CHANGE`, whose changes go into the file's
+    `history`.
 
     Args:
         kernels: the implementation chosen for each op, to be recorded.
-        made: what the run is trained with, see `made_from`. The file keeps each start that differs from the one before
-            in its list `made`, so that a run that resumes with other code or another text says so.
+        made: what the run is trained with, see `made_from`. The file keeps each start that differs
+            from the one before in its list `made`, so that a run that resumes with other code or
+            another text says so.
     Returns: `settled`.
-    Raises: ValueError if the folder is another run's, holds other files, or has links to what others own.
+    Raises: ValueError if the folder is another run's, holds other files, or has links to what
+        others own.
 
     Example:
         >>> import tempfile
@@ -118,22 +139,40 @@ def claim(
     folder = Path(folder)
     for path in (folder / name for name in REPLACED):
         if path.is_symlink():  # training would write through it
-            raise ValueError(f"file={str(path)!r} is a link to {os.readlink(path)!r}; replace it by the file itself")
-    held_in = Path(os.path.realpath(folder / "checkpoints")).parent  # another folder, if checkpoints/ is a link
+            raise ValueError(
+                f"file={str(path)!r} is a link to {os.readlink(path)!r}; "
+                "replace it by the file itself"
+            )
+    # another folder, if checkpoints/ is a link
+    held_in = Path(os.path.realpath(folder / "checkpoints")).parent
     if held_in != folder.resolve() and (held_in / RUN_FILE).exists():
-        raise ValueError(f"{folder}/checkpoints is a link into the run {held_in}, whose checkpoints would be deleted")
+        raise ValueError(
+            f"{folder}/checkpoints is a link into the run {held_in}, "
+            "whose checkpoints would be deleted"
+        )
     if (folder / RUN_FILE).exists():
         held = read_run(folder)
         if different := difference(held, run):
             key, a, b = different
-            raise ValueError(f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out")
+            raise ValueError(
+                f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out"
+            )
         _record(folder, held, run, made)
         return settled(run, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
-    may_be_there = (LOCK_FILE, TOKENIZER_FILE, tokenizer.TIKTOKEN_FILE, tokenizer.CONFIG_FILE, tokenizer.SPECIALS_FILE)
-    if folder.exists() and any(path.name not in may_be_there and path.suffix != PART for path in folder.iterdir()):
-        raise ValueError(f"out={str(folder)!r} holds other files and no {RUN_FILE}; choose another --out")
+    may_be_there = (
+        LOCK_FILE,
+        TOKENIZER_FILE,
+        tokenizer.TIKTOKEN_FILE,
+        tokenizer.CONFIG_FILE,
+        tokenizer.SPECIALS_FILE,
+    )
+    there = list(folder.iterdir()) if folder.exists() else []
+    if any(path.name not in may_be_there and path.suffix != PART for path in there):
+        raise ValueError(
+            f"out={str(folder)!r} holds other files and no {RUN_FILE}; choose another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if run.data.tokenizer != "bytes":
         tokenizer.keep_copy(run.data.tokenizer, folder)
@@ -146,49 +185,67 @@ def claim(
 
 
 def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] | None) -> None:
-    """Write changed settings into run.json and its history, and a start into `made` if it is unlike the last."""
+    """Write changed settings into run.json and its history, and a start unlike the last."""
     values = _read(folder)
     pairs = {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
     if made and [made] != values["made"][-1:]:
         values["made"].append(made)
     if changed := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
-        values["history"].append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed})
+        values["history"].append(
+            {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
+        )
         values["run"] |= {name: now for name, (_, now) in changed.items()}
     write_atomic(folder / RUN_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def made_from(data: str, words: str, checker: str = "") -> dict[str, Any]:
-    """Return the code's commit, versions, fingerprints of data, tokenizer and the user's checker, imported programs.
+    """Return the commit, versions, fingerprints of text, tokenizer and checker, imported programs.
 
-    `commit` and `dirty` are None for a package that git does not track. `dirty` says that tracked files of the package
-    differ from the commit.
+    `commit` and `dirty` are None for a package that git does not track. `dirty` says that tracked
+    files of the package differ from the commit.
 
     Example:
         >>> list(made_from("0123", "4567"))
         ['commit', 'dirty', 'version', 'jax', 'corpus', 'tokenizer']
     """
     commit, dirty = _commit()
-    versions = {"version": importlib.metadata.version("dsv3-jax"), "jax": importlib.metadata.version("jax")}
-    programs = {name: what for name, what in (("imports", list(IMPORTED)), ("checker", checker)) if what}
-    return {"commit": commit, "dirty": dirty} | versions | {"corpus": data, "tokenizer": words} | programs
+    versions = {
+        "version": importlib.metadata.version("dsv3-jax"),
+        "jax": importlib.metadata.version("jax"),
+    }
+    programs = {
+        name: what for name, what in (("imports", list(IMPORTED)), ("checker", checker)) if what
+    }
+    return (
+        {"commit": commit, "dirty": dirty}
+        | versions
+        | {"corpus": data, "tokenizer": words}
+        | programs
+    )
 
 
 def check_registered(run: RunConfig, folder: str | Path) -> None:
-    """Check that a run's router and rule are registered, if programs of the user's own did so when it was trained.
+    """Check that a run's router and rule are registered, if programs did that when it was trained.
 
     The programs are not imported: the folder may be a stranger's.
 
     Raises: ConfigError that names them.
     """
-    settings = ("router", run.model.router, ROUTERS), ("balance rule", run.model.balance.rule, RULES)
-    unknown = [f"{setting}={value!r:.80}" for setting, value, table in settings if value not in table]
+    settings = (
+        ("router", run.model.router, ROUTERS),
+        ("balance rule", run.model.balance.rule, RULES),
+    )
+    unknown = [
+        f"{setting}={value!r:.80}" for setting, value, table in settings if value not in table
+    ]
     starts = [start for start in read_made(folder) if isinstance(start, dict)] if unknown else []
     lists = [start["imports"] for start in starts if isinstance(start.get("imports"), list)]
     names = dict.fromkeys(name for names in lists for name in names if isinstance(name, str))
     if names:
         options = " ".join(f"--import {shlex.quote(name)}" for name in names)
         raise ConfigError(
-            f"{unknown[0]} of the run in {folder} is registered by a program, which no folder starts by itself; "
+            f"{unknown[0]} of the run in {folder} is registered by a program, "
+            "which no folder starts by itself; "
             f"if you trust that program, add {options}"
         )
 
@@ -196,19 +253,25 @@ def check_registered(run: RunConfig, folder: str | Path) -> None:
 @lru_cache
 def _commit() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str:
-        how: dict[str, Any] = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "timeout": 20}
+        how: dict[str, Any] = {
+            "cwd": Path(__file__).parents[1],
+            "capture_output": True,
+            "text": True,
+            "timeout": 20,
+        }
         return subprocess.run(["git", *words], check=True, **how).stdout.strip()
 
     try:
         if git("ls-files", "--", "."):
-            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
+            commit = git("rev-parse", "HEAD")
+            return commit, bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
     except (OSError, subprocess.SubprocessError):
         pass
     return None, None
 
 
 def settled(run: RunConfig, folder: str | Path) -> RunConfig:
-    """A run that has claimed a folder: its tokenizer is its own copy, and paths do not depend on the directory.
+    """A run that has claimed a folder: its tokenizer is its copy, and its paths hold anywhere.
 
     Example:
         >>> from dsv3_jax.config import DataConfig
@@ -231,19 +294,23 @@ def _with_own_tokenizer(run: RunConfig, folder: str | Path) -> RunConfig:
 def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     """As `first_difference`, of what makes a run this one.
 
-    Not compared: execution, how paths of the text and of the other run are written, and `MAY_CHANGE`. Tokenizers are
-    compared by their ids.
+    Not compared: execution, how paths of the text and of the other run are written, and
+    `MAY_CHANGE`. Tokenizers are compared by their ids.
 
     Example:
         >>> from dsv3_jax.presets import recipe
         >>> run = recipe("tiny")
-        >>> difference(run, replace(run, seed=9)), difference(run, replace(run, execution=Execution("bfloat16")))
+        >>> executed = replace(run, execution=Execution("bfloat16"))
+        >>> difference(run, replace(run, seed=9)), difference(run, executed)
         (('seed', 0, 9), None)
     """
 
     def identity(run: RunConfig) -> dict:
         data = replace(run.data, paths=tuple(map(hub.absolute, run.data.paths)), tokenizer="bytes")
-        others = {key: value and os.path.abspath(value) for key, value in (("trunk", run.trunk), ("start", run.start))}
+        others = {
+            key: value and os.path.abspath(value)
+            for key, value in (("trunk", run.trunk), ("start", run.start))
+        }
         values = to_dict(replace(run, execution=Execution(), data=data, **others))
         return {key: value for key, value in values.items() if key not in MAY_CHANGE}
 

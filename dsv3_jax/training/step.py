@@ -1,9 +1,10 @@
 """The pure training step: (state, batch) → (state, metrics). No files, no loop, no clock.
 
-If a run has the trunk of another run (`RunConfig.trunk`), only the multi-token heads are trained. The gradient is taken
-of their parameters only, so nothing runs backward through the trunk, and the optimizer has no state for it. If a run
-has low-rank adapters (`RunConfig.lora`), they alone are trained, see `lora`. In the warm-up of sparse attention
-(`RunConfig.indexer_stage`) it is the indexers.
+If a run has the trunk of another run (`RunConfig.trunk`), only the multi-token heads are trained.
+The gradient is taken of their parameters only, so nothing runs backward through the trunk, and the
+optimizer has no state for it. If a run has low-rank adapters (`RunConfig.lora`), they alone are
+trained, see `lora`. In the warm-up of sparse attention (`RunConfig.indexer_stage`) it is the
+indexers.
 """
 
 from collections.abc import Callable
@@ -31,17 +32,24 @@ from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_coun
 from dsv3_jax.training.metrics import of_load, over_layers
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "bias", "opt", "step", "start_bias"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "bias", "opt", "step", "start_bias"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class TrainState:
     """All that training changes."""
 
-    # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders in its places.
-    params: Any  # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
+    # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders.
+
+    # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
+    params: Any
     bias: Any  # nnx.State: the router's correction biases
     opt: Any  # the optimizer's, of the parameters that train; see `optim`
     step: Any  # int32 []: optimizer steps taken
-    # nnx.State: the start's router biases. Only for GRPO's KL with LoRA: its start is these and the frozen weights
+    # nnx.State: the start's router biases. Only for GRPO's KL with LoRA: its start is these and the
+    # frozen weights
     start_bias: Any = ()
 
 
@@ -64,13 +72,17 @@ Batch = dict[str, Array]
 
 def graph_of(job: Job) -> nnx.GraphDef:
     """The model's structure without its arrays."""
-    return nnx.split(abstract(job.run.model, job.run.execution, job.kernels), nnx.Param, RouterBias)[0]
+    model = abstract(job.run.model, job.run.execution, job.kernels)
+    return nnx.split(model, nnx.Param, RouterBias)[0]
 
 
-def init_state(job: Job, params: nnx.State | None = None, bias: nnx.State | None = None) -> TrainState:
+def init_state(
+    job: Job, params: nnx.State | None = None, bias: nnx.State | None = None
+) -> TrainState:
     """Make the state of step 0 in one compiled program, sharded over the mesh.
 
-    Args: params, bias: parameters and router biases of another run, donated; all others are drawn by the run's seed.
+    Args: params, bias: parameters and router biases of another run, donated; all others are drawn
+        by the run's seed.
 
     Example:
         >>> import dsv3_jax as ds
@@ -81,9 +93,10 @@ def init_state(job: Job, params: nnx.State | None = None, bias: nnx.State | None
     make = partial(_make_state, job)
     key = jax.random.key(job.run.seed)
     given = params or nnx.State({}), bias or nnx.State({})
-    # Without a mesh committed to one device, as a restored state is, so that both use one compiled step.
+    # Without a mesh committed to one device, as a restored state is: both use one compiled step.
     of = partial(sharding.state_sharding, mesh=job.mesh, fsdp=job.run.execution.layout.fsdp)
-    given, where = jax.device_put(given, of(given), donate=True), of(jax.eval_shape(make, key, *given))
+    where = of(jax.eval_shape(make, key, *given))
+    given = jax.device_put(given, of(given), donate=True)
     device = jax.devices()[0] if job.mesh is None else job.mesh.devices.flat[0]
     return compile_lightly(make, device, out_shardings=where, donate_argnums=(1, 2))(key, *given)
 
@@ -91,14 +104,17 @@ def init_state(job: Job, params: nnx.State | None = None, bias: nnx.State | None
 def abstract_state(job: Job, frozen: Any = jnp.float32) -> TrainState:
     """The shapes of a run's state: nothing is allocated.
 
-    Args: frozen: dtype of the weights that are frozen, which is that of the run or folder that they come from.
+    Args: frozen: dtype of the weights that are frozen, which is that of the run or folder that they
+        come from.
 
     Example:
         >>> import dsv3_jax as ds
         >>> abstract_state(Job(ds.recipe("v3"))).params["embed"].shape
         (129280, 7168)
     """
-    state = jax.eval_shape(partial(_make_state, job), jax.random.key(job.run.seed), nnx.State({}), nnx.State({}))
+    state = jax.eval_shape(
+        partial(_make_state, job), jax.random.key(job.run.seed), nnx.State({}), nnx.State({})
+    )
     params = map_frozen(lambda x: jax.ShapeDtypeStruct(x.shape, frozen), job.run, state.params)
     return replace(state, params=params)
 
@@ -109,7 +125,8 @@ def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> Tra
     params = nnx.merge_state(params, lora.init(job.run.lora, params, key))
     bias = nnx.merge_state(nnx.state(model, RouterBias), bias)
     start_bias = bias if job.run.grpo.kl and job.run.lora.rank else ()
-    return TrainState(params, bias, init_optimizer(job, params), jnp.zeros((), jnp.int32), start_bias)
+    opt = init_optimizer(job, params)
+    return TrainState(params, bias, opt, jnp.zeros((), jnp.int32), start_bias)
 
 
 def init_optimizer(job: Job, params: nnx.State) -> Any:
@@ -118,11 +135,14 @@ def init_optimizer(job: Job, params: nnx.State) -> Any:
     Example:
         >>> import dsv3_jax as ds
         >>> job = Job(ds.recipe("tiny"))
-        >>> jax.eval_shape(lambda params: init_optimizer(job, params), abstract_state(job).params).mu["embed"].shape
+        >>> params = abstract_state(job).params
+        >>> state = jax.eval_shape(lambda params: init_optimizer(job, params), params)
+        >>> state.mu["embed"].shape
         (260, 128)
     """
     run = job.run
-    return optim.make(run.optim, run.steps, transformation=job.optimizer).init(split_trainable(run, params)[0])
+    optimizer = optim.make(run.optim, run.steps, transformation=job.optimizer)
+    return optimizer.init(split_trainable(run, params)[0])
 
 
 def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -131,7 +151,8 @@ def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.S
     Example:
         >>> import dsv3_jax as ds
         >>> run = ds.recipe("tiny")
-        >>> trained, frozen = split_trainable(ds.replace(run, trunk="runs/demo"), abstract_state(Job(run)).params)
+        >>> params = abstract_state(Job(run)).params
+        >>> trained, frozen = split_trainable(ds.replace(run, trunk="runs/demo"), params)
         >>> list(trained), "mtp" in frozen
         (['mtp'], False)
     """
@@ -143,7 +164,8 @@ def map_frozen(f: Callable, run: RunConfig, params: nnx.State) -> nnx.State:
 
     Example:
         >>> import dsv3_jax as ds
-        >>> run, params = ds.recipe("tiny"), nnx.State({"w": nnx.Param(jnp.zeros(1)), "mtp": nnx.Param(jnp.zeros(1))})
+        >>> run = ds.recipe("tiny")
+        >>> params = nnx.State({name: nnx.Param(jnp.zeros(1)) for name in ("w", "mtp")})
         >>> changed = map_frozen(lambda x: x + 1, ds.replace(run, trunk="runs/demo"), params)
         >>> changed["w"][...], changed["mtp"][...]
         (Array([1.], dtype=float32), Array([0.], dtype=float32))
@@ -180,16 +202,18 @@ def model_of(job: Job, state: TrainState) -> Transformer:
 
 
 def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Make the compiled step of a run, `step(state, batch, go=True)`; the state it is given is donated.
+    """Make the compiled step of a run, `step(state, batch, go=True)`; it donates the state.
 
-    The gradient of a batch split in microbatches is that of the complete batch: sums over targets or tokens are divided
-    by the complete batch's counts, and the sequence-wise loss by its rows. A microbatch has its own Switch loss, its
-    own capacity of experts, and its own target of the rule "quantile"; of the first and the last the mean is taken.
-    The bias is updated once, after the optimizer, by the load of the complete batch. A router's noise is that of the
-    run's seed, the step and the row, in whatever part the row is. If the loss or a gradient is not finite, or `go` is
-    False, the state does not change, and `finite` in the metrics is False. Given the last step's `finite` as `go`, a
-    step may start before that is known, and changes nothing after a bad one. A step of GRPO without
-    answers counts, but has nothing to learn from: neither momentum nor weight decay moves a weight.
+    The gradient of a batch split in microbatches is that of the complete batch: sums over targets
+    or tokens are divided by the complete batch's counts, and the sequence-wise loss by its rows. A
+    microbatch has its own Switch loss, its own capacity of experts, and its own target of the rule
+    "quantile"; of the first and the last the mean is taken. The bias is updated once, after the
+    optimizer, by the load of the complete batch. A router's noise is that of the run's seed, the
+    step and the row, in whatever part the row is. If the loss or a gradient is not finite, or `go`
+    is False, the state does not change, and `finite` in the metrics is False. Given the last step's
+    `finite` as `go`, a step may start before that is known, and changes nothing after a bad one. A
+    step of GRPO without answers counts, but has nothing to learn from: neither momentum nor weight
+    decay moves a weight.
 
     Example:
         >>> import dsv3_jax as ds
@@ -227,8 +251,10 @@ def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Ar
         moved = updated_bias(bias, out.load, jnp.where(moves, gamma, 0.0), rule, out.bias_measure)
         bias = nnx.merge_state(moved, _split_moving(run, bias)[1])
     params = nnx.merge_state(params, frozen)
-    new = replace(state, params=params, bias=bias, opt=opt, step=state.step + finite.astype(jnp.int32))
-    return _constrain(job, new), _metrics(job, state, out, bias) | {"grad_norm": norm, "finite": finite}
+    taken = state.step + finite.astype(jnp.int32)
+    new = _constrain(job, replace(state, params=params, bias=bias, opt=opt, step=taken))
+    metrics = _metrics(job, state, out, bias)
+    return new, metrics | {"grad_norm": norm, "finite": finite}
 
 
 def _metrics(job: Job, state: TrainState, out: Losses, bias: nnx.State) -> dict[str, Array]:
@@ -256,13 +282,20 @@ def _constrain(job: Job, tree: Any) -> Any:
 
 
 def _gradients(
-    job: Job, graph: nnx.GraphDef, trained: nnx.State, frozen: nnx.State, state: TrainState, batch: Batch
+    job: Job,
+    graph: nnx.GraphDef,
+    trained: nnx.State,
+    frozen: nnx.State,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[nnx.State, Losses]:
-    """The gradient of a batch with respect to what trains; its microbatches are read one after the other."""
+    """The gradient of a batch by what trains; its microbatches are read one after another."""
     run = job.run
     parts = job.run.optim.microbatches
     how: dict[str, Any] = {
-        "counts": target_counts(batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask")),
+        "counts": target_counts(
+            batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask")
+        ),
         "token_counts": token_counts(run.model, batch["segment_ids"]),
         "share": 1 / parts,
         "one_document": bool(run.grpo.group) or not run.data.separate_documents,
@@ -271,7 +304,11 @@ def _gradients(
     watch = () if run.optim.qk_clip is None else ("max_logit",)
     if run.model.attention == "dsa":
         watch += (f"index_{run.indexer_stage}",)
-    how |= {"head_loss": run.head_loss, "watch": watch, "grpo": run.grpo if run.grpo.group else None}
+    how |= {
+        "head_loss": run.head_loss,
+        "watch": watch,
+        "grpo": run.grpo if run.grpo.group else None,
+    }
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
@@ -293,10 +330,11 @@ def _gradients(
 
 
 def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
-    """Matrices in the dtype of use, cast once a step, so that their gradients come in it, half as large.
+    """Matrices in the dtype of use, cast once a step: their gradients come in it, half as large.
 
-    Under fsdp they are summed over devices in it, and the kernels for Hopper GPUs round those of experts, so nothing is
-    rounded twice; other GPUs round those of experts here. Embeddings and routers stay exact.
+    Under fsdp they are summed over devices in it, and the kernels for Hopper GPUs round those of
+    experts, so nothing is rounded twice; other GPUs round those of experts here. Embeddings and
+    routers stay exact.
     """
     run = job.run
     kernels = job.chosen()
@@ -312,11 +350,12 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
 
 
 def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
-    """The batch with a random key for each row, of the run's seed, the step and the row, if the router has noise."""
+    """The batch with a key for each row, of seed, step and row, if the router has noise."""
     if not routing.ROUTERS[run.model.router].has_noise:
         return batch
     of_run = jax.random.fold_in(jax.random.key(run.seed), _NOISE)
-    return batch | {"keys": jax.random.split(jax.random.fold_in(of_run, step), len(batch["tokens"]))}
+    of_step = jax.random.fold_in(of_run, step)
+    return batch | {"keys": jax.random.split(of_step, len(batch["tokens"]))}
 
 
 _NOISE = 0x4E4F4953  # apart from the keys of the initial weights, which are numbered from 0
@@ -337,7 +376,8 @@ def updated_bias(
         measure: what the rule needs beside the load, in the same rows.
 
     Example:
-        >>> bias = nnx.State({"sparse": {"bias": RouterBias(jnp.zeros((1, 3)))}})  # one layer, three experts
+        >>> bias = RouterBias(jnp.zeros((1, 3)))  # one layer, three experts
+        >>> bias = nnx.State({"sparse": {"bias": bias}})
         >>> load = jnp.array([[3.0, 2.0, 1.0]])
         >>> updated_bias(bias, load, jnp.float32(0.5), balance.RULES["sign"])["sparse"]["bias"][...]
         Array([[-0.5,  0. ,  0.5]], dtype=float32)
@@ -354,18 +394,22 @@ def updated_bias(
 
 
 def _in_rows(bias: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
-    """The routers' biases in the order of the load's rows: the trunk's sparse layers, then the heads."""
-    return sorted(nnx.to_flat_state(bias), key=lambda item: int(item[0][1]) if item[0][0] == "mtp" else -1)
+    """The routers' biases in the order of the load's rows: the trunk's layers, then the heads."""
+    return sorted(
+        nnx.to_flat_state(bias), key=lambda item: int(item[0][1]) if item[0][0] == "mtp" else -1
+    )
 
 
 def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
-    """Name the first tensor that is not finite: a parameter, else a gradient of this batch, else the loss itself.
+    """Name the first tensor that is not finite: a parameter, else a gradient, else the loss.
 
     Example:
         >>> import dsv3_jax as ds
-        >>> run = ds.replace(ds.recipe("tiny"), model=ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0))
-        >>> state = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), abstract_state(Job(run)))
-        >>> first_bad_tensor(Job(run), state, batch={})  # no gradient is computed: a parameter is bad
+        >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
+        >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
+        >>> shapes = abstract_state(Job(run))
+        >>> state = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+        >>> first_bad_tensor(Job(run), state, batch={})  # a parameter is bad: no gradient is needed
         'parameter dense.attn.kv_norm.scale'
     """
     run = job.run

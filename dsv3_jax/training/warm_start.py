@@ -1,12 +1,14 @@
 """A run that begins with another run's last checkpoint, and heads on another run's frozen trunk.
 
-`start`: parameters and router biases are the other run's; optimizer, steps and data position are new. Settings that add
-no parameters may differ: context length and YaRN, load balancing. MLA may become sparse attention, whose indexers are
-new. With `lora`, the other run's parameters stay as they
-are, and new adapters are trained.
-`trunk`: everything but the multi-token heads is the other run's, and stays as it is. The heads alone are trained.
+`start`: parameters and router biases are the other run's; optimizer, steps and data position are
+new. Settings that add no parameters may differ: context length and YaRN, load balancing. MLA may
+become sparse attention, whose indexers are new. With `lora`, the other run's parameters stay as
+they are, and new adapters are trained.
+`trunk`: everything but the multi-token heads is the other run's, and stays as it is. The heads
+alone are trained.
 
-The other run is opened once, before the first step, and not again: a run that has a checkpoint does not need it.
+The other run is opened once, before the first step, and not again: a run that has a checkpoint does
+not need it.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,8 @@ START_KEYS = (
     "init_std",
 )
 TRUNK_KEYS = ("mtp_depth", "mtp_kind", "mtp_input")
-INDEX_KEYS = ("attention", "index_heads", "index_dim", "index_interleaved", "index_types")  # beside a start with MLA
+# beside a start with MLA
+INDEX_KEYS = ("attention", "index_heads", "index_dim", "index_interleaved", "index_types")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Start:
     place: str  # its folder
     run: RunConfig  # its model, and what its tokens mean
     released: bool  # then data and execution of `run` mean nothing
-    # (the model, sharded over the job's mesh; which it is). Weights that the job trains are float32.
+    # (the model, sharded over the job's mesh; which it is). Weights that train are float32.
     load: Callable[[Job], tuple[Transformer, str]]
     four_bits: bool = False  # of some weights: these are for a run that freezes them
 
@@ -64,7 +67,9 @@ def open_run(place: str) -> Start:
 
     def load(job: Job) -> tuple[Transformer, str]:
         run = job.run
-        model, _, step = load_run(place, job.mesh, kernels=run.execution.kernels, widen=not run.freezes)
+        model, _, step = load_run(
+            place, job.mesh, kernels=run.execution.kernels, widen=not run.freezes
+        )
         return model, f"of step {step} "
 
     return Start(place, run, False, load)
@@ -73,7 +78,8 @@ def open_run(place: str) -> Start:
 def on_weights(run: RunConfig, start: Start) -> RunConfig:
     """Make a recipe begin with another run's weights, and take its model, execution and data.
 
-    A recipe for chats takes the tokenizer alone of the data, and so does every recipe from a released model.
+    A recipe for chats takes the tokenizer alone of the data, and so does every recipe from a
+    released model.
 
     Example:
         >>> import dsv3_jax as ds
@@ -96,7 +102,9 @@ def on_trunk(run: RunConfig, trunk: Start) -> RunConfig:
         (True, 'runs/lab')
     """
     run = _like(run, trunk)
-    return replace(run, model=replace(run.model, mtp_depth=run.model.mtp_depth or 1), trunk=trunk.place)
+    return replace(
+        run, model=replace(run.model, mtp_depth=run.model.mtp_depth or 1), trunk=trunk.place
+    )
 
 
 def _like(run: RunConfig, other: Start) -> RunConfig:
@@ -109,7 +117,7 @@ def _like(run: RunConfig, other: Start) -> RunConfig:
 
 
 def check(run: RunConfig, start: Start) -> None:
-    """Check that a run can begin with the other one, which has its model but for the free keys, and its tokens.
+    """Check that a run can begin with the other: its model but for the free keys, and its tokens.
 
     Raises: ValueError.
     """
@@ -117,19 +125,26 @@ def check(run: RunConfig, start: Start) -> None:
     was = start.run.model.attention
     if run.trunk is None and (was, run.model.attention) == ("mla", "dsa"):
         free = (*START_KEYS, *INDEX_KEYS)
-    theirs, ours = ({k: v for k, v in to_dict(r.model).items() if k not in free} for r in (start.run, run))
+    theirs, ours = (
+        {k: v for k, v in to_dict(r.model).items() if k not in free} for r in (start.run, run)
+    )
     if different := first_difference(theirs, ours):
         key, a, b = different
         raise ConfigError(f"model.{key}={b!r} is not that of {name}={start.place!r}, {a!r}")
     if (was, start.run.indexer_stage, run.indexer_stage) == ("dsa", "sparse", "warm"):
         raise ConfigError(
-            f"indexer_stage='warm' learns from dense attention, and that of start={start.place!r} is sparse"
+            "indexer_stage='warm' learns from dense attention, "
+            f"and that of start={start.place!r} is sparse"
         )
     if start.four_bits and not run.freezes:
-        raise ConfigError(f"start={start.place!r} has weights of 4 bits, which do not train; use lora, or convert it")
+        raise ConfigError(
+            f"start={start.place!r} has weights of 4 bits, which do not train; "
+            "use lora, or convert it"
+        )
     if not same_tokenizer(start.run.data.tokenizer, run.data.tokenizer):
         raise ValueError(
-            f"data.tokenizer={run.data.tokenizer!r} gives ids another meaning than that of {name}={start.place!r}"
+            f"data.tokenizer={run.data.tokenizer!r} gives ids another meaning than that of "
+            f"{name}={start.place!r}"
         )
 
 

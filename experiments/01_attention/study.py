@@ -22,7 +22,7 @@ def variants(base):
         "MLA, unmatched": mla,
     }
     runs = {name: replace(base, model=model) for name, model in models.items()}
-    # The base's learning rate was tuned for MLA. The others use the better of two rates (see README.md).
+    # The base's learning rate was tuned for MLA. The others have the better of two (README.md).
     half = replace(base.optim, learning_rate=base.optim.learning_rate / 2)
     return runs | {name: replace(runs[name], optim=half) for name in HALF}
 
@@ -43,12 +43,29 @@ def draw(results, path):
         size, losses = cache_bytes(results, variant), results.values(variant, "val_loss")
         x, colour = size * 1.03 ** sizes.count(size), drawing.colour_of(results, variant)
         ax.plot(np.full(len(losses), x), losses, ".", color=colour, alpha=0.6)
-        ax.errorbar([x], [losses.mean()], [half], fmt="o", color=colour, markersize=9, capsize=4, label=variant)
+        ax.errorbar(
+            [x],
+            [losses.mean()],
+            [half],
+            fmt="o",
+            color=colour,
+            markersize=9,
+            capsize=4,
+            label=variant,
+        )
         sizes.append(size)
     title = drawing.answer(lambda: words(results), "Loss by cache size")
-    drawing.style_axes(ax, title, "cache, bytes per token", "validation loss, nats; bars: 95 % interval")
+    drawing.style_axes(
+        ax, title, "cache, bytes per token", "validation loss, nats; bars: 95 % interval"
+    )
     drawing.make_logarithmic(ax, "x", sorted(set(sizes)))
-    figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=9,
+        ncols=4,
+        loc="outside lower center",
+    )
     write_figure(figure, path)
 
 
@@ -63,7 +80,10 @@ def claim(text, variant, against, expect="lower"):
 
 STUDY = Study(
     question="Does MLA reach the loss of MHA with a cache as small as MQA's?",
-    published="15.6K cached numbers per token against MHA's 110.6K, at equal or better quality (DeepSeek-V2 report)",
+    published=(
+        "15.6K cached numbers per token against MHA's 110.6K, "
+        "at equal or better quality (DeepSeek-V2 report)"
+    ),
     variants=variants,
     columns=(
         Column("validation loss", "val_loss", 4, paired=True),

@@ -1,4 +1,4 @@
-"""DeepSeekMoE's ladder: dense, one large expert, two, a shared one, finer ones; equal total and active parameters."""
+"""DeepSeekMoE's ladder of experts, from dense to fine ones; equal total and active parameters."""
 
 from dsv3_jax.config import replace
 from experiments.lab import ABOVE, Column, Study, drawing
@@ -23,7 +23,10 @@ def draw(results, path):
 
 STUDY = Study(
     question="Do shared and finer experts lower the loss at equal total and active parameters?",
-    published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
+    published=(
+        "dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); "
+        "every rung of the ladder helps"
+    ),
     variants=variants,
     draw=draw,
     claims=(
@@ -36,7 +39,11 @@ STUDY = Study(
         claim("the finest are better than GShard", FINE_4, GSHARD, -0.059),
         claim("the finest are better than dense", FINE_4, DENSE, -0.252),
     ),
-    stakes={"experts": Stake("no routed expert: dense", lambda results: results.paired(DENSE, FINE_4, "val_loss"))},
+    stakes={
+        "experts": Stake(
+            "no routed expert: dense", lambda results: results.paired(DENSE, FINE_4, "val_loss")
+        )
+    },
     columns=(
         Column("validation loss", "val_loss", 4, paired=True, against=(ABOVE,)),
         Column("bits per byte", "val_bits_per_byte", 4),

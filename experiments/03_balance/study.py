@@ -1,4 +1,4 @@
-"""Rules of balancing at several strengths: curves of MaxVio against loss, on the training mix and by domain."""
+"""Rules of balancing at several strengths: MaxVio against loss, on the mix and by domain."""
 
 import jax
 import numpy as np
@@ -17,32 +17,47 @@ BIAS, SEQUENCE, PROPORTIONAL = "loss-free, γ 3e-3", "sequence-wise, α 3e-3", "
 SWITCH = "Switch loss, α 1e-2"  # Switch Transformer's
 RULES = {  # rule → the strengths that it is tried at, by variant
     "sign of the load's error (loss-free)": {
-        f"loss-free, γ {rate}": replace(NONE, bias_rate=float(rate)) for rate in ("1e-4", "1e-3", "3e-3", "1e-2")
+        f"loss-free, γ {rate}": replace(NONE, bias_rate=float(rate))
+        for rate in ("1e-4", "1e-3", "3e-3", "1e-2")
     },
     "proportional to the error": {
         f"proportional, γ {rate}": replace(NONE, bias_rate=float(rate), rule="proportional")
         for rate in ("3e-3", "1e-2", "3e-2")
     },
-    "quantile": {f"quantile, γ {rate}": replace(NONE, bias_rate=rate, rule="quantile") for rate in (0.03, 0.1, 0.3)},
+    "quantile": {
+        f"quantile, γ {rate}": replace(NONE, bias_rate=rate, rule="quantile")
+        for rate in (0.03, 0.1, 0.3)
+    },
     "batch-wise loss (Switch)": {
-        f"Switch loss, α {alpha}": replace(NONE, switch_alpha=float(alpha)) for alpha in ("1e-3", "1e-2", "1e-1")
+        f"Switch loss, α {alpha}": replace(NONE, switch_alpha=float(alpha))
+        for alpha in ("1e-3", "1e-2", "1e-1")
     },
     "sequence-wise loss": {
-        f"sequence-wise, α {alpha}": replace(NONE, sequence_alpha=float(alpha)) for alpha in ("3e-4", "3e-3", "3e-2")
+        f"sequence-wise, α {alpha}": replace(NONE, sequence_alpha=float(alpha))
+        for alpha in ("3e-4", "3e-3", "3e-2")
     },
 }
-BOTH = {"loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4)}  # DeepSeek-V3's α
+# The sequence-wise α is DeepSeek-V3's.
+BOTH = {"loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4)}
 SHOWN = ("none", SWITCH, SEQUENCE, BIAS, PROPORTIONAL, "quantile, γ 0.1")  # over training
 
 
 def variants(base):
-    balances = {"none": NONE} | {name: balance for rule in RULES.values() for name, balance in rule.items()} | BOTH
-    return {name: replace(base, model=replace(base.model, balance=balance)) for name, balance in balances.items()}
+    balances = {"none": NONE}
+    balances |= {name: balance for rule in RULES.values() for name, balance in rule.items()}
+    balances |= BOTH
+    return {
+        name: replace(base, model=replace(base.model, balance=balance))
+        for name, balance in balances.items()
+    }
 
 
 def measure(trained):
     """Measure the range of the biases within a layer (largest − smallest), mean over layers."""
-    biases = [np.ptp(np.asarray(b), axis=-1) for b in jax.tree.leaves(nnx.state(trained.model, RouterBias))]
+    biases = [
+        np.ptp(np.asarray(b), axis=-1)
+        for b in jax.tree.leaves(nnx.state(trained.model, RouterBias))
+    ]
     return {"bias_range": float(np.mean(np.concatenate([b.ravel() for b in biases])))}
 
 
@@ -60,12 +75,12 @@ def log_in_domains(numbers):
 
 
 def log_max_vio(numbers):
-    """Return ln MaxVio of the training mix: its noise is then alike in balanced and unbalanced runs."""
+    """Return ln MaxVio of the training mix: its noise is then alike in balanced and other runs."""
     return float(np.log(numbers["max_vio_training_mix"]))
 
 
 def apart(numbers):
-    """Return ln of MaxVio within domains over that of the mix: how much more a domain is on its own experts."""
+    """Return ln of MaxVio within domains over the mix's: how far domains have their own experts."""
     return float(np.log(in_domains(numbers) / numbers["max_vio_training_mix"]))
 
 
@@ -81,23 +96,39 @@ def draw(results, path):
                 continue
             steps, values = results.curve(name, "max_vio")
             left.plot(steps, values.mean(0), color=COLOURS[rule], linewidth=1.4)
-            left.fill_between(steps, values.min(0), values.max(0), color=COLOURS[rule], alpha=0.15, linewidth=0)
-    title = drawing.answer(lambda: even_words(results), "MaxVio of a step's tokens, at a middle strength")
-    drawing.style_axes(left, title, "step; shaded: seeds", "MaxVio of a step's tokens, at a middle strength")
+            left.fill_between(
+                steps, values.min(0), values.max(0), color=COLOURS[rule], alpha=0.15, linewidth=0
+            )
+    title = drawing.answer(
+        lambda: even_words(results), "MaxVio of a step's tokens, at a middle strength"
+    )
+    drawing.style_axes(
+        left, title, "step; shaded: seeds", "MaxVio of a step's tokens, at a middle strength"
+    )
     plot_rules(middle, results, "val_loss")
     title = drawing.answer(
         lambda: f"No balance against the bias: {drawing.change(results, 'none', BIAS)} nats",
         "What balance costs: loss by MaxVio",
     )
-    drawing.style_axes(middle, title, "MaxVio of the training mix", "nats per token; bars: 95 % interval")
+    drawing.style_axes(
+        middle, title, "MaxVio of the training mix", "nats per token; bars: 95 % interval"
+    )
     plot_rules(right, results, log_in_domains, shown=np.exp)
     title = drawing.answer(lambda: domain_words(results), "Balance of the mix and within domains")
-    drawing.style_axes(right, title, "MaxVio of the training mix", "MaxVio of a domain, mean; bars: 95 % interval")
+    drawing.style_axes(
+        right, title, "MaxVio of the training mix", "MaxVio of a domain, mean; bars: 95 % interval"
+    )
     for ax, which in ((left, "y"), (middle, "x"), (right, "x"), (right, "y")):
         drawing.make_logarithmic(ax, which, TICKS)
     low, high = right.get_xlim()
     right.plot([low, high], [low, high], ":", color="0.5", linewidth=0.8)
-    figure.legend(*middle.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower center")
+    figure.legend(
+        *middle.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=9,
+        ncols=6,
+        loc="outside lower center",
+    )
     write_figure(figure, path)
 
 
@@ -109,7 +140,10 @@ def even_words(results):
 def domain_words(results):
     """Say how uneven a domain is, as a multiple of the mix; geometric means over seeds."""
     times = [np.exp(results.values(name, apart).mean()) for name in (BIAS, SEQUENCE)]
-    return "A domain's MaxVio: {:.1f} × the mix's with the bias,\n{:.1f} × with a sequence-wise loss".format(*times)
+    words = (
+        "A domain's MaxVio: {:.1f} × the mix's with the bias,\n{:.1f} × with a sequence-wise loss"
+    )
+    return words.format(*times)
 
 
 COLOURS = {"no balance": "0.3"} | {rule: f"C{i}" for i, rule in enumerate(RULES)}
@@ -117,40 +151,67 @@ COLOURS = {"no balance": "0.3"} | {rule: f"C{i}" for i, rule in enumerate(RULES)
 
 def rules(results):
     """Return rule → its variants with results, weakest first."""
-    names = {"no balance": ("none",)} | {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
-    return {rule: [name for name in found if name in results.variants] for rule, found in names.items()}
+    names = {"no balance": ("none",)}
+    names |= {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
+    return {
+        rule: [name for name in found if name in results.variants] for rule, found in names.items()
+    }
 
 
 def plot_rules(ax, results, key, **how):
     for rule, names in rules(results).items():
         if names:
-            drawing.plot_strengths(ax, results, names, "max_vio_training_mix", key, COLOURS[rule], rule, **how)
+            drawing.plot_strengths(
+                ax, results, names, "max_vio_training_mix", key, COLOURS[rule], rule, **how
+            )
 
 
-def balance(text, variant, against, expect="lower", key=log_max_vio, unit="ln MaxVio", published=None):
+def balance(
+    text, variant, against, expect="lower", key=log_max_vio, unit="ln MaxVio", published=None
+):
     return Claim(text, variant, against, key, expect, unit=unit, digits=2, published=published)
 
 
 STUDY = Study(
-    question="Does the loss-free bias balance experts better than an auxiliary loss, and at a lower loss?",
-    published="MaxVio 0.72 → 0.04, perplexity 9.56 → 9.50 (1B, auxiliary loss → loss-free); γ 1e-4 slow, 1e-2 unstable",
+    question=(
+        "Does the loss-free bias balance experts better than an auxiliary loss, "
+        "and at a lower loss?"
+    ),
+    published=(
+        "MaxVio 0.72 → 0.04, perplexity 9.56 → 9.50 (1B, auxiliary loss → loss-free); "
+        "γ 1e-4 slow, 1e-2 unstable"
+    ),
     variants=variants,
     measure=measure,
     columns=(
         Column("validation loss", "val_loss", 4, paired=True, against=(BASELINE,)),
         Column("MaxVio, training mix", "max_vio_training_mix", 2),
         Column("MaxVio, equal shares of the domains", "max_vio_global", 2),
-        Column("MaxVio of a domain, mean", lambda results, variant: results.values(variant, in_domains), 2),
+        Column(
+            "MaxVio of a domain, mean",
+            lambda results, variant: results.values(variant, in_domains),
+            2,
+        ),
         Column("MaxVio of a step, last fifth", late_max_vio, 2),
         Column("range of biases", "bias_range", 3),
     ),
     draw=draw,
     claims=(
-        balance("the bias balances better than its paper's auxiliary loss", BIAS, BASELINE, published=-2.89),
+        balance(
+            "the bias balances better than its paper's auxiliary loss",
+            BIAS,
+            BASELINE,
+            published=-2.89,
+        ),
         balance("the bias balances better than a sequence-wise loss", BIAS, SEQUENCE),
         balance("γ 1e-4 balances worse than 3e-3", "loss-free, γ 1e-4", BIAS, "higher"),
         balance("γ 1e-2 balances worse than 3e-3", "loss-free, γ 1e-2", BIAS, "higher"),
-        balance("steps in proportion to the error balance better than its sign", PROPORTIONAL, BIAS, published=-0.45),
+        balance(
+            "steps in proportion to the error balance better than its sign",
+            PROPORTIONAL,
+            BIAS,
+            published=-0.45,
+        ),
         balance("the quantile rule balances better than the sign", "quantile, γ 0.1", BIAS),
         balance(
             "the bias leaves domains less even than a sequence-wise loss",
@@ -174,10 +235,24 @@ STUDY = Study(
             "sequence-wise, α 3e-2",
             published=-0.005,
         ),
-        Claim("the bias has a lower loss than the auxiliary loss", BIAS, BASELINE, stake="balance", published=-0.0063),
-        Claim("the bias has a lower loss than a sequence-wise loss", BIAS, SEQUENCE, stake="balance", published=-0.005),
+        Claim(
+            "the bias has a lower loss than the auxiliary loss",
+            BIAS,
+            BASELINE,
+            stake="balance",
+            published=-0.0063,
+        ),
+        Claim(
+            "the bias has a lower loss than a sequence-wise loss",
+            BIAS,
+            SEQUENCE,
+            stake="balance",
+            published=-0.005,
+        ),
     ),
-    stakes={"balance": Stake("no balance", lambda results: results.paired("none", BIAS, "val_loss"))},
+    stakes={
+        "balance": Stake("no balance", lambda results: results.paired("none", BIAS, "val_loss"))
+    },
     facts={
         "1e5": "published",
         "100 steps, 500 steps": "the run's length",

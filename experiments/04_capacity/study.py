@@ -20,26 +20,33 @@ def variants(base):
         f"capacity {factor:g}": replace(base, model=replace(base.model, capacity_factor=factor))
         for factor in (1.0, 1.25, 2.0)
     }
-    unbalanced = replace(capacities["capacity 1.25"].model, balance=Balance(bias_rate=0.0, sequence_alpha=0.0))
-    return {"no drop": base} | capacities | {"capacity 1.25, no balance": replace(base, model=unbalanced)}
+    unbalanced = replace(
+        capacities["capacity 1.25"].model, balance=Balance(bias_rate=0.0, sequence_alpha=0.0)
+    )
+    without = {"capacity 1.25, no balance": replace(base, model=unbalanced)}
+    return {"no drop": base} | capacities | without
 
 
 def measure(trained):
-    """Measure the loss of the same weights without capacity limit, and the dropped share of held-out text."""
+    """Measure the same weights' loss without the limit, and the dropped share of held-out text."""
     if trained.run.model.capacity_factor is None:
         return {"val_loss_no_drop": trained.numbers["val_loss"], "dropped_held_out": 0.0}
     shapes = abstract(replace(trained.run.model, capacity_factor=None), trained.run.execution)
     model = nnx.merge(nnx.graphdef(shapes), nnx.state(trained.model))
     metrics = evaluate(model, trained.held_out(), trained.tokenizer)
     graphdef, state = nnx.split(trained.model)
-    shares = [dropped_share(graphdef, state, batch["tokens"], batch["segment_ids"]) for batch in trained.held_out()]
+    shares = [
+        dropped_share(graphdef, state, batch["tokens"], batch["segment_ids"])
+        for batch in trained.held_out()
+    ]
     return {"val_loss_no_drop": metrics["val_loss"], "dropped_held_out": float(np.mean(shares))}
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def dropped_share(graphdef, state, tokens, segment_ids):
     """Return the dropped share of a batch's assignments, mean over layers."""
-    return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids).metrics["sparse"]["dropped"].mean()
+    found = nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids)
+    return found.metrics["sparse"]["dropped"].mean()
 
 
 dropped_in_training = late_mean("dropped")  # share of assignments
@@ -59,7 +66,9 @@ def draw(results, path):
 
 
 def words(results):
-    shares = [100 * dropped_in_training(results, name).mean() for name in ("capacity 1.25", UNBALANCED)]
+    shares = [
+        100 * dropped_in_training(results, name).mean() for name in ("capacity 1.25", UNBALANCED)
+    ]
     return "At capacity 1.25, {:.0f} % are dropped with balance, {:.0f} % without".format(*shares)
 
 
@@ -72,7 +81,10 @@ def costs(text, variant):
 
 STUDY = Study(
     question="What do dropped tokens cost, and does good balance make dropping unnecessary?",
-    published="DeepSeek-V3 drops no token in training or inference, thanks to its balance; no figure is given",
+    published=(
+        "DeepSeek-V3 drops no token in training or inference, "
+        "thanks to its balance; no figure is given"
+    ),
     variants=variants,
     measure=measure,
     columns=(
@@ -98,7 +110,10 @@ STUDY = Study(
         costs("a capacity of 1.25 without balance costs loss", UNBALANCED),
     ),
     stakes={
-        "drops": Stake("most assignments dropped", lambda results: results.paired(UNBALANCED, "no drop", "val_loss"))
+        "drops": Stake(
+            "most assignments dropped",
+            lambda results: results.paired(UNBALANCED, "no drop", "val_loss"),
+        )
     },
     facts={
         "1e-4": "a weight",

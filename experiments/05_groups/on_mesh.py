@@ -1,4 +1,4 @@
-"""Run a trained model on a mesh of 8 CPU devices, one for each group of experts, and count the bytes that it sends.
+"""Run a trained model on a mesh of 8 CPU devices, one a group of experts, and count bytes sent.
 
 python experiments/05_groups/on_mesh.py RUN_FOLDER      prints one line of JSON
 """
@@ -29,14 +29,14 @@ DEVICES = 8
 
 @partial(jax.jit, static_argnames="graphdef")
 def routing_of(graphdef, state, batch):
-    """Return the experts of each token [L, B, T, K] and the copies of a token that were sent [L], empty slots too."""
+    """Return each token's experts [L, B, T, K] and its sent copies [L], empty slots too."""
     model = nnx.merge(graphdef, state)
     out = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
     return out.routing.expert_ids, out.metrics["sparse"]["tokens_sent"]
 
 
 def measure(folder):
-    """Return, of one layer's forward pass, mean over layers: rounds, copies of a token, and bytes a token."""
+    """Return, of one layer's forward pass, mean over layers: rounds, copies and bytes a token."""
     mesh = sharding.make_mesh(expert=DEVICES)
     trained, run, _ = load_run(folder, mesh)
     execution = replace(run.execution, layout=Layout(expert_comm="all_to_all"))
@@ -44,7 +44,9 @@ def measure(folder):
     nnx.update(model, nnx.state(trained))
     [batch] = TaskSource(Facts(), run.data).val_batches(1)
     rows = jax.NamedSharding(mesh, jax.P(("data", "expert")))
-    batch = {key: jax.device_put(batch[key], rows) for key in ("tokens", "segment_ids", "positions")}
+    batch = {
+        key: jax.device_put(batch[key], rows) for key in ("tokens", "segment_ids", "positions")
+    }
     graphdef, state = nnx.split(model)
     with jax.set_mesh(mesh):
         program = routing_of.lower(graphdef, state, batch).compile()
@@ -53,7 +55,7 @@ def measure(folder):
     layers, size = len(sent), round_size(run.model, execution.layout, tokens, DEVICES)
     later_rounds = (sent * tokens / (DEVICES - 1) - size.tokens) / later_size(size, most=1).tokens
     np.testing.assert_allclose(later_rounds, later_rounds.round(), atol=1e-2)
-    # The program has a layer's first round by itself, and the later ones in a loop of unknown length.
+    # The program has a layer's first round by itself, later ones in a loop of unknown length.
     found = [c for c in traffic(program, dict(mesh.shape)).collectives if c.kind == "all-to-all"]
     first, later = (sum(c.wire for c in found if c.known == known) for known in (True, False))
     nbytes = first + later * later_rounds.sum() / layers
@@ -66,7 +68,10 @@ def measure(folder):
 
 
 def copies(ids, held):
-    """Count the other devices that a token's experts are on: ids [L, B, T, K], rows split over devices → [L, B, T]."""
+    """Count the other devices of a token's experts: ids [L, B, T, K] → [L, B, T].
+
+    Devices split the rows B.
+    """
     home = np.arange(ids.shape[1]) // (ids.shape[1] // DEVICES)
     reached = (ids // held)[..., None] == np.arange(DEVICES)  # [L, B, T, K, devices]
     away = np.arange(DEVICES) != home[:, None, None]  # [B, 1, devices]

@@ -1,4 +1,4 @@
-"""Group-limited routing on facts: what is learnt, and the bytes sent, by how many groups a token may reach."""
+"""Group-limited routing on facts: what is learnt and sent, by how many groups a token may reach."""
 
 import json
 import os
@@ -29,12 +29,14 @@ NO_LIMIT = name_of(GROUPS)
 
 def variants(base):
     cfg = base.model
-    # V3's ratio: 8 experts of 64 for 8 groups. Without a shared expert, because it costs facts (study 11).
+    # V3's ratio: 8 experts of 64 for 8 groups. No shared expert, as it costs facts (study 11).
     cfg = replace(
-        cfg, num_experts=64, experts_per_token=8, num_shared_experts=0, expert_dim=4, num_groups=GROUPS,
-        groups_per_token=GROUPS,
+        cfg, num_experts=64, experts_per_token=8, num_shared_experts=0, expert_dim=4,
+        num_groups=GROUPS, groups_per_token=GROUPS,
     )  # fmt: skip
-    runs = {name_of(kept): replace(base, model=replace(cfg, groups_per_token=kept)) for kept in KEPT}
+    runs = {
+        name_of(kept): replace(base, model=replace(cfg, groups_per_token=kept)) for kept in KEPT
+    }
     return {name: OnTask(Facts(), run) for name, run in runs.items()}
 
 
@@ -45,7 +47,7 @@ def groups_reached(ids, experts_in_group):
 
 
 def measure(trained):
-    """Count groups that tokens reach; then run the model on a mesh of 8 devices, and count what it sends."""
+    """Count groups that tokens reach, and what the model sends on a mesh of 8 devices."""
     cfg = trained.run.model
     counts = []
     for batch in trained.held_out():
@@ -66,7 +68,10 @@ def on_mesh(trained):
     """Run on_mesh.py in a process of its own: JAX cannot add devices to this one."""
     script = Path(__file__).with_name("on_mesh.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(trained.folder)], capture_output=True, text=True, env=os.environ.copy()
+        [sys.executable, str(script), str(trained.folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ.copy(),
     )
     if done.returncode:
         raise ValueError(f"{script.name} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -82,7 +87,14 @@ def draw(results, path):
         sent, bits = results.values(name, "mesh_bytes"), results.values(name, unknown_bits)
         left.plot(sent, bits, ".", color=colour, alpha=0.6)
         left.errorbar(
-            [sent.mean()], [bits.mean()], yerr=[half], fmt="o", color=colour, markersize=8, capsize=4, label=name
+            [sent.mean()],
+            [bits.mean()],
+            yerr=[half],
+            fmt="o",
+            color=colour,
+            markersize=8,
+            capsize=4,
+            label=name,
         )
     title = drawing.answer(lambda: words(results), "Facts against traffic")
     label = "bits of a fact unknown, of 6; bars: 95 % interval"
@@ -100,9 +112,16 @@ def draw(results, path):
         right.bar(x, [v.mean() for v in values], 0.36, color=colour, label=label)
         for at, of_seeds in zip(x, values, strict=True):
             right.plot(np.full(len(of_seeds), at), of_seeds, ".", color="0.2", markersize=4)
-    ratios = [(results.values(n, "mesh_bytes") / results.values(n, "mesh_least_bytes")).mean() for n in names]
-    title = f"Empty slots: {min(ratios):.1f} to {max(ratios):.1f} times the bytes needed" if ratios else ""
-    drawing.style_axes(right, title, "groups that a token may reach; dots: seeds", "bytes per token and layer")
+    ratios = [
+        (results.values(n, "mesh_bytes") / results.values(n, "mesh_least_bytes")).mean()
+        for n in names
+    ]
+    title = ""
+    if ratios:
+        title = f"Empty slots: {min(ratios):.1f} to {max(ratios):.1f} times the bytes needed"
+    drawing.style_axes(
+        right, title, "groups that a token may reach; dots: seeds", "bytes per token and layer"
+    )
     right.set_xticks(place, [name.split()[0] for name in names])
     right.legend(frameon=False, fontsize=9)
     write_figure(figure, path)
@@ -110,8 +129,11 @@ def draw(results, path):
 
 def words(results):
     cost = results.difference(name_of(4), NO_LIMIT, unknown_bits)
-    few, all_of_them = (results.values(name, "mesh_copies").mean() for name in (name_of(4), NO_LIMIT))
-    return f"4 of 8 groups cost {cost:.2f} bits and save {100 * (1 - few / all_of_them):.0f} % of the copies"
+    few, all_of_them = (
+        results.values(name, "mesh_copies").mean() for name in (name_of(4), NO_LIMIT)
+    )
+    saved = 100 * (1 - few / all_of_them)
+    return f"4 of 8 groups cost {cost:.2f} bits and save {saved:.0f} % of the copies"
 
 
 def equal(kept):
@@ -120,7 +142,10 @@ def equal(kept):
 
 
 STUDY = Study(
-    question="How much does it cost to limit a token to a few groups of experts, and what traffic does it save?",
+    question=(
+        "How much does it cost to limit a token to a few groups of experts, "
+        "and what traffic does it save?"
+    ),
     published="DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 uses 4 of 8 groups",
     variants=variants,
     base="facts",

@@ -44,20 +44,29 @@ def draw(results, path):
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     title = drawing.answer(lambda: loss_words(results), "Validation loss of the next token")
-    published = {claim.variant: claim.published for claim in STUDY.claims if claim.published is not None}
+    published = {
+        claim.variant: claim.published for claim in STUDY.claims if claim.published is not None
+    }
     drawing.plot_differences(left, results, "val_loss", title, "nats per token", published)
     for position in (0, 1):
-        names = [name for name in results.variants if results.values(name, "mtp_acceptance").shape[1] > position]
+        names = [
+            name
+            for name in results.variants
+            if results.values(name, "mtp_acceptance").shape[1] > position
+        ]
         halves = drawing.half_intervals(results, names, accepted(position)) if names else []
         for name, half in zip(names, halves, strict=True):
-            colour, shares = drawing.colour_of(results, name), results.values(name, accepted(position))
+            colour = drawing.colour_of(results, name)
+            shares = results.values(name, accepted(position))
             x = position + 0.2 * (results.variants.index(name) - (len(results.variants) - 1) / 2)
             label = name if position == 0 else None
             right.bar([x], [shares.mean()], 0.18, color=colour, alpha=0.6, label=label)
             right.plot(np.full(len(shares), x), shares, ".", color="0.2", markersize=5)
             right.errorbar([x], [shares.mean()], yerr=[half], color="0.2", linewidth=1.2, capsize=4)
     title = drawing.answer(lambda: draft_words(results), "Accepted drafts on held-out text")
-    drawing.style_axes(right, title, "dots: seeds, bars: 95 % interval", "%, if the drafts before were accepted")
+    drawing.style_axes(
+        right, title, "dots: seeds, bars: 95 % interval", "%, if the drafts before were accepted"
+    )
     right.set_ylim(0, 100)
     right.set_xticks([0, 1], ["first draft", "second draft"])
     if right.containers:
@@ -77,12 +86,19 @@ def loss_words(results):
 
 def draft_words(results):
     shares = [results.values(name, accepted(1)).mean() for name in (TWO, META)]
-    return "Second drafts accepted: {:.0f} % of a chain's,\n{:.0f} % of parallel heads'".format(*shares)
+    words = "Second drafts accepted: {:.0f} % of a chain's,\n{:.0f} % of parallel heads'"
+    return words.format(*shares)
 
 
 STUDY = Study(
-    question="Does predicting several tokens ahead lower the loss of the next token, and how many drafts are accepted?",
-    published="equal bits per byte (0.729, 0.729; 0.658, 0.657) and gains on tasks at scale; small models can lose",
+    question=(
+        "Does predicting several tokens ahead lower the loss of the next token, "
+        "and how many drafts are accepted?"
+    ),
+    published=(
+        "equal bits per byte (0.729, 0.729; 0.658, 0.657) and gains on tasks at scale; "
+        "small models can lose"
+    ),
     variants=variants,
     seeds_of={OFF: 10, ONE: 10},
     measure=measure,

@@ -1,10 +1,11 @@
-"""The cost model against this CPU: what a step over 1, 2 and 4 drafts costs in plain steps, predicted and measured.
+"""The cost model against this CPU: the cost of a step over drafts, predicted and measured.
 
-python experiments/07_speculation/check.py      # minutes; writes check.json and the table of CHECK.md
+python experiments/07_speculation/check.py    # minutes; writes check.json and CHECK.md's table
 python experiments/07_speculation/check.py --rounds 3 --batches 1 8
 
-Cells that check.json has are skipped, so the same command resumes a stopped check. Times are the least of the rounds,
-in which all lengths take turns. Weights are random: they decide no time, except by the experts that tokens reach.
+The drafts are 1, 2 and 4, and costs are in plain steps. Cells that check.json has are skipped, so
+the same command resumes a stopped check. Times are the least of the rounds, in which all lengths
+take turns. Weights are random: they decide no time, except by the experts that tokens reach.
 """
 
 import argparse
@@ -38,14 +39,16 @@ from experiments.lab.results import replace_block
 HERE = Path(__file__).parent
 MINI = preset("mini")
 MODELS = {
-    "dense": replace(MINI, dim=1024, dense_dim=4096, num_layers=8, num_dense_layers=8, num_heads=16),
+    "dense": replace(
+        MINI, dim=1024, dense_dim=4096, num_layers=8, num_dense_layers=8, num_heads=16
+    ),
     "mini": MINI,
 }
 LENGTHS, CONTEXT = (0, 1, 2, 4), 256
 
 
 def measure(name, batch, rounds):
-    """Return the seconds of a step by its drafts, and the machine's figures and load at that time."""
+    """Return the seconds of a step by its drafts, and the machine's figures and load then."""
     cfg = MODELS[name]
     model = random_model(cfg, seed=0)
     graphdef, state = nnx.split(model)
@@ -78,7 +81,7 @@ def measure(name, batch, rounds):
 
 
 def machine_figures(cells):
-    """Return bytes/s and FLOP/s: the best that a cell measured, because other work only lowers them."""
+    """Return bytes/s and FLOP/s: the best that a cell measured, as other work only lowers them."""
     return tuple(max(cell[figure] for cell in cells.values()) for figure in ("bandwidth", "peak"))
 
 
@@ -100,11 +103,16 @@ def table(results):
         [name, str(batch), str(length), f"{p:.2f}", f"{m:.2f}", f"{p / m:.2f}", f"{load:.1f}"]
         for name, batch, length, p, m, load in found
     ]
-    errors = {name: [abs(np.log(p / m)) for n, _, _, p, m, _ in found if n == name] for name in MODELS}
+    errors = {
+        name: [abs(np.log(p / m)) for n, _, _, p, m, _ in found if n == name] for name in MODELS
+    }
     text = ", ".join(f"{name} {np.exp(np.mean(e)) - 1:.0%}" for name, e in errors.items() if e)
-    sizes = ", ".join(f"{name} {size(cfg).total / 1e6:.0f}M parameters" for name, cfg in MODELS.items())
+    sizes = ", ".join(
+        f"{name} {size(cfg).total / 1e6:.0f}M parameters" for name, cfg in MODELS.items()
+    )
     notes = (
-        f"Mean error of the ratio: {text}. {sizes}; float32, {CONTEXT} cached tokens. Machine: {results['machine']}. "
+        f"Mean error of the ratio: {text}. {sizes}; float32, {CONTEXT} cached tokens. "
+        f"Machine: {results['machine']}. "
         f"It copies {bandwidth / 1e9:.0f} GB/s and multiplies {peak / 1e9:.0f} GFLOP/s. "
         "The load is the number of processes that want its cores."
     )
@@ -112,7 +120,9 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--fresh", action="store_true", help="measure all cells again")
@@ -125,7 +135,8 @@ def main():
                 continue
             results["cells"][f"{name}x{batch}"] = measure(name, batch, args.rounds)
             results["machine"] = (
-                f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, JAX {jax.__version__}"
+                f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, "
+                f"JAX {jax.__version__}"
             )
             write_atomic(path, (json.dumps(results, indent=1) + "\n").encode())
             print(name, batch, results["cells"][f"{name}x{batch}"], file=sys.stderr, flush=True)

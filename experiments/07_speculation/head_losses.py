@@ -1,9 +1,10 @@
-"""Heads on one frozen trunk, trained by cross-entropy, KL and total variation: how many of their drafts are accepted?
+"""Heads on one frozen trunk, trained by three losses: how many of their drafts are accepted?
 
-python experiments/07_speculation/head_losses.py --trunk RUN        # RUN: a finished run of `dsv3 train lab`
+python experiments/07_speculation/head_losses.py --trunk RUN    # a finished `dsv3 train lab`
 
-Trains a DeepSeek module for each loss and seed in runs/lab/head-losses, then continues held-out prompts greedily and at
-temperature 1, with one draft per step. Results that head_losses.json has are skipped.
+The losses are cross-entropy, KL and total variation. Trains a DeepSeek module for each loss and
+seed in runs/lab/head-losses, then continues held-out prompts greedily and at temperature 1, with
+one draft per step. Results that head_losses.json has are skipped.
 """
 
 import argparse
@@ -28,14 +29,19 @@ from experiments.lab import markdown_table, mean_spread
 from experiments.lab.results import replace_block
 
 HERE = Path(__file__).parent
-LOSSES = {"ce": "cross-entropy on the text", "kl": "KL to the trunk", "tv": "total variation to the trunk"}
+LOSSES = {
+    "ce": "cross-entropy on the text",
+    "kl": "KL to the trunk",
+    "tv": "total variation to the trunk",
+}
 PROMPTS, NEW = 32, 96
 
 
 def measure(trunk, loss, seed, steps):
     """Train a head, and return the share of its drafts that are accepted, by temperature."""
     base = on_trunk(
-        replace(recipe("lab"), steps=steps, eval_every=steps, save_every=steps, seed=seed), open_start(trunk)
+        replace(recipe("lab"), steps=steps, eval_every=steps, save_every=steps, seed=seed),
+        open_start(trunk),
     )
     run = replace(base, head_loss=loss)
     out = Path("runs/lab/head-losses") / f"{loss}-{seed}-{steps}"
@@ -43,7 +49,9 @@ def measure(trunk, loss, seed, steps):
     model, prompts = load_run(out).model, held_out_prompts(run.data, PROMPTS, 32)
     shares = {}
     for temperature in (0.0, 1.0):
-        result = generate(model, prompts, NEW, temperature=temperature, draft="mtp", draft_length=1, seed=seed)
+        result = generate(
+            model, prompts, NEW, temperature=temperature, draft="mtp", draft_length=1, seed=seed
+        )
         shares[str(temperature)] = result.acceptance[0]
     return shares
 
@@ -51,16 +59,23 @@ def measure(trunk, loss, seed, steps):
 def table(results):
     rows = []
     for loss, name in LOSSES.items():
-        found = [cell for key, cell in sorted(results["cells"].items()) if key.startswith(f"{loss}-")]
+        found = [
+            cell for key, cell in sorted(results["cells"].items()) if key.startswith(f"{loss}-")
+        ]
         if found:
             columns = [100 * np.array([cell[t] for cell in found]) for t in ("0.0", "1.0")]
-            rows.append([name, *(mean_spread(c, 1) if len(c) > 1 else f"{c[0]:.1f}" for c in columns), str(len(found))])
-    text = markdown_table(["the head's loss", "accepted, greedy, %", "accepted at temperature 1, %", "seeds"], rows)
+            shares = [mean_spread(c, 1) if len(c) > 1 else f"{c[0]:.1f}" for c in columns]
+            rows.append([name, *shares, str(len(found))])
+    text = markdown_table(
+        ["the head's loss", "accepted, greedy, %", "accepted at temperature 1, %", "seeds"], rows
+    )
     return f"{text}\n\nTrunk: {results['trunk']}. {results['steps']} steps for each head."
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trunk", required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -69,7 +84,10 @@ def main():
     results = json.loads(path.read_text()) if path.exists() else {"cells": {}}
     trunk = read_run(args.trunk)
     tokens = trunk.steps * trunk.data.batch_size * trunk.data.seq_len
-    results |= {"trunk": f"recipe lab, {trunk.steps} steps, {tokens / 1e6:.2f}M tokens", "steps": args.steps}
+    results |= {
+        "trunk": f"recipe lab, {trunk.steps} steps, {tokens / 1e6:.2f}M tokens",
+        "steps": args.steps,
+    }
     for seed in args.seeds:
         for loss in LOSSES:
             if f"{loss}-{seed}" not in results["cells"]:

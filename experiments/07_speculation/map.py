@@ -1,6 +1,6 @@
-"""When speculation pays: the modelled speed-up by batch and acceptance, for released models on two accelerators.
+"""When speculation pays: the modelled speed-up of released models by batch and acceptance.
 
-python experiments/07_speculation/map.py        # seconds; writes map.png and the table of WHEN_IT_PAYS.md
+python experiments/07_speculation/map.py    # seconds; writes map.png and WHEN_IT_PAYS.md's table
 """
 
 import sys
@@ -45,7 +45,10 @@ def setting(chip, weight_bytes):
 
 
 def speed_ups(cfg, how):
-    """Return (the largest speed-up [acceptance, batch], plain decoding included; the draft lengths that give it)."""
+    """Return (the largest speed-up [acceptance, batch]; the draft lengths that give it).
+
+    Plain decoding counts as a speed-up of 1.
+    """
     gains = np.ones((len(ACCEPTANCES), len(BATCHES)))
     lengths = np.zeros(gains.shape, int)
     for column, batch in enumerate(BATCHES):
@@ -58,13 +61,19 @@ def speed_ups(cfg, how):
 
 
 def break_even(lengths):
-    """Return the smallest acceptance with which some draft length pays, by batch; above 1 if none does."""
+    """Return the least acceptance with which some draft length pays, by batch; above 1 if none."""
     pays = lengths > 0
     return np.where(pays.any(0), ACCEPTANCES[pays.argmax(0)], np.inf)
 
 
 def table(maps):
-    header = ["model", "chip", "at batch", "pays from an acceptance of", "cost of a step over 1 draft, of drafting it"]
+    header = [
+        "model",
+        "chip",
+        "at batch",
+        "pays from an acceptance of",
+        "cost of a step over 1 draft, of drafting it",
+    ]
     header += ["× plain with 1 draft, 85 to 90 % accepted", "best length at 80 %", "× plain"]
     rows = []
     for (name, chip), (_, lengths) in maps.items():
@@ -76,8 +85,9 @@ def table(maps):
             length, gain = best_length(cfg, how, batch, 0.8, LENGTHS)
             from_ = least[BATCHES.index(batch)]
             rows.append([
-                name, chip, f"{batch:,}", "never" if np.isinf(from_) else f"{from_:.0%}", f"{verify:.2f}, {draft:.2f}",
-                f"{one[0]:.2f} to {one[1]:.2f}", str(length) if length else "none", f"{gain:.2f}",
+                name, chip, f"{batch:,}", "never" if np.isinf(from_) else f"{from_:.0%}",
+                f"{verify:.2f}, {draft:.2f}", f"{one[0]:.2f} to {one[1]:.2f}",
+                str(length) if length else "none", f"{gain:.2f}",
             ])  # fmt: skip
     return markdown_table(header, rows)
 
@@ -88,9 +98,9 @@ def headline(maps):
     easiest = [BATCHES[break_even(lengths).argmin()] for _, lengths in maps.values()]
     least = np.array([break_even(lengths).min() for _, lengths in maps.values()])
     return (
-        f"Drafts pay most easily at batches of {min(easiest)} to {max(easiest)}, which read all experts anyway: "
-        f"from {least.min():.0%} to {least.max():.0%} accepted. A single sequence needs {alone.min():.0%} to "
-        f"{alone.max():.0%}"
+        f"Drafts pay most easily at batches of {min(easiest)} to {max(easiest)}, "
+        f"which read all experts anyway: from {least.min():.0%} to {least.max():.0%} accepted. "
+        f"A single sequence needs {alone.min():.0%} to {alone.max():.0%}"
     )
 
 
@@ -103,18 +113,31 @@ def draw(maps, path):
         ax = axes[list(CHIPS).index(chip)][list(MODELS).index(name)]
         ax.set_facecolor("0.85")
         pays = np.where(lengths > 0, gains, np.nan)
-        mesh = ax.pcolormesh(BATCHES, ACCEPTANCES, pays, norm=LogNorm(1, top), cmap="YlGn", shading="nearest")
-        ax.plot(BATCHES, np.where(np.isinf(break_even(lengths)), np.nan, break_even(lengths)), "k-", linewidth=2)
+        mesh = ax.pcolormesh(
+            BATCHES, ACCEPTANCES, pays, norm=LogNorm(1, top), cmap="YlGn", shading="nearest"
+        )
+        least = break_even(lengths)
+        ax.plot(BATCHES, np.where(np.isinf(least), np.nan, least), "k-", linewidth=2)
         for length in LENGTHS[:-1]:
             ax.contour(BATCHES, ACCEPTANCES, lengths, [length + 0.5], colors="0.35", linewidths=0.7)
         for column in (0, 5, 9):
             for row in (60, 80, 95):
                 if lengths[row, column]:
                     text = f"{lengths[row, column]}: ×{gains[row, column]:.1f}"
-                    ax.text(BATCHES[column], ACCEPTANCES[row], text, fontsize=7, ha="left", va="center", bbox=PATCH)
+                    ax.text(
+                        BATCHES[column],
+                        ACCEPTANCES[row],
+                        text,
+                        fontsize=7,
+                        ha="left",
+                        va="center",
+                        bbox=PATCH,
+                    )
         if name == "V3":
             low, high, times = PUBLISHED
-            ax.axhspan(low, high, facecolor="none", edgecolor="tab:blue", hatch="///", linewidth=0.8)
+            ax.axhspan(
+                low, high, facecolor="none", edgecolor="tab:blue", hatch="///", linewidth=0.8
+            )
             text = f"V3 report: ×{times} with 1 draft, batch not given"
             ax.text(BATCHES[0], 0.03, f"hatched: {text}", color="tab:blue", fontsize=7, bbox=PATCH)
         ax.set_xscale("log", base=2)

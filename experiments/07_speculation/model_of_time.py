@@ -1,10 +1,12 @@
-"""When speculative decoding pays: a step's time by what it reads and multiplies, and the speed-up over plain decoding.
+"""When speculative decoding pays: a step's time by its reads and products, and the speed-up.
 
-A step verifies k drafts of each of B sequences, F = k + 1 tokens each. It has parts that follow one another. Each part
-waits for memory or for its products, whichever takes longer:
+A step verifies k drafts of each of B sequences, F = k + 1 tokens each. It has parts that follow one
+another. Each part waits for memory or for its products, whichever takes longer:
 
-    dense      attention's, shared experts' and dense layers' weights, and the unembedding, once; B F tokens' products
-    experts    U(B F) of E routed experts in each layer, and K products a token. U is the number of distinct experts
+    dense      attention's, shared experts' and dense layers' weights, and the unembedding, once;
+               B F tokens' products
+    experts    U(B F) of E routed experts in each layer, and K products a token. U is the number of
+               distinct experts
     cache      every sequence's rows, once for all its F tokens; scores and sums of B F tokens
 
     t(k)       Σ over parts of max(bytes / bandwidth, FLOPs / peak)
@@ -12,10 +14,11 @@ waits for memory or for its products, whichever takes longer:
     E(J)       1 + a + a² + … + a^J tokens, if each draft is accepted with probability a
     speed-up   E(J) t(0) / (t(J) + d(J))
 
-N devices that share all parts evenly divide both times by N, so the speed-up is that of one device. Left out are
-communication between devices, launches, and activations.
+N devices that share all parts evenly divide both times by N, so the speed-up is that of one device.
+Left out are communication between devices, launches, and activations.
 
-Source: arXiv 2211.17192, section 3, for E and the speed-up at a constant cost; a part's two limits are the roofline.
+Source: arXiv 2211.17192, section 3, for E and the speed-up at a constant cost; a part's two limits
+are the roofline.
 """
 
 import math
@@ -62,8 +65,11 @@ def verify_parts(cfg: ModelConfig, setting: Setting, batch: int, tokens: int) ->
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> parts = verify_parts(preset("tiny"), Setting(1.0, 1.0, context=100, weight_bytes=4), batch=1, tokens=1)
-        >>> parts["dense"].bytes + parts["experts"].bytes == 4 * size(preset("tiny")).active  # as `decode_bytes`
+        >>> cfg = preset("tiny")
+        >>> setting = Setting(1.0, 1.0, context=100, weight_bytes=4)
+        >>> parts = verify_parts(cfg, setting, batch=1, tokens=1)
+        >>> read = parts["dense"].bytes + parts["experts"].bytes
+        >>> read == 4 * size(cfg).active  # as `decode_bytes`
         True
     """
     counted = _size(cfg)
@@ -73,18 +79,28 @@ def verify_parts(cfg: ModelConfig, setting: Setting, batch: int, tokens: int) ->
 
 
 def draft_parts(cfg: ModelConfig, setting: Setting, batch: int) -> dict[str, Part]:
-    """Count a pass of one multi-token head over a token of each sequence, with the unembedding; 0 without heads."""
+    """Count a pass of one multi-token head, and the unembedding, over a token of each sequence.
+
+    0 without heads.
+    """
     if not cfg.mtp_depth:
         return _parts(cfg, setting, batch, 1, 0.0, 0.0, 0)
     cfg = replace(cfg, mtp_depth=1)
     counted, head = _size(cfg), cfg.vocab_size * cfg.dim
     share = cfg.experts_per_token / cfg.num_experts
-    routed = (counted.mtp + head - counted.mtp_active) / (1 - share) if share < 1 else 0.0  # `mtp_active` counts K of E
+    # `mtp_active` counts K of E
+    routed = (counted.mtp + head - counted.mtp_active) / (1 - share) if share < 1 else 0.0
     return _parts(cfg, setting, batch, 1, counted.mtp_active - routed * share, routed, 1)
 
 
 def _parts(
-    cfg: ModelConfig, setting: Setting, batch: int, tokens: int, always: float, routed: float, layers: int
+    cfg: ModelConfig,
+    setting: Setting,
+    batch: int,
+    tokens: int,
+    always: float,
+    routed: float,
+    layers: int,
 ) -> dict[str, Part]:
     rows, share = batch * tokens, cfg.experts_per_token / cfg.num_experts
     reached = setting.union(cfg, rows) / cfg.num_experts
@@ -97,7 +113,9 @@ def _parts(
     return {
         "dense": Part(always * setting.weight_bytes, 2.0 * always * rows),
         "experts": Part(routed * reached * setting.weight_bytes, 2.0 * routed * share * rows),
-        "cache": Part(batch * setting.context * per_token, scores * layers * setting.context * rows),
+        "cache": Part(
+            batch * setting.context * per_token, scores * layers * setting.context * rows
+        ),
     }
 
 
@@ -131,7 +149,9 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
     return math.fsum(acceptance**j for j in range(drafts + 1))
 
 
-def speed_up(cfg: ModelConfig, setting: Setting, batch: int, drafts: int, acceptance: float) -> float:
+def speed_up(
+    cfg: ModelConfig, setting: Setting, batch: int, drafts: int, acceptance: float
+) -> float:
     """Return tokens a second relative to plain decoding; 1 without drafts."""
     return expected_tokens(acceptance, drafts) / sum(step_cost(cfg, setting, batch, drafts))
 
@@ -139,7 +159,7 @@ def speed_up(cfg: ModelConfig, setting: Setting, batch: int, drafts: int, accept
 def best_length(
     cfg: ModelConfig, setting: Setting, batch: int, acceptance: float, lengths: tuple[int, ...]
 ) -> tuple[int, float]:
-    """Return (the draft length with the largest speed-up, that speed-up); length 0 is plain decoding.
+    """Return (the draft length with the largest speed-up, that speed-up); 0 is plain decoding.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -157,9 +177,14 @@ def measured_union(expert_ids: np.ndarray, tokens: int) -> float:
     Args: expert_ids: int [L, T, K], of one text.
 
     Example:
-        >>> measured_union(np.array([[[0, 1], [1, 2], [2, 3], [0, 1]]]), tokens=2)  # 3, 3 and 4 of them
+        >>> ids = np.array([[[0, 1], [1, 2], [2, 3], [0, 1]]])
+        >>> measured_union(ids, tokens=2)  # 3, 3 and 4 of them
         3.3333333333333335
     """
     layers, length, _ = expert_ids.shape
-    counts = [len(np.unique(layer[i : i + tokens])) for layer in expert_ids for i in range(length - tokens + 1)]
+    counts = [
+        len(np.unique(layer[i : i + tokens]))
+        for layer in expert_ids
+        for i in range(length - tokens + 1)
+    ]
     return float(np.mean(counts)) if counts else math.nan

@@ -1,4 +1,4 @@
-"""Speculative decoding: the acceptance of several drafters for the same model, and their speed on this machine."""
+"""Speculative decoding: the acceptance of several drafters for one model, and their speed here."""
 
 import statistics
 
@@ -10,7 +10,15 @@ from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.counting import size
 from dsv3_jax.training.checkpoint import load_run
 from experiments.bench.prompts import held_out_prompts
-from experiments.lab import FollowUp, Study, drawing, format_number, markdown_table, mean_spread, write_figure
+from experiments.lab import (
+    FollowUp,
+    Study,
+    drawing,
+    format_number,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
 from experiments.lab.claims import Claim
 from experiments.lab.results import MissingRuns
 
@@ -24,7 +32,9 @@ FACES = {1: None, BATCH: "white"}  # of a batch's marks; None means filled
 def variants(base):
     cfg = replace(base.model, mtp_depth=0)
     trunk = replace(base, model=cfg)
-    small = replace(cfg, num_layers=1, num_dense_layers=1, dim=cfg.dim // 2, dense_dim=cfg.dense_dim // 2)
+    small = replace(
+        cfg, num_layers=1, num_dense_layers=1, dim=cfg.dim // 2, dense_dim=cfg.dense_dim // 2
+    )
 
     def on_trunk(depth, kind):
         model = replace(cfg, mtp_depth=depth, mtp_kind=kind)
@@ -55,7 +65,7 @@ def pair(trained):
 
 
 def prompts_of(run):
-    """Return held-out prompts with a quarter of the training length; their continuations fill the rest."""
+    """Return held-out prompts of a quarter of the training length; continuations fill the rest."""
     return held_out_prompts(run.data, PROMPTS, run.data.seq_len // 4)
 
 
@@ -77,7 +87,11 @@ def measure(trained):
         outputs = decode_prompts(trained, model, draft, prompts, BATCH, length)
         accepted[length] = np.mean([o.acceptance for o in outputs], axis=0).tolist()
     tokens = {length: 1 + sum(shares) for length, shares in accepted.items()}
-    return {"accepted": accepted[max(accepted)], "tokens_a_step": tokens, "share": share(model.cfg, trained.run.model)}
+    return {
+        "accepted": accepted[max(accepted)],
+        "tokens_a_step": tokens,
+        "share": share(model.cfg, trained.run.model),
+    }
 
 
 def share(trunk, drafter):
@@ -88,7 +102,7 @@ def share(trunk, drafter):
 
 
 def measure_alone(trained):
-    """Measure tokens per second by batch, then by draft length (0 is plain), all lengths in turns."""
+    """Measure tokens per second by batch, then draft length (0 is plain), lengths in turns."""
     model, draft = pair(trained)
     if draft is None:
         return {}
@@ -99,19 +113,22 @@ def measure_alone(trained):
         texts = {}
         for turn in range(ROUNDS + 1):
             for length in rates:
-                outputs = decode_prompts(trained, model, draft, some if turn else some[:batch], batch, length)
+                outputs = decode_prompts(
+                    trained, model, draft, some if turn else some[:batch], batch, length
+                )
                 if turn:  # the first turn compiles
                     seconds = sum(o.decode_seconds for o in outputs)
-                    rates[length].append(sum(len(row) - 1 for o in outputs for row in o.tokens) / seconds)
+                    rates[length].append(
+                        sum(len(row) - 1 for o in outputs for row in o.tokens) / seconds
+                    )
                     steps[length].append(seconds / sum(o.steps for o in outputs))
                     texts[length] = [row for o in outputs for row in o.tokens]
+        pairs = [pair for rows in texts.values() for pair in zip(rows, texts[0], strict=True)]
         speed[batch] = {
             "tokens_per_s": {length: statistics.median(r) for length, r in rates.items()},
             "times_plain": {length: _ratio(rates[length], rates[0]) for length in rates},
             "plain_steps": {length: _ratio(steps[length], steps[0]) for length in rates},
-            "same_text": float(
-                np.mean([a == b for rows in texts.values() for a, b in zip(rows, texts[0], strict=True)])
-            ),
+            "same_text": float(np.mean([a == b for a, b in pairs])),
         }
     return {"speed": speed}
 
@@ -124,7 +141,8 @@ def _ratio(values, plain):
 def modelled(tokens, length, share):
     """Return the speed-up over plain decoding if only reading parameters takes time.
 
-    A step over the drafts then costs one plain step, as on accelerators at small batches. A draft costs `share` of it.
+    A step over the drafts then costs one plain step, as on accelerators at small batches. A draft
+    costs `share` of it.
 
     Source: arXiv 2211.17192, section 3.3.
     """
@@ -132,11 +150,15 @@ def modelled(tokens, length, share):
 
 
 def drafters(results):
-    return [variant for variant in results.variants if "accepted" in results.records(variant)[0]["numbers"]]
+    return [
+        variant
+        for variant in results.variants
+        if "accepted" in results.records(variant)[0]["numbers"]
+    ]
 
 
 def by_length(results, variant):
-    """Yield (draft length, tokens per step [seeds], modelled gain [seeds]) for each draft length."""
+    """Yield (draft length, tokens per step [seeds], modelled gain [seeds]) by draft length."""
     part = results.values(variant, "share")
     for key in results.records(variant)[0]["numbers"]["tokens_a_step"]:
         tokens = results.values(variant, f"tokens_a_step/{key}")
@@ -165,23 +187,37 @@ def table(results):
                 for key in ("plain_steps", "times_plain")
                 for batch in (1, BATCH)
             ]
-            speed_rows.append([variant, str(length), mean_spread(tokens, 2), mean_spread(gain, 2), *cells])
+            speed_rows.append(
+                [variant, str(length), mean_spread(tokens, 2), mean_spread(gain, 2), *cells]
+            )
     acceptance_header = ["run", "validation loss", "a draft's parameters over the trunk's"]
-    acceptance_header += ["accepted at position 1, 2, …, %", "first draft accepted on held-out text, %"]
+    acceptance_header += [
+        "accepted at position 1, 2, …, %",
+        "first draft accepted on held-out text, %",
+    ]
     speed_header = ["drafter", "drafts per step", "tokens per step (= × plain if drafts are free)"]
     speed_header += ["× plain if drafts cost their parameters"]
     speed_header += ["measured: cost of a step in plain steps, batch 1", f"batch {BATCH}"]
     speed_header += ["measured: × plain, batch 1", f"batch {BATCH}"]
     plain = [
-        f"{mean_spread(results.values(variant, f'speed/{batch}/tokens_per_s/0'), 0)} at batch {batch}"
+        mean_spread(results.values(variant, f"speed/{batch}/tokens_per_s/0"), 0)
+        + f" at batch {batch}"
         for variant in drafters(results)[:1]
         for batch in (1, BATCH)
     ]
-    same = [results.values(variant, f"speed/{b}/same_text").min() for variant in drafters(results) for b in (1, BATCH)]
+    same = [
+        results.values(variant, f"speed/{b}/same_text").min()
+        for variant in drafters(results)
+        for b in (1, BATCH)
+    ]
     notes = (
-        f"Plain decoding, tokens per second: {', '.join(plain)}. Texts equal with and without drafts: {min(same):.0%}."
+        f"Plain decoding, tokens per second: {', '.join(plain)}. "
+        f"Texts equal with and without drafts: {min(same):.0%}."
     )
-    tables = markdown_table(acceptance_header, acceptance_rows), markdown_table(speed_header, speed_rows)
+    tables = (
+        markdown_table(acceptance_header, acceptance_rows),
+        markdown_table(speed_header, speed_rows),
+    )
     return "\n\n".join([*tables, notes])
 
 
@@ -194,11 +230,15 @@ def draw(results, path):
         accepted = results.values(variant, "accepted") * 100
         position = np.arange(1, accepted.shape[1] + 1)
         left.plot(position, accepted.mean(0), "o-", color=color, markersize=4, label=variant)
-        left.fill_between(position, accepted.min(0), accepted.max(0), color=color, alpha=0.15, linewidth=0)
+        left.fill_between(
+            position, accepted.min(0), accepted.max(0), color=color, alpha=0.15, linewidth=0
+        )
         rows = list(by_length(results, variant))
         most = max(most, *(tokens.mean() for _, tokens, _ in rows))
         tried = [length for length, *_ in rows]
-        middle.plot(tried, [tokens.mean() for _, tokens, _ in rows], "o-", color=color, markersize=4)
+        middle.plot(
+            tried, [tokens.mean() for _, tokens, _ in rows], "o-", color=color, markersize=4
+        )
         middle.plot(tried, [gain.mean() for *_, gain in rows], "o:", color=color, markersize=4)
         for batch, face in FACES.items():
             keys = [f"speed/{batch}/times_plain/{length}" for length in tried]
@@ -206,17 +246,30 @@ def draw(results, path):
             half = [drawing.half_intervals(results, [variant], key)[0] for key in keys]
             best[batch] = max(best[batch], *gains)
             right.errorbar(
-                tried, gains, yerr=half, fmt="s-", color=color, markersize=5, markerfacecolor=face or color,
-                linewidth=1, elinewidth=0.8, capsize=2,
+                tried, gains, yerr=half, fmt="s-", color=color, markersize=5,
+                markerfacecolor=face or color, linewidth=1, elinewidth=0.8, capsize=2,
             )  # fmt: skip
     # The report's second token: 85 to 90 % accepted, and 1.8 times as fast.
-    left.errorbar([1], [87.5], yerr=[2.5], fmt="D", color="black", fillstyle="none", capsize=3, label="published: V3")
-    middle.plot([1], [1.8], "D", color="black", fillstyle="none", linestyle="none", label="published: V3")
+    left.errorbar(
+        [1],
+        [87.5],
+        yerr=[2.5],
+        fmt="D",
+        color="black",
+        fillstyle="none",
+        capsize=3,
+        label="published: V3",
+    )
+    middle.plot(
+        [1], [1.8], "D", color="black", fillstyle="none", linestyle="none", label="published: V3"
+    )
     title = drawing.answer(lambda: acceptance_words(results), "Accepted drafts")
     drawing.style_axes(left, title, "position in the draft; shaded: seeds", "% of steps")
     title = f"At most × {most:.1f} with free drafts,\nif a step over them costs a plain step"
     drawing.style_axes(middle, title, "drafts per step", "× plain decoding")
-    title = "Measured: at most × {:.2f} at batch 1,\n× {:.2f} at batch {}".format(*best.values(), BATCH)
+    title = "Measured: at most × {:.2f} at batch 1,\n× {:.2f} at batch {}".format(
+        *best.values(), BATCH
+    )
     drawing.style_axes(right, title, "drafts per step; bars: 95 % interval", "× plain decoding")
     left.set_ylim(0, 100)
     left.legend(frameon=False, fontsize=8)
@@ -238,27 +291,40 @@ def acceptance_words(results):
 
 
 def accepted(text, variant, against):
-    return Claim(text, variant, against, lambda n: 100 * n["accepted"][0], "higher", unit="points", digits=0)
+    return Claim(
+        text, variant, against, lambda n: 100 * n["accepted"][0], "higher", unit="points", digits=0
+    )
 
 
 def faster(text, variant, published):
     """Claim that one draft is faster than plain decoding at batch 1, where both cost × 1."""
     key = "speed/1/times_plain/1"
-    return Claim(text, variant, 1.0, key, "higher", unit="× plain − 1", digits=2, published=published)
+    return Claim(
+        text, variant, 1.0, key, "higher", unit="× plain − 1", digits=2, published=published
+    )
 
 
 STUDY = Study(
     question="Which drafts are accepted, and is speculative decoding faster than plain decoding?",
-    published="V3's second token: 85–90 % accepted, × 1.8; Medusa × 2.2, EAGLE × 2.7 and more, independent × 2–3",
+    published=(
+        "V3's second token: 85–90 % accepted, × 1.8; "
+        "Medusa × 2.2, EAGLE × 2.7 and more, independent × 2–3"
+    ),
     variants=variants,
     measure=measure,
     measure_alone=measure_alone,
     table=table,
     draw=draw,
     claims=(
-        accepted("EAGLE's first draft is accepted more often than MTP's", EAGLE, "MTP, frozen trunk"),
-        accepted("MTP's first draft is accepted more often than Medusa's", "MTP, frozen trunk", MEDUSA),
-        accepted("a module trained with its trunk is accepted more often", "MTP", "MTP, frozen trunk"),
+        accepted(
+            "EAGLE's first draft is accepted more often than MTP's", EAGLE, "MTP, frozen trunk"
+        ),
+        accepted(
+            "MTP's first draft is accepted more often than Medusa's", "MTP, frozen trunk", MEDUSA
+        ),
+        accepted(
+            "a module trained with its trunk is accepted more often", "MTP", "MTP, frozen trunk"
+        ),
         faster("an independent drafter is faster than plain decoding here", "independent", 1.0),
         faster("MTP is faster than plain decoding here", "MTP", 0.8),
         faster("EAGLE is faster than plain decoding here", EAGLE, 1.7),

@@ -1,4 +1,4 @@
-"""Cache dtypes: loss by bytes per token, for MLA's latent cache and for per-head keys and values."""
+"""Cache dtypes: loss by bytes per token, for MLA's latents and for per-head keys and values."""
 
 from dataclasses import asdict
 from unittest import mock
@@ -27,11 +27,14 @@ def variants(base):
     mla = replace(base.model, attention="mla")
     # MHA at the better of two rates, see study 01.
     half = replace(base.optim, learning_rate=base.optim.learning_rate / 2)
-    return {"MLA": replace(base, model=mla), "MHA": replace(base, model=replace(mla, attention="mha"), optim=half)}
+    return {
+        "MLA": replace(base, model=mla),
+        "MHA": replace(base, model=replace(mla, attention="mha"), optim=half),
+    }
 
 
 def measure(trained):
-    """Evaluate held-out text through each cache: cache → dtype → val_loss, agreement, bytes_per_token."""
+    """Evaluate held-out text by cache: cache → dtype → val_loss, agreement, bytes_per_token."""
     caches = CACHES["MLA" if trained.run.model.attention == "mla" else "MHA"]
     batches = trained.held_out(min(BATCHES, trained.run.eval_batches))
     found = {}
@@ -42,12 +45,15 @@ def measure(trained):
         scales = found[kind]["int8"]["bytes_per_token"] - numbers
         for bits in BITS:
             loss = loss_at_bits(trained.model, batches, kind, bits)
-            found[kind][f"{bits} bits"] = {"val_loss": loss, "bytes_per_token": numbers * bits / 8 + scales}
+            found[kind][f"{bits} bits"] = {
+                "val_loss": loss,
+                "bytes_per_token": numbers * bits / 8 + scales,
+            }
     return found
 
 
 def loss_at_bits(model, batches, kind, bits):
-    """Return the loss through a float32 cache whose rows are rounded to so many bits as they are written."""
+    """Return the loss through a float32 cache whose rows are rounded to so many bits."""
     store = cache_file._as_stored
 
     def rounded(rows, like):
@@ -61,7 +67,7 @@ def loss_at_bits(model, batches, kind, bits):
 
 
 def round_to_bits(rows, bits):
-    """Round rows to 2^bits − 1 even steps around 0, with one scale for each row of an array, as int8 does.
+    """Round rows to 2^bits − 1 even steps around 0, with one scale for each row, as int8 does.
 
     scale = max|row| / (2^(bits−1) − 1);   rounded = scale · round(row / scale)
     """
@@ -70,7 +76,7 @@ def round_to_bits(rows, bits):
 
 
 def change(kind, dtype):
-    """Return a function of a run's numbers: loss through a cache of this dtype − loss through the exact one."""
+    """Return a function of a run's numbers: this cache dtype's loss − the exact one's."""
     return lambda numbers: numbers[kind][dtype]["val_loss"] - numbers[kind][EXACT]["val_loss"]
 
 
@@ -80,7 +86,8 @@ def cells(results):
         for kind in CACHES[variant]:
             for dtype in results.records(variant)[0]["numbers"][kind]:
                 size = results.values(variant, f"{kind}/{dtype}/bytes_per_token")[0]
-                yield variant, kind, dtype, float(size), results.values(variant, change(kind, dtype))
+                changed = results.values(variant, change(kind, dtype))
+                yield variant, kind, dtype, float(size), changed
 
 
 def table(results):
@@ -91,24 +98,32 @@ def table(results):
             agreement = mean_spread(results.values(variant, f"{kind}/{dtype}/agreement") * 100, 2)
         except KeyError:
             agreement = "–"
-        rows.append(
-            [variant, kind, dtype, f"{size:,.0f}"]
-            + [mean_spread(changed, 5, sign=True), mean_spread(changed / exact * 100, 3, sign=True), agreement]
-        )
-    header = ["model", "cache", "dtype", "bytes per token", f"loss against {EXACT}, paired", "change, % of the loss"]
+        change_of_loss = mean_spread(changed, 5, sign=True)
+        percent = mean_spread(changed / exact * 100, 3, sign=True)
+        rows.append([variant, kind, dtype, f"{size:,.0f}", change_of_loss, percent, agreement])
+    header = [
+        "model",
+        "cache",
+        "dtype",
+        "bytes per token",
+        f"loss against {EXACT}, paired",
+        "change, % of the loss",
+    ]
     return markdown_table([*header, "same most likely token, %"], rows)
 
 
 def half_interval(results, variant, key):
-    """Return half of the 95 % interval of a variant's mean, as the claims are judged; 0 for one seed."""
+    """Return half of the 95 % interval of a variant's mean, as claims use it; 0 for one seed."""
     try:
-        return against_constant(table_of(results, key)[variant], 0.0, noise_within(results)(key)).half
+        noise = noise_within(results)(key)
+        return against_constant(table_of(results, key)[variant], 0.0, noise).half
     except ValueError:
         return 0.0
 
 
 def bits_of(dtype):
-    return {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3": 8}.get(dtype) or int(dtype.split()[0])
+    of_type = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3": 8}
+    return of_type.get(dtype) or int(dtype.split()[0])
 
 
 def draw(results, path):
@@ -118,23 +133,31 @@ def draw(results, path):
     lines = dict.fromkeys((variant, kind) for variant, kind, *_ in cells(results))
     fewest = None
     for i, (variant, kind) in enumerate(lines):
-        rows = [r for r in cells(results) if r[:2] == (variant, kind) and r[2] not in (EXACT, "float8_e4m3")]
+        rows = [
+            r
+            for r in cells(results)
+            if r[:2] == (variant, kind) and r[2] not in (EXACT, "float8_e4m3")
+        ]
         x = np.array([bits_of(dtype) for _, _, dtype, *_ in rows]) + 0.06 * (i - 1)
         y = np.array([changed.mean() for *_, changed in rows])
         half = [half_interval(results, variant, change(kind, dtype)) for _, _, dtype, *_ in rows]
         face = "white" if (variant, kind) == ("MLA", "expanded") else None
         ax.errorbar(
-            x, y, half, fmt="o-", color=drawing.colour_of(results, variant), markerfacecolor=face, markersize=5,
-            capsize=3, label=f"{variant}, {kind}",
+            x, y, half, fmt="o-", color=drawing.colour_of(results, variant), markerfacecolor=face,
+            markersize=5, capsize=3, label=f"{variant}, {kind}",
         )  # fmt: skip
         if kind == "latent":
-            fewest = min((bits_of(d) for _, _, d, _, c in rows if abs(c.mean()) <= MARGIN), default=None)
+            fewest = min(
+                (bits_of(d) for _, _, d, _, c in rows if abs(c.mean()) <= MARGIN), default=None
+            )
     ax.axvline(6, color="black", linestyle=":", linewidth=1, label="published: 6 bits on average")
     ax.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0, label=f"within {MARGIN} nats")
     ax.set_yscale("symlog", linthresh=MARGIN)
     answer = "" if fewest is None else f": the latent keeps its loss down to {fewest} bits"
     label = "loss against the exact cache, nats per token"
-    drawing.style_axes(ax, f"Loss by bits of a cached number{answer}", "bits; bars: 95 % interval", label)
+    drawing.style_axes(
+        ax, f"Loss by bits of a cached number{answer}", "bits; bars: 95 % interval", label
+    )
     ax.set_xscale("log", base=2)
     ticks = sorted({bits_of(dtype) for _, _, dtype, *_ in cells(results) if dtype != EXACT})
     ax.set_xticks(ticks, [str(t) for t in ticks])
@@ -146,7 +169,9 @@ def draw(results, path):
 
 def keeps(dtype):
     text = f"a latent of {dtype} keeps the loss, within {MARGIN} nats"
-    return Claim(text, "MLA", 0.0, change("latent", dtype), "equal", margin=MARGIN, digits=4, stake="bits")
+    return Claim(
+        text, "MLA", 0.0, change("latent", dtype), "equal", margin=MARGIN, digits=4, stake="bits"
+    )
 
 
 def more_than_keys(dtype):
@@ -167,14 +192,27 @@ def more_than_keys(dtype):
 
 
 STUDY = Study(
-    question="How many bits does each cached number need, and does MLA's latent need more than keys and values?",
+    question=(
+        "How many bits does each cached number need, "
+        "and does MLA's latent need more than keys and values?"
+    ),
     published="DeepSeek-V2 is served with 6 bits per element on average; no loss is given",
     variants=variants,
     measure=measure,
     table=table,
     draw=draw,
-    claims=(keeps("int8"), keeps("6 bits"), keeps("4 bits"), more_than_keys("int8"), more_than_keys("3 bits")),
-    stakes={"bits": Stake("2 bits a number", lambda results: results.values("MLA", change("latent", "2 bits")))},
+    claims=(
+        keeps("int8"),
+        keeps("6 bits"),
+        keeps("4 bits"),
+        more_than_keys("int8"),
+        more_than_keys("3 bits"),
+    ),
+    stakes={
+        "bits": Stake(
+            "2 bits a number", lambda results: results.values("MLA", change("latent", "2 bits"))
+        )
+    },
     facts={
         "8 bits": "a format",
     },

@@ -1,4 +1,4 @@
-"""Specialisation of experts by domain: load by domain and layer, loss-free against an auxiliary loss."""
+"""Specialisation of experts by domain and layer: loss-free balance against an auxiliary loss."""
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
@@ -21,16 +21,20 @@ METHODS = {  # as in 03_balance, with the same runs
 
 
 def variants(base):
-    return {name: replace(base, model=replace(base.model, balance=balance)) for name, balance in METHODS.items()}
+    return {
+        name: replace(base, model=replace(base.model, balance=balance))
+        for name, balance in METHODS.items()
+    }
 
 
 def measure(trained):
-    """Measure I(expert; domain) by layer, the same after a shuffle of the domains, and each domain's load.
+    """Measure I(expert; domain) by layer, also with shuffled domains, and each domain's load.
 
-    Also I(expert; token), and I(expert; domain | token): what the domain tells once the token is known.
+    Also I(expert; token), and I(expert; domain | token): what the domain tells once the token is
+    known.
     """
-    # The validation set has few English documents, so this reads half of all documents. Training has not read most of
-    # them.
+    # The validation set has few English documents, so this reads half of all documents. Training
+    # has not read most of them.
     cfg = replace(trained.run.data, val_fraction=0.5, seed=0)
     source = open_source(cfg, trained.tokenizer)
     batches = source.val_batches(trained.run.eval_batches)
@@ -38,7 +42,9 @@ def measure(trained):
     special = stats.specialisation(counts)
     excess = special.bits - special.shuffled_mean
     # Shuffles for chance alone: intervals come from the seeds here.
-    found = stats.information(counts.rows, trained.run.model.num_experts, len(counts.domains), draws=5, resamples=2)
+    found = stats.information(
+        counts.rows, trained.run.model.num_experts, len(counts.domains), draws=5, resamples=2
+    )
     return {
         "domains": list(counts.domains),
         "load_by_domain": counts.load_by_domain.tolist(),  # [N, L, E]
@@ -59,11 +65,13 @@ def layers_of(results):
 
 
 def draw(results, path):
-    """Draw a row for each variant: heat maps of the first seed's layers, and the information of all seeds."""
+    """Draw, by variant, heat maps of the first seed's layers and the information of all seeds."""
     names, count = results.variants, layers_of(results)
     shown = sorted({0, count // 2, count - 1})
     figure = Figure(figsize=(4.2 * len(shown) + 3.6, 1.5 * len(names) + 1.2), layout="constrained")
-    grid = figure.add_gridspec(max(len(names), 2), len(shown) + 1, width_ratios=[*[4.0] * len(shown), 3.4])
+    grid = figure.add_gridspec(
+        max(len(names), 2), len(shown) + 1, width_ratios=[*[4.0] * len(shown), 3.4]
+    )
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=3.0)
     maps = []
     for row, name in enumerate(names):
@@ -83,7 +91,13 @@ def draw(results, path):
     bar.set_label("load of an expert within the domain / even load", fontsize=8)
     side = figure.add_subplot(grid[:, len(shown)])
     draw_information(side, results, count)
-    figure.legend(*side.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside lower center")
+    figure.legend(
+        *side.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=5,
+        loc="outside lower center",
+    )
     write_figure(figure, path)
 
 
@@ -93,7 +107,16 @@ def draw_information(ax, results, count):
         bits, chance = results.values(name, "bits"), results.values(name, "shuffled_95")
         positions = np.arange(count) + 0.12 * (i - (len(results.variants) - 1) / 2)
         how = {"color": drawing.colour_of(results, name)}
-        ax.errorbar(positions, bits.mean(0), yerr=half, fmt="_", markersize=11, markeredgewidth=2.5, label=name, **how)
+        ax.errorbar(
+            positions,
+            bits.mean(0),
+            yerr=half,
+            fmt="_",
+            markersize=11,
+            markeredgewidth=2.5,
+            label=name,
+            **how,
+        )
         ax.plot(np.broadcast_to(positions, bits.shape), bits, ".", alpha=0.6, **how)
         ax.plot(positions, chance.mean(0), "x", markersize=5, **how)
     title = drawing.answer(lambda: words(results), "What an expert tells of the domain")
@@ -109,7 +132,7 @@ def words(results):
 
 
 def over_mean(load_by_domain):
-    """Divide counts [N, L, E] by the mean over experts: 1 is even load, for a domain of any size."""
+    """Divide counts [N, L, E] by the mean over experts: 1 is even load, for domains of any size."""
     return load_by_domain / np.maximum(load_by_domain.mean(-1, keepdims=True), 1e-20)
 
 
@@ -135,11 +158,16 @@ BIAS, SEQUENCE = "loss-free, γ 3e-3", "sequence-wise, α 3e-3"
 
 STUDY = Study(
     question="Do experts specialise by domain, and more so without an auxiliary loss?",
-    published="the loss-free model's experts specialise more than the auxiliary-loss model's (V3 report, figure 9)",
+    published=(
+        "the loss-free model's experts specialise more than the auxiliary-loss model's "
+        "(V3 report, figure 9)"
+    ),
     variants=variants,
     measure=measure,
     columns=(
-        Column("bits over chance, mean of layers", "excess_mean", 4, paired=True, against=(SEQUENCE,)),
+        Column(
+            "bits over chance, mean of layers", "excess_mean", 4, paired=True, against=(SEQUENCE,)
+        ),
         Column("the same, once the token is known", "given", 4, paired=True, against=(SEQUENCE,)),
         Column("I(expert; token)", "token", 3),
         Column("first layer: bits", layer(0, "bits"), 4),
@@ -154,8 +182,14 @@ STUDY = Study(
     ),
     draw=draw,
     claims=(
-        more_bits("the bias gives more specialised experts than a sequence-wise loss", BIAS, SEQUENCE),
-        more_bits("the bias gives more specialised experts than the Switch loss", BIAS, "Switch loss, α 1e-2"),
+        more_bits(
+            "the bias gives more specialised experts than a sequence-wise loss", BIAS, SEQUENCE
+        ),
+        more_bits(
+            "the bias gives more specialised experts than the Switch loss",
+            BIAS,
+            "Switch loss, α 1e-2",
+        ),
         more_bits("the bias gives more specialised experts than no balance", BIAS, "none"),
         more_bits(
             "with the token given, the bias still gives more than a sequence-wise loss",
@@ -164,13 +198,24 @@ STUDY = Study(
             "given",
         ),
         more_bits(
-            "with the token given, the bias still gives more than the Switch loss", BIAS, "Switch loss, α 1e-2", "given"
+            "with the token given, the bias still gives more than the Switch loss",
+            BIAS,
+            "Switch loss, α 1e-2",
+            "given",
         ),
-        more_bits("an expert tells more about the token than about the domain", BIAS, 0.0, token_against_domain),
+        more_bits(
+            "an expert tells more about the token than about the domain",
+            BIAS,
+            0.0,
+            token_against_domain,
+        ),
     ),
     stakes={
         "domains": Stake(
-            "documents' domains shuffled", lambda results: results.values(BIAS, "excess_mean"), "excess_mean", "bits"
+            "documents' domains shuffled",
+            lambda results: results.values(BIAS, "excess_mean"),
+            "excess_mean",
+            "bits",
         )
     },
     facts={

@@ -1,7 +1,8 @@
 """Text with planted keys, and rows that ask for their values: a retrieval task for small models.
 
-A document has three keys, `?`, `!` and `@`. Each key has one value per document, one of twelve characters: if `?C`
-occurs once, `C` follows each later `?`. The other text is the default corpus in lower case, without these characters.
+A document has three keys, `?`, `!` and `@`. Each key has one value per document, one of twelve
+characters: if `?C` occurs once, `C` follows each later `?`. The other text is the default corpus in
+lower case, without these characters.
 """
 
 import json
@@ -20,7 +21,8 @@ VALUES = {key: SIGNS[12 * i : 12 * (i + 1)] for i, key in enumerate("?!@")}
 PLANTED = "".join(VALUES) + SIGNS
 CHANCE = 1 / 12
 DOCUMENTS = 2000
-NEAREST = 4  # least number of characters from a key to its next occurrence; the largest is the reach, 4L
+# The least number of characters from a key to its next occurrence; the largest is the reach, 4L.
+NEAREST = 4
 ROWS_LONG = 4  # largest length of a document's text before keys are planted, in reaches
 
 
@@ -51,8 +53,8 @@ def with_keys(text: str, rng: np.random.Generator, reach: int, but: str = "") ->
 def question(text: str, length: int, distance: int, rng: np.random.Generator, reach: int) -> str:
     """Return a row of `length` characters that ends with a key and its value.
 
-    The pair occurs once more, about `distance` characters earlier. The exact position avoids cutting another pair.
-    The other keys occur throughout the row.
+    The pair occurs once more, about `distance` characters earlier. The exact position avoids
+    cutting another pair. The other keys occur throughout the row.
 
     Args: text: without keys, of at least `length` characters.
     """
@@ -67,16 +69,23 @@ def question(text: str, length: int, distance: int, rng: np.random.Generator, re
 
 
 def write_corpus(path: Path, reach: int, seed: int = 0) -> None:
-    """Write a .jsonl of documents, unless the file exists. All calls with the same seed write the same text.
+    """Write a .jsonl of documents, unless it exists. All calls with one seed write the same text.
 
     Raises: ValueError if the corpus has no document of `reach` characters.
     """
     if path.exists():
         return
     rng = np.random.default_rng(seed)
-    texts = [plain(d.text)[: ROWS_LONG * reach] for d in load_corpus(DataConfig()).train if d.domain != "C"]
+    texts = [
+        plain(d.text)[: ROWS_LONG * reach]
+        for d in load_corpus(DataConfig()).train
+        if d.domain != "C"
+    ]
     if max(map(len, texts)) < reach:
-        raise ValueError(f"reach={reach} (4 × data.seq_len) is longer than every document; use a smaller data.seq_len")
+        raise ValueError(
+            f"reach={reach} (4 × data.seq_len) is longer than every document; use a smaller "
+            "data.seq_len"
+        )
     chosen = rng.permutation(len(texts))[:DOCUMENTS]
     documents = ({"text": with_keys(texts[i], rng, reach), "domain": "keys"} for i in chosen)
     write_atomic(path, "".join(json.dumps(document) + "\n" for document in documents))

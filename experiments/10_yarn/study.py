@@ -1,4 +1,7 @@
-"""A four times longer context by YaRN: loss by position and retrieval by distance. L is the base's sequence length."""
+"""A four times longer context by YaRN: loss by position and retrieval by distance.
+
+L is the base's sequence length.
+"""
 
 from functools import partial
 
@@ -24,7 +27,8 @@ from experiments.lab import (
 from experiments.lab.claims import Claim, Stake
 
 FACTOR = 4
-CONTEXTS = (3 / 4, 1, 3 / 2, 2, 3, 4)  # tokens of a row that are read, in units of L; its last L/2 are scored
+# Tokens of a row that are read, in units of L; its last L/2 are scored.
+CONTEXTS = (3 / 4, 1, 3 / 2, 2, 3, 4)
 CONTEXTS_OF_L = 2 * FACTOR  # the scored part is 1 / CONTEXTS_OF_L of a row of 4L
 LEAST_DOCUMENTS = 100
 VAL_FRACTION = 0.15
@@ -42,23 +46,37 @@ TABLE_LINES = {  # line: (variant, how it is evaluated)
 def variants(base):
     length = base.data.seq_len
     model = replace(
-        base.model, vocab_size=260, rope_head_dim=16, mtp_depth=0, max_positions=FACTOR * length, yarn=Yarn()
+        base.model,
+        vocab_size=260,
+        rope_head_dim=16,
+        mtp_depth=0,
+        max_positions=FACTOR * length,
+        yarn=Yarn(),
     )
-    # More is held out than of other text, so that at least LEAST_DOCUMENTS documents fill a row of 4L.
+    # More is held out than of other text: LEAST_DOCUMENTS documents or more must fill a row of 4L.
     data = replace(
-        base.data, paths=(corpus_of(base),), tokenizer="bytes", val_fraction=VAL_FRACTION, max_documents=None
+        base.data,
+        paths=(corpus_of(base),),
+        tokenizer="bytes",
+        val_fraction=VAL_FRACTION,
+        max_documents=None,
     )
     short = replace(base, model=model, data=data, steps=2 * base.steps)
     longer = replace(data, seq_len=FACTOR * length, batch_size=max(data.batch_size // FACTOR, 1))
     lr = base.optim.learning_rate / 3
     further = replace(
-        short, data=longer, steps=max(base.steps // 5, 2), optim=replace(base.optim, learning_rate=lr, warmup_steps=10)
+        short,
+        data=longer,
+        steps=max(base.steps // 5, 2),
+        optim=replace(base.optim, learning_rate=lr, warmup_steps=10),
     )
     extended = replace(model, yarn=yarn_of(length))
     return {
         "L": short,
         "L, then 4L": FollowUp(("L",), lambda folder: replace(further, start=folder)),
-        "L, then 4L with YaRN": FollowUp(("L",), lambda folder: replace(further, model=extended, start=folder)),
+        "L, then 4L with YaRN": FollowUp(
+            ("L",), lambda folder: replace(further, model=extended, start=folder)
+        ),
         "4L": replace(short, data=longer, steps=short.steps + further.steps),
     }
 
@@ -94,9 +112,13 @@ def scores(trained, model):
     """
     most, tokenizer = trained.run.model.max_positions, trained.tokenizer
     tokens = held_out_rows(trained.corpus.val, tokenizer, most)
-    nll, is_text = [], ~np.isin(tokens[:, -most // CONTEXTS_OF_L :], tokenizer.encode_array(planted.PLANTED))
+    is_planted = np.isin(
+        tokens[:, -most // CONTEXTS_OF_L :], tokenizer.encode_array(planted.PLANTED)
+    )
+    is_text = ~is_planted
+    nll = []
     for context in CONTEXTS:
-        # The same last L/2 tokens of each row are scored, with more and more of the row before them.
+        # The same last L/2 tokens of each row are scored, with more and more before them.
         row = tokens[:, -round(context * most / FACTOR) :]
         nll.append(predict(model, row)[0][:, -is_text.shape[1] :])
     home = [d for d in DISTANCES if d < 1]
@@ -111,15 +133,16 @@ def scores(trained, model):
 def held_out_rows(documents, tokenizer, length):
     """Cut one row from each held-out document of at least `length` tokens: its last ones.
 
-    Raises: ValueError for fewer than LEAST_DOCUMENTS rows: a loss by position is that of the documents that have it.
+    Raises: ValueError for fewer than LEAST_DOCUMENTS rows: a loss by position is that of the
+        documents that have it.
     """
     texts = (tokenizer.encode_array(document.text) for document in documents)
     rows = [tokens[-length:] for tokens in texts if len(tokens) >= length]
     print(f"rows={len(rows)} of length={length}, one from each of as many held-out documents")
     if len(rows) < LEAST_DOCUMENTS:
         raise ValueError(
-            f"rows={len(rows)} from held-out documents of at least {length} tokens are fewer than {LEAST_DOCUMENTS}; "
-            "use a smaller data.seq_len or a larger data.val_fraction"
+            f"rows={len(rows)} from held-out documents of at least {length} tokens are fewer than "
+            f"{LEAST_DOCUMENTS}; use a smaller data.seq_len or a larger data.val_fraction"
         )
     return np.stack(rows)
 
@@ -132,7 +155,9 @@ def retrieved(trained, model, row, distances):
     texts = [planted.without_keys(d.text) for d in trained.corpus.val]
     texts = [text for text in texts if len(text) >= row]
     if not texts:
-        raise ValueError(f"row={row} is longer than every held-out document; use a smaller data.seq_len")
+        raise ValueError(
+            f"row={row} is longer than every held-out document; use a smaller data.seq_len"
+        )
     rng, length = np.random.default_rng(1), trained.run.model.max_positions // FACTOR
     questions = [
         planted.question(texts[i % len(texts)], row, round(distance * length), rng, FACTOR * length)
@@ -146,7 +171,10 @@ def retrieved(trained, model, row, distances):
 
 
 def predict(model, tokens):
-    """Return the nats of each next token and the most likely one, both [rows, T − 1]; each row is one document."""
+    """Return the nats of each next token and the likeliest one, [rows, T − 1] each.
+
+    Each row is one document.
+    """
     graphdef, state = nnx.split(model)
     parts = [_predict(graphdef, state, tokens[i : i + 16]) for i in range(0, len(tokens), 16)]
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -179,21 +207,24 @@ def table(results):
         cells = losses + [mean_spread(100 * x, 1) + " %" for x in (home, *shares)]
         rows.append([line, *cells])
     counts = results.values(results.variants[0], lambda numbers: numbers["own"].get("documents", 3))
-    note = f"Loss in nats per byte of text, of {counts.min():.0f} documents. Chance retrieves {planted.CHANCE:.1%}."
+    note = (
+        f"Loss in nats per byte of text, of {counts.min():.0f} documents. "
+        f"Chance retrieves {planted.CHANCE:.1%}."
+    )
     if counts.min() < LEAST_DOCUMENTS:
         note += " Losses of recipe 1 rest on three rows of text, and are withdrawn."
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 def losses_of(results, variant, how):
-    """Return the loss with contexts up to L and beyond, two [seeds]; nothing for results of recipe 1."""
+    """Return the loss in and beyond L, two [seeds]; nothing for results of recipe 1."""
     if "documents" not in results.records(variant)[0]["numbers"]["own"]:
         return ()
     return split(results.values(variant, f"{how}/loss"), sum(c <= 1 for c in CONTEXTS))
 
 
 def split(values, inside):
-    """Return the means over the first `inside` positions or distances and over the others, [seeds, n] → two [seeds]."""
+    """Return the means of the first `inside` values and of the others: [seeds, n] → two [seeds]."""
     return values[:, :inside].mean(1), values[:, inside:].mean(1)
 
 
@@ -205,23 +236,62 @@ def draw(results, path):
     for i, (line, variant, how) in enumerate(shown(results)):
         if losses_of(results, variant, how):
             curve(left, contexts, results.values(variant, f"{how}/loss"), line, i)
-        curve(right, np.array(DISTANCES) * length, 100 * results.values(variant, f"{how}/retrieved"), line, i)
+        curve(
+            right,
+            np.array(DISTANCES) * length,
+            100 * results.values(variant, f"{how}/retrieved"),
+            line,
+            i,
+        )
     title = drawing.answer(lambda: loss_words(results), "Loss beyond L")
     label = f"tokens read; the same {length // 2} bytes are scored; shaded: seeds"
     drawing.style_axes(left, title, label, "nats per byte")
-    found = [100 * results.values(variant, f"{how}/retrieved").mean() for _, variant, how in shown(results)]
-    title = f"Of keys, {min(found):.0f} to {max(found):.0f} % are found, {100 * planted.CHANCE:.0f} % by chance"
+    found = [
+        100 * results.values(variant, f"{how}/retrieved").mean()
+        for _, variant, how in shown(results)
+    ]
+    title = (
+        f"Of keys, {min(found):.0f} to {max(found):.0f} % are found, "
+        f"{100 * planted.CHANCE:.0f} % by chance"
+    )
     label = f"distance to the key, in rows of {FACTOR * length}; shaded: seeds"
     drawing.style_axes(right, title, label, "keys found, %")
     if not left.lines:
-        left.text(0.5, 0.5, "withdrawn: recipe 1 rests on three rows", ha="center", transform=left.transAxes)
+        left.text(
+            0.5,
+            0.5,
+            "withdrawn: recipe 1 rests on three rows",
+            ha="center",
+            transform=left.transAxes,
+        )
     right.axhline(100 * planted.CHANCE, color="0.5", linewidth=0.8, linestyle=":")
-    right.text(FACTOR * length, 100 * planted.CHANCE, "chance", fontsize=8, color="0.4", ha="right", va="top")
+    right.text(
+        FACTOR * length,
+        100 * planted.CHANCE,
+        "chance",
+        fontsize=8,
+        color="0.4",
+        ha="right",
+        va="top",
+    )
     right.set_ylim(0, max(30, right.get_ylim()[1]))
     for ax in (left, right):
         ax.axvline(length, color="0.5", linewidth=0.8)
-        ax.annotate(" L", (length, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=9, color="0.4")
-    figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="outside lower center")
+        ax.annotate(
+            " L",
+            (length, 0.99),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=9,
+            color="0.4",
+        )
+    figure.legend(
+        *right.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=9,
+        ncols=3,
+        loc="outside lower center",
+    )
     write_figure(figure, path)
 
 
@@ -241,7 +311,10 @@ def curve(ax, x, values, line, i):
 
 
 def loss_beyond(numbers, how):
-    """Return the mean loss with contexts beyond L. Raises: KeyError for recipe 1, whose loss rests on three rows."""
+    """Return the mean loss with contexts beyond L.
+
+    Raises: KeyError for recipe 1, whose loss rests on three rows.
+    """
     numbers[how]["documents"]
     return float(np.mean(numbers[how]["loss"][sum(c <= 1 for c in CONTEXTS) :]))
 
@@ -249,7 +322,7 @@ def loss_beyond(numbers, how):
 def loss_of_extended(numbers):
     """Return the loss beyond L of a model that trained there.
 
-    Raises: KeyError for one that did not: its seeds differ ten times as much, so its noise is not that of the others.
+    Raises: KeyError for one that did not: its seeds differ ten times as much, and so its noise.
     """
     if "yarn" in numbers:
         raise KeyError("own")
@@ -267,14 +340,19 @@ def retrieved_beyond(numbers):
 
 STUDY = Study(
     question="Does YaRN extend a model to four times its training length?",
-    published="4K → 128K in two short phases, every needle found (V3 report, figure 8); 99 % of passkeys (YaRN)",
+    published=(
+        "4K → 128K in two short phases, every needle found (V3 report, figure 8); "
+        "99 % of passkeys (YaRN)"
+    ),
     variants=variants,
     prepare=prepare,
     measure=measure,
     table=table,
     draw=draw,
     claims=(
-        Claim("beyond L, YaRN without more steps is better than nothing", "L", 0.0, yarn_gain, "lower"),
+        Claim(
+            "beyond L, YaRN without more steps is better than nothing", "L", 0.0, yarn_gain, "lower"
+        ),
         Claim(
             "beyond L, more steps with YaRN are better than without",
             "L, then 4L with YaRN",
@@ -300,7 +378,9 @@ STUDY = Study(
     stakes={
         "keys": Stake(
             "no key: chance, against keys within L",
-            lambda results: results.values("L", lambda n: float(np.mean(n["own"]["home"]))) - planted.CHANCE,
+            lambda results: (
+                results.values("L", lambda n: float(np.mean(n["own"]["home"]))) - planted.CHANCE
+            ),
             lambda n: float(np.mean(n["own"]["home"])),
             "of keys",
         )

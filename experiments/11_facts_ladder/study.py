@@ -1,4 +1,4 @@
-"""DeepSeekMoE's ladder on a task that needs parameters: 16,384 facts to store, more than the dense model can."""
+"""DeepSeekMoE's ladder on 16,384 facts to store, more than the dense model can."""
 
 from dsv3_jax.config import replace
 from experiments.lab import ABOVE, Column, OnTask, Study, drawing
@@ -8,7 +8,10 @@ from experiments.lab.tasks import Facts
 
 
 def variants(base):
-    return {name: OnTask(Facts(), replace(base, model=model)) for name, model in ladder(base.model).items()}
+    return {
+        name: OnTask(Facts(), replace(base, model=model))
+        for name, model in ladder(base.model).items()
+    }
 
 
 def claim(text, variant, against):
@@ -23,14 +26,19 @@ def draw(results, path):
 def words(results):
     pairs = (SWITCH, DENSE), (SHARED, GSHARD), (FINE_4, GSHARD)
     changes = (drawing.change(results, *pair, unknown_bits, 2) for pair in pairs)
-    return "One expert of eight against dense: {} bits; 1 + 1 of 15 against 2 of 16: {}; 1 + 7 of 63: {}".format(
-        *changes
+    words = (
+        "One expert of eight against dense: {} bits; "
+        "1 + 1 of 15 against 2 of 16: {}; 1 + 7 of 63: {}"
     )
+    return words.format(*changes)
 
 
 STUDY = Study(
     question="Do shared and finer experts store more facts at equal total and active parameters?",
-    published="dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); every rung of the ladder helps",
+    published=(
+        "dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); "
+        "every rung of the ladder helps"
+    ),
     variants=variants,
     base="facts",
     columns=(
@@ -48,7 +56,9 @@ STUDY = Study(
         claim("the finest store more than two of sixteen", FINE_4, GSHARD),
     ),
     stakes={
-        "facts": bits_stake("no routed expert: dense", lambda results: results.paired(DENSE, SWITCH, unknown_bits))
+        "facts": bits_stake(
+            "no routed expert: dense", lambda results: results.paired(DENSE, SWITCH, unknown_bits)
+        )
     },
     facts={
         "0.037": "3.6753 - 3.6385",

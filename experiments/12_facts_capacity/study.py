@@ -40,8 +40,14 @@ def words(results):
 
 
 STUDY = Study(
-    question="What do dropped tokens cost where the experts' knowledge is needed, and does good balance prevent it?",
-    published="DeepSeek-V3 drops no token in training or inference, thanks to its balance; no figure is given",
+    question=(
+        "What do dropped tokens cost where the experts' knowledge is needed, "
+        "and does good balance prevent it?"
+    ),
+    published=(
+        "DeepSeek-V3 drops no token in training or inference, "
+        "thanks to its balance; no figure is given"
+    ),
     variants=variants,
     base="facts",
     columns=(
@@ -57,6 +63,8 @@ STUDY = Study(
         claim("without a capacity, balance stores more facts", NO_DROP, UNBALANCED),
     ),
     stakes={
-        "experts": bits_stake("no routed expert: dense", lambda results: results.paired(DENSE, NO_DROP, unknown_bits))
+        "experts": bits_stake(
+            "no routed expert: dense", lambda results: results.paired(DENSE, NO_DROP, unknown_bits)
+        )
     },
 )

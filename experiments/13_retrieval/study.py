@@ -1,4 +1,7 @@
-"""YaRN on one-hop retrieval: a model trained at L answers questions up to 16L away. L is the base's row length."""
+"""YaRN on one-hop retrieval: a model trained at L answers questions up to 16L away.
+
+L is the base's row length.
+"""
 
 from functools import partial
 
@@ -9,7 +12,15 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
-from experiments.lab import FollowUp, OnTask, Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import (
+    FollowUp,
+    OnTask,
+    Study,
+    drawing,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.tasks import Retrieval
 
@@ -26,9 +37,15 @@ def variants(base):
     extended = replace(model, yarn=yarn_of(length))
     short = replace(base, model=model)
     # A tenth more steps, with as many tokens each.
-    long_rows = replace(base.data, seq_len=FACTOR * length, batch_size=max(base.data.batch_size // FACTOR, 1))
-    optim = replace(base.optim, learning_rate=lr, final_learning_rate=min(lr, base.optim.final_learning_rate))
-    more = replace(short, data=long_rows, steps=max(base.steps // 10, 2), optim=replace(optim, warmup_steps=2))
+    long_rows = replace(
+        base.data, seq_len=FACTOR * length, batch_size=max(base.data.batch_size // FACTOR, 1)
+    )
+    optim = replace(
+        base.optim, learning_rate=lr, final_learning_rate=min(lr, base.optim.final_learning_rate)
+    )
+    more = replace(
+        short, data=long_rows, steps=max(base.steps // 10, 2), optim=replace(optim, warmup_steps=2)
+    )
     long = Retrieval(tokens=FACTOR * length)
     return {
         "L": OnTask(Retrieval(tokens=length), short),
@@ -45,7 +62,7 @@ def yarn_of(length):
 
 
 def measure(trained):
-    """Measure the retrieved share [lengths][depths]: own, and of the model trained at L by YaRN without more steps."""
+    """Measure the retrieved share [lengths][depths]: own, and with YaRN alone after L."""
     length = trained.run.model.max_positions // FACTOR
     numbers = {"length": length, "own": retrieved(trained.model, trained.task, length)}
     if trained.run.data.seq_len == length:
@@ -59,7 +76,10 @@ def measure(trained):
 def retrieved(model, task, length):
     """Return the share of right answers by length of the row and depth of the key, as lists."""
     return [
-        [share(model, task.questions(c * length, max(round(d * c * length), 2), ROWS).tokens) for d in DEPTHS]
+        [
+            share(model, task.questions(c * length, max(round(d * c * length), 2), ROWS).tokens)
+            for d in DEPTHS
+        ]
         for c in CONTEXTS
     ]
 
@@ -94,7 +114,7 @@ def shown(results):
 
 
 def beyond(how):
-    """Return a function of a run's numbers: the retrieved share, in %, of keys that are farther away than L."""
+    """Return a function of a run's numbers: the % of keys farther away than L that are found."""
 
     def mean(numbers):
         far = [
@@ -114,13 +134,18 @@ def within(how):
 
 
 def table(results):
-    header = ["", "found in rows of L, %", *(f"rows of {c}L" for c in CONTEXTS[1:]), "farther than L, %"]
+    header = [
+        "",
+        "found in rows of L, %",
+        *(f"rows of {c}L" for c in CONTEXTS[1:]),
+        "farther than L, %",
+    ]
     rows = []
     for line, variant, how in shown(results):
-        by_length = 100 * results.values(variant, lambda n, how=how: [np.mean(row) for row in n[how]])
-        rows.append(
-            [line, *(mean_spread(x, 1) for x in by_length.T), mean_spread(results.values(variant, beyond(how)), 1)]
-        )
+        shares = results.values(variant, lambda n, how=how: [np.mean(row) for row in n[how]])
+        by_length = 100 * shares
+        farther = mean_spread(results.values(variant, beyond(how)), 1)
+        rows.append([line, *(mean_spread(x, 1) for x in by_length.T), farther])
     return markdown_table(header, rows) + f"\n\nChance finds {100 / Retrieval().values:.1f} %."
 
 
@@ -155,7 +180,10 @@ def draw(results, path):
 
 def words(results):
     unchanged, yarn = (results.values("L", beyond(how)).mean() for how in ("own", "yarn"))
-    return f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model {unchanged:.0f} %"
+    return (
+        f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, "
+        f"the unchanged model {unchanged:.0f} %"
+    )
 
 
 def claim(text, variant, against, key, expect="higher", **more):
@@ -164,7 +192,10 @@ def claim(text, variant, against, key, expect="higher", **more):
 
 STUDY = Study(
     question="Does YaRN let a model find keys at up to 16 times its training length?",
-    published="4K → 128K in two short phases, every needle found (V3 report, figure 8); 99 % of passkeys (YaRN)",
+    published=(
+        "4K → 128K in two short phases, every needle found (V3 report, figure 8); "
+        "99 % of passkeys (YaRN)"
+    ),
     variants=variants,
     base="retrieval",
     measure=measure,

@@ -1,4 +1,4 @@
-"""The worth of each part to a trained model: parts are taken away when it is evaluated; nothing is trained again."""
+"""The worth of each part to a trained model: parts are taken away when it is evaluated."""
 
 from functools import partial
 from unittest import mock
@@ -19,7 +19,8 @@ from experiments.lab.statistics import pool
 from experiments.lab.tables import mean_spread
 
 TOP_OFF = (1, 2, 4, 8)  # experts with the highest scores that a token may not use
-WINDOWS = (2, 8, 32, 64)  # most tokens of context, of which the second half of each window is scored
+# Most tokens of context; the second half of each window is scored.
+WINDOWS = (2, 8, 32, 64)
 
 
 def variants(base):
@@ -27,13 +28,14 @@ def variants(base):
 
 
 def measure(trained):
-    """Measure the loss of held-out text with each part taken away, minus the loss of the whole model."""
+    """Measure the loss of held-out text without each part, minus that of the whole model."""
     model, batches = trained.model, trained.held_out()
     cfg = model.cfg
     graphdef, state = nnx.split(model)
 
     def rebuilt(state, **changes):
-        return nnx.merge(nnx.graphdef(abstract(replace(cfg, **changes), trained.run.execution)), state)
+        shapes = abstract(replace(cfg, **changes), trained.run.execution)
+        return nnx.merge(nnx.graphdef(shapes), state)
 
     whole = loss_of(model, batches)
     k = cfg.experts_per_token
@@ -53,10 +55,9 @@ def measure(trained):
         with mock.patch.object(routing, "route", partial(skip_top, routing.route, off)):
             removed[f"top {off} off"] = loss_of(rebuilt(state, experts_per_token=k + off), batches)
     costs = {name: loss - whole for name, loss in removed.items()}
-    costs |= {
-        f"context of {w} tokens at most": loss_of(model, batches, w, cut=True) - loss_of(model, batches, w)
-        for w in WINDOWS
-    }
+    for w in WINDOWS:
+        cost_of_cut = loss_of(model, batches, w, cut=True) - loss_of(model, batches, w)
+        costs[f"context of {w} tokens at most"] = cost_of_cut
     return {"whole": whole, "cost": costs}
 
 
@@ -72,7 +73,7 @@ def without(state, part):
 
 
 def same_experts(state, load, k):
-    """Return the state with router biases that send every token of a layer to its k experts with most load."""
+    """Return the state with router biases that send all tokens to a layer's k busiest experts."""
     load = np.asarray(load)
     flat = dict(nnx.to_flat_state(state))
     for path, leaf in flat.items():
@@ -102,7 +103,7 @@ def loss_of(model, batches, window=None, *, cut=False):
     """Return the mean nats of the text's tokens.
 
     Args:
-        window: score only targets in the second half of each window of so many tokens. None means all.
+        window: score only targets in the second half of each window of so many tokens; None: all.
         cut: a token sees its own window alone.
     """
     graphdef, state = nnx.split(model)
@@ -116,7 +117,7 @@ def loss_of(model, batches, window=None, *, cut=False):
         out = score(state, inputs)
         mask = np.asarray(out.mask)
         if window is not None:
-            # A target is scored if it, and the tokens it would see in its window, are of one document.
+            # A target is scored if it, and the tokens seen in its window, are of one document.
             own = windows_of(batch, window)["segment_ids"]
             same = own[:, 1:] == own[:, :-1]
             mask = mask & same & (place[1:] % window >= window // 2)
@@ -145,7 +146,7 @@ def cost(name):
 
 
 def noise(results):
-    """Pool the noise of a cost over all that is taken away: each is one more variant of the same runs."""
+    """Pool the noise of costs over all that is taken away: each is a variant of the same runs."""
     costs = {name: dict(enumerate(results.values("base", cost(name)))) for name in names(results)}
     return lambda key, compared=(): pool([costs])
 
@@ -159,7 +160,9 @@ def table(results):
 
 
 LABELS = {  # of windows, whose second half is scored
-    f"context of {w} tokens at most": f"context beyond {w - 1} token{'s' * (w > 2)} (of {max(w // 2, 1)} to {w - 1})"
+    f"context of {w} tokens at most": (
+        f"context beyond {w - 1} token{'s' * (w > 2)} (of {max(w // 2, 1)} to {w - 1})"
+    )
     for w in WINDOWS
 }
 
@@ -167,7 +170,8 @@ LABELS = {  # of windows, whose second half is scored
 def draw(results, path):
     def words():
         routed, shared = (
-            results.values("base", cost(f"{part} off")).mean() for part in ("routed experts", "shared expert")
+            results.values("base", cost(f"{part} off")).mean()
+            for part in ("routed experts", "shared expert")
         )
         return f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
 
@@ -179,7 +183,10 @@ def claim(text, name, **more):
 
 
 STUDY = Study(
-    question="What is each part worth to the trained model: experts, their choice, the shared one, the context?",
+    question=(
+        "What is each part worth to the trained model: "
+        "experts, their choice, the shared one, the context?"
+    ),
     published="shared expert off, one more routed: Pile loss 1.808 → 2.414 (DeepSeekMoE, 2B)",
     variants=variants,
     seeds=10,

@@ -1,4 +1,4 @@
-"""Training in 8 bits: the loss of bfloat16, two kinds of FP8, and MXFP8 against float32, on the same data."""
+"""Training in 8 bits: losses of bfloat16, two kinds of FP8, and MXFP8 against float32."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ STEPS = 200
 
 
 def variants(base):
-    """Half the lab's batch and steps and a third of its learning rate: less noise between runs, and less time."""
+    """Half the lab's batch and steps and a third of its rate: less noise, and less time."""
     short = replace(
         base,
         data=replace(base.data, batch_size=8),
@@ -34,10 +34,14 @@ def variants(base):
 
 
 def measure(trained):
-    """`late_loss`: mean training loss of the last quarter. For float32 runs also `gradient_error` of each execution:
-    ‖g − g₃₂‖ / ‖g₃₂‖ of all parameters together, at the last checkpoint on held-out text."""
+    """Measure `late_loss`, the mean training loss of the last quarter.
+
+    For float32 runs also `gradient_error` of each execution: ‖g − g₃₂‖ / ‖g₃₂‖ of all parameters
+    together, at the last checkpoint on held-out text.
+    """
     rows = [row for row in trained.metrics() if "loss" in row]
-    numbers = {"late_loss": float(np.mean([row["loss"] for row in rows[-max(len(rows) // 4, 1) :]]))}
+    late = rows[-max(len(rows) // 4, 1) :]
+    numbers = {"late_loss": float(np.mean([row["loss"] for row in late]))}
     if trained.run.execution == EXECUTIONS[EXACT]:
         numbers["gradient_error"] = gradient_errors(trained)
     return numbers
@@ -62,11 +66,14 @@ def gradient_errors(trained):
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params))
 
     def size(tree):
-        return np.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in jax.tree.leaves(tree)))
+        leaves = jax.tree.leaves(tree)
+        return np.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in leaves))
 
     exact = gradient(EXECUTIONS[EXACT])
     others = {name: gradient(execution) for name, execution in EXECUTIONS.items() if name != EXACT}
-    return {name: size(jax.tree.map(np.subtract, g, exact)) / size(exact) for name, g in others.items()}
+    return {
+        name: size(jax.tree.map(np.subtract, g, exact)) / size(exact) for name, g in others.items()
+    }
 
 
 def percent(key):
@@ -80,12 +87,14 @@ def change(results, variant, key):
 
 
 def interval(results, key):
-    """Half the width of a difference's 95 % interval, from the noise that all variants of the study share."""
+    """Half the width of a difference's 95 % interval, from the noise that all variants share."""
     try:
         noise = noise_within(results)(percent(key))
     except ValueError:  # one seed
         return np.nan
-    return interval_factor(noise.dof) * noise.sd * np.sqrt(2 / len(results.seeds())) if noise.dof else np.nan
+    if not noise.dof:
+        return np.nan
+    return interval_factor(noise.dof) * noise.sd * np.sqrt(2 / len(results.seeds()))
 
 
 def table(results):
@@ -101,8 +110,15 @@ def table(results):
             mean = np.array([results.difference(variant, EXACT, percent(key))])
             row.append(f"{mean_spread(mean, 3, sign=True)} ± {interval(results, key):.3f}")
         rows.append([*row, mean_spread(error, 2)])
-    header = ["variant", "validation loss", "training loss, last quarter", "validation loss against float32, %"]
-    return markdown_table([*header, "training loss against float32, %", "error of a gradient, %"], rows)
+    header = [
+        "variant",
+        "validation loss",
+        "training loss, last quarter",
+        "validation loss against float32, %",
+    ]
+    return markdown_table(
+        [*header, "training loss against float32, %", "error of a gradient, %"], rows
+    )
 
 
 def draw(results, path):
@@ -118,30 +134,54 @@ def draw(results, path):
         left.fill_between(steps, away.min(0), away.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
         for j, (key, mark) in enumerate((("val_loss", "o"), ("late_loss", "s"))):
             values, y = change(results, name, key), i + 0.3 * (j - 0.5)
-            right.plot(values, np.full(len(values), y), mark, color=f"C{i}", alpha=0.6, markersize=5)
-            right.errorbar([values.mean()], [y], xerr=[interval(results, key)], color=f"C{i}", linewidth=2, capsize=4)
+            right.plot(
+                values, np.full(len(values), y), mark, color=f"C{i}", alpha=0.6, markersize=5
+            )
+            right.errorbar(
+                [values.mean()],
+                [y],
+                xerr=[interval(results, key)],
+                color=f"C{i}",
+                linewidth=2,
+                capsize=4,
+            )
             right.plot([values.mean()], [y], mark, color=f"C{i}", markersize=9, fillstyle="none")
     for ax, line in ((left, left.axhline), (right, right.axvline)):
         line(0, color="0.5", linewidth=0.8)
         for side in (-BOUND, BOUND):
             line(side, color="0.3", linewidth=0.8, linestyle="--")
-        ax.plot([], [], color="0.3", linewidth=0.8, linestyle="--", label=f"±{BOUND} %, the report's bound")
+        ax.plot(
+            [],
+            [],
+            color="0.3",
+            linewidth=0.8,
+            linestyle="--",
+            label=f"±{BOUND} %, the report's bound",
+        )
     right.plot([], [], "o", color="0.4", fillstyle="none", label="validation")
     right.plot([], [], "s", color="0.4", fillstyle="none", label="training, last quarter")
-    title = drawing.answer(lambda: words(results, "late_loss", "Training"), "Training loss against float32")
+    title = drawing.answer(
+        lambda: words(results, "late_loss", "Training"), "Training loss against float32"
+    )
     drawing.style_axes(left, title, "step", "%: mean of the seeds, shaded from min to max")
-    title = drawing.answer(lambda: words(results, "val_loss", "Validation"), "Loss at the end against float32")
-    drawing.style_axes(right, title, "% of float32's loss: a dot is a seed, a bar the 95 % interval", "")
+    title = drawing.answer(
+        lambda: words(results, "val_loss", "Validation"), "Loss at the end against float32"
+    )
+    drawing.style_axes(
+        right, title, "% of float32's loss: a dot is a seed, a bar the 95 % interval", ""
+    )
     right.set_yticks(range(len(names)), names)
     right.set_ylim(len(names) - 0.4, -1.1)  # space for the legend
     left.legend(frameon=False, fontsize=8, ncols=2)
-    right.legend(framealpha=1, edgecolor="none", fontsize=8, ncols=2)  # no line runs through its text
+    # With a frame, so that no line runs through its text.
+    right.legend(framealpha=1, edgecolor="none", fontsize=8, ncols=2)
     write_figure(figure, path)
 
 
 def words(results, key, what):
     name = "fp8"
-    return f"{what} loss with FP8: {drawing.change(results, name, EXACT, percent(key), 2)} % of float32's"
+    change = drawing.change(results, name, EXACT, percent(key), 2)
+    return f"{what} loss with FP8: {change} % of float32's"
 
 
 def keeps(variant, key, what):
@@ -151,7 +191,10 @@ def keeps(variant, key, what):
 
 STUDY = Study(
     question="Does training in 8 bits change the loss by less than the report's 0.25 %?",
-    published="FP8 against BF16 at 16B and 230B parameters: less than 0.25 % of the loss (V3 report, section 3.3)",
+    published=(
+        "FP8 against BF16 at 16B and 230B parameters: "
+        "less than 0.25 % of the loss (V3 report, section 3.3)"
+    ),
     variants=variants,
     seeds=6,
     measure=measure,

@@ -1,4 +1,4 @@
-"""A router's life: when its choices settle, what the bias changes, how biases drift, and what two seeds share."""
+"""A router's life: when choices settle, what the bias does, how it drifts, what seeds share."""
 
 from itertools import combinations
 
@@ -25,21 +25,30 @@ EARLY = 0.2  # of training
 def variants(base):
     every = max(base.steps // CHECKPOINTS, 1)
     return {
-        name: replace(base, model=replace(base.model, balance=balance), save_every=every, keep=CHECKPOINTS + 1)
+        name: replace(
+            base, model=replace(base.model, balance=balance), save_every=every, keep=CHECKPOINTS + 1
+        )
         for name, balance in METHODS.items()
     }
 
 
 def measure(trained):
-    """By checkpoint: `settled`, the share of the last one's choices that are made already, and of runs with a bias
-    `changed`, the share of choices that the bias makes, `max_vio` with and `max_vio_without` it on held-out text, and
-    `drift`, the mean change of a bias per step since the checkpoint before. All are means of the layers."""
+    """Measure choices and biases by checkpoint, in the mean over layers.
+
+    `settled` is the share of the last checkpoint's choices that are made already. Of runs with a
+    bias: `changed`, the share of choices that the bias makes, `max_vio` with and `max_vio_without`
+    it on held-out text, and `drift`, the mean change of a bias per step since the checkpoint
+    before.
+    """
     from dsv3_jax.training.checkpoint import load_run
 
     batches = trained.held_out(min(8, trained.run.eval_batches))
-    steps = sorted(int(p.name) for p in (trained.folder / "checkpoints").iterdir() if p.name.isdigit())
+    steps = sorted(
+        int(p.name) for p in (trained.folder / "checkpoints").iterdir() if p.name.isdigit()
+    )
     found = [
-        stats.collect(load_run(trained.folder, step=step).model, batches, trained.corpus.domains) for step in steps
+        stats.collect(load_run(trained.folder, step=step).model, batches, trained.corpus.domains)
+        for step in steps
     ]
     last = found[-1].rows
     numbers = {
@@ -69,7 +78,7 @@ def max_vio(load):
 
 
 def shared_by_seeds(results, variant):
-    """Return (share of choices that two seeds' matched experts have in common, by chance), one row a pair of seeds."""
+    """Return (share of choices of two seeds' matched experts in common, by chance) by pair."""
     from dsv3_jax.stats.token_rows import rows_of
 
     rows = []
@@ -93,7 +102,9 @@ def of_bias(key):
     """Return a number of runs with a bias, else NaN."""
 
     def of(results, variant):
-        return results.values(variant, key) if variant == BIAS else np.full(len(results.records(variant)), np.nan)
+        if variant == BIAS:
+            return results.values(variant, key)
+        return np.full(len(results.records(variant)), np.nan)
 
     return of
 
@@ -105,33 +116,44 @@ def draw(results, path):
         steps = results.records(variant)[0]["numbers"]["steps"]
         curves, colour = results.values(variant, "settled"), drawing.colour_of(results, variant)
         left.plot(steps, curves.mean(0), "o-", color=colour, label=variant, markersize=4)
-        left.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+        left.fill_between(
+            steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0
+        )
     early = results.values(BIAS, "early").mean()
-    drawing.style_axes(
-        left, f"With the bias {100 * early:.0f} % are made after {100 * EARLY:.0f} % of training", "step",
-        "share of the last choices; shaded: seeds",
-    )  # fmt: skip
+    title = f"With the bias {100 * early:.0f} % are made after {100 * EARLY:.0f} % of training"
+    drawing.style_axes(left, title, "step", "share of the last choices; shaded: seeds")
     left.set_ylim(0, 1.02)
     left.legend(frameon=False, fontsize=8, loc="lower right")
     steps, colour = results.records(BIAS)[0]["numbers"]["steps"], drawing.colour_of(results, BIAS)
     changed = results.values(BIAS, "changed")
     middle.plot(steps, 100 * changed.mean(0), "o-", color=colour, markersize=4)
-    middle.fill_between(steps, 100 * changed.min(0), 100 * changed.max(0), color=colour, alpha=0.15, linewidth=0)
-    drawing.style_axes(
-        middle, f"The bias makes {100 * changed[:, -1].mean():.0f} % of the choices at the end", "step",
-        "% of choices that differ without it",
-    )  # fmt: skip
+    middle.fill_between(
+        steps, 100 * changed.min(0), 100 * changed.max(0), color=colour, alpha=0.15, linewidth=0
+    )
+    title = f"The bias makes {100 * changed[:, -1].mean():.0f} % of the choices at the end"
+    drawing.style_axes(middle, title, "step", "% of choices that differ without it")
     middle.set_ylim(bottom=0)
-    for key, style, name in (("max_vio_without", "--", "without its bias"), ("max_vio", "-", "as it is")):
+    for key, style, name in (
+        ("max_vio_without", "--", "without its bias"),
+        ("max_vio", "-", "as it is"),
+    ):
         values = results.values(BIAS, key)
         right.plot(steps, values.mean(0), style, color=colour, label=f"{BIAS}, {name}")
-        right.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        right.fill_between(
+            steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+        )
     for variant in results.variants:
         if variant != BIAS:
             values = results.values(variant, "max_vio")
-            right.plot(steps, values.mean(0), color=drawing.colour_of(results, variant), label=variant)
-    with_it, without = (results.values(BIAS, key)[:, -1].mean() for key in ("max_vio", "max_vio_without"))
-    drawing.style_axes(right, f"Without its bias: MaxVio {without:.1f}, not {with_it:.1f}", "step", "MaxVio")
+            right.plot(
+                steps, values.mean(0), color=drawing.colour_of(results, variant), label=variant
+            )
+    with_it, without = (
+        results.values(BIAS, key)[:, -1].mean() for key in ("max_vio", "max_vio_without")
+    )
+    drawing.style_axes(
+        right, f"Without its bias: MaxVio {without:.1f}, not {with_it:.1f}", "step", "MaxVio"
+    )
     right.set_ylim(0, 1.45 * right.get_ylim()[1])  # space for the legend
     right.legend(frameon=False, fontsize=8, loc="upper right")
     write_figure(figure, path)
@@ -143,7 +165,10 @@ def log_vio(numbers):
 
 STUDY = Study(
     question="When do a router's choices settle, and what does the bias do?",
-    published="60 % of OLMoE's choices are made after 1 % of training, 80 % after 40 % (arXiv 2409.02060, section 5.1)",
+    published=(
+        "60 % of OLMoE's choices are made after 1 % of training, "
+        "80 % after 40 % (arXiv 2409.02060, section 5.1)"
+    ),
     variants=variants,
     measure=measure,
     columns=(
@@ -158,15 +183,48 @@ STUDY = Study(
     draw=draw,
     claims=(
         Claim(
-            "half of the choices are made after a fifth of training", BIAS, 0.5, "early", "higher", unit="", digits=2
+            "half of the choices are made after a fifth of training",
+            BIAS,
+            0.5,
+            "early",
+            "higher",
+            unit="",
+            digits=2,
         ),
-        Claim("choices settle later with a bias than with a loss", BIAS, SWITCH, "early", unit="", digits=2),
-        Claim("choices settle later with a bias than without balance", BIAS, UNBALANCED, "early", unit="", digits=2),
-        Claim("the bias evens the load", BIAS, 0.0, "work", "higher", unit="ln MaxVio", digits=2, stake="balance"),
+        Claim(
+            "choices settle later with a bias than with a loss",
+            BIAS,
+            SWITCH,
+            "early",
+            unit="",
+            digits=2,
+        ),
+        Claim(
+            "choices settle later with a bias than without balance",
+            BIAS,
+            UNBALANCED,
+            "early",
+            unit="",
+            digits=2,
+        ),
+        Claim(
+            "the bias evens the load",
+            BIAS,
+            0.0,
+            "work",
+            "higher",
+            unit="ln MaxVio",
+            digits=2,
+            stake="balance",
+        ),
     ),
     stakes={
         "balance": Stake(
-            "no balance", lambda results: results.paired(UNBALANCED, BIAS, log_vio), log_vio, "ln MaxVio", 2
+            "no balance",
+            lambda results: results.paired(UNBALANCED, BIAS, log_vio),
+            log_vio,
+            "ln MaxVio",
+            2,
         )
     },
     facts={

@@ -1,4 +1,4 @@
-"""The content of a cached row: recall of many keys by MLA's widths, its rotated part, and other kinds of attention."""
+"""What a cached row holds: recall of many keys by MLA's widths and by other kinds of attention."""
 
 import math
 
@@ -16,7 +16,8 @@ from experiments.lab.tasks import ManyKeys
 TASK = ManyKeys(planted=16)
 MARGIN = 0.1  # bits of 2
 MLA, MHA, NORMED, GQA, MQA = "MLA", "MHA", "MHA, QK-norm", "GQA", "MQA"
-ROWS = ((8, 16), (2, 16), (8, 4), (4, 4), (2, 2))  # widths of the latent and of the rotated key; the base has 32, 16
+# Widths of the latent and of the rotated key; the base has 32, 16.
+ROWS = ((8, 16), (2, 16), (8, 4), (4, 4), (2, 2))
 ROTATED = (28, 4)  # of a head's 32 numbers, with a latent of 32; the base rotates 16
 QUERIES = (16, 4)
 
@@ -38,28 +39,38 @@ def variants(base):
     mha = replace(mla, attention="mha")
     head = mla.nope_head_dim + mla.rope_head_dim
     models = {MLA: mla}
-    models |= {row(c, r): replace(mla, kv_latent_dim=c, rope_head_dim=r, nope_head_dim=head - r) for c, r in ROWS}
+    models |= {
+        row(c, r): replace(mla, kv_latent_dim=c, rope_head_dim=r, nope_head_dim=head - r)
+        for c, r in ROWS
+    }
     models |= {rotated(r): replace(mla, rope_head_dim=r, nope_head_dim=head - r) for r in ROTATED}
     models |= {queries(q): replace(mla, q_latent_dim=q) for q in QUERIES}
     models |= {MHA: mha, NORMED: replace(mha, qk_norm=True)}
-    models |= {GQA: replace(mha, attention="gqa", num_kv_heads=2), MQA: replace(mha, attention="mqa")}
-    return {name: OnTask(TASK, replace(base, model=matched(model, mha))) for name, model in models.items()}
+    models |= {
+        GQA: replace(mha, attention="gqa", num_kv_heads=2),
+        MQA: replace(mha, attention="mqa"),
+    }
+    return {
+        name: OnTask(TASK, replace(base, model=matched(model, mha)))
+        for name, model in models.items()
+    }
 
 
 def measure(trained):
-    """Count cached numbers a token and layer, and the steps until half of a value's bits are known in training."""
+    """Count cached numbers a token and layer, and steps until half of a value's bits are known."""
     cfg = trained.run.model
     counts = elements_per_token(cfg)
     half = TASK.chance_bits / 2 / BITS
     below = [r["step"] for r in trained.metrics() if r.get("loss", half) < half]
+    cached = counts["latent"] if cfg.attention == "mla" else counts["expanded"]
     return {
-        "cached": (counts["latent"] if cfg.attention == "mla" else counts["expanded"]) / cfg.num_layers,
+        "cached": cached / cfg.num_layers,
         "steps_to_half": min(below, default=trained.run.steps),
     }
 
 
 def log_steps(numbers):
-    """Return ln of the steps until half of the bits are known; the study's steps if they never are."""
+    """Return ln of the steps until half of the bits are known, or of all if they never are."""
     return math.log(numbers["steps_to_half"])
 
 
@@ -82,8 +93,10 @@ def draw(results, path):
 
 
 def fewest_numbers(results):
-    """Return how many numbers the smallest row has with which no more than MARGIN bits are unknown."""
-    known = [name for name in results.variants if results.values(name, unknown_bits).mean() <= MARGIN]
+    """Return the size of the smallest row with which no more than MARGIN bits are unknown."""
+    known = [
+        name for name in results.variants if results.values(name, unknown_bits).mean() <= MARGIN
+    ]
     rows = [results.values(name, "cached")[0] for name in known or results.variants]
     return f"{min(rows):.0f}" if known else f"more than {max(rows):.0f}"
 
@@ -102,8 +115,14 @@ def same(text, variant, against):
 
 
 STUDY = Study(
-    question="What does recall of many keys need of MLA: the latent's width, the rotated part, the queries' width?",
-    published="MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); no figure for recall",
+    question=(
+        "What does recall of many keys need of MLA: "
+        "the latent's width, the rotated part, the queries' width?"
+    ),
+    published=(
+        "MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); "
+        "no figure for recall"
+    ),
     variants=variants,
     base="many_keys",
     seeds=4,
@@ -121,12 +140,20 @@ STUDY = Study(
         same("queries from 16 numbers recall as much as from all 64", queries(16), MLA),
         claim("a head that is rotated nearly whole recalls less", rotated(28), MLA),
         claim("MQA recalls less than MHA", MQA, MHA),
-        claim("norms of queries and keys make MHA learn sooner", NORMED, MHA, "lower", log_steps, "ln steps"),
+        claim(
+            "norms of queries and keys make MHA learn sooner",
+            NORMED,
+            MHA,
+            "lower",
+            log_steps,
+            "ln steps",
+        ),
         claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", log_steps, "ln steps"),
     ),
     stakes={
         "context": bits_stake(
-            "no context: chance", lambda results: TASK.chance_bits - results.values(MLA, unknown_bits)
+            "no context: chance",
+            lambda results: TASK.chance_bits - results.values(MLA, unknown_bits),
         )
     },
     facts={

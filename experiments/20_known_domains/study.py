@@ -1,4 +1,4 @@
-"""Rules of balancing where the right division of the work is known: 16 domains with nothing in common, 16 experts."""
+"""Rules of balancing where the right division is known: 16 domains apart, 16 experts."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,27 +15,41 @@ TOGETHER = replace(MIXED, together=True)
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 RULES = {
     "bias": {f"bias, γ {g}": replace(NONE, bias_rate=float(g)) for g in ("1e-4", "1e-3", "1e-2")},
-    "batch-wise loss": {f"batch-wise, α {a}": replace(NONE, switch_alpha=float(a)) for a in ("1e-3", "1e-2", "1e-1")},
+    "batch-wise loss": {
+        f"batch-wise, α {a}": replace(NONE, switch_alpha=float(a)) for a in ("1e-3", "1e-2", "1e-1")
+    },
     "sequence-wise loss": {
-        f"sequence-wise, α {a}": replace(NONE, sequence_alpha=float(a)) for a in ("1e-3", "1e-2", "1e-1")
+        f"sequence-wise, α {a}": replace(NONE, sequence_alpha=float(a))
+        for a in ("1e-3", "1e-2", "1e-1")
     },
 }
-BIAS, BATCH, SEQUENCE, STRONG = "bias, γ 1e-3", "batch-wise, α 1e-1", "sequence-wise, α 1e-2", "sequence-wise, α 1e-1"
+BIAS, BATCH = "bias, γ 1e-3", "batch-wise, α 1e-1"
+SEQUENCE, STRONG = "sequence-wise, α 1e-2", "sequence-wise, α 1e-1"
 ONE_DOMAIN = ", batches of one domain"
 
 
 def variants(base):
     balances = {"none": NONE} | {name: b for rule in RULES.values() for name, b in rule.items()}
-    runs = {name: replace(base, model=replace(base.model, balance=b)) for name, b in balances.items()}
-    apart = {name + ONE_DOMAIN: OnTask(TOGETHER, runs[name]) for name in ("none", BIAS, BATCH, STRONG)}
+    runs = {
+        name: replace(base, model=replace(base.model, balance=b)) for name, b in balances.items()
+    }
+    apart = {
+        name + ONE_DOMAIN: OnTask(TOGETHER, runs[name]) for name in ("none", BIAS, BATCH, STRONG)
+    }
     # The feed-forward layer of one expert, which every token uses.
     cfg = base.model
-    dense = replace(base, model=replace(cfg, num_dense_layers=cfg.num_layers, dense_dim=cfg.expert_dim))
-    return {name: OnTask(MIXED, run) for name, run in runs.items()} | apart | {"dense": OnTask(MIXED, dense)}
+    dense = replace(
+        base, model=replace(cfg, num_dense_layers=cfg.num_layers, dense_dim=cfg.expert_dim)
+    )
+    return (
+        {name: OnTask(MIXED, run) for name, run in runs.items()}
+        | apart
+        | {"dense": OnTask(MIXED, dense)}
+    )
 
 
 def measure(trained):
-    """Measure I(expert; domain) of the tokens x that are to be answered, in bits, and the bits of the expert itself."""
+    """Measure I(expert; domain) of the asked tokens x, and the bits of the expert itself."""
     cfg = trained.run.model
     if not cfg.num_sparse_layers:
         return {}
@@ -55,21 +69,40 @@ def measure(trained):
 def draw(results, path):
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = {"no balance": ("none",)} | {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
+    names = {"no balance": ("none",)}
+    names |= {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
     for rule, strengths in names.items():
         colour = drawing.colour_of(results, strengths[0])
         for ax, key in ((left, unknown_bits), (right, "information")):
             line(ax, results, strengths, key, colour, rule)
-        line(right, results, [name + ONE_DOMAIN for name in strengths], "information", colour, "", filled=False)
-    right.scatter([], [], 60, facecolors="none", edgecolors="0.3", label="training batches of one domain")
+        line(
+            right,
+            results,
+            [name + ONE_DOMAIN for name in strengths],
+            "information",
+            colour,
+            "",
+            filled=False,
+        )
+    right.scatter(
+        [], [], 60, facecolors="none", edgecolors="0.3", label="training batches of one domain"
+    )
     title = drawing.answer(lambda: cost_words(results), "What balance costs")
-    drawing.style_axes(left, title, "MaxVio", "bits of an answer unknown, of 7.8; bars: 95 % interval")
+    drawing.style_axes(
+        left, title, "MaxVio", "bits of an answer unknown, of 7.8; bars: 95 % interval"
+    )
     title = drawing.answer(lambda: words(results), "What an expert tells of the domain")
     drawing.style_axes(right, title, "MaxVio", "I(expert; domain), bits of 4; bars: 95 % interval")
     for ax in (left, right):
         drawing.make_logarithmic(ax, "x", (0.1, 0.2, 0.5, 1))
     right.set_ylim(bottom=0)
-    figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
+    figure.legend(
+        *right.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=9,
+        ncols=5,
+        loc="outside lower center",
+    )
     write_figure(figure, path)
 
 
@@ -80,9 +113,11 @@ def cost_words(results):
 
 def words(results):
     bits = [results.values(name, "information").mean() for name in (BIAS, BATCH, STRONG)]
-    return "Experts tell {:.2f} bits of the domain with the bias,\n{:.2f} batch-wise, {:.2f} sequence-wise".format(
-        *bits
+    words = (
+        "Experts tell {:.2f} bits of the domain with the bias,\n"
+        "{:.2f} batch-wise, {:.2f} sequence-wise"
     )
+    return words.format(*bits)
 
 
 def line(ax, results, names, key, colour, label, **more):
@@ -116,7 +151,9 @@ STUDY = Study(
     draw=draw,
     claims=(
         divides("the bias divides the domains more than a sequence-wise loss", BIAS, SEQUENCE),
-        divides("a batch-wise loss divides the domains more than a sequence-wise loss", BATCH, STRONG),
+        divides(
+            "a batch-wise loss divides the domains more than a sequence-wise loss", BATCH, STRONG
+        ),
         fewer("the bias stores more than a sequence-wise loss", BIAS, SEQUENCE),
         fewer("the bias stores more than a strong sequence-wise loss", BIAS, STRONG),
         fewer("batch-wise stores more than sequence-wise of the same weight", BATCH, STRONG),
@@ -132,7 +169,8 @@ STUDY = Study(
             BATCH + ONE_DOMAIN,
         ),
         Claim(
-            "on batches of one domain, batch-wise divides no more than sequence-wise, within 0.1 bits",
+            "on batches of one domain, batch-wise divides no more than sequence-wise, "
+            "within 0.1 bits",
             BATCH + ONE_DOMAIN,
             STRONG + ONE_DOMAIN,
             "information",
@@ -144,7 +182,8 @@ STUDY = Study(
     ),
     stakes={
         "experts": bits_stake(
-            "one expert for all tokens: dense", lambda results: results.paired("dense", BIAS, unknown_bits)
+            "one expert for all tokens: dense",
+            lambda results: results.paired("dense", BIAS, unknown_bits),
         )
     },
     facts={

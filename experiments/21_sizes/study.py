@@ -1,4 +1,4 @@
-"""Two claims at three sizes: MLA against MHA, and a multi-token module against none, at widths of 48, 96 and 192."""
+"""Two claims at widths of 48, 96 and 192: MLA against MHA, a multi-token module against none."""
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
@@ -20,8 +20,12 @@ def variants(base):
         mla = runs[name_of("MLA", size)] = scaled(base, factor, WIDTHS)
         # MHA learns better at half the rate, see study 01.
         slower = replace(mla.optim, learning_rate=mla.optim.learning_rate / 2)
-        runs[name_of("MHA", size)] = replace(mla, model=replace(mla.model, attention="mha"), optim=slower)
-        runs[name_of("MLA with a module", size)] = replace(mla, model=replace(mla.model, mtp_depth=1))
+        runs[name_of("MHA", size)] = replace(
+            mla, model=replace(mla.model, attention="mha"), optim=slower
+        )
+        runs[name_of("MLA with a module", size)] = replace(
+            mla, model=replace(mla.model, mtp_depth=1)
+        )
     return runs
 
 
@@ -30,13 +34,18 @@ def draw(results, path):
 
 
 def words(results):
-    leads = [drawing.change(results, name_of("MLA", size), name_of("MHA", size)) for size in FACTORS]
+    leads = [
+        drawing.change(results, name_of("MLA", size), name_of("MHA", size)) for size in FACTORS
+    ]
     return f"MLA against MHA, from half to double width: {', '.join(leads)} nats"
 
 
 STUDY = Study(
     question="Do MLA's lead over MHA and the module's gain hold at half and at double the width?",
-    published="MLA better than MHA at 16B and 250B (DeepSeek-V2); more tokens ahead cost small models (Gloeckle)",
+    published=(
+        "MLA better than MHA at 16B and 250B (DeepSeek-V2); "
+        "more tokens ahead cost small models (Gloeckle)"
+    ),
     variants=variants,
     columns=(
         Column("learning rate", lambda results, variant: results.values(variant, "rate"), 4),

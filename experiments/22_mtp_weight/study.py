@@ -1,4 +1,4 @@
-"""The weight λ of the multi-token loss: annealed as in V3, or constant; its effect on the next token and on drafts."""
+"""The weight λ of the multi-token loss, annealed or constant: the next token's loss, and drafts."""
 
 from matplotlib.figure import Figure
 
@@ -16,7 +16,10 @@ def constantly(weight):
 
 def variants(base):
     one = replace(base, model=replace(base.model, mtp_depth=1))
-    runs = {constantly(x): replace(one, optim=replace(base.optim, mtp_weight=x, mtp_final_weight=x)) for x in CONSTANT}
+    runs = {
+        constantly(x): replace(one, optim=replace(base.optim, mtp_weight=x, mtp_final_weight=x))
+        for x in CONSTANT
+    }
     return {ANNEALED: one, OFF: replace(base, model=replace(base.model, mtp_depth=0))} | runs
 
 
@@ -31,10 +34,14 @@ def draw(results, path):
     title = drawing.answer(lambda: words(results), f"Loss against {ANNEALED}")
     drawing.plot_differences(left, results, "val_loss", title, "nats per token")
     names = [name for name in results.variants if name != OFF]
-    drawing.plot_rows(right, results, names, accepted, [drawing.colour_of(results, name) for name in names])
+    drawing.plot_rows(
+        right, results, names, accepted, [drawing.colour_of(results, name) for name in names]
+    )
     shares = [results.values(name, accepted).mean() for name in names]
     title = f"{min(shares):.0f} to {max(shares):.0f} % of drafts are accepted" if shares else ""
-    drawing.style_axes(right, title, "drafts accepted on held-out text, %\ndots: seeds, bars: 95 % interval", "")
+    drawing.style_axes(
+        right, title, "drafts accepted on held-out text, %\ndots: seeds, bars: 95 % interval", ""
+    )
     right.set_yticks(range(len(names)), names)
     right.set_ylim(max(len(names), 1) - 0.5, -0.5)
     write_figure(figure, path)
@@ -50,7 +57,9 @@ def drafts(text, variant, against, expect="higher"):
 
 
 STUDY = Study(
-    question="How much should the multi-token loss weigh, and should its weight fall during training?",
+    question=(
+        "How much should the multi-token loss weigh, and should its weight fall during training?"
+    ),
     published="λ 0.3 for 10T tokens, then 0.1 for 4.8T (DeepSeek-V3); no comparison is published",
     variants=variants,
     columns=(
@@ -61,14 +70,32 @@ STUDY = Study(
     claims=(
         Claim("λ that falls gives a lower loss than 0.3 throughout", ANNEALED, constantly(0.3)),
         Claim("λ of 1 gives a higher loss than V3's", constantly(1.0), ANNEALED, expect="higher"),
-        Claim("λ of 0.1 throughout gives a higher loss than V3's", constantly(0.1), ANNEALED, expect="higher"),
-        drafts("λ of 0.3 throughout has more drafts accepted than λ that falls", constantly(0.3), ANNEALED),
+        Claim(
+            "λ of 0.1 throughout gives a higher loss than V3's",
+            constantly(0.1),
+            ANNEALED,
+            expect="higher",
+        ),
+        drafts(
+            "λ of 0.3 throughout has more drafts accepted than λ that falls",
+            constantly(0.3),
+            ANNEALED,
+        ),
         drafts("λ of 1 has more drafts accepted than V3's", constantly(1.0), ANNEALED),
-        drafts("λ of 0.1 throughout has fewer drafts accepted than V3's", constantly(0.1), ANNEALED, "lower"),
+        drafts(
+            "λ of 0.1 throughout has fewer drafts accepted than V3's",
+            constantly(0.1),
+            ANNEALED,
+            "lower",
+        ),
     ),
     stakes={
         "module": Stake(
-            "no module, no draft", lambda results: results.values(ANNEALED, accepted), accepted, "points", 1
+            "no module, no draft",
+            lambda results: results.values(ANNEALED, accepted),
+            accepted,
+            "points",
+            1,
         )
     },
     facts={

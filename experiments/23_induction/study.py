@@ -1,4 +1,4 @@
-"""When induction forms: by the optimizer, and with multi-token heads that predict more than the next token."""
+"""When induction forms: by the optimizer, and with multi-token heads."""
 
 import itertools
 import math
@@ -26,9 +26,13 @@ def variants(base):
     def run(optimizer, task=TOKENS, factor=1, **model):
         rate = RATES[optimizer] / factor
         model |= {name: round(getattr(base.model, name) * factor) for name in WIDTHS}
-        optim = replace(base.optim, name=optimizer.lower(), learning_rate=rate, final_learning_rate=rate / 20)
+        optim = replace(
+            base.optim, name=optimizer.lower(), learning_rate=rate, final_learning_rate=rate / 20
+        )
         data = replace(base.data, seq_len=task.length)
-        return OnTask(task, replace(base, optim=optim, data=data, model=replace(base.model, **model)))
+        return OnTask(
+            task, replace(base, optim=optim, data=data, model=replace(base.model, **model))
+        )
 
     module, parallel = {"mtp_depth": 1}, {"mtp_depth": 2, "mtp_kind": "meta"}
     made = {}
@@ -50,12 +54,15 @@ def variants(base):
 def measure(trained):
     """`formed`: the step at which half of what the order is worth is learnt.
 
-    The other half is as far from the bits of a model that looks back one token less. A run that never learns it has its
-    own number of steps.
+    The other half is as far from the bits of a model that looks back one token less. A run that
+    never learns it has its own number of steps.
     """
     task = trained.task
     half = (task.bits_of_order(task.order - 1) + task.best_bits) / 2
-    return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - task.best_bits}
+    return {
+        "formed": first_below(trained, half),
+        "above": trained.numbers["val_loss"] * BITS - task.best_bits,
+    }
 
 
 def log_above(numbers):
@@ -75,10 +82,18 @@ def draw(results, path):
     left.invert_yaxis()
     title = drawing.answer(lambda: words(results, "formed", STEPS), "When induction forms")
     drawing.style_axes(
-        left, title, "step at which half of it is learnt\nbars: geometric mean with its 95 % interval", ""
+        left,
+        title,
+        "step at which half of it is learnt\nbars: geometric mean with its 95 % interval",
+        "",
     )
     title = drawing.answer(lambda: words(results, "above", LEFT), "What is left at the end")
-    drawing.style_axes(right, title, "bits a token above the optimum\nbars: geometric mean with its 95 % interval", "")
+    drawing.style_axes(
+        right,
+        title,
+        "bits a token above the optimum\nbars: geometric mean with its 95 % interval",
+        "",
+    )
     write_figure(figure, path)
 
 
@@ -97,7 +112,9 @@ def sooner(text, variant, against):
 
 STUDY = Study(
     question="When does induction form, and do multi-token heads or Muon bring it forward?",
-    published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
+    published=(
+        "two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)"
+    ),
     variants=variants,
     base="chains",
     measure=measure,
@@ -107,16 +124,22 @@ STUDY = Study(
     ),
     draw=draw,
     claims=(
-        *(sooner(f"Muon finds induction sooner than AdamW{size}", MUON + size, ADAMW + size) for size in FACTORS),
+        *(
+            sooner(f"Muon finds induction sooner than AdamW{size}", MUON + size, ADAMW + size)
+            for size in FACTORS
+        ),
         sooner("with AdamW, a module brings it forward", f"{ADAMW}, {MODULE}", ADAMW),
         sooner("with AdamW, two parallel heads bring it forward", f"{ADAMW}, {PARALLEL}", ADAMW),
         sooner("with Muon, a module brings it forward", f"{MUON}, {MODULE}", MUON),
         sooner("with Muon, two parallel heads bring it forward", f"{MUON}, {PARALLEL}", MUON),
-        sooner("with Muon, a module brings order 2 forward", f"{MUON}, {MODULE}{OF_TWO}", MUON + OF_TWO),
+        sooner(
+            "with Muon, a module brings order 2 forward", f"{MUON}, {MODULE}{OF_TWO}", MUON + OF_TWO
+        ),
     ),
     stakes={
         "pairs": bits_stake(
-            "counts of tokens alone", lambda results: TOKENS.bits_of_order(0) - results.values(MUON, unknown_bits)
+            "counts of tokens alone",
+            lambda results: TOKENS.bits_of_order(0) - results.values(MUON, unknown_bits),
         )
     },
     facts={

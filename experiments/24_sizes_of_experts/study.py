@@ -1,4 +1,4 @@
-"""Two rungs of the ladder at three sizes: what finer experts and a shared one do at half, base and double width."""
+"""Two rungs of the ladder at half, base and double width: finer experts, and a shared one."""
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
@@ -8,8 +8,17 @@ from experiments.lab.measuring import BITS, bits_claim, bits_stake, unknown_bits
 from experiments.lab.tasks import Facts
 
 # The number of experts stays.
-WIDTHS = ("dim", "dense_dim", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim", "expert_dim")
-FACTS = {"half": 64, "base": 128, "double": 192}  # first tokens, and second ones; the ids end at 192
+WIDTHS = (
+    "dim",
+    "dense_dim",
+    "kv_latent_dim",
+    "nope_head_dim",
+    "rope_head_dim",
+    "v_head_dim",
+    "expert_dim",
+)
+# First tokens, and second ones; the ids end at 192.
+FACTS = {"half": 64, "base": 128, "double": 192}
 
 
 def name_of(kind, size):
@@ -33,7 +42,10 @@ def claim(text, first, second, size):
 
 def stake(size):
     names = name_of(DENSE, size), name_of(GSHARD, size)
-    return bits_stake(f"no routed expert: dense, at {size} width", lambda results: results.paired(*names, unknown_bits))
+    return bits_stake(
+        f"no routed expert: dense, at {size} width",
+        lambda results: results.paired(*names, unknown_bits),
+    )
 
 
 def draw(results, path):
@@ -43,15 +55,24 @@ def draw(results, path):
 def words(results):
     pairs = [(name_of(FINE_4, size), name_of(GSHARD, size)) for size in FACTORS]
     gains = [drawing.change(results, *pair, unknown_bits, 2) for pair in pairs]
-    return f"1 + 7 of 63 experts against 2 of 16, from half to double width: {', '.join(gains)} bits unknown"
+    return (
+        "1 + 7 of 63 experts against 2 of 16, from half to double width: "
+        f"{', '.join(gains)} bits unknown"
+    )
 
 
 STUDY = Study(
-    question="Do finer experts store more, and does a shared one cost facts, at half and at double the width?",
+    question=(
+        "Do finer experts store more, and does a shared one cost facts, "
+        "at half and at double the width?"
+    ),
     published="finer and shared experts help from 2B to 145B parameters (DeepSeekMoE)",
     variants=variants,
     base="facts",
-    columns=(Column("bits unknown, of 6", "val_loss", 2, scale=BITS), Column("MaxVio", "max_vio_global", 2)),
+    columns=(
+        Column("bits unknown, of 6", "val_loss", 2, scale=BITS),
+        Column("MaxVio", "max_vio_global", 2),
+    ),
     draw=draw,
     claims=tuple(
         claim(text, first, second, size)

@@ -1,4 +1,4 @@
-"""Two-token names: whether heads that predict more than the next token bring their induction forward."""
+"""Two-token names: whether multi-token heads bring their induction forward."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,13 +17,19 @@ PLAIN, MODULE, PARALLEL = "next token alone", "a module", "two parallel heads"
 
 def variants(base):
     changes = {PLAIN: {}, MODULE: {"mtp_depth": 1}, PARALLEL: {"mtp_depth": 2, "mtp_kind": "meta"}}
-    return {name: OnTask(TASK, replace(base, model=replace(base.model, **change))) for name, change in changes.items()}
+    return {
+        name: OnTask(TASK, replace(base, model=replace(base.model, **change)))
+        for name, change in changes.items()
+    }
 
 
 def measure(trained):
     """`formed`: the step at which half of what a row's pairs are worth is learnt."""
     half = (TASK.bits_without_pairs + TASK.best_bits) / 2
-    return {"formed": first_below(trained, half), "above": trained.numbers["val_loss"] * BITS - TASK.best_bits}
+    return {
+        "formed": first_below(trained, half),
+        "above": trained.numbers["val_loss"] * BITS - TASK.best_bits,
+    }
 
 
 def run_seconds(results, variant):
@@ -38,14 +44,19 @@ def seconds(results, variant):
 
 
 def table(results):
-    """The columns, and the differences in ln seconds with their intervals: a step with heads takes longer."""
-    logs = {name: dict(zip(results.seeds(), np.log(seconds(results, name)), strict=True)) for name in results.variants}
+    """The columns, and differences in ln seconds with intervals: a step with heads takes longer."""
+    logs = {
+        name: dict(zip(results.seeds(), np.log(seconds(results, name)), strict=True))
+        for name in results.variants
+    }
     noise, sentences = pool([logs]), []
     for name in (MODULE, PARALLEL):
         found = compare(logs[name], logs[PLAIN], noise)
         mean, low, high = (format_number(x, 2, sign=True) for x in (found.mean, *found.interval))
         share = f"{100 * np.exp(found.mean):.0f} % of the seconds"
-        sentences.append(f"Until then, {name} against {PLAIN}: {mean} ({low} to {high}) ln seconds, {share}.")
+        sentences.append(
+            f"Until then, {name} against {PLAIN}: {mean} ({low} to {high}) ln seconds, {share}."
+        )
     return "\n\n".join([results_table(results, COLUMNS), *sentences])
 
 
@@ -96,7 +107,9 @@ COLUMNS = (
 )
 STUDY = Study(
     question="Do multi-token heads bring the induction of two-token names forward?",
-    published="two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)",
+    published=(
+        "two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)"
+    ),
     variants=variants,
     base="names",
     seeds=6,
@@ -110,7 +123,8 @@ STUDY = Study(
     ),
     stakes={
         "pairs": bits_stake(
-            "no pair of a name", lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits)
+            "no pair of a name",
+            lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits),
         )
     },
     facts={

@@ -1,9 +1,10 @@
-"""Milliseconds of a decoded token by context: dense MLA against sparse, in turns in one process; the bytes by count.
+"""Milliseconds and bytes of a decoded token by context: dense MLA against sparse, in turns.
 
-python experiments/26_sparse_attention/cost.py             # two minutes on an idle machine; writes cost.json
-python experiments/26_sparse_attention/cost.py 1024 2048   # these contexts alone; the file keeps the others
+python experiments/26_sparse_attention/cost.py              # two idle minutes; writes cost.json
+python experiments/26_sparse_attention/cost.py 1024 2048    # only these; the file keeps the others
 
-One layer with 16 heads of V3's widths and 8 index heads reads a float32 cache of random rows. It has no head.
+One layer with 16 heads of V3's widths and 8 index heads reads a float32 cache of random rows. It
+has no head.
 """
 
 import json
@@ -32,18 +33,20 @@ from dsv3_jax.presets import preset
 CONTEXTS = tuple(1024 * 2**i for i in range(7))
 ROUNDS, STEPS = 5, 5
 DENSE = replace(
-    preset("v3"), vocab_size=260, dim=512, num_layers=1, num_dense_layers=1, dense_dim=512, num_heads=16,
-    q_latent_dim=384, mtp_depth=0, max_positions=2 * CONTEXTS[-1],
+    preset("v3"), vocab_size=260, dim=512, num_layers=1, num_dense_layers=1, dense_dim=512,
+    num_heads=16, q_latent_dim=384, mtp_depth=0, max_positions=2 * CONTEXTS[-1],
 )  # fmt: skip
 KINDS = {"dense": DENSE, "sparse": replace(DENSE, attention="dsa", index_heads=8)}
 
 
 def decoder(cfg, context):
-    """A function without arguments: the mean milliseconds of STEPS decoded tokens after `context` cached ones."""
+    """A function without arguments: mean ms of STEPS decoded tokens after `context` cached ones."""
     model, rng = Transformer(cfg, rngs=nnx.Rngs(0)), np.random.default_rng(0)
     graphdef, state = nnx.split(model)
     empty = model.empty_cache(1, context + 1, "latent", jnp.float32)
-    parts = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), empty.parts)
+    parts = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), empty.parts
+    )
     caches, weights = [Cache(parts, jnp.array([context], jnp.int32))], model.prepare_decode()
 
     @partial(jax.jit, donate_argnums=2)
@@ -64,8 +67,11 @@ def decoder(cfg, context):
 
 
 def bytes_read(cfg, context):
-    """Bytes of the cache that attention to `context` tokens and the new one needs: index keys of all, and k rows."""
-    widths = {name: width for name, (_, width) in ATTENTION[cfg.attention].cache_rows(cfg, "latent").items()}
+    """Bytes of the cache that a new token's attention needs: index keys of all, and k rows."""
+    widths = {
+        name: width
+        for name, (_, width) in ATTENTION[cfg.attention].cache_rows(cfg, "latent").items()
+    }
     index, slots = widths.pop("index_key", 0), context + 1
     k = min(cfg.index_topk, slots) if index else slots
     return 4 * (slots * (index if k < slots else 0) + k * sum(widths.values()))
@@ -80,14 +86,22 @@ def main():
         for _ in range(ROUNDS):
             for kind, timed in decoders.items():
                 times[kind].append(round(timed(), 3))
-        found[str(context)] = {"ms": times, "bytes": {kind: bytes_read(cfg, context) for kind, cfg in KINDS.items()}}
+        found[str(context)] = {
+            "ms": times,
+            "bytes": {kind: bytes_read(cfg, context) for kind, cfg in KINDS.items()},
+        }
         print(context, found[str(context)], flush=True)
-    weights = sum(x.nbytes for x in jax.tree.leaves(Transformer(DENSE, rngs=nnx.Rngs(0)).prepare_decode()))
+    weights = sum(
+        x.nbytes for x in jax.tree.leaves(Transformer(DENSE, rngs=nnx.Rngs(0)).prepare_decode())
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = f"{cores} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
+    machine = (
+        f"{cores} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
+    )
     what = (
-        f"One layer of 16 heads, 8 index heads, k {KINDS['sparse'].index_topk:,}, a float32 cache, batch 1. A step "
-        f"also reads the layer's weights, {weights / 2**20:.0f} MiB of float32."
+        f"One layer of 16 heads, 8 index heads, k {KINDS['sparse'].index_topk:,}, "
+        "a float32 cache, batch 1. "
+        f"A step also reads the layer's weights, {weights / 2**20:.0f} MiB of float32."
     )
     about = {"what": what, "machine": machine, "rounds": ROUNDS, "contexts": found}
     write_atomic(path, (json.dumps(about, indent=1) + "\n").encode())

@@ -1,6 +1,7 @@
-"""Sparse attention: what an indexer chooses by k and by its warm-up, and what that costs. L is the base's row length.
+"""Sparse attention: what an indexer chooses by k and by its warm-up, and what that costs.
 
-Two tasks share one small model: text in rows of 4L, and one-hop retrieval that is trained at L and asked at 4L.
+L is the base's row length. Two tasks share one small model: text in rows of 4L, and one-hop
+retrieval that is trained at L and asked at 4L.
 """
 
 import json
@@ -20,7 +21,15 @@ from dsv3_jax.model.layers import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.training.evaluate import evaluate
-from experiments.lab import FollowUp, OnTask, Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import (
+    FollowUp,
+    OnTask,
+    Study,
+    drawing,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.tasks import Retrieval
 
@@ -28,7 +37,8 @@ FACTOR = 4
 INDEX = dict(attention="dsa", index_heads=4, index_dim=32)
 CHOICES = {"text": (8, 16, 32), "keys": (4, 8, 16)}  # k; the middle one has all warm-ups
 LEAST = 64  # tokens that a query of text must see to count: a choice of few is no choice
-ROWS, DEPTHS = 64, (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # questions for each distance; distance of the key, of the row
+# Questions for each distance; the key's distances, in rows.
+ROWS, DEPTHS = 64, (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 LOOKED_AT = 4  # batches of text
 BINS = 9  # distances 0, 1, 2 to 3, 4 to 7, … 128 to 255
 WARM_UPS = ("no", "short", "long")
@@ -37,16 +47,21 @@ COSTS = Path(__file__).parent / "cost.json"  # from cost.py
 
 def variants(base):
     length, rate = base.data.seq_len, base.optim.learning_rate
-    model = replace(base.model, q_latent_dim=base.model.dim // 2, max_positions=FACTOR * length, yarn=Yarn())
+    model = replace(
+        base.model, q_latent_dim=base.model.dim // 2, max_positions=FACTOR * length, yarn=Yarn()
+    )
     few = dict(warmup_steps=2, final_learning_rate=base.optim.final_learning_rate)
     indexers = replace(base.optim, **few)
     after = replace(base.optim, learning_rate=rate / 3, **few)
-    data = replace(base.data, seq_len=FACTOR * length, batch_size=max(base.data.batch_size // FACTOR, 1))
+    data = replace(
+        base.data, seq_len=FACTOR * length, batch_size=max(base.data.batch_size // FACTOR, 1)
+    )
     text = replace(data, max_documents=400, val_fraction=0.1)
     keys = Retrieval(tokens=length)
     found = {}
+    on_text = replace(base, model=model, data=text, steps=4 * base.steps)
     for name, task, first in (
-        ("text", None, replace(base, model=model, data=text, steps=4 * base.steps, eval_batches=2 * base.eval_batches)),
+        ("text", None, replace(on_text, eval_batches=2 * base.eval_batches)),
         ("keys", keys, replace(base, model=model, steps=2 * base.steps)),
     ):
         more = replace(first, optim=after, steps=max(base.steps // 2, 2))
@@ -55,7 +70,9 @@ def variants(base):
         found[dense(name)] = of(task, first)
         found[dense(name, more=True)] = begun(task, dense(name), more)
         for kind, steps in warm.items():
-            run = replace(first, model=replace(model, **INDEX, index_topk=middle), optim=indexers, steps=steps)
+            run = replace(
+                first, model=replace(model, **INDEX, index_topk=middle), optim=indexers, steps=steps
+            )
             found[warmed(name, kind)] = begun(task, dense(name), run, indexer_stage="warm")
         for k, kind in [(middle, "no"), (middle, "short"), *((k, "long") for k in CHOICES[name])]:
             run = replace(more, model=replace(model, **INDEX, index_topk=k))
@@ -68,7 +85,7 @@ def dense(name, more=False):
 
 
 def warmed(name, kind):
-    """The variant whose indexers have had a warm-up; with none they are those of the dense model, at random."""
+    """The variant whose indexers are warmed up; with none, the dense model's random ones."""
     return dense(name) if kind == "no" else f"{name}: {kind} warm-up"
 
 
@@ -90,11 +107,14 @@ def begun(task, other, run, **stage):
 def measure(trained):
     """Measure each k where the model itself was not trained sparsely; else its own."""
     run, name = trained.run, "text" if trained.task is None else "keys"
-    is_dense, is_final = run.model.attention == "mla", bool(run.start) and run.indexer_stage == "sparse"
+    is_dense = run.model.attention == "mla"
+    is_final = bool(run.start) and run.indexer_stage == "sparse"
     ks = CHOICES[name] if not is_final else () if is_dense else (run.model.index_topk,)
     found = (of_text if name == "text" else of_keys)(trained, ks, is_dense, is_final)
     if is_final:  # what claims are judged by
-        number = trained.numbers["val_loss"] if name == "text" else 100 * next(iter(found["far"].values()))
+        number = trained.numbers["val_loss"]
+        if name == "keys":
+            number = 100 * next(iter(found["far"].values()))
         found["final"] = {name: number}
     return found
 
@@ -109,10 +129,15 @@ def model_of(trained, k, **changes):
 
 def of_text(trained, ks, is_dense, is_final):
     """Loss and recall by k, and what is picked at the middle k, or the only one."""
-    batches, most, own = trained.held_out(), trained.run.model.max_positions, trained.numbers["val_loss"]
+    batches = trained.held_out()
+    most = trained.run.model.max_positions
+    own = trained.numbers["val_loss"]
     loss = {"all": own} if is_dense else {}
     for k in ks:
-        loss[k] = own if is_final else evaluate(model_of(trained, k), batches, trained.tokenizer)["val_loss"]
+        if is_final:
+            loss[k] = own
+        else:
+            loss[k] = evaluate(model_of(trained, k), batches, trained.tokenizer)["val_loss"]
     if not ks:
         return {"loss": loss}
     model, looks = model_of(trained, most), []
@@ -128,14 +153,15 @@ def of_text(trained, ks, is_dense, is_final):
 
 
 def of_keys(trained, ks, is_dense, is_final):
-    """Keys found in rows of L and of 4L with YaRN, and whether the planted token is among the chosen."""
+    """Keys found in rows of L and of 4L with YaRN, and whether the planted token is chosen."""
     most = trained.run.model.max_positions
     length = most // FACTOR
     yarn = Yarn(factor=float(FACTOR), original_max_positions=length)
     near = [trained.task.questions(length, round(x * length), ROWS).tokens for x in DEPTHS]
     distances = [round(x * most) for x in DEPTHS]
     far = [trained.task.questions(most, distance, ROWS).tokens for distance in distances]
-    models = {k: model_of(trained, k, yarn=yarn) for k in ks} | {"all": model_of(trained, most, yarn=yarn)}
+    models = {k: model_of(trained, k, yarn=yarn) for k in ks}
+    models["all"] = model_of(trained, most, yarn=yarn)
     shown = [*ks, "all"] if is_dense else ks
     found = {
         "near": {name: share(models[name], near) for name in shown},
@@ -143,10 +169,12 @@ def of_keys(trained, ks, is_dense, is_final):
     }
     if not ks:
         return found
-    looks = [[x[:, :, -2] for x in look(models["all"], tokens)] for tokens in far]  # of the question
+    # At the question.
+    looks = [[x[:, :, -2] for x in look(models["all"], tokens)] for tokens in far]
     p, s = (np.concatenate(x, 1) for x in zip(*looks, strict=True))
     planted = np.repeat([most - 1 - distance for distance in distances], ROWS)
-    chosen = {k: best(s, k)[:, np.arange(len(planted)), planted].any(0) for k in ks}  # by either layer
+    # By either layer.
+    chosen = {k: best(s, k)[:, np.arange(len(planted)), planted].any(0) for k in ks}
     return found | {
         "recall": {k: recall(p, s, k) for k in ks},
         "planted": {k: float(x.mean()) for k, x in chosen.items()},
@@ -156,7 +184,9 @@ def of_keys(trained, ks, is_dense, is_final):
 def share(model, rows):
     """Share of rows [n, T] whose last token is the likeliest one."""
     graphdef, state = nnx.split(model)
-    return float(np.mean([np.mean(last_choice(graphdef, state, tokens) == tokens[:, -1]) for tokens in rows]))
+    return float(
+        np.mean([np.mean(last_choice(graphdef, state, tokens) == tokens[:, -1]) for tokens in rows])
+    )
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -166,7 +196,7 @@ def last_choice(graphdef, state, tokens):
 
 
 def look(model, tokens, segment_ids=None, positions=None):
-    """(Dense attention's mean over heads; the indexers' scores, -inf where a query may not look), [L, B, T, S]."""
+    """(Dense attention's mean over heads; the indexers' scores, -inf if unseen), [L, B, T, S]."""
     graphdef, state = nnx.split(model)
     return tuple(np.asarray(x) for x in _look(graphdef, state, tokens, segment_ids, positions))
 
@@ -202,7 +232,7 @@ def best(scores, k):
 
 
 def recall(p, s, k):
-    """Shares of dense attention's mass [L, n, S] in the indexer's choice, in the latest k, and in its own best k.
+    """Shares of attention's mass [L, n, S] in the indexer's choice, the latest k, and its best k.
 
     "set" is the share of its own best k that the indexer chose.
     """
@@ -215,9 +245,10 @@ def recall(p, s, k):
 
 
 def by_distance(p, s, k):
-    """By layer and bin of the distance: the share of seen tokens that the indexer chose, and that are in the best k."""
+    """By layer and bin of distance: the shares of seen tokens in the choice and in the best k."""
     seen = np.isfinite(s)
-    own = s.shape[-1] - 1 - seen[:, :, ::-1].argmax(-1)  # a query's own place is the last that it sees
+    # A query's own place is the last that it sees.
+    own = s.shape[-1] - 1 - seen[:, :, ::-1].argmax(-1)
     distance = own[..., None] - np.arange(s.shape[-1])
     bins = np.where(distance > 0, 1 + np.log2(np.maximum(distance, 1)).astype(int), 0)
     found = {}
@@ -230,23 +261,33 @@ def by_distance(p, s, k):
 
 
 def by_document(trained, model, k):
-    """The model reads two documents as one text: the share of a choice in the query's own; their first tokens.
+    """The model reads two documents as one text: its choice in the query's own, and first tokens.
 
-    A row is the beginning of one held-out document and that of another one. Queries are in the last quarter of the row.
-    "own" is a share of the choice; "row" and "document" are the shares of choices that have these first tokens. "even"
-    is what an even choice of k seen tokens would have.
+    A row is the beginning of one held-out document and that of another one. Queries are in the last
+    quarter of the row. "own" is a share of the choice; "row" and "document" are the shares of
+    choices that have these first tokens. "even" is what an even choice of k seen tokens would have.
     """
     half = model.cfg.max_positions // 2
     texts = [trained.tokenizer.encode_array(d.text) for d in trained.corpus.val]
     parts = [x[:half] for x in texts if len(x) >= half]
-    tokens = np.stack([np.concatenate([a, b]) for a, b in zip(parts, [*parts[1:], parts[0]], strict=True)])
+    tokens = np.stack(
+        [np.concatenate([a, b]) for a, b in zip(parts, [*parts[1:], parts[0]], strict=True)]
+    )
     p, s = (x[:, :, -(half // 2) :] for x in look(model, tokens.astype(np.int32)))
     seen = np.isfinite(s)
     even = k * seen / seen.sum(-1, keepdims=True)
     found = {"rows": len(tokens)}
-    for name, which in (("chosen", best(s, k)), ("best", best(np.where(seen, p, -np.inf), k)), ("even", even)):
+    for name, which in (
+        ("chosen", best(s, k)),
+        ("best", best(np.where(seen, p, -np.inf), k)),
+        ("even", even),
+    ):
         own = float(which[..., half:].sum(-1).mean() / k)
-        found[name] = {"own": own, "row": float(which[..., 0].mean()), "document": float(which[..., half].mean())}
+        found[name] = {
+            "own": own,
+            "row": float(which[..., 0].mean()),
+            "document": float(which[..., half].mean()),
+        }
     return found
 
 
@@ -270,21 +311,38 @@ RECALL = ("mass", "latest", "best", "set")
 
 
 def table(results):
-    header = ["text", "k", "nats a byte", "of dense attention's mass: chosen, %", "in the latest k", "in its best k"]
+    header = [
+        "text",
+        "k",
+        "nats a byte",
+        "of dense attention's mass: chosen, %",
+        "in the latest k",
+        "in its best k",
+    ]
     rows = []
     for line, k, variant, _ in rows_of(results, "text"):
         cells = [mean_spread(results.values(variant, f"loss/{k}"), 4)]
         cells += [
-            "" if k == "all" else mean_spread(100 * results.values(variant, f"recall/{k}/{x}"), 1) for x in RECALL
+            "" if k == "all" else mean_spread(100 * results.values(variant, f"recall/{k}/{x}"), 1)
+            for x in RECALL
         ]
         rows.append([line, k, *cells])
     parts = [markdown_table([*header, "of its best k chosen, %"], rows)]
-    header = ["keys", "k", "found in rows of L, %", "in rows of 4L", "planted token chosen at 4L, %"]
+    header = [
+        "keys",
+        "k",
+        "found in rows of L, %",
+        "in rows of 4L",
+        "planted token chosen at 4L, %",
+    ]
     rows = []
     for line, k, variant, _ in rows_of(results, "keys"):
         names = (f"near/{k}", f"far/{k}", f"planted/{k}")
         cells = [
-            "" if k == "all" and "planted" in x else mean_spread(100 * results.values(variant, x), 1) for x in names
+            mean_spread(100 * results.values(variant, x), 1)
+            if k != "all" or "planted" not in x
+            else ""
+            for x in names
         ]
         rows.append([line, k, *cells])
     parts += [markdown_table(header, rows), f"Chance finds {100 / Retrieval().values:.1f} %."]
@@ -292,11 +350,22 @@ def table(results):
     shown = {f"{kind} warm-up, not trained further": warmed("text", kind) for kind in WARM_UPS}
     shown["long warm-up, then more steps"] = sparse("text", middle, "long")
     for line, variant in shown.items():
-        for which, words in (("chosen", "the indexer's"), ("best", "dense attention's best"), ("even", "an even one")):
-            values = [results.values(variant, f"picks/document/{which}/{x}") for x in ("own", "document", "row")]
+        for which, words in (
+            ("chosen", "the indexer's"),
+            ("best", "dense attention's best"),
+            ("even", "an even one"),
+        ):
+            values = [
+                results.values(variant, f"picks/document/{which}/{x}")
+                for x in ("own", "document", "row")
+            ]
             rows.append([line, words, *(mean_spread(100 * x, 1) for x in values)])
     header = [f"two documents read as one, k {middle}", "choice", "of the query's own document, %"]
-    parts.append(markdown_table([*header, "has its document's first token, %", "has the row's first token, %"], rows))
+    parts.append(
+        markdown_table(
+            [*header, "has its document's first token, %", "has the row's first token, %"], rows
+        )
+    )
     return "\n\n".join([*parts, cost_table()])
 
 
@@ -307,10 +376,19 @@ def cost_table():
     for context, x in cost["contexts"].items():
         times = {kind: np.median(x["ms"][kind]) for kind in ("dense", "sparse")}
         ratio = np.median(np.divide(x["ms"]["dense"], x["ms"]["sparse"]))
-        spans = [f"{times[kind]:.2f} ({min(x['ms'][kind]):.2f} to {max(x['ms'][kind]):.2f})" for kind in times]
+        spans = [
+            f"{times[kind]:.2f} ({min(x['ms'][kind]):.2f} to {max(x['ms'][kind]):.2f})"
+            for kind in times
+        ]
         sizes = [f"{x['bytes'][kind] / 2**20:.1f}" for kind in times]
         rows.append(
-            [f"{int(context):,}", *spans, f"{ratio:.2f}", *sizes, f"{x['bytes']['dense'] / x['bytes']['sparse']:.2f}"]
+            [
+                f"{int(context):,}",
+                *spans,
+                f"{ratio:.2f}",
+                *sizes,
+                f"{x['bytes']['dense'] / x['bytes']['sparse']:.2f}",
+            ]
         )
     header = [
         "tokens in the cache",
@@ -319,8 +397,9 @@ def cost_table():
         "dense / sparse",
         "dense, MiB of the cache",
     ]
-    note = f"Medians of {cost['rounds']} rounds in turns (least to most), {cost['machine']}. {cost['what']}"
-    return markdown_table([*header, "sparse, MiB of the cache", "dense / sparse"], rows) + f"\n\n{note}"
+    rounds = f"Medians of {cost['rounds']} rounds in turns (least to most)"
+    text = markdown_table([*header, "sparse, MiB of the cache", "dense / sparse"], rows)
+    return f"{text}\n\n{rounds}, {cost['machine']}. {cost['what']}"
 
 
 COLOURS = {"no": "C3", "short": "C1", "long": "C0"}
@@ -341,10 +420,13 @@ def draw(results, path):
 
 def words(results):
     middle = CHOICES["text"][1]
-    mass = [100 * results.values(sparse("text", middle, kind), f"recall/{middle}/mass").mean() for kind in WARM_UPS]
+    mass = [
+        100 * results.values(sparse("text", middle, kind), f"recall/{middle}/mass").mean()
+        for kind in WARM_UPS
+    ]
     return (
-        f"{middle} of up to 256 tokens hold {mass[2]:.0f} % of dense attention's mass after a long warm-up of the "
-        f"indexer, {mass[0]:.0f} % after none"
+        f"{middle} of up to 256 tokens hold {mass[2]:.0f} % of dense attention's mass "
+        f"after a long warm-up of the indexer, {mass[0]:.0f} % after none"
     )
 
 
@@ -353,10 +435,17 @@ def draw_recall(ax, results):
     drawing.make_logarithmic(ax, "x", ks)
     for kind in WARM_UPS:
         values = [100 * results.values(warmed("text", kind), f"recall/{k}/mass").mean() for k in ks]
-        ax.plot(ks, values, "o--", color=COLOURS[kind], label=f"{kind} warm-up", markerfacecolor="none")
+        ax.plot(
+            ks, values, "o--", color=COLOURS[kind], label=f"{kind} warm-up", markerfacecolor="none"
+        )
         for k in ks:
             if (name := sparse("text", k, kind)) in results.variants:
-                ax.plot([k], [100 * results.values(name, f"recall/{k}/mass").mean()], "o", color=COLOURS[kind])
+                ax.plot(
+                    [k],
+                    [100 * results.values(name, f"recall/{k}/mass").mean()],
+                    "o",
+                    color=COLOURS[kind],
+                )
     for which, text, style in (("best", "its own best k", "-"), ("latest", "the latest k", ":")):
         values = [100 * results.values(dense("text"), f"recall/{k}/{which}").mean() for k in ks]
         ax.plot(ks, values, style, color="0.4", label=text)
@@ -392,7 +481,9 @@ def draw_by_k(ax, results, name, key, shown):
     drawing.make_logarithmic(ax, "x", ks)
     for kind in WARM_UPS:
         values = [shown(results.values(warmed(name, kind), f"{key}/{k}").mean()) for k in ks]
-        ax.plot(ks, values, "o--", color=COLOURS[kind], label=f"{kind} warm-up", markerfacecolor="none")
+        ax.plot(
+            ks, values, "o--", color=COLOURS[kind], label=f"{kind} warm-up", markerfacecolor="none"
+        )
         there = [k for k in ks if sparse(name, k, kind) in results.variants]
         values = [shown(results.values(sparse(name, k, kind), f"{key}/{k}").mean()) for k in there]
         ax.plot(there, values, "o-", color=COLOURS[kind])
@@ -402,7 +493,10 @@ def draw_distances(ax, results):
     middle = CHOICES["text"][1]
     variant = sparse("text", middle, "long")
     for layer, marker in ((0, "o"), (1, "s")):
-        for which, style, text in (("chosen", "-", "chosen"), ("best", ":", "in dense attention's best")):
+        for which, style, text in (
+            ("chosen", "-", "chosen"),
+            ("best", ":", "in dense attention's best"),
+        ):
             values = 100 * results.values(variant, f"picks/distance/{which}/{layer}").mean(0)
             ax.plot(
                 range(BINS),
@@ -415,7 +509,12 @@ def draw_distances(ax, results):
             )
     ticks = ["0", "1", *(f"{2**i}–{2 ** (i + 1) - 1}" for i in range(1, BINS - 1))]
     ax.set_xticks(range(BINS), ticks, fontsize=7)
-    drawing.style_axes(ax, f"What is picked by distance, k {middle}", "distance to the token", "of the tokens there, %")
+    drawing.style_axes(
+        ax,
+        f"What is picked by distance, k {middle}",
+        "distance to the token",
+        "of the tokens there, %",
+    )
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -431,8 +530,12 @@ def draw_documents(ax, results):
     for i, (which, text) in enumerate(
         (("chosen", "chosen"), ("best", "dense attention's best"), ("even", "an even choice"))
     ):
-        values = [100 * results.values(variant, f"picks/document/{which}/{name}").mean() for name in names]
-        bars = ax.bar(np.arange(3) + 0.27 * (i - 1), values, 0.25, label=text, color=("C0", "0.55", "0.85")[i])
+        values = [
+            100 * results.values(variant, f"picks/document/{which}/{name}").mean() for name in names
+        ]
+        bars = ax.bar(
+            np.arange(3) + 0.27 * (i - 1), values, 0.25, label=text, color=("C0", "0.55", "0.85")[i]
+        )
         ax.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=8)
     ax.set_xticks(range(3), names.values(), fontsize=8)
     drawing.style_axes(ax, f"Two documents read as one text, k {middle}", "", "%")
@@ -449,7 +552,9 @@ def draw_costs(ax):
         times = np.array([x["ms"][kind] for x in cost.values()])
         ax.plot(contexts, np.median(times, 1), "o-", color=colour, label=kind)
         ax.fill_between(contexts, times.min(1), times.max(1), color=colour, alpha=0.15, linewidth=0)
-    drawing.style_axes(ax, "A decoded token, one layer, CPU", "tokens in the cache", "ms; shaded: rounds")
+    drawing.style_axes(
+        ax, "A decoded token, one layer, CPU", "tokens in the cache", "ms; shaded: rounds"
+    )
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -457,12 +562,16 @@ def draw_costs(ax):
 
 
 def text_claim(text, k, kind, against, expect="lower", **more):
-    return Claim(text, sparse("text", k, kind), against, "final/text", expect, stake="choice", **more)
+    return Claim(
+        text, sparse("text", k, kind), against, "final/text", expect, stake="choice", **more
+    )
 
 
 def keys_claim(text, against, expect="higher", **more):
     variant = sparse("keys", CHOICES["keys"][1], "long")
-    return Claim(text, variant, against, "final/keys", expect, unit="points", digits=1, stake="reach", **more)
+    return Claim(
+        text, variant, against, "final/keys", expect, unit="points", digits=1, stake="reach", **more
+    )
 
 
 def chosen_mass(numbers):
@@ -481,13 +590,18 @@ def beyond_latest(numbers):
 def cost_of(name, key, scale):
     """What a random choice of the middle k costs the dense model, by seed."""
     middle, variant = CHOICES[name][1], dense(name)
-    return lambda results: scale * (results.values(variant, f"{key}/{middle}") - results.values(variant, f"{key}/all"))
+    return lambda results: (
+        scale * (results.values(variant, f"{key}/{middle}") - results.values(variant, f"{key}/all"))
+    )
 
 
 K, MOST = CHOICES["text"][1:]
 STUDY = Study(
     question="How few tokens does sparse attention need, and does its indexer need a warm-up?",
-    published="k 2,048 of up to 128K, a warm-up of 1,000 steps: no substantial loss against V3.1 (V3.2 report)",
+    published=(
+        "k 2,048 of up to 128K, a warm-up of 1,000 steps: "
+        "no substantial loss against V3.1 (V3.2 report)"
+    ),
     variants=variants,
     base="retrieval",
     measure=measure,
@@ -496,25 +610,53 @@ STUDY = Study(
     claims=(
         text_claim(
             f"k {MOST} after a long warm-up has dense attention's loss, within 0.02 nats",
-            MOST, "long", dense("text", more=True), "equal", margin=0.02,
+            MOST,
+            "long",
+            dense("text", more=True),
+            "equal",
+            margin=0.02,
         ),
-        text_claim(f"k {K}: a long warm-up ends at a lower loss than none", K, "long", sparse("text", K, "no")),
+        text_claim(
+            f"k {K}: a long warm-up ends at a lower loss than none",
+            K,
+            "long",
+            sparse("text", K, "no"),
+        ),
         Claim(
             f"k {K}: after a long warm-up more of dense attention's mass is chosen than after none",
-            sparse("text", K, "long"), sparse("text", K, "no"), chosen_mass, "higher", unit="points", digits=1,
+            sparse("text", K, "long"),
+            sparse("text", K, "no"),
+            chosen_mass,
+            "higher",
+            unit="points",
+            digits=1,
         ),
         Claim(
             f"k {K}: the choice has more of that mass than the latest {K} tokens",
-            sparse("text", K, "long"), 0.0, beyond_latest, "higher", unit="points", digits=1,
+            sparse("text", K, "long"),
+            0.0,
+            beyond_latest,
+            "higher",
+            unit="points",
+            digits=1,
         ),
         keys_claim(
             f"k {CHOICES['keys'][1]} finds as many keys at 4L as dense attention, within 5 points",
-            dense("keys", more=True), "equal", margin=5.0,
+            dense("keys", more=True),
+            "equal",
+            margin=5.0,
         ),
-        keys_claim("a long warm-up finds more keys at 4L than none", sparse("keys", CHOICES["keys"][1], "no")),
+        keys_claim(
+            "a long warm-up finds more keys at 4L than none",
+            sparse("keys", CHOICES["keys"][1], "no"),
+        ),
     ),
     stakes={
-        "choice": Stake(f"{K} tokens at random, of dense attention's", cost_of("text", "loss", 1.0), "final/text"),
+        "choice": Stake(
+            f"{K} tokens at random, of dense attention's",
+            cost_of("text", "loss", 1.0),
+            "final/text",
+        ),
         "reach": Stake(
             f"{CHOICES['keys'][1]} tokens at random: keys at 4L",
             cost_of("keys", "far", -100.0),
@@ -530,4 +672,4 @@ STUDY = Study(
         "0.010": "1.9336 - 1.9233",
         "0.022": "1.9618 - 1.9394",
     },
-)  # fmt: skip
+)

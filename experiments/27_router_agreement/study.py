@@ -1,7 +1,7 @@
-"""Router agreement: how many choices of experts change when the same function is computed in another way.
+"""Router agreement: how many choices of experts change when a function is computed in another way.
 
-Each pass reads the same held-out tokens, so two passes differ by their arithmetic alone. The ids of one pass are then
-replayed in the other one.
+Each pass reads the same held-out tokens, so two passes differ by their arithmetic alone. The ids of
+one pass are then replayed in the other one.
 """
 
 from functools import partial
@@ -25,7 +25,8 @@ from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 
 STEPS = 180
-WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")  # as in 21_sizes
+# As in 21_sizes.
+WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 ROWS, BATCH = 64, 32  # held-out rows that are read; rows that a pass reads at once
 EDGES = 10.0 ** np.arange(-5, 0.1, 0.5)  # of the gap between the K-th and the next score
 
@@ -35,7 +36,8 @@ class Pass(NamedTuple):
 
     compute_dtype: str = "float32"
     precision: str = "none"
-    step: int | None = None  # tokens read at a time through a cache; None means a forward pass over all
+    # tokens read at a time through a cache; None means a forward pass over all
+    step: int | None = None
     cache: str = "latent"
     cache_dtype: str | None = None
     batch: int = BATCH
@@ -66,29 +68,37 @@ BASE, SOFTMAX, GROUPS = "base width", "base width, softmax", "base width, 4 of 8
 
 
 def variants(base):
-    """Three widths with V3's sigmoid router and bias; at the base width also with groups, and a softmax router."""
+    """Three widths with V3's router and bias; at the base width also groups, and softmax."""
     every = min(STEPS, base.steps)
     base = replace(base, steps=every, eval_every=every, save_every=every)
     found = {f"{size} width": scaled(base, factor, WIDTHS) for size, factor in FACTORS.items()}
     routers = {
         GROUPS: dict(num_groups=8, groups_per_token=4),
-        SOFTMAX: dict(router="softmax", balance=Balance(bias_rate=0.0, sequence_alpha=0.0, switch_alpha=1e-2)),
+        SOFTMAX: dict(
+            router="softmax", balance=Balance(bias_rate=0.0, sequence_alpha=0.0, switch_alpha=1e-2)
+        ),
     }
-    return found | {name: replace(base, model=replace(base.model, **router)) for name, router in routers.items()}
+    return found | {
+        name: replace(base, model=replace(base.model, **router)) for name, router in routers.items()
+    }
 
 
 # What is measured
 
 
 def measure(trained):
-    """By pair: % of choices, of routers (a token in a layer) and of tokens that change, and how far log p moves.
+    """By pair: % of choices, routers (a token in a layer), tokens that change; how far log p moves.
 
-    `gaps`: routers by bin of the gap. "by_gap": those that change. "near": % of these with a gap below NEAR.
+    `gaps`: routers by bin of the gap. "by_gap": those that change. "near": % of these with a gap
+    below NEAR.
     """
     model, tokens = trained.model, rows_of(trained)
     cfg = model.cfg
     free = np.full((cfg.num_sparse_layers, *tokens.shape, cfg.experts_per_token), -1, np.int32)
-    own = {how: read(model, how, tokens, free) for how in {replaying for _, replaying in PAIRS.values()}}
+    own = {
+        how: read(model, how, tokens, free)
+        for how in {replaying for _, replaying in PAIRS.values()}
+    }
     exact = own[FORWARD]
     gap, pairs = gaps(model, exact.scores), {}
     for name, (recorded, replaying) in PAIRS.items():
@@ -107,7 +117,9 @@ def measure(trained):
 def rows_of(trained):
     """Full rows of held-out tokens, int32 [n, T]; each is read as one text."""
     batches = trained.held_out(min(8, trained.run.eval_batches))
-    tokens, segment_ids = (np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "segment_ids"))
+    tokens, segment_ids = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "segment_ids")
+    )
     full = tokens[(segment_ids != 0).all(1)]
     return full[: min(ROWS, len(full) // 4 * 4)]
 
@@ -122,15 +134,25 @@ class Read(NamedTuple):
 
 
 def read(model, how, tokens, given):
-    """Do a pass. Experts `given` [L, n, T, K] are replayed; −1 lets the routers choose, by the same program."""
+    """Do a pass. Experts `given` [L, n, T, K] are replayed; −1 lets the routers choose."""
     execution = Execution(how.compute_dtype, precision=how.precision)
     graphdef = nnx.graphdef(abstract(model.cfg, execution, prepare(execution)))
     count, length = tokens.shape
     batch = min(how.batch, count)
-    parts = tokens.reshape(-1, batch, length), given.reshape(len(given), -1, batch, *given.shape[2:]).swapaxes(0, 1)
+    parts = (
+        tokens.reshape(-1, batch, length),
+        given.reshape(len(given), -1, batch, *given.shape[2:]).swapaxes(0, 1),
+    )
     log_p, log_all, *found = _read(graphdef, nnx.state(model), *parts, how=how)
-    found = [x if x is None else np.moveaxis(x, 0, 1).reshape(len(given), count, length, -1) for x in found]
-    return Read(np.asarray(log_p).reshape(count, -1), np.asarray(log_all).reshape(count, length - 1, -1), *found)
+    found = [
+        x if x is None else np.moveaxis(x, 0, 1).reshape(len(given), count, length, -1)
+        for x in found
+    ]
+    return Read(
+        np.asarray(log_p).reshape(count, -1),
+        np.asarray(log_all).reshape(count, length - 1, -1),
+        *found,
+    )
 
 
 @partial(jax.jit, static_argnames=("graphdef", "how"))
@@ -154,7 +176,7 @@ def forward(model, tokens, given):
 
 
 def decode(model, tokens, given, *, how):
-    """Read `how.step` tokens at a time through a cache, as decoding does with step − 1 drafts that are accepted."""
+    """Read `how.step` tokens at a time through a cache, as decoding with accepted drafts does."""
     batch, length = tokens.shape
     weights, dtype = model.prepare_decode(), pick_dtype(model.compute_dtype, how.cache_dtype)
 
@@ -164,7 +186,9 @@ def decode(model, tokens, given, *, how):
 
     def step(cache, part):
         tokens, given = part
-        ctx = make_context(model.cfg, cache.positions(how.step), tokens=tokens, cache=cache, options=DECODING)
+        ctx = make_context(
+            model.cfg, cache.positions(how.step), tokens=tokens, cache=cache, options=DECODING
+        )
         x, cache, found = model._trunk(tokens, ctx._replace(expert_ids=given), weights)
         return cache.at_lengths(cache.lengths + how.step), (model.norm(x), found["sparse"])
 
@@ -175,19 +199,22 @@ def decode(model, tokens, given, *, how):
 
 
 def gaps(model, scores):
-    """How far the K-th score is above the next one within the allowed groups, bias included: [L, n, T]."""
+    """How far the K-th score is above the next one in allowed groups, with the bias: [L, n, T]."""
     cfg = model.cfg
     choice = scores + np.asarray(model.sparse.moe.bias[...])[:, None, None]
     flat = jnp.asarray(choice.reshape(-1, choice.shape[-1]))
-    ids = routing.choose(flat, cfg.experts_per_token + 1, cfg.num_groups, cfg.groups_per_token, cfg.group_score)
+    ids = routing.choose(
+        flat, cfg.experts_per_token + 1, cfg.num_groups, cfg.groups_per_token, cfg.group_score
+    )
     two = jnp.take_along_axis(flat, ids[:, -2:], axis=-1)
     return np.asarray(two[:, 0] - two[:, 1]).reshape(choice.shape[:-1])
 
 
 def compare(own, again, other, gap):
-    """Compare a pass with another one: experts as sets, and log p of the same next tokens, replayed `again` or not.
+    """Compare two passes: experts as sets, log p of the same next tokens, replayed `again` or not.
 
-    "moved" counts the tokens alone whose experts change in some layer. "kl" is KL(other ‖ own or again) of next tokens.
+    "moved" counts the tokens alone whose experts change in some layer. "kl" is KL(other ‖ own or
+    again) of next tokens.
     """
     kept = (own.expert_ids[..., :, None] == other.expert_ids[..., None, :]).any(-1)
     routers = ~kept.all(-1)  # [L, n, T]
@@ -202,17 +229,25 @@ def compare(own, again, other, gap):
     for name, one in (("", own), ("replayed_", again)):
         away = np.abs(one.log_p - other.log_p)
         of_moved = float(away[moved[:, :-1]].mean()) if moved[:, :-1].any() else None
-        found |= {f"{name}mean": float(away.mean()), f"{name}moved": of_moved, f"{name}max": float(away.max())}
+        found |= {
+            f"{name}mean": float(away.mean()),
+            f"{name}moved": of_moved,
+            f"{name}max": float(away.max()),
+        }
         found[f"{name}kl"] = divergence(other.log_all, one.log_all)
     return found
 
 
 def divergence(log_p, log_q):
-    """KL(p ‖ q) in nats, mean over tokens: Σ p ln(p / q) − p + q. Its terms are all positive, so rounding is small."""
+    """KL(p ‖ q) in nats, mean over tokens: Σ p ln(p / q) − p + q.
+
+    Its terms are all positive, so rounding is small.
+    """
     total = 0.0
     for row_p, row_q in zip(log_p, log_q, strict=True):
         row_p, row_q = row_p.astype(np.float64), row_q.astype(np.float64)
-        total += float((np.exp(row_p) * (row_p - row_q) - np.exp(row_p) + np.exp(row_q)).sum(-1).mean())
+        terms = np.exp(row_p) * (row_p - row_q) - np.exp(row_p) + np.exp(row_q)
+        total += float(terms.sum(-1).mean())
     return total / len(log_p)
 
 
@@ -225,7 +260,7 @@ def of(pair, key):
 
 
 def short(results, variant, pair, key):
-    """The mean over the seeds that have the number, with two significant digits; of "max" the largest."""
+    """The mean over seeds that have the number, in two significant digits; of "max" the largest."""
     numbers = [record["numbers"]["pairs"][pair].get(key) for record in results.records(variant)]
     values = np.array([number for number in numbers if number is not None])
     return f"{values.max() if 'max' in key else values.mean():.2g}" if len(values) else "–"
@@ -249,7 +284,12 @@ def table(results):
             shares = [mean_spread(results.values(variant, of(pair, key)), 2) for key in SHARES]
             rows.append([variant, *shares, *(short(results, variant, pair, key) for key in keys)])
         parts.append(markdown_table([pair, *heads], rows))
-    shares = {"kl": "of the KL", "mean": "of the mean", "moved": "at tokens that change", "max": "of the largest"}
+    shares = {
+        "kl": "of the KL",
+        "mean": "of the mean",
+        "moved": "at tokens that change",
+        "max": "of the largest",
+    }
     rows = []
     for pair in (ENGINES, BFLOAT16, INT8, FP8):
         left = (results.values(BASE, kept_by_replay(key, pair)) for key in shares)
@@ -259,9 +299,12 @@ def table(results):
 
 
 COLUMNS = (
-    "A router is a token in a layer; it changes if one of its K experts does. Log p is that of a next token, in nats. "
-    'It moves by its absolute difference, in the mean over tokens and seeds; "at most" is the largest. '
-    "KL is that of all next tokens, from the first pass, whose experts are replayed, to the second one."
+    "A router is a token in a layer; it changes if one of its K experts does. "
+    "Log p is that of a next token, in nats. "
+    "It moves by its absolute difference, in the mean over tokens and seeds; "
+    '"at most" is the largest. '
+    "KL is that of all next tokens, from the first pass, whose experts are replayed, "
+    "to the second one."
 )
 SHOWN = {ENGINES: "C0", BFLOAT16: "C2", INT8: "C1", FP8: "C3"}
 LEAST = 1e-3  # %, where the picture's axis of shares ends
@@ -279,10 +322,12 @@ def draw(results, path):
 
 
 def words(results):
-    share, left = (results.values(BASE, x).mean() for x in (of(ENGINES, "routers"), kept_by_replay("moved")))
+    share, left = (
+        results.values(BASE, x).mean() for x in (of(ENGINES, "routers"), kept_by_replay("moved"))
+    )
     return (
-        f"In bfloat16, decoding and the full forward differ in {share:.2g} % of the routers. With replay, "
-        f"{left:.0f} % of the difference is left at these tokens"
+        f"In bfloat16, decoding and the full forward differ in {share:.2g} % of the routers. "
+        f"With replay, {left:.0f} % of the difference is left at these tokens"
     )
 
 
@@ -291,13 +336,22 @@ def draw_shares(ax, results):
     for key, marker, colour in (("routers", "o", "C0"), ("tokens", "s", "C1")):
         for row, pair in enumerate(PAIRS):
             values = np.maximum(results.values(BASE, of(pair, key)), LEAST)
-            ax.plot(values, np.full(len(values), row), marker, color=colour, alpha=0.6, label=None if row else key)
+            ax.plot(
+                values,
+                np.full(len(values), row),
+                marker,
+                color=colour,
+                alpha=0.6,
+                label=None if row else key,
+            )
     for share, colour in ((10, "C0"), (94, "C1")):
         ax.axvline(share, color=colour, linestyle=":", linewidth=1.2)
     ax.plot([], [], ":", color="0.4", label="published: 10 % and 94 %")
     ax.set_yticks(range(len(PAIRS)), PAIRS, fontsize=8)
     ax.set_ylim(len(PAIRS) - 0.5, -0.5)
-    drawing.style_axes(ax, "Routers, and tokens in any layer, that change", f"%; at {LEAST:g}: that or less", "")
+    drawing.style_axes(
+        ax, "Routers, and tokens in any layer, that change", f"%; at {LEAST:g}: that or less", ""
+    )
     ax.legend(frameon=False, fontsize=8, loc="lower left")
 
 
@@ -306,27 +360,52 @@ def draw_gaps(ax, results):
     counts = results.values(BASE, "gaps").sum(0)
     for pair, colour in SHOWN.items():
         share = 100 * results.values(BASE, of(pair, "by_gap")).sum(0) / np.maximum(counts, 1)
-        ax.plot(middles[counts > 0], share[counts > 0], "o-", color=colour, label=pair, markersize=4)
-    ax.bar(EDGES[:-1], 100 * counts / counts.sum(), np.diff(EDGES), align="edge", color="0.9", label="of all routers")
+        ax.plot(
+            middles[counts > 0], share[counts > 0], "o-", color=colour, label=pair, markersize=4
+        )
+    ax.bar(
+        EDGES[:-1],
+        100 * counts / counts.sum(),
+        np.diff(EDGES),
+        align="edge",
+        color="0.9",
+        label="of all routers",
+    )
     ax.axvline(NEAR, color="0.4", linestyle=":", linewidth=1, label=f"gap {NEAR:g}")
     ax.set_xscale("log")
-    drawing.style_axes(ax, "A router changes where its choice was close", "gap of the K-th to the next score", "%")
+    drawing.style_axes(
+        ax, "A router changes where its choice was close", "gap of the K-th to the next score", "%"
+    )
     ax.legend(frameon=False, fontsize=8)
 
 
 def draw_distances(ax, results):
     """Open: routers choose, filled: experts replayed."""
     ax.set_xscale("log")
-    for key, colour, label in (("mean", "C0", "mean"), ("moved", "C1", "tokens that change"), ("max", "C3", "largest")):
+    for key, colour, label in (
+        ("mean", "C0", "mean"),
+        ("moved", "C1", "tokens that change"),
+        ("max", "C3", "largest"),
+    ):
         for name, face in ((key, "none"), (f"replayed_{key}", colour)):
             values = np.array([results.values(BASE, of(pair, name)) for pair in PAIRS], float)
             values[values == 0] = np.nan  # not on this axis
-            ax.plot(values, range(len(PAIRS)), "o", color=colour, markerfacecolor=face, markersize=5, alpha=0.8)
+            ax.plot(
+                values,
+                range(len(PAIRS)),
+                "o",
+                color=colour,
+                markerfacecolor=face,
+                markersize=5,
+                alpha=0.8,
+            )
         ax.plot([], [], "o", color=colour, label=label)
     ax.plot([], [], "o", color="0.4", markerfacecolor="none", label="open: routers choose")
     ax.set_yticks(range(len(PAIRS)), PAIRS, fontsize=8)
     ax.set_ylim(len(PAIRS) - 0.5, -0.5)
-    drawing.style_axes(ax, "How far log p of the same tokens moves", "nats; filled: with replay", "")
+    drawing.style_axes(
+        ax, "How far log p of the same tokens moves", "nats; filled: with replay", ""
+    )
     ax.legend(frameon=False, fontsize=8, loc="lower left")
 
 
@@ -334,13 +413,19 @@ def draw_variants(ax, results):
     names = results.variants
     for pair, offset in ((ENGINES, -0.12), (BFLOAT16, 0.12)):
         key = of(pair, "choices")
-        for row, (name, half) in enumerate(zip(names, drawing.half_intervals(results, names, key), strict=True)):
+        halves = drawing.half_intervals(results, names, key)
+        for row, (name, half) in enumerate(zip(names, halves, strict=True)):
             drawing.plot_row(ax, results.values(name, key), row + offset, half, SHOWN[pair])
         ax.plot([], [], "o-", color=SHOWN[pair], label=pair)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -1.2)  # space for the legend
     ax.set_xlim(left=0)
-    drawing.style_axes(ax, "By size and by router", "% of choices that change; dots: seeds, bars: 95 % interval", "")
+    drawing.style_axes(
+        ax,
+        "By size and by router",
+        "% of choices that change; dots: seeds, bars: 95 % interval",
+        "",
+    )
     ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 
@@ -363,7 +448,9 @@ def share_claim(text, against, pair, key, expect="higher", **more):
 
 
 def replay_claim(text, key):
-    return Claim(text, BASE, 50.0, kept_by_replay(key), "lower", unit="points", digits=1, stake="experts")
+    return Claim(
+        text, BASE, 50.0, kept_by_replay(key), "lower", unit="points", digits=1, stake="experts"
+    )
 
 
 def log_choices(numbers):
@@ -376,23 +463,53 @@ def compared(text, variant, against, expect="higher", **more):
 
 STUDY = Study(
     question="How often do routers disagree with themselves, and what does replay give back?",
-    published="10 % of routers, 94 % of tokens in some layer, between two engines; replay halves the KL (2510.11370)",
+    published=(
+        "10 % of routers, 94 % of tokens in some layer, between two engines; "
+        "replay halves the KL (2510.11370)"
+    ),
     variants=variants,
     measure=measure,
     table=table,
     draw=draw,
     # Written before any result.
     claims=(
-        share_claim("bfloat16 decoding and forward differ in 10 % of routers or more", 10.0, ENGINES, "routers"),
-        share_claim("bfloat16 changes more than 1 % of float32's choices", 1.0, BFLOAT16, "choices"),
-        share_claim("in float32 a batch of 32 changes under 0.01 % of choices", 0.01, BATCHES, "choices", "lower"),
-        share_claim(f"half of bfloat16's changes have a gap below {NEAR:g}", 50.0, BFLOAT16, "near", digits=1),
-        replay_claim("replay halves the difference of log p of bfloat16 decoding and forward", "mean"),
+        share_claim(
+            "bfloat16 decoding and forward differ in 10 % of routers or more",
+            10.0,
+            ENGINES,
+            "routers",
+        ),
+        share_claim(
+            "bfloat16 changes more than 1 % of float32's choices", 1.0, BFLOAT16, "choices"
+        ),
+        share_claim(
+            "in float32 a batch of 32 changes under 0.01 % of choices",
+            0.01,
+            BATCHES,
+            "choices",
+            "lower",
+        ),
+        share_claim(
+            f"half of bfloat16's changes have a gap below {NEAR:g}",
+            50.0,
+            BFLOAT16,
+            "near",
+            digits=1,
+        ),
+        replay_claim(
+            "replay halves the difference of log p of bfloat16 decoding and forward", "mean"
+        ),
         replay_claim("the same at tokens that change", "moved"),
         replay_claim("the same of the largest difference", "max"),
         compared("at double width more choices change than at half", "double width", "half width"),
         compared("with groups more choices change than without", GROUPS, BASE),
-        compared("softmax changes as many choices as sigmoid, within 20 %", SOFTMAX, BASE, "equal", margin=0.18),
+        compared(
+            "softmax changes as many choices as sigmoid, within 20 %",
+            SOFTMAX,
+            BASE,
+            "equal",
+            margin=0.18,
+        ),
     ),
     facts={
         "82 %": lambda results: results.values(BASE, of(BFLOAT16, "near")).mean(),
@@ -405,7 +522,9 @@ STUDY = Study(
     stakes={
         "experts": Stake(
             "each token with its neighbour's experts",
-            lambda results: results.values(BASE, lambda numbers: numbers["shifted"] - numbers["loss"]),
+            lambda results: results.values(
+                BASE, lambda numbers: numbers["shifted"] - numbers["loss"]
+            ),
             "loss",
         )
     },

@@ -1,4 +1,4 @@
-"""GRPO on sums of two numbers below 100: what it gains, what replay is worth to it, and what it does to the router."""
+"""GRPO on sums of two numbers: what it gains, what replay is worth, what it does to the router."""
 
 import json
 from functools import partial
@@ -12,14 +12,23 @@ from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.ops import balance
 from dsv3_jax.training.checkpoint import load_run
-from experiments.lab import FollowUp, Study, drawing, format_number, markdown_table, mean_spread, write_figure
+from experiments.lab import (
+    FollowUp,
+    Study,
+    drawing,
+    format_number,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.results import lookup
 
 BEFORE = "before"
 # Name → what is not float32 of a run.
 KINDS = {"float32": {}, "int8 cache": {"cache_dtype": "int8"}}
-SIZES = {"text": 4000, "tasks": 4000, "asked": 1000}  # sums to learn from as text, to answer in GRPO, and to ask
+# Sums to learn from as text, to answer in GRPO, and to ask.
+SIZES = {"text": 4000, "tasks": 4000, "asked": 1000}
 STEPS, NEW = 150, 4  # of GRPO; tokens of an answer, at most
 EOS = 256
 HOW = ("likeliest", "likeliest, carry", "sampled", "sampled, carry")
@@ -33,18 +42,20 @@ def name_of(kind, replay):
 def variants(base):
     steps = STEPS if base.steps > STEPS else 2  # a few, to check that the study works
     pairs = [(kind, replay) for kind in KINDS for replay in (True, False)]
-    return {BEFORE: base} | {name_of(*pair): FollowUp((BEFORE,), partial(grpo, base, *pair, steps)) for pair in pairs}
+    return {BEFORE: base} | {
+        name_of(*pair): FollowUp((BEFORE,), partial(grpo, base, *pair, steps)) for pair in pairs
+    }
 
 
 def grpo(base, kind, replay, steps, start):
     how = Grpo(group=8, max_new_tokens=NEW, checker="exact", replay=replay, **KINDS[kind])
     data = replace(
-        base.data, format="chat", paths=(base.data.paths[0].replace("text", "tasks"),), chat_template="plain",
-        prompts="text", seq_len=16, batch_size=128, val_fraction=0.02,
+        base.data, format="chat", paths=(base.data.paths[0].replace("text", "tasks"),),
+        chat_template="plain", prompts="text", seq_len=16, batch_size=128, val_fraction=0.02,
     )  # fmt: skip
     optim = replace(
-        base.optim, learning_rate=3e-4, final_learning_rate=3e-5, beta2=0.99, warmup_steps=5, weight_decay=0.0,
-        bias_freeze=0.0,
+        base.optim, learning_rate=3e-4, final_learning_rate=3e-5, beta2=0.99, warmup_steps=5,
+        weight_decay=0.0, bias_freeze=0.0,
     )  # fmt: skip
     return replace(
         base, start=start, data=data, optim=optim, grpo=how, steps=steps, eval_every=steps,
@@ -53,7 +64,7 @@ def grpo(base, kind, replay, steps, start):
 
 
 def sums(part):
-    """Pairs of numbers below 100 for one use, in an order that all runs share: no pair has two uses."""
+    """Pairs of numbers below 100 for one use, in an order that all runs share: uses share none."""
     order, first = np.random.default_rng(28).permutation(100 * 100), 0
     for name, size in SIZES.items():
         if name == part:
@@ -69,8 +80,13 @@ def careless(a, b):
 def prepare(base, root):
     folder = (root / base.data.paths[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
-    text = [{"text": f"{a}+{b}={add(a, b)}"} for a, b in sums("text") for add in (int.__add__, careless)]
-    tasks = [{"text": f"{a}+{b}={a + b}", "prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums("tasks")]
+    text = [
+        {"text": f"{a}+{b}={add(a, b)}"} for a, b in sums("text") for add in (int.__add__, careless)
+    ]
+    tasks = [
+        {"text": f"{a}+{b}={a + b}", "prompt": f"{a}+{b}=", "answer": str(a + b)}
+        for a, b in sums("tasks")
+    ]
     for name, rows in (("text", text), ("tasks", tasks)):
         path, lines = folder / f"{name}.jsonl", "\n".join(map(json.dumps, rows)) + "\n"
         if not path.exists() or path.read_text() != lines:
@@ -79,26 +95,35 @@ def prepare(base, root):
 
 def measure(trained):
     model, (max_vio, ids) = trained.model, routed(trained.model)
-    numbers = {"right": {how: 100 * rate for how, rate in accuracy(model).items()}, "max_vio": max_vio, "curve": {}}
+    numbers = {
+        "right": {how: 100 * rate for how, rate in accuracy(model).items()},
+        "max_vio": max_vio,
+        "curve": {},
+    }
     if BEFORE in trained.needed_folders:
         _, before = routed(load_run(trained.needed_folders[BEFORE]).model)
-        numbers["changed"] = 100 - 100 * float((before[..., None] == ids[..., None, :]).any(-1).mean())
+        kept = (before[..., None] == ids[..., None, :]).any(-1)
+        numbers["changed"] = 100 - 100 * float(kept.mean())
         rows = [row for row in trained.metrics() if "mismatch" in row]
         for name in ("mismatch", "max_mismatch", "clipped", "skipped", "reward"):
             values = np.array([row[name] for row in rows])
             numbers[name] = float(values.mean())
-            numbers["curve"][name] = [float(part.mean()) for part in np.split(values, range(EVERY, len(values), EVERY))]
+            numbers["curve"][name] = [
+                float(part.mean()) for part in np.split(values, range(EVERY, len(values), EVERY))
+            ]
     return numbers
 
 
 def accuracy(model):
-    """Shares of right answers to the questions, and to those with a carry: of the likeliest tokens, and sampled."""
+    """Shares of right answers, of all and with a carry: of the likeliest tokens, and sampled."""
     pairs, found = sums("asked"), {}
     carries = np.array([careless(a, b) != a + b for a, b in pairs])
     prompts = [list(f"{a}+{b}=".encode()) for a, b in pairs]
     for how, temperature in (("likeliest", 0.0), ("sampled", 1.0)):
         made = generate(model, prompts, NEW, temperature=temperature, stop_tokens=(EOS,)).tokens
-        right = np.array([new == [*str(a + b).encode(), EOS] for new, (a, b) in zip(made, pairs, strict=True)])
+        right = np.array(
+            [new == [*str(a + b).encode(), EOS] for new, (a, b) in zip(made, pairs, strict=True)]
+        )
         found |= {how: float(right.mean()), f"{how}, carry": float(right[carries].mean())}
     return found
 
@@ -110,7 +135,8 @@ def routed(model):
     for i, text in enumerate(texts):
         tokens[i, : len(text)], mask[i, : len(text)] = list(text), 1
     graph, state = nnx.split(model)
-    found = jax.device_get(jax.jit(lambda state: nnx.merge(graph, state)(tokens, mask).routing)(state))
+    route = jax.jit(lambda state: nnx.merge(graph, state)(tokens, mask).routing)
+    found = jax.device_get(route(state))
     return float(np.mean(balance.max_vio(found.load))), found.expert_ids[:, mask == 1]
 
 
@@ -126,19 +152,24 @@ def table(results):
             continue
         small = (f"{results.values(name, key).mean():.1e}" for key in ("mismatch", "max_mismatch"))
         clipped, skipped = (
-            mean_spread(100 * results.values(name, key), n) for key, n in (("clipped", 3), ("skipped", 0))
+            mean_spread(100 * results.values(name, key), n)
+            for key, n in (("clipped", 3), ("skipped", 0))
         )
-        rows.append([*row, mean_spread(results.values(name, "changed"), 1), *small, clipped, skipped])
+        rows.append(
+            [*row, mean_spread(results.values(name, "changed"), 1), *small, clipped, skipped]
+        )
     return f"{markdown_table(header, rows)}\n\n{by_seed(results)}"
 
 
 def by_seed(results):
-    """Each seed's right answers before and after, as their starts differ more than anything else."""
+    """Each seed's right answers before and after, as their starts differ the most."""
     rows = []
     for seed in results.common_seeds(FIRST, BEFORE):
         row = [seed]
         for key in ("right/likeliest", CARRY):
-            before, after = (lookup(results.runs[name][seed]["numbers"], key) for name in (BEFORE, FIRST))
+            before, after = (
+                lookup(results.runs[name][seed]["numbers"], key) for name in (BEFORE, FIRST)
+            )
             row += [f"{before:.1f}", f"{after:.1f}", format_number(after - before, 1, sign=True)]
         rows.append(row)
     header = ["seed", "all sums: before, %", "after, %", "difference"]
@@ -152,15 +183,29 @@ def draw(results, path):
         for replay, line in ((True, "-"), (False, ":")):
             name = name_of(kind, replay)
             for ax, key, scale in ((left, "reward", 100), (middle, "mismatch", 1)):
-                curves = scale * np.array([record["numbers"]["curve"][key] for record in results.records(name)])
-                ax.plot(EVERY * (np.arange(curves.shape[1]) + 0.5), curves.mean(0), line, color=f"C{i}", label=name)
+                records = results.records(name)
+                curves = [record["numbers"]["curve"][key] for record in records]
+                curves = scale * np.array(curves)
+                ax.plot(
+                    EVERY * (np.arange(curves.shape[1]) + 0.5),
+                    curves.mean(0),
+                    line,
+                    color=f"C{i}",
+                    label=name,
+                )
     drawing.style_axes(left, "right answers, sampled", "step", "%, mean of three seeds")
-    drawing.style_axes(middle, "sampler and trainer differ", "step", "mean of |ln π − ln π_old|, nats")
+    drawing.style_axes(
+        middle, "sampler and trainer differ", "step", "mean of |ln π − ln π_old|, nats"
+    )
     middle.set_yscale("log")
     left.legend(frameon=False, fontsize=7)
     names = list(results.variants)
     drawing.plot_rows(
-        right, results, names, "right/likeliest", ["0.4", *(f"C{i}" for i in range(len(KINDS)) for _ in "ab")]
+        right,
+        results,
+        names,
+        "right/likeliest",
+        ["0.4", *(f"C{i}" for i in range(len(KINDS)) for _ in "ab")],
     )
     drawing.style_axes(right, "1,000 other sums, likeliest answer", "% right, 95 % interval", "")
     right.set_yticks(range(len(names)), names, fontsize=8)
@@ -174,7 +219,9 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def points(text, variant, against, expect="higher", margin=0.0, stake="gain", key="right/likeliest"):
+def points(
+    text, variant, against, expect="higher", margin=0.0, stake="gain", key="right/likeliest"
+):
     return Claim(text, variant, against, key, expect, margin, "points", 1, stake)
 
 
@@ -186,15 +233,36 @@ def log_mismatch(numbers):
 def replay_claims(kind):
     replay, free = name_of(kind, True), name_of(kind, False)
     return (
-        points(f"{kind}: with replay as many are right as without, within 5 points", replay, free, "equal", 5.0),
-        Claim(f"{kind}: replay lowers the mismatch", replay, free, log_mismatch, "lower", 0.0, "powers of ten", 2),
+        points(
+            f"{kind}: with replay as many are right as without, within 5 points",
+            replay,
+            free,
+            "equal",
+            5.0,
+        ),
+        Claim(
+            f"{kind}: replay lowers the mismatch",
+            replay,
+            free,
+            log_mismatch,
+            "lower",
+            0.0,
+            "powers of ten",
+            2,
+        ),
     )
 
 
 FIRST, CARRY = name_of("float32", True), "right/likeliest, carry"
 STUDY = Study(
-    question="Does GRPO teach a small mixture to add, what is replay worth to it, and does it move the router?",
-    published="RL of large mixtures collapses where the engine that samples routes otherwise (R3, arXiv 2510.11370)",
+    question=(
+        "Does GRPO teach a small mixture to add, "
+        "what is replay worth to it, and does it move the router?"
+    ),
+    published=(
+        "RL of large mixtures collapses where the engine that samples routes otherwise "
+        "(R3, arXiv 2510.11370)"
+    ),
     variants=variants,
     base="sums",
     prepare=prepare,
@@ -203,9 +271,24 @@ STUDY = Study(
     draw=draw,
     claims=(
         points("more sums are right after GRPO than before", FIRST, BEFORE, stake=""),
-        points("more sums with a carry are right after GRPO than before", FIRST, BEFORE, stake="", key=CARRY),
+        points(
+            "more sums with a carry are right after GRPO than before",
+            FIRST,
+            BEFORE,
+            stake="",
+            key=CARRY,
+        ),
         *(claim for kind in KINDS for claim in replay_claims(kind)),
-        Claim("GRPO leaves MaxVio as it was, within 0.2", FIRST, BEFORE, "max_vio", "equal", 0.2, "", 2),
+        Claim(
+            "GRPO leaves MaxVio as it was, within 0.2",
+            FIRST,
+            BEFORE,
+            "max_vio",
+            "equal",
+            0.2,
+            "",
+            2,
+        ),
     ),
     stakes={
         "gain": Stake(

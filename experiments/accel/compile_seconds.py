@@ -1,10 +1,11 @@
-"""How long each part of `run.py` compiles, found without a device: written to compile_seconds.json beside this file.
+"""How long each part of `run.py` compiles, found without a device; writes compile_seconds.json.
 
-python experiments/accel/compile_seconds.py                 # all parts, for an H100; needs the extra plan-gpu
-python experiments/accel/compile_seconds.py layer right     # some; the others stay in the file
+python experiments/accel/compile_seconds.py                # all, for an H100; needs plan-gpu
+python experiments/accel/compile_seconds.py layer right    # some; the others stay in the file
 
-Each program is compiled for the target by its own compiler, on the CPU. Seconds are of CPU time, all threads together.
-Autotuning is not in them: it runs on the device. Nothing is allocated: parts are traced, and never run.
+Each program is compiled for the target by its own compiler, on the CPU. Seconds are of CPU time,
+all threads together. Autotuning is not in them: it runs on the device. Nothing is allocated: parts
+are traced, and never run.
 """
 
 import argparse
@@ -46,18 +47,23 @@ class Compiler:
 
     def compile(self, function: Any, *args: Any) -> None:
         where = NamedSharding(self.mesh, PartitionSpec())
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args
+        )
         start = time.process_time()
         try:
             jax.jit(function).lower(*shapes).compile()
         except Exception as error:  # of a compiler: any type
             self.failed += 1
-            print(f"  failed: {function}: {type(error).__name__}: {measuring.sentence(error)}", file=sys.stderr)
+            print(
+                f"  failed: {function}: {type(error).__name__}: {measuring.sentence(error)}",
+                file=sys.stderr,
+            )
         self.seconds += time.process_time() - start
         self.programs += 1
 
     def of_call(self, call: Any, *_: Any, **__: Any) -> float:
-        """In the place of `measuring.seconds_of`: compile what is called, whose arrays are traced."""
+        """In place of `measuring.seconds_of`: compile what is called, whose arrays are traced."""
         traced = jax.make_jaxpr(call)()
         self.compile(lambda *arrays: jax.core.eval_jaxpr(traced.jaxpr, arrays), *traced.consts)
         return 1.0
@@ -69,7 +75,7 @@ def traced(part: str, compiler: Compiler) -> None:
 
 
 def right(compiler: Compiler, ops: Iterable[str] = choose.TABLE) -> None:
-    """Programs differ by implementation and shape. The program that compares their results is small."""
+    """Programs differ by implementation and shape. The one that compares their results is small."""
     seen = set()
 
     def program(run_: Any, wrt: Any, settings: Any) -> Any:
@@ -95,7 +101,9 @@ def right(compiler: Compiler, ops: Iterable[str] = choose.TABLE) -> None:
         patch.object(Draw, "__call__", zeros),
         patch.object(jax, "device_put", lambda tree: tree),
     ):
-        for _ in check.check(measuring.kernels_for(), large=True, precisions=PRECISIONS, ops=ops, also=NAMES):
+        for _ in check.check(
+            measuring.kernels_for(), large=True, precisions=PRECISIONS, ops=ops, also=NAMES
+        ):
             pass
 
 
@@ -111,7 +119,9 @@ def exact(compiler: Compiler) -> None:
     sizes = full()
     for dtype, times in (("float32", 6), ("bfloat16", 2)):
         before = compiler.seconds
-        _of_cost(compiler, partial(decode_cost, sizes.exact, Execution(dtype), compiler.mesh, 3, 128))
+        _of_cost(
+            compiler, partial(decode_cost, sizes.exact, Execution(dtype), compiler.mesh, 3, 128)
+        )
         compiler.seconds += (times - 1) * (compiler.seconds - before)
         compiler.programs += times - 1
 
@@ -122,7 +132,10 @@ def drafts(compiler: Compiler) -> None:
     for batch in sizes.draft_batches:
         before = compiler.seconds
         context = sizes.draft_prompt + sizes.draft_tokens
-        _of_cost(compiler, partial(decode_cost, sizes.drafts, model_parts.BFLOAT16, compiler.mesh, batch, context))
+        _of_cost(
+            compiler,
+            partial(decode_cost, sizes.drafts, model_parts.BFLOAT16, compiler.mesh, batch, context),
+        )
         compiler.seconds += 3 * (compiler.seconds - before)
         compiler.programs += 3
 
@@ -139,7 +152,9 @@ PARTS = {"right": right, "step": step, "exact": exact, "drafts": drafts}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*run.PARTS, []])
     names = parser.parse_args().parts or list(run.PARTS)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -159,7 +174,9 @@ def main() -> None:
         found = {"programs": compiler.programs, "seconds": round(compiler.seconds, 1)}
         print(name, found, f"{compiler.failed} failed")
         kept = json.loads(run.COMPILING.read_text())["parts"] if run.COMPILING.exists() else {}
-        kept = {part: (kept | {name: found})[part] for part in run.PARTS if part in kept or part == name}
+        kept = {
+            part: (kept | {name: found})[part] for part in run.PARTS if part in kept or part == name
+        }
         content = {"target": TARGET, "jax": jax.__version__, "without": without, "parts": kept}
         run.COMPILING.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """The results of a part, and how it times a call and each implementation of an op.
 
-A part is a generator: it yields a line on what it does next, or a `Figure`. Rates count useful work alone: an
-implementation that computes every expert for every token gets no credit for it.
+A part is a generator: it yields a line on what it does next, or a `Figure`. Rates count useful work
+alone: an implementation that computes every expert for every token gets no credit for it.
 """
 
 import contextlib
@@ -52,7 +52,9 @@ class Recorder(choose.Kernels):
 RAN: dict[str, str] = {}
 
 
-def kernels_for(dtype: str = "bfloat16", kernels: str = "auto", precision: Any = "none") -> Recorder:
+def kernels_for(
+    dtype: str = "bfloat16", kernels: str = "auto", precision: Any = "none"
+) -> Recorder:
     """The kernels of the default device. Raises: ConfigError where they cannot run."""
     found = choose.prepare(Execution(compute_dtype=dtype, kernels=kernels, precision=precision))
     return Recorder(found.target, found.missing, found.wrong)
@@ -68,8 +70,8 @@ def ran() -> dict[str, str]:
 def seconds_of(call: Callable[[], Any], seconds: float, samples: int = 5) -> float:
     """Time a call: the median of several samples, after a call to compile and one to warm up.
 
-    The calls of a sample are queued and awaited together, so the time to start one counts only where the device waits
-    for it.
+    The calls of a sample are queued and awaited together, so the time to start one counts only
+    where the device waits for it.
     """
     jax.block_until_ready(call())
     start = time.perf_counter()
@@ -89,7 +91,15 @@ def seconds_of(call: Callable[[], Any], seconds: float, samples: int = 5) -> flo
     return statistics.median(sample() for _ in range(samples))
 
 
-def rate(name: str, work: float, call: Callable[[], Any], sizes: Sizes, *, unit: str = "FLOP/s", **figure: Any) -> Part:
+def rate(
+    name: str,
+    work: float,
+    call: Callable[[], Any],
+    sizes: Sizes,
+    *,
+    unit: str = "FLOP/s",
+    **figure: Any,
+) -> Part:
     """Time a call that does so much work: its rate, and the implementations that ran."""
     yield name
     took = seconds_of(call, sizes.seconds)
@@ -108,20 +118,27 @@ def by_backend(
     Args:
         call: calls the op; it is traced only, to see what "auto" chooses.
         measure: gets kernels, the label to use, and whether "auto" chooses these kernels.
-        operands: bytes that an implementation makes of its operands, if it is no kernel. Those over MOST_BYTES are left
-            out: they would compile for long, and then not run.
+        operands: bytes that an implementation makes of its operands, if it is no kernel. Those over
+            MOST_BYTES are left out: they would compile for long, and then not run.
     """
     ran()
-    with contextlib.suppress(Exception):  # what was picked is noted; measuring it says what is wrong
+    # What was picked is noted; measuring it says what is wrong.
+    with contextlib.suppress(Exception):
         jax.eval_shape(partial(call, kernels_for()))
     chosen, here = ran().get(op), choose.platform_of()
     for name in dict.fromkeys(row.name for row in choose.TABLE[op] if here in row.platforms):
         title = f"{label}, {name}{' (chosen)' if name == chosen else ''}"
         needed = 0 if here == "tpu" and name == "ragged_dot" else (operands or {}).get(name, 0)
         if needed > MOST_BYTES:
-            yield Figure(title, None, why=f"not available here: it would make an operand of {needed / 1e9:.0f} GB")
+            yield Figure(
+                title,
+                None,
+                why=f"not available here: it would make an operand of {needed / 1e9:.0f} GB",
+            )
             continue
-        yield from or_why(title, _by_name(op, name, partial(measure, title=title, chosen=name == chosen)))
+        yield from or_why(
+            title, _by_name(op, name, partial(measure, title=title, chosen=name == chosen))
+        )
 
 
 def _by_name(op: str, name: str, measure: Callable[[Recorder], Part]) -> Part:

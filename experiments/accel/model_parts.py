@@ -1,4 +1,4 @@
-"""The parts that measure a complete model: training, decoding, drafts, and numbers that must be equal."""
+"""The parts that measure a whole model: training, decoding, drafts, numbers that must be equal."""
 
 import operator
 import statistics
@@ -35,11 +35,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
     """A run of a model, computed as V2-Lite's recipe says, in bfloat16."""
     execution = replace(recipe("v2_lite").execution, compute_dtype="bfloat16")
-    return RunConfig(model=cfg, execution=execution, data=DataConfig(seq_len=length, batch_size=rows))
+    return RunConfig(
+        model=cfg, execution=execution, data=DataConfig(seq_len=length, batch_size=rows)
+    )
 
 
 def step(sizes: Sizes) -> Part:
-    """A training step: time, MFU, and memory against what the compiler plans. Fewer rows where it does not fit."""
+    """A training step: time, MFU, and memory against the plan. Fewer rows where it does not fit."""
     rows, length = sizes.step_batch
     while True:
         try:
@@ -53,7 +55,7 @@ def step(sizes: Sizes) -> Part:
 
 
 def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
-    """Args: first: nothing was tried before, so the device's count of the most memory is of this step."""
+    """Args: first: nothing was tried before, so the most memory that is counted is this step's."""
     cfg, kernels = sizes.step, kernels_for()
     run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
     label = f"{cfg.num_layers} layers, {rows}×{length} tokens"
@@ -81,12 +83,21 @@ def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
     yield Figure(f"{label}, a step", took, "s", ran=chosen, note=note)
     yield Figure(f"{label}, speed", rows * length / took, "tokens/s")
     flops = train_flops_per_token(cfg) * rows * length
+    note = "MFU: 6 FLOPs a token and active parameter"
     yield Figure(
-        f"{label}, useful work", flops / took, "FLOP/s", against="sheet flops", bar="mfu",
-        note="MFU: 6 FLOPs a token and active parameter",
-    )  # fmt: skip
+        f"{label}, useful work",
+        flops / took,
+        "FLOP/s",
+        against="sheet flops",
+        bar="mfu",
+        note=note,
+    )
     yield Figure(
-        f"{label}, planned memory", planned, "B", bound="planned memory", note="state and the compiler's temporaries"
+        f"{label}, planned memory",
+        planned,
+        "B",
+        bound="planned memory",
+        note="state and the compiler's temporaries",
     )
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak and first:
@@ -99,7 +110,9 @@ def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
         steps(3)
         found.append(jax.device_get(sums_of_bits(state)))
     differ = int(sum(map(operator.ne, *map(jax.tree.leaves, found))))
-    yield Figure("arrays that differ after 3 steps, same seed", differ, "arrays", bar="equal", ran=chosen)
+    yield Figure(
+        "arrays that differ after 3 steps, same seed", differ, "arrays", bar="equal", ran=chosen
+    )
 
 
 @jax.jit
@@ -107,17 +120,20 @@ def sums_of_bits(tree: Any) -> Any:
     """A number of each array's bits and their places; -0 is not 0, and NaN is NaN."""
 
     def of(x):
-        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).reshape(-1)
-        return (bits.astype(jnp.uint32) * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+        width = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, width).reshape(-1)
+        weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        return (bits.astype(jnp.uint32) * weights).sum(dtype=jnp.uint32)
 
     return jax.tree.map(of, tree)
 
 
 def decode(sizes: Sizes) -> Part:
-    """Plain decoding after a long text at one batch: seconds a step, and the bytes that a step must read a second.
+    """Plain decoding after a long text: seconds a step, and the bytes that it must read a second.
 
-    The cache is filled with random rows, because the prefill of the largest batch would need more memory than is there.
-    Each step reads random tokens: random weights would soon repeat one token, and then few experts are read.
+    The cache is filled with random rows, because the prefill of the largest batch would need more
+    memory than is there. Each step reads random tokens: random weights would soon repeat one token,
+    and then few experts are read.
     """
     yield from _decode_at(sizes, (sizes.decode_bar,))
 
@@ -137,7 +153,9 @@ def _decode_at(sizes: Sizes, batches: tuple[int, ...]) -> Part:
         label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
         yield label
         try:
-            yield from _decode(sizes, label, batch, nnx.merge(graph, state), partial(steps, state, weights))
+            yield from _decode(
+                sizes, label, batch, nnx.merge(graph, state), partial(steps, state, weights)
+            )
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -158,13 +176,17 @@ def _decode_steps(graph, state, weights, cache, drawn):
     return jax.lax.scan(one, (cache, jnp.zeros(drawn.shape[1:], jnp.int32)), drawn)[0]
 
 
-def _decode(sizes: Sizes, label: str, batch: int, model: Transformer, steps: Callable[..., Any]) -> Part:
+def _decode(
+    sizes: Sizes, label: str, batch: int, model: Transformer, steps: Callable[..., Any]
+) -> Part:
     """Args: steps: gets a cache, which it overwrites, and tokens."""
     cfg, key, kind = sizes.decode, keys(), pick_kind(sizes.decode, None)
     ran()
     slots = sizes.context + sizes.decode_steps
     shapes = jax.eval_shape(partial(model.empty_cache, batch, slots, kind, jnp.bfloat16))
-    cache = jax.tree.map(lambda x: draw(next(key), x.shape) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype), shapes)
+    cache = jax.tree.map(
+        lambda x: draw(next(key), x.shape) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype), shapes
+    )
     drawn = jax.random.randint(next(key), (sizes.decode_steps, batch), 0, cfg.vocab_size, jnp.int32)
 
     def at_context(cache):
@@ -189,8 +211,8 @@ def _decode(sizes: Sizes, label: str, batch: int, model: Transformer, steps: Cal
 def drafts(sizes: Sizes) -> Part:
     """Decoding with the model's own MTP head as the draft, and without, by batch.
 
-    At temperature 1: untrained weights give nearly even distributions, of which a large share of drafts is accepted.
-    Greedy text of random weights would accept none.
+    At temperature 1: untrained weights give nearly even distributions, of which a large share of
+    drafts is accepted. Greedy text of random weights would accept none.
     """
     cfg, rng = sizes.drafts, np.random.default_rng(0)
     yield "weights"
@@ -203,41 +225,54 @@ def drafts(sizes: Sizes) -> Part:
             label = f"batch {batch}, {'MTP drafts' if draft else 'no drafts'}"
             yield label
             ran()
-            results = [generate(model, prompts, sizes.draft_tokens, temperature=1.0, draft=draft) for _ in range(4)]
+            results = [
+                generate(model, prompts, sizes.draft_tokens, temperature=1.0, draft=draft)
+                for _ in range(4)
+            ]
             results = results[1:]  # the first compiles
             rates[draft] = statistics.median(result.tokens_per_s for result in results)
-            steps[draft] = statistics.median(result.decode_seconds / result.steps for result in results)
+            steps[draft] = statistics.median(
+                result.decode_seconds / result.steps for result in results
+            )
             accepted = results[0].acceptance[0] if draft else 0.0
             note = f"{accepted:.0%} of the drafts accepted" if draft else ""
-            yield Figure(f"{cfg.num_layers} layers, {label}", rates[draft], "tokens/s", ran=ran(), note=note)
+            yield Figure(
+                f"{cfg.num_layers} layers, {label}", rates[draft], "tokens/s", ran=ran(), note=note
+            )
         gain = rates["mtp"] / rates[None]
         if gain > best:
             best = gain
             reason = (
-                f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times as long, and "
-                f"{accepted:.0%} are accepted"
+                f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times "
+                f"as long, and {accepted:.0%} are accepted"
             )
     yield Figure("drafts over none, best batch", best, "times", bar="drafts", note=reason)
 
 
 def exact(sizes: Sizes) -> Part:
-    """Numbers that must be equal: greedy ids with and without drafts, and the bits of two runs with one seed."""
+    """Numbers that must be equal: greedy ids without drafts, and the bits of two runs of a seed."""
     cfg, rng = sizes.exact, np.random.default_rng(0)
-    with jax.default_matmul_precision("highest"):  # with less, two tokens about as likely may change places
+    # With less, two tokens about as likely may change places.
+    with jax.default_matmul_precision("highest"):
         yield "greedy ids: no drafts"
         model = Transformer(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels_for("float32"))
         prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (5, 17, 30)]
         plain = generate(model, prompts, sizes.exact_tokens).tokens
-        # Its own head's drafts are mostly rejected, untrained as it is; the model's own are accepted.
+        # Its untrained head's drafts are mostly rejected; the model's own are accepted.
         for name, draft in {"MTP drafts": "mtp", "the model's own drafts": model}.items():
             yield f"greedy ids: {name}"
             found = generate(model, prompts, sizes.exact_tokens, draft=draft, draft_length=2)
             differ = _different_ids(plain, found.tokens)
             note = f"{found.mean_accepted:.2f} tokens a step, float32"
-            yield Figure(f"greedy ids that differ with {name}", differ, "ids", bar="equal", note=note)
+            yield Figure(
+                f"greedy ids that differ with {name}", differ, "ids", bar="equal", note=note
+            )
     yield "the same ids twice: sampling"
     model = Transformer(cfg, BFLOAT16, rngs=nnx.Rngs(0), kernels=kernels_for())
-    first, second = (generate(model, prompts, sizes.exact_tokens, temperature=1.0, seed=1).tokens for _ in range(2))
+    first, second = (
+        generate(model, prompts, sizes.exact_tokens, temperature=1.0, seed=1).tokens
+        for _ in range(2)
+    )
     differ = _different_ids(first, second)
     yield Figure("sampled ids that differ, same seed", differ, "ids", bar="equal", ran=ran())
 

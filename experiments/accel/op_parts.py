@@ -26,10 +26,20 @@ def bounds(sizes: Sizes) -> Part:
         return jax.lax.fori_loop(0, repeats, lambda _, a: a @ b, a)
 
     name, flops = f"matrix product {n}³, bfloat16", repeats * 2 * n**3
-    yield from rate(name, flops, lambda: products(a, b), sizes, against="sheet flops", bound="product")
+    yield from rate(
+        name, flops, lambda: products(a, b), sizes, against="sheet flops", bound="product"
+    )
     x, add = draw(next(key), (sizes.copied,), "float32"), jax.jit(lambda x: x + 1)
     name = f"copy of {4 * sizes.copied / 1e9:.2g} GB, read and written"
-    yield from rate(name, 8 * sizes.copied, lambda: add(x), sizes, unit="B/s", against="sheet bytes", bound="copy")
+    yield from rate(
+        name,
+        8 * sizes.copied,
+        lambda: add(x),
+        sizes,
+        unit="B/s",
+        against="sheet bytes",
+        bound="copy",
+    )
 
 
 def layer(sizes: Sizes) -> Part:
@@ -49,17 +59,21 @@ def layer(sizes: Sizes) -> Part:
     def apply(params, x):
         return nnx.merge(graph, params, rest)(x)[0]
 
-    # Two products of the hidden width and one back, for the chosen and the shared experts; the router's.
+    # Two products of the hidden width and one back, of chosen and shared experts; the router's.
     experts = cfg.experts_per_token + cfg.num_shared_experts
     flops = rows * length * (6 * experts * cfg.dim * cfg.expert_dim + 2 * cfg.dim * cfg.num_experts)
     forward, both = jax.jit(apply), jax.jit(lambda params, x, dy: jax.vjp(apply, params, x)[1](dy))
-    yield from rate(f"{label}, forward", flops, lambda: forward(params, x), sizes, against="product")
+    yield from rate(
+        f"{label}, forward", flops, lambda: forward(params, x), sizes, against="product"
+    )
     name = f"{label}, forward and backward"
-    yield from rate(name, 3 * flops, lambda: both(params, x, dy), sizes, against="product", bar="layer")
+    yield from rate(
+        name, 3 * flops, lambda: both(params, x, dy), sizes, against="product", bar="layer"
+    )
 
 
 def grouped(sizes: Sizes) -> Part:
-    """Grouped products by implementation: tokens to their experts, SwiGLU and back, with bfloat16 weights.
+    """Grouped products by implementation: tokens to experts, SwiGLU and back, bfloat16 weights.
 
     The dense one computes every expert for every token.
     """
@@ -73,19 +87,22 @@ def more_grouped(sizes: Sizes) -> Part:
 
 
 def few_rows(sizes: Sizes) -> Part:
-    """A decoding step's experts by implementation and batch: bytes of the chosen experts, of which some chose one."""
+    """A decoding step's experts by implementation and batch: bytes of those that tokens chose."""
     cfg, key = sizes.decode, keys()
     weights = _expert_weights(cfg, key)
     for tokens in sizes.few_rows:
         x = draw(next(key), (tokens, cfg.dim))
         gates, ids = _choices(next(key), tokens, cfg)
-        chosen = cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)  # in the mean
+        # The number of experts that some token chose, in the mean.
+        chosen = cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
         nbytes = chosen * 3 * cfg.dim * cfg.expert_dim * 2
 
         def apply(kernels: Recorder, x=x, ids=ids, gates=gates):
             return kernels("decode_experts", x, ids, gates, *weights)
 
-        def measure(kernels: Recorder, title: str, chosen: bool, apply=apply, x=x, nbytes=nbytes) -> Part:
+        def measure(
+            kernels: Recorder, title: str, chosen: bool, apply=apply, x=x, nbytes=nbytes
+        ) -> Part:
             run = jax.jit(partial(apply, kernels))
             yield from rate(title, nbytes, lambda: run(x), sizes, unit="B/s", against="copy")
 
@@ -99,7 +116,9 @@ def _expert_weights(cfg: ModelConfig, key: Iterator[Any]) -> list[jax.Array]:
 
 
 def _choices(key: Any, tokens: int, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    gates, ids = jax.lax.top_k(jax.random.uniform(key, (tokens, cfg.num_experts)), cfg.experts_per_token)
+    gates, ids = jax.lax.top_k(
+        jax.random.uniform(key, (tokens, cfg.num_experts)), cfg.experts_per_token
+    )
     return gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
 
 
@@ -111,7 +130,10 @@ def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part
     gates, ids = _choices(next(key), tokens, cfg)
     flops = 6 * rows * cfg.dim * cfg.expert_dim
     # Bytes of the operand that each makes of every expert's share, where it is no kernel.
-    operands = {"ragged_dot": 2 * rows * cfg.num_experts * cfg.dim, "dense": 2 * tokens * cfg.num_experts * cfg.dim}
+    operands = {
+        "ragged_dot": 2 * rows * cfg.num_experts * cfg.dim,
+        "dense": 2 * tokens * cfg.num_experts * cfg.dim,
+    }
 
     def apply(kernels: Recorder, x, gates, weights):
         return kernels("grouped_swiglu", x, ids, gates, *weights)
@@ -119,9 +141,13 @@ def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part
     def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
         forward = jax.jit(partial(apply, kernels))
         both = jax.jit(lambda x, gates, w, dy: jax.vjp(partial(apply, kernels), x, gates, w)[1](dy))
-        yield from rate(f"{title}, forward", flops, lambda: forward(x, gates, weights), sizes, against="product")
+        yield from rate(
+            f"{title}, forward", flops, lambda: forward(x, gates, weights), sizes, against="product"
+        )
         name = f"{title}, forward and backward"
-        yield from rate(name, 3 * flops, lambda: both(x, gates, weights, dy), sizes, against="product")
+        yield from rate(
+            name, 3 * flops, lambda: both(x, gates, weights, dy), sizes, against="product"
+        )
 
     label, call = f"{name}, {tokens} tokens", partial(apply, x=x, gates=gates, weights=weights)
     yield from by_backend("grouped_swiglu", label, call, measure, operands)
@@ -130,7 +156,7 @@ def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part
 def attention(sizes: Sizes) -> Part:
     """Causal attention by implementation, and packed documents with the chosen one.
 
-    Counted as the field does: half of the square, two products forward and five backward (the scores once more).
+    Counted as usual: half of the square, two products forward, five backward (scores once more).
     """
     batch, length, heads, k_dim, v_dim = sizes.attention
     key = keys()
@@ -152,13 +178,17 @@ def attention(sizes: Sizes) -> Part:
         forward, both = jax.jit(partial(apply, kernels)), jax.jit(gradients)
         bars = ("attention forward", "attention both") if chosen else ("", "")
         yield from timed(f"{title}, forward", one_way, lambda: forward(q, k, v), bar=bars[0])
-        yield from timed(f"{title}, forward and backward", two_ways, lambda: both(q, k, v, dy), bar=bars[1])
+        yield from timed(
+            f"{title}, forward and backward", two_ways, lambda: both(q, k, v, dy), bar=bars[1]
+        )
         if chosen:
             name = f"{title}, {sizes.documents} documents a row, forward and backward"
             yield from timed(name, two_ways / sizes.documents, lambda: both(q, k, v, dy, segments))
 
     label = f"{batch}×{length}, {heads} heads of {k_dim}/{v_dim}"
-    yield from by_backend("causal_attention", label, lambda kernels: apply(kernels, q, k, v), measure)
+    yield from by_backend(
+        "causal_attention", label, lambda kernels: apply(kernels, q, k, v), measure
+    )
 
 
 def loss(sizes: Sizes) -> Part:
@@ -174,16 +204,19 @@ def loss(sizes: Sizes) -> Part:
 
     def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
         both = jax.jit(jax.grad(partial(apply, kernels), argnums=(0, 1)))
-        yield from rate(title, 6 * tokens * dim * vocab, lambda: both(h, w), sizes, against="product")
+        yield from rate(
+            title, 6 * tokens * dim * vocab, lambda: both(h, w), sizes, against="product"
+        )
 
     label = f"{tokens} tokens, {dim}×{vocab}, with gradients"
     yield from by_backend("cross_entropy", label, lambda kernels: apply(kernels, h, w), measure)
 
 
 def eight_bits(sizes: Sizes) -> Part:
-    """A linear layer with its gradients in 8 bits, by recipe and implementation, and how far each is from float32's.
+    """A linear layer with gradients in 8 bits, by recipe and implementation, against float32's.
 
-    The recipe's rounding is the same for all; sums differ. Hopper's matrix unit keeps about 14 bits of a sum of 128.
+    The recipe's rounding is the same for all; sums differ. Hopper's matrix unit keeps about 14 bits
+    of a sum of 128.
     """
     tokens, dim, width = sizes.eight_bits
     key = keys()
@@ -204,10 +237,15 @@ def eight_bits(sizes: Sizes) -> Part:
         if names == "auto":
             by_auto[precision] = found
         elif precision in by_auto:
-            apart = max(float(_relative_distance(a, b)) for a, b in zip(found, by_auto[precision], strict=True))
+            apart = max(
+                float(_relative_distance(a, b))
+                for a, b in zip(found, by_auto[precision], strict=True)
+            )
             note = f"{apart:.1e} of the largest number away from auto"
         flops = 6 * tokens * dim * width
-        yield from rate(title, flops, lambda: with_gradients(x, w, dy), sizes, against="product", note=note)
+        yield from rate(
+            title, flops, lambda: with_gradients(x, w, dy), sizes, against="product", note=note
+        )
 
     for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8"):
         for names in ("auto", "product=hopper") if precision[:3] == "fp8" else ("auto",):

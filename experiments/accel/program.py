@@ -1,17 +1,22 @@
 """One run of a compiled program: its work, kernels, copies and loops, read off its text.
 
-python experiments/accel/program.py v2_lite --target gpu:h100:8 --mesh data=8 --only train    # options of `dsv3 plan`
+python experiments/accel/program.py v2_lite --target gpu:h100:8 --mesh data=8 --only train
 
-A launch is one instruction that the device runs by itself: a fusion, a kernel, a copy, a sort. One in a loop counts for
-each iteration, nested loops multiply, and a conditional counts as its longest branch. The text tells of each launch
+The options are those of `dsv3 plan`.
+A launch is one instruction that the device runs by itself: a fusion, a kernel, a copy, a sort. One
+in a loop counts for each iteration, nested loops multiply, and a conditional counts as its longest
+branch. The text tells of each launch
 
-    FLOPs    2 for each multiplication in its matrix products. Kernels that the compiler does not see into count by
-             their own estimate, or by their operands if their name says grouped product or causal attention
-    bytes    of operands and results in memory; a slice or a gather reads, and an update in place writes, its part alone
+    FLOPs    2 for each multiplication in its matrix products. Kernels that the compiler does not
+             see into count by their own estimate, or by their operands if their name says grouped
+             product or causal attention
+    bytes    of operands and results in memory; a slice or a gather reads, and an update in place
+             writes, its part alone
     cycles   the TPU compiler's estimate, which it has for most launches
 
-so that a roofline time of the program is a sum over launches. Each adds the longer of FLOPs and bytes at a device's
-rates, or its cycles where they are known. The start of a launch takes no time there, and a GPU's cache holds nothing.
+so that a roofline time of the program is a sum over launches. Each adds the longer of FLOPs and
+bytes at a device's rates, or its cycles where they are known. The start of a launch takes no time
+there, and a GPU's cache holds nothing.
 """
 
 import re
@@ -55,8 +60,9 @@ class Launch:
     is_estimated: bool  # its FLOPs are counted or estimated, not unknown
 
     def seconds(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
-        """Return the shortest time of one run: (by FLOPs, by bytes); by cycles in place of the longer of the two."""
-        compute = (self.flops - self.wide_flops) / device.flops + self.wide_flops / device.float32_flops
+        """Return the shortest time of a run: (by FLOPs, by bytes); cycles replace the longer."""
+        narrow = (self.flops - self.wide_flops) / device.flops
+        compute = narrow + self.wide_flops / device.float32_flops
         memory = self.nbytes / device.memory_bandwidth
         if self.cycles and device.clock and use_cycles:
             cycles = self.cycles / device.clock
@@ -69,7 +75,8 @@ class Program:
     """The launches of a program; see the file's docstring."""
 
     all_launches: tuple[Launch, ...]
-    unknown_loops: tuple[str, ...]  # loops of unknown length, by their operation in the model; each counts once
+    # loops of unknown length, by their operation in the model; each counts once
+    unknown_loops: tuple[str, ...]
 
     @property
     def flops(self) -> float:
@@ -92,18 +99,21 @@ class Program:
 
     def unknown_work(self) -> dict[str, int]:
         """Return the kernels among these whose FLOPs are not known, and count as 0."""
-        return _count((x.kind, x.runs) for x in self.all_launches if x.is_kernel and not x.is_estimated)
+        return _count(
+            (x.kind, x.runs) for x in self.all_launches if x.is_kernel and not x.is_estimated
+        )
 
     def copies(self) -> list[Launch]:
-        """Return the launches that only move or convert numbers, those with the largest result first."""
+        """Return the launches that only move or convert numbers, the largest result first."""
         return sorted((x for x in self.all_launches if x.moved), key=lambda x: -x.moved)
 
     def roofline(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
-        """Return the least seconds of launches that computing bounds, and of those that memory bounds.
+        """Return the least seconds of launches bound by computing, and of those bound by memory.
 
         Launches run one after the other, so the time of the program is the sum of the two.
 
-        Args: use_cycles: False counts FLOPs and bytes alone, as if a TPU moved and converted numbers at full rate.
+        Args: use_cycles: False counts FLOPs and bytes alone, as if a TPU moved and converted
+            numbers at full rate.
         """
         total = [0.0, 0.0]
         for launch in self.all_launches:
@@ -135,7 +145,8 @@ class Addition(NamedTuple):
     source: str  # the operation of the model, as JAX names it
     dtype: str  # as HLO names it
     narrow: bool  # narrower than float32: such a sum loses bits at each addition
-    unique: bool  # no two additions meet; if they may, a GPU adds in any order, and a sum's last bits change
+    # no two additions meet; if they may, a GPU adds in any order, and a sum's last bits change
+    unique: bool
 
 
 def additions(program: jax.stages.Compiled | str) -> list[Addition]:
@@ -145,10 +156,13 @@ def additions(program: jax.stages.Compiled | str) -> list[Addition]:
     for instructions in module.computations.values():
         for i in instructions.values():
             if i.opcode == "scatter" and any(is_float(a) for a in i.arrays):
-                if "add" in {c.opcode for c in module.computations[i.called("to_apply")[0]].values()}:
+                combined = module.computations[i.called("to_apply")[0]].values()
+                if "add" in {c.opcode for c in combined}:
                     narrow = any(is_float(a) and a.nbytes < 4 * a.size for a in i.arrays)
                     unique = "unique_indices=true" in attributes(i)
-                    found.append(Addition(source_of(i) or i.name, i.arrays[0].dtype, narrow, unique))
+                    found.append(
+                        Addition(source_of(i) or i.name, i.arrays[0].dtype, narrow, unique)
+                    )
     return found
 
 
@@ -160,7 +174,7 @@ def _count(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def source_of(i: Instruction) -> str:
-    """The operation of the model, as JAX names it: "jit(step)/while/body/dot_general"; "" if unknown."""
+    """The model's operation, as JAX names it: "jit(step)/while/body/dot_general", or ""."""
     match = re.search(r'op_name="([^"]*)"', i.rest)
     return match[1] if match else ""
 
@@ -174,7 +188,7 @@ class _Reader:
         self._launches: dict[str, tuple[list[Launch], list[str]]] = {}
 
     def launches(self, computation: str) -> tuple[list[Launch], list[str]]:
-        """Return what a computation launches, itself and in those that it calls, and its loops of unknown length."""
+        """Return what a computation and those that it calls launch, and loops of unknown length."""
         if computation not in self._launches:
             launches: list[Launch] = []
             loops: list[str] = []
@@ -190,27 +204,39 @@ class _Reader:
             launches, loops = self.launches(i.called("body")[0])
             trips = self.module.trip_count(computation, i)
             if trips is None:
-                tests, _ = self.launches(i.called("condition")[0])  # the host or the device decides in each iteration
-                return [replace(x, known=False) for x in [*launches, *tests]], [*loops, source_of(i) or i.name]
+                # The host or the device decides in each iteration.
+                tests, _ = self.launches(i.called("condition")[0])
+                all_of_them = [replace(x, known=False) for x in [*launches, *tests]]
+                return all_of_them, [*loops, source_of(i) or i.name]
             return [replace(x, runs=x.runs * trips) for x in launches], loops
         if i.opcode == "conditional":
             names = i.called("branch_computations", "true_computation", "false_computation")
             branches = [self.launches(name) for name in names]
-            return max(branches, key=lambda branch: sum((x.flops + x.nbytes) * x.runs for x in branch[0]))
+            return max(
+                branches, key=lambda branch: sum((x.flops + x.nbytes) * x.runs for x in branch[0])
+            )
         if i.opcode in CALLS and "fusion" not in i.opcode:
             return self.launches(i.called("calls", "to_apply")[0])
-        if i.opcode in FREE or i.opcode.endswith(("-done", "-update")) or call_target(i) in _NO_KERNELS:
+        if (
+            i.opcode in FREE
+            or i.opcode.endswith(("-done", "-update"))
+            or call_target(i) in _NO_KERNELS
+        ):
             return [], []
         if all(not a.dims and "T(" in a.layout for a in i.arrays) and i.opcode not in CALLS:
             return [], []  # a scalar of a TPU, which its scalar unit computes on the way
         return [self._launch(computation, i)], []
 
     def _kernel(self, computation: str, i: Instruction) -> tuple[str, Instruction] | None:
-        """The kernel that a launch is, or that it has in a fusion, and the computation that calls it."""
+        """The kernel that a launch is, or has in a fusion, and the computation that calls it."""
         if i.opcode.startswith("custom-call"):
             return None if call_target(i) in _NO_KERNELS else (computation, i)
         inside = i.called("calls", "to_apply") if i.opcode in CALLS else []
-        found = (self._kernel(name, x) for name in inside for x in self.module.computations[name].values())
+        found = (
+            self._kernel(name, x)
+            for name in inside
+            for x in self.module.computations[name].values()
+        )
         return next(filter(None, found), None)
 
     def _launch(self, computation: str, i: Instruction) -> Launch:
@@ -233,30 +259,48 @@ class _Reader:
         )
 
 
-def describe_program(program: Program, formula: float, device: Device | None) -> list[tuple[str, str]]:
+def describe_program(
+    program: Program, formula: float, device: Device | None
+) -> list[tuple[str, str]]:
     """Return the lines of what a target's program runs; `formula`: the FLOPs of the step."""
-    work = f"{format_count(program.flops)}FLOP of products and kernels, {program.flops / formula:.3g} × the formula"
+    work = (
+        f"{format_count(program.flops)}FLOP of products and kernels, "
+        f"{program.flops / formula:.3g} × the formula"
+    )
     if unknown := program.unknown_work():
         work += f"; unknown, and counted as 0: {_list_counts(unknown)}"
     lines = [
         ("  the program computes", work),
         ("  moves", f"{format_bytes(program.nbytes)} in memory"),
         ("  launches", f"{program.launches:,} in a step"),
-        ("  kernels", _list_counts(program.kernels()) or "none that the compiler does not see into"),
+        (
+            "  kernels",
+            _list_counts(program.kernels()) or "none that the compiler does not see into",
+        ),
     ]
     names = dict.fromkeys(_short(name) for name in program.unknown_loops)
-    loops = f"{len(program.unknown_loops)}, each counted once: {', '.join(names)}" if names else "none"
+    loops = (
+        f"{len(program.unknown_loops)}, each counted once: {', '.join(names)}" if names else "none"
+    )
     lines.append(("  loops of unknown length", loops))
     copies: dict[tuple[str, str], int] = {}
     for copy in program.copies():
         key = format_bytes(copy.moved), _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
         copies[key] = copies.get(key, 0) + copy.runs
-    lines += [("  copies", f"{runs} × {size}: {name}") for (size, name), runs in list(copies.items())[:COPIES_SHOWN]]
+    lines += [
+        ("  copies", f"{runs} × {size}: {name}")
+        for (size, name), runs in list(copies.items())[:COPIES_SHOWN]
+    ]
     if device is not None:
         compute, memory = program.roofline(device)
         bound = "FLOPs" if compute >= memory else "memory"
         parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
-        lines.append(("  the program's roofline", f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"))
+        lines.append(
+            (
+                "  the program's roofline",
+                f"{format_seconds(compute + memory)}, mostly {bound}: {parts}",
+            )
+        )
         if device.clock:
             least = format_seconds(sum(program.roofline(device, use_cycles=False)))
             lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
@@ -269,7 +313,11 @@ def _list_counts(counts: dict[str, int]) -> str:
 
 def _short(source: str) -> str:
     """Return the last parts of an operation's name, without those that JAX adds."""
-    parts = [p for p in source.split("/") if not re.fullmatch(r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond", p)]
+    parts = [
+        p
+        for p in source.split("/")
+        if not re.fullmatch(r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond", p)
+    ]
     return "/".join(parts[-2:]) or source
 
 

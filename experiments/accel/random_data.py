@@ -15,12 +15,14 @@ from dsv3_jax.model.moe import RouterBias
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "std"))
 def draw(key: Any, shape: tuple[int, ...], dtype: str = "bfloat16", std: float = 1.0) -> jax.Array:
-    """Draw normal numbers. A large array is drawn in slices, so that it needs little more than its own memory."""
+    """Draw normal numbers, a large array in slices: it needs little more than its own memory."""
     axes = 0
     while math.prod(shape[axes:]) > 1 << 28:
         axes += 1
     keys = jax.random.split(key, math.prod(shape[:axes]))
-    parts = jax.lax.map(lambda k: (std * jax.random.normal(k, shape[axes:], jnp.float32)).astype(dtype), keys)
+    parts = jax.lax.map(
+        lambda k: (std * jax.random.normal(k, shape[axes:], jnp.float32)).astype(dtype), keys
+    )
     return parts.reshape(shape)
 
 
@@ -33,7 +35,7 @@ def keys(seed: int = 0) -> Iterator[Any]:
 
 
 def filled(shapes: nnx.Module, std: float, dtype: str) -> tuple[Any, Any]:
-    """(Graph, arrays) of a module, given as shapes, with random weights in `dtype`; as `hf.load` casts them."""
+    """(Graph, arrays) of a module, given as shapes, with random weights cast as `hf.load` does."""
     graph, state = nnx.split(shapes)
     arrays, key = {}, keys()
     for path, variable in nnx.to_flat_state(state):
@@ -42,7 +44,12 @@ def filled(shapes: nnx.Module, std: float, dtype: str) -> tuple[Any, Any]:
         elif not variable.get_metadata().get("decay", True):  # a norm's scale
             value = jnp.ones(variable.shape, dtype)
         else:
-            value = draw(next(key), tuple(variable.shape), "float32" if path[-1] == "w_router" else dtype, std)
+            value = draw(
+                next(key),
+                tuple(variable.shape),
+                "float32" if path[-1] == "w_router" else dtype,
+                std,
+            )
         arrays[path] = variable.replace(value)
     return graph, nnx.from_flat_state(arrays)
 

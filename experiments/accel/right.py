@@ -1,8 +1,8 @@
 """The part that comes first of all: which implementations compute what they should on this device.
 
-The package's check does the work, see `dsv3_jax/kernels/check_apart.py`. Kernels that run only if they are named are
-checked beside the others: those of `kernels/` here. What is wrong is kept, and no later part takes it by "auto". As a
-program this file is the process that checks.
+The package's check does the work, see `dsv3_jax/kernels/check_apart.py`. Kernels that run only if
+they are named are checked beside the others: those of `kernels/` here. What is wrong is kept, and
+no later part takes it by "auto". As a program this file is the process that checks.
 """
 
 import math
@@ -25,7 +25,13 @@ from experiments.accel.kernels import (
 from experiments.accel.measuring import Figure
 
 # Each enters the table by `add`.
-OWN = (hopper_products, hopper_fp8, gpu_latent_attention, gpu_sparse_attention, tpu_latent_attention)
+OWN = (
+    hopper_products,
+    hopper_fp8,
+    gpu_latent_attention,
+    gpu_sparse_attention,
+    tpu_latent_attention,
+)
 NAMES = ("hopper", "latent")  # of their rows
 PRECISIONS = ("none", "fp8")  # other recipes round otherwise, and multiply by the same kernels
 
@@ -34,7 +40,9 @@ def right() -> Iterator[Figure]:
     """Each implementation's largest error over its bound, forward and in all gradients."""
     command = [sys.executable, str(Path(__file__).resolve())]
     execution = Execution(compute_dtype="bfloat16")
-    for verdict in check_apart.check_and_keep(execution, precisions=PRECISIONS, also=NAMES, command=command):
+    for verdict in check_apart.check_and_keep(
+        execution, precisions=PRECISIONS, also=NAMES, command=command
+    ):
         share = verdict.share if math.isfinite(verdict.share) else None
         why = "" if share is not None else f"WRONG: {verdict.wrong}"
         name = f"{verdict.name}, largest error over its bound"

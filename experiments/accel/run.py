@@ -1,7 +1,7 @@
-"""How near is this GPU or TPU to its bounds? One command of ten minutes at most, with a table at the end.
+"""How near is this GPU or TPU to its bounds? One command of ten minutes at most gives a table.
 
-python experiments/accel/run.py                           # all parts; results/<device>.json beside this file
-python experiments/accel/run.py --parts attention loss    # some; `bounds` is added where it was not measured yet
+python experiments/accel/run.py                           # all parts; results/<device>.json
+python experiments/accel/run.py --parts attention loss    # some, and `bounds` if not measured yet
 python experiments/accel/run.py --resume                  # only what is not done yet
 
 Exit code: 0; 1 where a bar is missed or a part fails; 2 for bad input.
@@ -33,17 +33,21 @@ from experiments.accel.table import report, write_cards
 
 # Parts by value, and seconds below which one is not begun: it would not come far.
 PARTS = {
-    "bounds": 10, "right": 60, "layer": 25, "attention": 40, "grouped": 30, "step": 40, "decode": 30, "exact": 40,
-    "few_rows": 20, "more_decode": 40, "more_grouped": 40, "drafts": 60, "loss": 20, "eight_bits": 30,
+    "bounds": 10, "right": 60, "layer": 25, "attention": 40, "grouped": 30, "step": 40,
+    "decode": 30, "exact": 40, "few_rows": 20, "more_decode": 40, "more_grouped": 40,
+    "drafts": 60, "loss": 20, "eight_bits": 30,
 }  # fmt: skip
-COMPILING = HERE / "compile_seconds.json"  # of each part: programs, and CPU seconds that compiling them takes
+# of each part: programs, and CPU seconds that compiling them takes
+COMPILING = HERE / "compile_seconds.json"
 # of the worker's environment: a later run does not compile again
 SETTINGS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "accel-cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}  # fmt: skip
-FRESH = ("step",)  # parts that need a process of their own: the most memory used is counted from its start
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+# parts that need a process of their own: the most memory used is counted from its start
+FRESH = ("step",)
 
 
 class Failed(RuntimeError):
@@ -62,7 +66,9 @@ class Worker:
 
     def start(self) -> None:
         """Begin with a new process. Raises: Failed where it finds no device."""
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         hello = self._reply()
         if "failed" in hello:
             self.close()
@@ -70,7 +76,7 @@ class Worker:
         self.card, self.toy = hello["card"], hello["toy"]
 
     def measure(self, part: str, seconds: float) -> Iterator[dict]:
-        """Yield what the worker says of a part. Raises: Failed, also when the part takes longer than `seconds`."""
+        """Yield what the worker says of a part. Raises: Failed, also after `seconds`."""
         if part == "right":
             self.close()  # the processes that check need the device
             yield from right_figures(seconds)
@@ -90,7 +96,9 @@ class Worker:
                 yield reply
         except (Failed, OSError) as error:
             self.close()
-            raise Failed(f"the time was over, after {seconds:.0f} s" if late.is_set() else str(error)) from None
+            raise Failed(
+                f"the time was over, after {seconds:.0f} s" if late.is_set() else str(error)
+            ) from None
         finally:
             timer.cancel()
 
@@ -99,7 +107,9 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self.close()
-            raise Failed(f"the process ended with code {self._process.returncode}; its last words are above")
+            raise Failed(
+                f"the process ended with code {self._process.returncode}; its last words are above"
+            )
         return json.loads(line)
 
     def close(self) -> None:
@@ -161,7 +171,10 @@ def compiling(name: str) -> str:
     found = json.loads(COMPILING.read_text())["parts"].get(name)
     if found is None:
         return "not known how long it compiles"
-    return f"{found['programs']} programs take {found['seconds']:.0f} CPU s to compile, if none is kept"
+    return (
+        f"{found['programs']} programs take {found['seconds']:.0f} CPU s to compile, "
+        "if none is kept"
+    )
 
 
 def checked(figure: dict) -> dict:
@@ -197,34 +210,49 @@ def begin(path: Path, worker: Worker, resume: bool) -> dict:
         return fresh
     try:
         found = json.loads(path.read_text())
-        same = found["toy"] == worker.toy and all(
-            found["card"][key] == worker.card[key] for key in ("kind", "versions")
-        )
+        same = found["toy"] == worker.toy
+        same = same and all(found["card"][x] == worker.card[x] for x in ("kind", "versions"))
         same = same and found["parts"].keys() <= PARTS.keys()
     except (ValueError, KeyError, AttributeError, TypeError):
         if resume:
-            raise ValueError(f"out={str(path)!r} holds no results of this command; name another file") from None
+            raise ValueError(
+                f"out={str(path)!r} holds no results of this command; name another file"
+            ) from None
         return fresh
     if not same and resume:
-        raise ValueError(f"out={str(path)!r} is of another device, other sizes or versions; run without --resume")
+        raise ValueError(
+            f"out={str(path)!r} is of another device, other sizes or versions; run without --resume"
+        )
     return found if same else fresh
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the arguments. Raises: ValueError, one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--minutes", type=float, default=9.5, help="time for all parts; default: 9.5")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="time for all parts; default: 9.5"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the parts that are done")
-    parser.add_argument("--out", type=Path, help="file of the results; default: results/<device>.json")
+    parser.add_argument(
+        "--out", type=Path, help="file of the results; default: results/<device>.json"
+    )
     args = parser.parse_args(argv)
     for name in args.parts or ():
         if name not in PARTS:
-            raise ValueError(f"part {name!r} is not one of {', '.join(PARTS)}{did_you_mean(name, PARTS)}")
+            raise ValueError(
+                f"part {name!r} is not one of {', '.join(PARTS)}{did_you_mean(name, PARTS)}"
+            )
     if not 0 < args.minutes < math.inf:
         raise ValueError(f"minutes={args.minutes:g} is not a positive number")
     if 60 * args.minutes < (shortest := min(PARTS[name] for name in args.parts or PARTS)):
-        raise ValueError(f"minutes={args.minutes:g} is too short for every part: one takes {shortest} s or more")
+        raise ValueError(
+            f"minutes={args.minutes:g} is too short for every part: one takes {shortest} s or more"
+        )
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"out={str(args.out)!r} is a folder; name a file")
     return args
@@ -246,7 +274,9 @@ def main(argv: list[str] | None = None) -> int:
         if names and "bounds" not in kept | set(names):  # ratios need them
             names.insert(0, "bounds")
         results["parts"] = {  # in order; those that are measured now start empty
-            name: {"state": "stopped", "why": "", "figures": []} if name in names else results["parts"][name]
+            name: {"state": "stopped", "why": "", "figures": []}
+            if name in names
+            else results["parts"][name]
             for name in PARTS
             if name in names or name in results["parts"]
         }

@@ -8,14 +8,15 @@ from dsv3_jax.presets import preset
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of all parts. B batch, T length, H heads, K and V widths of a head's keys and values."""
+    """Shapes of all parts. B batch, T length, H heads, K and V widths of a head's keys, values."""
 
     large: bool  # whether kernels are checked at a model's shapes
     gemm: int  # rows of a square matrix
     copied: int  # numbers of an array in float32
     wide: ModelConfig  # of the MoE layer
     layer_batch: tuple[int, int]  # B, T
-    grouped: dict[str, tuple[ModelConfig, int]]  # name → model, tokens; the first one is measured first
+    # name → model, tokens; the first one is measured first
+    grouped: dict[str, tuple[ModelConfig, int]]
     few_rows: tuple[int, ...]  # tokens, whose experts have few rows; of the model of `decode`
     attention: tuple[int, int, int, int, int]  # B, T, H, K, V
     documents: int  # packed in a row of it
@@ -71,8 +72,15 @@ def full() -> Sizes:
 
 
 def toy() -> Sizes:
-    """Sizes at which a CPU runs every part within a minute: they show that the parts work, and nothing else."""
-    small = dict(num_layers=1, num_dense_layers=0, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1)
+    """Sizes at which a CPU runs every part within a minute: they only show that the parts work."""
+    small = dict(
+        num_layers=1,
+        num_dense_layers=0,
+        num_experts=8,
+        experts_per_token=2,
+        num_groups=2,
+        groups_per_token=1,
+    )
     headed = replace(preset("tiny"), **small)
     plain = replace(headed, mtp_depth=0)
     return Sizes(

@@ -14,8 +14,8 @@ from experiments import cards
 
 # JAX's names of devices whose data sheet `dsv3 plan --device` knows
 SHEETS = {
-    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H800": "h800", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v5e": "v5e",
-    "TPU v5 lite": "v5e", "TPU v6e": "v6e", "TPU v6 lite": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H800": "h800", "TPU v5p": "v5p", "TPU v5": "v5p",
+    "TPU v5e": "v5e", "TPU v5 lite": "v5e", "TPU v6e": "v6e", "TPU v6 lite": "v6e",
 }  # fmt: skip
 
 
@@ -26,7 +26,8 @@ class Bar:
     least: float | None = None
     most: float | None = None
     ratio: bool = True  # of the ratio to the figure's bound; False: of the value
-    kind: str | None = "NVIDIA H100 80GB HBM3"  # the only device that it is set for; None: every one, toy sizes too
+    # the only device that it is set for; None: every one, toy sizes too
+    kind: str | None = "NVIDIA H100 80GB HBM3"
 
     def text(self, unit: str) -> str:
         limit, sign = (self.most, "≤") if self.least is None else (self.least, "≥")
@@ -49,7 +50,7 @@ BARS = {
     "equal": Bar(most=0, ratio=False, kind=None),
     "right": Bar(most=1, ratio=False, kind=None),
 }
-# The bounds that a figure's `against` names: (words for the table, the bound to take where this one is unknown)
+# The bounds that a figure's `against` names: (words for the table, the bound if this is unknown)
 BOUNDS = {
     "product": ("matrix product", None),
     "copy": ("copy", None),
@@ -87,7 +88,9 @@ def rows_of(results: dict) -> list[Row]:
     if kind in SHEETS:
         sheet = DEVICES[SHEETS[kind]]
         bounds |= {"sheet flops": sheet.flops, "sheet bytes": sheet.memory_bandwidth}
-    figures = [(name, figure) for name, part in results["parts"].items() for figure in part["figures"]]
+    figures = [
+        (name, figure) for name, part in results["parts"].items() for figure in part["figures"]
+    ]
     bounds |= {figure["bound"]: figure["value"] for _, figure in figures if "bound" in figure}
     rows = []
     for part, figure in figures:
@@ -97,7 +100,9 @@ def rows_of(results: dict) -> list[Row]:
         bar = BARS.get(figure.get("bar", ""))
         if bar and bar.kind is not None and (bar.kind != kind or results["toy"]):
             bar = None
-        rows.append(Row(part, figure, bounds.get(against), BOUNDS[against][0] if against else "", bar))
+        rows.append(
+            Row(part, figure, bounds.get(against), BOUNDS[against][0] if against else "", bar)
+        )
     return rows
 
 
@@ -108,11 +113,14 @@ def scaled(value: float, unit: str) -> str:
     ('798.4 TFLOP/s', '1.23 ms', '0')
     """
     if unit in ("FLOP/s", "B/s", "B"):
-        prefix, scale = next(((p, s) for p, s in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= s), ("", 1.0))
+        prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6))
+        prefix, scale = next(((p, s) for p, s in prefixes if value >= s), ("", 1.0))
         return f"{value / scale:.4g} {prefix}{unit}"
     if unit == "s":
         return f"{value:.4g} s" if value >= 1 else f"{1e3 * value:.4g} ms"
-    return f"{value:,.0f}{' tokens/s' if unit == 'tokens/s' else ''}" if unit != "times" else f"{value:.2f} times"
+    if unit == "times":
+        return f"{value:.2f} times"
+    return f"{value:,.0f}{' tokens/s' if unit == 'tokens/s' else ''}"
 
 
 def table_of(rows: list[Row]) -> Table:
@@ -120,7 +128,9 @@ def table_of(rows: list[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "figure", "value", "bound", "ratio", "bar"):
         right = name in ("value", "bound", "ratio")
-        table.add_column(name, justify="right" if right else "left", no_wrap=name != "figure", overflow="fold")
+        table.add_column(
+            name, justify="right" if right else "left", no_wrap=name != "figure", overflow="fold"
+        )
     before = ""
     for row in rows:
         figure, unit = row.figure, row.figure.get("unit", "")
@@ -132,32 +142,50 @@ def table_of(rows: list[Row]) -> Table:
             cells = (f"{name}: {figure['why']}", "–", "", "")
         else:
             bound = f"{scaled(row.bound, unit)} {row.bound_name}" if row.bound else ""
-            cells = (name, scaled(figure["value"], unit), bound, "" if row.ratio is None else f"{row.ratio:.2f}")
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+            cells = (name, scaled(figure["value"], unit), bound, ratio)
         table.add_row(row.part if row.part != before else "", *cells, verdict)
         before = row.part
     return table
 
 
-CARDS = {"right": ("kernels", "conformance"), "layer": ("v3", "speed"), "attention": ("v3", "speed"),
-         "grouped": ("v3", "speed"), "step": ("v2_lite", "speed"), "decode": ("v2_lite", "speed")}  # fmt: skip
+CARDS = {
+    "right": ("kernels", "conformance"),
+    "layer": ("v3", "speed"),
+    "attention": ("v3", "speed"),
+    "grouped": ("v3", "speed"),
+    "step": ("v2_lite", "speed"),
+    "decode": ("v2_lite", "speed"),
+}
 
 
 def write_cards(results: dict, folder: Path = cards.FOLDER) -> None:
-    """Write what a device gave as cards, by model and task. Implementations that are wrong count, and are named."""
+    """Write a device's cards, by model and task. Wrong implementations count, and are named."""
     found: dict[tuple[str, str], dict[str, float | str]] = {}
     for row in rows_of(results):
         value, card = row.figure["value"], CARDS.get(row.part)
         if card and card[1] == "conformance":
-            counts = found.setdefault(card, {"implementations that are wrong": 0, "that are right": 0})
+            counts = found.setdefault(
+                card, {"implementations that are wrong": 0, "that are right": 0}
+            )
             counts["implementations that are wrong" if row.missed else "that are right"] += 1
             if row.missed:
                 counts[row.figure["name"]] = row.figure.get("why") or row.figure["note"]
         elif card and value is not None:
-            text = scaled(value, row.figure.get("unit", "")) + (f", {row.ratio:.2f} of bound" if row.ratio else "")
+            share = f", {row.ratio:.2f} of bound" if row.ratio else ""
+            text = scaled(value, row.figure.get("unit", "")) + share
             found.setdefault(card, {})[row.figure["name"]] = text
     for (model, task), figures in found.items():
         command = "python experiments/accel/run.py"
-        cards.write_card(folder, model, task, results["card"]["kind"], command, figures, results["card"]["versions"])
+        cards.write_card(
+            folder,
+            model,
+            task,
+            results["card"]["kind"],
+            command,
+            figures,
+            results["card"]["versions"],
+        )
 
 
 def report(results: dict, path: Path) -> int:
@@ -173,12 +201,22 @@ def report(results: dict, path: Path) -> int:
     for name, part in ran.items():
         console.print(f"{name}: {part['why'] or 'stopped'}", soft_wrap=True, markup=False)
     if results["toy"]:
-        console.print("Toy sizes: these figures show that the parts work, and say nothing of speed.")
+        console.print(
+            "Toy sizes: these figures show that the parts work, and say nothing of speed."
+        )
     elif not any(bar.kind == card["kind"] for bar in BARS.values()):
-        console.print(f"No bars of speed are set for {card['kind']}: read the ratios.", markup=False)
+        console.print(
+            f"No bars of speed are set for {card['kind']}: read the ratios.", markup=False
+        )
     missed = [row for row in rows if row.missed]
     for row in missed:
         why = row.figure.get("why") or row.figure.get("note", "")
-        console.print(f"MISSED: {row.figure['name']}{f' ({why})' if why else ''}", soft_wrap=True, markup=False)
+        console.print(
+            f"MISSED: {row.figure['name']}{f' ({why})' if why else ''}",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(f"written to {path}", soft_wrap=True, markup=False)
-    return 1 if missed or any(part["state"] == "failed" for part in results["parts"].values()) else 0
+    return (
+        1 if missed or any(part["state"] == "failed" for part in results["parts"].values()) else 0
+    )

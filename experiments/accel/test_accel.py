@@ -1,4 +1,4 @@
-"""The accelerator benchmark, by a worker that measures nothing, traced at its full sizes, and run at toy sizes."""
+"""The accelerator benchmark: with a worker that measures nothing, traced, and at toy sizes."""
 
 import contextlib
 import io
@@ -24,11 +24,27 @@ ROOT = Path(__file__).parents[2]
 CARD = {"kind": "NVIDIA H100 80GB HBM3", "versions": {"jax": "0.12"}}
 FIGURES = {
     "bounds": [
-        {"name": "matrix product", "value": 800e12, "unit": "FLOP/s", "against": "sheet flops", "bound": "product"},
+        {
+            "name": "matrix product",
+            "value": 800e12,
+            "unit": "FLOP/s",
+            "against": "sheet flops",
+            "bound": "product",
+        },
         {"name": "copy", "value": 3e12, "unit": "B/s", "against": "sheet bytes", "bound": "copy"},
     ],
-    "right": [{"name": "product=xla", "value": 0.5, "unit": "times", "bar": "right", "note": "what is wrong"}],
-    "layer": [{"name": "a layer", "value": 640e12, "unit": "FLOP/s", "against": "product", "bar": "layer"}],
+    "right": [
+        {
+            "name": "product=xla",
+            "value": 0.5,
+            "unit": "times",
+            "bar": "right",
+            "note": "what is wrong",
+        }
+    ],
+    "layer": [
+        {"name": "a layer", "value": 640e12, "unit": "FLOP/s", "against": "product", "bar": "layer"}
+    ],
     "exact": [{"name": "ids that differ", "value": 0, "unit": "ids", "bar": "equal"}],
 }
 
@@ -80,7 +96,8 @@ def test_figures_are_judged_by_their_bars(fake, tmp_path):
         assert code == 1 and printed.count("MISSED") == 2  # in the table and below it
     fake.card, fake.figures = CARD | {"kind": "NVIDIA H200"}, FIGURES
     code, printed = said("--out", tmp_path / "other.json", "--parts", *FIGURES)
-    assert code == 0 and "≥" not in printed and "≤ 0 met" in printed  # bars of speed are for one device
+    # Bars of speed are for one device.
+    assert code == 0 and "≥" not in printed and "≤ 0 met" in printed
     assert said("--out", path, "--resume")[0] == 2  # results of two devices are not mixed
 
 
@@ -88,46 +105,60 @@ def test_a_part_that_fails_is_measured_again_on_resume(fake, tmp_path):
     path = tmp_path / "r.json"
     fake.figures = FIGURES | {"layer": [FIGURES["layer"][0], "the process ended with code -6"]}
     code, printed = said("--out", path, "--parts", *FIGURES)
-    assert code == 1 and "the process ended with code -6" in printed and fake.measured == list(FIGURES)
+    assert code == 1 and "the process ended with code -6" in printed
+    assert fake.measured == list(FIGURES)
     found = json.loads(path.read_text())["parts"]
-    assert {name: part["state"] for name, part in found.items()} == dict.fromkeys(FIGURES, "done") | {"layer": "failed"}
+    states = {name: part["state"] for name, part in found.items()}
+    assert states == dict.fromkeys(FIGURES, "done") | {"layer": "failed"}
     assert len(found["layer"]["figures"]) == 1  # what it measured before
     fake.figures = FIGURES
     for measured in (["layer"], []):
-        assert said("--out", path, "--resume", "--parts", *FIGURES)[0] == 0 and fake.measured == measured
+        assert said("--out", path, "--resume", "--parts", *FIGURES)[0] == 0
+        assert fake.measured == measured
 
 
 def test_nothing_begins_when_the_time_is_over_and_resume_goes_on(fake, tmp_path):
     path = tmp_path / "r.json"
     code, printed = said("--out", path, "--minutes", "0.2")
-    assert code == 0 and fake.measured == ["bounds"] and "programs take" in printed  # it says how long each compiles
+    # It says how long each program compiles.
+    assert code == 0 and fake.measured == ["bounds"] and "programs take" in printed
     assert json.loads(path.read_text())["parts"]["right"]["state"] == "skipped"
     said("--out", path, "--resume")
     assert fake.measured == list(run.PARTS)[1:]
 
 
 def test_bad_input_is_exit_code_2(fake, tmp_path):
-    for argv in (["--parts", "atention"], ["--minutes", "nan"], ["--minutes", "0.1"], ["--out", tmp_path]):
+    for argv in (
+        ["--parts", "atention"],
+        ["--minutes", "nan"],
+        ["--minutes", "0.1"],
+        ["--out", tmp_path],
+    ):
         code, printed = said(*argv)
         assert code == 2 and printed.splitlines()[-1].startswith("run.py: ")
 
 
 def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
     rows = (
-        choose.Implementation("absent", lambda: None, why_not=lambda target: "there is no such chip"),
+        choose.Implementation(
+            "absent", lambda: None, why_not=lambda target: "there is no such chip"
+        ),
         choose.Implementation("breaks", lambda *_: 1 / 0),
         choose.Implementation("large", lambda *_: None, fits=lambda *_: False),
     )
     monkeypatch.setitem(choose.TABLE, "cross_entropy", (*choose.TABLE["cross_entropy"], *rows))
     figures = [found for found in worker.loss(toy()) if isinstance(found, measuring.Figure)]
     found = {figure.name.split("gradients, ")[1].split(" ")[0]: figure for figure in figures}
-    assert "there is no such chip" in found["absent"].why and found["breaks"].why == "failed: division by zero"
+    assert "there is no such chip" in found["absent"].why
+    assert found["breaks"].why == "failed: division by zero"
     assert "does not fit these shapes, and" in found["large"].why
     assert found["xla"].value > 0 and "(chosen)" in found["xla"].name
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", ["layer", "attention", "more_grouped", "few_rows", "loss", "decode"])
+@pytest.mark.parametrize(
+    "part", ["layer", "attention", "more_grouped", "few_rows", "loss", "decode"]
+)
 def test_a_part_can_be_traced_at_its_full_size(part, monkeypatch):
     """Shapes, dtypes and limits are right there too, without a device."""
     for module in (measuring, model_parts):
@@ -146,19 +177,25 @@ def test_every_part_yields_finite_numbers_at_toy_sizes(tmp_path):
     command = [sys.executable, str(ROOT / "experiments/accel/run.py"), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     found = json.loads(out.read_text())
-    assert done.returncode == 0 and found["toy"] and list(found["parts"]) == list(run.PARTS), done.stdout + done.stderr
+    assert done.returncode == 0 and found["toy"], done.stdout + done.stderr
+    assert list(found["parts"]) == list(run.PARTS), done.stdout + done.stderr
     for name, part in found["parts"].items():
         values = [figure["value"] for figure in part["figures"] if "why" not in figure]
-        assert part["state"] == "done" and values and all(math.isfinite(v) and v >= 0 for v in values), name
-        assert all(figure.get("why", "not available").startswith("not available") for figure in part["figures"])
+        assert part["state"] == "done" and values, name
+        assert all(math.isfinite(v) and v >= 0 for v in values), name
+        assert all(
+            figure.get("why", "not available").startswith("not available")
+            for figure in part["figures"]
+        )
 
 
 @pytest.mark.long
 def test_a_machine_that_lacks_packages(tmp_path):
-    """The model, a training step, `generate` and the benchmark need none of them, and a command says which it lacks."""
+    """The model, a step, `generate` and the benchmark run; a command says what it lacks."""
     program = """
 import sys
-absent = "grain", "array_record", "tyro", "docstring_parser", "tensorboardX", "zlib_ng", "tokamax", "huggingface_hub"
+absent = ["grain", "array_record", "tyro", "docstring_parser"]
+absent += ["tensorboardX", "zlib_ng", "tokamax", "huggingface_hub"]
 sys.modules.update(dict.fromkeys(absent))  # importing them raises ModuleNotFoundError
 import jax
 import dsv3_jax as ds
@@ -196,11 +233,19 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "accelerator, code, said", [("tpu", 0, "'jax[tpu]>=0.11'"), ("cuda99", 2, "ACCELERATOR='cuda99'")]
+    "accelerator, code, said",
+    [("tpu", 0, "'jax[tpu]>=0.11'"), ("cuda99", 2, "ACCELERATOR='cuda99'")],
 )
 def test_make_demo_installs_what_a_device_needs(monkeypatch, accelerator, code, said):
     for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of a make that runs these tests
         monkeypatch.delenv(name, raising=False)
-    command = ["make", "--dry-run", "demo", f"ACCELERATOR={accelerator}", f"PYTHON={sys.executable}", "VENV=nowhere"]
+    command = [
+        "make",
+        "--dry-run",
+        "demo",
+        f"ACCELERATOR={accelerator}",
+        f"PYTHON={sys.executable}",
+        "VENV=nowhere",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == code and said in done.stdout + done.stderr

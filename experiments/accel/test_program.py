@@ -40,8 +40,19 @@ def test_loops_multiply_and_unknown_ones_count_once():
 
 
 # Texts of the forms that compilers for GPU and TPU write, and that the CPU's does not.
-HEAD = 'HloModule m, is_scheduled=true\n\nFunctionNames\n1 "outer"\n2 "ragged_dot"\n\nFileLocations\n\
-7 {file_name_id=1 function_name_id=2 line=3}\n\nStackFrames\n9 {file_location_id=7 parent_frame_id=1}\n\n'
+HEAD = """HloModule m, is_scheduled=true
+
+FunctionNames
+1 "outer"
+2 "ragged_dot"
+
+FileLocations
+7 {file_name_id=1 function_name_id=2 line=3}
+
+StackFrames
+9 {file_location_id=7 parent_frame_id=1}
+
+"""
 
 GPU = (
     HEAD
@@ -73,8 +84,8 @@ GPU = (
   %p.1 = (s32[], bf16[6,32,32]{2,1,0}) parameter(0)
   %i.3 = s32[] get-tuple-element(%p.1), index=0
   %w = bf16[6,32,32]{2,1,0} get-tuple-element(%p.1), index=1
-  %start = ((bf16[6,32,32]{2,1,0}, s32[]), bf16[1,32,32]{2,1,0}, u32[]) fusion-start(%w, %i.3), kind=kLoop, \
-calls=%slice, metadata={op_name="jit(f)/while/body/take"}
+  %start = ((bf16[6,32,32]{2,1,0}, s32[]), bf16[1,32,32]{2,1,0}, u32[]) \
+fusion-start(%w, %i.3), kind=kLoop, calls=%slice, metadata={op_name="jit(f)/while/body/take"}
   %done = bf16[1,32,32]{2,1,0} fusion-done(%start)
   %next = bf16[6,32,32]{2,1,0} fusion(%w, %done, %i.3), kind=kLoop, calls=%put
   %one = s32[] constant(1)
@@ -86,7 +97,8 @@ calls=%slice, metadata={op_name="jit(f)/while/body/take"}
   %g.1 = s32[6]{0} parameter(0)
   %x.1 = bf16[64,32]{1,0} parameter(1)
   %w.3 = bf16[6,32,32]{2,1,0} parameter(2)
-  ROOT %mpmd_map.1 = bf16[64,32]{1,0} custom-call(%g.1, %x.1, %w.3), custom_call_target="mosaic_gpu_v2", \
+  ROOT %mpmd_map.1 = bf16[64,32]{1,0} custom-call(%g.1, %x.1, %w.3), \
+custom_call_target="mosaic_gpu_v2", \
 metadata={op_name="jit(f)/mpmd_map" stack_frame_id=9}, backend_config={module = "ML\\22"}
 }
 
@@ -100,8 +112,10 @@ ENTRY %main (x: bf16[64,32], w: bf16[6,32,32], g: s32[6]) -> bf16[64,32] {
   %w.2 = bf16[6,32,32]{2,1,0} get-tuple-element(%loop), index=1
   %fused = bf16[64,32]{1,0} fusion(%g, %x, %w.2), kind=kCustom, calls=%sliced
   %mine.2 = bf16[64,32]{1,0} custom-call(%fused), custom_call_target="mosaic_gpu_v2", \
-backend_config={cost_estimate_json = "{\\22flops\\22: 123, \\22transcendentals\\22: 0, \\22bytes_accessed\\22: 456}"}
-  %gemm = (bf16[64,32]{1,0}, s8[1024]{0}) custom-call(%mine.2, %w.2), custom_call_target="__cublas$lt$matmul", \
+backend_config={cost_estimate_json = \
+"{\\22flops\\22: 123, \\22transcendentals\\22: 0, \\22bytes_accessed\\22: 456}"}
+  %gemm = (bf16[64,32]{1,0}, s8[1024]{0}) custom-call(%mine.2, %w.2), \
+custom_call_target="__cublas$lt$matmul", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
   ROOT %out = bf16[64,32]{1,0} get-tuple-element(%gemm), index=0
 }
@@ -113,10 +127,12 @@ def test_a_gpus_program():
     program = read_program(GPU)
     product = 2 * 64 * 32 * 32  # of a grouped kernel, each row with one expert, and of cuBLAS
     assert program.flops == product + 123 + product
-    assert program.kernels() == {"ragged_dot": 1, "mine": 1, "__cublas$lt$matmul": 1} and program.unknown_work() == {}
+    assert program.kernels() == {"ragged_dot": 1, "mine": 1, "__cublas$lt$matmul": 1}
+    assert program.unknown_work() == {}
     matrix = 32 * 32 * 2
     copy = program.copies()[0]
-    assert (copy.moved, copy.runs, copy.source) == (matrix, 4, "jit(f)/while/body/take")  # the loop begins at 2
+    # The loop begins at 2.
+    assert (copy.moved, copy.runs, copy.source) == (matrix, 4, "jit(f)/while/body/take")
     assert copy.nbytes == 2 * matrix + 4  # a slice of the stack is read, and its index
     update = next(x for x in program.all_launches if x.name == "next")
     assert update.nbytes == 2 * matrix + 4 and not update.moved  # in place
@@ -132,8 +148,8 @@ PICKED = (
   %i = s32[2]{0} parameter(1)
   %layer = bf16[1,8,32]{2,1,0} slice(%a), slice={[1:2], [0:8], [0:32]}
   %flat = bf16[8,32]{1,0} bitcast(%layer)
-  %rows = bf16[2,32]{1,0} gather(%flat, %i), offset_dims={1}, collapsed_slice_dims={0}, start_index_map={0}, \
-index_vector_dim=1, slice_sizes={1,32}
+  %rows = bf16[2,32]{1,0} gather(%flat, %i), offset_dims={1}, collapsed_slice_dims={0}, \
+start_index_map={0}, index_vector_dim=1, slice_sizes={1,32}
   ROOT %wide = f32[2,32]{1,0} convert(%rows)
 }
 
@@ -156,8 +172,8 @@ PREFETCH = (
     + """
 ENTRY %main (a: s8[4096]) -> s8[1024] {
   %a = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)
-  %begin = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%a), \
-slice={[0:1024]}
+  %begin = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) \
+slice-start(%a), slice={[0:1024]}
   ROOT %end = s8[1024]{0:T(1024)(128)(4,1)S(1)} slice-done(%begin)
 }
 """.replace("\\\n", "")
@@ -179,5 +195,7 @@ def test_additions_are_found_with_their_dtype_and_order():
     lowered = jax.jit(lambda x, ids, rows: x.at[ids].add(rows, unique_indices=True))
     lowered = lowered.lower(S((N, D), jnp.float32), ids, wide)
     assert [a[1:] for a in additions(lowered.as_text(dialect="hlo"))] == [("f32", False, True)]
-    lowered = jax.jit(lambda x, ids, rows: x.at[ids].set(rows)).lower(S((N, D), jnp.bfloat16), ids, narrow)
+    lowered = jax.jit(lambda x, ids, rows: x.at[ids].set(rows)).lower(
+        S((N, D), jnp.bfloat16), ids, narrow
+    )
     assert additions(lowered.as_text(dialect="hlo")) == []

@@ -1,7 +1,7 @@
 """The worker of `run.py`: it measures parts on JAX's default device.
 
-It prints one line of JSON on the device. Then it measures the part that each line of its input names: a line of JSON
-for each thing it says, each figure, and the end.
+It prints one line of JSON on the device. Then it measures the part that each line of its input
+names: a line of JSON for each thing it says, each figure, and the end.
 """
 
 import json
@@ -18,7 +18,16 @@ import jax
 from dsv3_jax.kernels import choose, verdicts
 from experiments.accel.measuring import Part, sentence
 from experiments.accel.model_parts import decode, drafts, exact, more_decode, step
-from experiments.accel.op_parts import attention, bounds, eight_bits, few_rows, grouped, layer, loss, more_grouped
+from experiments.accel.op_parts import (
+    attention,
+    bounds,
+    eight_bits,
+    few_rows,
+    grouped,
+    layer,
+    loss,
+    more_grouped,
+)
 from experiments.accel.right import OWN
 from experiments.accel.sizes import Sizes, full, toy
 
@@ -33,7 +42,9 @@ PARTS: dict[str, Callable[[Sizes], Part]] = {
 def card() -> dict[str, Any]:
     """The device, its driver and the versions of the packages."""
     device = jax.devices()[0]
-    drivers = [Path(name).read_text().split("\n")[0] for name in DRIVER_FILES if Path(name).exists()]
+    drivers = [
+        Path(name).read_text().split("\n")[0] for name in DRIVER_FILES if Path(name).exists()
+    ]
     return {
         "kind": device.device_kind,
         "platform": choose.platform_of(),

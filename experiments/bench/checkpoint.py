@@ -38,7 +38,9 @@ def random_state(run: ds.RunConfig):
     return jax.tree.map(fill, abstract_state(Job(run)))
 
 
-def one_save(run: ds.RunConfig, state, folder: Path, write_manifest: Callable[[Path], None]) -> tuple[float, ...]:
+def one_save(
+    run: ds.RunConfig, state, folder: Path, write_manifest: Callable[[Path], None]
+) -> tuple[float, ...]:
     """Save once into an empty folder.
 
     Returns: CPU seconds of all threads, of which in the checksums, and seconds that pass.
@@ -59,14 +61,23 @@ def one_save(run: ds.RunConfig, state, folder: Path, write_manifest: Callable[[P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=470.0, help="about the size of the state")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=470.0, help="about the size of the state"
+    )
     parser.add_argument("--saves", type=int, default=5, help="of each kind")
-    parser.add_argument("--place", help="folder for the files; None means the system's for temporary ones")
+    parser.add_argument(
+        "--place", help="folder for the files; None means the system's for temporary ones"
+    )
     args = parser.parse_args()
     run = ds.recipe("tiny")
-    width = int(args.megabytes * 1e6 / 12 / (2 * 4096))  # an embedding and a head of 4,096 tokens, AdamW's two means
-    run = ds.replace(run, model=ds.replace(run.model, dim=width, vocab_size=4096, num_layers=1, mtp_depth=0))
+    # An embedding and a head of 4,096 tokens, AdamW's two means.
+    width = int(args.megabytes * 1e6 / 12 / (2 * 4096))
+    run = ds.replace(
+        run, model=ds.replace(run.model, dim=width, vocab_size=4096, num_layers=1, mtp_depth=0)
+    )
     state = random_state(run)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     kinds = {"none": lambda place: None, "zlib": checkpoint.write_manifest}
@@ -79,7 +90,11 @@ def main() -> None:
     result: dict[str, Any] = {"megabytes": round(size / 1e6)}
     for kind, rows in found.items():
         cpu, own, wall = (statistics.median(column) for column in zip(*rows, strict=True))
-        result[kind] = {"save_cpu_s": round(cpu, 3), "save_wall_s": round(wall, 2), "checksums_cpu_s": round(own, 3)}
+        result[kind] = {
+            "save_cpu_s": round(cpu, 3),
+            "save_wall_s": round(wall, 2),
+            "checksums_cpu_s": round(own, 3),
+        }
     result["GB_per_cpu_s"] = round(size / 1e9 / own, 2)
     print(json.dumps(result, indent=1))
 

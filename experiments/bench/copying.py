@@ -1,4 +1,4 @@
-"""The bound of a decoding step: the bytes that it must read, and the bytes a second that this machine copies."""
+"""The bound of a decoding step: the bytes that it must read, and those that this machine copies."""
 
 import os
 import time
@@ -20,8 +20,9 @@ def decode_bytes(
 ) -> float:
     """Bytes that one plain decoding step must read, an expectation for `distinct_experts`.
 
-    All weights of layers and head once, of the routed experts those that the batch reaches, and what the cache holds.
-    Left out, as some kilobytes: embedding rows, activations, and the rows that the step writes.
+    All weights of layers and head once, of the routed experts those that the batch reaches, and
+    what the cache holds. Left out, as some kilobytes: embedding rows, activations, and the rows
+    that the step writes.
 
     Args:
         batch: sequences, which advance a token each.
@@ -31,8 +32,9 @@ def decode_bytes(
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> cfg = preset("tiny")  # one token reads the active parameters, of 4 bytes, and 100 cached tokens
-        >>> decode_bytes(cfg, batch=1, context=100, cache_bytes_per_token=10) == 4 * size(cfg).active + 1000
+        >>> cfg = preset("tiny")
+        >>> read = decode_bytes(cfg, batch=1, context=100, cache_bytes_per_token=10)
+        >>> read == 4 * size(cfg).active + 1000  # the active parameters, and 100 cached tokens
         True
     """
     counted = size(cfg)
@@ -49,7 +51,9 @@ def copy_bandwidth(seconds: float = 0.5, nbytes: int = 128 << 20) -> float:
 
     On the CPU each core copies a separate array; elsewhere the device adds 1 to one array.
 
-    Args: seconds: how long to repeat it. nbytes: bytes of an array, which must be far more than the caches hold.
+    Args:
+        seconds: how long to repeat it.
+        nbytes: bytes of an array, which must be far more than the caches hold.
     """
     if jax.default_backend() == "cpu":
         cores = os.cpu_count() or 1
@@ -64,7 +68,7 @@ def copy_bandwidth(seconds: float = 0.5, nbytes: int = 128 << 20) -> float:
 
 
 def _best_time(work: Callable[[], Any], seconds: float) -> float:
-    """Repeat `work` for so many seconds, after one call to warm up; return the shortest time of a call."""
+    """Repeat `work` for so many seconds, after a call to warm up; return its shortest time."""
     work()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

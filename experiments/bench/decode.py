@@ -1,15 +1,16 @@
 """The decoding benchmark: our caches and transformers' in turns, and the gain of drafts.
 
-python experiments/bench/decode.py --run runs/demo          # all parts; writes decode_results.json beside this file
-python experiments/bench/decode.py caches                   # one part: caches, speculation, quality or commits
-python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again    # measures only these cells, again
-python experiments/bench/decode.py speculation --run runs/demo runs/eagle runs/medusa --draft-run runs/small
-python experiments/bench/decode.py quality --run runs/demo  # the cost of each cache dtype in validation loss
-python experiments/bench/decode.py commits --against HEAD~1 # this tree and other commits in turns; see the README
-python experiments/bench/decode.py --table                  # prints decode_results.json in Markdown
+python experiments/bench/decode.py --run runs/demo           # all parts; writes decode_results.json
+python experiments/bench/decode.py caches                    # one part, or more
+python experiments/bench/decode.py caches --cells 1024x1 4096x8 --again  # these cells alone, again
+python experiments/bench/decode.py speculation --run runs/demo runs/eagle --draft-run runs/small
+python experiments/bench/decode.py quality --run runs/demo   # what cache dtypes cost in loss
+python experiments/bench/decode.py commits --against HEAD~1  # in turns with this tree; see README
+python experiments/bench/decode.py --table                   # prints the results in Markdown
 
-Cells that the results have already are skipped, so the same command resumes a stopped benchmark.
-`--peer-python PATH`: another interpreter has torch and transformers.
+Parts are caches, speculation, quality and commits. Cells that the results have already are skipped,
+so the same command resumes a stopped benchmark. `--peer-python PATH`: another interpreter has torch
+and transformers.
 """
 
 import argparse
@@ -52,7 +53,8 @@ SIDES = {
     "latent int8": {"cache": "latent", "cache_dtype": "int8"},
 }
 TOGETHER = 8192  # the largest cell, in tokens, whose sides all fit in memory together
-WARM_UP = 16384  # the largest cell, in tokens, that a lone peer runs once uncounted; our worker always does, to compile
+# The largest cell, in tokens, that a lone peer runs once uncounted; our worker always does.
+WARM_UP = 16384
 DRAFT_LENGTHS = (1, 2, 3, 4, 8, "auto")
 LOOKUP_LENGTHS = (2, 8, "auto")
 DRAFTED_CONTEXT, DRAFTED_TOKENS = 64, 161  # within the tiny recipe's 256 training positions
@@ -68,20 +70,23 @@ def _measure(worker, side: str, context: int, batch: int) -> dict:
     settings = SIDES[side]
     if settings is not None:
         return worker.decode(batch, context, NEW_TOKENS, **settings)
-    # The peer's attention forms all scores, so long prompts go through in parts (`prefill_chunk_size` of its
-    # `generate`), which is also faster there. Its steps in the largest cells take seconds, so those have fewer.
+    # The peer's attention forms all scores, so long prompts go through in parts
+    # (`prefill_chunk_size` of its `generate`), which is also faster there. Its steps in the largest
+    # cells take seconds, so those have fewer.
     chunk = 0 if context <= 1024 else 1024 if context * batch <= 65536 else 256
-    return worker.decode(batch, context, NEW_TOKENS if context * batch <= 32768 else 9, prefill_chunk=chunk)
+    return worker.decode(
+        batch, context, NEW_TOKENS if context * batch <= 32768 else 9, prefill_chunk=chunk
+    )
 
 
 def caches(context: int, batch: int, rounds: int, python: str | None) -> dict:
     """Measure one cell: prefill and decoding of every side in turns, after uncounted warm-up runs.
 
-    Sides that do not fit in memory together run in processes that start and stop, for one long round. The result
-    records a side that runs out of memory.
+    Sides that do not fit in memory together run in processes that start and stop, for one long
+    round. The result records a side that runs out of memory.
     """
     together = context * batch <= TOGETHER
-    # The largest cells take minutes per side, so there the peer runs only with its default allocator.
+    # The largest cells take minutes per side, so there the peer has only its default allocator.
     rows: dict = {side: [] for side in SIDES if together or not side.endswith("kept")}
     failed: dict[str, str] = {}
     versions: dict[str, str] = {"python": platform.python_version()}
@@ -108,18 +113,32 @@ def caches(context: int, batch: int, rounds: int, python: str | None) -> dict:
                 except OutOfMemory as error:
                     failed[side] = str(error)
                 outcome = rows[side][-1] if rows[side] else failed[side]
-                print(f"{context} x {batch}, round {turn + 1}, {side}: {outcome}", file=sys.stderr, flush=True)
+                print(
+                    f"{context} x {batch}, round {turn + 1}, {side}: {outcome}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             bandwidths.append(copy_bandwidth())
         for worker in workers.values():
             versions |= _versions(worker)
-    cell: dict = {"copy_bandwidth": statistics.median(bandwidths), "sides": {}, "versions": versions}
+    cell: dict = {
+        "copy_bandwidth": statistics.median(bandwidths),
+        "sides": {},
+        "versions": versions,
+    }
     for side, replies in rows.items():
-        cell["sides"][side] = {"failed": failed[side]} if side in failed else _row(replies, context, batch, bandwidths)
+        cell["sides"][side] = (
+            {"failed": failed[side]}
+            if side in failed
+            else _row(replies, context, batch, bandwidths)
+        )
     return cell
 
 
 def _versions(worker) -> dict[str, str]:
-    return {name: worker.info[name] for name in ("jax", "torch", "transformers") if name in worker.info}
+    return {
+        name: worker.info[name] for name in ("jax", "torch", "transformers") if name in worker.info
+    }
 
 
 def _row(replies: list[dict], context: int, batch: int, bandwidths: list[float]) -> dict:
@@ -143,12 +162,16 @@ def _row(replies: list[dict], context: int, batch: int, bandwidths: list[float])
 def caches_table(cells: dict) -> str:
     """Return a Markdown table. Ratios are against the faster of the peer's sides."""
     lines = [
-        "| context × batch | side | prefill tokens/s | × peer | ms per step | × peer | cache bytes per token "
-        "| peak memory, GB | share of the bound |",
+        "| context × batch | side | prefill tokens/s | × peer | ms per step | × peer "
+        "| cache bytes per token | peak memory, GB | share of the bound |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cell in cells.items():
-        peers = [row for side, row in cell["sides"].items() if SIDES[side] is None and "failed" not in row]
+        peers = [
+            row
+            for side, row in cell["sides"].items()
+            if SIDES[side] is None and "failed" not in row
+        ]
         prefill = max((row["prefill_tokens_per_s"] for row in peers), default=None)
         step = min((row["ms_per_step"] for row in peers), default=None)
         for side, row in cell["sides"].items():
@@ -160,13 +183,14 @@ def caches_table(cells: dict) -> str:
                 f"| {row['prefill_tokens_per_s'] / prefill if prefill else float('nan'):.2f} "
                 f"| {row['ms_per_step']:.1f} ({row['least_ms']:.1f}–{row['most_ms']:.1f}) "
                 f"| {step / row['ms_per_step'] if step else float('nan'):.1f} "
-                f"| {row['cache_bytes_per_token']:,.0f} | {row['peak_memory_gb']:.1f} | {row['share_of_bound']:.0%} |"
+                f"| {row['cache_bytes_per_token']:,.0f} | {row['peak_memory_gb']:.1f} "
+                f"| {row['share_of_bound']:.0%} |"
             )
     return "\n".join(lines)
 
 
 def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int) -> dict:
-    """Measure one batch size on held-out text: each run plain and with its heads, the first also with a draft model.
+    """Measure one batch size on held-out text: runs plain and with heads, one with a draft model.
 
     All runs are loaded at once and take turns. Ratios are against plain decoding of the same run.
     """
@@ -177,21 +201,33 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
         sides.append((run, f"{kind}: plain", {}))
         for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
             if length == "auto" or cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
-                sides.append((run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length}))
-        sides += [(run, f"{kind}, look-up: draft {n}", {"draft": "lookup", "draft_length": n}) for n in LOOKUP_LENGTHS]
+                sides.append(
+                    (run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length})
+                )
+        sides += [
+            (run, f"{kind}, look-up: draft {n}", {"draft": "lookup", "draft_length": n})
+            for n in LOOKUP_LENGTHS
+        ]
     if draft_run:
         layers = read_run(draft_run).model.num_layers
         name = f"a model of {layers} layer{'s' if layers > 1 else ''}"
-        sides += [(runs[0], f"{name}: draft {n}", {"draft": "run", "draft_length": n}) for n in DRAFT_LENGTHS]
+        sides += [
+            (runs[0], f"{name}: draft {n}", {"draft": "run", "draft_length": n})
+            for n in DRAFT_LENGTHS
+        ]
     replies_by_side: list[list[dict]] = [[] for _ in sides]
     with ExitStack() as running:
         workers = {
-            run: running.enter_context(DecodeWorker(run=run, draft_run=draft_run if run == runs[0] else None))
+            run: running.enter_context(
+                DecodeWorker(run=run, draft_run=draft_run if run == runs[0] else None)
+            )
             for run in runs
         }
         for turn in range(rounds):
             for (run, _, settings), replies in zip(sides, replies_by_side, strict=True):
-                replies.append(workers[run].decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **settings))
+                replies.append(
+                    workers[run].decode(batch, DRAFTED_CONTEXT, DRAFTED_TOKENS, **settings)
+                )
             print(f"batch {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     cell: dict = {}
     plain: dict[str, float] = {}
@@ -212,15 +248,16 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
 
 def speculation_table(cells: dict) -> str:
     lines = [
-        "| batch | drafts | tokens/s | × plain | ms per step | tokens per step | acceptance by position |",
+        "| batch | drafts | tokens/s | × plain | ms per step | tokens per step "
+        "| acceptance by position |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, cell in cells.items():
         for draft, row in cell.items():
             shares = ", ".join(f"{a:.0%}" for a in row["acceptance"])
             lines.append(
-                f"| {name} | {draft} | {row['tokens_per_s']:,.0f} | {row['against_plain']:.2f} | {row['step_ms']:.2f} "
-                f"| {row['tokens_per_step']:.2f} | {shares} |"
+                f"| {name} | {draft} | {row['tokens_per_s']:,.0f} | {row['against_plain']:.2f} "
+                f"| {row['step_ms']:.2f} | {row['tokens_per_step']:.2f} | {shares} |"
             )
     return "\n".join(lines)
 
@@ -228,16 +265,19 @@ def speculation_table(cells: dict) -> str:
 def quality(run: str, batches: int = 8) -> dict:
     """Evaluate held-out text through caches of every kind and dtype."""
     model, trained, _ = load_run(run)
-    held_out = open_source(trained.data, tokenizer.load(trained.data.tokenizer)).val_batches(batches)
+    source = open_source(trained.data, tokenizer.load(trained.data.tokenizer))
+    held_out = source.val_batches(batches)
     kinds = ("latent", "expanded") if model.cfg.attention == "mla" else ("expanded",)
     return {
-        kind: {k: asdict(v) for k, v in cache_quality(model, held_out, CACHE_DTYPES, kind).items()} for kind in kinds
+        kind: {k: asdict(v) for k, v in cache_quality(model, held_out, CACHE_DTYPES, kind).items()}
+        for kind in kinds
     }
 
 
 def quality_table(cells: dict) -> str:
     lines = [
-        "| cache | dtype | bytes per token | validation loss | against float32 | same greedy tokens |",
+        "| cache | dtype | bytes per token | validation loss | against float32 "
+        "| same greedy tokens |",
         "|---|---|---|---|---|---|",
     ]
     for kinds in cells.values():
@@ -245,18 +285,19 @@ def quality_table(cells: dict) -> str:
             for dtype, row in rows.items():
                 change = row["val_loss"] / rows["float32"]["val_loss"] - 1
                 lines.append(
-                    f"| {kind} | {dtype} | {row['bytes_per_token']:,} | {row['val_loss']:.4f} | {change:+.4%} "
-                    f"| {row['agreement']:.2%} |"
+                    f"| {kind} | {dtype} | {row['bytes_per_token']:,} | {row['val_loss']:.4f} "
+                    f"| {change:+.4%} | {row['agreement']:.2%} |"
                 )
     return "\n".join(lines)
 
 
 def commits(against: Sequence[str], context: int, batch: int, rounds: int) -> dict:
-    """Measure one cell with this tree and with other commits in turns, each from a work tree of its own.
+    """Measure one cell with this tree and with other commits in turns, each from its own work tree.
 
-    No prompt is read: a step's time does not depend on the cache's rows, and reading long prompts takes minutes.
+    No prompt is read: a step's time does not depend on the cache's rows, and reading takes minutes.
 
-    Returns: by commit, the median of a step in ms, and the median over turns of this tree's step over the commit's.
+    Returns: by commit, the median of a step in ms, and the median over turns of this tree's step
+        over the commit's.
     """
     repository = Path(__file__).parents[2]
     replies: dict[str, list[dict]] = {name: [] for name in ("this tree", *against)}
@@ -264,51 +305,89 @@ def commits(against: Sequence[str], context: int, batch: int, rounds: int) -> di
         trees: dict[str, Path | None] = {"this tree": None}
         for commit in against:
             folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
-            archive = subprocess.run(["git", "archive", commit], cwd=repository, check=True, stdout=subprocess.PIPE)
+            archive = subprocess.run(
+                ["git", "archive", commit], cwd=repository, check=True, stdout=subprocess.PIPE
+            )
             subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
             trees[commit] = folder
-        workers = {name: running.enter_context(DecodeWorker(MINI, tree=tree)) for name, tree in trees.items()}
+        workers = {
+            name: running.enter_context(DecodeWorker(MINI, tree=tree))
+            for name, tree in trees.items()
+        }
         for turn in range(rounds):
-            for name in (list(workers), list(reversed(workers)))[turn % 2]:  # who comes first may have it easier
-                replies[name].append(workers[name].decode(batch, context, NEW_TOKENS_OF_COMMITS, filled=True))
+            # Who comes first may have it easier.
+            for name in (list(workers), list(reversed(workers)))[turn % 2]:
+                replies[name].append(
+                    workers[name].decode(batch, context, NEW_TOKENS_OF_COMMITS, filled=True)
+                )
             print(f"{context} x {batch}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     mine = [reply["step_seconds"] for reply in replies["this tree"]]
     cell = {}
     for name, rows in replies.items():
         steps = [reply["step_seconds"] for reply in rows]
         ratios = [ours / theirs for ours, theirs in zip(mine, steps, strict=True)]
-        cell[name] = {"step_ms": 1e3 * statistics.median(steps), "step_over": statistics.median(ratios)}
+        cell[name] = {
+            "step_ms": 1e3 * statistics.median(steps),
+            "step_over": statistics.median(ratios),
+        }
     return cell
 
 
 def commits_table(cells: dict) -> str:
-    lines = ["| context × batch | commit | ms per step | this tree's time over it |", "|---|---|---|---|"]
+    lines = [
+        "| context × batch | commit | ms per step | this tree's time over it |",
+        "|---|---|---|---|",
+    ]
     for cell, rows in cells.items():
-        lines += [f"| {cell} | {name} | {row['step_ms']:.2f} | {row['step_over']:.2f} |" for name, row in rows.items()]
+        lines += [
+            f"| {cell} | {name} | {row['step_ms']:.2f} | {row['step_over']:.2f} |"
+            for name, row in rows.items()
+        ]
     return "\n".join(lines)
 
 
-TABLES = {"caches": caches_table, "speculation": speculation_table, "quality": quality_table, "commits": commits_table}
+TABLES = {
+    "caches": caches_table,
+    "speculation": speculation_table,
+    "quality": quality_table,
+    "commits": commits_table,
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*TABLES, []], help="default: the first three")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", nargs="*", help="cells of caches, as 1024x8; default: all")
-    parser.add_argument("--run", nargs="+", help="run folders of `dsv3 train`; quality uses the first")
-    parser.add_argument("--draft-run", help="for speculation: another run, whose model also drafts for the first run")
-    parser.add_argument("--against", nargs="+", help="for commits: what this tree is compared with, as HEAD~1")
-    parser.add_argument("--again", action="store_true", help="measure cells again that have results")
+    parser.add_argument(
+        "--run", nargs="+", help="run folders of `dsv3 train`; quality uses the first"
+    )
+    parser.add_argument(
+        "--draft-run",
+        help="for speculation: another run, whose model also drafts for the first run",
+    )
+    parser.add_argument(
+        "--against", nargs="+", help="for commits: what this tree is compared with, as HEAD~1"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure cells again that have results"
+    )
     parser.add_argument("--table", action="store_true", help="only print the results")
-    parser.add_argument("--peer-python", help="an interpreter with torch and transformers; default: this one")
+    parser.add_argument(
+        "--peer-python", help="an interpreter with torch and transformers; default: this one"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("decode_results.json"))
     args = parser.parse_args()
     parts = args.parts or ["caches", "speculation", "quality"]
     if "commits" in parts and not args.table and not args.against:
         parser.error("--against is missing, but commits compares this tree with other commits")
     if {"speculation", "quality"} & set(parts) and not args.table and not args.run:
-        parser.error("--run is missing, but speculation and quality need a run folder of `dsv3 train` or `dsv3 demo`")
+        parser.error(
+            "--run is missing, but speculation and quality need a run folder "
+            "of `dsv3 train` or `dsv3 demo`"
+        )
     known = [f"{context}x{batch}" for context, batch in product(CONTEXTS, BATCHES)]
     for cell in args.cells or ():
         if cell not in known:
@@ -332,7 +411,15 @@ def main() -> int:
                 measure_cell("commits", cell, commits, args.against, context, batch, args.rounds)
         for batch in BATCHES:
             if "speculation" in parts:
-                measure_cell("speculation", f"{batch}", speculation, args.run, args.draft_run, batch, args.rounds)
+                measure_cell(
+                    "speculation",
+                    f"{batch}",
+                    speculation,
+                    args.run,
+                    args.draft_run,
+                    batch,
+                    args.rounds,
+                )
         if "quality" in parts:
             measure_cell("quality", "latent and expanded", quality, args.run[0])
     for part, table in TABLES.items():

@@ -1,8 +1,9 @@
-"""Our side of the decoding benchmark: a worker process that loads a model and answers one JSON object per line.
+"""Our side of the decoding benchmark: a worker that answers one JSON object per line.
 
-The object is {"batch", "context", "new_tokens", "cache", "cache_dtype", "draft", "draft_length"}. The first three are
-required; the others are options of `generate`. Cells with new shapes run once before they are timed, to compile.
-With "filled", no prompt is read: the cache is filled with random rows, as a step's time does not depend on them.
+The object is {"batch", "context", "new_tokens", "cache", "cache_dtype", "draft", "draft_length"}.
+The first three are required; the others are options of `generate`. Cells with new shapes run once
+before they are timed, to compile. With "filled", no prompt is read: the cache is filled with random
+rows, as a step's time does not depend on them.
 """
 
 import argparse
@@ -32,21 +33,29 @@ class DecodeWorker(Worker):
     def __init__(self, cfg=None, *, run=None, draft_run=None, seed=0, tree: Path | None = None):
         tree = tree or Path(__file__).parents[2]
         command = [sys.executable, __file__, f"--seed={seed}"]
-        command += ["--config", json.dumps(_changed(cfg))] if cfg is not None else ["--run", str(run)]
+        command += (
+            ["--config", json.dumps(_changed(cfg))] if cfg is not None else ["--run", str(run)]
+        )
         command += ["--draft-run", str(draft_run)] if draft_run is not None else []
         super().__init__("dsv3-jax", command, env={"PYTHONPATH": str(tree)})
 
     def decode(self, batch: int, context: int, new_tokens: int, **settings) -> dict:
-        """Measure the seconds of a prefill and of a step after it, the cache's bytes, and the peak memory so far."""
-        return self.ask(json.dumps({"batch": batch, "context": context, "new_tokens": new_tokens} | settings))
+        """Measure the seconds of a prefill and of a step, the cache's bytes, and peak memory."""
+        return self.ask(
+            json.dumps({"batch": batch, "context": context, "new_tokens": new_tokens} | settings)
+        )
 
 
 def _changed(cfg) -> dict:
-    """The fields that differ from their defaults: a commit from before a new field reads them too."""
+    """The fields that differ from their defaults: commits from before a new field read them."""
     from dsv3_jax.config import to_dict
 
     values = to_dict(cfg)
-    return {field.name: values[field.name] for field in fields(cfg) if getattr(cfg, field.name) != field.default}
+    return {
+        field.name: values[field.name]
+        for field in fields(cfg)
+        if getattr(cfg, field.name) != field.default
+    }
 
 
 def random_model(cfg, seed: int):
@@ -108,10 +117,14 @@ def filled_caches() -> Iterator[None]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="a ModelConfig as JSON, for random weights")
     parser.add_argument("--run", help="a run folder of `dsv3 train`, instead of random weights")
-    parser.add_argument("--draft-run", help='another run folder; its model drafts for cells with draft "run"')
+    parser.add_argument(
+        "--draft-run", help='another run folder; its model drafts for cells with draft "run"'
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if (args.config is None) == (args.run is None):
@@ -146,13 +159,18 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
 
     def handle(line: str) -> dict:
         cell = json.loads(line)
-        settings = {key: cell[key] for key in ("cache", "cache_dtype", "draft_length") if cell.get(key) is not None}
+        settings = {
+            key: cell[key]
+            for key in ("cache", "cache_dtype", "draft_length")
+            if cell.get(key) is not None
+        }
         draft = cell.get("draft")
         settings["draft"] = drafts.get(draft, draft)
         if run is not None:
             prompts = held_out_prompts(run.data, cell["batch"], cell["context"])
         else:
-            prompts = draw_tokens(args.seed, cell["batch"], cell["context"], model.cfg.vocab_size).tolist()
+            vocab = model.cfg.vocab_size
+            prompts = draw_tokens(args.seed, cell["batch"], cell["context"], vocab).tolist()
         with filled_caches() if cell.get("filled") else contextlib.nullcontext():
             if line not in ran:
                 generate(model, prompts, cell["new_tokens"], **settings)

@@ -1,6 +1,6 @@
-"""The cost of an optimizer: a training step by AdamW, Muon, an optax chain, and Muon with QK-clip, in turns.
+"""The cost of an optimizer: a step by AdamW, Muon, an optax chain, and Muon with QK-clip, in turns.
 
-python experiments/bench/optimizer.py                         # prints a table; some minutes, mostly compilation
+python experiments/bench/optimizer.py    # prints a table; some minutes, mostly compilation
 python experiments/bench/optimizer.py --preset mini --rounds 9
 """
 
@@ -20,7 +20,9 @@ from dsv3_jax.presets import recipe
 from dsv3_jax.training import optim
 from dsv3_jax.training.step import Job, init_state, make_step, split_trainable
 
-CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2.2e-4, 0.9, 0.95, weight_decay=0.1))
+CHAIN = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(2.2e-4, 0.9, 0.95, weight_decay=0.1)
+)
 SIDES: dict[str, tuple[dict, optax.GradientTransformation | None]] = {
     "adamw": ({}, None),
     "muon": ({"name": "muon"}, None),
@@ -67,7 +69,9 @@ class Side:
 def measure(run: RunConfig, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each side's step and update, in turns, after one uncounted call of each."""
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(run.model.vocab_size, size=(run.data.batch_size, run.data.seq_len)), jnp.int32)
+    tokens = jnp.asarray(
+        rng.integers(run.model.vocab_size, size=(run.data.batch_size, run.data.seq_len)), jnp.int32
+    )
     positions = jnp.broadcast_to(jnp.arange(run.data.seq_len, dtype=jnp.int32), tokens.shape)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
     sides = {}
@@ -80,7 +84,10 @@ def measure(run: RunConfig, rounds: int) -> dict[str, dict[str, list[float]]]:
         for name, side in sides.items():
             found[name]["step"].append(seconds(side.step))
             found[name]["update"].append(seconds(side.update))
-        say(f"round {i + 1} of {rounds}: " + ", ".join(f"{n} {found[n]['step'][-1]:.2f} s" for n in SIDES))
+        say(
+            f"round {i + 1} of {rounds}: "
+            + ", ".join(f"{n} {found[n]['step'][-1]:.2f} s" for n in SIDES)
+        )
     return found
 
 
@@ -93,15 +100,21 @@ def table(found: dict) -> str:
     first = found["adamw"]
     for name, times in found.items():
         ratio = {
-            kind: statistics.median(a / b for a, b in zip(times[kind], first[kind], strict=True)) for kind in times
+            kind: statistics.median(a / b for a, b in zip(times[kind], first[kind], strict=True))
+            for kind in times
         }
         step, update = (statistics.median(times[kind]) for kind in ("step", "update"))
-        rows.append(f"| {name} | {step:.2f} | {ratio['step']:.2f} | {1e3 * update:.1f} | {ratio['update']:.2f} |")
+        rows.append(
+            f"| {name} | {step:.2f} | {ratio['step']:.2f} "
+            f"| {1e3 * update:.1f} | {ratio['update']:.2f} |"
+        )
     return "\n".join(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="tiny", help="a recipe's name")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()

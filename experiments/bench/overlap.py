@@ -1,16 +1,18 @@
-"""Overlap of host and device: a step's time with and without the loop's look-ahead, on a data pipeline that is slow.
+"""Overlap of host and device: a step's time with and without look-ahead, on slow data pipelines.
 
-python experiments/bench/overlap.py                  # two minutes; prints a table and writes overlap_results.json
+python experiments/bench/overlap.py                # two minutes; writes overlap_results.json
 python experiments/bench/overlap.py --steps 60 --rounds 10
 
-Both sides are `fit` itself on one run. The side "in turn" starts a step and waits for it before the next batch is made.
-The side "ahead" makes the next batch while a step runs, as on accelerators (`training.loop.AHEAD`). The sides take
-turns in one process. Each pipeline delays a batch by a share of the step's own time. The one "waiting" sleeps, as for a
-disk or the network. The one "working" computes on one core in Python, as for a slow tokenizer.
+Both sides are `fit` itself on one run. The side "in turn" starts a step and waits for it before the
+next batch is made. The side "ahead" makes the next batch while a step runs, as on accelerators
+(`training.loop.AHEAD`). The sides take turns in one process. Each pipeline delays a batch by a
+share of the step's own time. The one "waiting" sleeps, as for a disk or the network. The one
+"working" computes on one core in Python, as for a slow tokenizer.
 
-Metrics are written every fourth step only, because that work may overlap with steps, too. A side's time is the median
-of the intervals between its rows, which one disturbance does not move. A comparison is decided if all its rounds are
-on the same side of 1. Initial parameters are made once, which saves nearly all the time of a run's start.
+Metrics are written every fourth step only, because that work may overlap with steps, too. A side's
+time is the median of the intervals between its rows, which one disturbance does not move. A
+comparison is decided if all its rounds are on the same side of 1. Initial parameters are made once,
+which saves nearly all the time of a run's start.
 """
 
 import argparse
@@ -32,13 +34,14 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.training import loop, warm_start
 from dsv3_jax.training.step import Job, init_state
 
-CELLS = ((0.0, "waiting"), (0.5, "waiting"), (1.0, "waiting"), (1.0, "working"))  # share of the step's time, and how
+# The share of the step's time, and how it passes.
+CELLS = ((0.0, "waiting"), (0.5, "waiting"), (1.0, "waiting"), (1.0, "working"))
 EVERY = 4  # steps between rows of metrics
 SIDES = {"in turn": 0, "ahead": 2}  # steps that are started before the oldest one is looked at
 
 
 class Slow:
-    """A source whose batches take longer: `seconds` each, waiting or working. Also those batches."""
+    """A source whose batches take longer: `seconds` each, waiting or working; and those batches."""
 
     def __init__(self, source, seconds: float, kind: str):
         self._source, self._seconds, self._kind = source, seconds, kind
@@ -79,7 +82,7 @@ def first_state(run: RunConfig):
 
 
 def run_of(steps: int) -> RunConfig:
-    """The tiny recipe with two layers and shorter rows, without evaluations or checkpoints before its end."""
+    """The tiny recipe with two layers and shorter rows; evaluated and saved at its end only."""
     recipe = ds.recipe("tiny")
     model = ds.replace(recipe.model, num_layers=2, mtp_depth=0)
     data = ds.replace(recipe.data, max_documents=400, seq_len=64, batch_size=4)
@@ -100,7 +103,9 @@ def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(loop, "AHEAD", ahead),
         mock.patch.object(loop, "read", slowed),
-        mock.patch.object(warm_start, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))),
+        mock.patch.object(
+            warm_start, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))
+        ),
     ):
         loop.fit(run, Path(folder, "run"), quiet=True, report=False, callbacks=[clock])
     return clock.step_seconds()
@@ -115,20 +120,29 @@ def table(cells: list[dict]) -> str:
     for cell in cells:
         turn, ahead = (1000 * cell["seconds"][side] for side in SIDES)
         low, high = min(cell["ratios"]), max(cell["ratios"])
-        share = f"{cell['share']:.0%} of a step longer, {cell['kind']}" if cell["share"] else "no longer than usual"
+        share = (
+            f"{cell['share']:.0%} of a step longer, {cell['kind']}"
+            if cell["share"]
+            else "no longer than usual"
+        )
         verdict = "ahead is faster" if low > 1 else "ahead is slower" if high < 1 else "undecided"
         ratio = f"{statistics.median(cell['ratios']):.2f} ({low:.2f}–{high:.2f})"
-        lines.append(f"| {share} | {turn:.0f} | {ahead:.0f} | {ratio} | {1 + min(cell['share'], 1):.2f} | {verdict} |")
+        most = 1 + min(cell["share"], 1)
+        lines.append(f"| {share} | {turn:.0f} | {ahead:.0f} | {ratio} | {most:.2f} | {verdict} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=24, help="of a turn; at least 16")
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     if options.steps < 4 * EVERY or options.rounds < 1:
-        parser.error(f"--steps={options.steps} is below {4 * EVERY}, or --rounds={options.rounds} below 1")
+        parser.error(
+            f"--steps={options.steps} is below {4 * EVERY}, or --rounds={options.rounds} below 1"
+        )
     run = run_of(options.steps)
     for side in SIDES:
         measure(run, side, 0.0, "waiting")  # compiles
@@ -143,7 +157,10 @@ def main() -> None:
         ratios = [a / b for a, b in zip(*found.values(), strict=True)]
         medians = {side: statistics.median(seconds) for side, seconds in found.items()}
         cells.append({"share": share, "kind": kind, "seconds": medians, "ratios": ratios})
-        print(f"{table(cells[-1:]).splitlines()[-1]} measured in {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"{table(cells[-1:]).splitlines()[-1]} measured in {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
         write(options, step, cells)
     print("\n" + table(cells))
 
@@ -153,9 +170,11 @@ def write(options: argparse.Namespace, step: float, cells: list[dict]) -> None:
     device = jax.devices()[0]
     results = {
         "device": device.device_kind, "platform": device.platform, "machine": platform.machine(),
-        "jax": jax.__version__, "steps": options.steps, "rounds": options.rounds, "step_seconds": step, "cells": cells,
+        "jax": jax.__version__, "steps": options.steps, "rounds": options.rounds,
+        "step_seconds": step, "cells": cells,
     }  # fmt: skip
-    Path(__file__).with_name("overlap_results.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = Path(__file__).with_name("overlap_results.json")
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

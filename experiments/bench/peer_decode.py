@@ -1,11 +1,12 @@
-"""The peer of the decoding benchmark: transformers' DeepseekV3ForCausalLM with its DynamicCache, as a worker process.
+"""The peer of the decoding benchmark: a worker with transformers' DeepseekV3ForCausalLM.
 
-`PeerDecodeWorker(cfg)` starts this file, which prints one line of JSON when it is ready. Then it answers JSON objects,
-one per line, {"batch", "context", "new_tokens", "prefill_chunk"}: prefill of random prompts, then greedy decoding.
+The model reads and writes its DynamicCache. `PeerDecodeWorker(cfg)` starts this file, which prints
+one line of JSON when it is ready. Then it answers JSON objects, one per line, {"batch", "context",
+"new_tokens", "prefill_chunk"}: prefill of random prompts, then greedy decoding.
 
-The loop here does what `generate` does (logits of the last token only, `past_key_values` passed on), without its code
-for stopping and for processors. `"through": "generate"` times `generate` itself. The two differ by less than repeated
-runs.
+The loop here does what `generate` does (logits of the last token only, `past_key_values` passed
+on), without its code for stopping and for processors. `"through": "generate"` times `generate`
+itself. The two differ by less than repeated runs.
 """
 
 import argparse
@@ -23,18 +24,24 @@ class PeerDecodeWorker(Worker):
     """A worker that decodes with transformers; see `PeerTrainWorker` for the arguments."""
 
     def __init__(self, cfg, *, experts="grouped_mm", threads=2, seed=0, python=None, env=None):
-        from dsv3_jax.config import to_dict  # here, because the worker's interpreter may lack dsv3_jax
+        # Here, because the worker's interpreter may lack dsv3_jax.
+        from dsv3_jax.config import to_dict
 
         command = [python or sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--experts={experts}", f"--threads={threads}", f"--seed={seed}"]
         super().__init__("transformers", command, {"OMP_NUM_THREADS": str(threads)} | (env or {}))
 
     def decode(self, batch: int, context: int, new_tokens: int, prefill_chunk: int = 0) -> dict:
-        """Measure the seconds of a prefill and of a step after it, the cache's bytes, and the peak memory so far.
+        """Measure the seconds of a prefill and of a step, the cache's bytes, and the peak memory.
 
         Args: prefill_chunk: prompt tokens per forward pass; 0 means all.
         """
-        cell = {"batch": batch, "context": context, "new_tokens": new_tokens, "prefill_chunk": prefill_chunk}
+        cell = {
+            "batch": batch,
+            "context": context,
+            "new_tokens": new_tokens,
+            "prefill_chunk": prefill_chunk,
+        }
         return self.ask(json.dumps(cell))
 
 
@@ -67,7 +74,7 @@ def decode(net, ids, new_tokens: int, prefill_chunk: int) -> dict:
 
 
 def generate(net, ids, new_tokens: int) -> dict:
-    """The same through the library's own `generate`: the time of one token is taken off that of all."""
+    """The same by the library's own `generate`: the time of one token is taken off that of all."""
     import torch
 
     seconds = []
@@ -75,8 +82,8 @@ def generate(net, ids, new_tokens: int) -> dict:
         start = time.perf_counter()
         with torch.inference_mode():
             net.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-                do_sample=False, use_cache=True, pad_token_id=0,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                min_new_tokens=count, do_sample=False, use_cache=True, pad_token_id=0,
             )  # fmt: skip
         seconds.append(time.perf_counter() - start)
     return {
@@ -96,8 +103,13 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     def handle(line: str) -> dict:
         cell = json.loads(line)
         if cell["new_tokens"] < 2:
-            raise ValueError(f"new_tokens={cell['new_tokens']} is too small: prefill makes the first; use at least 2")
-        ids = torch.from_numpy(draw_tokens(args.seed, cell["batch"], cell["context"], net.config.vocab_size))
+            raise ValueError(
+                f"new_tokens={cell['new_tokens']} is too small: "
+                "prefill makes the first; use at least 2"
+            )
+        ids = torch.from_numpy(
+            draw_tokens(args.seed, cell["batch"], cell["context"], net.config.vocab_size)
+        )
         if cell.get("through") == "generate":
             return generate(net, ids, cell["new_tokens"])
         return decode(net, ids, cell["new_tokens"], cell.get("prefill_chunk", 0))
@@ -106,7 +118,9 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A worker that decodes with transformers' DeepseekV3ForCausalLM.")
+    parser = argparse.ArgumentParser(
+        description="A worker that decodes with transformers' DeepseekV3ForCausalLM."
+    )
     parser.add_argument("--config", required=True, help="a ModelConfig as JSON, or the path of one")
     parser.add_argument("--experts", default="grouped_mm", help=" or ".join(EXPERTS))
     parser.add_argument("--threads", type=int, default=2)

@@ -1,13 +1,16 @@
 """The peer of the benchmarks: transformers' DeepseekV3ForCausalLM, float32, on the CPU.
 
-As a library: `PeerTrainWorker(cfg, experts="grouped_mm")` starts this file as a worker process and asks it for steps.
-So torch and JAX share neither a process nor its threads, and the benchmark can let the two take turns.
+As a library: `PeerTrainWorker(cfg, experts="grouped_mm")` starts this file as a worker process and
+asks it for steps. So torch and JAX share neither a process nor its threads, and the benchmark can
+let the two take turns.
 
-As a worker: `python peer_transformers.py --config model.json --experts grouped_mm` builds the model and prints one line
-of JSON. Then it handles one command per line: `step N` (runs N steps, prints one line of JSON), `quit`.
+As a worker: `python peer_transformers.py --config model.json --experts grouped_mm` builds the model
+and prints one line of JSON. Then it handles one command per line: `step N` (runs N steps, prints
+one line of JSON), `quit`.
 
-A step is what a user of transformers writes: forward with labels, backward, gradients clipped to a norm of 1, AdamW,
-gradients set to None. Attention is torch's fused one ("sdpa"), and AdamW has `fused=True`.
+A step is what a user of transformers writes: forward with labels, backward, gradients clipped to a
+norm of 1, AdamW, gradients set to None. Attention is torch's fused one ("sdpa"), and AdamW has
+`fused=True`.
 """
 
 import argparse
@@ -31,15 +34,19 @@ def draw_tokens(seed: int, batch_size: int, seq_len: int, vocab_size: int) -> np
 def hf_config(model: dict) -> dict:
     """Translate a ModelConfig, as `config.to_dict` returns it, to transformers' names.
 
-    Raises: ValueError for a model that DeepseekV3ForCausalLM cannot train: another router, MTP, no shared expert.
+    Raises: ValueError for a model that DeepseekV3ForCausalLM cannot train: another router, MTP, no
+        shared expert.
     """
     needs = {"attention": "mla", "router": "sigmoid", "group_score": "top2_sum", "mtp_depth": 0}
     for key, value in needs.items():
         if model[key] != value:
-            raise ValueError(f"{key}={model[key]!r} is not supported by this peer: use {key}={value!r}")
+            raise ValueError(
+                f"{key}={model[key]!r} is not supported by this peer: use {key}={value!r}"
+            )
     if model["num_shared_experts"] < 1:
         raise ValueError(
-            f"num_shared_experts={model['num_shared_experts']} is not supported by this peer: use at least 1"
+            f"num_shared_experts={model['num_shared_experts']} is not supported by this peer: "
+            "use at least 1"
         )
     yarn = model["yarn"]
     rope = {"rope_type": "default", "rope_theta": model["rope_theta"]}
@@ -92,23 +99,26 @@ def build(model: dict, *, experts: str = "grouped_mm", seed: int = 0):
 
     Args:
         model: a ModelConfig as a dict.
-        experts: "grouped_mm" (one grouped product over all experts) or "eager" (a Python loop over them).
+        experts: "grouped_mm" (one grouped product over all experts) or "eager" (a Python loop).
         seed: of torch's generator.
-    Raises: ValueError if transformers does not support `experts` or `model`, ImportError if it is not installed.
+    Raises: ValueError if transformers does not support `experts` or `model`, ImportError if it is
+        not installed.
     """
     if experts not in EXPERTS:
         raise ValueError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
     config = hf_config(model)
     torch, transformers = _import_peer()
     torch.manual_seed(seed)
-    config = transformers.DeepseekV3Config(**config, attn_implementation="sdpa", experts_implementation=experts)
+    config = transformers.DeepseekV3Config(
+        **config, attn_implementation="sdpa", experts_implementation=experts
+    )
     return transformers.DeepseekV3ForCausalLM(config).float().train()
 
 
 def make_step(net):
     """Return the training step of `net`: tokens int64 [B, T] → loss in nats, a float.
 
-    AdamW has the recipe's settings (DeepSeek-V3 report, section 4.2), with weight decay only on matrices.
+    AdamW has the recipe's settings (DeepSeek-V3 report, section 4.2); matrices alone decay.
     """
     torch, _ = _import_peer()
     matrices = [p for p in net.parameters() if p.ndim > 1]
@@ -134,7 +144,8 @@ def _import_peer():
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"package={error.name!r} is not installed, but the peer needs it: pip install 'dsv3-jax[parity]'"
+            f"package={error.name!r} is not installed, but the peer needs it: "
+            "pip install 'dsv3-jax[parity]'"
         ) from error
     return torch, transformers
 
@@ -148,25 +159,41 @@ class PeerTrainWorker(Worker):
     Args:
         cfg: ModelConfig.
         experts, seed: see `build`.
-        batch_size, seq_len: the shape of the batch that every step trains on, `draw_tokens(seed, …)`.
+        batch_size, seq_len: the shape of every step's batch, `draw_tokens(seed, …)`.
         threads: of torch; both sides should have the same cores.
-        python: an interpreter with torch and transformers (the extra `parity`); None means this one.
+        python: an interpreter with torch and transformers (the extra `parity`); None: this one.
         env: added to the worker's environment, as KEEP_MEMORY.
     Raises: see `Worker`.
     """
 
     def __init__(
-        self, cfg, *, experts="grouped_mm", batch_size=4, seq_len=512, threads=2, seed=0, python=None, env=None
+        self,
+        cfg,
+        *,
+        experts="grouped_mm",
+        batch_size=4,
+        seq_len=512,
+        threads=2,
+        seed=0,
+        python=None,
+        env=None,
     ):
-        from dsv3_jax.config import to_dict  # here, because the worker's interpreter may lack dsv3_jax
+        # Here, because the worker's interpreter may lack dsv3_jax.
+        from dsv3_jax.config import to_dict
 
-        options = {"experts": experts, "batch": batch_size, "length": seq_len, "threads": threads, "seed": seed}
+        options = {
+            "experts": experts,
+            "batch": batch_size,
+            "length": seq_len,
+            "threads": threads,
+            "seed": seed,
+        }
         command = [python or sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
         command += [f"--{key}={value}" for key, value in options.items()]
         super().__init__("transformers", command, {"OMP_NUM_THREADS": str(threads)} | (env or {}))
 
     def step(self, count: int = 1) -> dict:
-        """Run `count` steps and return {"seconds": [per step], "loss": [nats, per step], "peak_rss_bytes": int}."""
+        """Run `count` steps; return {"seconds": […], "loss": [nats, …], "peak_rss_bytes": int}."""
         return self.ask(f"step {count}")
 
 
@@ -208,7 +235,9 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A worker that trains transformers' DeepseekV3ForCausalLM.")
+    parser = argparse.ArgumentParser(
+        description="A worker that trains transformers' DeepseekV3ForCausalLM."
+    )
     parser.add_argument("--config", required=True, help="a ModelConfig as JSON, or the path of one")
     parser.add_argument("--experts", default="grouped_mm", help=" or ".join(EXPERTS))
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")

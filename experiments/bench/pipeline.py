@@ -1,12 +1,12 @@
-"""The data pipeline: tokens a second of `dsv3 data tokenize` and of reading its shards, and the memory that each takes.
+"""The data pipeline: tokens a second and memory of `dsv3 data tokenize` and of reading its shards.
 
-python experiments/bench/pipeline.py                        100 MB and 1 GB of text, which are deleted afterwards
-python experiments/bench/pipeline.py --megabytes 100 5000   other sizes
-python experiments/bench/pipeline.py --tokenizer bpe        a byte-level BPE of 4,096 tokens, trained on the same text
+python experiments/bench/pipeline.py                       # 100 MB and 1 GB of text, then deleted
+python experiments/bench/pipeline.py --megabytes 100 5000  # other sizes
+python experiments/bench/pipeline.py --tokenizer bpe       # 4,096 tokens of bytes, learnt from it
 
-The text is the standard library's sources, over and over, each copy with a number, as JSONL. One process
-tokenizes; one process reads batches as training does. CPU seconds are of all its threads, so a busy machine counts less
-than it does by the clock.
+The text is the standard library's sources, over and over, each copy with a number, as JSONL. One
+process tokenizes; one process reads batches as training does. CPU seconds are of all its threads,
+so a busy machine counts less than it does by the clock.
 """
 
 import argparse
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 SEQ_LEN, BATCH = 512, 16
 READ_S = 30.0  # seconds of reading
 
-# Reads batches of shards, and prints tokens, CPU seconds, and resident megabytes after 1, 2, … tenths of the time.
+# Reads batches of shards, and prints tokens, CPU seconds, and resident megabytes after 1, 2, …
+# tenths of the time.
 READER = """
 import json, sys, time
 from dsv3_jax.config import DataConfig
@@ -35,7 +36,8 @@ def anonymous():  # file pages are left out: the system takes them back when it 
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
-cfg = DataConfig(paths=(folder,), format="shards", tokenizer=spec, seq_len=int(seq_len), batch_size=int(batch))
+shape = dict(seq_len=int(seq_len), batch_size=int(batch))
+cfg = DataConfig(paths=(folder,), format="shards", tokenizer=spec, **shape)
 source = open_source(cfg, tokenizer.load(spec))
 batches = source.train_batches(None)
 next(batches)
@@ -77,24 +79,39 @@ def write_text(folder: Path, megabytes: float) -> int:
 def measured(argv: list[str]) -> tuple[str, float, float, float]:
     """Run a process to its end.
 
-    Returns: (its output, CPU seconds, seconds that pass, peak resident megabytes of it and its children).
+    Returns: (its output, CPU seconds, seconds that pass, peak resident megabytes with children).
     """
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(["/usr/bin/env", *argv], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["/usr/bin/env", *argv], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return done.stdout, cpu, time.monotonic() - begin, after.ru_maxrss / 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 1000], help="ascending sizes of the text")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--megabytes",
+        type=float,
+        nargs="+",
+        default=[100, 1000],
+        help="ascending sizes of the text",
+    )
     parser.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes")
-    parser.add_argument("--place", help="folder for the files; None means the system's for temporary ones")
+    parser.add_argument(
+        "--place", help="folder for the files; None means the system's for temporary ones"
+    )
     args = parser.parse_args()
     python = ["JAX_PLATFORMS=cpu", sys.executable]
-    print("| text, MB | tokens | tokenize, tokens/s a core | peak memory, MB | read, tokens/s a core "
-          "| memory while reading, MB: first, last |\n|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| text, MB | tokens | tokenize, tokens/s a core | peak memory, MB "
+        "| read, tokens/s a core | memory while reading, MB: first, last |\n"
+        "|---|---|---|---|---|---|"
+    )
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory(dir=args.place, prefix="pipeline-") as name:
             text, shards, spec = Path(name, "text"), Path(name, "shards"), "bytes"
@@ -103,14 +120,18 @@ def main() -> None:
                 spec = str(Path(name, "tokenizer.json"))
                 learn = ["-m", "dsv3_jax.cli", "tokenizer", spec, "--vocab-size", "4096", "--paths"]
                 measured([*python, *learn, str(text / "00000.jsonl")])
-            argv = ["-m", "dsv3_jax.cli", "data", "tokenize", str(text), "--out", str(shards), "--tokenizer", spec]
-            _, cpu, _, peak = measured([*python, *argv, "--row-tokens", "4096"])
+            command = ["-m", "dsv3_jax.cli", "data", "tokenize", str(text)]
+            options = ["--out", str(shards), "--tokenizer", spec, "--row-tokens", "4096"]
+            _, cpu, _, peak = measured([*python, *command, *options])
             tokens = json.loads((shards / "manifest.json").read_text())["tokens"]
             argv = ["-c", READER, str(shards), spec, str(SEQ_LEN), str(BATCH), str(READ_S)]
             out = json.loads(measured([*python, *argv])[0].splitlines()[-1])
             first, *_, last = out["memory"]
-            print(f"| {size / 1e6:,.0f} | {tokens:,} | {tokens / cpu:,.0f} | {peak:,.0f} | "
-                  f"{out['tokens'] / out['cpu']:,.0f} | {first:,.0f}, {last:,.0f} |", flush=True)  # fmt: skip
+            print(
+                f"| {size / 1e6:,.0f} | {tokens:,} | {tokens / cpu:,.0f} | {peak:,.0f} "
+                f"| {out['tokens'] / out['cpu']:,.0f} | {first:,.0f}, {last:,.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

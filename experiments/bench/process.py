@@ -1,7 +1,7 @@
-"""Worker processes that answer each line with one line of JSON, so that the sides of a benchmark can take turns.
+"""Worker processes that answer lines with lines of JSON, so that a benchmark's sides take turns.
 
-`Worker` is the benchmark's side, `serve` the worker's. This file imports only the standard library, because a worker's
-interpreter may have no other packages.
+`Worker` is the benchmark's side, `serve` the worker's. This file imports only the standard library,
+because a worker's interpreter may have no other packages.
 """
 
 import contextlib
@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 # Gives the peer our side's memory settings (dsv3_jax/kernels/cpu/memory.py): its best case.
 KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
-}  # fmt: skip
+}
 
 
 class OutOfMemory(RuntimeError):
@@ -28,15 +30,21 @@ class Worker:
 
     Args:
         name: of the worker in errors.
-        command: its command line. The process prints one line of JSON when it is ready (`info`), then one per command.
+        command: its command line. The process prints one line of JSON when it is ready (`info`),
+            then one per command.
         env: added to this process's environment.
-    Raises: RuntimeError with the worker's message if it cannot start or ends early, OutOfMemory if memory is the cause.
+    Raises: RuntimeError with the worker's message if it cannot start or ends early, OutOfMemory if
+        memory is the cause.
     """
 
     def __init__(self, name: str, command: list[str], env: dict[str, str] | None = None):
         self._name = name
         self._worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {})
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | (env or {}),
         )
         assert self._worker.stdin and self._worker.stdout  # both are pipes
         self._commands, self._replies = self._worker.stdin, self._worker.stdout
@@ -60,7 +68,7 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        """End the worker and wait until its memory is free. Does nothing if the worker has ended already."""
+        """End the worker, if it has not ended, and wait until its memory is free."""
         with contextlib.suppress(BrokenPipeError):
             self._commands.close()  # end of input ends the worker's loop
         try:
@@ -78,11 +86,12 @@ class Worker:
 
 
 def serve(prepare: Callable[[], tuple[dict, Callable[[str], dict]]]) -> int:
-    """Run a worker: prepare, then answer lines of standard input until the end or `quit`. Returns the exit code.
+    """Run a worker: prepare, then answer lines until the end or `quit`. Returns the exit code.
 
-    Args: prepare: returns (the first reply, a function that handles one line and returns the reply).
+    Args: prepare: returns (the first reply, a function from a line to its reply).
     """
-    replies, sys.stdout = sys.stdout, sys.stderr  # keeps the output of libraries apart from the replies
+    # This keeps the output of libraries apart from the replies.
+    replies, sys.stdout = sys.stdout, sys.stderr
 
     def send(reply: dict) -> None:
         print(json.dumps(reply), file=replies, flush=True)
@@ -107,7 +116,8 @@ def limit_memory(keep_free: int = 1 << 30) -> None:
     """Make this process fail, not another one, if it asks for more memory than is free (Linux)."""
     with contextlib.suppress(OSError):
         with open("/proc/meminfo") as lines:
-            free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}["MemAvailable"]
+            sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        free = sizes["MemAvailable"]
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
         resource.setrlimit(resource.RLIMIT_DATA, (max(free - keep_free, keep_free),) * 2)

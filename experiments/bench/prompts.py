@@ -8,9 +8,9 @@ from dsv3_jax.data.corpus import load_corpus
 
 
 def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int]]:
-    """Cut prompts of `context` tokens from held-out text; each starts with another document if there are enough.
+    """Cut prompts of `context` tokens from held-out text, each from another document if possible.
 
-    A document that is too short continues with the next one. For chats and shards the default text is read.
+    A document that is too short continues with the next one. Chats and shards get the default text.
 
     Raises: ValueError if the held-out text has fewer tokens than one prompt.
     """
@@ -24,7 +24,10 @@ def held_out_prompts(cfg: DataConfig, batch: int, context: int) -> list[list[int
     size = sum(map(len, encoded))
     if size < context:
         raise ValueError(
-            f"context={context} is more than the {size} tokens of the held-out text; use a shorter context"
+            f"context={context} is more than the {size} tokens of the held-out text; "
+            "use a shorter context"
         )
     firsts = [i * len(encoded) // batch for i in range(batch)]
-    return [np.concatenate(encoded[first:] + encoded[:first])[:context].tolist() for first in firsts]
+    return [
+        np.concatenate(encoded[first:] + encoded[:first])[:context].tolist() for first in firsts
+    ]

@@ -1,9 +1,10 @@
-"""The batch sampler: 64 prompts of unequal lengths in batches whose rows are refilled, against one row at a time.
+"""The batch sampler: 64 prompts of unequal lengths in refilled batches, against a row at a time.
 
-python experiments/bench/sampler.py                # writes sampler_results.json beside this file, and prints a table
+python experiments/bench/sampler.py    # writes sampler_results.json, and prints a table
 
-The model is the demo's with random weights, in float32. A text ends with one of 16 of its 1,024 tokens, so lengths are
-about geometric with a mean of 64, cut at 128. All sides give the same texts; they take turns.
+The model is the demo's with random weights, in float32. A text ends with one of 16 of its 1,024
+tokens, so lengths are about geometric with a mean of 64, cut at 128. All sides give the same texts;
+they take turns.
 """
 
 import argparse
@@ -26,7 +27,10 @@ RESULTS = Path(__file__).with_name("sampler_results.json")
 
 
 def measure(samples: int, rounds: int, batch_sizes: tuple[int, ...]) -> dict:
-    """Tokens a second of each side, with prefill, and against one row: medians of rounds, after one that compiles."""
+    """Tokens a second of each side, with prefill, and against one row: medians of rounds.
+
+    A first round, which compiles, does not count.
+    """
     cfg = ds.replace(ds.preset("tiny"), vocab_size=VOCAB_SIZE)
     model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
@@ -52,18 +56,33 @@ def measure(samples: int, rounds: int, batch_sizes: tuple[int, ...]) -> dict:
     lengths, rows = list(map(len, texts or [])), {}
     for side, found in rates.items():
         ratio = statistics.median(many / one for many, one in zip(found, rates[ONE], strict=True))
-        rows[side] = {"tokens_per_s": statistics.median(found), "least": min(found), "most": max(found), "x": ratio}
-    return {"texts": len(lengths), "tokens": sum(lengths), "median_length": statistics.median(lengths), "sides": rows}
+        rows[side] = {
+            "tokens_per_s": statistics.median(found),
+            "least": min(found),
+            "most": max(found),
+            "x": ratio,
+        }
+    return {
+        "texts": len(lengths),
+        "tokens": sum(lengths),
+        "median_length": statistics.median(lengths),
+        "sides": rows,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=(8, 16, 32))
     args = parser.parse_args()
     found = {str(n): measure(n, args.rounds, tuple(args.batch_sizes)) for n in args.samples}
-    RESULTS.write_text(json.dumps({"jax": jax.__version__, "rounds": args.rounds, "samples": found}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"jax": jax.__version__, "rounds": args.rounds, "samples": found}, indent=1)
+        + "\n"
+    )
     print("| samples a prompt | side | tokens/s (least–most) | × one row |\n|---|---|---|---|")
     for n, cell in found.items():
         for side, row in cell["sides"].items():

@@ -1,8 +1,9 @@
-"""The training benchmark: our step and transformers' in turns, and the growth of ours with experts, length and depth.
+"""The training benchmark: our step against transformers', and its growth with sizes.
 
-python experiments/bench/train_step.py                      # all parts; writes results.json beside this file
-python experiments/bench/train_step.py peer                 # one part: peer, experts, length or depth
-python experiments/bench/train_step.py peer --peer-python PATH   # another interpreter has torch and transformers
+python experiments/bench/train_step.py           # all parts; writes results.json beside this file
+python experiments/bench/train_step.py peer      # one part: peer, experts, length or depth
+
+`--peer-python PATH`: another interpreter has torch and transformers.
 """
 
 import argparse
@@ -30,7 +31,7 @@ CORES = math.gcd(BATCH, os.cpu_count() or 1)
 def against_peer(rounds: int, python: str | None) -> dict:
     """Measure tokens per second of both sides in turns, after uncounted warm-up steps of each."""
     tokens, rows = BATCH * LENGTH, {}
-    # The peer's step has neither a balance loss nor a bias update. Ours has the bias update, which costs nothing.
+    # The peer's step has no balance loss and no bias update. Ours has that, which costs nothing.
     model = replace(MINI, init_std=0.006, balance=replace(MINI.balance, sequence_alpha=0.0))
     ours = TrainWorker(model)
     sides: dict = {
@@ -86,13 +87,16 @@ def against_peer(rounds: int, python: str | None) -> dict:
     best = max(row["tokens_per_s"] for name, row in rows.items() if name.startswith("transformers"))
     for row in rows.values():
         row["against_best_peer"] = row["tokens_per_s"] / best
-    return {"gemm_gflops": peak / 1e9, "compile_seconds": ours.info["compile_seconds"], "versions": versions} | {
-        "sides": rows
+    return {
+        "gemm_gflops": peak / 1e9,
+        "compile_seconds": ours.info["compile_seconds"],
+        "versions": versions,
+        "sides": rows,
     }
 
 
 def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_turns: bool) -> dict:
-    """Measure seconds per step and memory of each variant (config, batch, length), in turns if `in_turns`."""
+    """Measure the step time and memory of (config, batch, length), in turns if `in_turns`."""
     rows: dict = {}
     workers: dict = {}
 
@@ -129,38 +133,51 @@ def _grow(variants: dict[str, tuple[ModelConfig, int, int]], rounds: int, in_tur
 
 
 def growing_experts(rounds: int) -> dict:
-    """Measure 16, 64 and 256 experts of the same width, 6 per token: equal active parameters except the router's.
+    """Measure 16, 64 and 256 experts of one width, 6 per token: equal active parameters.
 
-    At 4 × 512 and at 16 × 512 tokens. With more tokens, work that grows with all parameters (AdamW) weighs less.
+    Only the router's grow. At 4 × 512 and at 16 × 512 tokens. With more tokens, work that grows
+    with all parameters (AdamW) weighs less.
     """
     variants = {}
     for batch in (4, 16):
         for experts in (16, 64, 256):
-            variants[f"{experts} experts, {batch} x 512"] = (replace(MINI, num_experts=experts), batch, 512)
+            cfg = replace(MINI, num_experts=experts)
+            variants[f"{experts} experts, {batch} x 512"] = (cfg, batch, 512)
     return _grow(variants, rounds, in_turns=False)
 
 
 def growing_length(rounds: int) -> dict:
     """Measure one sequence of 512 … 8,192 tokens: memory must grow linearly."""
     return _grow(
-        {f"1 x {length}": (MINI, 1, length) for length in (512, 1024, 2048, 4096, 8192)}, rounds, in_turns=False
+        {f"1 x {length}": (MINI, 1, length) for length in (512, 1024, 2048, 4096, 8192)},
+        rounds,
+        in_turns=False,
     )
 
 
 def growing_depth(rounds: int) -> dict:
-    """Measure 4 … 32 layers, one dense: compile time must not grow with depth. Few experts, to fit in memory."""
+    """Measure 4 … 32 layers, one dense: compile time must not grow. Few experts: they must fit."""
     return _grow(
-        {f"{layers} layers": (replace(MINI, num_layers=layers, num_experts=16), 4, 512) for layers in (4, 8, 16, 32)},
+        {
+            f"{layers} layers": (replace(MINI, num_layers=layers, num_experts=16), 4, 512)
+            for layers in (4, 8, 16, 32)
+        },
         rounds,
         in_turns=False,
     )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["peer", "experts", "length", "depth", []], help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", choices=["peer", "experts", "length", "depth", []], help="default: all"
+    )
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--peer-python", help="an interpreter with torch and transformers; default: this one")
+    parser.add_argument(
+        "--peer-python", help="an interpreter with torch and transformers; default: this one"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -169,8 +186,8 @@ def main() -> int:
         if part == "peer":
             results[part] = against_peer(args.rounds, args.peer_python)
         else:
-            grow = {"experts": growing_experts, "length": growing_length, "depth": growing_depth}[part]
-            results[part] = grow(args.rounds)
+            growing = {"experts": growing_experts, "length": growing_length, "depth": growing_depth}
+            results[part] = growing[part](args.rounds)
         print(json.dumps(results[part], indent=1))
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 0

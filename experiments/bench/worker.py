@@ -1,7 +1,8 @@
 """Our side of the training benchmark: a worker process with the peer's protocol.
 
-`python worker.py --config '{…}'` compiles the step and prints one line of JSON. Then it handles one command per line:
-`step N` (N steps, one line of JSON), `gemm` (the measured peak of a float32 product), `quit`.
+`python worker.py --config '{…}'` compiles the step and prints one line of JSON. Then it handles one
+command per line: `step N` (N steps, one line of JSON), `gemm` (the measured peak of a float32
+product), `quit`.
 """
 
 import argparse
@@ -22,12 +23,17 @@ class TrainWorker(Worker):
         from dsv3_jax.config import to_dict
 
         command = [sys.executable, __file__, "--config", json.dumps(to_dict(cfg))]
-        command += [f"--batch={batch_size}", f"--length={seq_len}", f"--seed={seed}", f"--mesh={mesh}"]
+        command += [
+            f"--batch={batch_size}",
+            f"--length={seq_len}",
+            f"--seed={seed}",
+            f"--mesh={mesh}",
+        ]
         command += [f"--kernels={kernels}"]
         super().__init__("dsv3-jax", command)
 
     def step(self, count: int = 1) -> dict:
-        """Run `count` steps and return {"seconds": [per step], "loss": [per step], "peak_rss_bytes": int}."""
+        """Run `count` steps; return {"seconds": […], "loss": […], "peak_rss_bytes": int}."""
         return self.ask(f"step {count}")
 
     def gemm(self) -> float:
@@ -42,7 +48,9 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mesh", default="", help="data=N,expert=N; default: a single device")
-    parser.add_argument("--kernels", default="auto", help="as Execution.kernels; xla: no hand-written kernels")
+    parser.add_argument(
+        "--kernels", default="auto", help="as Execution.kernels; xla: no hand-written kernels"
+    )
     args = parser.parse_args()
     return serve(lambda: _trainer(args))
 
@@ -57,7 +65,14 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
 
     if args.mesh:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    from dsv3_jax.config import DataConfig, Execution, ModelConfig, OptimConfig, RunConfig, from_dict
+    from dsv3_jax.config import (
+        DataConfig,
+        Execution,
+        ModelConfig,
+        OptimConfig,
+        RunConfig,
+        from_dict,
+    )
     from dsv3_jax.kernels.choose import prepare
     from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, parse_mesh, use_mesh
     from dsv3_jax.training.step import Job, init_state, make_step
@@ -79,7 +94,8 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
         mesh = make_mesh(**parse_mesh(args.mesh))
         check(mesh, run)
         batch = jax.device_put(batch, batch_sharding(mesh))
-    job = Job(run, mesh, prepare(run.execution, mesh=mesh))  # compiles the C++ kernels, which is not compile_seconds
+    # This compiles the C++ kernels, which is not in compile_seconds.
+    job = Job(run, mesh, prepare(run.execution, mesh=mesh))
     state = jax.block_until_ready(init_state(job))
     start = time.perf_counter()
     with use_mesh(mesh):
@@ -106,7 +122,8 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
             losses.append(float(metrics["loss"]))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
-            time.sleep(0.05)  # a step's memory is freed shortly after its results; the next step then reuses it
+            # A step's memory is freed shortly after its results; the next step then reuses it.
+            time.sleep(0.05)
         return {"seconds": seconds, "loss": losses, "peak_rss_bytes": peak_rss()}
 
     return info, handle

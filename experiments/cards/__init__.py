@@ -1,6 +1,7 @@
-"""Verification cards: what one model gave at one task on one device, a JSON file each. The site renders them.
+"""Verification cards, a JSON file each: what one model gave at one task on one device.
 
-A card is written by the program that measured it, in the run that it describes. Without a card nothing has run.
+The site renders them. A card is written by the program that measured it, in the run that it
+describes. Without a card nothing has run.
 """
 
 import json
@@ -19,13 +20,26 @@ from dsv3_jax.files import write_atomic
 FOLDER = Path(__file__).parent
 # task → what it asks, in the order of the site's table
 TASKS = {
-    "logits": "Logits equal transformers'. The figure is the largest difference over the logits' standard deviation.",
-    "ids": "Routed experts and greedy tokens equal transformers'. The figure counts those that differ.",
-    "trained step": "Loss and gradients equal transformers'. A gradient is compared with its root mean square.",
+    "logits": (
+        "Logits equal transformers'. "
+        "The figure is the largest difference over the logits' standard deviation."
+    ),
+    "ids": (
+        "Routed experts and greedy tokens equal transformers'. The figure counts those that differ."
+    ),
+    "trained step": (
+        "Loss and gradients equal transformers'. A gradient is compared with its root mean square."
+    ),
     "sparse attention": "Logits equal transformers' in texts of up to 25 times `index_topk`.",
-    "stored format": "A folder of 4-, 8- or 16-bit weights is read. Its logits equal transformers'.",
-    "written back": "transformers runs the folder that is saved here, with the same logits, ids and gradients.",
-    "text": "Token ids of prompts and chats equal transformers'. The figure counts those that differ.",
+    "stored format": (
+        "A folder of 4-, 8- or 16-bit weights is read. Its logits equal transformers'."
+    ),
+    "written back": (
+        "transformers runs the folder that is saved here, with the same logits, ids and gradients."
+    ),
+    "text": (
+        "Token ids of prompts and chats equal transformers'. The figure counts those that differ."
+    ),
     "conformance": "The device computes what the page of equations says.",
     "speed": "How near the device is to its bounds.",
 }
@@ -55,9 +69,15 @@ def write_card(
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}")
-    bad = {name: value for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)}
+    bad = {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
     if bad or not figures:
-        raise ValueError(f"figures={bad} are not finite: a card holds what was measured, and at least one figure")
+        raise ValueError(
+            f"figures={bad} are not finite: a card holds what was measured, and at least one figure"
+        )
     card = {
         "model": model,
         "task": task,
@@ -67,7 +87,9 @@ def write_card(
         "versions": dict(versions or _versions()),
         "figures": dict(figures),
     }
-    name = "__".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-") for part in (model, task, device))
+    name = "__".join(
+        re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-") for part in (model, task, device)
+    )
     write_atomic(folder / f"{name}.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     return folder / f"{name}.json"
 
@@ -79,5 +101,11 @@ def read_cards(folder: Path = FOLDER) -> list[dict[str, Any]]:
 
 def _versions() -> dict[str, str]:
     """The versions of what computes here, and of what it is compared with if that is loaded."""
-    names = ["dsv3-jax", "jax", "jaxlib", "flax", *(name for name in ("torch", "transformers") if name in sys.modules)]
+    names = [
+        "dsv3-jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        *(name for name in ("torch", "transformers") if name in sys.modules),
+    ]
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

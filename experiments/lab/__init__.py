@@ -1,7 +1,8 @@
-"""The lab: train variants of one recipe from several seeds, then write the table and picture that answer a question.
+"""The lab: train variants of a recipe from several seeds, then write their table and picture.
 
-A study is a folder of `experiments/` with a `study.py` that lists its variants as changes of a base recipe. Running it
-trains the missing runs, measures them, and writes results.json, the picture and the table in README.md.
+A study is a folder of `experiments/` with a `study.py` that lists its variants as changes of a base
+recipe. Running it trains the missing runs, measures them, and writes results.json, the picture and
+the table in README.md.
 """
 
 from experiments.lab.results import Results, write_figure

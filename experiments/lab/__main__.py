@@ -16,7 +16,10 @@ EXPERIMENTS = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
-    """Do a command. Returns the exit code: 2 for bad input, 130 after Ctrl-C, else the largest of the studies'."""
+    """Do a command.
+
+    Returns: the exit code: 2 for bad input, 130 after Ctrl-C, else the largest of the studies'.
+    """
     options = _parser().parse_args(argv)
     try:
         if options.command == "new":
@@ -35,10 +38,13 @@ def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
 def _run(options: argparse.Namespace, experiments: Path) -> int:
     """Run the studies. After several, draw all again: verdicts then have the noise of all runs.
 
-    --fresh and --remeasure first delete the results of all, so that a run which several studies need is made once.
+    --fresh and --remeasure first delete the results of all, so that a run which several studies
+    need is made once.
     """
     every, begun = {path.name[:2]: path for path in overview.folders(experiments)}, time.monotonic()
-    if unknown := [number for number in options.studies if number.zfill(2) not in every and number != "all"]:
+    if unknown := [
+        number for number in options.studies if number.zfill(2) not in every and number != "all"
+    ]:
         raise ValueError(f"study={unknown[0]!r} is not one of {', '.join(every)}, or all")
     chosen = every if "all" in options.studies else [number.zfill(2) for number in options.studies]
     studies = [load(every[number]) for number in chosen]
@@ -53,7 +59,8 @@ def _run(options: argparse.Namespace, experiments: Path) -> int:
         if before != [_stored(study) for study in studies] and not options.short:
             for study in studies:
                 running.run(study, argparse.Namespace(**vars(options) | {"redraw": True}))
-        print(f"\n{overview.overview_table(experiments)}\n{(time.monotonic() - begun) / 60:.0f} minutes")
+        minutes = (time.monotonic() - begun) / 60
+        print(f"\n{overview.overview_table(experiments)}\n{minutes:.0f} minutes")
     return worst
 
 
@@ -63,24 +70,53 @@ def _stored(study) -> bytes:
 
 
 def _parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="python -m experiments.lab", description="Run studies, or begin a new one.")
+    root = argparse.ArgumentParser(
+        prog="python -m experiments.lab", description="Run studies, or begin a new one."
+    )
     commands = root.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("new", help="make a folder for a study of your own, which runs as it is")
+    make = commands.add_parser(
+        "new", help="make a folder for a study of your own, which runs as it is"
+    )
     make.add_argument("name", help="a short word, as my_question")
     text = "Train and measure the runs that results.json lacks, then write tables and pictures."
     parser = commands.add_parser("run", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("studies", nargs="+", metavar="STUDY", help="numbers of studies, as 21; or all")
-    parser.add_argument("--base", help="the recipe that the variants change: lab, tiny, mini, …; default: the study's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the base, as steps=5000")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: the study's own, 0 1 2 or more")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all")
-    parser.add_argument("--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator")
-    parser.add_argument("--short", action="store_true", help="run a few steps in a temporary folder, as a check")
+    parser.add_argument(
+        "studies", nargs="+", metavar="STUDY", help="numbers of studies, as 21; or all"
+    )
+    parser.add_argument(
+        "--base",
+        help="the recipe that the variants change: lab, tiny, mini, …; default: the study's",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the base, as steps=5000"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="default: the study's own, 0 1 2 or more"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="run a few steps in a temporary folder, as a check"
+    )
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--fresh", action="store_true", help="delete results and runs, then train and measure again")
-    one.add_argument("--remeasure", action="store_true", help="delete results, then measure the existing runs again")
-    one.add_argument("--redraw", action="store_true", help="run nothing; rewrite the table and the picture")
-    one.add_argument("--list", action="store_true", help="run nothing; list which runs are done or missing")
+    one.add_argument(
+        "--fresh", action="store_true", help="delete results and runs, then train and measure again"
+    )
+    one.add_argument(
+        "--remeasure",
+        action="store_true",
+        help="delete results, then measure the existing runs again",
+    )
+    one.add_argument(
+        "--redraw", action="store_true", help="run nothing; rewrite the table and the picture"
+    )
+    one.add_argument(
+        "--list", action="store_true", help="run nothing; list which runs are done or missing"
+    )
     return root
 
 

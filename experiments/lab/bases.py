@@ -7,14 +7,15 @@ from pathlib import Path
 from dsv3_jax.config import DataConfig, OptimConfig, RunConfig, from_dict, replace, to_dict
 from dsv3_jax.presets import recipe
 
-# Two layers that are too small for the facts that they are asked to store: 16,384 of 6 bits. Learning begins
-# after some 250 steps; at twice the rate it begins after 400 to 800, by seed, and less is learnt.
+# Two layers that are too small for the facts that they are asked to store: 16,384 of 6 bits.
+# Learning begins after some 250 steps; at twice the rate it begins after 400 to 800, by seed, and
+# less is learnt.
 _FACTS = RunConfig(
     model=replace(
         recipe("lab").model,
-        vocab_size=260, dim=48, num_layers=2, num_dense_layers=0, dense_dim=32, num_heads=2, q_latent_dim=None,
-        kv_latent_dim=16, nope_head_dim=12, rope_head_dim=8, v_head_dim=12, num_experts=31, experts_per_token=3,
-        num_shared_experts=1, expert_dim=8, max_positions=16,
+        vocab_size=260, dim=48, num_layers=2, num_dense_layers=0, dense_dim=32, num_heads=2,
+        q_latent_dim=None, kv_latent_dim=16, nope_head_dim=12, rope_head_dim=8, v_head_dim=12,
+        num_experts=31, experts_per_token=3, num_shared_experts=1, expert_dim=8, max_positions=16,
     ),
     data=DataConfig(seq_len=3, batch_size=512),
     optim=OptimConfig(learning_rate=5e-3, final_learning_rate=2.5e-4, warmup_steps=20),
@@ -24,51 +25,58 @@ _FACTS = RunConfig(
 _RETRIEVAL = RunConfig(
     model=replace(
         recipe("lab").model,
-        vocab_size=260, dim=64, num_layers=2, num_dense_layers=2, dense_dim=128, num_heads=4, q_latent_dim=None,
-        kv_latent_dim=32, nope_head_dim=16, rope_head_dim=16, v_head_dim=16, max_positions=64,
+        vocab_size=260, dim=64, num_layers=2, num_dense_layers=2, dense_dim=128, num_heads=4,
+        q_latent_dim=None, kv_latent_dim=32, nope_head_dim=16, rope_head_dim=16, v_head_dim=16,
+        max_positions=64,
     ),
     data=DataConfig(seq_len=64, batch_size=32),
     optim=OptimConfig(learning_rate=6e-3, final_learning_rate=3e-4, warmup_steps=20),
     steps=160, eval_every=160, eval_batches=8, save_every=160, keep=1,
 )  # fmt: skip
-# The same model with 16 keys in a row of 48 tokens. Which step learning begins at differs by seed and variant.
+# The same model with 16 keys in a row of 48 tokens. Learning begins at a step that differs by run.
 _MANY_KEYS = replace(
-    _RETRIEVAL, data=DataConfig(seq_len=48, batch_size=32), steps=600, eval_every=600, eval_batches=32, save_every=600,
+    _RETRIEVAL, data=DataConfig(seq_len=48, batch_size=32),
+    steps=600, eval_every=600, eval_batches=32, save_every=600,
 )  # fmt: skip
-# One layer that is too small for 16 domains of 224 pairs: 16 experts, one for a token, and no shared one.
+# One layer that is too small for 16 domains of 224 pairs: 16 experts, one a token, none shared.
 _DOMAINS = replace(
     _FACTS,
     model=replace(
-        _FACTS.model, dim=32, num_layers=1, num_experts=16, experts_per_token=1, num_shared_experts=0, expert_dim=4,
-        normalize_gates=False, max_positions=32,
+        _FACTS.model, dim=32, num_layers=1, num_experts=16, experts_per_token=1,
+        num_shared_experts=0, expert_dim=4, normalize_gates=False, max_positions=32,
     ),
     data=DataConfig(seq_len=17, batch_size=128), steps=800, eval_every=800, save_every=800,
 )  # fmt: skip
-# The same model with a Markov chain in each row. AdamW finds the pairs after some 300 steps, Muon after 120.
+# The same model with a Markov chain a row. AdamW finds the pairs in some 300 steps, Muon in 120.
 _CHAINS = replace(
-    _RETRIEVAL, model=replace(_RETRIEVAL.model, max_positions=96), data=DataConfig(seq_len=64, batch_size=64),
+    _RETRIEVAL,
+    model=replace(_RETRIEVAL.model, max_positions=96), data=DataConfig(seq_len=64, batch_size=64),
     steps=600, eval_every=600, eval_batches=32, save_every=600, log_every=10,
 )  # fmt: skip
-# The same model with rows of two-token names. Muon finds the pairs after some 200 to 1,200 steps, by seed.
+# The same model with rows of two-token names. Muon finds the pairs in some 200 to 1,200 steps.
 _NAMES = replace(
-    _CHAINS, data=DataConfig(seq_len=40, batch_size=64), steps=1200, eval_every=1200, save_every=1200,
-    optim=replace(_CHAINS.optim, name="muon", learning_rate=1.2e-2, final_learning_rate=1.2e-2 / 20),
+    _CHAINS,
+    data=DataConfig(seq_len=40, batch_size=64), steps=1200, eval_every=1200, save_every=1200,
+    optim=replace(
+        _CHAINS.optim, name="muon", learning_rate=1.2e-2, final_learning_rate=1.2e-2 / 20,
+    ),
 )  # fmt: skip
 # Two sparse layers that learn some of the sums of two numbers below 100: see 28.
 _SUMS = replace(
     _RETRIEVAL,
     model=replace(
         recipe("tiny").model,
-        dim=64, num_layers=2, num_dense_layers=0, dense_dim=128, num_heads=4, q_latent_dim=None, kv_latent_dim=32,
-        nope_head_dim=16, rope_head_dim=8, v_head_dim=16, num_experts=16, experts_per_token=2, expert_dim=48,
-        num_groups=1, groups_per_token=1, max_positions=64, mtp_depth=0,
+        dim=64, num_layers=2, num_dense_layers=0, dense_dim=128, num_heads=4, q_latent_dim=None,
+        kv_latent_dim=32, nope_head_dim=16, rope_head_dim=8, v_head_dim=16, num_experts=16,
+        experts_per_token=2, expert_dim=48, num_groups=1, groups_per_token=1, max_positions=64,
+        mtp_depth=0,
     ),
-    data=DataConfig(paths=("runs/lab/sums/text.jsonl",), seq_len=40, batch_size=64), steps=600, eval_every=600,
-    eval_batches=8, save_every=600, keep=1,
+    data=DataConfig(paths=("runs/lab/sums/text.jsonl",), seq_len=40, batch_size=64),
+    steps=600, eval_every=600, eval_batches=8, save_every=600, keep=1,
 )  # fmt: skip
 OF_TASKS = {
-    "facts": _FACTS, "retrieval": _RETRIEVAL, "many_keys": _MANY_KEYS, "domains": _DOMAINS, "chains": _CHAINS,
-    "names": _NAMES, "sums": _SUMS,
+    "facts": _FACTS, "retrieval": _RETRIEVAL, "many_keys": _MANY_KEYS, "domains": _DOMAINS,
+    "chains": _CHAINS, "names": _NAMES, "sums": _SUMS,
 }  # fmt: skip
 
 
@@ -91,7 +99,8 @@ def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
             inner = inner.get(part) if isinstance(inner, dict) else None
         if not isinstance(inner, dict) or last not in inner:
             raise ValueError(
-                f"--set={change!r} changes {key!r}, which is not a key of a run; write KEY=VALUE as steps=5000"
+                f"--set={change!r} changes {key!r}, which is not a key of a run; "
+                "write KEY=VALUE as steps=5000"
             )
         try:
             inner[last] = json.loads(value)
@@ -99,7 +108,8 @@ def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
             inner[last] = value
     run = from_dict(RunConfig, values)
     if run.data.tokenizer == "bytes" and run.model.vocab_size > 512:
-        run = replace(run, data=replace(run.data, tokenizer=f"{runs_folder}/tokenizer-{run.model.vocab_size}.json"))
+        tokenizer = f"{runs_folder}/tokenizer-{run.model.vocab_size}.json"
+        run = replace(run, data=replace(run.data, tokenizer=tokenizer))
     return run
 
 

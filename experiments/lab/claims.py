@@ -26,7 +26,7 @@ Answer = Literal["yes", "no", "too small to tell here", "no verdict"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim that a number of `variant` is lower or higher than that of `against`, or equal to within `margin`.
+    """A claim: a number of `variant` is lower or higher than `against`'s, or equal within `margin`.
 
     Attributes:
         text: the claim, as a sentence that "yes" agrees to.
@@ -34,8 +34,8 @@ class Claim:
         key: the number, see `Results.values`.
         expect: what the papers lead to expect.
         margin: for "equal": the largest difference that counts as equal.
-        stake: the name of the manipulation check that the claim needs, in `Study.stakes`. "" means that the claim is
-            about the subject itself.
+        stake: the name of the manipulation check that the claim needs, in `Study.stakes`. "" means
+            that the claim is about the subject itself.
         published: the papers' difference in the same unit, if there is one.
     """
 
@@ -98,13 +98,21 @@ class Check:
         """One sentence on the outcome."""
         stake, digits = self.stake, self.stake.digits
         if self.cost is None:
-            return f"Manipulation check, {stake.text}: not measured, so claims that need it get no verdict."
+            return (
+                f"Manipulation check, {stake.text}: not measured, "
+                "so claims that need it get no verdict."
+            )
         cost, noise = (format_number(x, digits) for x in (self.cost, self.noise))
-        outcome = "passed" if self.passed else f"below {STAKE} × the noise, so claims that need it get no verdict"
-        return f"Manipulation check, {stake.text}: costs {cost} {stake.unit}, noise of a run {noise}: {outcome}."
+        outcome = "passed"
+        if not self.passed:
+            outcome = f"below {STAKE} × the noise, so claims that need it get no verdict"
+        return (
+            f"Manipulation check, {stake.text}: costs {cost} {stake.unit}, "
+            f"noise of a run {noise}: {outcome}."
+        )
 
 
-# (number, the variants that are compared) → its noise. Without variants it is that of independent runs.
+# (number, the compared variants) → its noise; without variants, that of independent runs
 NoiseOf = Callable[..., Noise]
 
 
@@ -121,7 +129,7 @@ def table_of(results: Results, key: Key) -> Table:
 
 
 def distinct(table: Table) -> Table:
-    """Leave out variants whose numbers are another's, as of heads on one frozen trunk: they are one run."""
+    """Leave out variants whose numbers are another's, as heads on one trunk: they are one run."""
     kept: dict[str, Mapping[int, float]] = {}
     for variant, numbers in table.items():
         if numbers not in kept.values():
@@ -130,10 +138,10 @@ def distinct(table: Table) -> Table:
 
 
 def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] = ()) -> Table:
-    """Leave out what would count one run more than once: variants that continue from one parent are nearly copies.
+    """Leave out what counts runs more than once: variants that continue one parent are near copies.
 
-    Two of them that are compared differ less than two independent runs, so their noise is that of such variants alone.
-    Else one variant of each parent counts: the compared one, or the first.
+    Two of them that are compared differ less than two independent runs, so their noise is that of
+    such variants alone. Else one variant of each parent counts: the compared one, or the first.
 
     Args: begun: variant → its parent, whose weights it begins with.
 
@@ -143,7 +151,9 @@ def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] 
     """
     parents = {begun.get(variant) for variant in compared}
     if len(compared) == 2 and len(parents) == 1 and None not in parents:
-        return {variant: numbers for variant, numbers in table.items() if begun.get(variant) in parents}
+        return {
+            variant: numbers for variant, numbers in table.items() if begun.get(variant) in parents
+        }
 
     chosen: dict[tuple[str, bool], str] = {}  # the variant that counts
     for variant in (*compared, *table):
@@ -174,7 +184,8 @@ def judge(
     judged: list[tuple[Claim, Difference]] = []
     for claim in claims:
         table = table_of(results, claim.key)
-        if claim.variant not in table or (isinstance(claim.against, str) and claim.against not in table):
+        needed = [name for name in (claim.variant, claim.against) if isinstance(name, str)]
+        if any(name not in table for name in needed):
             continue
         try:
             judged.append((claim, _difference(claim, table, noise_of(claim.key, _compared(claim)))))
@@ -204,8 +215,9 @@ def _difference(claim: Claim, table: Table, noise: Noise) -> Difference:
 def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
     """Return yes or no where the difference tells, else "too small to tell here".
 
-    A difference in the expected direction is a yes if it is significant after the correction, one in the other
-    direction a no. For "equal" the 95 % interval decides: yes within the margin, no outside of it.
+    A difference in the expected direction is a yes if it is significant after the correction, one
+    in the other direction a no. For "equal" the 95 % interval decides: yes within the margin, no
+    outside of it.
     """
     low, high = found.interval
     if claim.expect == "equal":
@@ -219,7 +231,10 @@ def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
 
 
 def _check(stake: Stake, results: Results, noise_of: NoiseOf, compared: Sequence[str]) -> Check:
-    """Check by the noise of the variants that the claims compare, of which the first is enough to know the kind."""
+    """Check by the noise of the variants that claims compare.
+
+    The first of them is enough to know the kind.
+    """
     try:
         cost = stake.cost(results)
     except (KeyError, IndexError):
@@ -238,7 +253,9 @@ def verdict_table(verdicts: Sequence[Verdict], checks: Sequence[Check]) -> str:
     rows = []
     for v in verdicts:
         digits = v.claim.digits
-        mean, low, high = (format_number(x, digits, sign=True) for x in (v.difference.mean, *v.difference.interval))
+        mean, low, high = (
+            format_number(x, digits, sign=True) for x in (v.difference.mean, *v.difference.interval)
+        )
         rows.append(
             [
                 v.claim.text,
@@ -263,10 +280,10 @@ def format_p(p: float) -> str:
 
 
 def as_json(verdict: Verdict) -> dict:
-    """Return a verdict as results.json keeps it; differences are turned so that what the papers expect is positive.
+    """Return a verdict as results.json keeps it: differences that the papers expect are positive.
 
-    A claim of "lower" is multiplied by −1. A claim of "equal" has what the margin leaves: m − |d|. Then in each case
-    the interval is right of 0 for a yes, and left of it for a no.
+    A claim of "lower" is multiplied by −1. A claim of "equal" has what the margin leaves: m − |d|.
+    Then in each case the interval is right of 0 for a yes, and left of it for a no.
     """
     claim = verdict.claim
 

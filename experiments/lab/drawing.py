@@ -25,7 +25,7 @@ def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
 def make_logarithmic(ax: Axes, which: Literal["x", "y"], ticks: Sequence[float]) -> None:
     """Make the x or y axis logarithmic, with these ticks alone.
 
-    Before plotting, where there may be a single number: a logarithmic axis finds no limits for it afterwards.
+    Before plotting: for a single number a logarithmic axis finds no limits afterwards.
     """
     ax.set(**{f"{which}scale": "log"})
     axis = ax.xaxis if which == "x" else ax.yaxis
@@ -36,7 +36,8 @@ def make_logarithmic(ax: Axes, which: Literal["x", "y"], ticks: Sequence[float])
 def answer(text: Callable[[], str], otherwise: str) -> str:
     """Return a title that says the answer, or `otherwise` where runs that it needs are missing.
 
-    >>> answer(lambda: "a: 3 bits", "bits"), answer(lambda: f"a: {Results(Path('none')).values('a', 'bits')}", "bits")
+    >>> none = Results(Path("none"))
+    >>> answer(lambda: "a: 3 bits", "bits"), answer(lambda: f"a: {none.values('a', 'b')}", "bits")
     ('a: 3 bits', 'bits')
     """
     try:
@@ -50,8 +51,13 @@ def against(results: Results, variant: str, other: str) -> str:
     return f"{variant} against {other}: {change(results, variant, other)} nats"
 
 
-def change(results: Results, variant: str, other: str, key: Key = "val_loss", digits: int = 3) -> str:
-    """Format the difference of two variants, mean over seeds, with its sign. Raises: as `Results.difference`."""
+def change(
+    results: Results, variant: str, other: str, key: Key = "val_loss", digits: int = 3
+) -> str:
+    """Format the difference of two variants, mean over seeds, with its sign.
+
+    Raises: as `Results.difference`.
+    """
     return format_number(results.difference(variant, other, key), digits, sign=True)
 
 
@@ -59,15 +65,21 @@ ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no
 
 
 def draw_claims(
-    path: Path, results: Results, text: Callable[[], str], *, below: str = "", linear: float | None = None
+    path: Path,
+    results: Results,
+    text: Callable[[], str],
+    *,
+    below: str = "",
+    linear: float | None = None,
 ) -> None:
-    """Write a picture of a study's claims: each difference with its 95 % interval, and the published value.
+    """Write a picture of a study's claims: differences, 95 % intervals, and published values.
 
     The title is `text()`, or the question where runs are missing.
 
     Args:
         below: a second line of the title.
-        linear: differences beyond it are on a logarithmic axis, so that intervals of small and large ones are seen.
+        linear: differences beyond it are on a logarithmic axis, so that intervals of small and
+            large ones are seen.
     """
     verdicts: Sequence[Verdict] = results.verdicts
     title = f"{answer(text, results.about['question'])}\n{below}".strip()
@@ -87,13 +99,21 @@ def draw_claims(
         ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published")
     for given in dict.fromkeys(v.answer for v in verdicts):
         ax.plot([], [], "o-", color=ANSWER_COLOURS[given], label=given)
-    style_axes(ax, "", f"difference with its 95 % interval{', ' + units.pop() if len(units) == 1 else ''}", "")
-    figure.suptitle(title, fontsize=11)  # as wide as the picture: the claims leave the axes little room
+    unit = ", " + units.pop() if len(units) == 1 else ""
+    style_axes(ax, "", f"difference with its 95 % interval{unit}", "")
+    # As wide as the picture: the claims leave the axes little room.
+    figure.suptitle(title, fontsize=11)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(verdicts)), [v.claim.text for v in verdicts], fontsize=9)
     ax.invert_yaxis()
     if verdicts:
-        figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
+        figure.legend(
+            *ax.get_legend_handles_labels(),
+            frameon=False,
+            fontsize=9,
+            ncols=5,
+            loc="outside lower center",
+        )
     write_figure(figure, path)
 
 
@@ -103,9 +123,14 @@ def draw_verdicts(results: Results, path: Path) -> None:
 
 
 def plot_differences(
-    ax: Axes, results: Results, key: str, title: str, unit: str, published: Mapping[str, float] | None = None
+    ax: Axes,
+    results: Results,
+    key: str,
+    title: str,
+    unit: str,
+    published: Mapping[str, float] | None = None,
 ) -> None:
-    """Plot each variant's difference to the first variant: a dot per seed, their mean with its 95 % interval.
+    """Plot variants' differences to the first one: a dot per seed, the mean with its 95 % interval.
 
     The interval is that of the noise that the study's claims are judged by.
 
@@ -120,7 +145,15 @@ def plot_differences(
         plot_row(ax, results.paired(variant, first, key), row, half, colour_of(results, variant))
         value = (published or {}).get(variant)
         if value is not None:
-            ax.plot([value], [row], "D", color="black", markersize=6, fillstyle="none", label="published")
+            ax.plot(
+                [value],
+                [row],
+                "D",
+                color="black",
+                markersize=6,
+                fillstyle="none",
+                label="published",
+            )
     style_axes(ax, title, f"difference to {first}, {unit}\ndots: seeds, bars: 95 % interval", "")
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(others)), others)
@@ -129,9 +162,12 @@ def plot_differences(
         ax.legend(frameon=False, fontsize=8)
 
 
-def plot_rows(ax: Axes, results: Results, names: Sequence[str], key: Key, colours: Sequence[str], **how: Any) -> None:
-    """Plot variants in rows: a dot per seed, and their mean with its 95 % interval. See `plot_row`."""
-    for row, (name, half) in enumerate(zip(names, half_intervals(results, names, key), strict=True)):
+def plot_rows(
+    ax: Axes, results: Results, names: Sequence[str], key: Key, colours: Sequence[str], **how: Any
+) -> None:
+    """Plot variants in rows: a dot per seed, the mean with its 95 % interval. See `plot_row`."""
+    halves = half_intervals(results, names, key)
+    for row, (name, half) in enumerate(zip(names, halves, strict=True)):
         plot_row(ax, results.values(name, key), row, half, colours[row], **how)
 
 
@@ -149,15 +185,30 @@ def plot_row(
     """
     mean = values.mean()
     low, middle, high = shown(np.array([mean - half, mean, mean + half])).tolist()
-    ax.plot(shown(values), np.full(len(values), row), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+    ax.plot(
+        shown(values),
+        np.full(len(values), row),
+        "o",
+        color=colour,
+        alpha=0.45,
+        markersize=5,
+        markeredgewidth=0,
+    )
     ax.plot([middle], [row], "|", color=colour, markersize=14, markeredgewidth=2)
-    ax.errorbar([middle], [row], xerr=[[middle - low], [high - middle]], color=colour, linewidth=2, capsize=4)
+    ax.errorbar(
+        [middle],
+        [row],
+        xerr=[[middle - low], [high - middle]],
+        color=colour,
+        linewidth=2,
+        capsize=4,
+    )
 
 
 def half_intervals(results: Results, names: Sequence[str], key: Key) -> np.ndarray:
-    """Return half of the 95 % interval of each variant's mean over seeds; 0 where no noise is known.
+    """Return half of the 95 % interval of variants' means over seeds; 0 where no noise is known.
 
-    The noise is that of the study's claims. The seeds' common effect is left out, as it is in differences.
+    The noise is that of the study's claims. Seeds' common effect is left out, as in differences.
     """
     noise = _noise(results, key)
     if noise is None:
@@ -172,7 +223,7 @@ def _share_seeds(results: Results, variant: str) -> bool:
 
 
 def _noise(results: Results, key: Key) -> Noise | None:
-    """Return the noise that the study's claims are judged by, or None for one seed or one variant."""
+    """Return the noise that claims are judged by, or None for one seed or one variant."""
     try:
         noise = (results.noise or noise_within(results))(key)
     except ValueError:
@@ -209,9 +260,14 @@ def colour_of(results: Results, variant: str) -> str:
 
 
 def plot_curves(
-    ax: Axes, results: Results, name: str, title: str, unit: str, only: Collection[str] | None = None
+    ax: Axes,
+    results: Results,
+    name: str,
+    title: str,
+    unit: str,
+    only: Collection[str] | None = None,
 ) -> None:
-    """Plot a metric over training steps for each variant: mean over seeds, shaded from minimum to maximum.
+    """Plot a metric over training steps by variant: mean over seeds, shaded from least to most.
 
     Args: name: of the curve. only: the variants to plot; None means all.
     """
@@ -240,13 +296,15 @@ def plot_strengths(
     filled: bool = True,
     shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> None:
-    """Join the strengths of one rule by a line, means over seeds; the strongest, the last, has the largest dot.
+    """Join the strengths of one rule by a line, means over seeds; the strongest's dot is largest.
 
     A bar is the 95 % interval of y.
 
     Args: shown: from y to the axis, see `plot_row`.
     """
-    places, heights = (np.array([results.values(name, key).mean() for name in names]) for key in (x, y))
+    places, heights = (
+        np.array([results.values(name, key).mean() for name in names]) for key in (x, y)
+    )
     half, middle = half_intervals(results, names, y), shown(heights)
     ax.plot(places, middle, "-", color=colour, linewidth=1.2)
     ends = [middle - shown(heights - half), shown(heights + half) - middle]

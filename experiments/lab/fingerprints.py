@@ -1,4 +1,4 @@
-"""The identity of a run: its whole configuration, its text, its tokenizer and the recipe's version."""
+"""The identity of a run: its configuration, its text, its tokenizer and the recipe's version."""
 
 import dataclasses
 import hashlib
@@ -12,18 +12,19 @@ from typing import Any
 from dsv3_jax.config import DataConfig, ModelConfig, RunConfig, replace, to_dict
 from experiments.lab.tasks import Task
 
-# Raise this when results change although no setting does, as by other code. Results of recipe 1 have no hashes of their
-# text and tokenizer, and only MaxVio of equal shares of the domains.
+# Raise this when results change although no setting does, as by other code. Results of recipe 1
+# have no hashes of their text and tokenizer, and only MaxVio of equal shares of the domains.
 RECIPE = 2
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A run's identity. `corpus` and `tokenizer` are None while the file that they hash is not made yet.
+    """A run's identity. `corpus` and `tokenizer` are None while the hashed file is not made yet.
 
     Attributes:
         config: a hash of `settings`.
-        keys: a hash of their names. A later version may have more settings, whose defaults mean what was so before.
+        keys: a hash of their names. A later version may have more settings, whose defaults mean
+            what was so before.
         settings: every setting, defaults too, by its dotted name.
     """
 
@@ -41,25 +42,39 @@ class Identity:
 
     def stored(self) -> dict[str, Any]:
         """Return what a record keeps of the identity."""
-        return {name: getattr(self, name) for name in ("config", "keys", "corpus", "tokenizer", "recipe")}
+        return {
+            name: getattr(self, name)
+            for name in ("config", "keys", "corpus", "tokenizer", "recipe")
+        }
 
     def matches(self, record: Mapping, names: Mapping[str, Sequence[str]] | None = None) -> bool:
         """Return whether a stored record is of this run; what is not made yet is not compared.
 
-        Args: names: the settings' names behind each hash `keys`. A record of an older version has fewer settings than
-            this run. It matches if they are equal, and each newer one is at its default.
+        Args: names: the settings' names behind each hash `keys`. A record of an older version has
+            fewer settings than this run. It matches if they are equal, and each newer one is at its
+            default.
         """
         wanted = {key: value for key, value in self.stored().items() if value is not None}
         known = (names or {}).get(record.get("keys", ""))
-        if record.get("keys") != self.keys and known is not None and set(known) < set(self.settings):
+        if (
+            record.get("keys") != self.keys
+            and known is not None
+            and set(known) < set(self.settings)
+        ):
             newer = {key: value for key, value in self.settings.items() if key not in known}
-            if any(key not in _defaults() or _defaults()[key] != value for key, value in newer.items()):
+            defaults = _defaults()
+            if any(key not in defaults or defaults[key] != value for key, value in newer.items()):
                 return False
-            wanted |= {"config": _hash({key: self.settings[key] for key in known}), "keys": record["keys"]}
+            wanted |= {
+                "config": _hash({key: self.settings[key] for key in known}),
+                "keys": record["keys"],
+            }
         return all(record.get(key) == value for key, value in wanted.items())
 
 
-def identify(run: RunConfig, root: Path, task: Task | None = None, needed: Mapping[str, str] | None = None) -> Identity:
+def identify(
+    run: RunConfig, root: Path, task: Task | None = None, needed: Mapping[str, str] | None = None
+) -> Identity:
     """Return the identity of a run.
 
     Args:
@@ -68,21 +83,26 @@ def identify(run: RunConfig, root: Path, task: Task | None = None, needed: Mappi
         needed: run folders that the run starts from → a hash of what they are.
     """
     data = run.data
-    tokenizer = None if data.tokenizer != "bytes" and not (root / data.tokenizer).exists() else _tokenizer(root, data)
+    is_made = data.tokenizer == "bytes" or (root / data.tokenizer).exists()
+    tokenizer = _tokenizer(root, data) if is_made else None
     settings = settings_of(run, task, needed)
     keys = _hash({"keys": sorted(settings)})
     return Identity(_hash(settings), keys, _corpus(root, data, task), tokenizer, settings=settings)
 
 
-def settings_of(run: RunConfig, task: Task | None = None, needed: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return every setting by its dotted name, defaults too, except kernels and the layout on devices.
+def settings_of(
+    run: RunConfig, task: Task | None = None, needed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return all settings by dotted name, defaults too; except kernels and the layout on devices.
 
     >>> from dsv3_jax.presets import recipe
     >>> settings_of(recipe("lab"))["model.num_experts"]
     32
     """
     values = to_dict(run)
-    values["execution"] = {name: getattr(run.execution, name) for name in ("compute_dtype", "remat", "precision")}
+    values["execution"] = {
+        name: getattr(run.execution, name) for name in ("compute_dtype", "remat", "precision")
+    }
     values["data"]["tokenizer"] = Path(run.data.tokenizer).name
     for name in ("trunk", "start"):
         values[name] = (needed or {}).get(values[name], values[name])
@@ -90,7 +110,7 @@ def settings_of(run: RunConfig, task: Task | None = None, needed: Mapping[str, s
 
 
 def changed(run: RunConfig, needed: Mapping[str, str]) -> str:
-    """Return a hash of the settings that differ from their defaults: a name for a run that another one starts from."""
+    """Return a hash of the changed settings: a name for a run that another one starts from."""
     settings = settings_of(run, needed=needed)
     return _hash(
         {
@@ -104,7 +124,10 @@ def changed(run: RunConfig, needed: Mapping[str, str]) -> str:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -114,7 +137,9 @@ def _defaults() -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for cls, prefix in ((RunConfig, ""), (ModelConfig, "model.")):
         for key in dataclasses.fields(cls):
-            made = key.default_factory() if key.default_factory is not dataclasses.MISSING else key.default
+            made = key.default
+            if key.default_factory is not dataclasses.MISSING:
+                made = key.default_factory()
             if made is dataclasses.MISSING:
                 continue
             value = to_dict(made) if dataclasses.is_dataclass(made) else made
@@ -128,7 +153,9 @@ def _corpus(root: Path, data: DataConfig, task: Task | None) -> str | None:
     paths = tuple(str(root / path) for path in data.paths)
     if not all(Path(path).exists() for path in paths):
         return None
-    return _corpus_hash(replace(data, paths=paths, tokenizer="bytes", seed=0, seq_len=2, batch_size=1))
+    return _corpus_hash(
+        replace(data, paths=paths, tokenizer="bytes", seed=0, seq_len=2, batch_size=1)
+    )
 
 
 @lru_cache

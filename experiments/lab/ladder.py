@@ -8,18 +8,19 @@ SHARED, FINE_2, FINE_4 = "+ shared: 1 + 1 of 15", "fine × 2: 1 + 3 of 31", "fin
 
 
 def ladder(cfg: ModelConfig) -> dict[str, ModelConfig]:
-    """Return the rungs: dense, one large expert, two, a shared one, finer ones; equal total and active parameters.
+    """Return the rungs, from dense to fine experts; equal total and active parameters.
 
     Routers are left out of the equality: they grow with the number of experts.
     """
-    # Gates are not normalised: with one expert per token the gate would always be 1, and the router would not learn.
+    # Gates are not normalised: with one expert per token the gate would always be 1, and the router
+    # would not learn.
     cfg = replace(cfg, normalize_gates=False, num_groups=1, groups_per_token=1)
     active = cfg.dense_dim // 8 * 8  # active feed-forward width per token in each layer
 
     def sparse(experts: int, chosen: int, shared: int, width: int) -> ModelConfig:
         return replace(
-            cfg, dense_dim=active, num_experts=experts, experts_per_token=chosen, num_shared_experts=shared,
-            expert_dim=width,
+            cfg, dense_dim=active, num_experts=experts, experts_per_token=chosen,
+            num_shared_experts=shared, expert_dim=width,
         )  # fmt: skip
 
     models = {

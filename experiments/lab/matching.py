@@ -1,4 +1,4 @@
-"""Models of equal size, for studies that compare kinds of attention, and the same model at several sizes."""
+"""Models of equal size, to compare kinds of attention, and the same model at several sizes."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,11 @@ FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
 
 
 def scaled(base: RunConfig, factor: float, widths: Sequence[str]) -> RunConfig:
-    """Return the run with the named widths of its model times a factor, and its learning rates divided by it."""
+    """Return the run with named widths times a factor, and learning rates divided by it."""
     rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
-    model = replace(base.model, **{name: round(getattr(base.model, name) * factor) for name in widths})
-    return replace(base, model=model, optim=replace(base.optim, learning_rate=rate, final_learning_rate=last))
+    model = replace(
+        base.model, **{name: round(getattr(base.model, name) * factor) for name in widths}
+    )
+    return replace(
+        base, model=model, optim=replace(base.optim, learning_rate=rate, final_learning_rate=last)
+    )

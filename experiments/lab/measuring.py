@@ -31,7 +31,7 @@ bits_stake = partial(Stake, key=unknown_bits, unit="bits", digits=2)
 
 
 def late_mean(key: str) -> Callable[[Results, str], np.ndarray]:
-    """Return a function (results, variant) → a curve's mean over the last fifth of training, one number per seed."""
+    """Return a function (results, variant) → a curve's mean over training's last fifth, by seed."""
 
     def mean(results: Results, variant: str) -> np.ndarray:
         _, values = results.curve(variant, key)
@@ -49,7 +49,7 @@ WINDOW = 5  # rows of metrics.jsonl, whose mean is the training loss at a step
 
 
 def first_below(trained: Any, bits: float) -> int:
-    """Return the first step at which the training loss is below `bits` a token; the run's last if it never is.
+    """Return the first step with a training loss below `bits` a token, or the run's last step.
 
     Args: trained: what a study's `measure` is given.
     """
@@ -62,9 +62,13 @@ def first_below(trained: Any, bits: float) -> int:
 def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """Return the experts of each token, int32 [L, B, T, K] of the sparse layers."""
     graphdef, state = nnx.split(model)
-    return np.asarray(_expert_ids(graphdef, state, batch["tokens"], batch["segment_ids"], batch["positions"]))
+    return np.asarray(
+        _expert_ids(graphdef, state, batch["tokens"], batch["segment_ids"], batch["positions"])
+    )
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def _expert_ids(graphdef, state, tokens, segment_ids, positions):
-    return nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids, positions).routing.expert_ids
+    return (
+        nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids, positions).routing.expert_ids
+    )

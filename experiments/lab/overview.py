@@ -15,7 +15,7 @@ def write(experiments: Path) -> None:
 
 
 def overview_table(experiments: Path) -> str:
-    """Return a Markdown table with a row for each study; studies without results are marked "not run yet"."""
+    """Return a Markdown table with a row for each study; some are marked "not run yet"."""
     rows = []
     for folder in folders(experiments):
         link = f"[{folder.name.replace('_', ' ')}]({folder.name}/README.md)"
@@ -40,7 +40,7 @@ def title(folder: Path) -> str:
 
 
 def verdict(folder: Path) -> str:
-    """Return the bold text at the start of "## Verdict" in a study's README.md, with links from the folder above."""
+    """Return the bold text that begins "## Verdict" in README.md; links are of the folder above."""
     page = folder / "README.md"
     text = page.read_text().partition("## Verdict")[2] if page.exists() else ""
     bold = re.match(r"\s*\*\*(.+?)\*\*", text, re.DOTALL)  # it may span lines

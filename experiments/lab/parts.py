@@ -1,4 +1,4 @@
-"""Costs of taking parts away, as study 14 measures them: manipulation checks of the studies on text."""
+"""Costs of taking parts away, as study 14 measures them: manipulation checks of other studies."""
 
 from collections.abc import Callable
 from pathlib import Path

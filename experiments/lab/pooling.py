@@ -1,4 +1,4 @@
-"""Noise of a recipe's validation loss, pooled over the variants of all studies that use the recipe."""
+"""Noise of a recipe's validation loss, pooled over the variants of all studies that use it."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,10 +11,11 @@ POOLED = "val_loss"
 
 
 def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collection[int]) -> Noise:
-    """Pool the noise of the validation loss over all studies with one base and one of these numbers of steps.
+    """Pool the validation loss's noise over studies with one base and one of these step counts.
 
-    Runs that studies share count once: runs of one seed with equal losses are one run, whatever settings a later
-    version has added. Each version of the recipe, and each number of steps, has its own seed effects.
+    Runs that studies share count once: runs of one seed with equal losses are one run, whatever
+    settings a later version has added. Each version of the recipe, and each number of steps, has
+    its own seed effects.
 
     Raises: ValueError if no degree of freedom is left.
     """
@@ -30,7 +31,8 @@ def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collec
                     continue
                 seen.add((seed, loss))
                 table = tables.setdefault((record.get("recipe", 1), record["steps"]), {})
-                table.setdefault(f"{results.path.parent.name}: {variant}", {})[int(seed)] = float(loss)
+                losses = table.setdefault(f"{results.path.parent.name}: {variant}", {})
+                losses[int(seed)] = float(loss)
     independent: list[Table] = list(tables.values())
     return pool(independent)
 
@@ -41,7 +43,7 @@ def siblings(experiments: Path) -> list[Results]:
 
 
 def noise_for(results: Results, experiments: Path) -> NoiseOf:
-    """Return each number's noise: of the validation loss over all studies of the recipe, else over this study."""
+    """Return each number's noise: of the validation loss over the recipe, else over this study."""
     within = noise_within(results)
 
     def noise(key: Key, compared: Sequence[str] = ()) -> Noise:

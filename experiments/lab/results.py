@@ -1,8 +1,8 @@
 """Results of a study: results.json, and text of numbers.
 
-results.json holds, by variant and seed, the numbers of a finished run and the run's identity (`fingerprints`). A run is
-missing, and is made, if its result does not have the identity that the study asks for. Results of different identities
-are never shown together.
+results.json holds, by variant and seed, the numbers of a finished run and the run's identity
+(`fingerprints`). A run is missing, and is made, if its result does not have the identity that the
+study asks for. Results of different identities are never shown together.
 """
 
 import io
@@ -38,18 +38,19 @@ class MissingRuns(KeyError):
 
 
 class Results:
-    """The finished runs of a study: `runs[variant][seed]` is a record. Seeds are strings, as JSON keys are.
+    """The finished runs of a study: `runs[variant][seed]` is a record. Seeds are strings.
 
-    A record has the identity's `config`, `corpus`, `tokenizer` and `recipe`; `numbers` (name → number, list or dict),
-    `curves` (name → [steps, values]), `parameters` (total, active, cache_bytes), `steps`, `seconds`, `date`, `commit`
-    and `dirty` of the training code, `machine`. Records without `recipe` are of recipe 1.
+    A record has the identity's `config`, `corpus`, `tokenizer` and `recipe`; `numbers` (name →
+    number, list or dict), `curves` (name → [steps, values]), `parameters` (total, active,
+    cache_bytes), `steps`, `seconds`, `date`, `commit` and `dirty` of the training code, `machine`.
+    Records without `recipe` are of recipe 1.
 
     Attributes:
         stored: all that results.json holds, one record for a variant and seed.
         runs: what is shown: results of the asked identities, or all while there are none of these.
         names: hash `keys` of records → names of their settings.
         is_current: whether `runs` are of the identities that `select` was asked for.
-        begun: variant → the one whose run it continues, for variants that begin with another one's weights.
+        begun: variant → the one whose run it continues, where it begins with its weights.
         noise, verdicts: what `Study.judge` judged by, and found; pictures show them.
     """
 
@@ -58,7 +59,9 @@ class Results:
         values = json.loads(path.read_text()) if path.exists() else {}
         values.pop("others", None)  # of older recipes, by earlier versions
         self.stored: dict[str, dict[str, dict]] = values.pop("runs", {})
-        self.names: dict[str, list[str]] = {keys: names.split() for keys, names in values.pop("settings", {}).items()}
+        self.names: dict[str, list[str]] = {
+            keys: names.split() for keys, names in values.pop("settings", {}).items()
+        }
         self.runs = self.stored
         self.is_current = False
         self.about = values | dict(about or {})
@@ -77,7 +80,7 @@ class Results:
         return identity.matches(self.stored.get(variant, {}).get(str(seed), {}), self.names)
 
     def remember(self, identity: Identity) -> None:
-        """Keep the names of an identity's settings, so that a later version can compare its results."""
+        """Keep the names of an identity's settings, so that later versions can compare results."""
         self.names.setdefault(identity.keys, sorted(identity.settings))
 
     def add(self, variant: str, seed: int, record: dict) -> None:
@@ -89,7 +92,7 @@ class Results:
         self.write()
 
     def select(self, asked: Mapping[tuple[str, int], Identity]) -> None:
-        """Show the results of the asked identities, in their order. Without any, show all that are stored."""
+        """Show results of the asked identities, in their order. Without any, show all."""
         runs: dict[str, dict[str, dict]] = {name: {} for name, _ in asked}
         for (name, seed), identity in asked.items():
             if self.has(name, seed, identity):
@@ -120,14 +123,19 @@ class Results:
 
     def write(self) -> None:
         """Write the file with one line per run, so that its diff is readable."""
-        settings = {"settings": {keys: " ".join(names) for keys, names in self.names.items()}} if self.names else {}
+        settings: dict[str, dict[str, str]] = {}
+        if self.names:
+            settings["settings"] = {keys: " ".join(names) for keys, names in self.names.items()}
         outer = json.dumps(self.about | settings | {"runs": "@"}, indent=1, ensure_ascii=False)
         variants = []
         for variant, seeds in self.stored.items():
-            lines = (f"   {json.dumps(s)}: {json.dumps(r, ensure_ascii=False)}" for s, r in seeds.items())
+            lines = (
+                f"   {json.dumps(s)}: {json.dumps(r, ensure_ascii=False)}" for s, r in seeds.items()
+            )
             variants.append(f"  {json.dumps(variant)}: {{\n" + ",\n".join(lines) + "\n  }")
         head, _, tail = outer.rpartition('"@"')
-        write_atomic(self.path, (head + "{\n" + ",\n".join(variants) + "\n }" + tail + "\n").encode())
+        text = head + "{\n" + ",\n".join(variants) + "\n }" + tail + "\n"
+        write_atomic(self.path, text.encode())
 
     @property
     def variants(self) -> list[str]:
@@ -141,10 +149,14 @@ class Results:
     def values(self, variant: str, key: Key) -> np.ndarray:
         """Return a number over the seeds, float64 [seeds, …].
 
-        Args: key: the number's name; `a/b` selects within dicts and lists. Or a function of a record's numbers.
-        Raises: KeyError for a number that was not measured; MissingRuns, which is one, for a variant without runs.
+        Args: key: the number's name; `a/b` selects within dicts and lists. Or a function of a
+            record's numbers.
+        Raises: KeyError for a number that was not measured; MissingRuns, which is one, for a
+            variant without runs.
         """
-        return np.array([lookup(record["numbers"], key) for record in self.records(variant)], np.float64)
+        return np.array(
+            [lookup(record["numbers"], key) for record in self.records(variant)], np.float64
+        )
 
     def paired(self, variant: str, first: str, key: Key) -> np.ndarray:
         """Return `variant` − `first` for each seed that both have, float64 [seeds].
@@ -152,16 +164,22 @@ class Results:
         The seed's effect on both variants cancels. Raises: as `values`.
         """
         seeds = self.common_seeds(variant, first)
-        both = [[lookup(self.runs[name][seed]["numbers"], key) for seed in seeds] for name in (variant, first)]
+        both = [
+            [lookup(self.runs[name][seed]["numbers"], key) for seed in seeds]
+            for name in (variant, first)
+        ]
         return np.subtract(*np.array(both, np.float64).reshape(2, len(seeds)))
 
     def common_seeds(self, variant: str, other: str) -> list[str]:
-        """Return the seeds that two variants both have, ascending. Raises: MissingRuns if a variant has no run."""
+        """Return the seeds that two variants share, ascending.
+
+        Raises: MissingRuns if a variant has no run.
+        """
         there = self.seeds_of(other)
         return [seed for seed in self.seeds_of(variant) if seed in there]
 
     def difference(self, variant: str, first: str, key: Key) -> float:
-        """Return the mean of `paired`. Raises: as `values`, and MissingRuns without a common seed."""
+        """Return the mean of `paired`. Raises: as `values`; MissingRuns without a common seed."""
         found = self.paired(variant, first, key)
         if not len(found):
             raise MissingRuns(f"{variant!r} and {first!r} have no seed in common")
@@ -204,8 +222,12 @@ def thin_curves(rows: Sequence[Mapping], names: Sequence[str], points: int = 50)
     """
     curves = {}
     for name in names:
-        pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-        parts = np.array_split(np.array(pairs, np.float64), min(points, len(pairs))) if pairs else []
+        pairs = [
+            (row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))
+        ]
+        parts = (
+            np.array_split(np.array(pairs, np.float64), min(points, len(pairs))) if pairs else []
+        )
         if parts:
             curves[name] = [[int(p[-1, 0]) for p in parts], [float(p[:, 1].mean()) for p in parts]]
     return curves
@@ -219,5 +241,8 @@ def replace_block(path: Path, text: str) -> None:
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest:
-        raise ValueError(f"path={str(path)!r} does not contain {BEGIN} and then {END}, each once; add these markers")
+        raise ValueError(
+            f"path={str(path)!r} does not contain {BEGIN} and then {END}, each once; "
+            "add these markers"
+        )
     write_atomic(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())

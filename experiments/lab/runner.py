@@ -1,4 +1,4 @@
-"""Run many jobs in worker processes, each on its own cores, and show a live progress line for each job."""
+"""Run jobs in worker processes, each on its own cores, with a live line of progress each."""
 
 import json
 import multiprocessing
@@ -12,21 +12,29 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from dsv3_jax.signals import handled
 from experiments.lab import work
 from experiments.lab.work import STOPPED, Job
 
 POLL_SECONDS = 0.5  # between two looks at the workers' progress
-STOP_TIMEOUT = 60.0  # seconds that a worker gets to save after a stop request, or to end when it is idle
+# seconds that a worker gets to save after a stop request, or to end when it is idle
+STOP_TIMEOUT = 60.0
 ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 class _Worker:
     """A process that does jobs on some cores, one after the other.
 
-    A job after the first one imports nothing, and traces nothing if the process has done its variant.
+    Later jobs import nothing, and trace nothing if the process has done their variant.
     """
 
     def __init__(self, folder: Path, cores: tuple[int, ...]):
@@ -43,7 +51,9 @@ class _Worker:
         if self.process is None or not self.process.is_alive():
             context = multiprocessing.get_context("spawn")
             self.pipe, other = context.Pipe()
-            self.process = context.Process(target=work.serve, args=(other, self.folder, self.cores), daemon=True)
+            self.process = context.Process(
+                target=work.serve, args=(other, self.folder, self.cores), daemon=True
+            )
             self.process.start()
             other.close()
             self.variants = set()
@@ -52,7 +62,7 @@ class _Worker:
         self.pipe.send(job)
 
     def answer(self) -> int:
-        """Return the exit code of the finished job. A process that ended, or timed a job, is left behind."""
+        """Return the job's exit code. A process that ended, or timed a job, is left behind."""
         assert self.job is not None and self.process is not None
         try:
             code = self.pipe.recv()
@@ -75,7 +85,10 @@ class _Worker:
 
 
 def run_all(
-    folder: Path, jobs: Sequence[Job], cores: Sequence[tuple[int, ...]], on_finish: Callable[[Job, dict], None]
+    folder: Path,
+    jobs: Sequence[Job],
+    cores: Sequence[tuple[int, ...]],
+    on_finish: Callable[[Job, dict], None],
 ) -> list[str]:
     """Run jobs seed by seed; a job starts only after the jobs that it depends on.
 
@@ -87,9 +100,20 @@ def run_all(
     Raises: KeyboardInterrupt, after the workers have saved and ended.
     """
     root, console = folder.parent.parent, Console(highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[line]}"), console=console, disable=not console.is_terminal)
-    os.environ |= ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(root / "runs/lab/cache")}  # of the workers
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bar = Progress(
+        *columns,
+        TextColumn("{task.fields[line]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    # The workers inherit these.
+    os.environ |= ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(root / "runs/lab/cache")}
     pool = [_Worker(folder, mine) for mine in cores]
     waiting, failed, failures, seconds = list(jobs), set[str](), list[str](), list[float]()
     with _sigterm_as_interrupt(), bar:
@@ -99,12 +123,18 @@ def run_all(
                 for worker in pool:
                     while worker.job is None and (job := _next_ready(waiting, pool, worker)):
                         waiting.remove(job)
-                        if needed := [name for name, f in job.needed_folders.items() if f in failed]:
-                            failures.append(f"{job.name} was not run: it depends on {', '.join(needed)}, which failed")
+                        needed = [name for name, f in job.needed_folders.items() if f in failed]
+                        if needed:
+                            failures.append(
+                                f"{job.name} was not run: it depends on {', '.join(needed)}, "
+                                "which failed"
+                            )
                             failed.add(job.folder)
                             continue
                         worker.give(job)
-                        worker.task = bar.add_task(f"  {job.name}", total=job.run.steps, line="starting")
+                        worker.task = bar.add_task(
+                            f"  {job.name}", total=job.run.steps, line="starting"
+                        )
                 busy = [worker for worker in pool if worker.job]
                 ready = wait([worker.pipe for worker in busy], POLL_SECONDS)
                 for worker in busy:
@@ -134,7 +164,7 @@ def run_all(
 
 
 def _next_ready(waiting: Sequence[Job], pool: Sequence[_Worker], worker: _Worker) -> Job | None:
-    """Return a job whose dependencies have ended, of the first such seed; variants that the worker has done first."""
+    """Return a job of the first seed whose dependencies have ended; variants done here first."""
     unfinished = {job.folder for job in (*waiting, *(other.job for other in pool if other.job))}
     ready = [job for job in waiting if not unfinished & set(job.needed_folders.values())]
     of_seed = (job for job in ready if job.seed == ready[0].seed)
@@ -159,7 +189,8 @@ def _show_progress(job: Job, task: TaskID, root: Path, bar: Progress) -> None:
 
 def _failure(job: Job, root: Path, code: int) -> str:
     log = root / job.log
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     reason = "it was stopped" if code == STOPPED else lines[-1] if lines else f"exit code {code}"
     return f"{job.name} failed: {reason} (full log: {log})"
 

@@ -1,4 +1,4 @@
-"""Run a study: train and measure the runs that results.json lacks, then write its picture and README.md's table."""
+"""Run a study: train and measure the runs that results.json lacks, then write picture and table."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ Key = tuple[str, int]  # variant, seed
 
 
 def run(study: Study, options: argparse.Namespace) -> int:
-    """Run a study. Returns the exit code: 1 if a run failed. Raises: ValueError for options that do not fit it."""
+    """Run a study. Returns the exit code: 1 if a run failed. Raises: ValueError for bad options."""
     print(study.question)
     with _asked(study, options) as (results, runs, wanted):
         missing = {key for key in wanted if not results.has(*key, runs[key].identity)}
@@ -49,7 +49,7 @@ def run(study: Study, options: argparse.Namespace) -> int:
 
 
 def forget(study: Study, options: argparse.Namespace) -> None:
-    """Delete the results that the options name, with --fresh their runs too, with --remeasure their evaluations."""
+    """Delete named results; with --fresh their runs too, with --remeasure their evaluations."""
     with _asked(study, options) as (results, runs, wanted):
         results.forget({key for key in wanted if results.has(*key, runs[key].identity)})
         for key in wanted:
@@ -62,17 +62,24 @@ def forget(study: Study, options: argparse.Namespace) -> None:
 
 @contextmanager
 def _asked(study: Study, options: argparse.Namespace):
-    """Yield (results, all runs by key, the keys that the options ask for); --short has a temporary folder for all."""
+    """Yield (results, all runs by key, the asked keys); --short has a temporary folder for all."""
     with tempfile.TemporaryDirectory(prefix="lab-") as temporary:
         name = options.base or study.base
         if options.short:
             base, runs_folder, out = short_run(study.base), temporary, Path(temporary)
         else:
-            base, runs_folder, out = base_run(name, options.set, RUNS_FOLDER), RUNS_FOLDER, study.folder
-            if name != study.base or options.set:  # the study's folder has results of the study's base alone
+            base = base_run(name, options.set, RUNS_FOLDER)
+            runs_folder = RUNS_FOLDER
+            out = study.folder
+            # the study's folder has results of the study's base alone
+            if name != study.base or options.set:
                 changes = "".join(f"-{change.replace('/', '_')}" for change in options.set)
                 out = study.root / RUNS_FOLDER / f"{study.folder.name}-{name}{changes}"
-        about = {"question": study.question, "published": study.published, "base": " ".join([name, *options.set])}
+        about = {
+            "question": study.question,
+            "published": study.published,
+            "base": " ".join([name, *options.set]),
+        }
         results = Results(out / "results.json", about)
         if not (options.list or options.redraw):  # identities hash these files
             make_tokenizer(base, study.root)
@@ -82,29 +89,49 @@ def _asked(study: Study, options: argparse.Namespace):
         if unknown := set(options.only) - set(names):
             raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
         seeds = options.seeds or ((0,) if options.short else None)  # None: the study's own
-        wanted = {(n, s) for n in options.only or names for s in seeds or range(study.seeds_of.get(n, study.seeds))}
-        runs = study.list_runs(base, sorted({*results.seeds()} | {seed for _, seed in wanted}), runs_folder)
+        wanted = {
+            (n, s)
+            for n in options.only or names
+            for s in seeds or range(study.seeds_of.get(n, study.seeds))
+        }
+        runs = study.list_runs(
+            base, sorted({*results.seeds()} | {seed for _, seed in wanted}), runs_folder
+        )
         results.select({key: run.identity for key, run in runs.items()})
         yield results, runs, wanted
 
 
 def _run_missing(
-    study: Study, runs: dict[Key, StudyRun], missing: set[Key], results: Results, workers: int | None
+    study: Study,
+    runs: dict[Key, StudyRun],
+    missing: set[Key],
+    results: Results,
+    workers: int | None,
 ) -> list[str]:
-    """Train and measure the missing runs, and the runs that they depend on if those are not finished."""
+    """Train and measure the missing runs, and the unfinished runs that they depend on."""
     wanted = set(missing)
     for key in reversed(runs):  # dependencies come before the runs that need them
         if key in wanted:
             for name in runs[key].needed_folders:
                 needed = runs[name, key[1]]
-                if not (study.root / needed.folder / "checkpoints" / str(needed.run.steps)).is_dir():
+                checkpoints = study.root / needed.folder / "checkpoints"
+                if not (checkpoints / str(needed.run.steps)).is_dir():
                     wanted.add((name, key[1]))
     on_cpu = _backend() == "cpu"
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     workers = workers or (len(cores) if on_cpu else 1)
     count = max(len(cores) // workers, 1)
-    cores_by_worker = [tuple(cores[i * count : (i + 1) * count]) if on_cpu else () for i in range(workers)]
-    machine = f"{os.cpu_count()} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
+    cores_by_worker = [
+        tuple(cores[i * count : (i + 1) * count]) if on_cpu else () for i in range(workers)
+    ]
+    machine = (
+        f"{os.cpu_count()} × {platform.machine()}, "
+        f"Python {platform.python_version()}, JAX {version('jax')}"
+    )
     provenance = {"date": date.today().isoformat(), "machine": machine}
     pending: dict[Key, dict] = {}
 
@@ -124,7 +151,8 @@ def _run_missing(
     failures = run_all(study.folder, jobs, cores_by_worker, add_trained)
     if pending:
         print("timing, one run at a time: leave the machine idle")
-        failures += run_all(study.folder, [_job(key, runs[key], alone=True) for key in pending], [()], add_timed)
+        alone = [_job(key, runs[key], alone=True) for key in pending]
+        failures += run_all(study.folder, alone, [()], add_timed)
     return failures
 
 
@@ -133,9 +161,10 @@ def _job(key: Key, run: StudyRun, *, alone: bool = False) -> Job:
 
 
 def _backend() -> str:
-    """Return the workers' JAX backend. A subprocess looks it up, so that this process takes no accelerator memory."""
+    """Return the workers' JAX backend. A subprocess looks: this one takes no accelerator memory."""
     look_up = "import jax; print(jax.default_backend())"
-    return subprocess.run([sys.executable, "-c", look_up], capture_output=True, text=True).stdout.strip() or "cpu"
+    done = subprocess.run([sys.executable, "-c", look_up], capture_output=True, text=True)
+    return done.stdout.strip() or "cpu"
 
 
 def _publish(study: Study, results: Results) -> None:
@@ -159,7 +188,10 @@ def _publish(study: Study, results: Results) -> None:
         f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
     )
     if not results.is_current:
-        caption += f" These are not of the present configuration and text (recipe {RECIPE}); run the study again."
+        caption += (
+            " These are not of the present configuration and text "
+            f"(recipe {RECIPE}); run the study again."
+        )
     if results.path.parent == study.folder:
         replace_block(study.folder / "README.md", f"{text}\n\n{caption}")
         overview.write(study.folder.parent)

@@ -1,16 +1,17 @@
-"""The lab's statistics: a pooled noise model, intervals of differences, Holm's correction, and what could be seen.
+"""The lab's statistics: pooled noise, intervals, Holm's correction, and what could be seen.
 
-A measured number of variant v with seed s is y_vs = μ_v + β_s + ε_vs. The seed's effect β is common to all variants,
-because a seed sets the order of the data for all of them. The noise of one run is ε, with standard deviation σ. It is
-pooled over all variants of a recipe, because three seeds of one variant say little. With 2 degrees of freedom an
-interval reaches 4.3 standard errors to each side, with 58 it reaches 2.0.
+A measured number of variant v with seed s is y_vs = μ_v + β_s + ε_vs. The seed's effect β is common
+to all variants, because a seed sets the order of the data for all of them. The noise of one run is
+ε, with standard deviation σ. It is pooled over all variants of a recipe, because three seeds of one
+variant say little. With 2 degrees of freedom an interval reaches 4.3 standard errors to each side,
+with 58 it reaches 2.0.
 
     difference of two variants over n common seeds   d = mean(y_v − y_w),   SE = σ √(2/n)
-    one variant against a constant                   SE = τ / √n,   τ² = the variance of a variant over seeds, pooled
+    one variant against a constant                   SE = τ / √n,   τ² the pooled variance of seeds
     interval                                         d ± t(1 − α/2, dof) · SE
 
-σ is assumed to be the same for all variants. If one variant is noisier (a rate that is too high), its intervals are too
-short.
+σ is assumed to be the same for all variants. If one variant is noisier (a rate that is too high),
+its intervals are too short.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,8 @@ class Noise:
 def pool(tables: Sequence[Table]) -> Noise:
     """Estimate the noise from several tables, whose seeds' effects need not be the same.
 
-    Each table is fitted by least squares to variant + seed, so seeds may be missing. Their residuals are pooled.
+    Each table is fitted by least squares to variant + seed, so seeds may be missing. Their
+    residuals are pooled.
 
     With one variant only τ is known: `sd` is NaN and `dof` 0.
 
@@ -81,7 +83,10 @@ def pool(tables: Sequence[Table]) -> Noise:
             shared += len(seeds) - 1
         variants, runs = variants + len(names), runs + len(cells)
     if not within_dof:
-        raise ValueError(f"variants={variants} with runs={runs} leave no degree of freedom; a variant needs two seeds")
+        raise ValueError(
+            f"variants={variants} with runs={runs} leave no degree of freedom; "
+            "a variant needs two seeds"
+        )
     sd = float(np.sqrt(squares / dof)) if dof else float("nan")
     # The mean of a seed over V variants has variance β² + σ²/V.
     seed_variance = effects / max(shared, 1) - sd**2 * max(len(tables), 1) / max(variants, 1)
@@ -118,7 +123,8 @@ def compare(first: Mapping[int, float], second: Mapping[int, float], noise: Nois
 
     Raises: ValueError without a common seed or a degree of freedom.
 
-    >>> noise = Noise(sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90)
+    >>> within = dict(within_sd=0.019, within_dof=60)
+    >>> noise = Noise(sd=0.0141, dof=58, seed_sd=0.013, variants=30, runs=90, **within)
     >>> found = compare({0: 3.64, 1: 3.65, 2: 3.66}, {0: 3.68, 1: 3.68, 2: 3.69}, noise)
     >>> round(found.mean, 4), round(found.half, 4)
     (-0.0333, 0.023)
@@ -127,13 +133,16 @@ def compare(first: Mapping[int, float], second: Mapping[int, float], noise: Nois
     if not seeds:
         raise ValueError(f"seeds={sorted(first)} and {sorted(second)} have none in common")
     if not noise.dof:
-        raise ValueError(f"variants={noise.variants} with runs={noise.runs} leave no degree of freedom for differences")
+        raise ValueError(
+            f"variants={noise.variants} with runs={noise.runs} leave no degree of freedom "
+            "for differences"
+        )
     mean = float(np.mean([first[s] - second[s] for s in seeds]))
     return _difference(mean, noise.sd * np.sqrt(2 / len(seeds)), len(seeds), noise.dof)
 
 
 def against_constant(values: Mapping[int, float], constant: float, noise: Noise) -> Difference:
-    """Return the mean over seeds − a constant, such as a chance level; the seeds' effects count as noise."""
+    """Return the mean over seeds − a constant, as a chance level; seeds' effects count as noise."""
     mean = float(np.mean(list(values.values()))) - constant
     return _difference(mean, noise.within_sd / np.sqrt(len(values)), len(values), noise.within_dof)
 
@@ -179,7 +188,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def smallest_visible(error: float, dof: int, comparisons: int = 1, power: float = POWER) -> float:
     """Return the difference that a two-sided test finds with the given power.
 
-    The test's level is 0.05 / comparisons, that of Holm's first step: the strictest, so this is the safe side.
+    The test's level is 0.05 / comparisons, that of Holm's first step: the strictest.
 
     Args: error: standard error of the difference; dof: its degrees of freedom.
 

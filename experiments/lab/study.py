@@ -1,7 +1,7 @@
 """A study: its question, its variants as changes of a base recipe, and its claims.
 
-Run folders are runs/lab/MARK, where the mark is a hash of the run's identity (see `fingerprints`). So studies that need
-the same run share it.
+Run folders are runs/lab/MARK, where the mark is a hash of the run's identity (see `fingerprints`).
+So studies that need the same run share it.
 """
 
 import importlib.util
@@ -30,7 +30,8 @@ class FollowUp:
     """A variant that starts from other variants' runs of the same seed, which are trained first."""
 
     needs: tuple[str, ...]
-    run: Callable[..., "RunConfig | OnTask"]  # called with the run folders of `needs`, as strings, in the same order
+    # called with the run folders of `needs`, as strings, in the same order
+    run: Callable[..., "RunConfig | OnTask"]
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,28 @@ class Study:
 
     question: str
     published: str  # the papers' figure or direction, in one line
-    variants: Callable[[RunConfig], Variants]  # changes of a base recipe; differences refer to the first variant
+    # changes of a base recipe; differences refer to the first variant
+    variants: Callable[[RunConfig], Variants]
     base: str = "lab"  # name of the base recipe
     seeds: int = 3  # each variant is trained from the seeds 0 … seeds − 1
-    seeds_of: Mapping[str, int] = field(default_factory=dict)  # the same for variants that need other numbers
+    # the same for variants that need other numbers
+    seeds_of: Mapping[str, int] = field(default_factory=dict)
     columns: Sequence[Column] = (Column("validation loss", "val_loss", 4, paired=True),)
-    prepare: Callable[[RunConfig, Path], None] | None = None  # (base, repository) → None: writes files that runs read
-    measure: Callable[[TrainedRun], dict] | None = None  # more numbers of a run: name → number, list or dict
-    measure_alone: Callable[[TrainedRun], dict] | None = None  # the same for timings: one run at a time, on all cores
+    # (base, repository) → None: writes files that runs read
+    prepare: Callable[[RunConfig, Path], None] | None = None
+    # more numbers of a run: name → number, list or dict
+    measure: Callable[[TrainedRun], dict] | None = None
+    # the same for timings: one run at a time, on all cores
+    measure_alone: Callable[[TrainedRun], dict] | None = None
     table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
     draw: Callable[[Results, Path], None] = drawing.draw_verdicts
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
-    noise: Callable[[Results], NoiseOf] | None = None  # pools noise otherwise than over variants, see `claims.judge`
-    stakes: Mapping[str, Stake] = field(default_factory=dict)  # manipulation checks that claims refer to by name
-    # Numbers of README.md that its tables lack → an expression of numbers that they have, a function, or the source.
+    # pools noise otherwise than over variants, see `claims.judge`
+    noise: Callable[[Results], NoiseOf] | None = None
+    # manipulation checks that claims refer to by name
+    stakes: Mapping[str, Stake] = field(default_factory=dict)
+    # Numbers of README.md that its tables lack → an expression of numbers that they have, a
+    # function, or the source.
     facts: Mapping[str, str | Callable[[Results], float]] = field(default_factory=dict)
     folder: Path = Path()  # experiments/NN_name, set by `load`
 
@@ -86,25 +95,30 @@ class Study:
     def list_runs(
         self, base: RunConfig, seeds: Sequence[int], runs_folder: str = RUNS_FOLDER
     ) -> dict[tuple[str, int], StudyRun]:
-        """Return all runs by (variant, seed), one seed after the other, so that early results cover all variants.
+        """Return all runs by (variant, seed), seed by seed: early results then cover all variants.
 
-        The seed sets the initial parameters and the order of the data. All variants see the same data.
+        The seed sets the initial parameters and the data's order. All variants see the same data.
 
         Raises: ConfigError for a variant with an invalid configuration.
         """
         variants = self.variants(base)
         runs: dict[tuple[str, int], StudyRun] = {}
-        named: dict[str, str] = {}  # run folder → a hash of what it is, which newer settings leave as it is
+        # run folder → a hash of what it is, which newer settings leave as it is
+        named: dict[str, str] = {}
         for seed in seeds:
             for name, variant in variants.items():
                 needed: dict[str, str] = {}
                 if isinstance(variant, FollowUp):
                     for other in variant.needs:
                         if (other, seed) not in runs:
-                            raise ValueError(f"variant {name!r} needs={other!r}, which is not an earlier variant")
+                            raise ValueError(
+                                f"variant {name!r} needs={other!r}, which is not an earlier variant"
+                            )
                     needed = {other: runs[other, seed].folder for other in variant.needs}
                     variant = variant.run(*needed.values())
-                task, run = (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
+                task, run = (
+                    (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
+                )
                 run = replace(run, seed=seed, data=replace(run.data, seed=seed))
                 identity = identify(run, self.root, task, named)
                 folder = f"{runs_folder}/{identity.mark}"
@@ -113,7 +127,7 @@ class Study:
         return runs
 
     def begun(self) -> dict[str, str]:
-        """Return variant → the one whose run it continues, for variants that begin with another one's weights."""
+        """Return variant → the one whose run it continues, where it begins with its weights."""
         found = {}
         for name, variant in self.variants(base_run(self.base, [], RUNS_FOLDER)).items():
             if isinstance(variant, FollowUp):
@@ -124,14 +138,16 @@ class Study:
         return found
 
     def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:
-        """Judge the study's claims on its results, which keep the noise and the verdicts for their picture."""
+        """Judge the study's claims on its results, which keep noise and verdicts for pictures."""
         results.begun = self.begun()
-        results.noise = self.noise(results) if self.noise else noise_for(results, self.folder.parent)
+        results.noise = (
+            self.noise(results) if self.noise else noise_for(results, self.folder.parent)
+        )
         results.verdicts, checks = judge(results, self.claims, self.stakes, results.noise)
         return results.verdicts, checks
 
     def make_table(self, results: Results) -> str:
-        """Return the study's table, or that of its columns if runs that its own table needs are missing."""
+        """Return the study's table, or that of its columns if runs for its own are missing."""
         if self.table is not None:
             with suppress(MissingRuns):
                 return self.table(results)

@@ -33,18 +33,23 @@ class Column:
     """A column of a study's table: mean and spread over the seeds of one measured number."""
 
     title: str
-    key: str | Callable[[Results, str], np.ndarray]  # for `Results.values`, or a function (results, variant) → values
+    # for `Results.values`, or a function (results, variant) → values
+    key: str | Callable[[Results, str], np.ndarray]
     digits: int = 3
     scale: float = 1.0
-    paired: bool = False  # add a column of paired differences to the first variant; needs a `key` that is a name
-    against: tuple[str, ...] = ()  # more such columns, against these variants; ABOVE means the row above
+    # add a column of paired differences to the first variant; needs a `key` that is a name
+    paired: bool = False
+    # more such columns, against these variants; ABOVE means the row above
+    against: tuple[str, ...] = ()
 
 
 def results_table(results: Results, columns: Sequence[Column]) -> str:
     """Return a Markdown table with a row for each variant."""
     header = ["variant", "parameters (active)", "cache bytes per token"]
     for column in columns:
-        header += [column.title] + [f"against {name or results.variants[0]}, paired" for name in _references(column)]
+        header.append(column.title)
+        for name in _references(column):
+            header.append(f"against {name or results.variants[0]}, paired")
     rows = []
     for variant in results.variants:
         size = results.records(variant)[0]["parameters"]
@@ -71,7 +76,9 @@ def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
         if reference == variant or reference not in results.runs:
             yield ""
             continue
-        yield mean_spread(results.paired(variant, reference, key) * column.scale, column.digits, sign=True)
+        yield mean_spread(
+            results.paired(variant, reference, key) * column.scale, column.digits, sign=True
+        )
 
 
 def _references(column: Column) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The lab's commands: which runs they make, what options do, what a worker writes, which results count."""
+"""The lab's commands: which runs they make, what options do and workers write, what counts."""
 
 import os
 import shutil
@@ -26,18 +26,23 @@ from experiments.lab import FollowUp, Study
 from experiments.lab.claims import Claim
 
 def variants(base):
-    heads = lambda trunk: replace(base, steps=9, model=replace(base.model, mtp_depth=1), trunk=trunk)
+    model = replace(base.model, mtp_depth=1)
+    heads = lambda trunk: replace(base, steps=9, model=model, trunk=trunk)
     return {"first": base, "second": replace(base, steps=7), "bad": replace(base, steps=8),
             "heads": FollowUp(("bad",), heads)}
 
-STUDY = Study("A question?", "yes", variants, claims=(Claim("the second is lower", "second", "first"),))
+CLAIM = Claim("the second is lower", "second", "first")
+STUDY = Study("A question?", "yes", variants, claims=(CLAIM,))
 """
-PAGE = "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n## Verdict\n\n**Agrees, in\nshort.** It does.\n"
+PAGE = (
+    "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n"
+    "## Verdict\n\n**Agrees, in\nshort.** It does.\n"
+)
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """Return a function (arguments of `run 1`) → (exit code, jobs that it did), in a repository with one study.
+    """Return (arguments of `run 1`) → (exit code, jobs that it did), in a repository with a study.
 
     It trains nothing. The variant "bad" fails until `lab.fixed`.
     """
@@ -48,12 +53,20 @@ def lab(tmp_path, monkeypatch):
     (folder.parent / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
 
     def run_all(folder, jobs, cores, on_finish):
-        made.extend(f"{job.variant} {job.seed} {sorted(job.needed_folders)}" + job.alone * " alone" for job in jobs)
+        made.extend(
+            f"{job.variant} {job.seed} {sorted(job.needed_folders)}" + job.alone * " alone"
+            for job in jobs
+        )
         good = [job for job in jobs if job.variant != "bad" or lab.fixed]
         for job in good:
-            record = {"numbers": {"val_loss": 1.0 + job.seed + {"second": 0.25}.get(job.variant, 0)}, "curves": {}}
+            record = {
+                "numbers": {"val_loss": 1.0 + job.seed + {"second": 0.25}.get(job.variant, 0)},
+                "curves": {},
+            }
             record |= {"steps": 1, "seconds": 1.0, "commit": "0123abc", "dirty": False}
-            on_finish(job, record | {"parameters": {"total": 1000, "active": 100, "cache_bytes": 8}})
+            on_finish(
+                job, record | {"parameters": {"total": 1000, "active": 100, "cache_bytes": 8}}
+            )
         return [f"{job.name} failed: it is bad" for job in jobs if job not in good]
 
     monkeypatch.setattr(running, "run_all", run_all)
@@ -70,29 +83,36 @@ def lab(tmp_path, monkeypatch):
 
 
 def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
-    """Then: a page, a picture, a line of the overview; the fixed variant alone is made; a changed variant again."""
+    """There is a page, picture, overview. Then the fixed or the changed variant alone is made."""
     code, made = lab("--seeds", "0", "1", "--only", "first", "second", "bad")
     assert code == 1 and "bad, seed 0 failed: it is bad" in capsys.readouterr().err
     assert made == [f"{name} {seed} []" for seed in (0, 1) for name in ("first", "second", "bad")]
     page = (lab.folder / "README.md").read_text()
     assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
-    assert "| the second is lower | +0.250 (" in page and "trained at commit 0123abc. Machine: " in page
-    assert "\nold\n" not in page and page.startswith("# A question?") and page.endswith("It does.\n")
+    assert "| the second is lower | +0.250 (" in page
+    assert "trained at commit 0123abc. Machine: " in page
+    assert "\nold\n" not in page
+    assert page.startswith("# A question?") and page.endswith("It does.\n")
     assert (lab.folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
     row = f"| [01 fake](01_fake/README.md) | A question? | Agrees, in short | {RECIPE} |"
     assert row in (lab.folder.parent / "README.md").read_text()
 
     lab.fixed = True
     code, made = lab("--seeds", "0", "1")
-    assert code == 0 and made == [job for s in (0, 1) for job in (f"bad {s} []", f"heads {s} ['bad']")]
-    assert lab.results().variants == ["first", "second", "bad", "heads"] and lab.results().seeds() == [0, 1]
+    assert code == 0
+    assert made == [job for s in (0, 1) for job in (f"bad {s} []", f"heads {s} ['bad']")]
+    assert lab.results().variants == ["first", "second", "bad", "heads"]
+    assert lab.results().seeds() == [0, 1]
     assert lab("--seeds", "0", "1") == (0, [])
     (lab.folder / "study.py").write_text(STUDY.replace("steps=8", "steps=80"))
     assert lab("--seeds", "0") == (0, ["bad 0 []", "heads 0 ['bad']"])
     capsys.readouterr()
     assert lab("--list") == (0, []) and "bad, seed 1: missing, runs/lab/" in capsys.readouterr().out
-    (lab.folder / "study.py").write_text(STUDY.replace('"yes", variants', '"yes", variants, measure_alone=len'))
-    assert lab("--fresh", "--seeds", "0", "--only", "first") == (0, ["first 0 []", "first 0 [] alone"])
+    (lab.folder / "study.py").write_text(
+        STUDY.replace('"yes", variants', '"yes", variants, measure_alone=len')
+    )
+    made = ["first 0 []", "first 0 [] alone"]
+    assert lab("--fresh", "--seeds", "0", "--only", "first") == (0, made)
 
 
 def test_bad_input_is_one_sentence(lab, capsys):
@@ -109,11 +129,12 @@ def test_bad_input_is_one_sentence(lab, capsys):
 
 
 def test_a_new_study_is_a_folder_that_lists_its_runs(lab, capsys):
-    """Its study.py is complete: variants, claims, a manipulation check. A name that is taken is refused."""
+    """Its study.py has variants, claims and a manipulation check. A taken name is refused."""
     assert main(["new", "my_question"], lab.folder.parent) == 0
     study = load(lab.folder.parent / "02_my_question")
     names = {name for name, _ in study.list_runs(recipe("lab"), (0,))}
-    assert {c.variant for c in study.claims} | {c.against for c in study.claims} <= names and study.stakes
+    compared = {name for c in study.claims for name in (c.variant, c.against)}
+    assert compared <= names and study.stakes
     assert main(["new", "my_question"], lab.folder.parent) == 2
     assert "is taken by 02_my_question" in capsys.readouterr().err
 
@@ -124,8 +145,8 @@ from experiments.lab import FollowUp, OnTask, Study
 from experiments.lab.tasks import Facts
 
 def variants(base):
-    base = replace(base, model=replace(base.model, num_layers=1, num_experts=3, experts_per_token=1), steps=20)
-    base = replace(base, save_every=20, eval_every=20, eval_batches=1)
+    model = replace(base.model, num_layers=1, num_experts=3, experts_per_token=1)
+    base = replace(base, model=model, steps=20, save_every=20, eval_every=20, eval_batches=1)
     return {"a": OnTask(Facts(), base), "b": OnTask(Facts(), replace(base, steps=40)),
             "bad": OnTask(Facts(), replace(base, start="nowhere")),
             "c": FollowUp(("bad",), lambda folder: OnTask(Facts(), replace(base, start=folder)))}
@@ -137,17 +158,24 @@ STUDY = Study("Why?", "x", variants, base="facts",
 
 @pytest.mark.rare
 def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
-    """The real worker: SIGTERM stops it, finished runs are kept, and the same command makes the rest."""
+    """The real worker: SIGTERM stops it, finished runs are kept, the command makes the rest."""
     shutil.copytree(HERE / "experiments" / "lab", tmp_path / "experiments" / "lab")
     (tmp_path / "experiments" / "__init__.py").touch()
     folder = tmp_path / "experiments" / "01_one"
     folder.mkdir()
     (folder / "study.py").write_text(REAL)
     (folder / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
-    command = [sys.executable, "-m", "experiments.lab", "run", "1", "--seeds", "0", "--workers", "1"]
+    command = [sys.executable, "-m", "experiments.lab", "run", "1"]
+    command += ["--seeds", "0", "--workers", "1"]
     env = environment(tmp_path_factory.getbasetemp())
     env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}", "JAX_NUM_CPU_DEVICES": "1"}
-    options = {"cwd": tmp_path, "env": env, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    options = {
+        "cwd": tmp_path,
+        "env": env,
+        "text": True,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+    }
     process = subprocess.Popen(command, **options)
     while not list(tmp_path.glob("runs/lab/*.json")):
         assert process.poll() is None
@@ -156,7 +184,8 @@ def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     assert process.communicate(timeout=120)[1].strip().endswith("without --fresh, to resume")
     assert process.returncode == 130
     done = subprocess.run(command, **options)
-    assert done.returncode == 1 and "bad, seed 0 failed: " in done.stderr and "nowhere" in done.stderr
+    assert done.returncode == 1
+    assert "bad, seed 0 failed: " in done.stderr and "nowhere" in done.stderr
     assert "c, seed 0 was not run: it depends on bad, which failed" in done.stderr
     results = Results(folder / "results.json")
     assert results.variants == ["a", "b"] and results.values("b", "layers") == 1
@@ -176,12 +205,21 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
     run = recipe("lab")
     execution = replace(run.execution, kernels="xla", layout=Layout(fsdp=True))
     assert settings_hash(run) == settings_hash(replace(run, execution=execution))
-    others = [replace(run, seed=1), replace(run, model=replace(run.model, dim=48)), replace(run, steps=499)]
+    others = [
+        replace(run, seed=1),
+        replace(run, model=replace(run.model, dim=48)),
+        replace(run, steps=499),
+    ]
     assert len({settings_hash(r) for r in (run, *others)} | {settings_hash(run, Facts())}) == 5
     started = replace(run, start="runs/lab/abc")
-    assert settings_hash(started, None, {"runs/lab/abc": "x"}) != settings_hash(started, None, {"runs/lab/abc": "y"})
-    again = [fingerprints.changed(replace(run, start=folder), {folder: "x"}) for folder in ("runs/lab/a", "runs/lab/b")]
-    assert again[0] == again[1]  # what it starts from counts, not that folder's name, which newer settings change
+    x, y = (settings_hash(started, None, {"runs/lab/abc": of_start}) for of_start in "xy")
+    assert x != y
+    again = [
+        fingerprints.changed(replace(run, start=folder), {folder: "x"})
+        for folder in ("runs/lab/a", "runs/lab/b")
+    ]
+    # What it starts from counts, not that folder's name, which newer settings change.
+    assert again[0] == again[1]
     monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
     old = identify(run, tmp_path)
     assert old.matches(old.stored()) and not replace(old, corpus="other").matches(old.stored())
@@ -195,15 +233,21 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    """By hand: the differences between seeds, 1 and 10, cancel. The file gives the same numbers again."""
+    """By hand: differences between seeds, 1 and 10, cancel. The file gives the same numbers."""
     results = Results(tmp_path / "results.json")
     for variant, losses in {"a": {0: 1.0, 1: 11.0, 2: 5.0}, "b": {1: 10.5, 0: 0.7}}.items():
         for seed, loss in losses.items():
             record = {"numbers": {"val_loss": loss, "long": loss / 3}}
-            results.add(variant, seed, record | {"parameters": {"total": 1, "active": 1, "cache_bytes": 1}})
+            results.add(
+                variant, seed, record | {"parameters": {"total": 1, "active": 1, "cache_bytes": 1}}
+            )
     np.testing.assert_allclose(results.paired("b", "a", "val_loss"), [-0.3, -0.5])
     assert mean_spread(results.paired("b", "a", "val_loss"), 2, sign=True) == "−0.40 ± 0.14"
     again = Results(tmp_path / "results.json")
     assert again.runs == results.runs
-    rows = results_table(again, [Column("loss", "val_loss", 1, paired=True), Column("speed", "speed")]).splitlines()
-    assert rows[2:] == ["| a | 1 (1) | 1 | 5.7 ± 5.0 |  | – |", "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 | – |"]
+    columns = [Column("loss", "val_loss", 1, paired=True), Column("speed", "speed")]
+    rows = results_table(again, columns).splitlines()
+    assert rows[2:] == [
+        "| a | 1 (1) | 1 | 5.7 ± 5.0 |  | – |",
+        "| b | 1 (1) | 1 | 5.6 ± 6.9 | −0.4 ± 0.1 | – |",
+    ]

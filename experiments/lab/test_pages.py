@@ -1,4 +1,4 @@
-"""Numbers in the prose of README.md against its tables. test_statistics holds the tables to results.json."""
+"""Numbers in README.md's prose against its tables. test_statistics holds those to results.json."""
 
 import math
 import re
@@ -19,16 +19,20 @@ MEAN = rf"({NUMBER}){UNIT} \(({NUMBER}) to ({NUMBER}){UNIT}"  # with its interva
 RANGE = rf"\(({NUMBER}) to ({NUMBER}){UNIT}[),]"
 SPREAD = rf"({NUMBER}) ± ({NUMBER})"
 # No measurement: code, addresses, versions, and numbers that are names.
-NAMES = r"`[^`]*`|arxiv \d{4}\.\d{5}|\]\([^)]*\)|\d+\.\d+\.\d+|\b(?:study|figure|table|section|recipe) [\d.]+"
+NAMES = (
+    r"`[^`]*`|arxiv \d{4}\.\d{5}|\]\([^)]*\)|\d+\.\d+\.\d+"
+    r"|\b(?:study|figure|table|section|recipe) [\d.]+"
+)
 FUNCTIONS = {"log2": math.log2, "exp": math.exp}
 CONSTANTS = {"1", "2", "1000000"}
 
-Printed = tuple[float, int]  # a value without its sign, which prose leaves to its words, and decimals
+# a value without its sign, which prose leaves to its words, and decimals
+Printed = tuple[float, int]
 Facts = Mapping[str, str | Callable[[Results], float]]
 
 
 def parse(text: str) -> Printed:
-    """Return (value, decimals) of a number, as (1024.0, 0) of "−1,024" and (2.5e-7, 8) of "2.5e-7"."""
+    """Return (value, decimals) of a number: (1024.0, 0) of "−1,024", (2.5e-7, 8) of "2.5e-7"."""
     digits, _, power = text.lstrip("−+-").replace(",", "").partition("e")
     return float(f"{digits}e{power or 0}"), len(digits.partition(".")[2]) - int(power or 0)
 
@@ -36,12 +40,16 @@ def parse(text: str) -> Printed:
 def says(text: str, value: float, decimals: int = 99, unit: str = "") -> bool:
     """Return whether a number is a value that is rounded. In %, the value may be a share of 1."""
     said, digits = parse(text)
-    shares = ((100 * value, decimals - 2), (value, decimals)) if unit == "%" else ((value, decimals),)
-    return any(digits <= most and abs(abs(one) - said) <= 0.5000001 * 10.0**-digits for one, most in shares)
+    shares = (
+        ((100 * value, decimals - 2), (value, decimals)) if unit == "%" else ((value, decimals),)
+    )
+    return any(
+        digits <= most and abs(abs(one) - said) <= 0.5000001 * 10.0**-digits for one, most in shares
+    )
 
 
 def intervals(tables: str) -> list[tuple[Printed, Printed]]:
-    """Return the pairs of numbers that tables print together: ends of intervals, a mean and its spread."""
+    """Return pairs of numbers that tables print together: ends of intervals, mean and spread."""
     pairs = [(parse(a), parse(b)) for form in (RANGE, SPREAD) for a, b in re.findall(form, tables)]
     for mean, *ends in re.findall(MEAN, tables):
         low, high = (float(end.replace("−", "-").replace(",", "")) for end in ends)
@@ -50,7 +58,7 @@ def intervals(tables: str) -> list[tuple[Printed, Printed]]:
 
 
 def is_fact(text: str, unit: str, facts: Facts, tables: str, results: Results) -> bool:
-    """Return whether a number is a fact: its source is in words, or gives this value from what is printed or stored."""
+    """Return whether a number is a fact, given in words or by what is printed or stored."""
     number = text.lstrip("−+")
     source = facts.get(f"{number} {unit}") or facts.get(number)
     if source is None:
@@ -59,16 +67,21 @@ def is_fact(text: str, unit: str, facts: Facts, tables: str, results: Results) -
         return says(text, source(results), unit=unit)
     if re.search(r"[a-z]{2}", re.sub("log2|exp", "", source)):
         return True
-    printed = {parse(one)[0] for one in re.findall(NUMBER, tables)} | {parse(one)[0] for one in CONSTANTS}
-    known = all(parse(one)[0] in printed for one in re.findall(r"\d[\d,]*(?:\.\d+)?", source.replace("log2", "")))
-    return known and says(text, eval(source.replace(",", ""), {"__builtins__": {}}, FUNCTIONS), unit=unit)
+    printed = {parse(one)[0] for one in (*re.findall(NUMBER, tables), *CONSTANTS)}
+    used = re.findall(r"\d[\d,]*(?:\.\d+)?", source.replace("log2", ""))
+    if any(parse(one)[0] not in printed for one in used):
+        return False
+    value = eval(source.replace(",", ""), {"__builtins__": {}}, FUNCTIONS)
+    return says(text, value, unit=unit)
 
 
-def unexplained(page: str, own: str, tables: Mapping[str, str], facts: Facts, results: Results) -> list[str]:
+def unexplained(
+    page: str, own: str, tables: Mapping[str, str], facts: Facts, results: Results
+) -> list[str]:
     """Return the numbers and intervals of a page's prose that neither a table nor a fact has.
 
-    Before the tables, paragraphs on what is published are quotations. A paragraph may quote the tables of studies that
-    it links.
+    Before the tables, paragraphs on what is published are quotations. A paragraph may quote the
+    tables of studies that it links.
     """
     facts = {number: source for numbers, source in facts.items() for number in numbers.split(", ")}
     before, _, after = re.sub(r"```.*?```", "", page, flags=re.DOTALL).partition(BEGIN)
@@ -77,12 +90,17 @@ def unexplained(page: str, own: str, tables: Mapping[str, str], facts: Facts, re
 
     missing = []
     for part, is_verdict in parts:
-        block = "\n".join(tables[study] for study in (own, *re.findall(r"\]\((?:\.\./)?(\d\d)_", part)))
+        block = "\n".join(
+            tables[study] for study in (own, *re.findall(r"\]\((?:\.\./)?(\d\d)_", part))
+        )
         text = re.sub(NAMES, "", part, flags=re.IGNORECASE)
 
         pairs = intervals(block)
         for said in re.findall(RANGE, text) + re.findall(SPREAD, text):
-            known = any(all(says(one, *other) for one, other in zip(said, pair, strict=True)) for pair in pairs)
+            known = any(
+                all(says(one, *other) for one, other in zip(said, pair, strict=True))
+                for pair in pairs
+            )
             if not known and not any(is_fact(one, "", facts, block, results) for one in said):
                 missing.append(" and ".join(said))
 
@@ -95,9 +113,13 @@ def unexplained(page: str, own: str, tables: Mapping[str, str], facts: Facts, re
 
 
 def measured(text: str, is_verdict: bool) -> list[tuple[str, str]]:
-    """Return (number, unit) where it has a decimal point, or a unit; before the verdict integers are settings."""
+    """Return (number, unit) of decimals or units; before the verdict integers are settings."""
     found = [(number, unit.strip()) for number, unit in re.findall(f"({NUMBER})({UNIT})", text)]
-    return [(n, unit) for n, unit in found if re.search(r"[.e]", n) or unit == "%" or (unit and is_verdict)]
+    return [
+        (n, unit)
+        for n, unit in found
+        if re.search(r"[.e]", n) or unit == "%" or (unit and is_verdict)
+    ]
 
 
 # Numbers of experiments/README.md that no study's tables have.
@@ -107,7 +129,9 @@ LAB_FACTS: Facts = {
     "240 steps, 500 steps": "settings",
     "0.002, 0.004": "measured when runs were trained again",
 }
-TABLES = {f.name[:2]: (f / "README.md").read_text().partition(BEGIN)[2].partition(END)[0] for f in FOLDERS}
+TABLES = {
+    f.name[:2]: (f / "README.md").read_text().partition(BEGIN)[2].partition(END)[0] for f in FOLDERS
+}
 
 
 def test_a_changed_digit_is_found():
@@ -118,7 +142,9 @@ def test_a_changed_digit_is_found():
         ("Half of it is 0.04 ± 0.01.", {"0.04": "0.080 / 2", "0.01": "a guess"}, []),
         ("Half of it is 0.04.", {"0.04": "0.081 / 2"}, ["0.04"]),
     ):
-        assert unexplained(f"{BEGIN}{table}{END}{prose}", "01", {"01": table}, facts, none) == missing
+        assert (
+            unexplained(f"{BEGIN}{table}{END}{prose}", "01", {"01": table}, facts, none) == missing
+        )
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

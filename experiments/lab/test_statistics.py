@@ -1,4 +1,4 @@
-"""The lab's statistics against closed forms, the rules of its verdicts, and every study as it is stored."""
+"""The lab's statistics against closed forms, the rules of its verdicts, and all stored studies."""
 
 from statistics import NormalDist
 
@@ -8,39 +8,63 @@ from runs import HERE
 from scipy import stats
 
 from experiments.lab import RUNS_FOLDER, Results, bases, fingerprints, overview
-from experiments.lab.claims import Claim, Stake, answer_to, as_json, judge, noise_within, verdict_table
+from experiments.lab.claims import (
+    Claim,
+    Stake,
+    answer_to,
+    as_json,
+    judge,
+    noise_within,
+    verdict_table,
+)
 from experiments.lab.fingerprints import RECIPE
 from experiments.lab.pooling import noise_for, recipe_noise
-from experiments.lab.statistics import Difference, Noise, against_constant, compare, holm, pool, smallest_visible
+from experiments.lab.statistics import (
+    Difference,
+    Noise,
+    against_constant,
+    compare,
+    holm,
+    pool,
+    smallest_visible,
+)
 from experiments.lab.study import load
 
-NOISE = Noise(sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90)
+NOISE = Noise(
+    sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90
+)
 
 
 def test_the_residual_is_that_of_two_way_analysis_of_variance():
-    """For a full table the residual is y − row mean − column mean + mean, with (V − 1)(S − 1) degrees of freedom."""
+    """For a full table the residual is y − row mean − column mean + mean.
+
+    It has (V − 1)(S − 1) degrees of freedom.
+    """
     rng = np.random.default_rng(0)
     y = rng.normal(size=(5, 1)) + rng.normal(0, 0.3, 3) + rng.normal(0, 0.1, (5, 3))
     residual = y - y.mean(1, keepdims=True) - y.mean(0, keepdims=True) + y.mean()
     found = pool([{f"v{v}": dict(enumerate(row)) for v, row in enumerate(y)}])
     assert found.dof == 8 and found.sd == pytest.approx(np.sqrt((residual**2).sum() / 8))
-    assert found.within_dof == 10 and found.within_sd == pytest.approx(np.sqrt(y.var(1, ddof=1).mean()))
+    assert found.within_dof == 10
+    assert found.within_sd == pytest.approx(np.sqrt(y.var(1, ddof=1).mean()))
 
 
 def test_a_difference_by_hand():
     found = compare({0: 1.0, 1: 1.2, 5: 9.0}, {0: 1.01, 1: 1.23, 2: 0.0}, NOISE)
     error = 0.0141 * np.sqrt(2 / 2)
-    assert found.seeds == 2 and found.mean == pytest.approx(-0.02) and found.error == pytest.approx(error)
+    assert found.seeds == 2 and found.mean == pytest.approx(-0.02)
+    assert found.error == pytest.approx(error)
     assert found.half == pytest.approx(stats.t.ppf(0.975, 58) * error)
     assert found.p == pytest.approx(2 * stats.t.sf(0.02 / error, 58)) and found.p > 0.1
     with pytest.raises(ValueError, match=r"seeds=\[0\] and \[1\]"):
         compare({0: 1.0}, {1: 1.0}, NOISE)
-    half = stats.t.ppf(0.975, 60) * 0.019 / np.sqrt(2)  # against a constant, the seeds' effects count as noise
+    # Against a constant, the seeds' effects count as noise.
+    half = stats.t.ppf(0.975, 60) * 0.019 / np.sqrt(2)
     assert against_constant({0: 1.0, 1: 1.2}, 2.0, NOISE).half == pytest.approx(half)
 
 
 def test_holm_by_hand():
-    """The smallest of n is multiplied by n, the next by n − 1, and none gets below one before it."""
+    """The smallest of n is multiplied by n, the next by n − 1; none gets below one before it."""
     assert holm([0.03, 0.005, 0.02]) == pytest.approx([0.04, 0.015, 0.04])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
@@ -76,13 +100,21 @@ def fill(path, table, **about):
 
 def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
     """A large difference is not judged if taking the subject away costs less than 3 × the noise."""
-    table = {"base": [3.0, 3.1, 3.2], "better": [2.5, 2.6, 2.71], "none": [3.01, 3.12, 3.2], "far": [4, 4.1, 4.21]}
+    table = {
+        "base": [3.0, 3.1, 3.2],
+        "better": [2.5, 2.6, 2.71],
+        "none": [3.01, 3.12, 3.2],
+        "far": [4, 4.1, 4.21],
+    }
     results = fill(tmp_path / "results.json", table)
 
     def against(name):
         return lambda results: results.paired(name, "base", "val_loss")
 
-    stakes = {"small": Stake("no subject", against("none")), "large": Stake("no model", against("far"))}
+    stakes = {
+        "small": Stake("no subject", against("none")),
+        "large": Stake("no model", against("far")),
+    }
     asked = [Claim(stake, "better", "base", stake=stake) for stake in ("small", "large", "")]
     asked += [Claim("nowhere", "nowhere", "base"), Claim("worse", "far", "base")]
     verdicts, checks = judge(results, asked, stakes, noise_within(results))
@@ -91,25 +123,31 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
     assert [check.passed for check in checks] == [False, True]
     assert "| **no verdict** |" in verdict_table(verdicts, checks)
     kept = as_json(verdicts[1])
-    assert kept["difference"] == pytest.approx(0.4967, abs=1e-4) and kept["answer"] == "yes"  # turned: lower is good
+    # The sign is turned: lower is good.
+    assert kept["difference"] == pytest.approx(0.4967, abs=1e-4) and kept["answer"] == "yes"
 
 
 def test_a_recipe_s_noise_counts_shared_runs_once(tmp_path):
-    """Runs of another base stay out, and so do heads on one frozen trunk, whose loss is the trunk's."""
+    """Runs of another base stay out, and so do heads on a frozen trunk, whose loss is its own."""
     first = fill(tmp_path / "01_x" / "results.json", {"a": [1.0, 2.0], "b": [1.5, 2.1]}, base="lab")
     frozen = fill(tmp_path / "02_x" / "results.json", {"a": [1.0], "head": [1.0, 2.0]}, base="lab")
     for record in frozen.runs["a"].values():
         record["config"] = "the hash of the same run by a version with more settings"
-    other = fill(tmp_path / "03_x" / "results.json", {"c": [1.0, 9.0], "d": [3.0, 1.0]}, base="tiny")
+    other = fill(
+        tmp_path / "03_x" / "results.json", {"c": [1.0, 9.0], "d": [3.0, 1.0]}, base="tiny"
+    )
     found = recipe_noise([first, frozen, other], "lab", {5})
     assert (found.runs, found.dof, found.sd) == (4, 1, pytest.approx(0.2))
     assert noise_for(first, tmp_path)("val_loss") == recipe_noise([first], "lab", {5})
 
 
 def test_runs_that_continue_from_one_parent_are_not_independent(tmp_path):
-    """Copies of a gain change nothing of its interval, and copies that are compared have their own noise."""
+    """Copies of a gain leave its interval, and copies that are compared have their own noise."""
     seeds = {"before": [60.0, 45.0, 20.0], "after": [90.0, 55.0, 25.0]}
-    copies = {f"copy {i}": [value + 0.1 * i * s for s, value in enumerate(seeds["after"])] for i in range(4)}
+    copies = {
+        f"copy {i}": [value + 0.1 * i * s for s, value in enumerate(seeds["after"])]
+        for i in range(4)
+    }
     few, many = (fill(tmp_path / f"{len(x)}", x) for x in (seeds, seeds | copies))
     many.begun = dict.fromkeys(["after", *copies], "before")
     gain = Claim("gain", "after", "before", expect="higher")
@@ -121,28 +159,38 @@ def test_runs_that_continue_from_one_parent_are_not_independent(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("folder", overview.folders(HERE / "experiments"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", overview.folders(HERE / "experiments"), ids=lambda folder: folder.name
+)
 def test_every_study_is_complete(folder, monkeypatch, tmp_path):
-    """Variants are valid, also as short ones. results.json has all runs that the study makes, and the same verdicts."""
+    """Variants are valid, short ones too. results.json has all runs, and the same verdicts."""
     study, drawn = load(folder), []
     monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure)
+    )
     asked = study.list_runs(bases.base_run(study.base, [], RUNS_FOLDER), (0,))
     assert list(study.list_runs(bases.short_run(study.base), (0,))) == list(asked)
     results = Results(folder / "results.json")
     assert results.recipe == RECIPE and set(results.variants) == {name for name, _ in asked}
     for variant in results.variants:
-        assert results.seeds_of(variant) == [str(seed) for seed in range(study.seeds_of.get(variant, study.seeds))]
+        assert results.seeds_of(variant) == [
+            str(seed) for seed in range(study.seeds_of.get(variant, study.seeds))
+        ]
     results.runs = {name: results.runs[name] for name, _ in asked}  # tables have the study's order
     verdicts, checks = study.judge(results)
     kept = [(v["claim"], v["answer"]) for v in results.about["verdicts"]]
     found = [(v.claim.text, v.answer) for v in verdicts]
-    assert found == kept, "studies share their noise: run python -m experiments.lab run all --redraw"
+    assert found == kept, (
+        "studies share their noise: run python -m experiments.lab run all --redraw"
+    )
     assert [text for text, _ in kept] == [claim.text for claim in study.claims] != []
     page = (folder / "README.md").read_text()
     assert page.startswith(f"# {study.question}\n") and study.question.endswith("?")
     assert page.count("<!-- results -->") == page.count("<!-- /results -->") == 1
-    assert overview.verdict(folder) != "pending" and f"python -m experiments.lab run {folder.name[:2]}" in page
+    assert overview.verdict(folder) != "pending"
+    assert f"python -m experiments.lab run {folder.name[:2]}" in page
     assert f"({folder.name}/README.md)" in (HERE / "experiments" / "README.md").read_text()
     study.draw(results, tmp_path / "picture.png")
-    assert drawn[0].axes and f"{verdict_table(verdicts, checks)}\n\n{study.make_table(results)}" in page
+    assert drawn[0].axes
+    assert f"{verdict_table(verdicts, checks)}\n\n{study.make_table(results)}" in page

@@ -7,7 +7,17 @@ import pytest
 
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
-from experiments.lab.tasks import TASKS, Chains, Domains, Facts, ManyKeys, Names, Retrieval, TaskSource, from_dict
+from experiments.lab.tasks import (
+    TASKS,
+    Chains,
+    Domains,
+    Facts,
+    ManyKeys,
+    Names,
+    Retrieval,
+    TaskSource,
+    from_dict,
+)
 
 SMALL = [
     Facts(firsts=8, seconds=4, bits=2),
@@ -28,7 +38,8 @@ def answers_of(task, count=200):
 def test_a_task_is_a_source_that_resumes():
     for task in SMALL:
         source = TaskSource(task, DataConfig(seq_len=task.length, batch_size=4, seed=3))
-        assert isinstance(source, Source) and from_dict(task.to_dict()) == task and len(SMALL) == len(TASKS)
+        assert isinstance(source, Source) and from_dict(task.to_dict()) == task
+        assert len(SMALL) == len(TASKS)
         batches = source.train_batches()
         first, position, second = next(batches), batches.get_state(), next(batches)
         again = source.train_batches()
@@ -69,5 +80,6 @@ def test_domains_have_maps_of_their_own_and_noise_of_known_entropy():
     assert (rows.tokens[:, :1] == 8 + domain).all() and task.domains == ("domain 0", "domain 1")
     q = 0.75 + 0.25 / 8
     assert (y == task.maps[domain, x]).mean() == pytest.approx(q, abs=0.01)
-    # The optimum is the entropy of the distribution that this share says: one right answer, seven even wrong ones.
+    # The optimum is the entropy of the distribution that this share says: one right answer, seven
+    # even wrong ones.
     assert task.best_bits == pytest.approx(-q * math.log2(q) - (1 - q) * math.log2((1 - q) / 7))

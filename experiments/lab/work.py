@@ -1,4 +1,4 @@
-"""A worker process: it trains runs of a study (or resumes them), measures them, and writes their records."""
+"""A worker process: it trains or resumes runs of a study, measures them, and writes records."""
 
 import gc
 import json
@@ -21,7 +21,8 @@ from experiments.lab.results import thin_curves
 from experiments.lab.tasks import Task, TaskSource
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
-EVALUATION = "evaluation.json"  # in a run's folder: the numbers of its last evaluation, and the seconds of its training
+# in a run's folder: the numbers of its last evaluation, and the seconds of its training
+EVALUATION = "evaluation.json"
 CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 
@@ -33,7 +34,8 @@ class Job:
     seed: int
     run: RunConfig
     folder: str  # run folder
-    needed_folders: dict[str, str]  # run folders of the variants that this one depends on, same seed
+    # run folders of the variants that this one depends on, same seed
+    needed_folders: dict[str, str]
     task: Task | None = None  # data in place of the text
     alone: bool = False  # run `measure_alone` on a finished run, with the machine to itself
 
@@ -59,7 +61,8 @@ class TrainedRun:
 
     folder: Path
     run: RunConfig
-    needed_folders: dict[str, Path]  # run folders of the variants named in `FollowUp.needs`, same seed
+    # run folders of the variants named in `FollowUp.needs`, same seed
+    needed_folders: dict[str, Path]
     numbers: dict  # the evaluation's numbers, arrays as lists; `measure` also gets "load" [L, E]
     task: Task | None = None
 
@@ -145,7 +148,7 @@ def run_job(job: Job, measure: Measure | None) -> int:
 def _code(folder: Path, finished: bool) -> dict:
     """Return commit and dirty flag of the code that trained the run.
 
-    Args: finished: the run was finished before, so its last start trained nothing; then those of its first start.
+    Args: finished: the run was finished before; then those of its first start, which trained it.
     """
     from dsv3_jax.training.run_folder import read_made
 
@@ -166,7 +169,9 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
     from dsv3_jax.train import fit
 
     start = time.perf_counter()
-    result = fit(run, folder, report=False, source=None if task is None else TaskSource(task, run.data))
+    result = fit(
+        run, folder, report=False, source=None if task is None else TaskSource(task, run.data)
+    )
     if not result.finished:
         return None
     assert result.evaluation is not None
@@ -180,7 +185,9 @@ def _parameters(run: RunConfig) -> dict:
     from dsv3_jax.model.counting import bytes_per_token, size
 
     counted, cfg = size(run.model), run.model
-    cache = bytes_per_token(cfg, pick_kind(cfg, None), pick_dtype(run.execution.compute_dtype, None))
+    cache = bytes_per_token(
+        cfg, pick_kind(cfg, None), pick_dtype(run.execution.compute_dtype, None)
+    )
     return {"total": counted.total, "active": counted.active, "cache_bytes": cache}
 
 
@@ -190,12 +197,16 @@ def _jsonable(value):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "tolist") else value
+    return (
+        value.tolist()
+        if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "tolist")
+        else value
+    )
 
 
 @contextmanager
 def _locked(folder: Path):
-    """Hold a lock on a run: studies share runs, so a second worker waits and then finds the run finished."""
+    """Hold a lock on a run: a second worker waits, and then finds the shared run finished."""
     import fcntl
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -205,17 +216,18 @@ def _locked(folder: Path):
 
 
 def serve(pipe: Connection, folder: Path, cores: tuple[int, ...]) -> None:
-    """Do the jobs that come through a pipe, for the study in a folder, until the other end is closed.
+    """Do the jobs that come through a pipe, for a folder's study, until the other end is closed.
 
-    Jobs of one process share its imports and what it has compiled. A job prints to its log, and its exit code goes
-    through the pipe.
+    Jobs of one process share its imports and what it has compiled. A job prints to its log, and its
+    exit code goes through the pipe.
 
     Args: cores: the CPU cores to use; () means all.
     """
     from dsv3_jax.kernels.cpu.memory import keep_memory
     from experiments.lab.study import load
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C, and asks this process to save by SIGTERM
+    # The parent gets Ctrl-C, and asks this process to save by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # before XLA sizes its thread pool by the number of cores
     keep_memory()

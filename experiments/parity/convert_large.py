@@ -2,8 +2,8 @@
 
 python experiments/parity/convert_large.py
 
-Each step runs in its own process. It reports its peak resident memory, less what importing the package takes. Pages
-that a memory map has read count as resident until the map is closed.
+Each step runs in its own process. It reports its peak resident memory, less what importing the
+package takes. Pages that a memory map has read count as resident until the map is closed.
 """
 
 import argparse
@@ -14,8 +14,16 @@ import tempfile
 import zlib
 from pathlib import Path
 
-# About 1.1e9 parameters: 4.4 GB in float32, 2.2 GB in bfloat16. The experts' stacks are the largest parameters.
-CHANGES = dict(vocab_size=32768, dim=1024, num_layers=10, dense_dim=2816, num_heads=8, expert_dim=512, num_experts=64)
+# About 1.1e9 parameters: 4.4 GB in float32, 2.2 GB in bfloat16. Experts' stacks are the largest.
+CHANGES = dict(
+    vocab_size=32768,
+    dim=1024,
+    num_layers=10,
+    dense_dim=2816,
+    num_heads=8,
+    expert_dim=512,
+    num_experts=64,
+)
 CHANGES |= dict(mtp_depth=1, max_positions=4096)
 
 STEPS = {
@@ -42,7 +50,10 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 
 
 def make(folder: Path) -> tuple[float, float]:
-    """Write a bfloat16 folder of random weights, one tensor at a time. Returns (its GB, its largest stack in GB)."""
+    """Write a bfloat16 folder of random weights. Returns (its GB, its largest stack in GB).
+
+    It writes one tensor at a time.
+    """
     import numpy as np
 
     from dsv3_jax import hf
@@ -72,18 +83,22 @@ def make(folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, help="the parent of the temporary folder, which needs about 6 GB")
+    parser.add_argument(
+        "--root", type=Path, help="the parent of the temporary folder, which needs about 6 GB"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.root) as root:
         size, stack = make(Path(root) / "bf16")
-        print(f"{size:.2f} GB in bfloat16; the largest stacked parameter is {stack:.2f} GB in float32\n")
+        print(
+            f"{size:.2f} GB in bfloat16; "
+            f"the largest stacked parameter is {stack:.2f} GB in float32\n"
+        )
         print("| step | seconds | peak memory, GB |\n|---|---|---|")
         base = 0.0
         for name, step in STEPS.items():
             line = [sys.executable, "-c", WORKER.format(step=step), root]
-            seconds, peak = json.loads(
-                subprocess.run(line, check=True, capture_output=True, text=True).stdout.split("\n")[-2]
-            )
+            done = subprocess.run(line, check=True, capture_output=True, text=True)
+            seconds, peak = json.loads(done.stdout.split("\n")[-2])
             base = base or peak
             print(f"| {name} | {seconds:.1f} | {peak - base:.2f} |", flush=True)
 

@@ -1,9 +1,10 @@
-"""Measure the time to the first token and the peak memory of `dsv3 generate` on a synthetic folder of 2 GB.
+"""Measure `dsv3 generate`, time to the first token and peak memory, on a synthetic folder of 2 GB.
 
 python experiments/parity/generate_large.py
 
-The folder is that of convert_large.py, with a tokenizer. Each line runs the command in its own process. Peak memory is
-that of the process: the package, JAX, its compiler and the pages of the files count too.
+The folder is that of convert_large.py, with a tokenizer. Each line runs the command in its own
+process. Peak memory is that of the process: the package, JAX, its compiler and the pages of the
+files count too.
 """
 
 import argparse
@@ -33,8 +34,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 
 def measure(folder: Path, options: list[str]) -> tuple[float, float, int]:
-    """Run the command. Returns: (seconds to the first text, seconds to the end, peak memory in bytes)."""
-    line = [sys.executable, "-m", "dsv3_jax.cli", "generate", str(folder), "--temperature", "0", *options]
+    """Run the command. Returns: (seconds to the first text, to the end, peak bytes of memory)."""
+    line = [sys.executable, "-m", "dsv3_jax.cli", "generate", str(folder)]
+    line += ["--temperature", "0", *options]
     line += ["--max-new-tokens", str(NEW), "--prompt", PROMPT]
     start = time.perf_counter()
     with Popen(line, stdout=PIPE, stderr=DEVNULL) as process:
@@ -51,7 +53,9 @@ def measure(folder: Path, options: list[str]) -> tuple[float, float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, help="the parent of the temporary folder, which needs about 2.4 GB")
+    parser.add_argument(
+        "--root", type=Path, help="the parent of the temporary folder, which needs about 2.4 GB"
+    )
     args = parser.parse_args()
     from dsv3_jax import hf
     from dsv3_jax.model.counting import size
@@ -63,12 +67,19 @@ def main() -> None:
         write_tokenizer(folder, cfg.vocab_size)
         count = size(cfg).total
         print(f"{stored:.2f} GB in bfloat16, {count / 1e9:.2f}e9 parameters\n")
-        print("| dtype in memory | parameters, GiB | peak, GiB | above the parameters | first token, s | all, s |")
+        print(
+            "| dtype in memory | parameters, GiB | peak, GiB | above the parameters "
+            "| first token, s | all, s |"
+        )
         print("|---|---|---|---|---|---|")
         for name, options in CASES.items():
             first, seconds, peak = measure(folder, options)
             held, peak = count * BYTES[name.split(",")[0]] / 2**30, peak / 2**30
-            print(f"| {name} | {held:.2f} | {peak:.2f} | {peak - held:.2f} | {first:.1f} | {seconds:.1f} |", flush=True)
+            print(
+                f"| {name} | {held:.2f} | {peak:.2f} | {peak - held:.2f} "
+                f"| {first:.1f} | {seconds:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plan DeepSeek-V3 on meshes of real clusters' sizes. Writes plan_results.json and plan_table.md beside itself.
+"""Plan DeepSeek-V3 on real clusters' sizes. Writes plan_results.json and plan_table.md.
 
 python experiments/scale/plan_table.py [train|decode|tpu]
 """
@@ -28,11 +28,15 @@ DECODE = [
     ("v5p", dict(expert=32), 1024, 4096),
     ("v5p", dict(expert=64), 4096, 4096),
 ]
-# (device, target, mesh, layout, layers): V3 with a few layers, compiled by libtpu, on devices with enough memory
-TPU = [("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, expert_comm="all_to_all"), 8)]
+# (device, target, mesh, layout, layers): V3 with few layers, compiled by libtpu; memory is enough
+TPU = [
+    ("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, expert_comm="all_to_all"), 8)
+]
 
 
-def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, context: int = 4096, **more) -> dict:
+def case(
+    kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, context: int = 4096, **more
+) -> dict:
     """Compile one step of V3 for a mesh, and return its memory, FLOPs and traffic."""
     import math
 
@@ -78,7 +82,8 @@ def case(kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, contex
 
 def format_case(mesh: dict, layout: dict) -> str:
     """Return mesh and layout as text, as in "data 8×expert 64, fsdp"."""
-    return "×".join(f"{axis} {size}" for axis, size in mesh.items()) + (", fsdp" if layout.get("fsdp") else "")
+    axes = "×".join(f"{axis} {size}" for axis, size in mesh.items())
+    return axes + (", fsdp" if layout.get("fsdp") else "")
 
 
 def gb(count: float) -> str:
@@ -110,7 +115,16 @@ def rows_of(results: dict) -> str:
                 + [gb(r["sent"]), f"{seconds['FLOPs'] + 0:.3g}", f"{seconds['wire']:.3g}"]
             )
         if rows:
-            head = ["device", "mesh", detail, "held, GB", "gradients", "temporaries", "total: fits", "sent, GB"]
+            head = [
+                "device",
+                "mesh",
+                detail,
+                "held, GB",
+                "gradients",
+                "temporaries",
+                "total: fits",
+                "sent, GB",
+            ]
             parts.append(f"### {title}\n\n" + process.table(head + ["FLOPs, s", "wire, s"], rows))
     return "\n\n".join(parts) + "\n"
 
@@ -133,7 +147,11 @@ def main(chosen: list[str]) -> None:
             __file__, device=device, mesh=mesh, layout=layout, **more
         )
         process.save(RESULTS, results)
-        print(key, result.get("failed") or f"{gb(result['total'])} GB, {gb(result['sent'])} GB sent", flush=True)
+        print(
+            key,
+            result.get("failed") or f"{gb(result['total'])} GB, {gb(result['sent'])} GB sent",
+            flush=True,
+        )
     (HERE / "plan_table.md").write_text(rows_of(results))
 
 

@@ -1,4 +1,4 @@
-"""Plan weak scaling: bytes that a device sends in a training step, with fixed tokens per device, along each mesh axis.
+"""Plan weak scaling: bytes sent in a step, with fixed tokens per device, along each mesh axis.
 
 Writes weak_results.json and weak.png beside itself.
 
@@ -31,7 +31,7 @@ LINES = {
 
 
 def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
-    """Compile V3's widths, experts and vocabulary in one dense and two sparse layers, with 4,096 tokens per device."""
+    """Compile V3's widths in one dense and two sparse layers, with 4,096 tokens per device."""
     from dsv3_jax.config import Layout, replace
     from dsv3_jax.mesh import sharding
     from dsv3_jax.planning import cost
@@ -76,7 +76,9 @@ def plot(results: dict) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(DEVICES, [str(n) for n in DEVICES])
         panel.set_ylim(bottom=0)
-        panel.set_title(f"along {axis}" + (": tokens to their experts and back" if axis == "expert" else ""))
+        panel.set_title(
+            f"along {axis}" + (": tokens to their experts and back" if axis == "expert" else "")
+        )
         panel.set_xlabel("devices")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
@@ -93,10 +95,14 @@ def main() -> None:
         for label, (axis, layout, changes) in lines.items():
             if (chosen and axis not in chosen) or str(devices) in results.get(label, {}):
                 continue
-            result = process.run(__file__, axis=axis, devices=devices, layout=layout, changes=changes)
+            result = process.run(
+                __file__, axis=axis, devices=devices, layout=layout, changes=changes
+            )
             results.setdefault(label, {})[str(devices)] = result
             process.save(RESULTS, results)
-            print(label, devices, result.get("failed") or f"{result['sent'] / 1e9:.2f} GB", flush=True)
+            print(
+                label, devices, result.get("failed") or f"{result['sent'] / 1e9:.2f} GB", flush=True
+            )
     plot(results)
 
 

@@ -1,4 +1,4 @@
-"""Campaigns against the project: hostile inputs, damage, kills, full disks and others. See README.md."""
+"""Campaigns against the project: hostile inputs, damage, kills, full disks. See README.md."""
 
 import sys
 from pathlib import Path

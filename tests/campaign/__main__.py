@@ -1,4 +1,7 @@
-"""Run campaigns, and print one table: python -m tests.campaign --minutes 10 --seed 0 --only files kills"""
+"""Run campaigns, and print one table.
+
+`python -m tests.campaign --minutes 10 --seed 0 --only files kills`
+"""
 
 import argparse
 import itertools
@@ -16,12 +19,18 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--minutes", type=float, default=10.0, help="beside the making of good files")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="rooms")
-parser.add_argument("--commands", nargs="+", default=[""], help="only commands that begin with one of these texts")
-parser.add_argument("--trial", nargs="+", type=int, help="repeat this trial, or the trials between two")
+parser.add_argument(
+    "--commands", nargs="+", default=[""], help="only commands that begin with one of these texts"
+)
+parser.add_argument(
+    "--trial", nargs="+", type=int, help="repeat this trial, or the trials between two"
+)
 args = parser.parse_args()
 table, stopped = Counter[tuple[str, str]](), list[int]()
-signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))  # it ends the trial, then prints the table
-order = [room for i in range(10) for room in ROOMS if i < ROOMS[room][0]]  # each room once, then the others
+# SIGTERM ends the trial, then the table is printed
+signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+# each room once, then the others
+order = [room for i in range(10) for room in ROOMS if i < ROOMS[room][0]]
 with tempfile.TemporaryDirectory(prefix="campaign-") as root:
     made, begin = Home(Path(root).resolve(), args.commands), time.monotonic()
     for number in range(args.trial[0], args.trial[-1] + 1) if args.trial else itertools.count():
@@ -35,8 +44,10 @@ with tempfile.TemporaryDirectory(prefix="campaign-") as root:
         answer, faults = attempt(made, trial)
         table.update([(trial.name, "trials"), *((trial.name, fault) for fault in faults)])
         if faults:
-            print(f"{', '.join(sorted(faults))}: {trial.name}: dsv3 {' '.join(trial.argv)[:400]!r} | {trial.what}")
-            print(f"  exit code {answer.code}, {answer.cpu:.1f} CPU s; --seed {args.seed} --trial {number}")
+            argv = " ".join(trial.argv)[:400]
+            print(f"{', '.join(sorted(faults))}: {trial.name}: dsv3 {argv!r} | {trial.what}")
+            again = f"--seed {args.seed} --trial {number}"
+            print(f"  exit code {answer.code}, {answer.cpu:.1f} CPU s; {again}")
             print(f"  {answer.err.strip()[-1500:]}", flush=True)
 for (name, what), count in sorted(table.items()):
     print(f"{name:24} {what:14} {count:7,}")

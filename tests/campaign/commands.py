@@ -1,4 +1,4 @@
-"""What a campaign attacks: good files, which the command line makes once, and commands that read them."""
+"""What a campaign attacks: good files, made by the command line, and commands that read them."""
 
 import contextlib
 import hashlib
@@ -45,11 +45,21 @@ def train(out: str, **changes: Any) -> str:
     return f"train tiny --out {out} --data.tokenizer tokenizer.json {flags}"
 
 
-TOKENIZE = "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json --shard-mb 0.002"
-MAKE = ("tokenizer tokenizer.json --vocab-size 260 --paths text", train("run"), "convert run released --dtype float32",
-        f"{TOKENIZE} --out shards")  # fmt: skip
+TOKENIZE = (
+    "data tokenize text --row-tokens 16 --val-fraction 0.3 --tokenizer tokenizer.json "
+    "--shard-mb 0.002"
+)
+MAKE = (
+    "tokenizer tokenizer.json --vocab-size 260 --paths text",
+    train("run"),
+    "convert run released --dtype float32",
+    f"{TOKENIZE} --out shards",
+)
 MORE = "--steps 3 --save-every 1 --log-every 1"
-GRPO = "--grpo.checker judge:is_right --grpo.group 2 --grpo.max-new-tokens 4 --data.batch-size 4 --data.seq-len 32"
+GRPO = (
+    "--grpo.checker judge:is_right --grpo.group 2 --grpo.max-new-tokens 4 --data.batch-size 4 "
+    "--data.seq-len 32"
+)
 JUDGE = """import itertools, pathlib
 names = {"calls": itertools.count(), "n": -1, "text": "", "row": {}, "right": True}
 mood = compile(pathlib.Path("mood.py").read_text(), "mood.py", "exec")
@@ -63,8 +73,12 @@ def is_right(text, row):
 COMMANDS = (
     Command("tokenizer out --vocab-size 262 --paths text", 3),
     Command(f"{TOKENIZE} --out out", 7),
-    Command("data tokenize chats.jsonl --out out --format chat --start released --val-fraction 0.3", 5),
-    Command("data tokenize chats.parquet --out out --format chat --start released --val-fraction 0.3", 2),
+    Command(
+        "data tokenize chats.jsonl --out out --format chat --start released --val-fraction 0.3", 5
+    ),
+    Command(
+        "data tokenize chats.parquet --out out --format chat --start released --val-fraction 0.3", 2
+    ),
     Command("data tokenize rows.parquet --out out --row-tokens 16 --val-fraction 0.3", 3),
     Command(f"{TOKENIZE} --out half", 4, out="half"),
     Command("data check shards", 8),
@@ -77,38 +91,56 @@ COMMANDS = (
     Command("train tiny --data.paths nowhere --out out", 2, code=2),
     Command(f"{train('out')} --data.format shards --data.paths shards", 2),
     Command(train("stopped"), out="stopped"),
-    Command(f"train sft --start released --data.paths chats.jsonl --out out --data.seq-len 64 {MORE}"),
+    Command(
+        f"train sft --start released --data.paths chats.jsonl --out out --data.seq-len 64 {MORE}"
+    ),
     Command(f"train grpo --start released --data.paths tasks --out out {GRPO} {MORE}"),
     Command("eval run --batches 1"),
     Command("eval run --tasks tasks --shots 1"),
     Command("stats run --out out --draws 5 --batches 1"),
     Command("generate run --max-new-tokens 8", 2),
     Command("generate released --max-new-tokens 8", 2),
-    Command("generate run --prompts tasks/rows.jsonl --samples 2 --max-new-tokens 4 --batch-size 4 --out out", 3),
+    Command(
+        "generate run --prompts tasks/rows.jsonl --samples 2 --max-new-tokens 4 --batch-size 4 "
+        "--out out",
+        3,
+    ),
     Command("chat released --max-new-tokens 8", 2, stdin=b"hello\n/reset\nto be\n"),
 )
 
 
 def make_home(home: Path, server: "Server", log: str) -> None:
-    """Write texts and chats, and what the commands of `MAKE` make of them. Args: log: for the paths that they touch."""
+    """Write texts and chats, and what `MAKE` makes of them. Args: log: for the touched paths."""
     runs.write_text(home / "text")
     answer = {"role": "assistant", "content": "It is."}
-    chats = [{"messages": [{"role": "user", "content": f"Is it {i}?"}, answer]} for i in range(40)]  # all differ
+    # all chats differ
+    chats = [{"messages": [{"role": "user", "content": f"Is it {i}?"}, answer]} for i in range(40)]
     rows = [{"text": f"row {i} x = 1", "domain": f"d{i % 3}", "id": i} for i in range(9)]
     for name, table in (("rows", rows * 9), ("chats", chats)):
         parquet.write_table(pyarrow.Table.from_pylist(table), home / f"{name}.parquet")
     more = {"domain": "d", "tools": [{"name": "add", "arguments": {"a": 1}}]}
-    tasks = [{"prompt": f"row {i}", "answer": f"{i}", "context": f"row {i}", "continuation": "x"} for i in range(3)]
+    tasks = [
+        {"prompt": f"row {i}", "answer": f"{i}", "context": f"row {i}", "continuation": "x"}
+        for i in range(3)
+    ]
     (home / "tasks").mkdir()
-    for name, lines in (("chats", [c | more for c in chats]), ("tasks/rows", tasks), ("text/rows", rows)):
+    for name, lines in (
+        ("chats", [c | more for c in chats]),
+        ("tasks/rows", tasks),
+        ("text/rows", rows),
+    ):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (home / "judge.py").write_text(JUDGE)
     (home / "mood.py").write_text("# mood\n")  # what the reward function does before it answers
     for words in MAKE:
-        done = server.run(Trial(home, Command(words), shlex.split(words), request={"log": log}, limit=600))
+        done = server.run(
+            Trial(home, Command(words), shlex.split(words), request={"log": log}, limit=600)
+        )
         assert done.code == 0, done
     sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "do_sample": True}
-    (home / "released" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "model_max_length": 64}))
+    (home / "released" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<eos>", "model_max_length": 64})
+    )
     (home / "released" / "generation_config.json").write_text(json.dumps(sampling))
     (home / "released" / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
     shutil.copy(home / "tokenizer.json", home / "released")
@@ -125,7 +157,8 @@ class Trial:
     command: Command
     argv: list[str]
     stdin: bytes | None = b""
-    streams: dict[str, str | None] = field(default_factory=dict)  # out, err: path, "head", "terminal", None for closed
+    # out, err: path, "head", "terminal", None for closed
+    streams: dict[str, str | None] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)  # more words for the server
     limit: float = LIMIT_S
     kills: Sequence[float] = (float("inf"),)  # seconds: it runs again after each
@@ -137,7 +170,8 @@ class Trial:
     same: bool = False  # if it ends well, its result is the usual one
     again: bool = False  # undisturbed, it then ends well, or refuses what was changed
     changed: dict[Path, bytes] = field(default_factory=dict)  # what another result may come from
-    between: Callable[[], set[str]] = set  # done then, before it runs again; returns what fell short
+    # done then, before it runs again; returns what fell short
+    between: Callable[[], set[str]] = set
     early: bool = False  # what is refused is refused before much work
 
 
@@ -156,15 +190,29 @@ class Server:
     """The process of server.py, and the watch over the children that it forks."""
 
     def __init__(self, scratch: Path):
-        self._scratch, self._ends = scratch, dict[str, tuple[int, threading.Thread, bytearray]]()  # of stdout, stderr
+        # of stdout, stderr
+        self._scratch, self._ends = scratch, dict[str, tuple[int, threading.Thread, bytearray]]()
         (scratch / "tmp").mkdir(parents=True)
         (scratch / "tmp").chmod(0o777)  # also for a user who may not write elsewhere
         (scratch / "canary").write_text("sings")
         paths = {"TMPDIR": str(scratch / "tmp"), "CANARY": str(scratch / "canary")}
-        words = {"TERM": "xterm", "COLUMNS": "120", "PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        words = {
+            "TERM": "xterm",
+            "COLUMNS": "120",
+            "PYTHONWARNINGS": "ignore",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
         environment = runs.environment(scratch) | paths | words
-        program = [sys.executable, str(Path(__file__).with_name("server.py")), runs.SPEND_NO_SECONDS]
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        program = [
+            sys.executable,
+            str(Path(__file__).with_name("server.py")),
+            runs.SPEND_NO_SECONDS,
+        ]
+        streams = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
         self._process = subprocess.Popen(program, env=environment, text=True, **streams)
         self._process.stdout.readline()  # it is ready
 
@@ -183,11 +231,15 @@ class Server:
             if path in ("head", "terminal"):
                 reader, end = pty.openpty() if path == "terminal" else os.pipe()
                 seen = bytearray()
-                thread = threading.Thread(target=collect, args=(reader, seen, path == "head"), daemon=True)
+                thread = threading.Thread(
+                    target=collect, args=(reader, seen, path == "head"), daemon=True
+                )
                 thread.start()
                 self._ends[name], path = (end, thread, seen), f"/proc/{os.getpid()}/fd/{end}"
             streams.append(path)
-        return self.ask({"argv": trial.argv, "folder": str(trial.folder), "streams": streams, **trial.request})
+        return self.ask(
+            {"argv": trial.argv, "folder": str(trial.folder), "streams": streams, **trial.request}
+        )
 
     def run(self, trial: Trial, kill_after: float = float("inf")) -> Answer:
         """Run a command to its end, or stop it after some seconds."""
@@ -220,12 +272,13 @@ class Server:
         return Answer(None if fault else done[0], out, err, fault, done[1], left)
 
     def leftovers(self) -> list[str]:
-        """Names of temporary files outside the folder, which are deleted; "followed" if a link was."""
+        """Names of deleted temporary files outside the folder; "followed" if a link was."""
         folder, canary, sings = self._scratch / "tmp", self._scratch / "canary", "sings"
         found = [path.name for path in folder.iterdir()]
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found += ["followed"] if canary.read_text(errors="replace") != sings else []  # a link that leads to it
+        # a link that leads to it
+        found += ["followed"] if canary.read_text(errors="replace") != sings else []
         canary.write_text(sings)
         return found
 
@@ -254,14 +307,20 @@ def usage(pid: int) -> tuple[list[int], float, float]:
 
 
 def result(folder: Path, top: str, out: str) -> dict[str, str]:
-    """A command's result: lines of its output, and hashes of what it wrote into `top` but for checkpoints."""
-    lines = re.sub(r"[\d.,]+ ?(s|ms|tokens/s|(second|minute|hour)s?)\b", "#", out).splitlines()  # times differ
+    """A command's result: lines of its output, hashes of what it wrote but for checkpoints."""
+    # times differ
+    lines = re.sub(r"[\d.,]+ ?(s|ms|tokens/s|(second|minute|hour)s?)\b", "#", out).splitlines()
     found = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}
     for path in sorted((folder / top).rglob("*")) if (folder / top).is_dir() else [folder / top]:
         if path.is_file() and "checkpoints" not in path.relative_to(folder).parts:
             content = path.read_bytes()
-            with contextlib.suppress(ValueError, RecursionError, AttributeError):  # the order of keys says nothing
-                rows = runs.rows_of(path.parent) if path.name == "metrics.jsonl" else json.loads(content)
+            # the order of keys says nothing
+            with contextlib.suppress(ValueError, RecursionError, AttributeError):
+                rows = (
+                    runs.rows_of(path.parent)
+                    if path.name == "metrics.jsonl"
+                    else json.loads(content)
+                )
                 content = json.dumps(rows, sort_keys=True).encode()
             found[f"out/{path.relative_to(folder / top)}"] = hashlib.sha256(content).hexdigest()
     return found

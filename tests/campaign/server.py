@@ -1,7 +1,7 @@
-"""A process that has imported the package, and forks a child for each command: a trial costs no import.
+"""A process that has imported the package forks a child for each command: a trial costs no import.
 
-Requests and answers are lines of JSON. {"argv": …} starts a child, and answers its process id. {"poll": id} answers
-[exit code or -signal, CPU seconds], or null while the child runs.
+Requests and answers are lines of JSON. {"argv": …} starts a child, and answers its process id.
+{"poll": id} answers [exit code or -signal, CPU seconds], or null while the child runs.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ import sys
 import termios
 import time
 
-KEPT = sys.stdin, sys.stdout, sys.stderr  # if these objects ended, they would close a child's streams
+# if these objects ended, they would close a child's streams
+KEPT = sys.stdin, sys.stdout, sys.stderr
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir")
 
 
 def serve() -> dict:
-    """Import all, without a device's threads, which a fork would not have; answer requests; return one in its child."""
+    """Import all, without threads, which a fork would lose; answer; return one in its child."""
     for module in pkgutil.walk_packages(importlib.import_module("dsv3_jax").__path__, "dsv3_jax."):
         with contextlib.suppress(ImportError):
             importlib.import_module(module.name) if not module.name.endswith("__main__") else None
@@ -35,7 +36,11 @@ def serve() -> dict:
         request = json.loads(line)
         if "poll" in request:
             pid, status, usage = os.wait4(request["poll"], os.WNOHANG)
-            answer = [os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime] if pid else None
+            answer = (
+                [os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime]
+                if pid
+                else None
+            )
         elif (answer := os.fork()) == 0:
             return request
     os._exit(0)
@@ -49,9 +54,14 @@ def become(request: dict) -> None:
         os.close(number)
         stream = None
         if request["streams"][number] is not None:
-            os.open(request["streams"][number], os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)  # is `number`
+            # the new descriptor is `number`
+            os.open(
+                request["streams"][number], os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY
+            )
             errors = "backslashreplace" if number == 2 else "strict"
-            stream = open(number, "rww"[number], -1 if number < 2 else 1, "utf-8", errors, closefd=False)
+            stream = open(
+                number, "rww"[number], -1 if number < 2 else 1, "utf-8", errors, closefd=False
+            )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     for name, value in request.get("ulimits", {}).items():
@@ -67,7 +77,7 @@ def become(request: dict) -> None:
 
 
 def wait_as_a_shell() -> None:
-    """Return in a child, the job in the foreground of a terminal. When it is stopped, continue it after a moment."""
+    """Return in a child, the terminal's foreground job; continue it soon after it is stopped."""
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     if job := os.fork():
@@ -83,7 +93,7 @@ def wait_as_a_shell() -> None:
 
 
 def watch(request: dict) -> None:
-    """List the paths that Python touches and the files that it syncs, and disturb the command at one of the paths."""
+    """List the paths that Python touches and the files it syncs; disturb the command at one."""
     log = os.open(request.get("log", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     seen = 0
 
@@ -95,11 +105,15 @@ def watch(request: dict) -> None:
                 seen += 1
                 os.write(log, os.fsencode(os.path.relpath(path, request["folder"]) + "\n"))
                 if seen == request.get("at"):
-                    with contextlib.suppress(FileExistsError, FileNotFoundError, NotADirectoryError):
+                    with contextlib.suppress(
+                        FileExistsError, FileNotFoundError, NotADirectoryError
+                    ):
                         act(request["action"], path)
 
     def act(action: str, path: str) -> None:
-        top = os.path.join(request["folder"], os.path.relpath(path, request["folder"]).split(os.sep)[0])
+        top = os.path.join(
+            request["folder"], os.path.relpath(path, request["folder"]).split(os.sep)[0]
+        )
         if action.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, action))
         elif action == "suspend":
@@ -112,7 +126,8 @@ def watch(request: dict) -> None:
         elif action == "write":
             shutil.copyfile(request["written"], path)  # while the command reads it
         elif action == "link":
-            os.symlink(os.environ["CANARY"], path if "-checkpoint-tmp/" not in path else "")  # its own folder
+            # not in the command's own folder
+            os.symlink(os.environ["CANARY"], path if "-checkpoint-tmp/" not in path else "")
         elif action == "delete":
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         else:

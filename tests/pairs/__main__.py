@@ -1,8 +1,8 @@
 """Do all rows, one after another: python -m tests.pairs --out runs/pairs
 
-Each row's verdict is appended to OUT/verdicts.jsonl at once. The same command resumes: it skips rows that have a
-verdict, but repeats faults. The exit code is 1 if a fault is left. Several processes share the work by --part 1/2 and
-2/2; the command without it counts what all have done.
+Each row's verdict is appended to OUT/verdicts.jsonl at once. The same command resumes: it skips
+rows that have a verdict, but repeats faults. The exit code is 1 if a fault is left. Several
+processes share the work by --part 1/2 and 2/2; the command without it counts what all have done.
 """
 
 import argparse
@@ -25,7 +25,10 @@ AREAS = {"training": training, "decoding": decoding}
 def said(area: str, row: Row) -> str:
     """What is not usual in a row."""
     usual = {name: next(iter(values)) for name, values in AREAS[area].FACTORS.items()}
-    return ", ".join(f"{name}={value!r}" for name, value in row.items() if value != usual[name]) or "all usual"
+    return (
+        ", ".join(f"{name}={value!r}" for name, value in row.items() if value != usual[name])
+        or "all usual"
+    )
 
 
 def verdict_of(area: str, row: Row, scratch: Path) -> str:
@@ -39,11 +42,15 @@ def verdict_of(area: str, row: Row, scratch: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
     parser.add_argument("--only", choices=list(AREAS), nargs="+", default=list(AREAS))
     parser.add_argument("--having", default="", help="only rows whose line has this text")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no row after so many"
+    )
     parser.add_argument("--part", default="1/1", help="2/3: every third row, from the second on")
     args, begun = parser.parse_args(), time.monotonic()
     part, parts = map(int, args.part.split("/"))
@@ -76,7 +83,9 @@ def main() -> int:
         met = pairs_of(row for row, verdict in verdicts if verdict == module.DONE)
         here = {pair for pair in pairs_of(accepted)}
         print(f"{area}: {dict(count)}; of {len(here)} pairs that may meet, {len(met & here)} have")
-        for row in (row for row, verdict in verdicts[: len(accepted)] if verdict.startswith("refused")):
+        for row in (
+            row for row, verdict in verdicts[: len(accepted)] if verdict.startswith("refused")
+        ):
             print(f"  refused later than it was expected: {said(area, row)}")
         faults += count["FAULT"]
     return int(faults > 0)

@@ -15,9 +15,11 @@ def pairs_of(rows: Iterable[Row]) -> set[Pair]:
 
 
 def cover(
-    factors: Mapping[str, Mapping[str, object]], bases: Sequence[Row], refusal: Callable[[Row], str | None]
+    factors: Mapping[str, Mapping[str, object]],
+    bases: Sequence[Row],
+    refusal: Callable[[Row], str | None],
 ) -> tuple[list[Row], list[Row]]:
-    """Make rows that the package accepts, in which each two values meet, and a row for each two that it refuses.
+    """Make rows that the package accepts, in which each two values meet, and rows for each refusal.
 
     Args:
         bases: complete rows. Two values are refused if all bases with them are.
@@ -33,7 +35,10 @@ def cover(
         """Whether the first values of a row can still become an accepted row."""
         return completed(dict(zip(names, values, strict=False))) is not None
 
-    accepted = [dict(zip(names, row, strict=True)) for row in AllPairs([list(f) for f in factors.values()], may_be)]
+    accepted = [
+        dict(zip(names, row, strict=True))
+        for row in AllPairs([list(f) for f in factors.values()], may_be)
+    ]
     accepted = [row for row in accepted if len(row) == len(names)]
     # AllPairs ends early where values are refused, and leaves pairs out.
     met, refused = pairs_of(accepted), []
@@ -57,7 +62,11 @@ def _all_pairs(factors: Mapping[str, Mapping[str, object]]) -> Iterator[Pair]:
 
 
 def _with_more(
-    row: Row, pair: Pair, met: set[Pair], factors: Mapping[str, Mapping[str, object]], refusal: Callable
+    row: Row,
+    pair: Pair,
+    met: set[Pair],
+    factors: Mapping[str, Mapping[str, object]],
+    refusal: Callable,
 ) -> Row:
     """Change each of the other values where that lets more new pairs meet."""
 

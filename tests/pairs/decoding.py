@@ -1,14 +1,17 @@
-"""Decoding by pairs. A row decodes prompts of several lengths as it says, and each prompt alone in the plainest way.
+"""Decoding by pairs: a row decodes prompts of several lengths, and each alone in the plainest way.
 
-greedy      The text of each prompt is the plain one: alone, on one device, without drafts. Drafts, a batch and a mesh
-            change no text at temperature 0.
-sampled     A text depends on seed, prompt and sample alone. Without drafts and with "lookup" it is the plain one, with
-            other drafts that of the same drafts alone. (With "auto" it depends on times too, and is not compared.)
-log p       The model's own log-probabilities are those of the plain text, and of one pass over prompt and text.
+greedy      The text of each prompt is the plain one: alone, on one device, without drafts. Drafts,
+            a batch and a mesh change no text at temperature 0.
+sampled     A text depends on seed, prompt and sample alone. Without drafts and with "lookup" it is
+            the plain one, with other drafts that of the same drafts alone. (With "auto" it depends
+            on times too, and is not compared.)
+log p       The model's own log-probabilities are those of the plain text, and of one pass over
+            prompt and text.
 routing     The experts likewise.
 
-Plain texts have the row's cache, and its dtype. A pass without a cache is compared where the cache has float32. In
-bfloat16 numbers are not compared, a sampled text may be another one, and a greedy token another one about as likely.
+Plain texts have the row's cache, and its dtype. A pass without a cache is compared where the cache
+has float32. In bfloat16 numbers are not compared, a sampled text may be another one, and a greedy
+token another one about as likely.
 """
 
 from functools import cache
@@ -35,7 +38,8 @@ from .training import changed, refused, same_text
 DONE = "decoded"
 PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [5, 9]]
 NEW, SEED = 7, 3
-PART, PLAIN = 1e-4, 1e-3  # of log-probabilities, in nats; a number of 8 bits may be rounded to the other side
+# of log-probabilities, in nats; a number of 8 bits may be rounded to the other side
+PART, PLAIN = 1e-4, 1e-3
 
 
 def of_model(*names: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -70,14 +74,22 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "routing": {"no": {}, "yes": {"return_routing": True}},
     "stop": {"none": {}, "half": {"stop_tokens": list(range(0, 260, 2))}},
     **of_model("attention", "layers", "heads"),
-    "router": {name: of for name, of in training.FACTORS["router"].items() if "sigmoid, " not in name},
+    "router": {
+        name: of for name, of in training.FACTORS["router"].items() if "sigmoid, " not in name
+    },
     **of_model("capacity", "tied", "positions", "mesh", "dtype", "precision", "kernels"),
 }
 OF_MODEL = [name for name in FACTORS if name in training.FACTORS]
 _FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
 BASES = [
     _FIRST | beside
-    for beside in ({}, {"sampling": "0.8"}, {"heads": "deepseek"}, {"attention": "mha"}, {"heads": "medusa"})
+    for beside in (
+        {},
+        {"sampling": "0.8"},
+        {"heads": "deepseek"},
+        {"attention": "mha"},
+        {"heads": "medusa"},
+    )
 ] + [_FIRST | {"sampling": "0.8", "heads": "deepseek"}]
 
 
@@ -96,7 +108,9 @@ class Plan:
         prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
         self.draft = self.asked.pop("draft", None)
         cfg, asked = self.run.model, dict(self.asked)
-        sampling = Sampling(asked.pop("temperature", 0.0), asked.pop("top_k", None), asked.pop("top_p", None))
+        sampling = Sampling(
+            asked.pop("temperature", 0.0), asked.pop("top_k", None), asked.pop("top_p", None)
+        )
         own = None if self.draft == "model" else self.draft
         ds.DecodeConfig(NEW, sampling, draft=own, seed=SEED, **asked).check(cfg, PROMPTS)
         if self.draft and asked.get("cache") == "none":
@@ -134,9 +148,9 @@ def model_of(plan: Plan, *, placed: bool, seed: int = 0, **changes: Any) -> Any:
     if plan.mesh is None or not placed:
         return model
     graph, state = nnx.split(model)
-    return nnx.merge(
-        graph, jax.device_put(state, sharding.state_sharding(state, plan.mesh, fsdp=plan.run.execution.layout.fsdp))
-    )
+    fsdp = plan.run.execution.layout.fsdp
+    shardings = sharding.state_sharding(state, plan.mesh, fsdp=fsdp)
+    return nnx.merge(graph, jax.device_put(state, shardings))
 
 
 def check_row(row: Row, scratch: Path | None = None) -> str:
@@ -148,7 +162,9 @@ def check_row(row: Row, scratch: Path | None = None) -> str:
     model, alone = (model_of(plan, placed=placed) for placed in (True, False))
     draft, draft_alone = plan.draft, plan.draft
     if plan.draft == "model":  # much like the model, so that some of its drafts are right
-        draft, draft_alone = (model_of(plan, placed=placed, num_layers=2, mtp_depth=0) for placed in (True, False))
+        draft, draft_alone = (
+            model_of(plan, placed=placed, num_layers=2, mtp_depth=0) for placed in (True, False)
+        )
     found = ds.generate(model, PROMPTS, NEW, seed=SEED, draft=draft, **plan.asked)
     samples, greedy = plan.asked.get("samples", 1), "temperature" not in plan.asked
     same = {k: v for k, v in plan.asked.items() if k != "batch_size"}
@@ -157,13 +173,18 @@ def check_row(row: Row, scratch: Path | None = None) -> str:
         same.pop("draft_length", None)
     row = 0
     for i, prompt in enumerate(PROMPTS):
-        earlier = 0 if greedy else PROMPTS[:i].count(prompt)  # a prompt that occurs again has the next samples
-        plain = ds.generate(alone, [prompt] * (1 + earlier), NEW, seed=SEED, draft=draft_alone, **same)
+        # a prompt that occurs again has the next samples
+        earlier = 0 if greedy else PROMPTS[:i].count(prompt)
+        plain = ds.generate(
+            alone, [prompt] * (1 + earlier), NEW, seed=SEED, draft=draft_alone, **same
+        )
         for k in range(earlier * samples, len(plain.tokens)):
             if greedy:
                 same_text(alone, prompt, found.tokens[row], plain.tokens[k], exact=plan.exact)
             elif plan.exact and same.get("draft_length") != "auto":
-                assert found.tokens[row] == plain.tokens[k], f"{prompt} → {found.tokens[row]}, alone {plain.tokens[k]}"
+                assert found.tokens[row] == plain.tokens[k], (
+                    f"{prompt} → {found.tokens[row]}, alone {plain.tokens[k]}"
+                )
             if plan.exact and found.tokens[row] == plain.tokens[k]:
                 _same_numbers(found, row, plain, k)
             row += 1
@@ -179,7 +200,9 @@ def _same_numbers(found: Any, row: int, plain: Any, k: int) -> None:
             worst = np.abs(np.subtract(of[row], getattr(plain, name)[k])).max()
             assert worst < PLAIN, f"row {row}: {name} differ by {worst:.2g} from the plain ones"
     if found.expert_ids is not None:
-        np.testing.assert_array_equal(np.sort(found.expert_ids[row], -1), np.sort(plain.expert_ids[k], -1))
+        np.testing.assert_array_equal(
+            np.sort(found.expert_ids[row], -1), np.sort(plain.expert_ids[k], -1)
+        )
 
 
 def _check_numbers(plan: Plan, model: Any, found: Any, samples: int) -> None:
@@ -191,14 +214,15 @@ def _check_numbers(plan: Plan, model: Any, found: Any, samples: int) -> None:
         out = forward(model, jnp.array([prompt + text + [0] * (16 - len(prompt + text))]))
         if found.model_logprobs is not None:
             logits = np.asarray(out.logits[0], np.float64)[len(prompt) - 1 :][: len(text)]
-            nats = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-            nats -= logits.max(-1, keepdims=True)
+            most = logits.max(-1, keepdims=True)
+            nats = logits - np.log(np.exp(logits - most).sum(-1, keepdims=True)) - most
             wanted = nats[np.arange(len(text)), text]
             worst = np.abs(wanted - found.model_logprobs[row]).max()
             assert worst < PART, f"row {row}: log p differs by {worst:.2g}"
         if found.expert_ids is not None:
             read = len(prompt + text) - 1
             ids, wanted = (
-                np.sort(x, -1)[:, :read] for x in (found.expert_ids[row], np.asarray(out.routing.expert_ids)[:, 0])
+                np.sort(x, -1)[:, :read]
+                for x in (found.expert_ids[row], np.asarray(out.routing.expert_ids)[:, 0])
             )
             np.testing.assert_array_equal(ids, wanted)

@@ -1,15 +1,17 @@
-"""Training by pairs. A row trains a model of two layers for four steps, and is compared with itself done otherwise.
+"""Training by pairs: a row trains two layers for four steps, and is compared with itself otherwise.
 
-resumed     Two steps, stop, restore, two steps: state and metrics are those of four steps, bit for bit. A checkpoint
-            holds all that a step depends on.
-plain       The first steps on one device, without microbatches or recomputation and by the simplest kernels give the
-            same metrics up to rounding: an `Execution`, a mesh and microbatches change nothing else. In float32 the
-            bound is `TIGHT`, else `WIDE`, and counts are not compared.
-policy      The sampler of GRPO and its trainer compute the same log-probabilities, in float32 without 8-bit products.
+resumed     Two steps, stop, restore, two steps: state and metrics are those of four steps, bit for
+            bit. A checkpoint holds all that a step depends on.
+plain       The first steps on one device, without microbatches or recomputation and by the simplest
+            kernels give the same metrics up to rounding: an `Execution`, a mesh and microbatches
+            change nothing else. In float32 the bound is `TIGHT`, else `WIDE`, and counts are not
+            compared.
+policy      The sampler of GRPO and its trainer compute the same log-probabilities, in float32
+            without 8-bit products.
 loaded      The model that a reader loads has the loss on held-out text that the run reported.
-decoded     Greedy text of prompts of several lengths, with the model's own drafts and on the row's mesh, is that of
-            each prompt alone, on one device, without drafts or cache. In bfloat16 another token may come instead where
-            both are about as likely (`NEAR`).
+decoded     Greedy text of prompts of several lengths, with the model's own drafts and on the row's
+            mesh, is that of each prompt alone, on one device, without drafts or cache. In bfloat16
+            another token may come instead where both are about as likely (`NEAR`).
 
 Two settings that cannot be combined are refused by one sentence, before the run has a folder.
 """
@@ -45,26 +47,41 @@ from dsv3_jax.training.run_folder import claim, read_run
 from .covering import Row
 
 TIGHT, WIDE = 1e-3, 0.1  # of a metric's size
-SMOOTH = {"loss", "mtp_loss", "feature_loss", "balance_loss", "grad_norm"}  # metrics that count nothing
+# metrics that count nothing
+SMOOTH = {"loss", "mtp_loss", "feature_loss", "balance_loss", "grad_norm"}
 NEAR = 0.5  # of the logits' standard deviation: a token may go to another expert
 STEPS = 4
 MODEL = ModelConfig(
-    vocab_size=260, dim=32, num_layers=2, num_dense_layers=1, dense_dim=24, num_heads=2, q_latent_dim=16,
-    kv_latent_dim=12, nope_head_dim=8, rope_head_dim=4, v_head_dim=8, num_experts=8, experts_per_token=2,
-    num_shared_experts=1, expert_dim=12, balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2), max_positions=64,
-    init_std=0.2,
+    vocab_size=260, dim=32, num_layers=2, num_dense_layers=1, dense_dim=24, num_heads=2,
+    q_latent_dim=16, kv_latent_dim=12, nope_head_dim=8, rope_head_dim=4, v_head_dim=8,
+    num_experts=8, experts_per_token=2, num_shared_experts=1, expert_dim=12,
+    balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2), max_positions=64, init_std=0.2,
 )  # fmt: skip
 # AdamW's eps is large: the rounding of gradients near 0 does not become whole steps of either sign.
 OPTIM = ds.OptimConfig(learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=1, eps=0.1)
 DATA = ds.DataConfig(seq_len=32, batch_size=8, val_fraction=0.3)
-RUN = RunConfig(MODEL, data=DATA, optim=OPTIM, steps=STEPS, eval_every=STEPS, eval_batches=1, save_every=2, log_every=1)
+RUN = RunConfig(
+    MODEL,
+    data=DATA,
+    optim=OPTIM,
+    steps=STEPS,
+    eval_every=STEPS,
+    eval_batches=1,
+    save_every=2,
+    log_every=1,
+)
 
 CHATS = {"data.format": "chat", "data.chat_template": "plain"}
 GRPO = CHATS | {"grpo.group": 4, "grpo.max_new_tokens": 4, "grpo.checker": "regex"}
-DSA = {"model.attention": "dsa", "model.index_heads": 2, "model.index_dim": 8, "model.index_topk": 6}
+DSA = {
+    "model.attention": "dsa",
+    "model.index_heads": 2,
+    "model.index_dim": 8,
+    "model.index_topk": 6,
+}
 SHARED = DSA | {"model.index_types": ("full", "shared"), "model.index_precision": "fp8"}
 GROUPS = {"model.num_groups": 2, "model.groups_per_token": 1}
-# Factor → value → what it changes of RUN. A setting that matters beside another one only is named with it.
+# Factor → value → what it changes of RUN. A setting that matters only beside another has its name.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "how": {
         "text": {},
@@ -72,7 +89,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "chats": CHATS,
         "GRPO": GRPO,
         "GRPO, KL": GRPO | {"grpo.kl": 0.1, "grpo.form": "constant_length"},
-        "GRPO, KL at 0.7": GRPO | {"grpo.kl": 0.1, "grpo.temperature": 0.7, "grpo.cache_dtype": "float32"},
+        "GRPO, KL at 0.7": GRPO
+        | {"grpo.kl": 0.1, "grpo.temperature": 0.7, "grpo.cache_dtype": "float32"},
         "GRPO at 0.7, no replay": GRPO | {"grpo.temperature": 0.7, "grpo.replay": False},
         "warm-up": {"indexer_stage": "warm"},
     },
@@ -151,13 +169,23 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "none": {},
         "data=2": {},
         "data=2, FSDP": {"execution.layout.fsdp": True},
-        "expert=2": {"execution.layout.expert_comm": "all_to_all", "execution.layout.capacity_slack": 1.0},
+        "expert=2": {
+            "execution.layout.expert_comm": "all_to_all",
+            "execution.layout.capacity_slack": 1.0,
+        },
         "tensor=2": {},
-        "data=2,expert=2": {"execution.layout.fsdp": True, "execution.layout.expert_comm": "gather"},
+        "data=2,expert=2": {
+            "execution.layout.fsdp": True,
+            "execution.layout.expert_comm": "gather",
+        },
     },
     "dtype": {"float32": {}, "bfloat16": {"execution.compute_dtype": "bfloat16"}},
-    "precision": {name: {"execution.precision": name} for name in ("none", "fp8", "fp8_ue8m0", "mxfp8")},
-    "remat": {name: {"execution.remat": name} for name in ("none", "dots", "queries", "attention", "full")},
+    "precision": {
+        name: {"execution.precision": name} for name in ("none", "fp8", "fp8_ue8m0", "mxfp8")
+    },
+    "remat": {
+        name: {"execution.remat": name} for name in ("none", "dots", "queries", "attention", "full")
+    },
     "kernels": {
         "auto": {},
         "XLA": {"execution.kernels": "xla"},
@@ -189,7 +217,7 @@ RELEASED = ("float32", "bfloat16", "FP8", "int4")
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
-    """A configuration with other values, by names with dots; all of them at once, so in any order."""
+    """A configuration with other values, by names with dots; all at once, so in any order."""
     values = to_dict(config)
     for name, value in changes.items():
         *folders, key = name.split(".")
@@ -251,7 +279,11 @@ class Plan:
         dtype = "float32" if self.kind == "float32" else "bfloat16"
         config = config_to_dict(self.start_model, fp8=self.kind == "FP8", dtype=dtype)
         if self.kind == "int4":
-            config |= {"model_type": "kimi_k2", "torch_dtype": "float32", "quantization_config": INT4}
+            config |= {
+                "model_type": "kimi_k2",
+                "torch_dtype": "float32",
+                "quantization_config": INT4,
+            }
         return config
 
     def check_start(self) -> None:
@@ -260,8 +292,12 @@ class Plan:
             return
         released = self.kind in RELEASED
         model = hf.config_from_dict(self.config) if released else self.start_model
-        theirs = replace(RUN, model=model, data=replace(RUN.data, tokenizer=self.run.data.tokenizer))
-        start = warm_start.Start("start", theirs, released, lambda job: None, four_bits=self.kind == "int4")
+        theirs = replace(
+            RUN, model=model, data=replace(RUN.data, tokenizer=self.run.data.tokenizer)
+        )
+        start = warm_start.Start(
+            "start", theirs, released, lambda job: None, four_bits=self.kind == "int4"
+        )
         warm_start.check(self.run, start)
 
     def write_start(self) -> None:
@@ -284,7 +320,8 @@ class Plan:
     def plain(self) -> RunConfig:
         """The same run on one device, by the simplest kernels.
 
-        Microbatches stay where the Switch loss or an expert's capacity is computed for each of them.
+        Microbatches stay where the Switch loss or an expert's capacity is computed for each of
+        them.
         """
         run = self.run
         kept = run.model.capacity_factor is not None or run.model.balance.switch_alpha > 0
@@ -304,9 +341,11 @@ def write_data(scratch: Path) -> None:
     text = scratch / "text"
     text.mkdir()
     write_text(text)
+    chat = [{"role": "user", "content": "$?"}, {"role": "assistant", "content": "$"}]
     for name, record in (
-        ("chats", {"messages": [{"role": "user", "content": "$?"}, {"role": "assistant", "content": "$"}]}),
-        ("GRPO", {"prompt": "$+1=", "answer": "[\x00-\x3f]"}),  # a random model's answers are partly right
+        ("chats", {"messages": chat}),
+        # a random model's answers are partly right
+        ("GRPO", {"prompt": "$+1=", "answer": "[\x00-\x3f]"}),
     ):
         (scratch / name).mkdir()
         lines = (json.dumps(record).replace("$", str(i)) for i in range(48))
@@ -314,11 +353,12 @@ def write_data(scratch: Path) -> None:
     words = "--row-tokens 32 --val-fraction 0.3 --shard-mb 0.01"
     argv = ["data", "tokenize", str(text), "--out", str(scratch / "shards"), *words.split()]
     assert unhooked_cli().main(argv) == 0
-    (scratch / "tokenizer.json").write_text(byte_tokenizer_json())  # last: it says that all is there
+    # last: it says that all is there
+    (scratch / "tokenizer.json").write_text(byte_tokenizer_json())
 
 
 def refusal(row: Row, scratch: Path) -> str | None:
-    """The sentence by which the package refuses a row; None where it accepts it. Nothing is computed."""
+    """The sentence by which the package refuses a row, without computing; None if it accepts it."""
     return _refusal(tuple(row.items()), scratch)
 
 
@@ -370,7 +410,9 @@ def refused(error: ValueError) -> str:
 
 def _state(plan: Plan, name: str) -> Any:
     folder = plan.folder / name
-    with Checkpoints(folder, read_run(folder), read_only=True, optimizer=plan.options.get("optimizer")) as checkpoints:
+    with Checkpoints(
+        folder, read_run(folder), read_only=True, optimizer=plan.options.get("optimizer")
+    ) as checkpoints:
         return checkpoints.restore()
 
 
@@ -395,9 +437,15 @@ def _check_plain(plan: Plan) -> None:
         named = a.keys() & b.keys() - {"mismatch", "max_mismatch"}  # a mesh has measures of its own
         for key in sorted(named if _exact(plan) else named & SMOOTH):
             x, y = np.asarray(a[key], np.float64), np.asarray(b[key], np.float64)
-            size = max(1.0, np.abs(y).max(initial=0)) if key in ("loss", "mtp_loss") else np.abs(y).max(initial=1e-3)
+            size = (
+                max(1.0, np.abs(y).max(initial=0))
+                if key in ("loss", "mtp_loss")
+                else np.abs(y).max(initial=1e-3)
+            )
             bound = TIGHT if _exact(plan) else WIDE
-            assert np.abs(x - y).max(initial=0) <= bound * size, f"step {a['step']}: {key}={x}, plain {y}"
+            assert np.abs(x - y).max(initial=0) <= bound * size, (
+                f"step {a['step']}: {key}={x}, plain {y}"
+            )
 
 
 def _check_policy(plan: Plan) -> None:
@@ -411,11 +459,15 @@ def _check_loaded(plan: Plan, result: Any) -> None:
     """Evaluate the loaded model, on one device."""
     model, out = ds.load_model(plan.folder / "whole"), plan.folder / "whole"
     source = hf.open_model.measured_on(read_run(out).data, out)
-    found = ds.evaluate.evaluate(model, source.val_batches(plan.run.eval_batches), ds.load_text(out).tokenizer)
+    found = ds.evaluate.evaluate(
+        model, source.val_batches(plan.run.eval_batches), ds.load_text(out).tokenizer
+    )
     wanted = result.evaluation["val_loss"]
     # A start in 8 or 16 bits that is frozen takes its adapters in these bits.
     bound = TIGHT if _exact(plan) and plan.kind not in ("bfloat16", "FP8", "int4") else WIDE
-    assert abs(found["val_loss"] - wanted) <= bound * wanted, f"val_loss={found['val_loss']}, of the run {wanted}"
+    assert abs(found["val_loss"] - wanted) <= bound * wanted, (
+        f"val_loss={found['val_loss']}, of the run {wanted}"
+    )
 
 
 PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31]]
@@ -428,15 +480,23 @@ def _check_decoded(plan: Plan) -> None:
     found = ds.generate(model, PROMPTS, NEW, draft=draft).tokens
     for prompt, tokens in zip(PROMPTS, found, strict=True):
         wanted = ds.generate(alone, [prompt], NEW, cache="none").tokens[0]
-        same_text(alone, prompt, tokens, wanted, exact=plan.run.execution.compute_dtype == "float32")
+        same_text(
+            alone, prompt, tokens, wanted, exact=plan.run.execution.compute_dtype == "float32"
+        )
 
 
-def same_text(model: Any, prompt: list[int], found: list[int], wanted: list[int], *, exact: bool) -> None:
-    """Two greedy texts are equal, or where numbers are rounded the first tokens that differ are about as likely."""
+def same_text(
+    model: Any, prompt: list[int], found: list[int], wanted: list[int], *, exact: bool
+) -> None:
+    """Two greedy texts are equal, or the first tokens that differ are about as likely."""
     if found == wanted:
         return
     at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
     assert at is not None and not exact, f"{prompt} → {found}, alone {wanted}"
-    logits = np.asarray(forward(model.in_compute_dtype(), jnp.array([prompt + wanted[:at]])).logits[0, -1], np.float64)
+    logits = np.asarray(
+        forward(model.in_compute_dtype(), jnp.array([prompt + wanted[:at]])).logits[0, -1],
+        np.float64,
+    )
     apart = abs(logits[found[at]] - logits[wanted[at]]) / logits.std()
-    assert math.isfinite(apart) and apart < NEAR, f"{prompt} → {found}, alone {wanted}: {apart:.2g} apart"
+    assert math.isfinite(apart), f"{prompt} → {found}, alone {wanted}: {apart:.2g} apart"
+    assert apart < NEAR, f"{prompt} → {found}, alone {wanted}: {apart:.2g} apart"

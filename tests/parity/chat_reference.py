@@ -1,6 +1,7 @@
 """transformers' token ids of prompts and conversations, its assistant masks and rendered texts.
 
-`python tests/parity/chat_reference.py` writes the golden file that `make test` compares our results with.
+`python tests/parity/chat_reference.py` writes the golden file that `make test` compares our results
+with.
 """
 
 import json
@@ -39,7 +40,9 @@ def theirs(folder: Path, text: Text) -> dict[str, Any]:
         "raw": [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS],
         "special_tokens": tokenizer.special_tokens_map,
         "conversations": {
-            name: _conversation(tokenizer, messages, "generation" in source.replace("add_generation_prompt", ""))
+            name: _conversation(
+                tokenizer, messages, "generation" in source.replace("add_generation_prompt", "")
+            )
             for name, messages in CONVERSATIONS.items()
         },
     }
@@ -62,7 +65,9 @@ def _conversation(tokenizer: Any, messages: list[dict], marked: bool) -> dict[st
     except Exception:  # jinja2's, of many kinds
         return None
     if marked:
-        both = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        both = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
         found["mask"] = both["assistant_masks"]
     return found
 
@@ -72,7 +77,8 @@ def quoted_ids(tokenizer: Any, messages: list[dict], **options: Any) -> list[int
     control = tokenizer._get_control_tokens(tokenizer.get_chat_template())
     pattern, _ = chat_template_utils._get_control_token_patterns(control)
     messages = [
-        m if m["role"] == "assistant" else chat_template_utils.mark_control_tokens(m, pattern) for m in messages
+        m if m["role"] == "assistant" else chat_template_utils.mark_control_tokens(m, pattern)
+        for m in messages
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return chat_template_utils.encode_marked_chat(tokenizer, text)

@@ -1,6 +1,7 @@
-"""transformers' results on a released folder: logits, loss, gradients, expert ids, greedy tokens, MTP logits.
+"""transformers' results on a folder: logits, loss, gradients, ids, greedy tokens, MTP logits.
 
-`python tests/parity/parity_reference.py` writes the golden files that `make test` compares our results with.
+`python tests/parity/parity_reference.py` writes the golden files that `make test` compares our
+results with.
 """
 
 import os
@@ -43,16 +44,20 @@ torch.set_num_threads(1)
 
 
 def plain_folder(folder: Path, cell: Cell) -> Path:
-    """Write a cell's folder for transformers: dequantized, since it reads neither FP8 nor 4 bits on CPU, and labelled
-    DeepSeek-V3 where it does not know the label."""
+    """Write a cell's folder for transformers.
+
+    It is dequantized, since transformers reads neither FP8 nor 4 bits on CPU, and labelled
+    DeepSeek-V3 where transformers does not know the label.
+    """
     if cell.file != "fp8" and not cell.name.startswith(("Kimi", "Moonlight")):
         return write_folder(folder, cell)
     arrays = without_int4(stored(cell))
-    plain = {
-        k: dequantized(v, arrays[k + "_scale_inv"]) if k + "_scale_inv" in arrays else v.astype(np.float32)
-        for k, v in arrays.items()
-        if not k.endswith("_scale_inv")
-    }
+    plain = {}
+    for k, v in arrays.items():
+        if k + "_scale_inv" in arrays:
+            plain[k] = dequantized(v, arrays[k + "_scale_inv"])
+        elif not k.endswith("_scale_inv"):
+            plain[k] = v.astype(np.float32)
     folder.mkdir(parents=True)
     write_json(folder / CONFIG, config_to_dict(cell.cfg, dtype="float32"))
     save_file(plain, folder / SINGLE, metadata={"format": "pt"})
@@ -60,25 +65,40 @@ def plain_folder(folder: Path, cell: Cell) -> Path:
 
 
 def load_theirs(folder: Path, num_layers: int, mtp_depth: int, tied: bool):
-    """Load the model and its MTP part (or None), and check that every tensor of the folder was used."""
-    settings = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    """Load the model and its MTP part (or None), and check that every tensor was used."""
+    settings = {
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
     auto = transformers.AutoModelForCausalLM
     main, report = auto.from_pretrained(folder, output_loading_info=True, **settings)
     missing = set(report["missing_keys"]) - ({"lm_head.weight"} if tied else set())
     assert not missing and not report["mismatched_keys"], report
     later = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
-    assert all(key.startswith(later) for key in report["unexpected_keys"]) if later else not report["unexpected_keys"]
+    assert (
+        all(key.startswith(later) for key in report["unexpected_keys"])
+        if later
+        else not report["unexpected_keys"]
+    )
     return main, _mtp(main, folder, num_layers, mtp_depth) if mtp_depth else None
 
 
 def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel:
-    if hasattr(main.config, "index_topk"):  # what `get_mtp_config` asks for, and the released files leave out
+    # what `get_mtp_config` asks for, and the released files leave out
+    if hasattr(main.config, "index_topk"):
         main.config.mtp_layer_types = ["indexed_attention"] * depth
         main.config.mtp_mlp_layer_types, main.config.num_mtp_layers = ["sparse"] * depth, depth
     mtp, state = MtpModel(main, depth), {}
     for layer in mtp.layers:  # GLM's block returns its choice too, which `MtpLayer` does not expect
-        layer.mtp_block.register_forward_hook(lambda _m, _i, out: out[0] if isinstance(out, tuple) else out)
-    arrays = {k: v.float() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+        layer.mtp_block.register_forward_hook(
+            lambda _m, _i, out: out[0] if isinstance(out, tuple) else out
+        )
+    arrays = {
+        k: v.float()
+        for file in sorted(folder.glob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
     for k in range(depth):
         layer = {n.removeprefix(f"model.layers.{num_layers + k}."): v for n, v in arrays.items()}
         layer = {n: v for n, v in layer.items() if not n.startswith(("model.", "lm_head."))}
@@ -94,16 +114,20 @@ def _mtp(main: nn.Module, folder: Path, num_layers: int, depth: int) -> MtpModel
             for w in ("gate", "up", "down")
         )
         state |= {f"{block}.gate_up_proj": torch.cat([gate, up], dim=1), f"{block}.down_proj": down}
-    report = mtp.layers.load_state_dict({n.removeprefix("layers."): v for n, v in state.items()}, strict=True)
+    report = mtp.layers.load_state_dict(
+        {n.removeprefix("layers."): v for n, v in state.items()}, strict=True
+    )
     assert not report.missing_keys and not report.unexpected_keys
     return mtp
 
 
 def _gates(module: nn.Module) -> tuple[list[torch.Tensor], list]:
-    """Return a list that collects the routers' choices in layer order from the next call on, and the hooks."""
+    """Return a list that collects the routers' next choices in layer order, and the hooks."""
     chosen: list[torch.Tensor] = []
     gates = [m for n, m in module.named_modules() if n.endswith("mlp.gate")]
-    return chosen, [g.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for g in gates]
+    return chosen, [
+        g.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for g in gates
+    ]
 
 
 def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
@@ -118,7 +142,8 @@ def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
         hook.remove()
     logits = main.lm_head(h)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    ids = torch.stack(chosen) if chosen else torch.zeros(0, dtype=torch.long)  # without a sparse layer
+    # without a sparse layer
+    ids = torch.stack(chosen) if chosen else torch.zeros(0, dtype=torch.long)
     results = {"logits": logits, "expert_ids": ids.view(-1, batch, length, cfg.experts_per_token)}
     for k in range(cfg.mtp_depth):
         short = length - k - 1
@@ -131,14 +156,22 @@ def theirs(folder: Path, cell: Cell) -> dict[str, np.ndarray]:
         logits = main.lm_head(h)
         nats = cross_entropy(logits[:, : short - 1].flatten(0, 1), tokens[:, k + 2 :].flatten())
         loss = loss + MTP_WEIGHT / cfg.mtp_depth * nats
-        results |= {f"mtp_logits.{k}": logits, f"mtp_expert_ids.{k}": chosen[0].view(batch, short, -1)}
+        results |= {
+            f"mtp_logits.{k}": logits,
+            f"mtp_expert_ids.{k}": chosen[0].view(batch, short, -1),
+        }
     loss.backward()
-    results = {k: (v.sort(-1).values if "ids" in k else v).detach().numpy() for k, v in results.items()}
+    results = {
+        k: (v.sort(-1).values if "ids" in k else v).detach().numpy() for k, v in results.items()
+    }
     results = {k: v.astype(np.uint8) if "ids" in k else v for k, v in results.items()}
     results["loss"] = loss.detach().numpy()
     results |= {f"grad.{k}": v for k, v in _gradients(main, mtp, cfg.num_layers).items()}
     generated = main.generate(
-        tokens[:, :8], attention_mask=torch.ones_like(tokens[:, :8]), max_new_tokens=NEW, do_sample=False
+        tokens[:, :8],
+        attention_mask=torch.ones_like(tokens[:, :8]),
+        max_new_tokens=NEW,
+        do_sample=False,
     )
     results["greedy"] = generated[:, 8:].numpy().astype(np.int32)
     return results
@@ -154,12 +187,16 @@ def _gradients(main: nn.Module, mtp: nn.Module | None, num_layers: int) -> dict[
             named[f"model.layers.{num_layers + int(k)}.{rest}"] = value
     gradients = {}
     for name, value in named.items():
-        grad = np.zeros(value.shape, np.float32) if value.grad is None else value.grad.numpy()  # none is an indexer's
+        # none is an indexer's
+        grad = np.zeros(value.shape, np.float32) if value.grad is None else value.grad.numpy()
         lead, _, last = name.rpartition(".")
         if last == "gate_up_proj":
             for e, both in enumerate(grad):
                 gate, up = np.split(both, 2)
-                gradients |= {f"{lead}.{e}.gate_proj.weight": gate, f"{lead}.{e}.up_proj.weight": up}
+                gradients |= {
+                    f"{lead}.{e}.gate_proj.weight": gate,
+                    f"{lead}.{e}.up_proj.weight": up,
+                }
         elif last == "down_proj":
             gradients |= {f"{lead}.{e}.down_proj.weight": expert for e, expert in enumerate(grad)}
         else:

@@ -1,16 +1,29 @@
-"""Text settings beside transformers: the golden file of tests/test_chat.py holds what transformers gives today."""
+"""Text settings beside transformers: test_chat.py's golden file is what transformers gives."""
 
 import json
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
-from texts import CALL, CONVERSATIONS, GOLDEN, PROMPTS, TEMPLATES, TEXTS, TOOLS, WORDS, tiktoken_lines, write_text_files
+from texts import (
+    CALL,
+    CONVERSATIONS,
+    GOLDEN,
+    PROMPTS,
+    TEMPLATES,
+    TEXTS,
+    TOOLS,
+    WORDS,
+    tiktoken_lines,
+    write_text_files,
+)
 
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.text_settings import read_settings
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # torch and transformers warn
+# torch and transformers warn
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -23,10 +36,14 @@ def test_the_golden_file_is_transformers(name, tmp_path, card, monkeypatch):
     assert results == json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
     ours = read_settings(folder)
     assert ours.chat
-    pairs = [(ours.encode(prompt), ids) for prompt, ids in zip(PROMPTS, results["prompts"], strict=True)]
+    pairs = [
+        (ours.encode(prompt), ids) for prompt, ids in zip(PROMPTS, results["prompts"], strict=True)
+    ]
     for conversation, found in results["conversations"].items():
         if found is not None:  # what transformers refuses, `make test` refuses here
-            pairs.append((ours.chat.render(CONVERSATIONS[conversation], any_order=True).ids, found["quoted"]))
+            pairs.append(
+                (ours.chat.render(CONVERSATIONS[conversation], any_order=True).ids, found["quoted"])
+            )
     differing = sum(a != b for a, b in pairs)
     assert differing == 0
     card(
@@ -37,7 +54,7 @@ def test_the_golden_file_is_transformers(name, tmp_path, card, monkeypatch):
 
 
 def test_a_tiktoken_model_is_transformers_conversion(tmp_path):
-    """transformers converts the ranks to merges, with OpenAI's pattern; the texts here are split alike by both."""
+    """transformers converts ranks to merges, by OpenAI's pattern; both split these texts alike."""
     pytest.importorskip("tiktoken")
     import transformers
 
@@ -54,11 +71,13 @@ def test_a_tiktoken_model_is_transformers_conversion(tmp_path):
 
 
 def conversations(count=60):
-    """Turns of random words, with and without system messages, thoughts of both forms, and calls of tools."""
+    """Turns of random words, some with system messages, thoughts of both forms, calls of tools."""
     rng = random.Random(0)
 
     def words():
-        return "".join(rng.choices([*WORDS, " ", "\n", "日本語 🚀", "<b>", "\t ", "."], k=rng.randint(1, 9)))
+        return "".join(
+            rng.choices([*WORDS, " ", "\n", "日本語 🚀", "<b>", "\t ", "."], k=rng.randint(1, 9))
+        )
 
     for i in range(count):
         messages = [{"role": "system", "content": words()}] if i % 3 == 0 else []
@@ -78,13 +97,16 @@ FOUR = {
     "marks": (TEXTS["Kimi"], {}),
     "tools": (TEXTS["V3"], {}),
     "any role": (TEXTS["GLM"], {}),
-    "thinking": (replace(TEXTS["V3"], config=TEXTS["V3"].config | {"chat_template": R1}), {"thinking": True}),
+    "thinking": (
+        replace(TEXTS["V3"], config=TEXTS["V3"].config | {"chat_template": R1}),
+        {"thinking": True},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_sixty_conversations_are_transformers(name, tmp_path, card, monkeypatch):
-    """Ids, generation prompts, tools, variables of the template, continued messages and masks; users' names as text."""
+    """Ids, prompts, tools, variables, continued messages and masks; users' names stay text."""
     import transformers
     from chat_reference import Clock, quoted_ids
 
@@ -94,12 +116,20 @@ def test_sixty_conversations_are_transformers(name, tmp_path, card, monkeypatch)
     tokenizer, chat = transformers.AutoTokenizer.from_pretrained(folder), read_settings(folder).chat
     compared = 0
     for messages in conversations():
-        for options in {}, {"add_generation_prompt": True}, {"tools": TOOLS}, {"continue_final_message": True}:
+        for options in (
+            {},
+            {"add_generation_prompt": True},
+            {"tools": TOOLS},
+            {"continue_final_message": True},
+        ):
             some = messages[:-1] if "add_generation_prompt" in options else messages
             try:
-                theirs = tokenizer.apply_chat_template(some, return_dict=True, **options, **variables)["input_ids"]
+                read = partial(tokenizer.apply_chat_template, some, return_dict=True)
+                theirs = read(**options, **variables)["input_ids"]
             except ValueError:  # the template leaves out a part of the last message
-                with pytest.raises(ValueError, match="does not write the whole of the last message"):
+                with pytest.raises(
+                    ValueError, match="does not write the whole of the last message"
+                ):
                     chat.render(some, **options, **variables)
                 continue
             assert chat.render(some, **options, **variables).ids == theirs, (some, options)
@@ -110,7 +140,10 @@ def test_sixty_conversations_are_transformers(name, tmp_path, card, monkeypatch)
             ours = chat.render(messages, assistant_mask=True)
             assert ours.mask == list(map(bool, theirs["assistant_masks"])) and any(ours.mask)
         names = " ".join(tokenizer.get_added_vocab())
-        forged = [m if m["role"] == "assistant" else {**m, "content": m["content"] + names} for m in messages]
+        forged = [
+            m if m["role"] == "assistant" else {**m, "content": m["content"] + names}
+            for m in messages
+        ]
         assert chat.render(forged, **variables).ids == quoted_ids(tokenizer, forged, **variables)
     assert compared >= 180
     card(f"sixty conversations, {name}", "text", {f"of {compared} texts": 0})

@@ -33,7 +33,11 @@ def result(tmp_path_factory):
     def compute(name: str):
         root = tmp_path_factory.mktemp("cell")
         folder = write_folder(root / "folder", GRID[name])
-        return ours(hf.load(folder)), theirs(plain_folder(root / "plain", GRID[name]), GRID[name]), folder
+        return (
+            ours(hf.load(folder)),
+            theirs(plain_folder(root / "plain", GRID[name]), GRID[name]),
+            folder,
+        )
 
     return compute
 
@@ -65,7 +69,10 @@ def test_ours_and_the_golden_files_are_transformers(result, name, card):
     assert theirs.keys() == stored.keys()
     # A different processor or build of torch may sum in a different order.
     differing = differences(theirs, stored).items()
-    assert all(value == 0 if "ids" in kind or kind == "greedy" else value < 1e-4 for kind, value in differing)
+    assert all(
+        value == 0 if "ids" in kind or kind == "greedy" else value < 1e-4
+        for kind, value in differing
+    )
     write_cards(card, name, worst, results)
 
 
@@ -76,12 +83,25 @@ def write_cards(card, name, worst, results):
         logits["of the MTP logits"] = worst["mtp_logits"]
     card(model, "logits", logits)
     counted = {"routed experts": "expert_ids", "greedy tokens": "greedy"}
-    sizes = {what: results[key].size for what, key in counted.items() if results[key].size}  # some have no experts
-    card(model, "ids", {f"of {size} {what}": int(worst[counted[what]]) for what, size in sizes.items()})
+    # some have no experts
+    sizes = {what: results[key].size for what, key in counted.items() if results[key].size}
+    card(
+        model,
+        "ids",
+        {f"of {size} {what}": int(worst[counted[what]]) for what, size in sizes.items()},
+    )
     gradients = {"of the gradients": worst["grad"], "limit": GRADIENTS}
-    card(model, "trained step", gradients | {"of the loss, nats": worst["loss"], "limit of the loss": LOSS})
+    card(
+        model,
+        "trained step",
+        gradients | {"of the loss, nats": worst["loss"], "limit of the loss": LOSS},
+    )
     if file != "float32":
-        card(model, "stored format", {"of the logits": worst["logits"], "stored as": file, "limit": LOGITS})
+        card(
+            model,
+            "stored format",
+            {"of the logits": worst["logits"], "stored as": file, "limit": LOGITS},
+        )
 
 
 @pytest.mark.parametrize("name", ["groups", "tied embeddings", "DeepSeek-V3.2", "GLM-5"])
@@ -102,7 +122,8 @@ def test_we_run_what_transformers_saves(result, tmp_path):
     cfg = GRID["no groups"].cfg
     main, _ = load_theirs(folder, cfg.num_layers, 0, cfg.tie_embeddings)
     main.save_pretrained(tmp_path / "theirs")
-    assert "rope_theta" in read_json(tmp_path / "theirs" / "config.json")["rope_parameters"]  # the newer spelling
+    # the newer spelling
+    assert "rope_theta" in read_json(tmp_path / "theirs" / "config.json")["rope_parameters"]
     assert_equal(ours(hf.load(tmp_path / "theirs")), reference)
 
 
@@ -116,29 +137,44 @@ SPARSE = {
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_attention_below_and_far_beyond_its_choice(name, tmp_path, card):
-    """Texts of up to 25 times `index_topk`, positions that do not start at 0, prompts of unequal lengths, both ways."""
+    """Texts of up to 25 `index_topk`, positions not from 0, unequal prompts; both ways."""
     import torch
     from parity_reference import load_theirs
 
-    folder = write_folder(tmp_path / "folder", Cell(name, GRID[name.split(",")[0]].config | FAR | SPARSE[name]))
+    folder = write_folder(
+        tmp_path / "folder", Cell(name, GRID[name.split(",")[0]].config | FAR | SPARSE[name])
+    )
     model, worst = hf.load(folder), 0.0
     main, _ = load_theirs(folder, model.cfg.num_layers, 0, False)
     for length, start in ((8, 0), (16, 5), (17, 90), (100, 0), (400, 100)):
         tokens, positions = tokens_of(model.cfg, 2, length), start + np.arange(length)[None]
         with torch.no_grad():
-            theirs = main(torch.tensor(np.array(tokens)).long(), position_ids=torch.tensor(positions)).logits.numpy()
-        own = forward(model, tokens, None, jnp.asarray(np.repeat(positions, 2, axis=0), jnp.int32)).logits
+            of_torch = torch.tensor(np.array(tokens)).long()
+            theirs = main(of_torch, position_ids=torch.tensor(positions)).logits.numpy()
+        places = jnp.asarray(np.repeat(positions, 2, axis=0), jnp.int32)
+        own = forward(model, tokens, None, places).logits
         worst = max(worst, float(np.abs(own - theirs).max() / theirs.std()))
     assert worst < LOGITS
     longest = 300
-    prompts = [np.array(tokens_of(model.cfg, 1, n, seed=n))[0].tolist() for n in (3, 16, 90, longest)]
+    prompts = [
+        np.array(tokens_of(model.cfg, 1, n, seed=n))[0].tolist() for n in (3, 16, 90, longest)
+    ]
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.arange(longest)[None] >= torch.tensor([[longest - len(prompt)] for prompt in prompts])
-    theirs = main.generate(padded, attention_mask=mask.long(), max_new_tokens=40, do_sample=False)[:, longest:]
+    mask = torch.arange(longest)[None] >= torch.tensor(
+        [[longest - len(prompt)] for prompt in prompts]
+    )
+    texts = main.generate(padded, attention_mask=mask.long(), max_new_tokens=40, do_sample=False)
+    theirs = texts[:, longest:]
     assert generate(model, prompts, 40).tokens == theirs.tolist()
     main.save_pretrained(tmp_path / "theirs")
     hf.save(model, tmp_path / "ours")
     for saved in ("theirs", "ours"):
         assert hf.load(tmp_path / saved).cfg == model.cfg
-        assert_bitwise(*(nnx.to_pure_dict(nnx.state(m)) for m in (hf.load(tmp_path / saved), model)))
-    card(name, "sparse attention", {"of the logits": worst, "limit": LOGITS, "of 160 greedy tokens": 0})
+        assert_bitwise(
+            *(nnx.to_pure_dict(nnx.state(m)) for m in (hf.load(tmp_path / saved), model))
+        )
+    card(
+        name,
+        "sparse attention",
+        {"of the logits": worst, "limit": LOGITS, "of 160 greedy tokens": 0},
+    )

@@ -1,1 +1,1 @@
-"""The CPU's kernels: C++ through JAX's foreign function interface, loops in XLA, and memory settings."""
+"""The CPU's kernels: C++ through JAX's foreign function interface, XLA loops, memory settings."""

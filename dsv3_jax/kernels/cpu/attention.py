@@ -13,7 +13,8 @@ from dsv3_jax.ops import cached_attention as op
 from dsv3_jax.ops.attention import RESULTS, repeat_heads, scaled
 from dsv3_jax.ops.cached_attention import Stored
 
-BLOCK_ELEMENTS = 1 << 16  # numbers of the cache visited at a time: 256 KB, measured best on two AVX-512 cores
+# numbers of the cache visited at a time: 256 KB, measured best on two AVX-512 cores
+BLOCK_ELEMENTS = 1 << 16
 
 
 def causal_attention(
@@ -25,7 +26,7 @@ def causal_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     maxima: bool = False,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """Compute `ops.attention.causal_attention` in float32, by the C++ kernel; `maxima`: `attention_and_maxima`."""
+    """Compute `ops.attention.causal_attention` by C++, with `maxima` `attention_and_maxima`."""
     if segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
@@ -53,7 +54,9 @@ def _attend_bwd(saved, d_results):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def cached_attention_in_blocks(queries: Sequence[Array], keys: Sequence[Stored], values: Stored, *args, **settings):
+def cached_attention_in_blocks(
+    queries: Sequence[Array], keys: Sequence[Stored], values: Stored, *args, **settings
+):
     """Compute `ops.cached_attention.cached_attention` in blocks that stay in a core's cache."""
     block = max(op.block_rows(keys, values, BLOCK_ELEMENTS), 64)
     return op.cached_attention_in_blocks(queries, keys, values, *args, block=block, **settings)
@@ -62,7 +65,8 @@ def cached_attention_in_blocks(queries: Sequence[Array], keys: Sequence[Stored],
 def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
     """Compute `ops.cached_attention.write_rows` sequence by sequence.
 
-    XLA's scatter works in place too, but takes 1.5 µs for 32 rows of 160 numbers; this loop takes 0.7, on two cores.
+    XLA's scatter works in place too, but takes 1.5 µs for 32 rows of 160 numbers; this loop takes
+    0.7, on two cores.
     """
     zero = jnp.zeros((), jnp.int32)
 
@@ -74,5 +78,5 @@ def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, "
         return jax.tree.map(one, stored, new)
 
     written = jax.lax.fori_loop(0, first.shape[0], put_one, stored)
-    # Without the barrier XLA fuses the update of a single row with each of its readers, and copies all slots for it.
+    # Without the barrier XLA fuses a row's update with each of its readers, and copies all slots.
     return jax.lax.optimization_barrier(written)

@@ -1,11 +1,13 @@
-"""Grouped SwiGLU in plain XLA loops for the CPU: over experts, and inside over blocks of rows, with its own gradient.
+"""Grouped SwiGLU in XLA loops for the CPU: over experts and their blocks of rows; its own gradient.
 
-XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product needs experts of equal
-load. A loop does exactly the work there is. It copies one expert's three matrices, then multiplies
-blocks of that expert's rows, which stay in cache through the three products.
+XLA's CPU backend multiplies every row with every expert in `ragged_dot`, and a batched product
+needs experts of equal load. A loop does exactly the work there is. It copies one expert's three
+matrices, then multiplies blocks of that expert's rows, which stay in cache through the three
+products.
 
-A loop writes whole blocks, even if an expert's last block reaches into the next expert's rows. Experts come in order,
-so the next expert overwrites those rows. Arrays of sorted rows end in padding for the last expert.
+A loop writes whole blocks, even if an expert's last block reaches into the next expert's rows.
+Experts come in order, so the next expert overwrites those rows. Arrays of sorted rows end in
+padding for the last expert.
 """
 
 from typing import Any
@@ -27,12 +29,13 @@ def blocks_swiglu(
     w_down: Float[Array, "E F D"],
     **settings: Any,
 ) -> Float[Array, "n D"]:
-    """Compute `ops.dispatch.grouped_swiglu` block by block. Arguments as there; its settings change nothing here.
+    """Compute `ops.dispatch.grouped_swiglu` block by block; its settings change nothing here.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
-        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # on 1 they give 2 and 5: silu(9) is 9
-        >>> y = jax.jit(blocks_swiglu)(jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]]), *weights)
+        >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # of 1: 2, 5; silu(9) is 9
+        >>> x, ids, gates = jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]])
+        >>> y = jax.jit(blocks_swiglu)(x, ids, gates, *weights)
         >>> round(float(y[0, 0]), 2)  # 0.9 · 5 + 0.1 · 2
         4.7
     """
@@ -41,13 +44,14 @@ def blocks_swiglu(
 
 
 def block_sizes(rows: int, num_experts: int, dim: int, width: int) -> tuple[int, ...]:
-    """Rows multiplied at a time: an expert's rows are cut into blocks of the first size, the rest into the last.
+    """Rows multiplied at a time: an expert's blocks have the first size, its rest the last.
 
-    Large blocks run near the GEMM peak, small ones waste fewer rows at an expert's end. A block should cost at least
-    2^24 multiplications, or the loop's overhead shows, and hold at most half of an expert's mean rows.
+    Large blocks run near the GEMM peak, small ones waste fewer rows at an expert's end. A block
+    should cost at least 2^24 multiplications, or the loop's overhead shows, and hold at most half
+    of an expert's mean rows.
 
     Example:
-        >>> block_sizes(rows=8192, num_experts=16, dim=128, width=64)  # half of an expert's mean, and a quarter of it
+        >>> block_sizes(rows=8192, num_experts=16, dim=128, width=64)  # 512 an expert, in the mean
         (256, 64)
     """
     mean = max(rows // num_experts, 1)
@@ -121,10 +125,17 @@ def _bwd(saved, dy):
             return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
 
         dw = tuple(zeros(d.shape[1:], d, x) for d in d_weights)
-        dx_rows, d_gates, dw = _for_blocks(p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw))
-        return dx_rows, d_gates, tuple(_put(d, w[None], e) for d, w in zip(d_weights, dw, strict=True))
+        dx_rows, d_gates, dw = _for_blocks(
+            p.starts[e], p.counts[e], sizes, block, (dx_rows, d_gates, dw)
+        )
+        d_weights = tuple(_put(d, w[None], e) for d, w in zip(d_weights, dw, strict=True))
+        return dx_rows, d_gates, d_weights
 
-    start = (zeros((tokens.size, dim), x), zeros(row_gates.shape, x), tuple(zeros(w.shape, w, x) for w in weights))
+    start = (
+        zeros((tokens.size, dim), x),
+        zeros(row_gates.shape, x),
+        tuple(zeros(w.shape, w, x) for w in weights),
+    )
     dx_rows, d_gates, d_weights = jax.lax.fori_loop(0, num_experts, expert, start)
     return _gather_sum(dx_rows, p.row), _take(d_gates, p.row), d_weights, None
 

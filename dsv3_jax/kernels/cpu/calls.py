@@ -1,15 +1,17 @@
-"""The C++ kernels as Python functions: one for each kernel, through JAX's foreign function interface.
+"""The C++ kernels as Python functions, one for each, through JAX's foreign function interface.
 
-Decoding (small_batch.cc). XLA's products on the CPU need contiguous operands. One thread copies a slice of a stack or
-of the cache before it is multiplied, and for more than one row copies it again in another layout. The kernels read
-weights and cache once, in place, on all threads.
+Decoding (small_batch.cc). XLA's products on the CPU need contiguous operands. One thread copies a
+slice of a stack or of the cache before it is multiplied, and for more than one row copies it again
+in another layout. The kernels read weights and cache once, in place, on all threads.
 
-Training and prefill (experts.cc, attention.cc). XLA splits every product over all threads, however small it is, and
-pads an expert's last block. The kernels give each thread an expert or a head, and multiply only rows that exist.
+Training and prefill (experts.cc, attention.cc). XLA splits every product over all threads, however
+small it is, and pads an expert's last block. The kernels give each thread an expert or a head, and
+multiply only rows that exist.
 
 Optimizer (adamw.cc). The kernel updates a parameter and its two means in one pass, in place.
 
-All arrays are float32 on one device but the cache's, indices int32. Call `library.why_not()` first; it must return "".
+All arrays are float32 on one device but the cache's, indices int32. Call `library.why_not()` first;
+it must return "".
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.sort_by_expert import SortedRows
 
-CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # dtypes of the rows that the kernels read and write
+# dtypes of the rows that the kernels read and write
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
 
 def small_batch_matmul(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
@@ -36,7 +39,10 @@ def small_batch_matmul(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[
 
 
 def small_batch_swiglu(
-    x: Float[Array, "n D"], w_gate: Float[Array, "D F"], w_up: Float[Array, "D F"], w_down: Float[Array, "F D"]
+    x: Float[Array, "n D"],
+    w_gate: Float[Array, "D F"],
+    w_up: Float[Array, "D F"],
+    w_down: Float[Array, "F D"],
 ) -> Float[Array, "n D"]:
     """Compute (silu(x w_gate) ⊙ (x w_up)) w_down. A row's result does not depend on the other rows.
 
@@ -67,7 +73,8 @@ def decode_experts(
 ) -> Float[Array, "n D"]:
     """Compute Σ_k gates_k · (silu(x w_gate) ⊙ (x w_up)) w_down over the chosen experts.
 
-    A row's result does not depend on the other rows or on the number of threads, to the last bit. Takes no gradient.
+    A row's result does not depend on the other rows or on the number of threads, to the last bit.
+    Takes no gradient.
 
     Args:
         x: tokens.
@@ -97,8 +104,10 @@ def cached_attention(
     """
 
     def arrays(stored: Stored) -> tuple[Array, Array]:
-        # As the cache has them, with an axis of layers: XLA copies 8-bit floats where it takes the axis away.
-        return stored.rows[None], jnp.zeros((0,), jnp.float32) if stored.scales is None else stored.scales[None]
+        # As the cache has them, with an axis of layers: to take it away XLA copies 8-bit floats.
+        if stored.scales is None:
+            return stored.rows[None], jnp.zeros((0,), jnp.float32)
+        return stored.rows[None], stored.scales[None]
 
     shape = jax.ShapeDtypeStruct((*queries[0].shape[:3], values.rows.shape[-1]), queries[0].dtype)
     call = jax.ffi.ffi_call("dsv3_cached_attention", shape)
@@ -107,10 +116,10 @@ def cached_attention(
 
 
 def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
-    """Compute `ops.cached_attention.write_rows`, in place if the arrays are donated or carried by a loop.
+    """Compute `ops.cached_attention.write_rows`, in place if arrays are donated or a loop's.
 
-    XLA would fuse the update of a single row with each of its readers, and copy all slots for each of them. It would
-    update 8-bit floats by way of float16, all slots of them.
+    XLA would fuse the update of a single row with each of its readers, and copy all slots for each
+    of them. It would update 8-bit floats by way of float16, all slots of them.
     """
     arrays, tree = jax.tree.flatten(stored)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
@@ -137,12 +146,18 @@ def experts_swiglu(
         gates: weight of each assignment.
         p: the assignments sorted by expert.
         experts: w_gate [E, D, F], w_up [E, D, F] and w_down [E, F, D].
-        keep: return x w_gate and x w_up of the sorted rows, which the gradient needs. Otherwise these two are [0, F].
+        keep: return x w_gate and x w_up of the sorted rows, which the gradient needs. Otherwise
+            these two are [0, F].
     Returns: (y, x w_gate, x w_up).
     """
     rows, (dim, width) = gates.size, experts[0].shape[1:]
     kept = jax.ShapeDtypeStruct((rows if keep else 0, width), x.dtype)
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), kept, kept, jax.ShapeDtypeStruct((rows, dim), x.dtype))
+    shapes = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        kept,
+        kept,
+        jax.ShapeDtypeStruct((rows, dim), x.dtype),
+    )
     call = jax.ffi.ffi_call("dsv3_experts_swiglu", shapes)
     y, a, b, _ = call(x, gates, p.order, p.row, p.counts, *experts)
     return y, a, b
@@ -168,15 +183,22 @@ def experts_swiglu_gradients(
     Returns: (dx, d_gates, the gradients of the experts).
     """
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates)]
-    shapes += [jax.ShapeDtypeStruct((0 if frozen else w.shape[0], *w.shape[1:]), w.dtype) for w in experts]
+    shapes += [
+        jax.ShapeDtypeStruct((0 if frozen else w.shape[0], *w.shape[1:]), w.dtype) for w in experts
+    ]
     shapes.append(jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype))
     call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes)
-    dx, d_gates, d_gate, d_up, d_down, _ = call(x, gates, p.order, p.row, p.counts, *experts, dy, *kept)
+    dx, d_gates, d_gate, d_up, d_down, _ = call(
+        x, gates, p.order, p.row, p.counts, *experts, dy, *kept
+    )
     return dx, d_gates, (d_gate, d_up, d_down)
 
 
 def causal_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], segment_ids: Int[Array, "B T"]
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    segment_ids: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H T"], Float[Array, "B H T"]]:
     """Compute softmax(q kᵀ) v over the tokens of the same segment up to each query.
 
@@ -187,7 +209,9 @@ def causal_attention(
     """
     batch, length, heads, _ = q.shape
     by_query = jax.ShapeDtypeStruct((batch, heads, length), q.dtype)
-    call = jax.ffi.ffi_call("dsv3_causal_attention", (jax.ShapeDtypeStruct(v.shape, v.dtype), by_query, by_query))
+    call = jax.ffi.ffi_call(
+        "dsv3_causal_attention", (jax.ShapeDtypeStruct(v.shape, v.dtype), by_query, by_query)
+    )
     out, lse, largest = call(q, k, v, segment_ids)
     return out, lse, largest
 
@@ -227,7 +251,8 @@ def adamw(
 
     Args:
         p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
-        numbers: factor of g, 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), the learning rate, and a flag: 0 changes nothing.
+        numbers: factor of g, 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), the learning rate, and a flag: 0 changes
+            nothing.
         betas, eps, decay: AdamW's settings.
     Returns: (p, mu, nu).
     """

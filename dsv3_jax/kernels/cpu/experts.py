@@ -21,7 +21,7 @@ def grouped_swiglu(
     w_down: Float[Array, "E F D"],
     **settings: Any,
 ) -> Float[Array, "n D"]:
-    """Compute `ops.dispatch.grouped_swiglu` in float32. Arguments as there; its settings change nothing here."""
+    """Compute `ops.dispatch.grouped_swiglu` in float32; its settings change nothing here."""
     return _grouped(x, gates, (w_gate, w_up, w_down), sort_by_expert(expert_ids, w_gate.shape[0]))
 
 
@@ -36,14 +36,19 @@ def _grouped(x, gates, experts, p):
 
 def _grouped_fwd(*primals):
     frozen = not any(w.perturbed for w in primals[2])
-    args = jax.tree.map(lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
+    args = jax.tree.map(
+        lambda a: a.value, primals, is_leaf=lambda a: isinstance(a, CustomVJPPrimal)
+    )
     y, *kept = _forward(*args, keep=True)
-    return y, (args, tuple(kept), () if frozen else (None,))  # by its structure: numbers would be traced
+    # by its structure: numbers would be traced
+    return y, (args, tuple(kept), () if frozen else (None,))
 
 
 def _grouped_bwd(saved, dy):
     (x, gates, experts, p), kept, trained = saved
-    dx, d_gates, d_experts = calls.experts_swiglu_gradients(x, gates, p, experts, kept, dy, frozen=not trained)
+    dx, d_gates, d_experts = calls.experts_swiglu_gradients(
+        x, gates, p, experts, kept, dy, frozen=not trained
+    )
     return dx, d_gates, d_experts if trained else None, None
 
 

@@ -1,6 +1,7 @@
-"""The C++ kernels as a shared library: compiled once on each machine, then loaded and registered with JAX.
+"""The C++ kernels as a shared library: compiled once a machine, then loaded and registered.
 
-A library is code that runs with the user's rights. So it is kept in a folder that others may not write to.
+A library is code that runs with the user's rights. So it is kept in a folder that others may not
+write to.
 """
 
 import contextlib
@@ -38,29 +39,45 @@ TARGETS = {
     "dsv3_causal_attention_gradients": "Dsv3CausalAttentionGradients",
     "dsv3_adamw": "Dsv3Adamw",
 }
-# -ffp-contract=off: the compiler would fuse some products and sums and not others, by tile size. A token's result would
-# then depend on the number of tokens.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+# -ffp-contract=off: the compiler would fuse some products and sums and not others, by tile size. A
+# token's result would then depend on the number of tokens.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fPIC",
+    "-shared",
+)
 TIMEOUT = 600  # seconds that a compiler may take
 COMPILERS = ("c++", "g++", "clang++")
 
 
 @cache
 def why_not() -> str:
-    """Load the kernels, and compile them first if this machine has no compiled library of this user yet.
+    """Load the kernels; compile them first if this user has no library on this machine yet.
 
-    Compiling takes some seconds and is reported on stderr. Call this before the first program is traced.
+    Compiling takes some seconds and is reported on stderr. Call this before the first program is
+    traced.
 
-    Returns: an empty string if the kernels can be used in this process; otherwise the reason, without a full stop.
+    Returns: an empty string if the kernels can be used in this process; otherwise the reason,
+        without a full stop.
     """
-    words = os.environ.get("CXX", "").strip() or next((c for c in COMPILERS if shutil.which(c)), None)
+    here = (name for name in COMPILERS if shutil.which(name))
+    words = os.environ.get("CXX", "").strip() or next(here, None)
     if words is None:
-        return f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, as by apt install g++"
+        return (
+            f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, as by apt install g++"
+        )
     try:
         library = load(shlex.split(words))
         symbols = {name: getattr(library, symbol) for name, symbol in TARGETS.items()}
     except subprocess.CalledProcessError as error:
-        line = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
+        line = next(
+            (line for line in error.stderr.splitlines() if "error" in line),
+            f"exit code {error.returncode}",
+        )
         return f"{words} does not compile the kernels: {line.strip()}"
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         return f"the kernels cannot be compiled or loaded: {error}"
@@ -77,29 +94,44 @@ def load(compiler: list[str]) -> ctypes.CDLL:
     """
     folder = private_folder()
     with (folder / "build.lock").open("a+") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: two processes may compile the same
+        # a file system without locks: two processes may compile the same
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         path = folder / _name(compiler)
         if not path.is_file():
             start = time.perf_counter()
-            print(f"compiling the CPU kernels with {shlex.join(compiler)}, once …", file=sys.stderr, flush=True)
+            print(
+                f"compiling the CPU kernels with {shlex.join(compiler)}, once …",
+                file=sys.stderr,
+                flush=True,
+            )
             _compile(compiler, path)
-            print(f"compiled in {time.perf_counter() - start:.0f} s: {path}", file=sys.stderr, flush=True)
+            print(
+                f"compiled in {time.perf_counter() - start:.0f} s: {path}",
+                file=sys.stderr,
+                flush=True,
+            )
         return ctypes.CDLL(str(path))
 
 
 def private_folder() -> Path:
     """The user's cache folder, created if it is absent.
 
-    Raises: OSError if it cannot be created, or others own it or may write to it; RuntimeError if the user has no home.
+    Raises: OSError if it cannot be created, or others own it or may write to it; RuntimeError if
+        the user has no home.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
     if not folder.is_absolute():  # a compiler would run again in each current folder
-        raise OSError(f"folder={folder} is relative; set HOME or XDG_CACHE_HOME to an absolute path")
+        raise OSError(
+            f"folder={folder} is relative; set HOME or XDG_CACHE_HOME to an absolute path"
+        )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise OSError(f"folder={folder} is not private; set XDG_CACHE_HOME to a folder that only you may write to")
+        raise OSError(
+            f"folder={folder} is not private; "
+            "set XDG_CACHE_HOME to a folder that only you may write to"
+        )
     return folder
 
 
@@ -115,9 +147,16 @@ def _compile(compiler: list[str], path: Path) -> None:
 
     def run(*words: str) -> None:
         command = [*compiler, *words]
-        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+        )
 
-    flags = [*(flag for flag in FLAGS if flag != "-shared"), "-isystem", jax.ffi.include_dir(), "-c"]
+    flags = [
+        *(flag for flag in FLAGS if flag != "-shared"),
+        "-isystem",
+        jax.ffi.include_dir(),
+        "-c",
+    ]
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as build:
         library = Path(build) / "kernels.so"
         objects = [f"{build}/{source.stem}.o" for source in SOURCES]
@@ -129,9 +168,11 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 
 def _processor() -> str:
-    """Describe the processor. -march=native depends on it, and machines may share a cache folder."""
+    """Describe the processor: -march=native depends on it, and machines may share a folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return " ".join(os.uname())
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    )

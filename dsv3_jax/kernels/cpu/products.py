@@ -1,7 +1,7 @@
-"""Products of a few rows with a weight, by the C++ kernels; their gradient is that of XLA's products.
+"""Products of a few rows with a weight, by the C++ kernels; their gradient is XLA's.
 
-A step of decoding spends its time in reading weights. The kernels read a weight once, in place, on all threads. XLA's
-products of more than one row first copy it into another order.
+A step of decoding spends its time in reading weights. The kernels read a weight once, in place, on
+all threads. XLA's products of more than one row first copy it into another order.
 """
 
 import math
@@ -38,7 +38,8 @@ def _matmul(x: Array, w: Array, axes: int = 1) -> Array:
 
 
 def _swiglu(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
-    return calls.small_batch_swiglu(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down).reshape(x.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    return calls.small_batch_swiglu(rows, w_gate, w_up, w_down).reshape(x.shape)
 
 
 def _by_head(x: Array, w: Array, transposed: bool = False) -> Array:
@@ -50,5 +51,7 @@ def _by_head(x: Array, w: Array, transposed: bool = False) -> Array:
 product = _with_gradient_of(products.product, _matmul, static=(2,))
 swiglu = _with_gradient_of(products.swiglu, _swiglu)
 product_by_head = _with_gradient_of(
-    lambda x, w, transposed: products.product_by_head(x, w, transposed=transposed), _by_head, static=(2,)
+    lambda x, w, transposed: products.product_by_head(x, w, transposed=transposed),
+    _by_head,
+    static=(2,),
 )

@@ -1,6 +1,7 @@
 """Causal attention on NVIDIA GPUs by kernels of two libraries: tokamax on Hopper, and cuDNN.
 
-Both read keys and values of fewer heads than the queries' as they are, and both scale the scores in float32.
+Both read keys and values of fewer heads than the queries' as they are, and both scale the scores in
+float32.
 """
 
 from functools import partial
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.ops.attention import RESULTS
 
-CUDNN_CHIP = (9, 0)  # the first compute capability on which cuDNN's attention has keys and values of different widths
+# the first compute capability on which cuDNN's attention has keys and values of different widths
+CUDNN_CHIP = (9, 0)
 CUDNN_VERSION = 91000  # 9.10, likewise
 ROWS, KEYS = 64, 128  # tokamax: rows of a warpgroup's block, and keys read at a time
 SHARED_MEMORY = 227 << 10  # bytes of it that a block of threads may use on Hopper
@@ -26,7 +28,12 @@ def fits(q: Array, k: Array, v: Array, **settings) -> bool:
     """Whether heads are wide and sequences long enough that the kernel is faster than XLA."""
     widths = (q.shape[-1], v.shape[-1])
     alike = q.dtype == k.dtype == v.dtype
-    return alike and min(widths) >= MIN_WIDTH and all(n % 8 == 0 for n in widths) and q.shape[1] >= MIN_LENGTH
+    return (
+        alike
+        and min(widths) >= MIN_WIDTH
+        and all(n % 8 == 0 for n in widths)
+        and q.shape[1] >= MIN_LENGTH
+    )
 
 
 def first_of_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -48,9 +55,10 @@ def tokamax_attention(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Compute `ops.attention.causal_attention` in bfloat16 by tokamax's kernels for Hopper, forward and backward.
+    """Compute `ops.attention.causal_attention` in bfloat16 by tokamax's kernels for Hopper.
 
-    Departs from the op: a segment's tokens must be neighbours, since a query sees all keys from its segment's first on.
+    Departs from the op: a segment's tokens must be neighbours, since a query sees all keys from its
+    segment's first on.
     """
     length = q.shape[1]
     pad = -length % KEYS  # later keys than any real query's, and queries whose gradient is zero
@@ -63,9 +71,10 @@ def tokamax_attention(
 
 
 def tokamax_blocks(key: int, value: int) -> tuple[int, int]:
-    """(Keys that the forward kernel reads at a time, blocks that the backward kernels read ahead) for heads so wide.
+    """(Keys the forward kernel reads at a time, blocks the backward kernels read ahead), by width.
 
-    The larger ones of two if a core's shared memory holds them; its authors' timings are best with these.
+    The larger ones of two if a core's shared memory holds them; its authors' timings are best with
+    these.
 
     >>> tokamax_blocks(192, 128), tokamax_blocks(256, 256)
     ((128, 2), (64, 1))
@@ -90,8 +99,9 @@ def _tokamax_forward(q, k, v, first, scale, *, residuals: bool):
 
     def attend(q, k, v, first):
         return forward.flash_attention_kernel(
-            q, k, v, None, None, first, None, **_asked(scale), out_dtype=q.dtype, normalize_output=True,
-            return_residuals=residuals, use_stable_softmax=True, rescale_threshold=1.0, config=config,
+            q, k, v, None, None, first, None, **_asked(scale), out_dtype=q.dtype,
+            normalize_output=True, return_residuals=residuals, use_stable_softmax=True,
+            rescale_threshold=1.0, config=config,
         )  # fmt: skip
 
     return jax.vmap(attend)(q, k, v, first)
@@ -111,11 +121,15 @@ def _tokamax_bwd(scale, saved, d_out):
     _, backward = tokamax_library.flash_attention()
     q, k, v, first, out, rows = saved
     _, stages = tokamax_blocks(q.shape[-1], v.shape[-1])
-    config = backward.Config(block_q_dkv=ROWS, block_kv_dkv=ROWS, block_q_dq=ROWS, block_kv_dq=ROWS, num_stages=stages)
+    config = backward.Config(
+        block_q_dkv=ROWS, block_kv_dkv=ROWS, block_q_dq=ROWS, block_kv_dq=ROWS, num_stages=stages
+    )
 
     def gradients(q, k, v, first, out, rows, d_out):
         arrays = q, k, v, rows, out, d_out, None, None, first, None
-        return backward.flash_attention_vjp_kernel(*arrays, **_asked(scale), ds_dtype=None, config=config)[:3]
+        return backward.flash_attention_vjp_kernel(
+            *arrays, **_asked(scale), ds_dtype=None, config=config
+        )[:3]
 
     return *jax.vmap(gradients)(q, k, v, first, out, rows, d_out), None
 
@@ -131,20 +145,24 @@ def why_not_cudnn(target: Any) -> str:
     chip = tuple(int(n) for n in target.chip.split(".") if n.isdigit())
     if chip < CUDNN_CHIP:
         found = f"the chip has {target.chip}" if chip else "the chip is not known"
-        return f"its attention needs compute capability {'.'.join(map(str, CUDNN_CHIP))} or newer, and {found}"
+        needed = ".".join(map(str, CUDNN_CHIP))
+        return f"its attention needs compute capability {needed} or newer, and {found}"
     try:
         from jax._src.lib import cuda_versions
 
         library: Any = cuda_versions  # None without CUDA
         version = library.cudnn_get_version()
-    except Exception as error:  # the names are private, and what a missing library raises differs between versions
+    except Exception as error:
+        # The names are private, and what a missing library raises differs between versions.
         return f"this process has no cuDNN ({type(error).__name__})"
     if version < CUDNN_VERSION:
         return f"its attention needs cuDNN {CUDNN_VERSION} or newer, and this process has {version}"
     return ""
 
 
-def fits_cudnn(q: Array, k: Array, v: Array, *, segment_ids: Array | None = None, **settings) -> bool:
+def fits_cudnn(
+    q: Array, k: Array, v: Array, *, segment_ids: Array | None = None, **settings
+) -> bool:
     """As `fits`, for rows of one document, and heads of at most 256 numbers."""
     return fits(q, k, v) and segment_ids is None and max(q.shape[-1], v.shape[-1]) <= 256
 
@@ -162,7 +180,9 @@ def cudnn_attention(
     Documents in one row would need their largest number at compile time, which is not known.
     """
     if q.shape[-1] == v.shape[-1]:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+        )
     # jax.nn refuses values of another width; the function below it takes them.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 

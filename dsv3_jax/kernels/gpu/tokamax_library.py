@@ -1,13 +1,15 @@
-"""tokamax, a library of kernels for accelerators: the only file that imports it, and why it is not in use.
+"""tokamax, a library of kernels for accelerators: its only import, and why it is not in use.
 
-tokamax is optional. Its ops ask the process for its default device while they are traced. Programs here are compiled
-for a target instead, which may not be present, so the kernels below the ops are called, which ask nothing.
+tokamax is optional. Its ops ask the process for its default device while they are traced. Programs
+here are compiled for a target instead, which may not be present, so the kernels below the ops are
+called, which ask nothing.
 """
 
 from importlib import metadata
 from typing import Any
 
-VERSION = "0.0.17"  # for Python 3.12 and newer; the kernels' names are private and move between versions
+# for Python 3.12 and newer; the kernels' names are private and move between versions
+VERSION = "0.0.17"
 INSTALL = f"pip install tokamax=={VERSION}"
 HOPPER = "9.0"  # compute capability
 
@@ -34,7 +36,7 @@ def why_not(target: Any) -> str:
 
 
 def flash_attention() -> tuple[Any, Any]:
-    """(The module of flash attention's forward kernel on Hopper, the module of its backward kernels)."""
+    """(The module of flash attention's forward kernel on Hopper, that of its backward kernels)."""
     from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as forward
     from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as backward
 

@@ -1,8 +1,8 @@
 """Attention on TPUs: JAX's splash attention, and the blocks of attention to a cache.
 
-Splash is a flash attention that skips the blocks above the diagonal. Forward and backward are Pallas kernels: scores
-stay in the core's memory. Keys and values of fewer heads than the queries' are read as they are. Queries and keys are
-made without cutting or joining arrays.
+Splash is a flash attention that skips the blocks above the diagonal. Forward and backward are
+Pallas kernels: scores stay in the core's memory. Keys and values of fewer heads than the queries'
+are read as they are. Queries and keys are made without cutting or joining arrays.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,15 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.ops import cached_attention
 from dsv3_jax.ops.attention import QUERIES, RESULTS, scaled
 
-LARGEST_BLOCK = 1024  # rows of a block; the fastest in its authors' timings on v5p and v6e, of lengths 1024 to 8192
-AT_A_TIME = 640  # keys whose scores are computed at once, at most; float32 scores then fit a v5p's 16 MB of scratch
+# rows of a block; the fastest in its authors' timings on v5p and v6e, of lengths 1024 to 8192
+LARGEST_BLOCK = 1024
+# keys whose scores are computed at once, at most; float32 scores then fit a v5p's 16 MB of scratch
+AT_A_TIME = 640
 MIN_WIDTH = 64  # of a head: below, most of a product's 128 columns are padding
 MIN_LENGTH = 128  # of a sequence: a block of fewer rows would be mostly padding
 CACHE_BLOCK = 512  # rows of a cache that are visited at a time, at most
-CACHE_NUMBERS = 1 << 23  # numbers of these rows, in all sequences: 16 MB in bfloat16, of 64 to 128 of a core's memory
+# numbers of these rows, in all sequences: 16 MB in bfloat16, of 64 to 128 of a core's memory
+CACHE_NUMBERS = 1 << 23
 
 
 def fits(q: Array, k: Array, v: Array, **settings) -> bool:
@@ -63,7 +66,7 @@ def causal_attention(
         block_q_dkv=block,
         block_kv_dkv=block,
         block_kv_dkv_compute=at_a_time,
-        # Two backward kernels, not the fused one: its partial dq take memory by the square of the length.
+        # Two backward kernels, not the fused one: its partial dq take the square of the length.
         block_q_dq=block,
         block_kv_dq=block,
     )
@@ -86,10 +89,13 @@ def causal_attention(
     return out.swapaxes(1, 2)[:, :length]
 
 
-def rotate_last(x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleaved: bool) -> Float[Array, "B T H K"]:
-    """Compute `ops.rope.rotate_last` in bfloat16: a product with signs swaps the numbers of each pair, exactly.
+def rotate_last(
+    x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleaved: bool
+) -> Float[Array, "B T H K"]:
+    """Compute `ops.rope.rotate_last` in bfloat16: a product with signs swaps each pair, exactly.
 
-    So no array is cut where a register's columns do not end, which would take as long as several passes over it.
+    So no array is cut where a register's columns do not end, which would take as long as several
+    passes over it.
     """
     half = cos.shape[-1]
     rest = x.shape[-1] - 2 * cos.shape[-1]
@@ -103,7 +109,8 @@ def rotate_last(x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleav
 
     def spread(of_pairs: Array, of_rest: float) -> Array:
         both = jnp.dot(of_pairs, copies, precision=jax.lax.Precision.HIGHEST)  # exact
-        return both + np.where(np.arange(x.shape[-1]) < rest, np.float32(of_rest), 0).reshape(1, 1, 1, -1)
+        unturned = np.where(np.arange(x.shape[-1]) < rest, np.float32(of_rest), 0)
+        return both + unturned.reshape(1, 1, 1, -1)
 
     # Heads first, as the kernel wants them.
     x, cos, sin = (a.swapaxes(1, 2) for a in (x, spread(cos, 1.0), spread(sin, 0.0)))
@@ -127,37 +134,52 @@ _turn.defvjp(lambda x, *angles: (_turn(x, *angles), angles), _turn_back)
 
 
 def expand(
-    c_kv: Float[Array, "B T C"], k_rope: Float[Array, "B T R"], w_uk: Float[Array, "H N C"], w_uv: Float[Array, "H V C"]
+    c_kv: Float[Array, "B T C"],
+    k_rope: Float[Array, "B T R"],
+    w_uk: Float[Array, "H N C"],
+    w_uv: Float[Array, "H V C"],
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Compute `ops.mla.expand` with keys by one product, whose matrix hands k_rope on: nothing is joined after it."""
+    """Compute `ops.mla.expand`: one product makes the keys, and its matrix hands k_rope on."""
     rope, (heads, _, width) = k_rope.shape[-1], w_uk.shape
-    hand_on = jnp.broadcast_to(jnp.eye(rope, width + rope, width, dtype=c_kv.dtype), (heads, rope, width + rope))
-    w_k = jnp.concatenate([jnp.pad(w_uk.astype(c_kv.dtype), ((0, 0), (0, 0), (0, rope))), hand_on], axis=1)
+    hand_on = jnp.broadcast_to(
+        jnp.eye(rope, width + rope, width, dtype=c_kv.dtype), (heads, rope, width + rope)
+    )
+    w_k = jnp.concatenate(
+        [jnp.pad(w_uk.astype(c_kv.dtype), ((0, 0), (0, 0), (0, rope))), hand_on], axis=1
+    )
     k = jnp.einsum("btc,hkc->bthk", jnp.concatenate([c_kv, k_rope], axis=-1), w_k)
     return k, jnp.einsum("btc,hvc->bthv", c_kv, w_uv.astype(c_kv.dtype))
 
 
 def block_sizes(length: int) -> tuple[int, int]:
-    """(Rows and columns of a block, columns whose scores are computed at once) for sequences of that length.
+    """(Rows and columns of a block, columns whose scores are computed at once), by length.
 
-    The fewest blocks of at most LARGEST_BLOCK rows, and as small as that number allows, so that little is padding.
+    The fewest blocks of at most LARGEST_BLOCK rows, and as small as that number allows, so that
+    little is padding.
 
     Example:
         >>> block_sizes(4096), block_sizes(1100), block_sizes(130)
         ((1024, 512), (640, 640), (256, 256))
     """
     rows = -(-length // -(-length // LARGEST_BLOCK))
-    step = 128 if rows <= AT_A_TIME else 256  # so that a large block can be halved into multiples of 128
+    # so that a large block can be halved into multiples of 128
+    step = 128 if rows <= AT_A_TIME else 256
     block = rows + -rows % step
     return block, block if block <= AT_A_TIME else block // 2
 
 
-def fits_in_blocks(queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *others, **settings):
+def fits_in_blocks(
+    queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *others, **settings
+):
     """Whether a cache has more rows than a block."""
     return values.rows.shape[2] > CACHE_BLOCK
 
 
-def cached_attention_in_blocks(queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *args, **how):
-    """Compute `ops.cached_attention.cached_attention` in blocks, each read once into the core's memory."""
+def cached_attention_in_blocks(
+    queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *args, **how
+):
+    """Compute `ops.cached_attention.cached_attention` in blocks, read once into core memory."""
     block = min(max(cached_attention.block_rows(keys, values, CACHE_NUMBERS), 16), CACHE_BLOCK)
-    return cached_attention.cached_attention_in_blocks(queries, keys, values, *args, block=block, take_out=True, **how)
+    return cached_attention.cached_attention_in_blocks(
+        queries, keys, values, *args, block=block, take_out=True, **how
+    )

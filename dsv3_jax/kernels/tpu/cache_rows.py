@@ -1,8 +1,9 @@
 """Writing 8-bit rows to a cache on TPUs, without copies of it.
 
-XLA's scatter, and its dynamic_update_slice, keep 8-bit numbers in tiles of 8 rows. Products and the program's arguments
-have tiles of 32. So each write would copy a layer's cache into the other tiling, and back. A selection between old and
-new rows reads and writes that cache once, in place, whatever the tiling.
+XLA's scatter, and its dynamic_update_slice, keep 8-bit numbers in tiles of 8 rows. Products and the
+program's arguments have tiles of 32. So each write would copy a layer's cache into the other
+tiling, and back. A selection between old and new rows reads and writes that cache once, in place,
+whatever the tiling.
 """
 
 from typing import Any
@@ -23,7 +24,8 @@ def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, "
     def put(old: Array, new: Array) -> Array:
         if old.dtype.itemsize > 1 or old.shape[0] > 1:
             return op.write_rows(old, new, layer, first)
-        place = jnp.arange(old.shape[3], dtype=jnp.int32)[None] - first[:, None]  # which new row goes to each slot
+        # which new row goes to each slot
+        place = jnp.arange(old.shape[3], dtype=jnp.int32)[None] - first[:, None]
         rows = old[0]
         for t in range(new.shape[2]):
             rows = jnp.where((place == t)[:, None, :, None], new[:, :, t, None], rows)

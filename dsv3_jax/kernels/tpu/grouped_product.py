@@ -1,10 +1,11 @@
-"""Grouped products on TPU: XLA's `ragged_dot`, which is a grouped kernel there, and megablox of JAX's wheel.
+"""Grouped products on TPU: XLA's `ragged_dot`, a grouped kernel there, and megablox of JAX's wheel.
 
     RAGGED_DOT  XLA's forward, dx and dw; for dx XLA first writes the experts out transposed
     MEGABLOX    XLA's forward and dw, and megablox's dx, which reads the experts as they are
 
-The compiler (libtpu) chooses the tiles of `ragged_dot` itself: the whole contracted
-size, few columns, and as many rows as VMEM holds on the chip. A tiling that is set here would have to know the chip.
+The compiler (libtpu) chooses the tiles of `ragged_dot` itself: the whole contracted size, few
+columns, and as many rows as VMEM holds on the chip. A tiling that is set here would have to know
+the chip.
 """
 
 import importlib
@@ -35,7 +36,7 @@ def tiles(k: int, n: int) -> tuple[int, int, int]:
 
 
 def _divisor(size: int, limit: int) -> int:
-    """The largest multiple of LANES up to `limit` that divides size; if there is none, LANES or size if smaller."""
+    """The largest multiple of LANES up to `limit` that divides size; else min(LANES, size)."""
     whole = (d for d in range(limit - limit % LANES, 0, -LANES) if size % d == 0)
     return next(whole, min(size, LANES))
 
@@ -45,7 +46,9 @@ RAGGED_DOT = replace(grouped_product.RAGGED_DOT, row_multiple=ROWS)
 
 def megablox_dx(dy: Array, w: Array, counts: Array) -> Array:
     """`GroupedProduct.dx` by megablox."""
-    return _megablox().gmm(dy, w, counts, dy.dtype, tiles(dy.shape[1], w.shape[1]), transpose_rhs=True)
+    return _megablox().gmm(
+        dy, w, counts, dy.dtype, tiles(dy.shape[1], w.shape[1]), transpose_rhs=True
+    )
 
 
 def _megablox() -> Any:
@@ -56,6 +59,8 @@ def _megablox() -> Any:
 MEGABLOX = replace(RAGGED_DOT, name="megablox", dx=megablox_dx)
 
 
-def fits(x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings) -> bool:
+def fits(
+    x: Array, expert_ids: Array, gates: Array, w_gate: Array, *others: Array, **settings
+) -> bool:
     """Whether both widths of the experts are multiples of a register's columns."""
     return all(size % LANES == 0 for size in w_gate.shape[-2:])

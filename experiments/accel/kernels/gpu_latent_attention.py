@@ -1,17 +1,20 @@
-"""Attention to a latent cache on Hopper GPUs, in Pallas for Mosaic GPU: each cached row is read once for 64 queries.
+"""Attention to a latent cache on Hopper GPUs, in Pallas: each row is read once for 64 queries.
 
-A thread block has 64 queries of one sequence and a share of its rows, 64 at a time. One warpgroup copies rows from
-memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows, exchange their maxima and weights, and each
-then adds to one half of the output. All of it (512 wide in V3) does not fit in one warpgroup's registers. The shares of
-a sequence are combined in plain JAX by their log-sums. Rows beyond a sequence's last are not read.
+A thread block has 64 queries of one sequence and a share of its rows, 64 at a time. One warpgroup
+copies rows from memory, two blocks ahead. Two warpgroups each compute the scores of 32 rows,
+exchange their maxima and weights, and each then adds to one half of the output. All of it (512 wide
+in V3) does not fit in one warpgroup's registers. The shares of a sequence are combined in plain JAX
+by their log-sums. Rows beyond a sequence's last are not read.
 
-It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 288 bytes of registers a thread, or 448 with
-8-bit rows. It spills more with 64 or 32 columns at a time, or with other shares of registers.
+It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 288 bytes of registers a
+thread, or 448 with 8-bit rows. It spills more with 64 or 32 columns at a time, or with other shares
+of registers.
 
-8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With V3's 576 numbers a
-row that takes 225 KB of the 227 KB that a block may use. Fits no library: cuDNN's heads have at most 256 numbers, and
-tokamax's kernel needs 286 KB or more for 576 and 512.
-Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.14135; the split is Flash-Decoding's.
+8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With
+V3's 576 numbers a row that takes 225 KB of the 227 KB that a block may use. Fits no library:
+cuDNN's heads have at most 256 numbers, and tokamax's kernel needs 286 KB or more for 576 and 512.
+Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.14135; the split is
+Flash-Decoding's.
 """
 
 import inspect
@@ -32,15 +35,18 @@ from dsv3_jax.ops.cached_attention import Stored
 TILE = 64  # queries of a thread block, and rows that it visits at a time
 BUFFERS = 2  # blocks of rows in shared memory
 THREAD_BLOCKS = 132  # of an H100: one for each of its multiprocessors
-COLUMNS = 128  # of the output that a warpgroup adds to at a time: they take 64 more registers a thread
+# Of the output that a warpgroup adds to at a time: they take 64 more registers a thread.
+COLUMNS = 128
 COLUMNS_OF_A_TILE = 64  # of a swizzle's in shared memory, at most
-HIDDEN = -1e30  # score of a row that a query does not see; finite, as a share may have none that it sees
+# The score of a row that a query does not see; finite, as a share may have none that it sees.
+HIDDEN = -1e30
 MOST_SHARED = 232448  # bytes of shared memory that a thread block may use
 
 
 def _pallas() -> tuple[Any, Any]:
-    """(Pallas, its part for Mosaic GPU), imported when they are used. The part's interface changes between versions."""
-    return import_module("jax.experimental.pallas"), import_module("jax.experimental.pallas.mosaic_gpu")
+    """(Pallas, its part for Mosaic GPU, whose interface changes), imported when they are used."""
+    pallas = import_module("jax.experimental.pallas")
+    return pallas, import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def why_not(target: Any) -> str:
@@ -53,23 +59,30 @@ def why_not(target: Any) -> str:
     return ""
 
 
-def is_latent(queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any) -> bool:
+def is_latent(
+    queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any
+) -> bool:
     """Whether a cache is latents and rotated keys, of one head."""
     return len(keys) == 2 and values.rows.shape == keys[0].rows.shape and values.rows.shape[1] == 1
 
 
-def fits(queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any) -> bool:
+def fits(
+    queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any
+) -> bool:
     """Whether a cache is latents, in blocks of the kernel's size that shared memory holds."""
     widths = [key.rows.shape[-1] for key in keys]
     small = _shared_bytes(sum(widths), values.rows.dtype) < MOST_SHARED
-    by_block = values.rows.shape[2] % TILE == 0 and all(width % COLUMNS_OF_A_TILE == 0 for width in widths)
-    return is_latent(queries, keys, values) and by_block and small
+    by_block = values.rows.shape[2] % TILE == 0
+    in_tiles = all(width % COLUMNS_OF_A_TILE == 0 for width in widths)
+    return is_latent(queries, keys, values) and by_block and in_tiles and small
 
 
 def _shared_bytes(width: int, dtype: Any) -> int:
-    wide, eight_bits = 2 * TILE * width, jnp.dtype(dtype).itemsize == 1  # queries, or a block of rows
+    # `wide` is for queries, or a block of rows.
+    wide, eight_bits = 2 * TILE * width, jnp.dtype(dtype).itemsize == 1
     rows = wide + BUFFERS * TILE * (width + 8) if eight_bits else BUFFERS * wide
-    return wide + rows + 2 * TILE * TILE + 3 * 4 * TILE + 128  # with weights, maxima, last rows and barriers
+    # With weights, maxima, last rows and barriers.
+    return wide + rows + 2 * TILE * TILE + 3 * 4 * TILE + 128
 
 
 def latent_attention(
@@ -81,7 +94,7 @@ def latent_attention(
     scale: float,
     splits: int | None = None,
 ) -> Float[Array, "B 1 Q V"]:
-    """Compute `ops.cached_attention.cached_attention` in bfloat16 for latents and rotated keys that `fits` accepts.
+    """Compute `ops.cached_attention.cached_attention` in bfloat16 for latents that `fits` accepts.
 
     Takes no gradient. A test runs it on the CPU under `plgpu.force_gpu_interpret_mode`.
 
@@ -95,7 +108,10 @@ def latent_attention(
     padding = tiles * size - count
     rows = [key.rows[:, 0] for key in keys]
     queries = [
-        jnp.pad(scaled(q[:, 0], scale * math.log2(math.e)), ((0, 0), (0, padding), (0, x.shape[-1] - q.shape[-1])))
+        jnp.pad(
+            scaled(q[:, 0], scale * math.log2(math.e)),
+            ((0, 0), (0, padding), (0, x.shape[-1] - q.shape[-1])),
+        )
         for q, x in zip(queries, rows, strict=True)
     ]
     ends = last.max(axis=1).astype(jnp.int32) + 1  # rows of each sequence that some query sees
@@ -119,22 +135,28 @@ def latent_attention(
     return (out.astype(jnp.float32) * share).sum(axis=0).astype(out.dtype)[:, None, :count]
 
 
-def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *refs, splits: int, size: int):
-    """One thread block, see the module. `out` [splits, B, Q, V] is normalized by itself; `logs`, its log2 of sums."""
+def _kernel(
+    ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *refs, splits: int, size: int
+):
+    """One thread block, see the module.
+
+    `out` [splits, B, Q, V] is normalized by itself; `logs`, its log2 of sums.
+    """
     pl, plgpu = _pallas()
 
     *scale_refs, out_ref, logs_ref = refs
     eight_bits = bool(scale_refs)
     parts, q_refs = (latent_ref, key_ref), (q_latent_ref, q_key_ref)
     capacity, widths = latent_ref.shape[1], [ref.shape[2] for ref in parts]
-    half, part = widths[0] // 2, TILE // 2  # columns of the output, and rows of a block, of a warpgroup
+    # Columns of the output, and rows of a block, of a warpgroup.
+    half, part = widths[0] // 2, TILE // 2
     step = min(half, COLUMNS)
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
         """Shared memory as the tensor cores read it."""
         size = jnp.dtype(dtype).itemsize
-        # Not 128: a product's two operands have the same swizzle, and the weights of 32 rows are 64 bytes wide.
+        # Not 128: a product's two operands share a swizzle, and 32 rows' weights are 64 bytes wide.
         swizzle = next(n for n in (64, 32) if shape[-1] * size % n == 0)
         transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -146,9 +168,11 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
         "queries": [tiled((TILE, width), jnp.bfloat16) for width in widths],
         "wide": blocks_of(1 if eight_bits else BUFFERS, jnp.bfloat16),
         "weights": tiled((2, TILE, part), jnp.bfloat16),
-        "shared": plgpu.SMEM((3, TILE), jnp.float32),  # last rows; what the warpgroups found in their parts of a block
+        # last rows; what the warpgroups found in their parts of a block
+        "shared": plgpu.SMEM((3, TILE), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=1 + len(parts)),
-        "filled": plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=len(parts) + len(scale_refs)),  # a block's copies
+        # a block's copies
+        "filled": plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=len(parts) + len(scale_refs)),
         "barriers": plgpu.Barrier(num_barriers=1 + BUFFERS, num_arrivals=2),
     }
     if eight_bits:
@@ -156,20 +180,24 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
         scratch["scales"] = plgpu.SMEM((BUFFERS, 2, TILE), jnp.float32)
 
     @partial(pl.run_scoped, collective_axes="warpgroup", **scratch)
-    def _thread_block(queries, wide, weights, shared, loaded, filled, barriers, narrow=None, scales=None):
+    def _thread_block(
+        queries, wide, weights, shared, loaded, filled, barriers, narrow=None, scales=None
+    ):
         meeting = barriers.at[0]
         batch, split = jax.lax.axis_index("batch"), jax.lax.axis_index("split")
-        tile, own_rows = pl.ds(jax.lax.axis_index("tile") * size, size), pl.ds(0, size)  # others hold anything
+        # Rows beyond `own_rows` hold anything.
+        tile, own_rows = pl.ds(jax.lax.axis_index("tile") * size, size), pl.ds(0, size)
         blocks = (ends_ref[batch] + TILE - 1) // TILE
         each = (blocks + splits - 1) // splits
         begin = split * each
         count = jnp.clip(blocks - begin, 0, each)
 
         def first_row(i):
-            return jnp.minimum((begin + i) * TILE, capacity - TILE)  # the last block may overlap the one before
+            # The last block may overlap the one before.
+            return jnp.minimum((begin + i) * TILE, capacity - TILE)
 
         def meet():
-            """Wait for the other warpgroup; what each wrote to shared memory is then visible to both."""
+            """Wait for the other warpgroup; both then see what each wrote to shared memory."""
             plgpu.barrier_arrive(meeting)
             plgpu.barrier_wait(meeting)
 
@@ -183,9 +211,13 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
             def copy(i, slot):
                 rows = pl.ds(first_row(i), TILE)
                 for rows_ref, block in zip(parts, narrow or wide, strict=True):
-                    plgpu.copy_gmem_to_smem(rows_ref.at[batch, rows], block.at[slot], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        rows_ref.at[batch, rows], block.at[slot], filled.at[slot]
+                    )
                 for n, scale_ref in enumerate(scale_refs):
-                    plgpu.copy_gmem_to_smem(scale_ref.at[batch, rows], scales.at[slot, n], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        scale_ref.at[batch, rows], scales.at[slot, n], filled.at[slot]
+                    )
 
             for i in range(BUFFERS):
                 pl.when(i < count)(partial(copy, i, i))
@@ -204,13 +236,16 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
             columns = [pl.ds(which * half + at, step) for at in range(0, half, step)]
 
             def widen(slot):
-                """Write this warpgroup's share of the columns of a block in bfloat16, times their scales."""
+                """Write this warpgroup's columns of a block in bfloat16, times their scales."""
                 for n, width in enumerate(widths):
                     scale = plgpu.load(scales.at[slot, n], layout=by_row)
                     for at in range(which * COLUMNS_OF_A_TILE, width, 2 * COLUMNS_OF_A_TILE):
                         at = pl.ds(at, COLUMNS_OF_A_TILE)
-                        some = plgpu.load(narrow[n].at[slot, :, at], layout=plgpu.Layout.WGMMA, optimized=False)
-                        some = some.astype(jnp.float32) * jax.lax.broadcast_in_dim(scale, some.shape, [0])
+                        some = plgpu.load(
+                            narrow[n].at[slot, :, at], layout=plgpu.Layout.WGMMA, optimized=False
+                        )
+                        scales_of_rows = jax.lax.broadcast_in_dim(scale, some.shape, [0])
+                        some = some.astype(jnp.float32) * scales_of_rows
                         wide[n].at[0, :, at][...] = some.astype(jnp.bfloat16)
 
             def visit(i, carry):
@@ -249,12 +284,15 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
 
                 def add(acc_ref, columns):
                     for n in range(2):
-                        plgpu.wgmma(acc_ref, weights.at[n], blocks[0].at[pl.ds(n * part, part), columns])
+                        plgpu.wgmma(
+                            acc_ref, weights.at[n], blocks[0].at[pl.ds(n * part, part), columns]
+                        )
                     return acc_ref[...]
 
                 keep = jax.lax.broadcast_in_dim(keep, (TILE, step), [0])
                 acc = tuple(
-                    old * keep + pl.run_scoped(partial(add, columns=at), plgpu.ACC((TILE, step), jnp.float32))
+                    old * keep
+                    + pl.run_scoped(partial(add, columns=at), plgpu.ACC((TILE, step), jnp.float32))
                     for old, at in zip(acc, columns, strict=True)
                 )
                 if not eight_bits:
@@ -270,7 +308,8 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
             meet()  # both have read the last maxima, and the queries, whose memory takes the output
             shared.at[which][...] = total
             meet()
-            total = plgpu.load(shared.at[0], layout=by_row) + plgpu.load(shared.at[1], layout=by_row)
+            totals = [plgpu.load(shared.at[n], layout=by_row) for n in range(2)]
+            total = totals[0] + totals[1]
             total = jnp.maximum(total, 1e-30)  # a share without rows
             for at, some in zip(columns, acc, strict=True):
                 some = some / jax.lax.broadcast_in_dim(total, some.shape, [0])
@@ -293,6 +332,12 @@ def _kernel(ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *r
 def add() -> None:
     """Enter the table as "latent"."""
     row = choose.Implementation(
-        "latent", latent_attention, ("cuda",), ("bfloat16",), one_device=True, fits=fits, why_not=why_not
+        "latent",
+        latent_attention,
+        ("cuda",),
+        ("bfloat16",),
+        one_device=True,
+        fits=fits,
+        why_not=why_not,
     )
     choose.add("cached_attention", row)

@@ -1,10 +1,12 @@
-"""Sparse attention's decoding on Hopper GPUs, in Pallas for Mosaic GPU: each index key is read once for all heads.
+"""Sparse attention's decoding on Hopper GPUs, in Pallas: each index key is read once for all heads.
 
-XLA writes the products of all heads in float32, [B, I, S], and reads them again: for V3.2's 64 heads of 128 numbers
-that is four times the index keys. Here a warpgroup multiplies 64 keys with the queries of one token, and weighs and
-adds up the heads in its registers. The next keys are copied meanwhile.
+XLA writes the products of all heads in float32, [B, I, S], and reads them again: for V3.2's 64
+heads of 128 numbers that is four times the index keys. Here a warpgroup multiplies 64 keys with the
+queries of one token, and weighs and adds up the heads in its registers. The next keys are copied
+meanwhile.
 
-The chosen rows are gathered into one array, which the kernel of dense attention to latents then reads once.
+The chosen rows are gathered into one array, which the kernel of dense attention to latents then
+reads once.
 
 It has not run on a GPU yet.
 """
@@ -36,9 +38,12 @@ AT_ONCE = 2  # thread blocks of a multiprocessor
 
 
 def index_scores(
-    q: Float[Array, "B I X"], w: Float[Array, "B I"], rows: Float[Array, "B S X"], scales: None = None
+    q: Float[Array, "B I X"],
+    w: Float[Array, "B I"],
+    rows: Float[Array, "B S X"],
+    scales: None = None,
 ) -> Float[Array, "B S"]:
-    """Compute `ops.indexer.index_scores` in bfloat16 for a multiple of 64 slots. Takes no gradient."""
+    """Compute `ops.indexer.index_scores` in bfloat16 for a multiple of 64 slots, no gradient."""
     _, plgpu = _pallas()
     (batch, slots, _), (heads, dim) = rows.shape, q.shape[1:]
     splits = max(1, min(AT_ONCE * THREAD_BLOCKS // batch, slots // TILE))
@@ -113,7 +118,9 @@ def fits(q: Array, w: Array, keys: Stored, *others: Any, **settings: Any) -> boo
     return length == 1 and alike and keys.rows.shape[2] % TILE == heads % 16 == dim % 16 == 0
 
 
-def fits_chosen(queries: Sequence[Array], keys: Sequence[Stored], values: Stored, ids: Array, **settings: Any) -> bool:
+def fits_chosen(
+    queries: Sequence[Array], keys: Sequence[Stored], values: Stored, ids: Array, **settings: Any
+) -> bool:
     """Whether one token of each sequence reads latents, a multiple of the kernel's tiles."""
     return ids.shape[1] == 1 and ids.shape[2] % TILE == 0 and is_latent(queries, keys, values, ids)
 
@@ -124,4 +131,6 @@ def add() -> None:
     of_indexer = partial(indexer.choose, score=index_scores)
     choose.add("index_choose", choose.Implementation("hopper", of_indexer, fits=fits, **how))
     of_rows = partial(sparse_attention, attend=latent_attention)
-    choose.add("sparse_attention", choose.Implementation("hopper", of_rows, fits=fits_chosen, **how))
+    choose.add(
+        "sparse_attention", choose.Implementation("hopper", of_rows, fits=fits_chosen, **how)
+    )

@@ -2,14 +2,16 @@
 
     y_ij = Σ_b s_bi t_bj Σ_k a_i(128 b + k) c_j(128 b + k)
 
-A tile of 128 rows and 128 columns is computed by two warpgroups of 64 rows each, while a third one fetches the operands
-of the next steps. A step is one block b. The matrix unit adds its 128 products, in about 14 bits as the V3 report says.
-Then the sum is scaled and added to float32 registers. Nothing of a block goes through memory.
+A tile of 128 rows and 128 columns is computed by two warpgroups of 64 rows each, while a third one
+fetches the operands of the next steps. A step is one block b. The matrix unit adds its 128
+products, in about 14 bits as the V3 report says. Then the sum is scaled and added to float32
+registers. Nothing of a block goes through memory.
 
-The matrix unit reads 8-bit operands along the contracted axis only, so both are [·, k] here, and whoever quantizes
-writes the transposed ones.
+The matrix unit reads 8-bit operands along the contracted axis only, so both are [·, k] here, and
+whoever quantizes writes the transposed ones.
 
-Not yet run on a chip: held to the op in Pallas' interpret mode, and compiled for an H100 ahead of time.
+Not yet run on a chip: held to the op in Pallas' interpret mode, and compiled for an H100 ahead of
+time.
 Source: DeepSeek-V3 report, section 3.3.2, figure 7b.
 """
 
@@ -26,11 +28,21 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.gpu.grouped_product import why_not_hopper
-from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, Recipe, expand, product, spread, swiglu, tile_scales
+from dsv3_jax.kernels.low_precision import (
+    FP8,
+    FP8_UE8M0,
+    Recipe,
+    expand,
+    product,
+    spread,
+    swiglu,
+    tile_scales,
+)
 from experiments.accel.kernels.hopper_products import WARPGROUP, run_on_all_cores, swapped
 
 BLOCK = 128  # numbers that share a scale, and the step of every size
-COLUMNS = 128  # of a tile: its sums, and those of a block beside them, take half of a warpgroup's registers
+# Of a tile: its sums, and those of a block beside them, take half of a warpgroup's registers.
+COLUMNS = 128
 WARPGROUPS = 2
 ROWS = WARPGROUP * WARPGROUPS
 STAGES = 4  # steps in flight: 33 KB each, of 227 KB
@@ -47,7 +59,8 @@ def scaled_product(a: Array, a_scales: Array, c: Array, c_scales: Array, dtype: 
     """
     (m, k), n, block = a.shape, c.shape[0], a.shape[1] // a_scales.shape[0]
     grid = m // ROWS, n // COLUMNS
-    neighbours = next(side for side in (8, 4, 2, 1) if grid[1] % side == 0)  # tiles that share rows in the cache
+    # Tiles that share rows in the cache.
+    neighbours = next(side for side in (8, 4, 2, 1) if grid[1] % side == 0)
 
     def kernel(a_ref, a_scale_ref, c_ref, c_scale_ref, y_ref):
         def nothing(*args, **kwargs):
@@ -71,7 +84,12 @@ def scaled_product(a: Array, a_scales: Array, c: Array, c_scales: Array, dtype: 
 
         def operands(row, column):
             rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * COLUMNS, COLUMNS)
-            return a_ref.at[rows], a_scale_ref.at[:, rows], c_ref.at[columns], c_scale_ref.at[:, columns]
+            return (
+                a_ref.at[rows],
+                a_scale_ref.at[:, rows],
+                c_ref.at[columns],
+                c_scale_ref.at[:, columns],
+            )
 
         @partial(
             pl.run_scoped,
@@ -94,7 +112,10 @@ def scaled_product(a: Array, a_scales: Array, c: Array, c_scales: Array, dtype: 
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         out[wg] = values[:, at : at + CHUNK]
                         plgpu.commit_smem()
-                        place = pl.ds(row * ROWS + wg * WARPGROUP, WARPGROUP), pl.ds(column * COLUMNS + at, CHUNK)
+                        place = (
+                            pl.ds(row * ROWS + wg * WARPGROUP, WARPGROUP),
+                            pl.ds(column * COLUMNS + at, CHUNK),
+                        )
                         plgpu.copy_smem_to_gmem(out.at[wg], y_ref.at[place])
 
                 def step(_, a_smem, a_scale, c_smem, c_scale, sums):
@@ -106,7 +127,8 @@ def scaled_product(a: Array, a_scales: Array, c: Array, c_scales: Array, dtype: 
                     left = plgpu.layout_cast(a_scale[0, own], plgpu.Layout.WGMMA.reduce(1))
                     right = plgpu.layout_cast(c_scale[0], plgpu.Layout.WGMMA.reduce(0))
                     left, right = (
-                        jax.lax.broadcast_in_dim(scale, shape, (axis,)) for axis, scale in enumerate((left, right))
+                        jax.lax.broadcast_in_dim(scale, shape, (axis,))
+                        for axis, scale in enumerate((left, right))
                     )
                     return sums + products * (left * right)
 
@@ -164,7 +186,7 @@ def _columns(recipe: Recipe, x: Array) -> tuple[Array, Array]:
 
 
 def _weight(recipe: Recipe, w: Array) -> tuple[Array, Array]:
-    """(numbers [n, k], scales [k / tile, n]) of a weight [k, n] that is contracted over its first axis."""
+    """(numbers [n, k], scales [k / tile, n]) of a weight [k, n] contracted over its first axis."""
     tile = recipe.weight_tile(0)
     numbers, scales = quantize(w, tile, power_of_two=recipe.power_of_two)
     return numbers.T, jnp.repeat(scales, tile[1], axis=1)
@@ -188,8 +210,12 @@ def _fits_expand(c_kv: Array, k_rope: Array, w_uk: Array, w_uv: Array) -> bool:
     return _divided(rows, latent, w_uk.shape[0] * (w_uk.shape[1] + w_uv.shape[1]))
 
 
-# Each op, and whether its products and their gradients have whole tiles only: each size is contracted once.
-OPS = {"product": (product, _fits_product), "swiglu": (swiglu, _fits_swiglu), "expand": (expand, _fits_expand)}
+# Each op, and whether its products and gradients have whole tiles: each size is contracted once.
+OPS = {
+    "product": (product, _fits_product),
+    "swiglu": (swiglu, _fits_swiglu),
+    "expand": (expand, _fits_expand),
+}
 
 
 def add() -> None:

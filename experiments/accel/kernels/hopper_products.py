@@ -1,13 +1,15 @@
 """Grouped products on Hopper (H100, H200) in bfloat16: kernels of this project, in Pallas.
 
-A tile of 128 rows and 256 columns is computed by two warpgroups of 64 rows each, while a third one fetches the operands
-of the next steps. A block of rows begins where its group begins, rounded down to 8 rows, so a group wastes part of its
-last block only. Which block belongs to which group is a table made once for all products of a layer's rows.
+A tile of 128 rows and 256 columns is computed by two warpgroups of 64 rows each, while a third one
+fetches the operands of the next steps. A block of rows begins where its group begins, rounded down
+to 8 rows, so a group wastes part of its last block only. Which block belongs to which group is a
+table made once for all products of a layer's rows.
 
-Compared with the kernels of the libraries (grouped_product.py): experts are read in place from the stack of all layers,
-groups without rows cost nothing, and dw leaves the kernel in float32.
+Compared with the kernels of the libraries (grouped_product.py): experts are read in place from the
+stack of all layers, groups without rows cost nothing, and dw leaves the kernel in float32.
 
-Not yet run on a chip: held to the op in Pallas' interpret mode, and compiled for an H100 ahead of time.
+Not yet run on a chip: held to the op in Pallas' interpret mode, and compiled for an H100 ahead of
+time.
 """
 
 from functools import partial
@@ -60,7 +62,8 @@ def blocks_of(counts: Array, num_rows: int, size: int, first: Array | None = Non
     j = jnp.arange(most, dtype=jnp.int32)
     group = jnp.minimum((last[None] <= j[:, None]).sum(axis=1, dtype=jnp.int32), num_groups - 1)
     begin = aligned[group] + (j - (last - blocks)[group]) * size
-    start = jnp.clip(begin, 0, num_rows - size)  # the last block of all may not reach beyond the rows
+    # The last block of all may not reach beyond the rows.
+    start = jnp.clip(begin, 0, num_rows - size)
     low = jnp.maximum(begin, starts[group]) - start
     high = jnp.minimum(begin + size, ends[group]) - start
     return Blocks(group + (0 if first is None else first), start, low, high, last[-1:])
@@ -78,8 +81,9 @@ def _neighbours(n: int) -> int:
 def _pipeline(body: Any, context: Any, steps: Any, shapes: list, warpgroups: int) -> Any:
     """Fetch both operands step by step, and multiply: one warpgroup fetches.
 
-    A step's buffers are released when its product is done. With a delay, the last step of a tile would never be
-    released, and the first steps of the next tile would overwrite what is being multiplied.
+    A step's buffers are released when its product is done. With a delay, the last step of a tile
+    would never be released, and the first steps of the next tile would overwrite what is being
+    multiplied.
     """
     return plgpu.emit_pipeline_warp_specialized(
         body,
@@ -93,7 +97,9 @@ def _pipeline(body: Any, context: Any, steps: Any, shapes: list, warpgroups: int
     )
 
 
-def product(x: Array, w: Array, counts: Array, first: Array | None = None, *, transposed: bool = False) -> Array:
+def product(
+    x: Array, w: Array, counts: Array, first: Array | None = None, *, transposed: bool = False
+) -> Array:
     """`GroupedProduct.forward`, or `dx`."""
     m, k = x.shape
     n = w.shape[1 if transposed else 2]
@@ -106,8 +112,14 @@ def product(x: Array, w: Array, counts: Array, first: Array | None = None, *, tr
             return None
 
         x_spec = ((rows, STEP), lambda i: (0, i))
-        w_spec = ((columns, STEP), lambda i: (0, i)) if transposed else ((STEP, columns), lambda i: (i, 0))
-        pipeline = partial(_pipeline, steps=k // STEP, shapes=[x_spec, w_spec], warpgroups=warpgroups)
+        w_spec = (
+            ((columns, STEP), lambda i: (0, i))
+            if transposed
+            else ((STEP, columns), lambda i: (i, 0))
+        )
+        pipeline = partial(
+            _pipeline, steps=k // STEP, shapes=[x_spec, w_spec], warpgroups=warpgroups
+        )
         one = w_ref.at[0, pl.ds(0, columns), :] if transposed else w_ref.at[0, :, pl.ds(0, columns)]
 
         @partial(
@@ -156,12 +168,14 @@ def product(x: Array, w: Array, counts: Array, first: Array | None = None, *, tr
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return run_on_all_cores(kernel, jax.ShapeDtypeStruct((m, n), x.dtype), warpgroups)(x, w, *blocks)
+    run = run_on_all_cores(kernel, jax.ShapeDtypeStruct((m, n), x.dtype), warpgroups)
+    return run(x, w, *blocks)
 
 
 def _store_rows(values, out, y, low, high, columns):
-    """Write rows low to high of a warpgroup's result, chunk by chunk: copies of 2^i rows each, as a copy's size is
-    fixed when the kernel is compiled.
+    """Write rows low to high of a warpgroup's result, chunk by chunk, in copies of 2^i rows each.
+
+    A copy's size is fixed when the kernel is compiled.
     """
     rows = jnp.maximum(high - low, 0)
     for c in range(0, columns, CHUNK):
@@ -173,7 +187,9 @@ def _store_rows(values, out, y, low, high, columns):
 
             @pl.when((rows & size) != 0)
             def _(row=row, size=size, c=c):
-                plgpu.copy_smem_to_gmem(out.at[pl.ds(row, size)], y.at[pl.ds(row, size), pl.ds(c, CHUNK)])
+                plgpu.copy_smem_to_gmem(
+                    out.at[pl.ds(row, size)], y.at[pl.ds(row, size), pl.ds(c, CHUNK)]
+                )
 
             row, size = row + (rows & size), size // 2
 
@@ -187,7 +203,7 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     starts = ends - counts
     first = jnp.minimum(starts // STEP, x.shape[0] // STEP - 1)  # step of each group's first row
-    # A group without rows takes one step, in which no row is its own: its gradient is written as zeros.
+    # A group without rows takes one step, in which no row is its own: its gradient is zeros.
     steps = jnp.maximum(-(-ends // STEP) - first, 1)
 
     def kernel(x_ref, dy_ref, start_ref, end_ref, first_ref, steps_ref, dw_ref):
@@ -195,7 +211,10 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
             return None
 
         def pipeline(body, context, num_steps, at, row, column):
-            shapes = [((STEP, rows), lambda i: (at + i, row)), ((STEP, columns), lambda i: (at + i, column))]
+            shapes = [
+                ((STEP, rows), lambda i: (at + i, row)),
+                ((STEP, columns), lambda i: (at + i, column)),
+            ]
             return _pipeline(body, context, num_steps, shapes, warpgroups)
 
         @partial(
@@ -210,7 +229,9 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
             @plgpu.nd_loop((num_groups, (k // rows) * (n // columns)), collective_axes="core")
             def tile(info):
                 group = info.index[0]
-                row, column = plgpu.planar_snake(info.index[1], (k // rows, n // columns), 1, _neighbours(n // columns))
+                row, column = plgpu.planar_snake(
+                    info.index[1], (k // rows, n // columns), 1, _neighbours(n // columns)
+                )
                 at, num_steps = first_ref[group], steps_ref[group]
 
                 def compute(run):
@@ -234,12 +255,14 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
 
                 def step(index, x_smem, dy_smem, sums):
                     (i,) = index
-                    own = x_smem.at[:, pl.ds(wg * WARPGROUP, WARPGROUP)]  # this warpgroup's, so it may write there
+                    # These rows are this warpgroup's, so it may write there.
+                    own = x_smem.at[:, pl.ds(wg * WARPGROUP, WARPGROUP)]
 
                     @pl.when((i == 0) | (i == num_steps - 1))
                     def _():
                         line = plgpu.layout_cast(
-                            jax.lax.broadcasted_iota(jnp.int32, (STEP, WARPGROUP), 0), plgpu.Layout.WGMMA
+                            jax.lax.broadcasted_iota(jnp.int32, (STEP, WARPGROUP), 0),
+                            plgpu.Layout.WGMMA,
                         )
                         line = line + (at + i) * STEP
                         inside = (line >= start_ref[group]) & (line < end_ref[group])
@@ -250,7 +273,9 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
                     plgpu.wgmma_wait(0)
                     return sums
 
-                pipeline(step, compute, num_steps, at, row, column)(x_ref, dy_ref, allocations=buffers)
+                pipeline(step, compute, num_steps, at, row, column)(
+                    x_ref, dy_ref, allocations=buffers
+                )
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -259,7 +284,9 @@ def product_dw(x: Array, dy: Array, counts: Array, dtype: Any) -> Array:
 
 
 def swapped(ref: Any) -> Any:
-    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
+    if jax.__version_info__ >= (0, 11):
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))
 
 
 def run_on_all_cores(kernel: Any, out: Any, warpgroups: int) -> Any:
@@ -274,7 +301,9 @@ def run_on_all_cores(kernel: Any, out: Any, warpgroups: int) -> Any:
     )
 
 
-HOPPER_PRODUCTS = GroupedProduct("hopper", product, partial(product, transposed=True), product_dw, row_multiple=ROWS)
+HOPPER_PRODUCTS = GroupedProduct(
+    "hopper", product, partial(product, transposed=True), product_dw, row_multiple=ROWS
+)
 
 
 def add() -> None:
@@ -282,5 +311,8 @@ def add() -> None:
     run = partial(dispatch.grouped_swiglu, product=HOPPER_PRODUCTS)
     for op in ("grouped_swiglu", "decode_experts"):
         choose.add(
-            op, choose.Implementation("hopper", run, ("cuda",), ("bfloat16",), fits=fits, why_not=why_not_hopper)
+            op,
+            choose.Implementation(
+                "hopper", run, ("cuda",), ("bfloat16",), fits=fits, why_not=why_not_hopper
+            ),
         )

@@ -1,4 +1,4 @@
-"""The kernel of index scores that waits for a chip chooses as the op does. Pallas interprets it on the CPU."""
+"""The kernel of index scores that waits for a chip chooses as the op, by Pallas' interpreter."""
 
 from functools import partial
 
@@ -17,15 +17,18 @@ pytestmark = pytest.mark.rare
 
 
 def test_the_gpu_kernel_chooses_as_the_op():
-    """Whole numbers and scales of powers of two, so that no rounding changes a choice; many ties."""
+    """Whole numbers and scales of powers of two, so rounding changes no choice; many ties."""
     if why := gpu.why_not(Target("cuda")):
         pytest.skip(why)
     rng = np.random.default_rng(0)
     q, w, rows = (
-        jnp.asarray(rng.integers(-2, 3, shape), jnp.bfloat16) for shape in ((2, 1, 16, 64), (2, 1, 16), (2, 1, 512, 64))
+        jnp.asarray(rng.integers(-2, 3, shape), jnp.bfloat16)
+        for shape in ((2, 1, 16, 64), (2, 1, 16), (2, 1, 512, 64))
     )
     args = q, w, Stored(rows, None), jnp.array([[511], [90]])
     assert gpu.fits(*args)
     want = jax.jit(partial(choose, k=100))(*args)
     with gpu_interpreter():
-        np.testing.assert_array_equal(jax.jit(partial(choose, k=100, score=gpu.index_scores))(*args), want)
+        np.testing.assert_array_equal(
+            jax.jit(partial(choose, k=100, score=gpu.index_scores))(*args), want
+        )

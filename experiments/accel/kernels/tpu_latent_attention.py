@@ -1,12 +1,12 @@
 """Attention to a latent cache on TPUs, in Pallas: each cached row is read once.
 
-One grid step multiplies a block of a sequence's rows with all of its queries, twice, from VMEM. The running softmax is
-that of `ops.cached_attention`. Blocks beyond a sequence's last row are neither read nor multiplied, so the cost follows
-what each sequence holds. 8-bit rows are widened in VMEM.
+One grid step multiplies a block of a sequence's rows with all of its queries, twice, from VMEM. The
+running softmax is that of `ops.cached_attention`. Blocks beyond a sequence's last row are neither
+read nor multiplied, so the cost follows what each sequence holds. 8-bit rows are widened in VMEM.
 It compiles for v5p and v6e, and has not run on a TPU yet.
 
-tokamax's MLA kernel is not used. Its cache has pages of packed rows, [pages, S / packing, packing, X], so each step
-would copy the cache. And its 8-bit rows have one scale for all.
+tokamax's MLA kernel is not used. Its cache has pages of packed rows, [pages, S / packing, packing,
+X], so each step would copy the cache. And its 8-bit rows have one scale for all.
 
 Pallas is imported when it is used: it takes a second.
 """
@@ -36,7 +36,7 @@ def latent_attention(
     scale: float,
     block: int = BLOCK,
 ) -> Float[Array, "B 1 Q V"]:
-    """Compute `ops.cached_attention.cached_attention` for latents, which are the values too, and rotated keys.
+    """Compute `ops.cached_attention.cached_attention` for latents, which are the values, and keys.
 
     Takes no gradient.
 
@@ -53,21 +53,27 @@ def latent_attention(
         jnp.pad(scaled(q[:, 0], scale), ((0, 0), (0, 0), (0, x.shape[-1] - q.shape[-1])))
         for q, x in zip(queries, rows, strict=True)
     ]
-    scales = [key.scales.swapaxes(2, 3) for key in keys if key.scales is not None]  # [B, 1, 1, S], as scores are
+    # They are [B, 1, 1, S], as scores are.
+    scales = [key.scales.swapaxes(2, 3) for key in keys if key.scales is not None]
     ends = (last.max(axis=1) + 1).astype(jnp.int32)  # rows of each sequence that some query sees
 
     def of_queries(width: int) -> Any:
         return pl.BlockSpec((None, count, width), lambda b, i, ends: (b, 0, 0))
 
     def block_of(b, i, ends):
-        return jnp.minimum(i, (ends[b] - 1) // block)  # a block that was read already is not read again
+        # A block that was read already is not read again.
+        return jnp.minimum(i, (ends[b] - 1) // block)
 
     in_specs = [of_queries(x.shape[-1]) for x in (*queries, last[..., None])]
     in_specs += [
-        pl.BlockSpec((None, None, block, x.shape[-1]), lambda b, i, ends: (b, 0, block_of(b, i, ends), 0)) for x in rows
+        pl.BlockSpec(
+            (None, None, block, x.shape[-1]), lambda b, i, ends: (b, 0, block_of(b, i, ends), 0)
+        )
+        for x in rows
     ]
     in_specs += [
-        pl.BlockSpec((None, None, 1, block), lambda b, i, ends: (b, 0, 0, block_of(b, i, ends))) for _ in scales
+        pl.BlockSpec((None, None, 1, block), lambda b, i, ends: (b, 0, 0, block_of(b, i, ends)))
+        for _ in scales
     ]
     every = sum(x.shape[-1] for x in rows)
     out = pl.pallas_call(
@@ -100,7 +106,9 @@ def _kernel(ends, q_latent, q_key, last, latents, rotated, *refs, block: int, ca
 
     def dot(a, b, contracted):
         dims = (((1,), (contracted,)), ((), ()))
-        return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(
+            a, b, dims, precision=precision, preferred_element_type=jnp.float32
+        )
 
     @pl.when(i == 0)
     def _start():
@@ -112,15 +120,18 @@ def _kernel(ends, q_latent, q_key, last, latents, rotated, *refs, block: int, ca
     def _visit():
         s, blocks = jnp.zeros((), jnp.float32), []
         for n, (q, rows) in enumerate(((q_latent, latents), (q_key, rotated))):
-            keys = rows[...].astype(jnp.float32).astype(q.dtype) if scales else rows[...].astype(q.dtype)
-            if capacity % block:  # the last block ends beyond the cache, and what is there may not be finite
+            keys = rows[...].astype(jnp.float32) if scales else rows[...]
+            keys = keys.astype(q.dtype)
+            # The last block ends beyond the cache, and what is there may not be finite.
+            if capacity % block:
                 slot = i * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
                 keys = jnp.where(slot < capacity, keys, jnp.zeros((), keys.dtype))
             s += dot(q[...], keys, 1) * (scales[n][...] if scales else 1.0)
             blocks.append(keys)
         slot = i * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
         s = jnp.where(slot <= last[...], s, -jnp.inf)
-        new_top = jnp.maximum(top[...], s.max(axis=1, keepdims=True))  # finite from the first block: all see row 0
+        # It is finite from the first block: all see row 0.
+        new_top = jnp.maximum(top[...], s.max(axis=1, keepdims=True))
         p = jnp.exp(s - new_top)
         keep = jnp.exp(top[...] - new_top)
         top[...] = new_top
@@ -136,5 +147,7 @@ def _kernel(ends, q_latent, q_key, last, latents, rotated, *refs, block: int, ca
 
 def add() -> None:
     """Enter the table as "latent"."""
-    row = choose.Implementation("latent", latent_attention, ("tpu",), ("bfloat16",), one_device=True, fits=is_latent)
+    row = choose.Implementation(
+        "latent", latent_attention, ("tpu",), ("bfloat16",), one_device=True, fits=is_latent
+    )
     choose.add("cached_attention", row)

@@ -10,9 +10,22 @@ from experiments.lab.tasks.names import Names
 from experiments.lab.tasks.retrieval import Retrieval
 from experiments.lab.tasks.task import Task, TaskSource
 
-TASKS: dict[str, Any] = {cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains, Chains)}
+TASKS: dict[str, Any] = {
+    cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains, Chains)
+}
 
-__all__ = ["TASKS", "Chains", "Domains", "Facts", "ManyKeys", "Names", "Retrieval", "Task", "TaskSource", "from_dict"]
+__all__ = [
+    "TASKS",
+    "Chains",
+    "Domains",
+    "Facts",
+    "ManyKeys",
+    "Names",
+    "Retrieval",
+    "Task",
+    "TaskSource",
+    "from_dict",
+]
 
 
 def from_dict(values: dict[str, Any]) -> Task:

@@ -1,16 +1,18 @@
-"""Induction: each row is a Markov chain of its own, whose next token must be read off what followed before.
+"""Induction: rows are Markov chains of their own, whose next token must be read off earlier ones.
 
-    row   x_1 … x_T,   x_t ~ P(x_{t−m} … x_{t−1}),   each line of P drawn for this row from Dirichlet(α, …, α)
+    row   x_1 … x_T,   x_t ~ P(x_{t−m} … x_{t−1}),   the row's P has lines of Dirichlet(α, …, α)
     asked every token after the first m
 
-Nothing of a row's P is in the weights. A model that counts the row's tokens alone stays at `bits_of_order(0)`. To reach
-the optimum, it must find earlier places of the last token, or of the last m tokens, and count what came next. An
-induction head does so. With order m = 2 the last two tokens are a name. The optimum is the mean of the posterior,
+Nothing of a row's P is in the weights. A model that counts the row's tokens alone stays at
+`bits_of_order(0)`. To reach the optimum, it must find earlier places of the last token, or of the
+last m tokens, and count what came next. An induction head does so. With order m = 2 the last two
+tokens are a name. The optimum is the mean of the posterior,
 
     p(x_t = j | x_{t−m} … x_{t−1} = c) = (n_cj + α) / (n_c + Sα),   n the counts in the row so far.
 
 Its bits are measured on the held-out rows. The difficulty is the number of lines of P, S^m.
-Source: arXiv 2402.11004, where small models pass from the counts of tokens to those of pairs in a sudden step.
+Source: arXiv 2402.11004, where small models pass from the counts of tokens to those of pairs in a
+sudden step.
 """
 
 from dataclasses import dataclass
@@ -54,7 +56,7 @@ class Chains(Task):
         return self.bits_of_order(self.order)
 
     def bits_of_order(self, order: int) -> float:
-        """Mean bits of an asked token for a predictor by counts of what followed the last `order` tokens in the row.
+        """Mean bits of an asked token by counts of what followed a row's last `order` tokens.
 
         For the chain's own order it is the optimum; a smaller one has the same α.
         """

@@ -1,11 +1,12 @@
 """A mixture of domains whose experts are known: each domain has its own random map from x to y.
 
-    row    d  x_1 y_1  x_2 y_2 …,   y_i = map_d[x_i], except with probability `noise`: then y_i is any of n
+    row    d  x_1 y_1  x_2 y_2 …,   y_i = map_d[x_i], or with probability `noise` any of n
     asked  each y
 
-Domains share the tokens x and y but no knowledge. So the right division of the work is one expert (or group of
-experts) for each domain: I(expert; domain) = log2 D bits at one expert a token. The difficulty is D · n, the number of
-pairs to know. The optimum is the noise's entropy: with q = 1 − noise + noise/n and r = noise/n,
+Domains share the tokens x and y but no knowledge. So the right division of the work is one expert
+(or group of experts) for each domain: I(expert; domain) = log2 D bits at one expert a token. The
+difficulty is D · n, the number of pairs to know. The optimum is the noise's entropy: with
+q = 1 − noise + noise/n and r = noise/n,
 
     −q log2 q − (n − 1) r log2 r
 """
@@ -53,12 +54,15 @@ class Domains(Task):
     def best_bits(self) -> float:
         other = self.noise / self.words
         right = 1 - self.noise + other
-        return -right * math.log2(right) - ((self.words - 1) * other * math.log2(other) if other else 0.0)
+        wrong = (self.words - 1) * other * math.log2(other) if other else 0.0
+        return -right * math.log2(right) - wrong
 
     @cached_property
     def maps(self) -> np.ndarray:
         """map_d[x], [D, n]."""
-        return np.random.default_rng(self.table_seed).integers(self.words, size=(self.count, self.words))
+        return np.random.default_rng(self.table_seed).integers(
+            self.words, size=(self.count, self.words)
+        )
 
     def held_out(self, count: int) -> Rows:
         """Return rows of all domains, also where training has one domain a batch."""
@@ -73,4 +77,6 @@ class Domains(Task):
         words = np.stack([x, y], axis=2).reshape(count, -1)
         tokens = np.concatenate([self.words + domain, words], axis=1)
         place = np.arange(self.length)
-        return rows_of(tokens, np.broadcast_to((place > 0) & (place % 2 == 0), tokens.shape), domain)
+        return rows_of(
+            tokens, np.broadcast_to((place > 0) & (place % 2 == 0), tokens.shape), domain
+        )

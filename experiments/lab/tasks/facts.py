@@ -4,8 +4,8 @@
     loss   −log2 p(c | a, b), asked at c alone
     known  bits − loss, for each of the A·B facts; a model stores A·B·(bits − loss) bits
 
-The difficulty is the number of facts. The optimum is 0 bits: all facts are seen in training, and held-out rows are
-the facts themselves.
+The difficulty is the number of facts. The optimum is 0 bits: all facts are seen in training, and
+held-out rows are the facts themselves.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from experiments.lab.tasks.task import Rows, Task, bits_of, require_alphabet, ro
 
 @dataclass(frozen=True)
 class Facts(Task):
-    """A·B facts of some bits each. First and second tokens share ids: their position tells them apart."""
+    """A·B facts of some bits each. First and second tokens share ids, and differ by position."""
 
     name = "facts"
 
@@ -41,13 +41,15 @@ class Facts(Task):
     @cached_property
     def table(self) -> np.ndarray:
         """The answers, [A, B]."""
-        return np.random.default_rng(self.table_seed).integers(2**self.bits, size=(self.firsts, self.seconds))
+        return np.random.default_rng(self.table_seed).integers(
+            2**self.bits, size=(self.firsts, self.seconds)
+        )
 
     def sample(self, rng: np.random.Generator, count: int) -> Rows:
         return self._rows(rng.integers(self.firsts * self.seconds, size=count))
 
     def held_out(self, count: int) -> Rows:
-        """Return the first facts in a fixed random order, each once: all of them if `count` is large enough."""
+        """Return the first facts in a fixed random order, each once, or all of them."""
         order = np.random.default_rng(self.table_seed).permutation(self.firsts * self.seconds)
         return self._rows(order[:count])
 

@@ -1,9 +1,9 @@
-"""Many keys at once: M pairs are planted, then each is asked for; the load on what a cache row can hold.
+"""Many keys at once: M pairs are planted, then each is asked for; the load on a cache row.
 
     row   p(k_1, v_1) … p(k_M, v_M)   q(k_π1) a(v_π1) … q(k_πM) a(v_πM),   π a permutation
 
-As `retrieval`, but a model must tell all M keys apart at once. So the width of keys, latents and heads matters. The
-difficulty is M. The optimum is 0 bits.
+As `retrieval`, but a model must tell all M keys apart at once. So the width of keys, latents and
+heads matters. The difficulty is M. The optimum is 0 bits.
 """
 
 from dataclasses import dataclass

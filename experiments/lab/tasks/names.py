@@ -1,13 +1,14 @@
 """Induction over two-token names: once a row has said a name, its first token tells the second one.
 
     names  N pairs (x, y) of a row: the x are N different of P, each y is one of P
-    row    x_1 … x_T; at each place a name with probability ρ, both tokens of it, else one of W words
+    row    x_1 … x_T; at each place both tokens of a name with probability ρ, else one of W words
     asked  every token after the first
 
-Nothing of a row's pairs is in the weights. A model that knows which names the row has said can tell the next first
-token from words. The second token needs more: a model must find an earlier place of the first one, and read what
-followed. An induction head does so. With all tokens asked a small model learns it, with the second ones alone it does
-not in reasonable time. The difficulty is the number of names and of words. The optimum, with s names said before:
+Nothing of a row's pairs is in the weights. A model that knows which names the row has said can tell
+the next first token from words. The second token needs more: a model must find an earlier place of
+the first one, and read what followed. An induction head does so. With all tokens asked a small
+model learns it, with the second ones alone it does not in reasonable time. The difficulty is the
+number of names and of words. The optimum, with s names said before:
 
     p(w) = (1 − ρ) / W
     p(x) = ρ / N if x was said before, else ρ (N − s) / N / (P − s)
@@ -42,7 +43,10 @@ class Names(Task):
     def __post_init__(self):
         require_alphabet(firsts=self.parts, seconds=self.parts, words=self.words)
         if not 0 < self.names <= self.parts:
-            raise ValueError(f"names={self.names} is not from 1 to parts={self.parts}, the first tokens that differ")
+            raise ValueError(
+                f"names={self.names} is not from 1 to parts={self.parts}, "
+                "the first tokens that differ"
+            )
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} is not above 0 and at most 1")
 
@@ -60,7 +64,7 @@ class Names(Task):
 
     @property
     def bits_without_pairs(self) -> float:
-        """Mean bits of a token for a model that takes each second token evenly from those that the row has said."""
+        """Mean bits of a token if each second token is taken evenly from those that were said."""
         return _measured_bits(self)[1]
 
     def sample(self, rng: np.random.Generator, count: int) -> Rows:
@@ -83,7 +87,8 @@ def _measured_bits(task: Names) -> tuple[float, float]:
     """The bits of the optimum, and of the same without knowledge of pairs."""
     tokens = task.held_out(MEASURED).tokens.astype(np.int64)
     row, parts, names = np.arange(len(tokens)), task.parts, task.names
-    inside, again = np.zeros((2, len(tokens)), bool)  # the token before was a first one; it was said before that
+    # The token before was a first one; it was said before that.
+    inside, again = np.zeros((2, len(tokens)), bool)
     known = np.zeros((len(tokens), parts), bool)  # first tokens that were said
     seconds = np.zeros((len(tokens), parts))  # of how many of these names each is the second token
     nats = np.zeros(2)
@@ -91,7 +96,9 @@ def _measured_bits(task: Names) -> tuple[float, float]:
         said, part = known.sum(axis=1), token % parts
         is_first = ~inside & (token < parts)
         new = (names - said) / names / np.maximum(parts - said, 1)
-        of_place = np.where(is_first, task.share * np.where(known[row, part], 1 / names, new), 1 - task.share)
+        of_place = np.where(
+            is_first, task.share * np.where(known[row, part], 1 / names, new), 1 - task.share
+        )
         of_place[token >= 2 * parts] /= task.words
         evenly = seconds[row, part] / np.maximum(seconds.sum(axis=1), 1)
         for i, of_second in enumerate((1.0, evenly)):

@@ -3,9 +3,10 @@
     planted   p(k, v), one token; each key once a row, with a value drawn for the row
     question  q(k) a(v): the answer is the value that was planted with k; asked at each a(v)
 
-A single attention step answers: q(k) looks for p(k, ·) and copies its value. So what is measured is reach: can a
-position be found at a distance that training did not have? Between planting and asking there is nothing else than
-other keys' tokens. The difficulty is the length of a row. The optimum is 0 bits.
+A single attention step answers: q(k) looks for p(k, ·) and copies its value. So what is measured is
+reach: can a position be found at a distance that training did not have? Between planting and asking
+there is nothing else than other keys' tokens. The difficulty is the length of a row. The optimum is
+0 bits.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Retrieval(Task):
         return rows_of(tokens, answers)
 
     def _row(self, rng: np.random.Generator, length: int, keys) -> tuple[np.ndarray, np.ndarray]:
-        """Fill a row: each key is planted once, the first at the start, and questions fill the rest.
+        """Fill a row: each key is planted once, one at the start, and questions fill the rest.
 
         A key's time is log-uniform, so that short rows have several keys too.
         """
@@ -67,7 +68,7 @@ class Retrieval(Task):
         pos = known = 0
         while pos < length:
             if known < count and times[known] <= pos or pos == length - 1:
-                # A last single token cannot hold a question: plant another key, or the last one again.
+                # A last single token holds no question: plant another key, or the last again.
                 key = order[min(known, count - 1)]
                 tokens[pos] = self._planted(key, values[key])
                 known, pos = min(known + 1, count), pos + 1
@@ -79,14 +80,17 @@ class Retrieval(Task):
         return tokens, answers
 
     def questions(self, length: int, distance: int, count: int) -> Rows:
-        """Return rows of `length` tokens that end with a question, planted once `distance` tokens before its answer.
+        """Return rows of `length` that end with a question, planted `distance` before its answer.
 
         The other keys fill the row. No earlier question of this key gives its value away.
 
         Raises: ValueError for a distance that the row does not have.
         """
         if not 2 <= distance < length:
-            raise ValueError(f"distance={distance} is not from 2 to {length - 1}, within a row of length={length}")
+            raise ValueError(
+                f"distance={distance} is not from 2 to {length - 1}, "
+                f"within a row of length={length}"
+            )
         rng = np.random.default_rng([HELD_OUT, length, distance])
         tokens, answers = np.empty((count, length), np.int64), np.zeros((count, length), bool)
         answers[:, -1] = True
@@ -96,7 +100,9 @@ class Retrieval(Task):
             place = length - 1 - distance
             # Two fillings with the planted token between: a question of two tokens is never cut.
             before = self._row(rng, place, others)[0] if place else np.zeros(0, np.int64)
-            between = self._row(rng, distance - 2, others)[0] if distance > 2 else np.zeros(0, np.int64)
+            between = (
+                self._row(rng, distance - 2, others)[0] if distance > 2 else np.zeros(0, np.int64)
+            )
             end = [self._question(key), self._answer(value)]
             tokens[row] = np.concatenate([before, [self._planted(key, value)], between, end])
         return rows_of(tokens, answers)

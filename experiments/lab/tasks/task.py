@@ -1,7 +1,8 @@
-"""A task: rows of tokens that are drawn at random and isolate one mechanism, as a `Source` of batches.
+"""A task: rows of tokens drawn at random that isolate one mechanism, as a `Source` of batches.
 
-A task is a small frozen dataclass. Its fields are its difficulty, `sample` draws rows, and `best_bits` is the least
-expected loss that any model can reach. Token ids are bytes' ids, so a model needs a vocabulary of 260.
+A task is a small frozen dataclass. Its fields are its difficulty, `sample` draws rows, and
+`best_bits` is the least expected loss that any model can reach. Token ids are bytes' ids, so a
+model needs a vocabulary of 260.
 """
 
 import dataclasses
@@ -70,9 +71,11 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the task's name and fields, and of a few of its rows, which change with its code."""
+        """A hash of the task's name, its fields, and a few rows, which change with its code."""
         rows = self.sample(np.random.default_rng(0), 4)
-        text = json.dumps([self.to_dict(), rows.tokens.tolist(), rows.answers.tolist()], sort_keys=True)
+        text = json.dumps(
+            [self.to_dict(), rows.tokens.tolist(), rows.answers.tolist()], sort_keys=True
+        )
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -82,7 +85,9 @@ def rows_of(tokens: np.ndarray, answers: np.ndarray, domains: np.ndarray | None 
     Raises: ValueError for ids that are not in 0 … VOCAB − 1.
     """
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < VOCAB:
-        raise ValueError(f"tokens={tokens.min()}…{tokens.max()} are not all ids from 0 to {VOCAB - 1}")
+        raise ValueError(
+            f"tokens={tokens.min()}…{tokens.max()} are not all ids from 0 to {VOCAB - 1}"
+        )
     where = np.zeros(tokens.shape) if domains is None else np.broadcast_to(domains, tokens.shape)
     return Rows(tokens.astype(np.int32), answers.astype(bool), where.astype(np.int32))
 
@@ -102,30 +107,39 @@ class TaskSource(Source):
 
     Example:
         >>> from experiments.lab.tasks import Facts
-        >>> source = TaskSource(Facts(firsts=4, seconds=4, bits=2), DataConfig(seq_len=3, batch_size=2))
+        >>> task = Facts(firsts=4, seconds=4, bits=2)
+        >>> source = TaskSource(task, DataConfig(seq_len=3, batch_size=2))
         >>> next(source.train_batches())["tokens"].shape
         (2, 3)
     """
 
     def __init__(self, task: Any, cfg: DataConfig):
         if cfg.seq_len != task.length:
-            raise ValueError(f"seq_len={cfg.seq_len} is not the length of the rows of {task.name}, {task.length}")
+            raise ValueError(
+                f"seq_len={cfg.seq_len} is not the length of the rows of {task.name}, {task.length}"
+            )
         fields = ", ".join(f"{k}={v}" for k, v in task.to_dict().items() if k != "task")
         bits = f"{task.chance_bits:.2f} bits by chance, {task.best_bits:.2f} at best"
         summary = f"task {task.name}: {fields}; {bits}"
         self.task: Any
-        super().__init__(cfg, task.domains, task.fingerprint, summary, lambda: [TaskRows(task, cfg)], lambda: [])
+        super().__init__(
+            cfg, task.domains, task.fingerprint, summary, lambda: [TaskRows(task, cfg)], lambda: []
+        )
         object.__setattr__(self, "task", task)  # the base is frozen
 
     def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
         """Iterate over endless batches, which are drawn in their order."""
-        return Batches(self.train()[0], self.cfg.batch_size, rows, f"{self.fingerprint}-{self.cfg.seed}")
+        return Batches(
+            self.train()[0], self.cfg.batch_size, rows, f"{self.fingerprint}-{self.cfg.seed}"
+        )
 
     def val_batches(self, num_batches: int) -> list[Batch]:
         """Return held-out batches."""
         size = self.cfg.batch_size
         rows = self.task.held_out(num_batches * size)
-        return alternate([[_row(rows, i, i % size) for i in range(len(rows.tokens))]], size, num_batches)
+        return alternate(
+            [[_row(rows, i, i % size) for i in range(len(rows.tokens))]], size, num_batches
+        )
 
 
 class TaskRows:
@@ -133,7 +147,11 @@ class TaskRows:
 
     def __init__(self, task: Any, cfg: DataConfig):
         self._task, self._cfg = task, cfg
-        self._draw = lru_cache(maxsize=1)(lambda i: task.sample(np.random.default_rng([cfg.seed, i]), cfg.batch_size))
+
+        def draw(i):
+            return task.sample(np.random.default_rng([cfg.seed, i]), cfg.batch_size)
+
+        self._draw = lru_cache(maxsize=1)(draw)
 
     def __len__(self) -> int:
         return sys.maxsize
