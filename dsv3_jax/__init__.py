@@ -31,11 +31,11 @@ except PackageNotFoundError:  # read from a checkout that is not installed
 # Imported when they are first used: they bring files, pictures and checkpoints.
 # Name: module, and what of it.
 _LATER = {
-    "train": ("train", None),
-    "balance": ("balance", None),
+    "train": ("runs.loop", None),
+    "balance": ("training.balance", None),
     "register_router": ("ops.routing", "register_router"),
     "register_rule": ("ops.balance", "register_rule"),
-    "evaluate": ("training.evaluate", None),
+    "evaluate": ("runs.evaluate", None),
     "hf": ("hf", None),
     "stats": ("stats", None),
     "counting": ("model.counting", None),
@@ -44,11 +44,11 @@ _LATER = {
     "data": ("data", None),
     "sharding": ("mesh.sharding", None),
     "plots": ("report.run_plots", None),
-    "load_model": ("hf.open_model", "load_model"),
-    "load_text": ("hf.open_model", "load_text"),
+    "load_model": ("runs.open_model", "load_model"),
+    "load_text": ("runs.open_model", "load_text"),
     "score_tasks": ("scores.score", "score_tasks"),
-    "load_run": ("training.checkpoint", "load_run"),
-    "read_run": ("training.run_folder", "read_run"),
+    "load_run": ("runs.checkpoint", "load_run"),
+    "read_run": ("runs.folder", "read_run"),
 }
 
 __all__ = [

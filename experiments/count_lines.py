@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1] / "dsv3_jax"
-CORE = ("config", "ops", "model", "mesh", "data", "training", "decoding")
+CORE = (
+    "config", "ops", "model", "mesh", "data", "chat", "training", "runs", "decoding", "host",
+)  # fmt: skip
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
     tokenize.ENCODING, tokenize.ENDMARKER,

@@ -116,11 +116,11 @@ accel low_precision dispatch""".split()
 # Examples that compile a complete model run with the long tests.
 LONG_EXAMPLES = (
     "dsv3_jax.model.transformer.Transformer",
-    "dsv3_jax.balance.update",
-    "dsv3_jax.train.fit",
+    "dsv3_jax.training.balance.update",
+    "dsv3_jax.runs.loop.fit",
     "dsv3_jax.decoding.generate.generate",
     "dsv3_jax.decoding.generate.generate_in_parts",
-    "dsv3_jax.hf.conversion.convert",
+    "dsv3_jax.runs.convert.convert",
 )
 
 

@@ -39,8 +39,8 @@ from dsv3_jax.chat.text_settings import copy_to_run, read_settings, with_templat
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.hf.files import write_json
-from dsv3_jax.hf.open_model import load_text
-from dsv3_jax.training.run_folder import claim
+from dsv3_jax.runs.folder import claim
+from dsv3_jax.runs.open_model import load_text
 
 THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
 

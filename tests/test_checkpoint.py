@@ -17,9 +17,8 @@ from models import DENSE, random_model
 from runs import assert_bitwise, make_run, unhooked_cli
 
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.train import fit
-from dsv3_jax.training import checkpoint, optim
-from dsv3_jax.training.checkpoint import (
+from dsv3_jax.runs import checkpoint
+from dsv3_jax.runs.checkpoint import (
     LATE,
     MANIFEST,
     Checkpoints,
@@ -29,7 +28,9 @@ from dsv3_jax.training.checkpoint import (
     load_run,
     write_manifest,
 )
-from dsv3_jax.training.run_folder import REPLACED, RUN_FILE, claim, read_run, settled
+from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
+from dsv3_jax.runs.loop import fit
+from dsv3_jax.training import optim
 from dsv3_jax.training.step import TrainState
 
 # A save or restore that fails inside Orbax leaves its event loop open.

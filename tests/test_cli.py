@@ -19,7 +19,7 @@ from dsv3_jax.decoding.generate import generate as decode
 from dsv3_jax.kernels import choose
 from dsv3_jax.presets import MODELS
 from dsv3_jax.report.progress import say, text_console
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.runs.checkpoint import load_run
 
 COMMANDS = (
     "demo", "train", "eval", "stats", "generate", "chat", "convert", "runs list", "runs check",

@@ -25,11 +25,10 @@ from runs import (
     write_text,
 )
 
-from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError, Layout, OptimConfig, RunConfig
-from dsv3_jax.mesh import sharding
-from dsv3_jax.training import loop
-from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.mesh import processes, sharding
+from dsv3_jax.runs import loop
+from dsv3_jax.runs.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def pair(
 # The second process is killed when it saves step 8.
 KILLED = """
 import os, signal, jax
-from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.runs.checkpoint import Checkpoints
 save = Checkpoints.save
 def save_or_die(self, state, *rest, **more):
     if int(state.step) == 8 and jax.process_index() == 1:

@@ -22,10 +22,10 @@ from runs import MODEL, environment, finished, flags, make_run, unhooked_cli, wr
 from texts import ANSWER, TEMPLATES, TEXTS, TOOLS, USER, write_text_files
 
 import dsv3_jax as ds
-from dsv3_jax import presets, train
+from dsv3_jax import presets
 from dsv3_jax.ops import routing
+from dsv3_jax.runs import start as starts
 from dsv3_jax.scores.made import write_tasks
-from dsv3_jax.training import warm_start
 from experiments.cards import TASKS, read_cards, write_card
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +70,9 @@ def test_commands(page, monkeypatch, capsys):
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", stop)
-    monkeypatch.setattr(train, "open_start", lambda start, out: start)  # no weights are read
+    monkeypatch.setattr(starts, "open_start", lambda start, out: start)  # no weights are read
     for name in ("on_trunk", "on_weights"):
-        monkeypatch.setattr(warm_start, name, lambda run, start: run)
+        monkeypatch.setattr(starts, name, lambda run, start: run)
     refused = []
     for argv in commands(page):
         with contextlib.suppress(Parsed):

@@ -32,16 +32,16 @@ from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.shards import MANIFEST, read_manifest
 from dsv3_jax.data.special_tokens import read_object
 from dsv3_jax.data.tokenizer import ByteTokenizer, byte_tokenizer_json
-from dsv3_jax.files import check_writable
-from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.hf.reading import ReleasedFolder
+from dsv3_jax.host.files import check_writable
+from dsv3_jax.host.signals import handled
 from dsv3_jax.kernels import choose
 from dsv3_jax.presets import recipe
-from dsv3_jax.signals import handled
+from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.folder import claim, read_run
+from dsv3_jax.runs.loop import fit
+from dsv3_jax.runs.open_model import load_text
 from dsv3_jax.stats.reporting import report
-from dsv3_jax.train import fit
-from dsv3_jax.training.checkpoint import load_run
-from dsv3_jax.training.run_folder import claim, read_run
 
 EOS = {"eos_token": "<eos>"}
 

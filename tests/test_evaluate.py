@@ -8,8 +8,8 @@ from models import DENSE, forward, random_model
 from runs import MODEL, packed_batch
 
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.stats.cache_quality import cache_quality
-from dsv3_jax.training.evaluate import evaluate
 
 # Few tokens, so that drafts are often right; of 0 to 3 bytes, so that their numbers differ.
 

@@ -41,7 +41,7 @@ from dsv3_jax.model.layers import param
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.ops import balance, routing
-from dsv3_jax.training.run_folder import read_made
+from dsv3_jax.runs.folder import read_made
 from dsv3_jax.training.step import Job, make_step
 
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)

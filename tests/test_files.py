@@ -18,9 +18,9 @@ from dsv3_jax.cli import sample
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.files import PART, atomic_folder, sync, write_atomic
 from dsv3_jax.hf.files import write_shards
-from dsv3_jax.training.checkpoint import LATE, Checkpoints
+from dsv3_jax.host.files import PART, atomic_folder, sync, write_atomic
+from dsv3_jax.runs.checkpoint import LATE, Checkpoints
 
 
 def names(folder: Path) -> list[str]:
@@ -101,7 +101,7 @@ def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
     code = """
         import os, signal, sys
         from pathlib import Path
-        from dsv3_jax.files import atomic_folder, write_atomic
+        from dsv3_jax.host.files import atomic_folder, write_atomic
         write_bytes = Path.write_bytes
         def half(self, data):
             write_bytes(self, data[: len(data) // 2])

@@ -14,16 +14,16 @@ from released import GRID, write_folder
 from runs import MODEL, assert_bitwise, make_run, packed_batch
 
 import dsv3_jax as ds
-from dsv3_jax import train
 from dsv3_jax.config import ConfigError, Execution, Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.reading import load
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.layers import in_use
 from dsv3_jax.planning import cost
-from dsv3_jax.training import lora, warm_start
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.run_folder import claim
+from dsv3_jax.runs import start as starts
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import claim
+from dsv3_jax.training import lora
 from dsv3_jax.training.step import Job, TrainState, make_step, split_trainable
 
 CFG = replace(MODEL, mtp_depth=0)
@@ -49,7 +49,7 @@ def run_from(folder: str, dtype: str, on: str = "lora") -> RunConfig:
 
 def begin(run: RunConfig) -> TrainState:
     """The state of step 0, with adapters of which none is 0."""
-    state, _ = warm_start.begin(Job(run), train.open_start(run.trunk or run.start))
+    state, _ = starts.begin(Job(run), starts.open_start(run.trunk or run.start))
     trained, frozen = split_trainable(run, state.params)
     return replace(state, params=nnx.merge_state(jax.tree.map(lambda x: x + 0.01, trained), frozen))
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tm
     read = nnx.state(load_run(tmp_path / "run").model, nnx.Param)
     assert narrow(read) == (not_routers(read) if dtype == "bfloat16" else set())
     again = Job(replace(run, lora=Lora()))  # trained, all is float32
-    params = warm_start.begin(again, warm_start.open_run(str(tmp_path / "run")))[0].params
+    params = starts.begin(again, starts.open_run(str(tmp_path / "run")))[0].params
     want = lora.merge(run.lora, widened(run, state).params)
     assert_bitwise(jax.tree.map(np.array, params), jax.tree.map(np.array, want))
 
@@ -120,13 +120,13 @@ def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, m
     params = nnx.state(load(int4, None, quiet=True), nnx.Param)
     assert narrow(params) == not_routers(params, "experts")
     # needs a tokenizer
-    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
-    run = warm_start.on_weights(make_run("nowhere"), start := train.open_start(int4))
+    monkeypatch.setattr(starts, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    run = starts.on_weights(make_run("nowhere"), start := starts.open_start(int4))
     with pytest.raises(
         ConfigError, match=f"^start='{int4}' has weights of 4 bits, which do not train; "
     ):
-        warm_start.check(run, start)
-    warm_start.check(replace(run, lora=Lora(2)), start)
+        starts.check_start(run, start)
+    starts.check_start(replace(run, lora=Lora(2)), start)
 
 
 def refuse(lowered):
@@ -145,7 +145,7 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
         ds.hf.save(random_model(cfg), place, fp8=True, quiet=True)
     else:
         write_folder(place, KIMI)
-    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    monkeypatch.setattr(starts, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
     how = replace(HOW["bfloat16"], kernels="grouped_swiglu=dense")
     run = replace(run_from(str(place), "bfloat16"), model=cfg, execution=how)
     claim(tmp_path / "run", run)
@@ -186,12 +186,12 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
 def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypatch, sizes):
     cfg, mesh = replace(CFG, dim=256), sharding.make_mesh(*sizes)
     ds.hf.save(random_model(cfg), tmp_path / "model", fp8=True, quiet=True)
-    monkeypatch.setattr(train, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    monkeypatch.setattr(starts, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
     how = replace(HOW["bfloat16"], layout=Layout(fsdp=True))
     run = replace(run_from(str(tmp_path / "model"), "bfloat16"), model=cfg, execution=how)
     batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)
     with jax.set_mesh(mesh):
-        state, _ = warm_start.begin(Job(run, mesh), train.open_start(run.start))
+        state, _ = starts.begin(Job(run, mesh), starts.open_start(run.start))
         wide = widened(run, state, jnp.bfloat16)
         wide = jax.device_put(wide, sharding.state_sharding(wide, mesh, fsdp=True))
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))

@@ -28,11 +28,11 @@ import dsv3_jax as ds
 from dsv3_jax.chat.checkers import CHECKERS, Checker
 from dsv3_jax.config import ConfigError, DataConfig, Grpo
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.grpo import check_model
-from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.grpo import policy_loss
+from dsv3_jax.runs.answers import check_model
+from dsv3_jax.runs.checkpoint import Checkpoints
+from dsv3_jax.runs.folder import read_run
 from dsv3_jax.training.loss import compute_loss
-from dsv3_jax.training.run_folder import read_run
+from dsv3_jax.training.policy import policy_loss
 from dsv3_jax.training.step import Job, make_step
 
 

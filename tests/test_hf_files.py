@@ -18,11 +18,11 @@ from dsv3_jax import hf
 from dsv3_jax.config import DataConfig, RunConfig, replace
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf import files
-from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.hf.places import find
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.run_folder import claim
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import claim
+from dsv3_jax.runs.open_model import load_text
 
 CFG = small(
     num_layers=2, num_experts=4, num_groups=2, groups_per_token=2, vocab_size=260, mtp_depth=1

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from runs import HERE, environment
 
-from dsv3_jax import signals
 from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, DataConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.files import atomic_folder, parse_json
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
 from dsv3_jax.hf.reading import ReleasedFolder
+from dsv3_jax.host import signals
+from dsv3_jax.host.files import atomic_folder, parse_json
+from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.presets import preset, recipe
-from dsv3_jax.signals import asked_to_stop
 
 TINY = preset("tiny")
 RUN = to_dict(recipe("tiny"))

@@ -13,11 +13,11 @@ import sys
 import pytest
 from runs import HERE
 
-from dsv3_jax.lock import LOCK_FILE, FolderInUse, acquire, holder
+from dsv3_jax.host.lock import LOCK_FILE, FolderInUse, acquire, holder
 
 HOLD = """
 import sys
-from dsv3_jax.lock import acquire
+from dsv3_jax.host.lock import acquire
 with acquire(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -20,9 +20,10 @@ from dsv3_jax.config import Execution, Layout, Lora, OptimConfig, RunConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.training import lora, warm_start
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.run_folder import claim
+from dsv3_jax.runs import start as starts
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import claim
+from dsv3_jax.training import lora
 from dsv3_jax.training.step import Job, TrainState, abstract_state, make_step
 
 ALL = ("attention", "dense", "shared", "routed")
@@ -167,7 +168,7 @@ def test_a_step_follows_the_gradient_of_the_merged_model(rng):
 
 
 def begin(run: RunConfig) -> tuple[TrainState, str]:
-    return warm_start.begin(Job(run), warm_start.open_run(run.start))
+    return starts.begin(Job(run), starts.open_run(run.start))
 
 
 @pytest.fixture(scope="module")

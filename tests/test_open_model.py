@@ -10,7 +10,7 @@ from runs import assert_bitwise
 
 from dsv3_jax import hf
 from dsv3_jax.data.tokenizer import byte_tokenizer_json, train_bpe
-from dsv3_jax.hf.open_model import load_model, load_text, open_draft, open_model
+from dsv3_jax.runs.open_model import load_model, load_text, open_draft, open_model
 
 CFG = small(num_layers=2, vocab_size=260, mtp_depth=1)
 

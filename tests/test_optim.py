@@ -20,9 +20,9 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops.schedules import learning_rate
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.training import optim
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.training.schedules import learning_rate
 
 STEPS = 100
 TRUE, FALSE = np.True_, np.False_

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from runs import make_run, unhooked_cli
 
-from dsv3_jax.lock import acquire
-from dsv3_jax.training.run_folder import RUN_FILE, claim
+from dsv3_jax.host.lock import acquire
+from dsv3_jax.runs.folder import RUN_FILE, claim
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from dsv3_jax.data.batches import model_inputs, stack
 from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.files import write_json
-from dsv3_jax.hf.open_model import load_text
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.train import _outlook
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.runs.chats import _outlook
+from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.folder import read_run
+from dsv3_jax.runs.open_model import load_text
 from dsv3_jax.training.loss import compute_loss, target_counts
-from dsv3_jax.training.run_folder import read_run
 
 PLAIN = plain_settings()
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hey"}]

@@ -28,7 +28,7 @@ from dsv3_jax.data.shards import (
     sealed,
 )
 from dsv3_jax.data.tokenizer import train_bpe
-from dsv3_jax.lock import acquire
+from dsv3_jax.host.lock import acquire
 
 T, R = 16, 32
 

@@ -30,10 +30,10 @@ from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.indexer import choose, divergence, round_rotated
 from dsv3_jax.ops.sparse_attention import sparse_attention
-from dsv3_jax.training import loop
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.runs import loop
+from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.folder import read_run
 from dsv3_jax.training.loss import compute_loss
-from dsv3_jax.training.run_folder import read_run
 from dsv3_jax.training.step import Job, make_step, model_of
 
 # batch, tokens, index heads and their width, of exact roots, chosen tokens

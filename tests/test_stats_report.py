@@ -16,11 +16,11 @@ from runs import MODEL, rows_of, unhooked_cli
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.model.counting import size
+from dsv3_jax.runs.evaluate import evaluate
+from dsv3_jax.runs.open_model import open_model
 from dsv3_jax.stats import ReportOptions, agreement, read_load, reading, report, tokens
 from dsv3_jax.stats.page import SCRIPTS, WEB, render_page
-from dsv3_jax.training.evaluate import evaluate
 
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
 TEXT = "def f(x): return x, a sentence"

@@ -16,10 +16,10 @@ from tensorboardX.proto.event_pb2 import Event
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.report import speed
-from dsv3_jax.training import loop
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.prepare import Callback
-from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
+from dsv3_jax.runs import loop
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
+from dsv3_jax.runs.prepare import Callback
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BEGUN = 5  # steps taken in the folders that are begun

@@ -14,11 +14,12 @@ from runs import write_text as text_in
 from dsv3_jax.config import Balance, ConfigError, DataConfig, Execution, Layout, Yarn
 from dsv3_jax.data import tokenizer
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training import loop, warm_start
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
-from dsv3_jax.training.run_folder import claim, read_run
+from dsv3_jax.runs import loop
+from dsv3_jax.runs import start as starts
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import claim, read_run
+from dsv3_jax.runs.start import on_trunk, on_weights
 from dsv3_jax.training.step import Job, first_bad_tensor, make_step
-from dsv3_jax.training.warm_start import on_trunk, on_weights
 
 pytestmark = pytest.mark.long
 
@@ -57,18 +58,18 @@ RECIPE = dict(eval_every=4, steps=4, save_every=2)
 
 def run_from(other: str, **model):
     """A run of four steps that begins with the other's weights."""
-    run = on_weights(make_run("", **RECIPE), warm_start.open_run(other))
+    run = on_weights(make_run("", **RECIPE), starts.open_run(other))
     return replace(run, model=replace(run.model, **LONGER | model))
 
 
 def run_on(trunk: str, **model):
     """A run of four steps of Medusa's heads, which compile fastest, and what `model` changes."""
-    run = on_trunk(make_run("", **RECIPE), warm_start.open_run(trunk))
+    run = on_trunk(make_run("", **RECIPE), starts.open_run(trunk))
     return replace(run, model=replace(run.model, **{"mtp_kind": "medusa", "mtp_depth": 2, **model}))
 
 
 def begin(run, mesh=None):
-    return warm_start.begin(Job(run, mesh), warm_start.open_run(run.start or run.trunk))
+    return starts.begin(Job(run, mesh), starts.open_run(run.start or run.trunk))
 
 
 def cut(state) -> tuple[dict, dict]:

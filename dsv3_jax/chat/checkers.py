@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import ConfigError, Table
-from dsv3_jax.imports import failure_of, module_here
-from dsv3_jax.signals import cpu_limit
+from dsv3_jax.host.imports import failure_of, module_here
+from dsv3_jax.host.signals import cpu_limit
 
 # of CPU for one answer: a pattern may take time that is exponential in the text's length
 MAX_SECONDS = 10.0

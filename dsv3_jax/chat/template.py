@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dsv3_jax.chat.sandbox import ask, limits
 from dsv3_jax.config import did_you_mean
 from dsv3_jax.data.tokenizer import Tokenizer, any_of
-from dsv3_jax.files import parse_json
+from dsv3_jax.host.files import parse_json
 
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]

@@ -25,7 +25,7 @@ from dsv3_jax.data.special_tokens import (
     read_object,
 )
 from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
-from dsv3_jax.files import parse_json, read_bytes, read_text, write_atomic
+from dsv3_jax.host.files import parse_json, read_bytes, read_text, write_atomic
 
 TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
 GENERATION_FILE = "generation_config.json"

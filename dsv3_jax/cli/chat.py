@@ -43,7 +43,7 @@ a turn of several lines: end a line with \\, or write \"\"\" on a line before an
 def run(argv: list[str]) -> int:
     """Read turns from stdin and print answers."""
     args = parse(Chat, with_variables(argv, "--template"), "chat")
-    from dsv3_jax.hf.open_model import load_text
+    from dsv3_jax.runs.open_model import load_text
 
     text = load_text(args.model)
     tools = _tools(args, text)
@@ -98,7 +98,7 @@ def _tools(args: Chat, text: Any) -> list[Any] | None:
     Raises: ValueError when the file is none of a list, or the template reads no tools.
     """
     from dsv3_jax.chat.template import read_tools
-    from dsv3_jax.files import read_text
+    from dsv3_jax.host.files import read_text
 
     if args.tools is None:
         return None

@@ -54,13 +54,13 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
     from dsv3_jax.decoding.generate import generate
-    from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.report.progress import text_console
+    from dsv3_jax.runs.checkpoint import load_run
+    from dsv3_jax.runs.folder import TOKENIZER_FILE
+    from dsv3_jax.runs.loop import fit
+    from dsv3_jax.runs.open_model import load_text
     from dsv3_jax.scores.made import write_tasks
     from dsv3_jax.scores.score import score_tasks
-    from dsv3_jax.train import fit
-    from dsv3_jax.training.checkpoint import load_run
-    from dsv3_jax.training.run_folder import TOKENIZER_FILE
 
     console = text_console()
     start = time.perf_counter()

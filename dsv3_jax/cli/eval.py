@@ -12,7 +12,7 @@ import tyro
 
 from dsv3_jax.cli.common import parse
 from dsv3_jax.config import CacheDtype
-from dsv3_jax.imports import IMPORTED
+from dsv3_jax.host.imports import IMPORTED
 
 
 @dataclass
@@ -55,10 +55,10 @@ def run(argv: list[str]) -> int:
     if not args.shots is args.limit is args.out is None:
         raise ValueError("shots, limit and out are for tasks; add --tasks FOLDER")
     from dsv3_jax.data import tokenizer
-    from dsv3_jax.hf.open_model import measured_on, open_model
     from dsv3_jax.report.progress import text_console
+    from dsv3_jax.runs.evaluate import evaluate
+    from dsv3_jax.runs.open_model import measured_on, open_model
     from dsv3_jax.stats.cache_quality import cache_quality
-    from dsv3_jax.training.evaluate import evaluate
 
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
     source = measured_on(run.data, args.run, args.paths)
@@ -91,9 +91,9 @@ def run(argv: list[str]) -> int:
 
 
 def _score(args: Eval, argv: list[str]) -> int:
-    from dsv3_jax.files import check_writable, write_atomic
-    from dsv3_jax.hf.open_model import load_text, open_model
+    from dsv3_jax.host.files import check_writable, write_atomic
     from dsv3_jax.report.progress import text_console
+    from dsv3_jax.runs.open_model import load_text, open_model
     from dsv3_jax.scores.score import score_tasks
     from dsv3_jax.scores.tasks import read_tasks
 

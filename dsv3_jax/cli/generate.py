@@ -84,8 +84,8 @@ def run(argv: list[str]) -> int:
     if args.samples != 1:
         raise ValueError(f"samples={args.samples} is for --prompts FILE.jsonl --out OUT.jsonl")
     from dsv3_jax.decoding.generate import generate_in_parts
-    from dsv3_jax.hf.open_model import load_text
     from dsv3_jax.report.progress import say
+    from dsv3_jax.runs.open_model import load_text
 
     text = load_text(args.model)
     model, draft = load(args, text)
@@ -110,10 +110,10 @@ PINNED = (
 def sample(args: Generate) -> int:
     """Write the texts of a file of prompts."""
     from dsv3_jax.cli.sample import read_prompts, write_samples
-    from dsv3_jax.files import check_writable, file_hash
     from dsv3_jax.hf.files import CONFIG
-    from dsv3_jax.hf.open_model import find_released, load_text
-    from dsv3_jax.training.run_folder import RUN_FILE
+    from dsv3_jax.host.files import check_writable, file_hash
+    from dsv3_jax.runs.folder import RUN_FILE
+    from dsv3_jax.runs.open_model import find_released, load_text
 
     if args.prompts is None or args.out is None or args.prompt is not None:
         raise ValueError(
@@ -202,9 +202,9 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
     Raises: ValueError as `load_model`, or if the draft's tokenizer gives ids another meaning.
     """
     from dsv3_jax.decoding.decode_config import OWN_DRAFTS
-    from dsv3_jax.hf.open_model import load_model, open_draft
-    from dsv3_jax.training.checkpoint import load_run
-    from dsv3_jax.training.run_folder import RUN_FILE
+    from dsv3_jax.runs.checkpoint import load_run
+    from dsv3_jax.runs.folder import RUN_FILE
+    from dsv3_jax.runs.open_model import load_model, open_draft
 
     mesh = make_mesh(args.mesh)
     if (args.model / RUN_FILE).is_file():

@@ -22,9 +22,9 @@ import traceback
 
 from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import did_you_mean
-from dsv3_jax.imports import import_program
+from dsv3_jax.host.imports import import_program
+from dsv3_jax.host.signals import handled, terminated
 from dsv3_jax.presets import MODELS
-from dsv3_jax.signals import handled, terminated
 
 # Command: its arguments, and what it does. Each is a file beside this one, with a function
 # `run(argv) -> exit code`.

@@ -11,7 +11,7 @@ import tyro
 from rich.table import Table
 
 from dsv3_jax.cli.common import fail, parse, run_subcommand, sentence
-from dsv3_jax.lock import holder
+from dsv3_jax.host.lock import holder
 from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, describe_bad, parse_rows, read_rows
 from dsv3_jax.report.progress import text_console
 from dsv3_jax.report.units import format_bytes, format_duration
@@ -31,8 +31,8 @@ def check(argv: list[str]) -> int:
     Raises: ValueError if the folder holds no run, or something in it is damaged.
     """
     args = parse(Check, argv, "runs check")
-    from dsv3_jax.training.checkpoint import find_damage, steps_of
-    from dsv3_jax.training.run_folder import read_run
+    from dsv3_jax.runs.checkpoint import find_damage, steps_of
+    from dsv3_jax.runs.folder import read_run
 
     read_run(args.run)
     damaged = 0
@@ -101,7 +101,7 @@ def list_runs(argv: list[str]) -> int:
 
 
 def _run_folders(root: Path, depth: int = 3) -> Iterator[Path]:
-    from dsv3_jax.training.run_folder import RUN_FILE
+    from dsv3_jax.runs.folder import RUN_FILE
 
     if (root / RUN_FILE).is_file():
         yield root
@@ -116,8 +116,8 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
 
     None means that it cannot be read; a line on stderr says why.
     """
-    from dsv3_jax.training.checkpoint import steps_of
-    from dsv3_jax.training.run_folder import RUN_FILE, read_run
+    from dsv3_jax.runs.checkpoint import steps_of
+    from dsv3_jax.runs.folder import RUN_FILE, read_run
 
     try:
         run = read_run(folder)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsv3_jax.data.corpus import json_lines
-from dsv3_jax.files import never_through_a_link, parse_json, read_bytes, write_atomic
-from dsv3_jax.lock import acquire
+from dsv3_jax.host.files import never_through_a_link, parse_json, read_bytes, write_atomic
+from dsv3_jax.host.lock import acquire
 
 # keys of the output beside the prompt's own
 ADDED = ("sample", "text", "tokens", "logprob", "ended")

@@ -35,8 +35,8 @@ from dsv3_jax.data.shards import (
 )
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
-from dsv3_jax.files import PART, check_writable, file_hash, read_json, sync, write_atomic
-from dsv3_jax.lock import acquire
+from dsv3_jax.host.files import PART, check_writable, file_hash, read_json, sync, write_atomic
+from dsv3_jax.host.lock import acquire
 
 SETTINGS, LOCK = "settings.json", "tokenize.lock"
 
@@ -108,7 +108,7 @@ def encoder_of(job: Tokenize) -> Encoder:
     if job.format == "chat":
         from dsv3_jax.chat.examples import read_example
         from dsv3_jax.chat.text_settings import plain_settings, with_template
-        from dsv3_jax.hf.open_model import load_text
+        from dsv3_jax.runs.open_model import load_text
 
         if job.start is None and job.chat_template is None:
             raise ValueError(

@@ -8,7 +8,7 @@ import tyro
 
 from dsv3_jax.cli.common import parse
 from dsv3_jax.config import DataConfig
-from dsv3_jax.files import check_writable
+from dsv3_jax.host.files import check_writable
 
 
 @dataclass

@@ -70,7 +70,8 @@ def run(argv: list[str]) -> int:
 
 
 def _fit(args: Train, mesh: Any) -> int:
-    from dsv3_jax.train import chats_of, fit
+    from dsv3_jax.runs.chats import chats_of
+    from dsv3_jax.runs.loop import fit
 
     profile = None if args.profile is None else parse_steps(args.profile)
     chats = chats_of(args.run, args.out, args.chats) if args.run.data.format == "chat" else {}
@@ -85,13 +86,11 @@ def options(argv: list[str]) -> Train:
     if value_of(rest, "--optim.lr"):
         raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
     if trunk := value_of(rest, "--trunk"):
-        from dsv3_jax.train import open_start
-        from dsv3_jax.training.warm_start import on_trunk
+        from dsv3_jax.runs.start import on_trunk, open_start
 
         run = on_trunk(run, open_start(trunk, value_of(rest, "--out")))
     elif start := value_of(rest, "--start"):
-        from dsv3_jax.train import open_start
-        from dsv3_jax.training.warm_start import on_weights
+        from dsv3_jax.runs.start import on_weights, open_start
 
         run = on_weights(run, open_start(start, value_of(rest, "--out")))
     elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
@@ -133,8 +132,8 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
 
     Returns: the run, and its chats if they had to be read.
     """
-    from dsv3_jax.train import EPOCHS, for_epochs
-    from dsv3_jax.training.run_folder import RUN_FILE, read_run
+    from dsv3_jax.runs.chats import EPOCHS, for_epochs
+    from dsv3_jax.runs.folder import RUN_FILE, read_run
 
     if steps is not None and args.epochs is not None:
         raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
@@ -152,8 +151,7 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
 
 
 def _train_in_cluster(args: Train) -> int:
-    from dsv3_jax.cluster import processes
-    from dsv3_jax.mesh import sharding
+    from dsv3_jax.mesh import processes, sharding
 
     assert args.cluster is not None
     sizes = sharding.parse_mesh(args.mesh) if args.mesh else None

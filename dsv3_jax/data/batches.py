@@ -30,7 +30,7 @@ class Batch(TypedDict):
         `training.loss.compute_loss`.
     routed_tokens: the tokens that these were recorded for, −1 where there was none; they must be
         the row's.
-    advantages, old_logprobs, start_logprobs: of answers, float32 [B, T], see `training.grpo`.
+    advantages, old_logprobs, start_logprobs: of answers, float32 [B, T], see `training.policy`.
     """
 
     tokens: Int32[np.ndarray, "*B T"]

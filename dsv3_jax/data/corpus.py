@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.hub import dataset_rows, is_dataset, numbered, parts_of
-from dsv3_jax.files import check_regular, open_file, parse_json, read_text
+from dsv3_jax.host.files import check_regular, open_file, parse_json, read_text
 
 T = TypeVar("T")
 # longer texts are cut, so that tokenising one, or resuming in it, takes little time

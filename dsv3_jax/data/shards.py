@@ -31,7 +31,7 @@ from dsv3_jax.data.batches import Row, Source
 from dsv3_jax.data.corpus import fingerprint_of
 from dsv3_jax.data.packing import Record
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import file_hash, read_json
+from dsv3_jax.host.files import file_hash, read_json
 
 MANIFEST = "manifest.json"
 # Of shards, by what they hold. Chats of version 2 were split by their records, ids included: those

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.files import read_json
+from dsv3_jax.host.files import read_json
 
 # files of settings beside a tokenizer
 CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"

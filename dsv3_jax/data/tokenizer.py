@@ -36,7 +36,7 @@ from dsv3_jax.data.special_tokens import (
     named_specials,
     read_object,
 )
-from dsv3_jax.files import read_bytes, write_atomic
+from dsv3_jax.host.files import read_bytes, write_atomic
 
 SPECIALS = ("<eos>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 # what a folder's tokenizer is read from, in this order

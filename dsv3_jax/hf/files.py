@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dsv3_jax.files import check_writable, open_file, parse_json, read_json, write_atomic
+from dsv3_jax.host.files import check_writable, open_file, parse_json, read_json, write_atomic
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 STORED_DTYPES = {  # the format's name → NumPy's dtype

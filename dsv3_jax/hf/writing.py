@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.files import atomic_folder
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict, left_out
 from dsv3_jax.hf.fp8 import quantize
 from dsv3_jax.hf.reading import BF16, ReleasedFolder
 from dsv3_jax.hf.table import SCALE_SUFFIX, entries, tensor_table
+from dsv3_jax.host.files import atomic_folder
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.report.progress import text_console, transfer
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.files import never_through_a_link, read_bytes, write_atomic
+from dsv3_jax.host.files import never_through_a_link, read_bytes, write_atomic
 
 METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
 # about so many steps of a run log their load: a large model's is tens of kilobytes

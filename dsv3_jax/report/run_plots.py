@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from dsv3_jax.report.colours import DIVERGING, MEANINGS
 
 DPI = 150

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from dsv3_jax.files import atomic_folder
+from dsv3_jax.host.files import atomic_folder
 from dsv3_jax.scores.tasks import CORE_FILE
 
 _WINDOW = 240  # characters of a query, at most: about 100 tokens of the demo's vocabulary

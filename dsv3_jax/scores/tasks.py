@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_jax.data.corpus import json_lines
-from dsv3_jax.files import read_text
+from dsv3_jax.host.files import read_text
 
 KINDS = {
     "multiple_choice": ("query", "choices", "gold"),

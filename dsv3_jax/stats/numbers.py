@@ -19,6 +19,8 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.counting import size
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.presets import MODELS
+from dsv3_jax.runs.evaluate import training_mix
+from dsv3_jax.runs.folder import RUN_FILE, read_made
 from dsv3_jax.stats import flow
 from dsv3_jax.stats.bits import NAMES, Measured, information
 from dsv3_jax.stats.knockouts import Worth
@@ -26,8 +28,6 @@ from dsv3_jax.stats.measures import Specialisation, domain_entropy, favourites, 
 from dsv3_jax.stats.reading import LoadLog
 from dsv3_jax.stats.routing_stats import RoutingStats
 from dsv3_jax.stats.token_rows import TokenRows, context, find_contexts, readable
-from dsv3_jax.training.evaluate import training_mix
-from dsv3_jax.training.run_folder import RUN_FILE, read_made
 
 MIN_COUNT = 20  # rarer tokens and pairs have a lift that is mostly chance
 CONTEXTS, FAVOURITES, PARTNERS = 8, 12, 6  # for each expert, at most

@@ -15,15 +15,15 @@ from dsv3_jax.config import replace
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.hf.open_model import open_model
 from dsv3_jax.ops import balance
+from dsv3_jax.runs.checkpoint import Loaded, load_run, steps_of
+from dsv3_jax.runs.folder import RUN_FILE
+from dsv3_jax.runs.open_model import open_model
 from dsv3_jax.stats.flow import shared
 from dsv3_jax.stats.numbers import as_lists, bits_per_byte
 from dsv3_jax.stats.reading import Reading, first_batches, open_text
 from dsv3_jax.stats.routing_stats import RoutingStats, collect, tokens
 from dsv3_jax.stats.token_rows import TokenRows, first_rows
-from dsv3_jax.training.checkpoint import Loaded, load_run, steps_of
-from dsv3_jax.training.run_folder import RUN_FILE
 
 SATURATION_TOKENS = 16_384  # read by each earlier checkpoint, at most
 SHUFFLES = 5  # of the tokens, which estimate what a match of unrelated experts shares

@@ -17,9 +17,9 @@ from dsv3_jax.data.corpus import Corpus, read_documents
 from dsv3_jax.data.packing import Packed, Piece
 from dsv3_jax.data.source import from_corpus
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.files import read_bytes
-from dsv3_jax.hf.open_model import measured_on, with_paths
+from dsv3_jax.host.files import read_bytes
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
+from dsv3_jax.runs.open_model import measured_on, with_paths
 
 BATCHES = 16  # of a run's own held-out text; text that the user names is read to its end
 ALL = 2**31  # batches: to the end

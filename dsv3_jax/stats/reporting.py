@@ -15,10 +15,10 @@ import numpy as np
 import tyro
 
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.files import atomic_folder, check_writable, write_atomic
-from dsv3_jax.hf.open_model import open_model
+from dsv3_jax.host.files import atomic_folder, check_writable, write_atomic
 from dsv3_jax.ops import routing
 from dsv3_jax.report.run_plots import routing_heatmap
+from dsv3_jax.runs.open_model import open_model
 from dsv3_jax.stats import flow, others
 from dsv3_jax.stats.knockouts import TOKENS as WORTH_TOKENS
 from dsv3_jax.stats.knockouts import worth as measure_worth

@@ -1,1 +1,1 @@
-"""The training step, its loop, and what it leaves behind."""
+"""The training step: loss, optimizer and schedules, on arrays alone."""

@@ -7,7 +7,7 @@ L_k is the cross-entropy of head k on the text's own tokens, and what else its k
 (`model.mtp.Head`). On a frozen trunk it may be the head's distance to the trunk's own distribution
 instead (`ops.draft_loss`).
 
-With `RunConfig.grpo`, L_main is the loss of `training.grpo` on answers that the model wrote itself.
+With `RunConfig.grpo`, L_main is the loss of `training.policy` on answers that the model wrote.
 Source: DeepSeek-V3 report, equations 17-25.
 """
 
@@ -26,8 +26,8 @@ from dsv3_jax.model.transformer import ForwardOut, Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.ops.draft_loss import summed_distance
 from dsv3_jax.training import metrics
-from dsv3_jax.training.grpo import policy_loss
 from dsv3_jax.training.metrics import Metrics
+from dsv3_jax.training.policy import policy_loss
 
 
 class Losses(NamedTuple):
@@ -111,7 +111,7 @@ def compute_loss(
         head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's
             token.
         watch: see `model.context.Options`.
-        grpo: L_main is that of `training.grpo`. None means the cross-entropy.
+        grpo: L_main is that of `training.policy`. None means the cross-entropy.
         counts: divisors of sums over targets, from `target_counts`: of the complete batch if this
             is a part of one.
         token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and

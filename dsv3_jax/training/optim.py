@@ -24,8 +24,8 @@ from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.ops.newton_schulz import orthogonalize
-from dsv3_jax.ops.schedules import learning_rate
 from dsv3_jax.training.lora import sides
+from dsv3_jax.training.schedules import learning_rate
 
 RMS = 0.2  # of an update by Muon, as AdamW's usually is; arXiv 2502.16982, section 2.2
 Transform: TypeAlias = optax.GradientTransformation | None

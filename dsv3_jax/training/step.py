@@ -26,8 +26,8 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head, token_counts
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops import balance, routing, schedules
-from dsv3_jax.training import lora, optim, qk_clip
+from dsv3_jax.ops import balance, routing
+from dsv3_jax.training import lora, optim, qk_clip, schedules
 from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_counts
 from dsv3_jax.training.metrics import of_load, over_layers
 

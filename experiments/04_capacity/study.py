@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.runs.evaluate import evaluate
 from experiments.lab import Column, Study, drawing, write_figure
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.measuring import late_mean

@@ -28,7 +28,7 @@ from flax import nnx
 from model_of_time import Setting, step_cost
 
 from dsv3_jax.config import replace
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import size
 from dsv3_jax.presets import preset

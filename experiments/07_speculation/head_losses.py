@@ -18,12 +18,12 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from dsv3_jax.presets import recipe
-from dsv3_jax.train import fit, open_start
-from dsv3_jax.training.checkpoint import load_run
-from dsv3_jax.training.run_folder import read_run
-from dsv3_jax.training.warm_start import on_trunk
+from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.folder import read_run
+from dsv3_jax.runs.loop import fit
+from dsv3_jax.runs.start import on_trunk, open_start
 from experiments.bench.prompts import held_out_prompts
 from experiments.lab import markdown_table, mean_spread
 from experiments.lab.results import replace_block

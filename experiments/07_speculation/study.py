@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.counting import size
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.runs.checkpoint import load_run
 from experiments.bench.prompts import held_out_prompts
 from experiments.lab import (
     FollowUp,

@@ -16,7 +16,7 @@ from flax import nnx
 from model_of_time import measured_union
 
 from dsv3_jax.model.counting import distinct_experts
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.runs.checkpoint import load_run
 from experiments.bench.prompts import held_out_prompts
 from experiments.lab import markdown_table
 

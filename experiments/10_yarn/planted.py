@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 
 SIGNS = string.ascii_uppercase + string.digits
 VALUES = {key: SIGNS[12 * i : 12 * (i + 1)] for i, key in enumerate("?!@")}

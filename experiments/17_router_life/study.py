@@ -40,7 +40,7 @@ def measure(trained):
     it on held-out text, and `drift`, the mean change of a bias per step since the checkpoint
     before.
     """
-    from dsv3_jax.training.checkpoint import load_run
+    from dsv3_jax.runs.checkpoint import load_run
 
     batches = trained.held_out(min(8, trained.run.eval_batches))
     steps = sorted(

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import replace
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.cache import Cache
 from dsv3_jax.model.transformer import Transformer

@@ -20,7 +20,7 @@ from dsv3_jax.model.context import make_context
 from dsv3_jax.model.layers import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
-from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.runs.evaluate import evaluate
 from experiments.lab import (
     FollowUp,
     OnTask,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.ops import balance
-from dsv3_jax.training.checkpoint import load_run
+from dsv3_jax.runs.checkpoint import load_run
 from experiments.lab import (
     FollowUp,
     Study,

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from dsv3_jax.cli.main import take_gpu_memory
 from dsv3_jax.config import ConfigError, did_you_mean
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from experiments.accel.table import report, write_cards
 
 # Parts by value, and seconds below which one is not begun: it would not come far.

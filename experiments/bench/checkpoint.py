@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsv3_jax as ds
-from dsv3_jax.training import checkpoint
+from dsv3_jax.runs import checkpoint
 from dsv3_jax.training.step import Job, abstract_state
 
 

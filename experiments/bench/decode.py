@@ -36,9 +36,9 @@ from dsv3_jax.config import replace
 from dsv3_jax.data import open_source, tokenizer
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.presets import preset
+from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.folder import read_run
 from dsv3_jax.stats.cache_quality import cache_quality
-from dsv3_jax.training.checkpoint import load_run
-from dsv3_jax.training.run_folder import read_run
 
 CONTEXTS, BATCHES = (1024, 4096, 16384), (1, 8)
 NEW_TOKENS = 33  # prefill makes the first

@@ -147,8 +147,8 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
     run, drafts = None, {}
     if args.run:
         from dsv3_jax.data import tokenizer
-        from dsv3_jax.hf.open_model import open_draft
-        from dsv3_jax.training.checkpoint import load_run
+        from dsv3_jax.runs.checkpoint import load_run
+        from dsv3_jax.runs.open_model import open_draft
 
         model, run, _ = load_run(args.run)
         if args.draft_run:

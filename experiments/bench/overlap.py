@@ -5,7 +5,7 @@ python experiments/bench/overlap.py --steps 60 --rounds 10
 
 Both sides are `fit` itself on one run. The side "in turn" starts a step and waits for it before the
 next batch is made. The side "ahead" makes the next batch while a step runs, as on accelerators
-(`training.loop.AHEAD`). The sides take turns in one process. Each pipeline delays a batch by a
+(`runs.loop.AHEAD`). The sides take turns in one process. Each pipeline delays a batch by a
 share of the step's own time. The one "waiting" sleeps, as for a disk or the network. The one
 "working" computes on one core in Python, as for a slow tokenizer.
 
@@ -31,7 +31,8 @@ import jax.numpy as jnp
 
 import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
-from dsv3_jax.training import loop, warm_start
+from dsv3_jax.runs import loop
+from dsv3_jax.runs import start as starts
 from dsv3_jax.training.step import Job, init_state
 
 # The share of the step's time, and how it passes.
@@ -104,7 +105,7 @@ def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
         mock.patch.object(loop, "AHEAD", ahead),
         mock.patch.object(loop, "read", slowed),
         mock.patch.object(
-            warm_start, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))
+            starts, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))
         ),
     ):
         loop.fit(run, Path(folder, "run"), quiet=True, report=False, callbacks=[clock])

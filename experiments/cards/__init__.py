@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 
 FOLDER = Path(__file__).parent
 # task → what it asks, in the order of the site's table

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from experiments.lab.fingerprints import Identity
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

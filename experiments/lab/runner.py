@@ -21,7 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from dsv3_jax.signals import handled
+from dsv3_jax.host.signals import handled
 from experiments.lab import work
 from experiments.lab.work import STOPPED, Job
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.files import write_atomic
+from dsv3_jax.host.files import write_atomic
 from experiments.lab.results import thin_curves
 from experiments.lab.tasks import Task, TaskSource
 
@@ -69,7 +69,7 @@ class TrainedRun:
     @cached_property
     def model(self):
         """The model of the last checkpoint."""
-        from dsv3_jax.training.checkpoint import load_run
+        from dsv3_jax.runs.checkpoint import load_run
 
         return load_run(self.folder).model
 
@@ -150,7 +150,7 @@ def _code(folder: Path, finished: bool) -> dict:
 
     Args: finished: the run was finished before; then those of its first start, which trained it.
     """
-    from dsv3_jax.training.run_folder import read_made
+    from dsv3_jax.runs.folder import read_made
 
     starts = read_made(folder) or [{}]
     start = starts[0 if finished else -1]
@@ -166,7 +166,7 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
         numbers, seconds = json.loads(kept.read_text())
         return numbers, seconds
 
-    from dsv3_jax.train import fit
+    from dsv3_jax.runs.loop import fit
 
     start = time.perf_counter()
     result = fit(

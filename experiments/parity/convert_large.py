@@ -27,7 +27,7 @@ CHANGES = dict(
 CHANGES |= dict(mtp_depth=1, max_positions=4096)
 
 STEPS = {
-    "import": "import dsv3_jax.hf.conversion",
+    "import": "import dsv3_jax.runs.convert",
     "load bfloat16 → float32": "hf.load(root / 'bf16', quiet=True)",
     "load bfloat16 → bfloat16": "hf.load(root / 'bf16', dtype='bfloat16', quiet=True)",
     "bfloat16 → FP8": "hf.convert(root / 'bf16', root / 'fp8', dtype='fp8')",

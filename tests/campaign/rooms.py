@@ -15,7 +15,7 @@ from typing import Any
 import runs
 
 from dsv3_jax.data.shards import file_hash, sealed
-from dsv3_jax.training.checkpoint import write_manifest
+from dsv3_jax.runs.checkpoint import write_manifest
 from tests.campaign import grammar
 from tests.campaign.commands import LIMIT_S, Trial
 from tests.campaign.fuzz import WITH_CHECKSUMS, Draws, Home, kind_of

@@ -36,13 +36,15 @@ import dsv3_jax as ds
 from dsv3_jax import hf
 from dsv3_jax.config import Balance, ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.grpo import check_model
 from dsv3_jax.hf.config_json import config_to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training import warm_start
-from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.run_folder import claim, read_run
+from dsv3_jax.runs import start as starts
+from dsv3_jax.runs.answers import check_model
+from dsv3_jax.runs.chats import open_chats
+from dsv3_jax.runs.checkpoint import Checkpoints
+from dsv3_jax.runs.folder import claim, read_run
+from dsv3_jax.runs.open_model import measured_on
 
 from .covering import Row
 
@@ -249,7 +251,7 @@ class Plan:
             changes["data.tokenizer"] = str(scratch / "tokenizer.json")
         self.run = changed(RUN, changes)
         if self.run.data.format == "chat" and self.run.start is None:
-            ds.train.open_chats(self.run, self.folder)  # refuses it
+            open_chats(self.run, self.folder)  # refuses it
         if self.run.grpo.group:
             check_model(self.run)
         self.check_start()
@@ -295,10 +297,10 @@ class Plan:
         theirs = replace(
             RUN, model=model, data=replace(RUN.data, tokenizer=self.run.data.tokenizer)
         )
-        start = warm_start.Start(
+        start = starts.Start(
             "start", theirs, released, lambda job: None, four_bits=self.kind == "int4"
         )
-        warm_start.check(self.run, start)
+        starts.check_start(self.run, start)
 
     def write_start(self) -> None:
         """Write the folder that the run begins with: random numbers throughout, biases too."""
@@ -458,7 +460,7 @@ def _check_policy(plan: Plan) -> None:
 def _check_loaded(plan: Plan, result: Any) -> None:
     """Evaluate the loaded model, on one device."""
     model, out = ds.load_model(plan.folder / "whole"), plan.folder / "whole"
-    source = hf.open_model.measured_on(read_run(out).data, out)
+    source = measured_on(read_run(out).data, out)
     found = ds.evaluate.evaluate(
         model, source.val_batches(plan.run.eval_batches), ds.load_text(out).tokenizer
     )

@@ -29,17 +29,16 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.cluster import processes
 from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
-from dsv3_jax.files import check_name, open_file, read_json, sync
+from dsv3_jax.host.files import check_name, open_file, read_json, sync
 from dsv3_jax.kernels.choose import prepare
-from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.model.layers import Packed, in_use
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.runs.folder import check_registered, read_run
+from dsv3_jax.runs.orbax_noise import silence
 from dsv3_jax.training import lora
 from dsv3_jax.training.optim import Transform
-from dsv3_jax.training.orbax_noise import silence
-from dsv3_jax.training.run_folder import check_registered, read_run
 from dsv3_jax.training.step import (
     Job,
     TrainState,
@@ -477,7 +476,7 @@ def load_run(
     Example:
         >>> import tempfile
         >>> import dsv3_jax as ds
-        >>> from dsv3_jax.training.run_folder import claim
+        >>> from dsv3_jax.runs.folder import claim
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
         >>> shapes = abstract_state(Job(run))

@@ -24,9 +24,9 @@ from dsv3_jax.config import (
     to_dict,
 )
 from dsv3_jax.data import hub, tokenizer
-from dsv3_jax.files import PART, check_writable, read_json, write_atomic
-from dsv3_jax.imports import IMPORTED
-from dsv3_jax.lock import LOCK_FILE
+from dsv3_jax.host.files import PART, check_writable, read_json, write_atomic
+from dsv3_jax.host.imports import IMPORTED
+from dsv3_jax.host.lock import LOCK_FILE
 from dsv3_jax.ops.balance import RULES
 from dsv3_jax.ops.routing import ROUTERS
 

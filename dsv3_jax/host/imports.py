@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.signals import terminated
+from dsv3_jax.host.signals import terminated
 
 IMPORTED: list[str] = []  # names as the user gave them
 

@@ -5,8 +5,8 @@ A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a 
 those steps), tensorboard/, and two pictures, routing.png and training.png. A start takes these
 steps:
 
-    0. several processes (see `cluster`) agree on one run, and its text is read (`prepare`); from
-       here the first alone prints and writes
+    0. several processes (see `mesh.processes`) agree on one run, and its text is read
+       (`prepare`); from here the first alone prints and writes
     1. the folder is locked and claimed, or found to be this run's; another run's is refused, and
        one that another process writes to (`lock`)
     2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router
@@ -34,12 +34,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax.cluster import processes
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import RunConfig, check_kind
 from dsv3_jax.data.batches import Source, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.lock import FolderLock, acquire
-from dsv3_jax.mesh import sharding
+from dsv3_jax.hf.places import find
+from dsv3_jax.host.lock import FolderLock, acquire
+from dsv3_jax.host.signals import asked_to_stop
+from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.report.metrics import (
     LOAD_FILE,
@@ -53,12 +54,14 @@ from dsv3_jax.report.metrics import (
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
 from dsv3_jax.report.speed import Speed
-from dsv3_jax.signals import asked_to_stop
-from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.evaluate import evaluate
+from dsv3_jax.runs.chats import chats_of, for_epochs
+from dsv3_jax.runs.checkpoint import Checkpoints
+from dsv3_jax.runs.convert import keep_origin
+from dsv3_jax.runs.evaluate import evaluate
+from dsv3_jax.runs.folder import check_place, claim, made_from
+from dsv3_jax.runs.prepare import Callback, Options, agree, check, kernels_of, read
+from dsv3_jax.runs.start import Start, begin, open_start
 from dsv3_jax.training.metrics import as_row
-from dsv3_jax.training.prepare import Options, agree, check, kernels_of, read
-from dsv3_jax.training.run_folder import check_place, claim, made_from
 from dsv3_jax.training.step import (
     Batch,
     Job,
@@ -68,7 +71,8 @@ from dsv3_jax.training.step import (
     model_of,
     split_trainable,
 )
-from dsv3_jax.training.warm_start import Start, begin
+
+__all__ = ["Callback", "FitResult", "NonFiniteLoss", "fit", "for_epochs", "open_start"]
 
 # Steps started before the oldest one is looked at. If above 0, the next batch is copied while a
 # step runs. On a CPU the step needs all cores.
@@ -105,10 +109,64 @@ class Done(NamedTuple):
 
 
 def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
-    """Train a run in folder `out`; the same call again resumes it. See `dsv3_jax.train.fit`.
+    """Train a run in folder `out`; the same call again resumes it.
 
-    Args: options: of `prepare.Options`.
+    Args:
+        run: what to train. Its execution may change from call to call.
+        out: the run's folder, made if absent.
+        mesh: devices to shard the run over, from `sharding.make_mesh`. None means a single device.
+            The same run may resume on another mesh. If it has several processes, all make this
+            call, with one shared `out`.
+        step: resume from the checkpoint of this step, and rename later ones. None means the newest
+            that is whole.
+        stop_after: save and return once this step is reached, as after SIGTERM.
+        quiet: True prints nothing.
+        report: False leaves out what only readers need: MFU, for which a matrix product is timed,
+            the order-2 model and the pictures. Thus short runs end some seconds earlier.
+        profile: (START, STOP): write a trace of these steps into `profile/` of the folder, which
+            TensorBoard (XProf) and Perfetto open. The parts of a step have names: MLA or GQA,
+            router, experts, heads, loss, optimizer.
+        optimizer: any optax transformation, in place of the run's own optimizer. It must not count
+            on more than (gradients, state, parameters), and sees nested dicts of arrays, the
+            parameters that train. Learning rate, schedule and weight decay are its own. The run's
+            `clip_norm` clips the gradients that it gets, and a step that is not finite does not
+            change its state. Its checkpoints resume with a transformation whose state has the same
+            types and shapes. The caller keeps the learning rate and other numbers.
+        source: data to train and to measure on, in place of the text that `run.data` names. A
+            resumed run needs it again. Its token ids must be ids of `run.data.tokenizer`. None
+            means the text.
+        callbacks: called at the start and the end and for each row of metrics and checkpoint, see
+            `Callback`. If one raises, the run is saved and the error is raised.
+    Raises:
+        ValueError: another run's folder, unreadable data, a tokenizer larger than the vocabulary, a
+            start or trunk of another model, or a loss that is not finite (NonFiniteLoss); the last
+            good checkpoint stays. ConfigError: batch or experts that cannot be sharded over the
+            mesh, kernels that the devices do not have, or processes that disagree on what to train.
+        FolderInUse (a ValueError): another process trains in the folder.
+        DamagedCheckpoint (a ValueError): the checkpoint of `step`, or every one, is damaged.
+        OSError: a checkpoint cannot be written; the ones before stay. Or the folder was moved or
+            deleted.
+
+    >>> import pathlib, tempfile
+    >>> import dsv3_jax as ds
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     text = pathlib.Path(name, "text")
+    ...     text.mkdir()
+    ...     for i in range(20):
+    ...         _ = (text / f"{i}.txt").write_text(f"document {i} is short. " * 9)
+    ...     run = ds.recipe("tiny")
+    ...     model = ds.replace(run.model, num_layers=1, mtp_depth=0)
+    ...     sizes = dict(seq_len=32, batch_size=2, val_fraction=0.3)
+    ...     data = ds.replace(run.data, paths=(str(text),), **sizes)
+    ...     run = ds.replace(run, model=model, data=data, steps=2, eval_batches=1)
+    ...     ds.train.fit(run, pathlib.Path(name, "run"), quiet=True).step
+    2
     """
+    check_kind("run", run, RunConfig)
+    if run.data.format == "chat" and options.get("source") is None:
+        chats = chats_of(run, out)
+        options |= chats | {"callbacks": [*chats["callbacks"], *options.get("callbacks", ())]}
+    options["callbacks"] = [KeepOrigin(), *options.get("callbacks", ())]
     with open_run(run, Path(out), Options(**options)) as training:
         for done in training.steps():
             if done.logged:
@@ -118,6 +176,15 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
             if done.save:
                 training.save()
         return training.finish()
+
+
+class KeepOrigin(Callback):
+    """Keeps what `dsv3 convert` needs of the released folder that a run's start or trunk is of."""
+
+    def on_start(self, run: RunConfig, out: Path, step: int) -> None:
+        place = run.start or run.trunk
+        if place is not None and step == 0:  # later the other run may be gone
+            keep_origin(find(place), out)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The rows that GRPO trains on: answers that the model writes now, checked, one a row.
 
-See `training.grpo`. A step takes the next prompts in the run's order, and a group of answers to
+See `training.policy`. A step takes the next prompts in the run's order, and a group of answers to
 each. A group whose answers are all right or all wrong teaches nothing: it is skipped, and its rows
 are padding. If all groups of a step are, the next prompts are asked, `ROUNDS` times at most; after
 that the step has no answers, and moves no weight.
@@ -23,10 +23,10 @@ from dsv3_jax.data.batches import Batch, Batches, Row, Source, endless, stack
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import next_token_scores
 from dsv3_jax.ops.routing import ROUTERS
+from dsv3_jax.runs.start import Open
 from dsv3_jax.training import lora
-from dsv3_jax.training.grpo import advantages
+from dsv3_jax.training.policy import advantages
 from dsv3_jax.training.step import Job, TrainState, graph_of
-from dsv3_jax.training.warm_start import Open
 
 ROUNDS = 8  # times that a step asks prompts, at most
 _SHOWN = 400  # characters of the beginning and of the end of a prompt that are printed

@@ -19,13 +19,13 @@ from dsv3_jax.data.batches import Source
 from dsv3_jax.data.shards import MANIFEST
 from dsv3_jax.data.source import open_source
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, Tokenizer
-from dsv3_jax.files import MAX_JSON, check_regular
 from dsv3_jax.hf import files, reading
 from dsv3_jax.hf.places import find
+from dsv3_jax.host.files import MAX_JSON, check_regular
 from dsv3_jax.kernels.choose import platform_of
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.training.checkpoint import Loaded, load_run
-from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, read_run
+from dsv3_jax.runs.checkpoint import Loaded, load_run
+from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, read_run
 
 SEQ_LEN = 256  # tokens of a row of text that a released model is measured on, at most
 

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.cluster import processes
 from dsv3_jax.data.batches import Batch, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.mesh import processes
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
 from dsv3_jax.training.loss import score_tokens

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from dsv3_jax.files import NOT_SUPPORTED, check_regular, open_file, parse_json
+from dsv3_jax.host.files import NOT_SUPPORTED, check_regular, open_file, parse_json
 
 LOCK_FILE = "run.lock"
 
@@ -70,7 +70,7 @@ def acquire(
         ...         pass
         Traceback (most recent call last):
             ...
-        dsv3_jax.lock.FolderInUse: out='...' is in use by process ... on ..., which started at ...
+        dsv3_jax.host.lock.FolderInUse: out='...' is in use by process ... on ..., which started ...
     """
     path = Path(folder) / name
     sentence = ""

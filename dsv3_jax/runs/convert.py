@@ -13,20 +13,20 @@ from dsv3_jax.chat import text_settings
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
-from dsv3_jax.files import atomic_folder, read_bytes
 from dsv3_jax.hf import files
 from dsv3_jax.hf.config_json import config_to_dict, left_out
 from dsv3_jax.hf.families import text_config
-from dsv3_jax.hf.open_model import check_text, find_released, released_run, text_files
 from dsv3_jax.hf.reading import ReleasedFolder, load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, prepare, write_released
+from dsv3_jax.host.files import atomic_folder, read_bytes
+from dsv3_jax.host.signals import STOP, deferred
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.signals import STOP, deferred
-from dsv3_jax.training.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, check_place, claim
+from dsv3_jax.runs.open_model import check_text, find_released, released_run, text_files
 from dsv3_jax.training.optim import AdamState
-from dsv3_jax.training.run_folder import RUN_FILE, TOKENIZER_FILE, check_place, claim
 from dsv3_jax.training.step import TrainState
 
 ORIGIN = "released_config.json"  # in a run: config.json of the released folder that it was made of

@@ -15,13 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
+from dsv3_jax.hf import reading
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.training.checkpoint import load_run, steps_of
-from dsv3_jax.training.run_folder import check_registered, read_run, same_tokenizer
+from dsv3_jax.runs.checkpoint import load_run, steps_of
+from dsv3_jax.runs.folder import RUN_FILE, check_registered, read_run, same_tokenizer
+from dsv3_jax.runs.open_model import find_released, released_run
 from dsv3_jax.training.step import Job, TrainState, init_state, split_heads
 
 # Keys of a model that may differ from the other run's.
@@ -75,6 +78,30 @@ def open_run(place: str) -> Start:
     return Start(place, run, False, load)
 
 
+def open_start(place: str, out: str | Path | None = None) -> Start:
+    """Open a run or a released model to begin with.
+
+    Args: out: a folder to train in. If the other is gone but training in `out` has begun, the
+        settings are its own.
+    Raises: ValueError when there is neither, or no checkpoint yet.
+    """
+    try:
+        if (Path(place) / RUN_FILE).is_file():
+            return open_run(place)
+        folder = reading.ReleasedFolder(find_released(place))
+        run = released_run(folder.path, folder.cfg)
+    except ValueError:
+        if out is None or not (Path(out) / RUN_FILE).is_file():
+            raise
+        return Start(str(place), read_run(out), False, lambda job: open_start(place).load(job))
+
+    def load(job: Job) -> tuple[Transformer, str]:
+        keep = job.run.freezes
+        return reading.load(folder.path, None if keep else jnp.float32, job.mesh, packed=keep), ""
+
+    return Start(str(folder.path), run, True, load, four_bits=folder.four_bits)
+
+
 def on_weights(run: RunConfig, start: Start) -> RunConfig:
     """Make a recipe begin with another run's weights, and take its model, execution and data.
 
@@ -116,7 +143,7 @@ def _like(run: RunConfig, other: Start) -> RunConfig:
     return replace(run, model=model, execution=execution, data=data)
 
 
-def check(run: RunConfig, start: Start) -> None:
+def check_start(run: RunConfig, start: Start) -> None:
     """Check that a run can begin with the other: its model but for the free keys, and its tokens.
 
     Raises: ValueError.

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsv3_jax.cluster import processes
 from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.source import check_vocab, open_source
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose
-from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.report.units import format_bytes
-from dsv3_jax.training import optim, run_folder, warm_start
-from dsv3_jax.training.checkpoint import steps_of
-from dsv3_jax.training.run_folder import RUN_FILE, read_made
+from dsv3_jax.runs.checkpoint import steps_of
+from dsv3_jax.runs.folder import RUN_FILE, read_made, settled
+from dsv3_jax.runs.start import Open, Start, check_start, open_start
+from dsv3_jax.training import optim
 from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
 
@@ -82,7 +82,7 @@ class Options:
     optimizer: optim.Transform = None
     source: Source | None = None
     callbacks: Sequence[Callback] = ()
-    open_start: warm_start.Open = warm_start.open_run
+    open_start: Open = open_start
 
     def __post_init__(self):
         for callback in self.callbacks:
@@ -129,16 +129,14 @@ def check(job: Job) -> None:
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
-def read(
-    job: Job, out: Path, options: Options
-) -> tuple[Tokenizer, Source, warm_start.Start | None]:
+def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, Start | None]:
     """Read the tokenizer, the text, and the run to begin with: none if there is a checkpoint.
 
     Raises: ValueError.
     """
     run = job.run
     begun = (out / RUN_FILE).exists()
-    own = run_folder.settled(run, out) if begun else run  # the tokenizer's first file may be gone
+    own = settled(run, out) if begun else run  # the tokenizer's first file may be gone
     words = processes.by_each(lambda: tokenizer.load(own.data.tokenizer))
     taken = max(steps_of(out / "checkpoints"), default=0) if options.step is None else options.step
     if begun and taken > run.steps:
@@ -146,12 +144,12 @@ def read(
             f"steps={run.steps} is below the {taken} steps that the run in {out} has taken"
         )
 
-    def other() -> warm_start.Start | None:
+    def other() -> Start | None:
         place = run.trunk or run.start
         if place is None or (begun and taken):
             return None
         start = options.open_start(place)
-        warm_start.check(run, start)
+        check_start(run, start)
         return start
 
     start = processes.by_each(other)

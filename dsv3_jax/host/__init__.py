@@ -1,0 +1,1 @@
+"""Files, locks, signals and programs of the host."""
