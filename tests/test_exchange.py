@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,16 +73,6 @@ def sharded(cfg, layout, mesh, backend):
             return jax.device_get(run(x, gates, experts, *args))
 
     return on_mesh
-
-
-def count_sent(ids, data, peers):
-    """Copies of a token that have to go to another device, mean over tokens; counted by token."""
-    n, held = len(ids) // (data * peers), E // peers
-    homes = (token // n % peers for token in range(len(ids)))
-    return sum(
-        len({int(e) // held for e in chosen} - {home})
-        for chosen, home in zip(ids, homes, strict=True)
-    ) / len(ids)
 
 
 def count_rounds(ids, data, peers, first, later):
@@ -170,47 +159,6 @@ def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
         CFG, Layout(expert_comm="gather", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot"
     )
     assert [load for load, *_ in by_load(rng, run, 64)] == list(LOADS)
-
-
-def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`jax.lax.ragged_all_to_all` by its definition, since CPU lacks it; -99 where out of order."""
-    rows = jax.lax.all_gather(operand, axis_name)
-    starts, sizes, lands = (
-        jax.lax.all_gather(a, axis_name) for a in (input_offsets, send_sizes, output_offsets)
-    )
-    me, slot = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0], dtype=jnp.int32)
-    for peer in range(rows.shape[0]):
-        start, size, land = starts[peer, me], sizes[peer, me], lands[peer, me]
-        took = rows[peer].at[start + slot - land].get(mode="fill", fill_value=-99)
-        here = (slot >= land) & (slot < land + size)
-        output = jnp.where(here.reshape(-1, *(1 for _ in output.shape[1:])), took, output)
-        in_order = (recv_sizes[peer] == size) & (land + size <= output.shape[0])
-        output = jnp.where(in_order, output, jnp.full_like(output, -99))
-    return output
-
-
-@pytest.mark.long
-def test_every_load_is_a_single_devices_ragged(rng, monkeypatch):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    run = sharded(
-        CFG, Layout(expert_comm="ragged", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot"
-    )
-    for load, ids, sent in by_load(rng, run, 48):
-        assert sent == pytest.approx(count_sent(ids, 2, 2), rel=1e-6), load
-
-
-@pytest.mark.long
-def test_ragged_lowers_for_the_accelerators(rng):
-    """There it is one compiler's call for each of rows, gates and ids, and one for the way back."""
-    x, gates, _, experts = arrays(rng, 48)
-    x, gates, experts = jax.tree.map(lambda a: a.astype(jnp.float32), (x, gates, experts))
-    for platform in ("tpu", "cuda"):
-        how = dict(kernels=Kernels(Target(platform)), cfg=CFG, layout=Layout(expert_comm="ragged"))
-        with jax.set_mesh(sharding.make_mesh(1, 8)):
-            run = jax.jit(partial(expert_parallel.grouped_swiglu, **how))
-            traced = run.trace(x, choices("random", rng, 48), gates, experts)
-            text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert text.count("@ragged_all_to_all") == 4
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,8 @@ class Layout:
     # shard weights and optimizer state along data too; each layer is gathered when it is computed
     fsdp: bool = False
     # how tokens reach the experts of other devices. gather sends all tokens. all_to_all sends a
-    # token once to each device that needs it. ragged does so without padding where the hardware
-    # can. auto is the cheaper of the first two
-    expert_comm: Literal["auto", "gather", "all_to_all", "ragged"] = "auto"
+    # token once to each device that needs it. auto is the cheaper of the two
+    expert_comm: Literal["auto", "gather", "all_to_all"] = "auto"
     # for all_to_all: slots and rows of the first round, over what even load needs
     capacity_slack: Annotated[float, "[1, 1000000]"] = 1.25
 

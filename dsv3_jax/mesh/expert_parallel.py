@@ -10,12 +10,9 @@ results depend on the mesh by the order of additions only.
     gather      peers gather one another's tokens; a reduce-scatter adds what each computed of them
     all_to_all  a token goes to the devices that hold its experts, once to each, in rounds of a
                 fixed size
-    ragged      the same in one round of exactly the tokens that there are; not on CPU
-    auto        `all_to_all` if a round of it is smaller than all the peers' tokens, else `gather`.
-                Never `ragged`: it saves more bandwidth, but it has been tested by an emulation
-                only, so it has to be asked for
+    auto        `all_to_all` if a round of it is smaller than all the peers' tokens, else `gather`
 
-The last two are in token_exchange.py. Decoding's few tokens are always gathered. These two files
+`all_to_all` is in token_exchange.py. Decoding's few tokens are always gathered. These two files
 are the only ones with hand-written collectives.
 """
 
@@ -31,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.sharding import row_axes, spec
-from dsv3_jax.mesh.token_exchange import Experts, all_to_all, ragged, round_size, to_local_ids
+from dsv3_jax.mesh.token_exchange import Experts, all_to_all, round_size, to_local_ids
 from dsv3_jax.ops.varying import as_varying
 
 # Names of the axes of w_gate, w_up and w_down, by which `sharding.RULES` shards them.
@@ -58,7 +55,7 @@ class Sharded(NamedTuple):
 
 def pick_expert_comm(
     cfg: ModelConfig, layout: Layout, tokens: int, peers: int
-) -> Literal["gather", "all_to_all", "ragged"]:
+) -> Literal["gather", "all_to_all"]:
     """Return the method that `Layout.expert_comm` means for so many tokens a device.
 
     Example:
@@ -94,11 +91,8 @@ def grouped_swiglu(
         if comm == "gather":
             run = partial(kernels, "grouped_swiglu", complete=how.peers == 1)
             return _gathered(run, how, *args)
-        args = args[:4]
-        if comm == "all_to_all":
-            y, sent = all_to_all(*args, kernels=kernels, size=round_size(cfg, layout, n, how.peers))
-        else:
-            y, sent = ragged(*args, kernels=kernels)
+        size = round_size(cfg, layout, n, how.peers)
+        y, sent = all_to_all(*args[:4], kernels=kernels, size=size)
         return (jax.lax.psum(y, "tensor") if how.hidden else y), sent
 
     return _on_shards(meet, layout, x, expert_ids, gates, experts, turn=kernels.turns_experts)

@@ -10,7 +10,6 @@ they are constrained (`constrain`). An axis that does not divide evenly is repli
 """
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,15 +26,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDevi
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from dsv3_jax.config import ConfigError, Layout, ModelConfig, RunConfig
+from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
 
 AXES = ("data", "expert", "tensor")
 MOST_DEVICES = 65536  # of a mesh: more is a typing error, and JAX would try to make them
 ROWS = ("data", "expert")  # axes that shard the batch
-# Off by default. With `ragged_all_to_all` gradients have been wrong (marin-community/marin#8077).
-LATENCY_HIDING = re.compile(
-    r"xla_gpu_enable_latency_hiding_scheduler(=true|=1|\s|$)", re.IGNORECASE
-)
 
 # Mesh axes that shard an array's axis of that name, outermost first; nameless ones are replicated.
 RULES: dict[str, tuple[str, ...]] = {
@@ -156,18 +151,17 @@ def check(mesh: Mesh, run: RunConfig) -> None:
         raise ConfigError(
             f"batch_size/microbatches={rows} rows are not divisible by mesh {format_mesh(mesh)}"
         )
-    check_model(mesh, run.model, run.execution.layout)
+    check_model(mesh, run.model)
 
 
-def check_model(mesh: Mesh, cfg: ModelConfig, layout: Layout) -> None:
+def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
     """Check that a model fits the mesh.
 
-    Raises: ConfigError if its experts or heads cannot be sharded evenly, or its devices lack what
-        the layout needs.
+    Raises: ConfigError if its experts or heads cannot be sharded evenly.
 
     Example:
         >>> from dsv3_jax.presets import preset
-        >>> check_model(make_mesh(), preset("tiny"), Layout())  # one device fits every model
+        >>> check_model(make_mesh(), preset("tiny"))  # one device fits every model
     """
     if cfg.num_experts % mesh.shape["expert"]:
         raise ConfigError(
@@ -175,16 +169,6 @@ def check_model(mesh: Mesh, cfg: ModelConfig, layout: Layout) -> None:
         )
     if cfg.num_heads % mesh.shape["tensor"]:
         raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {format_mesh(mesh)}")
-    if layout.expert_comm == "ragged" and mesh.shape["expert"] > 1:
-        reason = ""
-        if mesh.devices.flat[0].platform == "cpu":
-            reason = "is not supported on cpu: JAX lacks it there"
-        if LATENCY_HIDING.search(os.environ.get("XLA_FLAGS", "")):
-            reason = (
-                "is not checked beside XLA's latency-hiding scheduler, which XLA_FLAGS turns on"
-            )
-        if reason:
-            raise ConfigError(f"layout.expert_comm='ragged' {reason}; use 'all_to_all'")
 
 
 def mesh_of(state: Any) -> Mesh | None:

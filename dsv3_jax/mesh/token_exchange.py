@@ -6,8 +6,7 @@ outputs, and one sum returns. With node-limited routing these are few devices; s
 
 `all_to_all` has static shapes: it sends tokens in rounds, until all are sent. A round has slots for
 so many tokens of each peer, and rows for so many of their choices. Even load takes one round,
-uneven load further ones, which are smaller, and no token is ever dropped. `ragged` sends exactly
-the tokens that there are, by the hardware's own collective.
+uneven load further ones, which are smaller, and no token is ever dropped.
 
 This file and expert_parallel.py are the only ones with hand-written collectives.
 """
@@ -358,67 +357,3 @@ def _later_rounds(
         return add(total, start), _in_round(table, start, size)[1]
 
     return jax.lax.fori_loop(0, rounds, one, (total, start))[0]
-
-
-# Ragged
-
-
-# One way, int32 [P] each: where the rows for a peer start here, how many they are, where they land
-# there, and how many rows come from it. See `jax.lax.ragged_all_to_all`.
-Way = tuple[Array, Array, Array, Array]
-
-
-def ragged(
-    x: Float[Array, "n D"],
-    expert_ids: Int[Array, "n K"],
-    gates: Float[Array, "n K"],
-    experts: Experts,
-    *,
-    kernels: Kernels,
-) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
-    """`all_to_all` without empty slots on the wire. JAX has it for GPU and TPU.
-
-    A device has slots for every token of all its peers, as with `gather`.
-    Returns: as there; exactly the copies that had to be sent.
-    """
-    n = x.shape[0]
-    me = jax.lax.axis_index("expert")
-    peers = jax.lax.axis_size("expert")
-    table = peer_table(expert_ids, experts[0].shape[0], peers)
-    own = table.tokens_so_far[-1]
-    counts = jax.lax.all_gather(own, "expert")  # [from, to]
-    starts = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts  # in the sender's buffer
-    lands = jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts  # in the receiver's
-    out = starts[me], own, lands[me], counts[:, me]
-    home = lands[:, me], counts[:, me], starts[:, me], own
-    size = n * min(expert_ids.shape[1], peers)  # whatever the router does
-    received = n * peers
-    rank = jnp.take_along_axis(table.tokens_so_far, table.peer, axis=1) - 1
-    buffer = _send_buffer(jnp.where(table.first, starts[me][table.peer] + rank, size), size)
-
-    def there(rows):
-        return _exchange(received, size, rows, out, home)
-
-    def back(rows):
-        return _exchange(size, received, rows, home, out)
-
-    y = _at_their_experts((x, expert_ids, gates, experts), buffer, there, back, kernels)
-    sent = (own.sum(dtype=jnp.int32) - own[me]).astype(jnp.float32) / n
-    return y, jax.lax.pmean(sent, tuple(varying(sent)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(received: int, size: int, rows: Array, there: Way, home: Way) -> Array:
-    """[size, …] here to [received, …] there, zeros elsewhere; `home` is the way of the gradient."""
-    return jax.lax.ragged_all_to_all(
-        rows, zeros((received, *rows.shape[1:]), rows), *there, axis_name="expert"
-    )
-
-
-_exchange.defvjp(
-    lambda received, size, rows, there, home: (
-        _exchange(received, size, rows, there, home),
-        (there, home),
-    ),
-    lambda received, size, ways, d: (_exchange(size, received, d, ways[1], ways[0]), None, None),
-)

@@ -204,7 +204,7 @@ def check_decode(
         raise ConfigError(
             f"context={context} is not between 1 and the model's max_positions={cfg.max_positions}"
         )
-    sharding.check_model(mesh, cfg, execution.layout)
+    sharding.check_model(mesh, cfg)
 
 
 def decode_cost(

@@ -494,7 +494,7 @@ def load_run(
     if kernels is not None:
         run = replace(run, execution=replace(run.execution, kernels=kernels))
     if mesh is not None:
-        sharding.check_model(mesh, run.model, run.execution.layout)
+        sharding.check_model(mesh, run.model)
     prepared = prepare(run.execution, mesh=mesh)
     widen |= run.execution.compute_dtype == "float32"
     with Checkpoints(folder, run, read_only=True) as checkpoints:
