@@ -2,11 +2,12 @@
 
 import json
 import socket
-import struct
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -102,45 +103,39 @@ class Metrics(Rows):
 class _Board:
     """A file of TensorBoard events: those from `first_step` on replace the ones of files before.
 
-    Not by tensorboardX's writer: its thread prints tracebacks when the disk is full.
+    tensorboardX's `SummaryWriter` has a thread, which prints a traceback when the disk is full.
+    Here each row is appended at once, and closing the file raises that error.
     """
 
     def __init__(self, folder: Path, first_step: int):
         # imported late: it imports torch if torch is installed
         from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import register_writer_factory
 
+        register_writer_factory("append", SimpleNamespace(open=_open_to_append))
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}"
-        start = {"session_log": SessionLog(status=SessionLog.START)}
-        self._add({"file_version": "brain.Event:2"}, {"step": first_step} | start)
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}"
+        self._path = f"append:{folder / name}"
+
+        start = SessionLog(status=SessionLog.START)
+        self._add({"file_version": "brain.Event:2"}, {"step": first_step, "session_log": start})
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         from tensorboardX.summary import scalar
 
-        self._add(
-            *({"step": step, "summary": scalar(name, value)} for name, value in numbers.items())
-        )
+        self._add(*({"step": step, "summary": scalar(*number)} for number in numbers.items()))
 
     def _add(self, *events: dict[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import RecordWriter
 
-        now = time.time()
-        with open(self._path, "ab", opener=never_through_a_link) as file:
-            written = (Event(wall_time=now, **event).SerializeToString() for event in events)
-            file.write(b"".join(map(_record, written)))
+        with closing(RecordWriter(self._path)) as records:
+            for event in events:
+                records.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
-def _record(data: bytes) -> bytes:
-    """A record of TensorFlow's file format: length, its checksum, data, their checksum."""
-    from tensorboardX.record_writer import masked_crc32c
-
-    length = struct.pack("<Q", len(data))
-    return (
-        length
-        + struct.pack("<I", masked_crc32c(length))
-        + data
-        + struct.pack("<I", masked_crc32c(data))
-    )
+def _open_to_append(path: str) -> BinaryIO:
+    return open(path.removeprefix("append:"), "ab", opener=never_through_a_link)
 
 
 def read_rows(path: Path) -> list[dict]:
