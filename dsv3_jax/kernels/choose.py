@@ -197,17 +197,6 @@ def _low_precision(
     )
 
 
-def _rounded_before(row: Callable[..., Implementation], product: Any) -> tuple[Implementation, ...]:
-    """The rows of a grouped product in bfloat16 of the operands that each recipe rounds."""
-    return tuple(
-        row(
-            partial(dispatch.grouped_swiglu, product=low_precision.grouped(recipe, product)),
-            precision=recipe.name,
-        )
-        for recipe in _IN_BFLOAT16
-    )
-
-
 _BY_PRODUCTS = (
     _mosaic(partial(dispatch.grouped_swiglu, product=gpu_products.MOSAIC)),
     _ragged_on_tpu(partial(dispatch.grouped_swiglu, product=tpu_products.RAGGED_DOT)),
@@ -281,10 +270,6 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         *_BY_PRODUCTS[1:],
         Implementation("ragged_dot", dispatch.grouped_swiglu),
         Implementation("dense", dispatch.dense_swiglu),
-        *_rounded_before(_mosaic, gpu_products.MOSAIC),
-        *_rounded_before(_mosaic_but_dw, gpu_products.MOSAIC_BUT_DW),
-        *_rounded_before(_megablox, tpu_products.MEGABLOX),
-        *_rounded_before(_ragged_on_tpu, tpu_products.RAGGED_DOT),
         *_low_precision(dispatch.grouped_swiglu, "product", low_precision.grouped),
     ),
     "decode_experts": (

@@ -326,10 +326,10 @@ def round_tokens_by_group(
     )
 
 
-def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduct:
-    """The grouped products of a recipe: operands are rounded, then multiplied by another backend.
+def grouped(recipe: Recipe) -> GroupedProduct:
+    """The grouped products of a recipe: operands are rounded, then multiplied by blocks of rows.
 
-    A backend's result has the dtype of its rows, so float32 rows stay float32 for it, whatever
+    A block's product has the dtype of its rows, so float32 rows stay float32 for it, whatever
     `recipe.operands`.
 
     Example:
@@ -345,21 +345,24 @@ def grouped(recipe: Recipe, inner: GroupedProduct = ROW_BLOCKS) -> GroupedProduc
     def forward(x: Array, w: Array, counts: Array) -> Array:
         w = _weight(of(x), w, 0)
         with jax.default_matmul_precision("highest"):
-            return inner.forward(_rows(of(x), x), w, counts).astype(x.dtype)
+            return ROW_BLOCKS.forward(_rows(of(x), x), w, counts).astype(x.dtype)
 
     def dx(dy: Array, w: Array, counts: Array) -> Array:
         w = _weight(of(dy), w, 1)
         with jax.default_matmul_precision("highest"):
-            return inner.dx(_rows(of(dy), dy), w, counts).astype(dy.dtype)
+            return ROW_BLOCKS.dx(_rows(of(dy), dy), w, counts).astype(dy.dtype)
 
     def dw(x: Array, dy: Array, counts: Array, dtype) -> Array:
-        a, b = (
-            round_tokens_by_group(
-                rows.astype(jnp.float32), counts, recipe.tile, power_of_two=recipe.power_of_two
-            )
-            for rows in (x, dy)
+        round_columns = partial(
+            round_tokens_by_group,
+            counts=counts,
+            tile=recipe.tile,
+            power_of_two=recipe.power_of_two,
         )
+        operands = of(x).operands
+        a = round_columns(x.astype(jnp.float32)).astype(operands)
+        b = round_columns(dy.astype(jnp.float32)).astype(operands)
         with jax.default_matmul_precision("highest"):
-            return inner.dw(a.astype(of(x).operands), b.astype(of(x).operands), counts, dtype)
+            return ROW_BLOCKS.dw(a, b, counts, dtype)
 
-    return GroupedProduct(recipe.name, forward, dx, dw, inner.row_multiple, casts=False)
+    return GroupedProduct(recipe.name, forward, dx, dw, casts=False)
