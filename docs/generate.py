@@ -13,7 +13,7 @@ from unittest import mock
 from dsv3_jax.cli.info import describe
 from dsv3_jax.cli.main import COMMANDS, main
 from dsv3_jax.hf.families import FAMILIES
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.table import TABLE
 from dsv3_jax.mesh.sharding import FSDP_RULES, RULES
 from dsv3_jax.presets import MODELS, RECIPES
 
@@ -89,7 +89,7 @@ def tables() -> str:
             ", ".join(row.dtypes) or "any",
             row.precision,
         )
-        for op, rows in choose.TABLE.items()
+        for op, rows in TABLE.items()
         for row in rows
     ]
     families = [

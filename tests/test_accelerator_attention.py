@@ -12,7 +12,7 @@ import oracles
 import pytest
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.kernels.choose import Kernels, Target, prepare
 from dsv3_jax.kernels.gpu import attention as gpu_attention
 from dsv3_jax.kernels.gpu import tokamax_library
@@ -135,4 +135,4 @@ def test_who_attends():
     for platform in ("cuda", "tpu"):
         for length, widths in ((1000, (48, 32)), (100, (192, 128))):  # too small
             assert picked(platform, length, widths) == "large_blocks"
-    assert choose.TABLE["causal_attention"][-1].name == "xla"
+    assert table.TABLE["causal_attention"][-1].name == "xla"

@@ -15,9 +15,10 @@ from test_grouped_product import gpu_interpreter, tpu_interpreter
 
 from dsv3_jax.cli import main
 from dsv3_jax.config import Execution
-from dsv3_jax.kernels import check, check_apart, choose, verdicts
+from dsv3_jax.kernels import check, check_apart, table, verdicts
 from dsv3_jax.kernels.cases import CASES, Draw
-from dsv3_jax.kernels.choose import Implementation, prepare
+from dsv3_jax.kernels.choose import prepare
+from dsv3_jax.kernels.table import Implementation
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.ops import dispatch, products
 from experiments.accel.kernels import tpu_latent_attention
@@ -30,7 +31,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def test_every_op_has_cases():
-    assert CASES.keys() == choose.TABLE.keys()
+    assert CASES.keys() == table.TABLE.keys()
 
 
 def checker(folder, op: str, rows: str) -> list[str]:
@@ -38,14 +39,14 @@ def checker(folder, op: str, rows: str) -> list[str]:
     (folder / "checker.py").write_text(f"""
 import os, sys, time
 import jax
-from dsv3_jax.kernels import check_apart, choose
-from dsv3_jax.kernels.choose import Implementation
+from dsv3_jax.kernels import check_apart, table
+from dsv3_jax.kernels.table import Implementation
 from dsv3_jax.ops import dispatch, products
 
 {rows}
-for op in [op for op in choose.TABLE if op != {op!r}]:
-    del choose.TABLE[op]
-choose.TABLE[{op!r}] = (*ROWS, *choose.TABLE[{op!r}])
+for op in [op for op in table.TABLE if op != {op!r}]:
+    del table.TABLE[op]
+table.TABLE[{op!r}] = (*ROWS, *table.TABLE[{op!r}])
 sys.exit(check_apart.main())
 """)
     return [sys.executable, str(folder / "checker.py")]
@@ -76,7 +77,7 @@ def test_one_percent_in_one_small_expert_is_found_and_left_out(
     assert "WRONG: gradient of w_down[1] is 1.0" in lines.pop("grouped_swiglu=bad")
     assert not [line for name, line in lines.items() if "=" in name and " right: " not in line]
     bad = Implementation("bad", dispatch.grouped_swiglu, dtypes=("float32",))
-    monkeypatch.setitem(choose.TABLE, "grouped_swiglu", (bad, *choose.TABLE["grouped_swiglu"]))
+    monkeypatch.setitem(table.TABLE, "grouped_swiglu", (bad, *table.TABLE["grouped_swiglu"]))
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] != "bad"
     assert (
@@ -188,10 +189,10 @@ IN_CI = ("mosaic", "splash", "latent", "by_product", "one_product", "in_place", 
 )
 def test_kernels_are_right_where_they_are_interpreted(monkeypatch, name):
     platform, op, number, interpreter = KERNELS[name]
-    monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))
+    monkeypatch.setattr(table, "TABLE", dict(table.TABLE))
     tpu_latent_attention.add()
     reference = check.reference_of(op, "none")
-    row = next(row for row in choose.TABLE[op] if row.name == name and platform in row.platforms)
+    row = next(row for row in table.TABLE[op] if row.name == name and platform in row.platforms)
     if name == "splash":
         row = replace(row, run=partial(tpu_attention.causal_attention, interpret=True))
     draw = Draw(jnp.dtype("bfloat16"), np.random.default_rng(0))

@@ -16,7 +16,7 @@ from dsv3_jax.cli.common import guarded
 from dsv3_jax.config import Execution
 from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
 from dsv3_jax.decoding.generate import generate as decode
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, table
 from dsv3_jax.presets import MODELS
 from dsv3_jax.report.progress import say, text_console
 from dsv3_jax.runs.checkpoint import load_run
@@ -213,7 +213,7 @@ def test_kernels_are_listed_with_the_one_that_runs_here(answers):
         rows = dict(line.split(maxsplit=1) for line in out.splitlines())
         assert (code, err) == (0, "") and f"kernels='auto' on {platform}, float32" in out
         chosen = choose.prepare(Execution(), platform=platform).chosen()
-        assert all(rows[op].split()[0] == chosen[op] for op in choose.TABLE)
+        assert all(rows[op].split()[0] == chosen[op] for op in table.TABLE)
 
 
 def test_eval_says_what_training_said(answers, whole):

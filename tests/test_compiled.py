@@ -15,7 +15,7 @@ import pytest
 from models import LIGHT, decode_program
 
 from dsv3_jax.config import ConfigError, Execution, Layout
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, table
 from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.model.transformer import abstract
@@ -127,7 +127,7 @@ def test_a_decoding_step_reads_what_it_must(
 ):
     """Sequences of 4,096 tokens, by 3 layers; a TPU's cache has 8 blocks. "latent" waits."""
     mesh = mesh_of(target)
-    monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))
+    monkeypatch.setattr(table, "TABLE", dict(table.TABLE))
     gpu_latent_attention.add()
     cfg = replace(preset(name), num_layers=3)
     execution = Execution(compute_dtype="bfloat16", kernels=kernels)

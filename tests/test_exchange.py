@@ -12,6 +12,7 @@ from test_dispatch import value_and_gradients
 
 from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
+from dsv3_jax.kernels.table import DEVICES, Device
 from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
 from dsv3_jax.ops import dispatch
 
@@ -154,7 +155,7 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, exp
 
 @pytest.mark.long
 def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
-    monkeypatch.setattr(Kernels, "turns_experts", True)
+    monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
     run = sharded(
         CFG, Layout(expert_comm="gather", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot"
     )

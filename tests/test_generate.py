@@ -15,7 +15,7 @@ from runs import unhooked
 from dsv3_jax.config import Execution
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import _pad, generate, generate_in_parts
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.model import transformer
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import Sampling
@@ -71,7 +71,7 @@ def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy)
 def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how):
     """By XLA; all weights by C++, for one row too; and a scan over layers, with stacked caches."""
     if how != "xla":
-        monkeypatch.setattr(choose if how == "LARGE_WEIGHT" else transformer, how, 0)
+        monkeypatch.setattr(table if how == "LARGE_WEIGHT" else transformer, how, 0)
     # a separate graph
     cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])
     execution = Execution(kernels="xla" if how == "xla" else "auto")
@@ -111,7 +111,7 @@ def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch, length):
     """As on a GPU, which reads empty slots: 32, then all. The clock chooses the steps of "auto"."""
     config = DecodeConfig(40, draft="lookup", draft_length=length)
     *_, whole = generate_in_parts(light, PROMPTS[:2], config)
-    monkeypatch.setattr(choose.Kernels, "reads_all_slots", True)
+    monkeypatch.setitem(table.DEVICES, "cpu", replace(table.DEVICES["cpu"], reads_all_slots=True))
     monkeypatch.setattr("dsv3_jax.decoding.generate.FIRST_SLOTS", 32)
     first, *_, last = generate_in_parts(light, PROMPTS[:2], config)
     assert last.tokens == whole.tokens and (length == "auto" or last.steps == whole.steps)

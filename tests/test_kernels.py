@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels import choose
-from dsv3_jax.kernels.choose import TABLE, Kernels, Target, prepare
+from dsv3_jax.kernels import choose, table
+from dsv3_jax.kernels.choose import Kernels, Target, prepare
 from dsv3_jax.kernels.cpu import library
+from dsv3_jax.kernels.table import TABLE
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops.cached_attention import Stored
@@ -29,7 +30,7 @@ def experts(kernels, x, w, rows=8, op="grouped_swiglu"):
 
 def test_the_last_row_of_every_op_serves_everything():
     for op in TABLE:
-        for platform in choose.PLATFORMS:
+        for platform in table.PLATFORMS:
             for precision in ("none", "fp8", "mxfp8"):
                 last = Target(platform, "xla", precision=precision).rows(op)[-1]
                 assert not last.dtypes, op
@@ -67,14 +68,14 @@ def test_who_multiplies_a_few_rows(monkeypatch):
     def by_whom(rows, w=W):
         return picked(kernels, "product", jnp.ones((rows, 4), w.dtype), w)
 
-    assert by_whom(2) == "cpu" and by_whom(choose.SMALL_BATCH) == "cpu"
-    assert by_whom(choose.SMALL_BATCH + 1) == "xla" and by_whom(2, W.astype(jnp.bfloat16)) == "xla"
+    assert by_whom(2) == "cpu" and by_whom(table.SMALL_BATCH) == "cpu"
+    assert by_whom(table.SMALL_BATCH + 1) == "xla" and by_whom(2, W.astype(jnp.bfloat16)) == "xla"
     assert by_whom(1) == "xla"  # a small weight
-    monkeypatch.setattr(choose, "LARGE_WEIGHT", W.nbytes)
+    monkeypatch.setattr(table, "LARGE_WEIGHT", W.nbytes)
     assert by_whom(1) == "cpu"
     heads = jnp.ones((3, 2, 4))  # 3 rows of 2 heads
     assert picked(kernels, "product", heads, jnp.ones((2, 4, 5)), axes=2) == "cpu"
-    for size, name in ((choose.LARGE_UPDATE - 1, "xla"), (choose.LARGE_UPDATE, "cpu")):
+    for size, name in ((table.LARGE_UPDATE - 1, "xla"), (table.LARGE_UPDATE, "cpu")):
         assert picked(kernels, "optimizer", *4 * [jnp.ones(size)]) == name
 
 
@@ -155,7 +156,7 @@ def test_who_multiplies_experts_on_each_chip(
     assert (picked(kernels, "cached_attention", [x], [stored], stored, x) == "blocks") == (
         platform != "cuda"
     )
-    monkeypatch.setattr(choose, "LARGE_EXPERTS", 0)  # by_row would read each once for each row
+    monkeypatch.setattr(table, "LARGE_EXPERTS", 0)  # by_row would read each once for each row
     assert experts(kernels, x, stack, 8, "decode_experts") == (
         "mosaic" if training == "mosaic" else few
     )
@@ -181,7 +182,7 @@ def test_where_a_kernel_of_dw_is_wrong_the_next_has_another_one():
 
 def test_a_row_that_is_added_runs_if_it_is_named(monkeypatch):
     monkeypatch.setitem(TABLE, "grouped_swiglu", TABLE["grouped_swiglu"])
-    choose.add("grouped_swiglu", choose.Implementation("mine", dispatch.dense_swiglu))
+    table.add("grouped_swiglu", table.Implementation("mine", dispatch.dense_swiglu))
     assert experts(Kernels(Target("cpu", "grouped_swiglu=mine")), X, STACK) == "mine"
     assert experts(Kernels(Target("cpu")), X, STACK) == "cpu"
 

@@ -16,8 +16,9 @@ from dsv3_jax.config import Execution, OptimConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate_in_parts
 from dsv3_jax.kernels import low_precision as lp
-from dsv3_jax.kernels.choose import TABLE, Kernels, Target, prepare
+from dsv3_jax.kernels.choose import Kernels, Target, prepare
 from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, MXFP8
+from dsv3_jax.kernels.table import TABLE
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.step import Job, make_step

@@ -15,7 +15,7 @@ from runs import MODEL, assert_bitwise, make_run, rows_of, unhooked, write_text
 
 import dsv3_jax as ds
 from dsv3_jax.config import ConfigError, Execution, OptimConfig
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, table
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
@@ -84,7 +84,7 @@ def test_adamw_is_the_equations(rng, monkeypatch, name):
         pytest.skip(why)
     # more than a thread's part, or small
     shape = (301, 577) if name in ("cpu", "bfloat16") else (4, 3)
-    monkeypatch.setattr(choose, "LARGE_UPDATE", 0)
+    monkeypatch.setattr(table, "LARGE_UPDATE", 0)
     kernels = choose.prepare(
         Execution(kernels=f"optimizer={name}" if name in ("cpu", "xla") else "auto")
     )

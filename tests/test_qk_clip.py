@@ -14,7 +14,7 @@ from runs import fresh_state, make_run, packed_batch
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import OptimConfig
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, table
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.context import Options, from_zero, make_context
 from dsv3_jax.ops import attention
@@ -79,10 +79,10 @@ def test_row_maxima_are_those_of_the_scores(rng, monkeypatch, name):
     scores = np.einsum("bthx,bshx->bths", np.float64(q), np.repeat(np.float64(k), 2, axis=2)) * 0.7
     seen = (ids[:, :, None] == ids[:, None, :]) & np.tri(150, dtype=bool)
     want = np.where(seen[:, :, None], scores, -np.inf).max(-1)
-    monkeypatch.setitem(choose.TABLE, "causal_attention", choose.TABLE["causal_attention"])
-    choose.add(
+    monkeypatch.setitem(table.TABLE, "causal_attention", table.TABLE["causal_attention"])
+    table.add(
         "causal_attention",
-        choose.Implementation("mute", choose.kept_maxima(attention.causal_attention)),
+        table.Implementation("mute", table.kept_maxima(attention.causal_attention)),
     )
     kernels = choose.Kernels(choose.Target("cpu", f"causal_attention={name}"))
 

@@ -189,7 +189,7 @@ class _Request:
         longest = max(*map(len, prompts), config.pad_prompts_to)
         self.width = min(_round_up(longest), cfg.max_positions)
         self.capacity = _round_up(longest + config.max_new_tokens + config.num_drafts)
-        grows = kind != "none" and model.kernels.reads_all_slots
+        grows = kind != "none" and model.kernels.device.reads_all_slots
         self.slots = min(FIRST_SLOTS, self.capacity) if grows else self.capacity
         self._raise_slots(self.width)
         self.config = config

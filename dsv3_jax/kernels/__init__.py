@@ -1,1 +1,1 @@
-"""The ops, faster: one folder a device; `choose.py` says which is used where."""
+"""The ops, faster: one folder a device; `table.py` lists them, and `choose.py` chooses."""

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.kernels.cases import CASES, Case, Draw
-from dsv3_jax.kernels.choose import IN_FLOAT32, TABLE, Implementation, Kernels
+from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.kernels.table import IN_FLOAT32, TABLE, Implementation
 
 BOUNDS = {"float32": (2e-5, 2e-4), "bfloat16": (7e-3, 4e-2), "8 bits": (6e-2, 0.25)}
 # The axes that number the groups of an op's results, or of an argument's gradient.

@@ -95,7 +95,8 @@ def grouped_swiglu(
         y, sent = all_to_all(*args[:4], kernels=kernels, size=size)
         return (jax.lax.psum(y, "tensor") if how.hidden else y), sent
 
-    return _on_shards(meet, layout, x, expert_ids, gates, experts, turn=kernels.turns_experts)
+    turn = kernels.device.turns_experts and kernels.target.precision == "none"
+    return _on_shards(meet, layout, x, expert_ids, gates, experts, turn=turn)
 
 
 def decode_experts(

@@ -260,7 +260,7 @@ class Transformer(nnx.Module):
         ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, options=DECODING)
         weights = (
             weights
-            if self.kernels.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL
+            if self.kernels.device.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL
             else None
         )
         x, rows, found = self._trunk(tokens, ctx, weights, keep=tuple(cache.parts[0]))
@@ -349,7 +349,7 @@ class Transformer(nnx.Module):
         run = self.execution
         exact = run.compute_dtype == "float32" and run.precision == run.remat == "none"
         shallow = self.cfg.num_layers <= UNROLLED_IN_TRAINING
-        return exact and shallow and self.kernels.scan_copies and not on_mesh()
+        return exact and shallow and self.kernels.device.scan_copies and not on_mesh()
 
     def prepare_decode(self) -> DecodeWeights | None:
         """Take each layer's arrays out of the stacks, once a request; None if no layer is unrolled.
@@ -360,7 +360,8 @@ class Transformer(nnx.Module):
         if not self.unrolls:
             return None
         return DecodeWeights(
-            unstack(self.dense), unstack(self.sparse, experts=not self.kernels.slices_experts)
+            unstack(self.dense),
+            unstack(self.sparse, experts=not self.kernels.device.slices_experts),
         )
 
     def empty_cache(
@@ -368,7 +369,7 @@ class Transformer(nnx.Module):
     ) -> Cache:
         """An empty cache of the trunk, or of so many layers. See `model.cache.empty_cache`."""
         layers = layers or self.cfg.num_layers
-        multiple = self.kernels.cache_row_multiple
+        multiple = self.kernels.device.cache_row_multiple
         rows = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind)
         rows = {
             name: (heads, -(-width // multiple) * multiple) for name, (heads, width) in rows.items()

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Execution
-from dsv3_jax.kernels import check, choose
+from dsv3_jax.kernels import check, choose, table
 from dsv3_jax.kernels.cases import Draw
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import decode_cost, train_cost
@@ -74,7 +74,7 @@ def traced(part: str, compiler: Compiler) -> None:
     jax.eval_shape(lambda: list(worker.PARTS[part](full())) and None)
 
 
-def right(compiler: Compiler, ops: Iterable[str] = choose.TABLE) -> None:
+def right(compiler: Compiler, ops: Iterable[str] = table.TABLE) -> None:
     """Programs differ by implementation and shape. The one that compares their results is small."""
     seen = set()
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import choose, table
 from experiments.accel.sizes import Sizes
 
 MOST_BYTES = 4 << 30
@@ -43,7 +43,7 @@ Part = Iterator[Figure | str]
 class Recorder(choose.Kernels):
     """Kernels that note in RAN which implementation of each op was picked."""
 
-    def pick(self, op: str, *arrays: Any, **settings: Any) -> choose.Implementation:
+    def pick(self, op: str, *arrays: Any, **settings: Any) -> table.Implementation:
         row = super().pick(op, *arrays, **settings)
         RAN[op] = row.name
         return row
@@ -126,7 +126,7 @@ def by_backend(
     with contextlib.suppress(Exception):
         jax.eval_shape(partial(call, kernels_for()))
     chosen, here = ran().get(op), choose.platform_of()
-    for name in dict.fromkeys(row.name for row in choose.TABLE[op] if here in row.platforms):
+    for name in dict.fromkeys(row.name for row in table.TABLE[op] if here in row.platforms):
         title = f"{label}, {name}{' (chosen)' if name == chosen else ''}"
         needed = 0 if here == "tpu" and name == "ragged_dot" else (operands or {}).get(name, 0)
         if needed > MOST_BYTES:

@@ -15,6 +15,7 @@ from runs import environment
 from dsv3_jax.cli import common
 from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.kernels import choose
+from dsv3_jax.kernels.table import TABLE, Implementation
 from dsv3_jax.presets import recipe
 from experiments import cards
 from experiments.accel import measuring, model_parts, run, table, worker
@@ -140,13 +141,11 @@ def test_bad_input_is_exit_code_2(fake, tmp_path):
 
 def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
     rows = (
-        choose.Implementation(
-            "absent", lambda: None, why_not=lambda target: "there is no such chip"
-        ),
-        choose.Implementation("breaks", lambda *_: 1 / 0),
-        choose.Implementation("large", lambda *_: None, fits=lambda *_: False),
+        Implementation("absent", lambda: None, why_not=lambda target: "there is no such chip"),
+        Implementation("breaks", lambda *_: 1 / 0),
+        Implementation("large", lambda *_: None, fits=lambda *_: False),
     )
-    monkeypatch.setitem(choose.TABLE, "cross_entropy", (*choose.TABLE["cross_entropy"], *rows))
+    monkeypatch.setitem(TABLE, "cross_entropy", (*TABLE["cross_entropy"], *rows))
     figures = [found for found in worker.loss(toy()) if isinstance(found, measuring.Figure)]
     found = {figure.name.split("gradients, ")[1].split(" ")[0]: figure for figure in figures}
     assert "there is no such chip" in found["absent"].why

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.ops.attention import scaled
 from dsv3_jax.ops.cached_attention import Stored
 
@@ -331,7 +331,7 @@ def _kernel(
 
 def add() -> None:
     """Enter the table as "latent"."""
-    row = choose.Implementation(
+    row = table.Implementation(
         "latent",
         latent_attention,
         ("cuda",),
@@ -340,4 +340,4 @@ def add() -> None:
         fits=fits,
         why_not=why_not,
     )
-    choose.add("cached_attention", row)
+    table.add("cached_attention", row)

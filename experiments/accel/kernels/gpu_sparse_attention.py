@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.ops import indexer
 from dsv3_jax.ops.attention import scaled
 from dsv3_jax.ops.cached_attention import Stored
@@ -129,8 +129,6 @@ def add() -> None:
     """Enter the table as "hopper"."""
     how = dict(platforms=("cuda",), dtypes=("bfloat16",), one_device=True, why_not=why_not)
     of_indexer = partial(indexer.choose, score=index_scores)
-    choose.add("index_choose", choose.Implementation("hopper", of_indexer, fits=fits, **how))
+    table.add("index_choose", table.Implementation("hopper", of_indexer, fits=fits, **how))
     of_rows = partial(sparse_attention, attend=latent_attention)
-    choose.add(
-        "sparse_attention", choose.Implementation("hopper", of_rows, fits=fits_chosen, **how)
-    )
+    table.add("sparse_attention", table.Implementation("hopper", of_rows, fits=fits_chosen, **how))

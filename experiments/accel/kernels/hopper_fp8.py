@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.kernels.gpu.grouped_product import why_not_hopper
 from dsv3_jax.kernels.low_precision import (
     FP8,
@@ -222,7 +222,7 @@ def add() -> None:
     """Enter the table as "hopper", for the recipes whose tiles are the kernel's."""
     for recipe in (FP8, FP8_UE8M0):
         for op, (run, fits) in OPS.items():
-            row = choose.Implementation(
+            row = table.Implementation(
                 "hopper",
                 partial(run, recipe=OnHopper(**asdict(recipe))),
                 ("cuda",),
@@ -232,4 +232,4 @@ def add() -> None:
                 why_not=why_not_hopper,
                 precision=recipe.name,
             )
-            choose.add(op, row)
+            table.add(op, row)

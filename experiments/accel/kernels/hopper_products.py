@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.kernels.gpu.grouped_product import ROWS, fits, why_not_hopper
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops.grouped_product import GroupedProduct
@@ -310,9 +310,9 @@ def add() -> None:
     """Enter the table as "hopper"."""
     run = partial(dispatch.grouped_swiglu, product=HOPPER_PRODUCTS)
     for op in ("grouped_swiglu", "decode_experts"):
-        choose.add(
+        table.add(
             op,
-            choose.Implementation(
+            table.Implementation(
                 "hopper", run, ("cuda",), ("bfloat16",), fits=fits, why_not=why_not_hopper
             ),
         )

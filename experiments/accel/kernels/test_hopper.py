@@ -11,7 +11,7 @@ from test_grouped_product import check, draw, gpu_interpreter
 from test_low_precision import by_oracle, close, forward_and_back
 
 from dsv3_jax.config import ConfigError, Execution
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.kernels.choose import Kernels, Target, prepare
 from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0
 from dsv3_jax.planning import devices
@@ -70,7 +70,7 @@ def test_a_linear_layer_on_an_h100_is_three_kernels():
 
 
 def test_they_enter_the_table_and_run_by_name(monkeypatch):
-    monkeypatch.setattr(choose, "TABLE", dict(choose.TABLE))
+    monkeypatch.setattr(table, "TABLE", dict(table.TABLE))
     hopper_products.add()
     hopper_fp8.add()
     names = "product=hopper,swiglu=hopper,expand=hopper,grouped_swiglu=mosaic"

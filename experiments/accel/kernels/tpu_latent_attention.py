@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import choose
+from dsv3_jax.kernels import table
 from dsv3_jax.ops.attention import scaled
 from dsv3_jax.ops.cached_attention import Stored
 from experiments.accel.kernels.gpu_latent_attention import is_latent
@@ -147,7 +147,7 @@ def _kernel(ends, q_latent, q_key, last, latents, rotated, *refs, block: int, ca
 
 def add() -> None:
     """Enter the table as "latent"."""
-    row = choose.Implementation(
+    row = table.Implementation(
         "latent", latent_attention, ("tpu",), ("bfloat16",), one_device=True, fits=is_latent
     )
-    choose.add("cached_attention", row)
+    table.add("cached_attention", row)
