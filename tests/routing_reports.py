@@ -10,7 +10,8 @@ import numpy as np
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.stats import BiasWork, LoadLog, RoutingStats, Worth, specialisation
 from dsv3_jax.stats.bits import NAMES
-from dsv3_jax.stats.numbers import as_json, as_lists, by_domain, merge_small_domains, worth_json
+from dsv3_jax.stats.numbers import as_json, by_domain, merge_small_domains, worth_json
+from dsv3_jax.stats.tables import as_lists
 from dsv3_jax.stats.token_rows import rows_of
 
 HOSTILE = '</script><b onclick="x()">&\'"'

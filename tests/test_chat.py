@@ -38,7 +38,7 @@ from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import copy_to_run, read_settings, with_template
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.hf.files import write_json
+from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.runs.folder import claim
 from dsv3_jax.runs.open_model import load_text
 

@@ -11,7 +11,8 @@ import tracemalloc
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import load_corpus, read_documents, rows_of
+from dsv3_jax.data.corpus import load_corpus, read_documents
+from dsv3_jax.data.text_files import rows_of
 
 
 def read(*paths, **settings):
@@ -152,7 +153,7 @@ def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**24
-    monkeypatch.setattr("dsv3_jax.data.corpus._MAX_LINE_BYTES", 10**6)
+    monkeypatch.setattr("dsv3_jax.data.text_files._MAX_LINE_BYTES", 10**6)
     with pytest.raises(
         ValueError, match=r"a\.parquet cannot be read after row 0: .* more than 1,000,000"
     ):

@@ -29,10 +29,10 @@ from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.config import ConfigError, DataConfig, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.data.shards import MANIFEST, read_manifest
+from dsv3_jax.data.manifest import MANIFEST, read_manifest
 from dsv3_jax.data.special_tokens import read_object
 from dsv3_jax.data.tokenizer import ByteTokenizer, byte_tokenizer_json
-from dsv3_jax.hf.reading import ReleasedFolder
+from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.host.files import check_writable
 from dsv3_jax.host.signals import handled
 from dsv3_jax.kernels import choose

@@ -16,7 +16,7 @@ from runs import MODEL, assert_bitwise, make_run, packed_batch
 import dsv3_jax as ds
 from dsv3_jax.config import ConfigError, Execution, Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.hf.reading import load
+from dsv3_jax.hf.loading import load
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.layers import in_use
 from dsv3_jax.planning import cost

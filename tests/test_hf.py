@@ -19,7 +19,7 @@ from runs import assert_bitwise
 from safetensors.numpy import load_file, save_file
 
 from dsv3_jax import hf
-from dsv3_jax.hf.files import SINGLE, read_header, read_tensor
+from dsv3_jax.hf.tensor_files import SINGLE, read_header, read_tensor
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh.sharding import make_mesh
 from dsv3_jax.model.context import make_context
@@ -161,7 +161,7 @@ def test_a_mesh_changes_no_number(folders, tmp_path):
 def test_a_host_reads_only_its_shards(folders):
     """Experts of other hosts' devices are not read."""
     names = []
-    folder, cfg = hf.reading.ReleasedFolder(folders["groups"]), GRID["groups"].cfg
+    folder, cfg = hf.released_folder.ReleasedFolder(folders["groups"]), GRID["groups"].cfg
     w_up = ("sparse", "moe", "experts", "w_up")
     sources = [
         (e, i) for e in folder.entries.values() for i, s in enumerate(e.slices) if s.path == w_up
@@ -173,7 +173,7 @@ def test_a_host_reads_only_its_shards(folders):
         names.append(entry.name)
         return entry.split(np.zeros(entry.shape, np.float32))
 
-    part = hf.reading._read_shard(parts, sources, jax.ShapeDtypeStruct(shape, np.float32), shard)
+    part = hf.loading._read_shard(parts, sources, jax.ShapeDtypeStruct(shape, np.float32), shard)
     assert part.shape == (cfg.num_sparse_layers, 2, cfg.dim, cfg.expert_dim)
     assert sorted(names) == [
         f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in (1, 2) for e in (2, 3)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from dsv3_jax import hf
 from dsv3_jax.config import DataConfig, RunConfig, replace
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.hf import files
+from dsv3_jax.hf import tensor_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
@@ -61,13 +61,13 @@ def edit_tensors(change):
 
     def damage(folder: Path):
         arrays = {
-            name: np.array(files.read_tensor(tensor))
-            for name, tensor in files.open_folder(folder)[1].items()
+            name: np.array(tensor_files.read_tensor(tensor))
+            for name, tensor in tensor_files.open_folder(folder)[1].items()
         }
         change(arrays)
         for path in folder.glob("model*"):
             path.unlink()
-        save_file(arrays, folder / files.SINGLE)
+        save_file(arrays, folder / tensor_files.SINGLE)
 
     return damage
 
@@ -87,7 +87,7 @@ def link_out(folder):
 
 def read_from(place):
     """Damage: the index says that a tensor is in this file."""
-    return lambda f: (f / files.INDEX).write_text(json.dumps({"weight_map": {UP: place}}))
+    return lambda f: (f / tensor_files.INDEX).write_text(json.dumps({"weight_map": {UP: place}}))
 
 
 def without_scale(arrays):

@@ -11,7 +11,7 @@ from released import GOLDEN, INT4, dequantized, quantized
 import dsv3_jax as ds
 from dsv3_jax import hf
 from dsv3_jax.config import ConfigError, Yarn
-from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.config_writing import config_to_dict
 from dsv3_jax.hf.fp8 import dequantize, quantize
 
 # config.json of the released models, without names of classes and generation settings, by hand.

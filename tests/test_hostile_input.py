@@ -15,9 +15,10 @@ from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
 from dsv3_jax.config import ConfigError, DataConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.hf import files
-from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
-from dsv3_jax.hf.reading import ReleasedFolder
+from dsv3_jax.hf import tensor_files
+from dsv3_jax.hf.config_json import config_from_dict
+from dsv3_jax.hf.config_writing import config_to_dict
+from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.host import signals
 from dsv3_jax.host.files import atomic_folder, parse_json
 from dsv3_jax.host.signals import asked_to_stop
@@ -100,8 +101,8 @@ def test_json_is_refused(text, message):
 def test_a_model_of_more_tensors_than_there_are(tmp_path):
     """Its tensors are not listed: they would be 30,000 million."""
     sizes = {"num_hidden_layers": 9_000, "n_routed_experts": 10**6, "hidden_size": 1}
-    files.write_json(tmp_path / files.CONFIG, config_to_dict(TINY) | sizes)
-    files.write_shards(tmp_path, {"a": ((1,), "float32")}, 1000, [np.zeros(1, "float32")])
+    tensor_files.write_json(tmp_path / tensor_files.CONFIG, config_to_dict(TINY) | sizes)
+    tensor_files.write_shards(tmp_path, {"a": ((1,), "float32")}, 1000, [np.zeros(1, "float32")])
     begin = time.process_time()
     with pytest.raises(ValueError, match=r"config.json.* num_layers=9000, num_experts=1000000"):
         ReleasedFolder(tmp_path)

@@ -7,8 +7,8 @@ from models import DENSE, LIGHT, random_model, tokens_of
 
 from dsv3_jax.decoding.drafters import Unread, make_drafter
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.decoding.prompt_lookup import LONGEST_MATCH
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops.look_up import LONGEST_MATCH
 from dsv3_jax.ops.sampling import GREEDY
 
 

@@ -17,9 +17,9 @@ from dsv3_jax.chat.examples import encode, load_examples
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import model_inputs, stack
-from dsv3_jax.data.packing import Packed, Piece
+from dsv3_jax.data.packing import PackedRows, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.hf.files import write_json
+from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs.chats import _outlook
 from dsv3_jax.runs.checkpoint import load_run
@@ -160,7 +160,7 @@ def test_the_packed_loss_is_that_of_each_example_alone():
         Piece(rng.integers(cfg.vocab_size, size=n).astype(np.int32), 0, n, rng.random(n) < 0.5)
         for n in (5, 9, 3, 7)
     ]
-    batch = stack(list(Packed(pieces, 16, whole=True)))
+    batch = stack(list(PackedRows(pieces, 16, whole=True)))
     main, mtp, counts = masked_losses(*nnx.split(model), model_inputs(batch))
     params, sums, wanted = parameters(model), np.zeros(2), np.zeros(2)
     for tokens, _, _, mask in pieces:

@@ -18,15 +18,9 @@ from dsv3_jax.cli.tokenize import LOCK, SETTINGS, Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.manifest import MANIFEST, read_manifest, read_sealed, sealed
 from dsv3_jax.data.packing import Record
-from dsv3_jax.data.shards import (
-    MANIFEST,
-    check_files,
-    open_shards,
-    read_manifest,
-    read_sealed,
-    sealed,
-)
+from dsv3_jax.data.shards import check_files, open_shards
 from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.host.lock import acquire
 

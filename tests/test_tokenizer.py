@@ -9,6 +9,8 @@ import tokenizers
 from texts import TEXTS, tiktoken_lines, tokenizer_of, write_text_files
 
 from dsv3_jax.data import tokenizer as tok
+from dsv3_jax.data.kimi_pattern import KIMI_PATTERN
+from dsv3_jax.data.special_tokens import named_specials
 
 TEXT = "def f(x):\n    return 'naïve €5 🚀' + \"日本語\"  # e\u0301\r\n\t\0 end"
 NAMES = ["bytes", "bpe", "sentencepiece", "tiktoken"]
@@ -64,7 +66,7 @@ def test_round_trip_and_bytes(words, monkeypatch):
     assert words.byte_lengths.dtype == np.int32 and words.byte_lengths.shape == (words.vocab_size,)
     assert words.byte_lengths[ids].sum() == len((prefix + text).encode())
     many = [text[i:] for i in range(70)]
-    monkeypatch.setattr(tok, "_BATCH", 100)
+    monkeypatch.setattr("dsv3_jax.data.file_tokenizers._BATCH", 100)
     assert [ids.tolist() for ids in words.encode_arrays(many)] == [
         words.encode(text) for text in many
     ]
@@ -120,7 +122,7 @@ def test_kimis_pattern(tiktoken):
     """How texts are split, written by hand; `make parity` compares the ids."""
     regex = pytest.importorskip("regex")
     for text, pieces in SPLITS.items():
-        assert regex.findall(tok.KIMI_PATTERN, text, regex.V1) == pieces
+        assert regex.findall(KIMI_PATTERN, text, regex.V1) == pieces
         assert tiktoken.encode(text) == [i for piece in pieces for i in tiktoken.encode(piece)]
 
 
@@ -182,7 +184,7 @@ def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
     ):
         eos(tokenizer_config={"eos_token": "<w>"})
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
-    assert tok.named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
+    assert named_specials(folder) == {"eos_token": "<|endoftext|>", "image_token": "<|image|>"}
 
 
 def test_deepseek_names(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from dsv3_jax.data.tokenizer import _byte_by_character as byte_by_character
+from dsv3_jax.data.file_tokenizers import byte_by_character
 
 GOLDEN = Path(__file__).parent / "golden" / "chat.json"
 NOW = datetime(2025, 3, 4, 5, 6)  # what the clock of templates says

@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dsv3_jax.chat.template import read_tools
+from dsv3_jax.chat.messages import read_tools
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
-from dsv3_jax.data.corpus import fingerprint_of, rows_of, split
-from dsv3_jax.data.packing import Packed, Piece
+from dsv3_jax.data.corpus import fingerprint_of, split
+from dsv3_jax.data.packing import PackedRows, Piece
+from dsv3_jax.data.text_files import rows_of
 
 KEYS = (
     "messages", "conversations", "system", "prompt", "question", "completion", "answer",
@@ -110,56 +111,72 @@ def load_examples(
         1 rows of 8: one pass takes 1.0 steps
     """
     examples = []
-    for record, domain, location in itertools.islice(
-        contents(cfg.paths, cfg.text_column), cfg.max_documents
-    ):
+    found = contents(cfg.paths, cfg.text_column)
+    for record, domain, location in itertools.islice(found, cfg.max_documents):
         example = read_example(record, text, location, cfg.prompts)
         examples.append((example, domain, (record, location) if keep else ()))
     if longest is not None and examples:
-        lengths = sorted(len(example.ids) for example, *_ in examples)
-        nearly_all = lengths[math.ceil(0.99 * len(examples)) - 1]
-        cfg = replace(cfg, seq_len=min(-(-nearly_all // _STEP) * _STEP, longest))
+        cfg = replace(cfg, seq_len=_row_length([example for example, *_ in examples], longest))
+
+    # Examples become pieces, whose number as a document finds what belongs to them in these lists.
     domains: dict[str, int] = {}
     pieces: list[Piece] = []
     sides: list[bytes] = []
     digests: list[bytes] = []
     kept: list[tuple] = []
+    # Count by its reason each example that cannot be trained on.
     counts: Counter[str] = Counter()
     for example, domain, record in examples:
         if len(example.ids) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
-        elif not example.targets[1:].any():
+        elif not example.targets[1:].any():  # no token predicts the first one
             counts["without an assistant's turn"] += 1
         else:
+            # Tasks with one prompt share a side; their digests differ.
             sides.append(example.side)
             digests.append(example.digest)
             number = domains.setdefault(domain, len(domains))
             pieces.append(Piece(example.ids, number, len(pieces), example.targets))
             kept.append((example.prompt, *record))
+
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
+
+    # Whole examples are packed in a random order that the seed decides.
     train, val, _ = split(pieces, sides, cfg.val_fraction)
     order = np.random.default_rng(cfg.seed).permutation(len(train)).tolist()
-    rows = Packed((train[i] for i in order), cfg.seq_len, whole=True)
+    rows = PackedRows((train[i] for i in order), cfg.seq_len, whole=True)
     of_domain = [[p for p in val if p.domain == i] for i in domains.values()]
-    num_targets = sum(int(piece.loss_mask.sum()) for piece in train if piece.loss_mask is not None)
+
     summary = f"examples: {len(train):,} to train on, {len(val):,} held out"
-    if not keep:  # prompts are drawn one by one
+    if not keep:  # else prompts are drawn one by one, and no row is read
+        num_tokens = sum(len(piece.tokens) for piece in train)
+        num_targets = sum(int(p.loss_mask.sum()) for p in train if p.loss_mask is not None)
         summary += (
-            f"; {sum(len(p.tokens) for p in train):,} tokens, {num_targets:,} of them targets; "
+            f"; {num_tokens:,} tokens, {num_targets:,} of them targets; "
             f"{len(rows):,} rows of "
             f"{cfg.seq_len:,}: one pass takes {len(rows) / cfg.batch_size:,.1f} steps"
         )
+
     return Source(
         cfg,
         tuple(domains),
         fingerprint_of(digests[piece.document] for piece in train),
         summary + (left_out if counts else ""),
-        lambda: [rows],
-        lambda: [Packed(found, cfg.seq_len, whole=True) for found in of_domain if found],
+        train=lambda: [rows],
+        held_out=lambda: [
+            PackedRows(pieces, cfg.seq_len, whole=True) for pieces in of_domain if pieces
+        ],
         examples=[kept[piece.document] for piece in train] if keep else (),
     )
+
+
+def _row_length(examples: list[Example], longest: int) -> int:
+    """Return a multiple of `_STEP` that holds 99 % of the examples, and is at most `longest`."""
+    lengths = sorted(len(example.ids) for example in examples)
+    nearly_all = lengths[math.ceil(0.99 * len(examples)) - 1]
+    return min(-(-nearly_all // _STEP) * _STEP, longest)
 
 
 def read_example(
@@ -192,6 +209,7 @@ def encode(
     record = _task(record, prompts)
     has = {key for key in KEYS if record.get(key) is not None}
     with _located(location):
+        # A conversation, a prompt with its completion, or a document: the first that it is.
         turns = _turns(record)
         tools = read_tools(record.get("tools"))
         if turns is not None:
@@ -202,6 +220,7 @@ def encode(
         if isinstance(record.get("text"), str):
             ids = [*text.encode(record["text"]), text.tokenizer.eos_id]
             return ids, [True] * len(ids)
+
     if "text" in has:
         raise ValueError(f"{location}: text={record['text']!r} is not text")
     forms = (
@@ -226,10 +245,14 @@ def _task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
     answer = record.get("answer")
     if prompt is None or answer is None or record.get("completion") is not None:
         return record
+
+    # A question is a turn, unless its answer shall continue its text.
     if isinstance(prompt, str) and prompts == "turn":
         prompt = [*_system(record), {"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         return {"prompt": prompt, "completion": answer}
+
+    # Messages that end in an assistant's turn have their answer already.
     if prompt and _is_answer(prompt[-1]):
         return record
     turn = {"role": "assistant", "content": answer}
@@ -251,10 +274,11 @@ def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
         asked = turns[:-1] if turns and _is_answer(turns[-1]) else turns
     else:
         asked = _usual(task.get("prompt"), text)
+
+    # Messages end with what opens an answer; a text is continued as it is.
     if isinstance(asked, list):
-        return text.chat.render(
-            asked, tools=read_tools(task.get("tools")), add_generation_prompt=True
-        ).ids
+        tools = read_tools(task.get("tools"))
+        return text.chat.render(asked, tools=tools, add_generation_prompt=True).ids
     if isinstance(asked, str):
         return [*_begin(text), *text.tokenizer.encode_with_specials(asked)[0]]
     return None
@@ -265,16 +289,11 @@ def _turns(record: dict[str, Any]) -> Any:
     if record.get("messages") is not None:
         return record["messages"]
     turns = record.get("conversations")
-    if turns is None and record.get("instruction") is not None and record.get("output") is not None:
-        asked = (
-            f"{record['instruction']}\n{record['input']}"
-            if record.get("input")
-            else record["instruction"]
-        )
-        turns = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": record["output"]},
-        ]
+    instruction, output = record.get("instruction"), record.get("output")
+    if turns is None and instruction is not None and output is not None:
+        # Alpaca's: the input follows the instruction in the user's turn.
+        asked = f"{instruction}\n{record['input']}" if record.get("input") else instruction
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
     return [*_system(record), *turns] if isinstance(turns, list) else turns
 
 
@@ -286,18 +305,19 @@ def _usual(turns: Any, text: TextSettings) -> Any:
     """Give turns the usual keys and roles. `render` says what is wrong with the others."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
-    turns = [
-        {"role": turn["from"], "content": turn.get("value")} if "from" in turn else turn
-        for turn in turns
-    ]
-    roles = [ROLE_OF.get(str(turn.get("role"))) for turn in turns]
-    return [
-        # A template may have another name for tools.
-        turn | {"role": role}
-        if role and not (role == "tool" and text.chat.names(turn["role"]))
-        else turn
-        for turn, role in zip(turns, roles, strict=True)
-    ]
+    return [_usual_turn(turn, text) for turn in turns]
+
+
+def _usual_turn(turn: dict[str, Any], text: TextSettings) -> dict[str, Any]:
+    if "from" in turn:  # ShareGPT's keys
+        turn = {"role": turn["from"], "content": turn.get("value")}
+    role = ROLE_OF.get(str(turn.get("role")))
+    if role is None:
+        return turn
+    # A template may have the role of tools under the name that the turn gives.
+    if role == "tool" and text.chat.names(turn["role"]):
+        return turn
+    return turn | {"role": role}
 
 
 def _completion(
@@ -306,14 +326,18 @@ def _completion(
     if isinstance(prompt, list) and isinstance(completion, list):
         prompt, completion = _usual(prompt, text), _usual(completion, text)
         whole = text.chat.render([*prompt, *completion], tools=tools, assistant_mask=True)
+
         # The turns of the prompt are no targets, even an assistant's.
         before = len(text.chat.render(prompt, tools=tools, any_order=True).ids) if prompt else 0
         return whole.ids, [m and i >= before for i, m in enumerate(whole.mask)]
+
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(
             f"prompt={prompt!r:.60} and completion={completion!r:.60} are not two texts or two "
             "lists of messages"
         )
+
+    # Both are encoded as one text. A token that crosses their border is a target.
     ids, spans = text.tokenizer.encode_with_specials(prompt + completion)
     first = _begin(text)
     mask = [end > len(prompt) for _, end in spans]
@@ -343,6 +367,8 @@ def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, An
                     f'passed over "functions", first in {location}: give them as "tools"',
                     file=sys.stderr,
                 )
+
+            # A column of the user's name holds messages, or a text.
             if column != "text":
                 if record.get(column) is None:
                     raise ValueError(f"{location}, has no {column!r}; it has {sorted(record)}")

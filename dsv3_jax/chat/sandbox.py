@@ -37,7 +37,8 @@ def limits() -> Iterator[None]:
     """Bound what the templates of one conversation take: time, and on Linux memory."""
     global _process
     with _ONE_AT_A_TIME:
-        # also in a fork: the process is its parent's
+        # The first template starts the process; so does the first after a template that was ended.
+        # A fork starts its own: `poll` says there that the parent's has ended.
         if _process is None or _process.poll() is not None:
             _end()
             _process = subprocess.Popen(
@@ -45,6 +46,7 @@ def limits() -> Iterator[None]:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 process_group=0,  # Ctrl-C is for this process alone
             )  # fmt: skip
+        # A list of limits starts the clock for the templates that follow.
         print(json.dumps([MAX_SECONDS, MAX_BYTES]), file=_process.stdin)
         yield
 
@@ -67,14 +69,15 @@ def ask(source: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
     except BaseException:
         _end()  # its answer is not that to the next request
         raise
+
+    # No line, or a part of one: the kernel ended the process. Its signal says which limit it was.
     if not line.endswith("\n"):
-        late = process.wait() == -signal.SIGPROF
-        reason = (
-            f"runs for more than {MAX_SECONDS:g} seconds"
-            if late
-            else f"takes more than {MAX_BYTES >> 20} MiB"
-        )
+        if process.wait() == -signal.SIGPROF:
+            reason = f"runs for more than {MAX_SECONDS:g} seconds"
+        else:
+            reason = f"takes more than {MAX_BYTES >> 20} MiB"
         raise ValueError(f"the chat template {reason}")
+
     answer = json.loads(line)
     if "error" in answer:
         raise ValueError(answer["error"])
@@ -174,24 +177,32 @@ def _answer(source: str, values: dict[str, Any] | None, now: str) -> dict[str, A
     environment = template.environment
     environment.globals["strftime_now"] = datetime.fromisoformat(now).strftime
     if values is None:
-        program = environment.parse(source)
-        constants = [
-            node.value for node in program.find_all(nodes.Const) if isinstance(node.value, str)
-        ]
-        return {
-            "reads": list(meta.find_undeclared_variables(program) - environment.globals.keys()),
-            "writes_role": _writes_role(program),
-            "written": "\0".join(
-                [*(node.data for node in program.find_all(nodes.TemplateData)), *constants]
-            ),
-        }
+        return _look_at(environment, source)
+
+    # The blocks come one by one, so a generation block knows how many were written before it.
     tracker: Any = environment.extensions[Generation.identifier]
     tracker.blocks, tracker.found = [], []
     for block in template.generate(values):
         tracker.blocks.append(block)
+
     starts = [0, *itertools.accumulate(map(len, tracker.blocks))]
     spans = [(starts[i], starts[i] + length) for i, length in tracker.found]
     return {"text": "".join(tracker.blocks), "spans": spans}
+
+
+def _look_at(environment: jinja2.Environment, source: str) -> dict[str, Any]:
+    """Return what a template reads beside its functions, and the texts that it contains."""
+    program = environment.parse(source)
+    constants = [node.value for node in program.find_all(nodes.Const)]
+    written = [
+        *(node.data for node in program.find_all(nodes.TemplateData)),
+        *(value for value in constants if isinstance(value, str)),
+    ]
+    return {
+        "reads": list(meta.find_undeclared_variables(program) - environment.globals.keys()),
+        "writes_role": _writes_role(program),
+        "written": "\0".join(written),
+    }
 
 
 def _writes_role(node: nodes.Node) -> bool:

@@ -6,20 +6,17 @@ find the same names here as in transformers.
 Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dsv3_jax.chat.messages import Message, check_messages, plain
 from dsv3_jax.chat.sandbox import ask, limits
 from dsv3_jax.config import did_you_mean
-from dsv3_jax.data.tokenizer import Tokenizer, any_of
-from dsv3_jax.host.files import parse_json
+from dsv3_jax.data.byte_tokenizer import Tokenizer, any_of
 
-Message = dict[str, Any]
 Spans = list[tuple[int, int]]
-ROLES = ("system", "user", "assistant")  # others are known if the template names them
 _PART = 8  # messages that are compared at once
 # Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
@@ -63,16 +60,21 @@ class ChatTemplate:
         self.source = source
         self.tokenizer = tokenizer
         self.special_tokens = dict(special_tokens or {})
+
+        # The sandbox parses the source, and says what the template reads and writes.
         with limits():
             found = ask(source)
         self.variables = set(found["reads"]) - {"messages", "tools", "add_generation_prompt"}
         self.reads_tools = "tools" in found["reads"]
         self.writes_role = found["writes_role"]
-        added = tokenizer.added
+
+        # Names that mean a token where the template writes them, and text inside a message.
         specials = tokenizer.specials
         written = found["written"]
         self._control_name = any_of(
-            n for n in added if n in specials or (n in written and not n.isspace())
+            name
+            for name in tokenizer.added
+            if name in specials or (name in written and not name.isspace())
         )
         self.marks_assistant = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
@@ -96,10 +98,10 @@ class ChatTemplate:
             tools: JSON schemas of functions. None means that there are none.
             any_order: leave the order of the messages to the template, as transformers does.
             variables: of the template, as `thinking=True`.
-        Raises: ValueError as `check_messages`, when the template does not read a variable, refuses
-            the messages, fails, or tries to reach anything outside.
+        Raises: ValueError as `messages.check_messages`, when the template does not read a variable,
+            refuses the messages, fails, or tries to reach anything outside.
         """
-        messages = check_messages(messages, self, any_order=any_order)
+        messages = self._checked(messages, any_order)
         values = self.values(variables, tools)
         with limits():
             return self._ended(messages, values, add_generation_prompt, continue_final_message)[0]
@@ -138,24 +140,42 @@ class ChatTemplate:
         Raises: ValueError as `text`, or when the mask is asked for and the template, without
             `{% generation %}`, writes earlier turns in another way when later ones follow.
         """
-        messages = check_messages(messages, self, any_order=any_order)
+        messages = self._checked(messages, any_order)
         values = self.values(variables, tools)
         if assistant_mask and continue_final_message:
             raise ValueError(
                 "assistant_mask=True is for whole messages; leave out continue_final_message"
             )
+
+        # Names of tokens are quoted where neither the template nor an assistant wrote them.
         if not specials_in_messages:
             messages = [m if m["role"] == "assistant" else self._quoted(m) for m in messages]
             values = self._quoted(values)
+
         with limits():
             text, spans = self._ended(
                 messages, values, add_generation_prompt, continue_final_message
             )
             if assistant_mask and not self.marks_assistant:
                 spans = self._spans_by_prefix(messages, text, values)
+
+        # Spans are in characters; a token is the assistant's if it has one of these.
         encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
         ids, characters = encode(text)
         return Rendered(ids, _overlaps(characters, spans if assistant_mask else []))
+
+    def _checked(self, messages: Sequence[Message], any_order: bool) -> list[Message]:
+        """Check messages: roles that the template knows, in the order that chats have.
+
+        A template that checks the order itself, with `raise_exception`, is left to do so.
+        """
+        if any_order:
+            return check_messages(messages)
+        return check_messages(
+            messages,
+            knows=lambda role: self.writes_role or self.names(role),
+            ordered="raise_exception" not in self.source,
+        )
 
     def values(self, variables: dict[str, Any], tools: Any = None) -> dict[str, Any]:
         """Return what the template reads beside messages, as plain data.
@@ -168,7 +188,7 @@ class ChatTemplate:
                 f"template{did_you_mean(name, self.variables)}; "
                 f"it reads {', '.join(sorted(self.variables)) or 'none'}"
             )
-        return _plain({"documents": None, "tools": tools} | variables, "tools and variables")
+        return plain({"documents": None, "tools": tools} | variables, "tools and variables")
 
     def _ended(
         self, messages: list[Message], values: Any, prompt: bool, open_end: bool
@@ -184,6 +204,8 @@ class ChatTemplate:
             raise ValueError(
                 "continue_final_message and add_generation_prompt are both given; choose one"
             )
+
+        # A tag marks the end of the last content. The template may cut the space at its end.
         last, content = _tagged(messages[-1])
         text, _ = self._run([*messages[:-1], last], False, values)
         end = text.rfind(_TAG.rstrip())
@@ -192,7 +214,9 @@ class ChatTemplate:
                 "continue_final_message: the chat template does not write the whole of the last "
                 "message"
             )
-        return text[:end] if text.startswith(_TAG, end) else text[:end].rstrip(), []
+        if text.startswith(_TAG, end):
+            return text[:end], []
+        return text[:end].rstrip(), []
 
     def _run(
         self, messages: list[Message], add_generation_prompt: bool, values: dict[str, Any]
@@ -217,24 +241,27 @@ class ChatTemplate:
         parts' texts do not join to the whole text, each turn is compared after all turns before it:
         in quadratic time.
         """
+        # A part begins at a user's turn, `_PART` messages or more after the one before.
         starts = [0]
         for i, message in enumerate(messages):
             if message["role"] == "user" and i >= starts[-1] + _PART:
                 starts.append(i)
+        if len(starts) == 1:
+            return self._spans_after(0, messages, text, values)
+
         spans = []
-        end = 0
+        end = 0  # of the parts so far, in the whole text
+        stops = [*starts[1:], len(messages)]
         try:
-            for before, first, stop in zip(
-                [0, *starts], starts, [*starts[1:], len(messages)], strict=False
-            ):
+            for before, first, stop in zip([0, *starts], starts, stops, strict=False):
+                # The part before is the head of this text; only what follows it is new.
                 head = self._run(messages[before:first], False, values)[0] if first else ""
-                part = (
-                    self._run(messages[before:stop], False, values)[0] if len(starts) > 1 else text
-                )
+                part = self._run(messages[before:stop], False, values)[0]
                 found = self._spans_after(first - before, messages[before:stop], part, values)
                 if not (part.startswith(head) and text.startswith(part[len(head) :], end)):
                     raise ValueError("the parts do not join")
-                spans += [(end + a - len(head), end + b - len(head)) for a, b in found]
+                shift = end - len(head)
+                spans += [(shift + a, shift + b) for a, b in found]
                 end += len(part) - len(head)
         except ValueError:
             return self._spans_after(0, messages, text, values)
@@ -246,6 +273,7 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if i < first or message["role"] != "assistant":
                 continue
+            # The turns before, these with the generation prompt, and these with the turn.
             before, prompt = (
                 self._run(messages[:i], asked, values)[0] if i else "" for asked in (False, True)
             )
@@ -279,9 +307,10 @@ class ChatTemplate:
         """
         if _OPEN not in text and _CLOSE not in text:
             return self.tokenizer.encode_with_specials(text)
+
         ids: list[int] = []
         spans: Spans = []
-        start = 0
+        start = 0  # of the part
         # A template that cuts strings may leave one private character of a pair alone. It is
         # dropped.
         for part in re.split(f"({_OPEN}[^{_OPEN}{_CLOSE}]*{_CLOSE}|[{_OPEN}{_CLOSE}])", text):
@@ -297,6 +326,7 @@ class ChatTemplate:
         """Encode a part of a text; only before its first one may a tokenizer put a space."""
         # after a line's end a tokenizer puts no space
         head = "" if first or not self.tokenizer.puts_space_before else "\n"
+
         if quoted:
             skip = len(self.tokenizer.encode_plain(head))
             ids = self.tokenizer.encode_plain(head + text)
@@ -304,97 +334,12 @@ class ChatTemplate:
                 raise ValueError(
                     f"the tokenizer cannot write {text!r} as text; take it out of the message"
                 )
-            # after the first private character
+            # The name's characters come after the first private one.
             return ids[skip:], [(1, 1 + len(text))] * len(ids[skip:])
+
         skip = len(self.tokenizer.encode_with_specials(head)[0])
         ids, spans = self.tokenizer.encode_with_specials(head + text)
         return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
-
-
-def read_tools(tools: Any) -> list[Any] | None:
-    """Return tools that may be JSON as a text; an empty text means None.
-
-    Raises: ValueError when they are no list.
-
-    Example:
-        >>> read_tools('[{"name": "add"}]'), read_tools("")
-        ([{'name': 'add'}], None)
-    """
-    try:
-        found = parse_json(tools or "null") if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise ValueError(f"tools={tools!r:.60} is not JSON: {error}") from error
-    if found is not None and not isinstance(found, list):
-        raise ValueError(f"tools={tools!r:.60} is not a list of functions")
-    return found
-
-
-def check_messages(
-    messages: Any, template: ChatTemplate, *, any_order: bool = False
-) -> list[Message]:
-    """Check a conversation.
-
-    The first turn after system messages is a user's. Two user turns or two assistant turns never
-    follow one another. Roles are `ROLES`, and others if the template names them or writes whatever
-    role a message has. A template that checks the order itself, with `raise_exception`, is left to
-    do so.
-
-    Args: any_order: check neither order nor roles.
-    Returns: a copy of plain data. Keys whose value is None are left out; the names that templates
-        have for an assistant's reasoning are all there if one is, as in transformers.
-    Raises: ValueError naming the message by its number, from 0.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"messages={messages!r} is not a list of messages; give at least one")
-    copied = _plain(list(messages), "messages")
-    checked: list[Message] = []
-    before = None
-    for i, message in enumerate(copied):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {i}={message!r} is not an object with a role and a content")
-        message = {key: value for key, value in message.items() if value is not None}
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"message {i} has role={role!r}; give one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if content is None and not (role == "assistant" and message.get("tool_calls")):
-            raise ValueError(f"message {i} of role={role!r} has no content")
-        if content is not None and not isinstance(content, str | list):
-            raise ValueError(f"message {i} has content={content!r}, which is not text")
-        if not any_order:
-            _check_order(i, role, before, template)
-        if role != "system":
-            before = role
-        # of one thing in different templates
-        names = ("reasoning_content", "thinking", "reasoning")
-        reasoning = next((message[key] for key in names if key in message), None)
-        if reasoning is not None:
-            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        checked.append(message)
-    return checked
-
-
-def _plain(value: Any, what: str) -> Any:
-    """Copy a value by JSON, so that templates get plain data of a bounded depth."""
-    try:
-        return parse_json(json.dumps(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} hold a value that JSON does not have: {error}") from error
-
-
-def _check_order(i: int, role: str, before: str | None, template: ChatTemplate) -> None:
-    """Args: before: role of the last message that is not the system's."""
-    if role not in ROLES and not (template.writes_role or template.names(role)):
-        raise ValueError(
-            f"message {i} has role={role!r}, which the chat template does not name; it is for "
-            f"{', '.join(ROLES)}"
-        )
-    if "raise_exception" in template.source:
-        return
-    if before is None and role == "assistant":
-        raise ValueError(f"message {i} is the assistant's, and no user's message precedes it")
-    if role == before and role in ("user", "assistant"):
-        raise ValueError(f"message {i} is a second one of role={role!r} in a row; join the two")
 
 
 def _tagged(message: Message) -> tuple[Message, str]:
@@ -406,6 +351,8 @@ def _tagged(message: Message) -> tuple[Message, str]:
     )
     if last is None:
         raise ValueError("continue_final_message: the last message has no content that is text")
+
+    # The content keeps its form: a text, or a list with one part in place of another.
     tagged = {**last, "text": last["text"] + _TAG}
     open_end = (
         tagged["text"] if isinstance(value, str) else [tagged if p is last else p for p in parts]

@@ -17,6 +17,8 @@ from typing import Any
 
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.data.byte_tokenizer import Tokenizer
+from dsv3_jax.data.file_tokenizers import JSON_FILE, TIKTOKEN_FILE, FileTokenizer
 from dsv3_jax.data.special_tokens import (
     CONFIG_FILE,
     SPECIALS_FILE,
@@ -24,7 +26,6 @@ from dsv3_jax.data.special_tokens import (
     named_specials,
     read_object,
 )
-from dsv3_jax.data.tokenizer import JSON_FILE, TIKTOKEN_FILE, FileTokenizer, Tokenizer
 from dsv3_jax.host.files import parse_json, read_bytes, read_text, write_atomic
 
 TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -131,16 +132,19 @@ def with_template(
     Raises: ValueError when there is no such file, it is no template or reads no such variable, or
         the folder has none.
     """
+    # Templates end a turn with eos_token: a tokenizer alone has the id, and here gets the name.
     names = {i: name for name, i in text.tokenizer.specials.items()}
     special_tokens = text.special_tokens
     if "eos_token" not in special_tokens and text.tokenizer.eos_id in names:
         special_tokens = special_tokens | {"eos_token": names[text.tokenizer.eos_id]}
+
     source = PLAIN_TEMPLATE if template == "plain" else text.template
     if template not in (None, "plain"):
         try:
             source = read_text(template, _MAX_TEMPLATE)
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template={template!r} cannot be read: {error}") from error
+
     found = replace(
         text, special_tokens=special_tokens, template=source, variables=variables_of(words)
     )
@@ -164,6 +168,7 @@ def variables_of(words: Sequence[str]) -> dict[str, Any]:
             raise ValueError(
                 f"template={word!r} is not NAME=VALUE, a variable of the chat template"
             )
+        # JSON where it is JSON, else the text.
         found[name] = value
         with contextlib.suppress(ValueError):
             found[name] = parse_json(value)
@@ -201,18 +206,25 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
     Raises: ValueError when a file is damaged.
     """
     folder, run = Path(folder), Path(run)
+
+    # The files as they are, apart from the tokenizer and the usual template.
     for template in template_files(folder):
         write_atomic(run / TEMPLATES_FOLDER / template.name, read_bytes(template))
     for name in TEXT_FILES:
         if (folder / name).is_file() and name not in (JSON_FILE, TIKTOKEN_FILE, TEMPLATE_FILE):
             write_atomic(run / name, read_bytes(folder / name))
-    if not (run / CONFIG_FILE).exists():  # its being there says that text is read as released
+
+    # A run that has this file reads text as the released folder does.
+    if not (run / CONFIG_FILE).exists():
         names = {} if text is None else text.special_tokens
         write_atomic(run / CONFIG_FILE, json.dumps(names) + "\n")
+
+    # A run has no config.json, so the ids that it names go to the other file.
     stops = end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")
-    if stops:  # a run has no config.json
+    if stops:
         generation = read_object(folder / GENERATION_FILE) | {"eos_token_id": stops}
         write_atomic(run / GENERATION_FILE, json.dumps(generation, indent=2) + "\n")
+
     if text is not None:
         write_atomic(run / TEMPLATE_FILE, text.chat.source)
     elif (folder / TEMPLATE_FILE).is_file():
@@ -222,10 +234,8 @@ def copy_to_run(folder: str | Path, run: str | Path, text: TextSettings | None =
 def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings:
     config = read_object(folder / CONFIG_FILE)
     names = named_specials(folder)
-    stops = [
-        *(end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")),
-        tokenizer.eos_id,
-    ]
+
+    # A tokenizer that adds specials by itself adds BOS, too, if the model wants it.
     adds_specials = isinstance(tokenizer, FileTokenizer) and tokenizer.encode_prompt("") != []
     add_bos = released and config.get("add_bos_token") is True and not adds_specials
     bos = names.get("bos_token")
@@ -234,17 +244,18 @@ def _read(folder: Path, tokenizer: Tokenizer, *, released: bool) -> TextSettings
             f"{folder / CONFIG_FILE} has add_bos_token=true, and bos_token={bos!r} is no special "
             "token"
         )
-    template = _template(folder, config)
-    sampling = _sampling(folder)
+
+    # An answer ends at any id that the model's files name, and where a document ends.
+    stops = end_ids(folder, GENERATION_FILE) or end_ids(folder, "config.json")
     return TextSettings(
-        str(folder),
-        tokenizer,
-        names,
-        tuple(dict.fromkeys(stops)),
-        template,
-        sampling,
-        add_bos,
-        released,
+        name=str(folder),
+        tokenizer=tokenizer,
+        special_tokens=names,
+        stop_ids=tuple(dict.fromkeys([*stops, tokenizer.eos_id])),
+        template=_template(folder, config),
+        sampling=_sampling(folder),
+        add_bos=add_bos,
+        released=released,
     )
 
 
@@ -257,6 +268,8 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
     """
     if os.path.lexists(folder / TEMPLATE_FILE):
         return read_text(folder / TEMPLATE_FILE, _MAX_TEMPLATE)
+
+    # One text; or several, in one of two forms, of which "default" is the usual one.
     value = None if template_files(folder) else config.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
@@ -276,14 +289,13 @@ def _sampling(folder: Path) -> dict[str, Any]:
         key: said[key] for key in ("temperature", "top_p", "top_k") if said.get(key) is not None
     }
     for key, value in values.items():
-        if (
-            type(value) not in (int, float)
-            or not math.isfinite(value)
-            or (key == "top_k" and value != int(value))
-        ):
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if not is_number or (key == "top_k" and value != int(value)):
             raise ValueError(
                 f"{folder / GENERATION_FILE} has {key}={json.dumps(value)}, which is not a number"
             )
+
+    # Greedy, whatever else the file says.
     if said.get("do_sample") is False:
         return {"temperature": 0.0}
     kinds = {"temperature": float, "top_p": float, "top_k": int}

@@ -97,7 +97,7 @@ def _tools(args: Chat, text: Any) -> list[Any] | None:
 
     Raises: ValueError when the file is none of a list, or the template reads no tools.
     """
-    from dsv3_jax.chat.template import read_tools
+    from dsv3_jax.chat.messages import read_tools
     from dsv3_jax.host.files import read_text
 
     if args.tools is None:

@@ -40,7 +40,8 @@ def check(argv: list[str]) -> int:
     Raises: ValueError for a folder without a manifest, or with a shard that is missing or damaged.
     """
     args = parse(CheckArgs, argv, "data check")
-    from dsv3_jax.data.shards import check_files, read_manifest
+    from dsv3_jax.data.manifest import read_manifest
+    from dsv3_jax.data.shards import check_files
 
     manifest = read_manifest(args.folder)
     damages = list(check_files(manifest, wholly=True))

@@ -110,7 +110,7 @@ PINNED = (
 def sample(args: Generate) -> int:
     """Write the texts of a file of prompts."""
     from dsv3_jax.cli.sample import read_prompts, write_samples
-    from dsv3_jax.hf.files import CONFIG
+    from dsv3_jax.hf.tensor_files import CONFIG
     from dsv3_jax.host.files import check_writable, file_hash
     from dsv3_jax.runs.folder import RUN_FILE
     from dsv3_jax.runs.open_model import find_released, load_text

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dsv3_jax.data.corpus import json_lines
+from dsv3_jax.data.text_files import json_lines
 from dsv3_jax.host.files import never_through_a_link, parse_json, read_bytes, write_atomic
 from dsv3_jax.host.lock import acquire
 

@@ -23,8 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from dsv3_jax.config import DataConfig, first_difference
 from dsv3_jax.data.corpus import read_documents
-from dsv3_jax.data.packing import Piece, Record, fill
-from dsv3_jax.data.shards import (
+from dsv3_jax.data.manifest import (
     MANIFEST,
     SIDES,
     VERSIONS,
@@ -33,6 +32,7 @@ from dsv3_jax.data.shards import (
     read_sealed,
     sealed,
 )
+from dsv3_jax.data.packing import Piece, Record, fill
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 from dsv3_jax.host.files import PART, check_writable, file_hash, read_json, sync, write_atomic

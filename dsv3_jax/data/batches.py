@@ -50,8 +50,8 @@ Row = Batch
 
 
 @runtime_checkable  # tests check signatures when functions are called
-class Rows(Protocol):
-    """Random access to rows: `Packed` in memory, `ShardRows` on disk, or what Grain makes."""
+class RowSequence(Protocol):
+    """Random access to rows: `PackedRows` in memory, `ShardRows` on disk, or what Grain makes."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +86,8 @@ def _check_alignment(row: Row) -> None:
     wrong = np.flatnonzero((routed >= 0) & (routed != tokens))
     if not len(wrong):
         return
+
+    # The usual fault is an offset of one: say so where it explains all tokens.
     fits = [n for n in (1, -1) if (np.roll(tokens, -n) == routed)[routed >= 0].all()]
     what = f"shifted by {fits[0]}" if fits else "of another text"
     raise ValueError(
@@ -149,8 +151,13 @@ class Batches(Iterator[Batch]):
 
     metrics: Mapping[str, float] = {}  # of the last batch, to be logged with its step
 
-    def __init__(self, order: Rows, batch_size: int, mine: Sequence[int] | np.ndarray | None = None,
-                 fingerprint: str = ""):  # fmt: skip
+    def __init__(
+        self,
+        order: RowSequence,
+        batch_size: int,
+        mine: Sequence[int] | np.ndarray | None = None,
+        fingerprint: str = "",
+    ):
         mine = np.arange(batch_size) if mine is None else np.asarray(mine)
         self._order = order
         self._batch_size = batch_size
@@ -159,6 +166,7 @@ class Batches(Iterator[Batch]):
         self._row = 0
 
     def __next__(self) -> Batch:
+        # The position moves by the global batch, however many rows of it this process reads.
         batch = stack([self._order[int(self._row + i)] for i in self._mine])
         self._row += self._batch_size
         return batch
@@ -183,7 +191,9 @@ class Batches(Iterator[Batch]):
         self._row = row
 
 
-def endless(parts: Sequence[Rows], seed: int, weights: Sequence[float] = (1.0,)) -> Rows:
+def endless(
+    parts: Sequence[RowSequence], seed: int, weights: Sequence[float] = (1.0,)
+) -> RowSequence:
     """Order rows without end: each pass over a part is shuffled anew, and parts mix by weight.
 
     Row i of the order is found in constant time.
@@ -193,6 +203,7 @@ def endless(parts: Sequence[Rows], seed: int, weights: Sequence[float] = (1.0,))
         >>> sorted(order[i] for i in range(12))  # of the second part a third as many
         [0, 1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17]
     """
+    # Each part has its own seed, so parts of one length are not shuffled alike.
     orders = [
         grain.MapDataset.source(part).seed((seed + i) % 2**32).shuffle().repeat()
         for i, part in enumerate(parts)
@@ -200,15 +211,18 @@ def endless(parts: Sequence[Rows], seed: int, weights: Sequence[float] = (1.0,))
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
-def alternate(domains: Sequence[Rows], batch_size: int, num_batches: int) -> list[Batch]:
+def alternate(domains: Sequence[RowSequence], batch_size: int, num_batches: int) -> list[Batch]:
     """Return held-out batches whose rows alternate between domains: a few have all in equal parts.
 
     Args: num_batches: the most to return. Fewer rows give fewer batches, and the last one may end
         in rows of padding.
     """
+    # Row 0 of each domain, then row 1 of each; a domain that is at its end is left out.
     rounds = range(max(map(len, domains), default=0))
     found = (rows[i] for i in rounds for rows in domains if i < len(rows))
     rows = list(itertools.islice(found, num_batches * batch_size))
+
+    # Padding has segment 0, which no loss and no statistic counts.
     if rows:
         padding = {key: np.zeros_like(array) for key, array in rows[0].items()}
         rows += [padding] * (-len(rows) % batch_size)
@@ -239,8 +253,8 @@ class Source:
     domains: tuple[str, ...]
     fingerprint: str
     summary: str
-    train: Callable[[], Sequence[Rows]]
-    held_out: Callable[[], Sequence[Rows]]
+    train: Callable[[], Sequence[RowSequence]]
+    held_out: Callable[[], Sequence[RowSequence]]
     weights: tuple[float, ...] = (1.0,)
     corpus: Corpus | None = None
     training_bytes: dict[str, float] | None = None

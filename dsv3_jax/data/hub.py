@@ -61,6 +61,8 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
         import datasets
     except ImportError as error:
         raise ValueError("it needs datasets: pip install 'dsv3-jax[datasets]'") from error
+
+    # A folder that `save_to_disk` wrote has all splits, or one; anything else is loaded by name.
     if any((Path(name) / file).is_file() for file in SAVED):
         found = datasets.load_from_disk(name)
         if isinstance(found, datasets.DatasetDict):
@@ -69,6 +71,8 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
             found = found[split]
     else:
         found = datasets.load_dataset(name, config, split=split, streaming=True)
+
+    # Some streams know their columns only from their first row: they are not narrowed.
     columns = found.column_names
     if columns is not None:
         if not set(columns) & set(needed):

@@ -30,13 +30,11 @@ class Piece(NamedTuple):
 
     def split(self, size: int) -> tuple["Piece", "Piece"]:
         """Return the first `size` tokens, and the rest."""
-        return tuple(  # type: ignore[return-value]
-            self._replace(
-                tokens=self.tokens[part],
-                loss_mask=None if self.loss_mask is None else self.loss_mask[part],
-            )
-            for part in (slice(size), slice(size, None))
-        )
+        return self._part(slice(size)), self._part(slice(size, None))
+
+    def _part(self, part: slice) -> "Piece":
+        mask = None if self.loss_mask is None else self.loss_mask[part]
+        return self._replace(tokens=self.tokens[part], loss_mask=mask)
 
 
 def fill(pieces: Iterable[Piece], size: int, whole: bool) -> Iterator[list[Piece]]:
@@ -52,12 +50,16 @@ def fill(pieces: Iterable[Piece], size: int, whole: bool) -> Iterator[list[Piece
         >>> [[(p.document, len(p.tokens)) for p in row] for row in fill(pieces, 4, whole=False)]
         [[(0, 3), (1, 1)], [(1, 1), (2, 1)]]
     """
-    rows: list[list[Piece]] = []
-    room: list[int] = []
+    rows: list[list[Piece]] = []  # that are open
+    room: list[int] = []  # tokens that still fit into each
     for piece in pieces:
+        # A piece that is cut comes back here with its rest.
         while len(piece.tokens):
+            # First fit: the oldest open row with room.
             least = len(piece.tokens) if whole else 1
             row = next((i for i, left in enumerate(room) if left >= least), None)
+
+            # None has room, so a new one is opened; the oldest leaves if there are too many.
             if row is None:
                 if len(rows) == (_OPEN_ROWS if whole else 1):
                     room.pop(0)
@@ -65,6 +67,7 @@ def fill(pieces: Iterable[Piece], size: int, whole: bool) -> Iterator[list[Piece
                 row = len(rows)
                 rows.append([])
                 room.append(size)
+
             part, piece = piece.split(room[row])
             rows[row].append(part)
             room[row] -= len(part.tokens)
@@ -98,12 +101,13 @@ class Record(NamedTuple):
         """Join pieces."""
         ends = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
         masks = [piece.loss_mask for piece in pieces if piece.loss_mask is not None]
+        no_tokens = np.zeros(0, np.int32)
         return cls(
-            ends[:-1],
-            np.array([piece.domain for piece in pieces], np.int32),
-            np.array([piece.document for piece in pieces], np.int32),
-            np.concatenate([piece.tokens for piece in pieces]) if pieces else np.zeros(0, np.int32),
-            np.concatenate(masks) if masks else None,
+            starts=ends[:-1],
+            domains=np.array([piece.domain for piece in pieces], np.int32),
+            documents=np.array([piece.document for piece in pieces], np.int32),
+            tokens=np.concatenate([piece.tokens for piece in pieces]) if pieces else no_tokens,
+            loss_mask=np.concatenate(masks) if masks else None,
         )
 
     def to_bytes(self) -> bytes:
@@ -113,19 +117,25 @@ class Record(NamedTuple):
         """
         head = np.array([self.domains[0], len(self.starts), len(self.tokens)])
         ids = np.concatenate([head, self.starts, self.documents, self.tokens]).astype("<i4")
-        return ids.tobytes() + (b"" if self.loss_mask is None else self.loss_mask.tobytes())
+        mask = b"" if self.loss_mask is None else self.loss_mask.tobytes()
+        return ids.tobytes() + mask
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Record":
         """Read what `to_bytes` returns."""
         domain, d, n = np.frombuffer(data, "<i4", 3).tolist()
         ids = np.frombuffer(data, "<i4", 2 * d + n, offset=12).astype(np.int32, copy=False)
-        mask = (
-            np.frombuffer(data, bool, offset=12 + ids.nbytes)
-            if len(data) > 12 + ids.nbytes
-            else None
+
+        # The mask follows the ids; text has none.
+        end = 12 + ids.nbytes
+        mask = np.frombuffer(data, bool, offset=end) if len(data) > end else None
+        return cls(
+            starts=ids[:d],
+            domains=np.full(d, domain, np.int32),
+            documents=ids[d : 2 * d],
+            tokens=ids[2 * d :],
+            loss_mask=mask,
         )
-        return cls(ids[:d], np.full(d, domain, np.int32), ids[d : 2 * d], ids[2 * d :], mask)
 
     def row(self, first: int, stop: int, seq_len: int, separate: bool = True) -> Row:
         """Return the tokens from `first` to `stop` as a row, with padding after them.
@@ -134,10 +144,13 @@ class Record(NamedTuple):
         """
         stop = min(stop, len(self.tokens))
         n = stop - first
-        # documents a to b-1 are in it
+
+        # Documents a to b-1 have tokens in the row. The first may have begun in an earlier one.
         a, b = np.searchsorted(self.starts, [first, stop - 1], side="right") - [1, 0]
         begins = np.maximum(self.starts[a:b] - first, 0)
         segment = np.repeat(np.arange(b - a), np.diff([*begins, n]))
+
+        # Padding is zeros: segment 0 belongs to no document.
         names = ("tokens", "segment_ids", "positions", "domains", "documents")
         row: dict[str, np.ndarray] = {name: np.zeros(seq_len, np.int32) for name in names}
         row["tokens"][:n] = self.tokens[first:stop]
@@ -145,14 +158,15 @@ class Record(NamedTuple):
         row["positions"][:n] = np.arange(n) - (begins[segment] if separate else 0)
         row["domains"][:n] = self.domains[a:b][segment]
         row["documents"][:n] = self.documents[a:b][segment]
+
         if self.loss_mask is not None:
             row["loss_mask"] = np.zeros(seq_len, bool)
             row["loss_mask"][:n] = self.loss_mask[first:stop]
         return row  # type: ignore[return-value]
 
 
-class Packed:
-    """`Rows` of pieces in memory.
+class PackedRows:
+    """`RowSequence` of pieces in memory.
 
     Args:
         seq_len: tokens of a row (T).
@@ -160,7 +174,8 @@ class Packed:
         separate: as `DataConfig.separate_documents`.
 
     Example:
-        >>> rows = Packed([Piece(np.arange(n), domain=0, document=n) for n in (3, 2)], seq_len=4)
+        >>> pieces = [Piece(np.arange(n), domain=0, document=n) for n in (3, 2)]
+        >>> rows = PackedRows(pieces, seq_len=4)
         >>> [row["segment_ids"].tolist() for row in rows]
         [[1, 1, 1, 2], [1, 0, 0, 0]]
     """
@@ -168,16 +183,17 @@ class Packed:
     def __init__(
         self, pieces: Iterable[Piece], seq_len: int, *, whole: bool = False, separate: bool = True
     ):
-        if whole:
-            filled = list(fill(pieces, seq_len, whole))
-            pieces = [piece for row in filled for piece in row]
-            bounds = np.cumsum([0, *(sum(len(piece.tokens) for piece in row) for row in filled)])
-        self._record = Record.of(list(pieces))
         self._seq_len = seq_len
         self._separate = separate
-        self._bounds = (
-            bounds if whole else np.arange(0, len(self._record.tokens) + seq_len, seq_len)
-        )
+        if whole:
+            # Whole pieces leave rows of different lengths; they lie end to end in one record.
+            filled = list(fill(pieces, seq_len, whole))
+            self._record = Record.of([piece for row in filled for piece in row])
+            sizes = [sum(len(piece.tokens) for piece in row) for row in filled]
+            self._bounds = np.cumsum([0, *sizes])
+        else:
+            self._record = Record.of(list(pieces))
+            self._bounds = np.arange(0, len(self._record.tokens) + seq_len, seq_len)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

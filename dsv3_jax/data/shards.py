@@ -13,14 +13,10 @@ rows.
 
 import bisect
 import contextlib
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -28,144 +24,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dsv3_jax.config import DataConfig, did_you_mean
 from dsv3_jax.data.batches import Row, Source
+from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.data.corpus import fingerprint_of
+from dsv3_jax.data.manifest import Manifest, Part, read_manifest
 from dsv3_jax.data.packing import Record
-from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.host.files import file_hash, read_json
+from dsv3_jax.host.files import file_hash
 
-MANIFEST = "manifest.json"
-# Of shards, by what they hold. Chats of version 2 were split by their records, ids included: those
-# that were held out may be trained on, too.
-VERSIONS = {"text": 2, "chat": 3}
-SIDES = ("train", "val")
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # reads no record that is not asked for
-
-
-class Part(NamedTuple):
-    """Records of one domain, one after the other in a file."""
-
-    file: str
-    skip: int
-    records: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of a folder of shards.
-
-    Attributes:
-        format: text or chat.
-        row_tokens: the most tokens of a record (R).
-        tokenizer: its fingerprint.
-        domains: names that records number.
-        documents: number of documents on both sides.
-        files: name → side, bytes, records, hash, and domains: lists of domain, records and tokens.
-    """
-
-    folder: Path
-    format: str
-    row_tokens: int
-    tokenizer: str
-    vocab_size: int
-    domains: tuple[str, ...]
-    documents: int
-    files: dict[str, dict[str, Any]]
-
-    def parts(self, side: str) -> dict[str, list[Part]]:
-        """Return where the records of each domain are. Args: side: train or val."""
-        found: dict[str, list[Part]] = {name: [] for name in self.domains}
-        for name, facts in self.files.items():
-            skip = 0
-            for domain, records, tokens in facts["domains"] if facts["side"] == side else ():
-                found[self.domains[domain]].append(Part(name, skip, records, tokens))
-                skip += records
-        return found
-
-
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read the manifest of a folder of shards.
-
-    Raises: ValueError when the folder has none, or it is damaged or of another version.
-    """
-    file = Path(folder) / MANIFEST
-    if not file.is_file():
-        raise ValueError(
-            f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}"
-        )
-    values = read_sealed(file)
-    try:
-        version = values.pop("version")
-        newest = VERSIONS[values["format"]]
-        if version != newest:
-            raise ValueError(
-                f"{file} is not of version {newest}; tokenize again into an empty folder"
-            )
-        _check(values)
-        return Manifest(folder=Path(folder), **values | {"domains": tuple(values["domains"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not a manifest of shards: {error}; tokenize again into an empty folder"
-        ) from None
-
-
-def _check(values: dict[str, Any]) -> None:
-    """Check types and ranges: anybody can seal a manifest. Raises: TypeError that names a value."""
-    domains, files = values.get("domains"), values.get("files")
-    files = files if isinstance(files, dict) else {}
-    possible = {
-        key: _is_count(values.get(key)) for key in ("row_tokens", "vocab_size", "documents")
-    }
-    possible["tokenizer"] = isinstance(values.get("tokenizer"), str)
-    possible["domains"] = isinstance(domains, list) and all(
-        isinstance(x, str) and x.isprintable() for x in domains
-    )
-    possible["files"] = {name.partition("-")[0] for name in files} == {*SIDES}
-    possible |= {name: _fits(name, facts, values) for name, facts in files.items()}
-    for key, good in possible.items():
-        if not good:
-            raise TypeError(f"{key}={(values | files).get(key)!r:.200} is not possible")
-
-
-def _fits(name: str, facts: Any, values: dict[str, Any]) -> bool:
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        side, size, parts = facts["side"], values["row_tokens"], facts["domains"]
-        shortest = size if values["format"] == "text" else 1  # but for the last record of a domain
-        return (
-            (side in SIDES and name.startswith(f"{side}-") and Path(name).name == name)
-            and (_is_count(facts["bytes"]) and len(bytes.fromhex(facts["hash"])) == 16)
-            and all(
-                _is_count(domain, 0, len(values["domains"]) - 1) and _is_count(n)
-                for domain, n, _ in parts
-            )
-            and all(_is_count(tokens, (n - 1) * shortest + 1, n * size) for _, n, tokens in parts)
-            and sum(n for _, n, _ in parts) == facts["records"] > 0
-        )
-    return False
-
-
-def _is_count(value: Any, least: int = 1, most: int = 2**53) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def sealed(values: dict[str, Any]) -> str:
-    """Return the JSON of a manifest or mark, with a hash of its content."""
-    return json.dumps(values | {"seal": _seal(values)}, indent=1)
-
-
-def read_sealed(file: Path) -> dict[str, Any]:
-    """Read what `sealed` returned.
-
-    Raises: ValueError that names the file, if any byte of the content has changed.
-    """
-    values = read_json(file)
-    if values.pop("seal", None) != _seal(values):
-        raise ValueError(f"{file} is damaged, or of another version; run dsv3 data tokenize again")
-    return values
-
-
-def _seal(values: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
@@ -176,6 +41,7 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
     """
     for name, facts in manifest.files.items():
         path = manifest.folder / name
+        # Cheap checks come first; a later one relies on the earlier ones.
         if not path.is_file():
             yield f"shard {str(path)!r} is missing"
         elif path.stat().st_size != facts["bytes"]:
@@ -184,12 +50,12 @@ def check_files(manifest: Manifest, wholly: bool = False) -> Iterator[str]:
             yield f"shard {str(path)!r} has other bytes than when it was written"
         else:
             try:
+                # By the first record a shard of another version or tokenizer shows.
                 shard = Shard(manifest, name)
-                tokens = sum(
-                    len(shard.read(record).tokens)
-                    for record in range(facts["records"] if wholly else 1)
-                )
-                if wholly and tokens != (expected := sum(part[2] for part in facts["domains"])):
+                records = range(facts["records"] if wholly else 1)
+                tokens = sum(len(shard.read(record).tokens) for record in records)
+                expected = sum(part[2] for part in facts["domains"])
+                if wholly and tokens != expected:
                     yield f"shard {str(path)!r} has {tokens:,} tokens of {expected:,}"
             except ValueError as error:
                 yield str(error)
@@ -206,6 +72,7 @@ class Shard:
         self._path = manifest.folder / name
         self._domains = manifest.files[name]["domains"]
         self._ends = list(itertools.accumulate(records for _, records, _ in self._domains))
+
         with self._named("the index"):
             self._reader = ArrayRecordReader(str(self._path), _READER)
             if self._reader.num_records() != manifest.files[name]["records"]:
@@ -215,24 +82,30 @@ class Shard:
         """Return a record."""
         with self._named(f"record {number}"):
             record = Record.from_bytes(self._reader.read([number])[0])
-            starts, tokens, mask = record.starts, record.tokens, record.loss_mask
-            # By the manifest. A text's records are full but for the last one of a domain.
-            part = bisect.bisect_right(self._ends, number)
-            domain, records, total = self._domains[part]
-            size = self._manifest.row_tokens
-            length = size if number + 1 < self._ends[part] else total - (records - 1) * size
-            if not (
-                (0 <= tokens.min() and tokens.max() < self._manifest.vocab_size)
-                and (starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < len(tokens))
-                and (
-                    record.domains[0] == domain
-                    and (mask is None) == (self._manifest.format == "text")
-                )
-                and (len(tokens) == length if mask is None else len(mask) == len(tokens) <= size)
-                and (mask is None or mask.view(np.uint8).max() <= 1)
-            ):
+            if not self._is_possible(record, number):
                 raise ValueError("its ids, starts, domain, length or loss mask are not possible")
             return record
+
+    def _is_possible(self, record: Record, number: int) -> bool:
+        """Compare a record with the manifest: its bytes may be damaged, or a stranger's."""
+        starts, tokens, mask = record.starts, record.tokens, record.loss_mask
+        if tokens.min() < 0 or tokens.max() >= self._manifest.vocab_size:
+            return False
+        if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens):
+            return False
+
+        part = bisect.bisect_right(self._ends, number)
+        domain, records, total = self._domains[part]
+        is_text = self._manifest.format == "text"
+        if record.domains[0] != domain or (mask is None) != is_text:
+            return False
+
+        # A text's records are full, but for the last one of a domain, which has the rest.
+        size = self._manifest.row_tokens
+        if mask is None:
+            is_last = number + 1 == self._ends[part]
+            return len(tokens) == (total - (records - 1) * size if is_last else size)
+        return bool(len(mask) == len(tokens) <= size and mask.view(np.uint8).max() <= 1)
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -247,7 +120,7 @@ class Shard:
 
 
 class ShardRows:
-    """`Rows` of T tokens of some parts of shards.
+    """`RowSequence` of T tokens of some parts of shards.
 
     Args: parts: in their order; each has the rows of one domain in one file.
     """
@@ -256,19 +129,26 @@ class ShardRows:
         self._parts = parts
         self._cfg = cfg
         self._per_record = manifest.row_tokens // cfg.seq_len
-        rows = (p.records if self._per_record == 1 else -(-p.tokens // cfg.seq_len) for p in parts)
-        self._first = [0, *itertools.accumulate(rows)]
         self._shard = cache(partial(Shard, manifest))
+
+        # The number of each part's first row. Its last record may have fewer rows than the others.
+        if self._per_record == 1:
+            rows = [part.records for part in parts]
+        else:
+            rows = [-(-part.tokens // cfg.seq_len) for part in parts]
+        self._first = [0, *itertools.accumulate(rows)]
 
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getitem__(self, row: int) -> Row:
+        # The part, the record in it, and the row in that.
         part = bisect.bisect_right(self._first, row) - 1
         file, skip = self._parts[part][:2]
         record, i = divmod(row - self._first[part], self._per_record)
+
         first = i * self._cfg.seq_len
-        stop = (i + 1) * self._cfg.seq_len
+        stop = first + self._cfg.seq_len
         found = self._shard(file).read(skip + record)
         return found.row(first, stop, self._cfg.seq_len, self._cfg.separate_documents)
 
@@ -295,6 +175,8 @@ def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
             raise ValueError(
                 f"mixture={cfg.mixture} names domain {name!r}, and the shards have {known}"
             )
+
+    # Relative to the largest weight, so that no power overflows at a low temperature.
     most = max(weights.values())
     scaled = {
         name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items() if weight
@@ -328,10 +210,55 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     """
     folder = cfg.paths[0]
     manifest = read_manifest(folder)
+    _check_run(cfg, manifest, tokenizer)
+    for damage in check_files(manifest):
+        raise ValueError(
+            f"{damage}; run dsv3 data tokenize again, which writes only what is absent"
+        )
+
+    # One order for each domain that is mixed, or one order of all records.
+    train = manifest.parts("train")
+    sizes = {name: sum(part.tokens for part in parts) for name, parts in train.items()}
+    shares = proportions(sizes, cfg)
+    if cfg.mixture or cfg.temperature != 1:
+        mixed = [train[name] for name in shares]
+    else:
+        mixed = [sum(train.values(), [])]
+
+    def held_out() -> list[Any]:
+        # A few batches are read of each domain: rows from all over its files.
+        return [
+            grain.MapDataset.source(ShardRows(manifest, parts, cfg)).seed(0).shuffle()
+            for parts in manifest.parts("val").values()
+            if parts
+        ]
+
+    # For the user, before the run begins.
+    of_domains = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    held_out_tokens = sum(part.tokens for parts in manifest.parts("val").values() for part in parts)
+    hashes = (facts["hash"] for facts in manifest.files.values() if facts["side"] == "train")
+
+    return Source(
+        cfg,
+        manifest.domains,
+        fingerprint=fingerprint_of(map(bytes.fromhex, hashes)),
+        summary=f"shards: {len(manifest.files):,} files, {manifest.documents:,} documents, "
+        f"{sum(sizes.values()):,} tokens ({of_domains}); {held_out_tokens:,} held out",
+        train=lambda: [ShardRows(manifest, parts, cfg) for parts in mixed],
+        held_out=held_out,
+        weights=tuple(shares.values()),
+    )
+
+
+def _check_run(cfg: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Raises: ValueError for settings of a run that these shards cannot serve."""
+    folder = cfg.paths[0]
     if manifest.tokenizer != tokenizer.fingerprint or manifest.vocab_size > tokenizer.vocab_size:
         raise ValueError(
             f"tokenizer={cfg.tokenizer!r} is not that of shards={folder!r}; name theirs"
         )
+
+    # A record of text is cut into rows; an example of a chat is never cut.
     if manifest.row_tokens % cfg.seq_len or (
         manifest.format == "chat" and manifest.row_tokens != cfg.seq_len
     ):
@@ -344,33 +271,3 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
         raise ValueError(
             "separate_documents=False is for text: chat examples never see one another"
         )
-    for damage in check_files(manifest):
-        raise ValueError(
-            f"{damage}; run dsv3 data tokenize again, which writes only what is absent"
-        )
-    train, val = manifest.parts("train"), manifest.parts("val")
-    sizes = {name: sum(part.tokens for part in parts) for name, parts in train.items()}
-    shares = proportions(sizes, cfg)
-    mixed = (
-        [train[name] for name in shares]
-        if cfg.mixture or cfg.temperature != 1
-        else [sum(train.values(), [])]
-    )
-    held_out = sum(part.tokens for parts in val.values() for part in parts)
-    return Source(
-        cfg,
-        manifest.domains,
-        fingerprint_of(
-            bytes.fromhex(f["hash"]) for f in manifest.files.values() if f["side"] == "train"
-        ),
-        f"shards: {len(manifest.files):,} files, {manifest.documents:,} documents, "
-        f"{sum(sizes.values()):,} tokens "
-        f"({', '.join(f'{name} {size:,}' for name, size in sizes.items())}); {held_out:,} held out",
-        lambda: [ShardRows(manifest, parts, cfg) for parts in mixed],
-        lambda: [
-            grain.MapDataset.source(ShardRows(manifest, p, cfg)).seed(0).shuffle()
-            for p in val.values()
-            if p
-        ],
-        weights=tuple(shares.values()),
-    )

@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Integer
 
 from dsv3_jax.config import ConfigError, DataConfig
-from dsv3_jax.data.batches import Rows, Source
+from dsv3_jax.data.batches import RowSequence, Source
+from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.data.corpus import Corpus, load_corpus
-from dsv3_jax.data.packing import Packed, Piece
+from dsv3_jax.data.packing import PackedRows, Piece
 from dsv3_jax.data.shards import open_shards
-from dsv3_jax.data.tokenizer import Tokenizer
 
 Tokens = Integer[np.ndarray, " n"]
 _FIM_ROWS = 4  # characters of a part that fill-in-the-middle rearranges, in units of T
@@ -61,37 +61,23 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
     """
     if cfg.fim_rate:
         _ = tokenizer.fim_ids  # refuses
-    number = {domain: i for i, domain in enumerate(corpus.domains)}
 
-    def pieces() -> Iterator[Piece]:
-        rng = np.random.default_rng(cfg.seed)
-        order = rng.permutation(len(corpus.train)).tolist()
-        if cfg.fim_rate:
-            parts = (
-                (i, part)
-                for i in order
-                for part in _rearranged(corpus.train[i].text, tokenizer, cfg, rng)
-            )
-        else:
-            encoded = tokenizer.encode_arrays([corpus.train[i].text for i in order])
-            parts = (
-                (i, np.append(ids, np.int32(tokenizer.eos_id)))
-                for i, ids in zip(order, encoded, strict=True)
-            )
-        for i, ids in parts:
-            # kept in memory
-            small = ids.astype(np.uint16) if tokenizer.vocab_size <= 2**16 else ids
-            yield Piece(small, number[corpus.train[i].domain], i)
+    def train() -> list[RowSequence]:
+        pieces = _training_pieces(corpus, tokenizer, cfg)
+        return [PackedRows(pieces, cfg.seq_len, separate=cfg.separate_documents)]
 
-    def held_out(domain: str) -> Rows:
-        texts = {i: text for i, (text, name) in enumerate(corpus.val) if name == domain}
-        found = (
-            Piece(window, number[domain], i)
-            for i, window in _windows(texts, tokenizer, cfg.seq_len)
-        )
-        return Packed(found, cfg.seq_len, separate=cfg.separate_documents)
+    def held_out() -> list[RowSequence]:
+        return [
+            PackedRows(
+                _held_out_pieces(corpus, domain, tokenizer, cfg.seq_len),
+                cfg.seq_len,
+                separate=cfg.separate_documents,
+            )
+            for domain in range(len(corpus.domains))
+        ]
 
     sizes = corpus.sizes()
+    held_out_bytes = sum(val for _, val in sizes.values())
     parts = ", ".join(
         f"{name} {(train + val) / 1e6:.1f} MB" for name, (train, val) in sizes.items()
     )
@@ -99,12 +85,45 @@ def from_corpus(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Source
         cfg,
         corpus.domains,
         corpus.fingerprint,
-        f"text: {parts}; {sum(val for _, val in sizes.values()) / 1e6:.2f} MB of it held out",
-        lambda: [Packed(pieces(), cfg.seq_len, separate=cfg.separate_documents)],
-        lambda: [held_out(domain) for domain in corpus.domains],
+        summary=f"text: {parts}; {held_out_bytes / 1e6:.2f} MB of it held out",
+        train=train,
+        held_out=held_out,
         corpus=corpus,
         training_bytes={name: float(train) for name, (train, _) in sizes.items()},
     )
+
+
+def _training_pieces(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> Iterator[Piece]:
+    """Yield the training documents in a random order; for fill-in-the-middle in parts."""
+    rng = np.random.default_rng(cfg.seed)
+    order = rng.permutation(len(corpus.train)).tolist()
+    if cfg.fim_rate:
+        parts = (
+            (i, part)
+            for i in order
+            for part in _rearranged(corpus.train[i].text, tokenizer, cfg, rng)
+        )
+    else:
+        encoded = tokenizer.encode_arrays([corpus.train[i].text for i in order])
+        parts = (
+            (i, np.append(ids, np.int32(tokenizer.eos_id)))
+            for i, ids in zip(order, encoded, strict=True)
+        )
+
+    # All tokens stay in memory: ids of a small vocabulary take two bytes.
+    number = {domain: i for i, domain in enumerate(corpus.domains)}
+    small = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    for i, ids in parts:
+        yield Piece(ids.astype(small, copy=False), number[corpus.train[i].domain], i)
+
+
+def _held_out_pieces(
+    corpus: Corpus, domain: int, tokenizer: Tokenizer, length: int
+) -> Iterator[Piece]:
+    name = corpus.domains[domain]
+    texts = {i: document.text for i, document in enumerate(corpus.val) if document.domain == name}
+    for i, window in _windows(texts, tokenizer, length):
+        yield Piece(window, domain, i)
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> Tokens:
@@ -122,12 +141,16 @@ def _windows(
     rng = np.random.default_rng(0)
     keys = list(texts)
     remaining = []  # (key, windows, index of the first one)
+
+    # The first round: a random window of each text, in a random order.
     for i in rng.permutation(len(texts)):
         tokens = _encode(texts[keys[i]], tokenizer)
         windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
         first = int(rng.integers(len(windows)))
         yield keys[i], windows[first]
         remaining.append((keys[i], windows, first))
+
+    # Later rounds go on from there, and come back to a text's beginning after its end.
     for num_yielded in itertools.count(1):
         remaining = [text for text in remaining if len(text[1]) > num_yielded]
         if not remaining:
@@ -149,22 +172,26 @@ def _rearranged(
     size = _FIM_ROWS * cfg.seq_len
     begin = 0
     while begin < len(text):
+        # The last line end in the second half of `size` characters; without one, exactly `size`.
         stop = len(text)
         if stop - begin > 1.5 * size:
             stop = text.rfind("\n", begin + size // 2, begin + size) + 1 or begin + size
         part = text[begin:stop]
         begin = stop
+
         if rng.random() < cfg.fim_rate:
+            # Prefix, suffix, middle, each after its special. The middle is what is learnt.
             a, b = sorted(rng.integers(0, len(part) + 1, size=2).tolist())
-            ids = (
+            pieces = (part[:a], part[b:], part[a:b])
+            ids = [
                 np.append(np.int32(special), tokenizer.encode_array(piece))
-                for special, piece in zip(
-                    tokenizer.fim_ids, (part[:a], part[b:], part[a:b]), strict=True
-                )
-            )
-            yield np.append(np.concatenate(list(ids)), np.int32(tokenizer.eos_id))
+                for special, piece in zip(tokenizer.fim_ids, pieces, strict=True)
+            ]
+            yield np.append(np.concatenate(ids), np.int32(tokenizer.eos_id))
+        elif stop == len(text):
+            yield _encode(part, tokenizer)
         else:
-            yield _encode(part, tokenizer) if stop == len(text) else tokenizer.encode_array(part)
+            yield tokenizer.encode_array(part)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -21,10 +21,10 @@ def named_specials(folder: Path) -> dict[str, str]:
     Raises: ValueError when a file is not JSON, or a name is not text.
     Source: transformers, `PreTrainedTokenizerBase._from_pretrained`.
     """
-    config = read_object(folder / CONFIG_FILE)
-    said = (
-        config if "added_tokens_decoder" in config else config | read_object(folder / SPECIALS_FILE)
-    )
+    said = read_object(folder / CONFIG_FILE)
+    if "added_tokens_decoder" not in said:
+        said |= read_object(folder / SPECIALS_FILE)
+
     names = {}
     for role, value in said.items():
         value = value.get("content") if isinstance(value, dict) else value
@@ -32,7 +32,7 @@ def named_specials(folder: Path) -> dict[str, str]:
             raise ValueError(
                 f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token"
             )
-        # models add further roles, as image_token
+        # Models add further roles, as image_token.
         if role.endswith("_token") and isinstance(value, str):
             names[role] = value
     return names
@@ -49,7 +49,9 @@ def end_ids(folder: Path, name: str, key: str = "eos_token_id") -> list[int]:
     Raises: ValueError when it is neither an id nor a list of ids.
     """
     value = read_object(folder / name).get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_IDS for i in ids):
         raise ValueError(
             f"{folder / name} has {key}={value!r}, which is neither an id nor a list of ids"

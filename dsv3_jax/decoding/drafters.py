@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind
+from dsv3_jax.decoding.prompt_lookup import earlier_match
 from dsv3_jax.mesh.logits import draw
 from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.context import DECODING, from_zero, make_context
 from dsv3_jax.model.mtp import unshard_head
 from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.look_up import look_up
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 from dsv3_jax.ops.verify_drafts import Drafts
 
@@ -238,7 +238,7 @@ class LookupDrafter(Drafter):
         self, state: None, unread: Unread, keys: Array, sampling: Sampling
     ) -> tuple[Drafts, None]:
         newest = unread.start + unread.num_valid
-        found = look_up(unread.text, newest)
+        found = earlier_match(unread.text, newest)
         ahead = jnp.arange(keys.shape[0], dtype=jnp.int32)[None] % (newest - found)[:, None]
         tokens = jnp.take_along_axis(unread.text, found[:, None] + 1 + ahead, axis=1)
         return Drafts(tokens, None), None

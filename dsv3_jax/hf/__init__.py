@@ -2,8 +2,9 @@
 
 import importlib
 
-from dsv3_jax.hf.config_json import config_from_dict, config_to_dict
-from dsv3_jax.hf.reading import load
+from dsv3_jax.hf.config_json import config_from_dict
+from dsv3_jax.hf.config_writing import config_to_dict
+from dsv3_jax.hf.loading import load
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import save
 

@@ -1,15 +1,15 @@
-"""Convert between a released config.json and ModelConfig; what only one can express is an error."""
+"""Convert a released config.json to a ModelConfig; what this model does not have is an error."""
 
 import typing
 from typing import Any
 
 from dsv3_jax.config import ConfigError, ModelConfig, Yarn, replace
 from dsv3_jax.hf import int4
-from dsv3_jax.hf.families import FIXED, Family, check_keys, check_known, family_of, text_config
-from dsv3_jax.hf.table import BLOCK, check_released
+from dsv3_jax.hf.families import Family, check_keys, check_known, family_of, text_config
+from dsv3_jax.hf.table import BLOCK
 
 # Our field → key of config.json with the same value.
-_SAME_VALUE = {
+SAME_VALUE = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -29,12 +29,16 @@ _SAME_VALUE = {
     "norm_eps": "rms_norm_eps",
 }
 # The same for keys that may be absent, with the value that an absent key means.
-_WITH_DEFAULT: dict[str, tuple[str, Any]] = {
+WITH_DEFAULT: dict[str, tuple[str, Any]] = {
     "tie_embeddings": ("tie_word_embeddings", False),
     "init_std": ("initializer_range", 0.02),
 }
 # The same for models with an indexer.
-_INDEX = {"index_topk": "index_topk", "index_heads": "index_n_heads", "index_dim": "index_head_dim"}
+INDEX_KEYS = {
+    "index_topk": "index_topk",
+    "index_heads": "index_n_heads",
+    "index_dim": "index_head_dim",
+}
 # in released files, and in newer transformers
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
 _NULLABLE = ("q_lora_rank", "n_shared_experts")  # keys for which null differs from absent
@@ -54,7 +58,21 @@ _ROPE_KEYS = frozenset(
     "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
     "mscale_all_dim truncate attention_factor partial_rotary_factor".split()
 )
-_BLOCK_SIZE = [BLOCK, BLOCK]
+# Keys inside of it of which one value is what this package computes.
+_ROPE_FIXED: dict[str, Any] = {
+    "partial_rotary_factor": 1,
+    "truncate": True,
+    "attention_factor": None,
+}
+# All keys that are read here.
+_USED = {
+    *SAME_VALUE.values(),
+    *(key for key, _ in WITH_DEFAULT.values()),
+    *_MTP_KEYS,
+    *_ROUTER_KEYS,
+    *_OTHER_KEYS,
+}
+BLOCK_SIZE = [BLOCK, BLOCK]
 _HINTS = typing.get_type_hints(ModelConfig)
 _REQUIRED = object()  # the default of a key that must be there
 
@@ -73,6 +91,7 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     Source: the released config.json of each label; transformers' DeepseekV3Config.
 
     Example:
+        >>> from dsv3_jax.hf.config_writing import config_to_dict
         >>> from dsv3_jax.presets import preset
         >>> config = config_to_dict(preset("v3"))
         >>> config["hidden_size"], config_from_dict(config).dim
@@ -80,57 +99,67 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     """
     if not isinstance(values, dict):
         raise ConfigError(f"config.json holds {type(values).__name__}, not an object")
+
+    # DeepSeek's spelling of keys, without nulls; what a label's files leave out has its default.
     values = text_config(values)
     family = family_of(values)
     values = {family.aliases.get(key, key): value for key, value in values.items()}
     values = {**family.defaults} | {
         key: value for key, value in values.items() if value is not None or key in _NULLABLE
     }
-    used = {
-        *_SAME_VALUE.values(),
-        *(key for key, _ in _WITH_DEFAULT.values()),
-        *_MTP_KEYS,
-        *_ROUTER_KEYS,
-        *_OTHER_KEYS,
-    }
-    check_keys(values, family, used, allow_unknown=allow_unknown_keys)
+    check_keys(values, family, _USED, allow_unknown=allow_unknown_keys)
     check_quantization(values)
+
+    # Fields group by group; each group refuses what this model does not have.
+    fields = _sizes(family, values)
+    fields["mtp_depth"] = next((_value(values, key, int) for key in _MTP_KEYS if key in values), 0)
+    fields |= _experts(family, values, fields["num_layers"])
+    fields |= _rope(family, values, fields["max_positions"], allow_unknown_keys)
+    if family.indexer:
+        fields |= {name: _value(values, key, int) for name, key in INDEX_KEYS.items()}
+        fields |= {"attention": "dsa", "index_interleaved": family.shared_indexers}
+
+    cfg = ModelConfig(**fields)  # checks the number of layers, which the pattern must have
+    if family.shared_indexers:
+        return replace(cfg, index_types=_index_types(values, cfg.num_layers))
+    return cfg
+
+
+def _sizes(family: Family, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that are one key each."""
     fields: dict[str, Any] = {}
-    for name, key in _SAME_VALUE.items():
+    for name, key in SAME_VALUE.items():
         if name == "num_dense_layers" and "mlp_layer_types" in values:
             fields[name] = _dense_prefix(values)
         elif family.experts or name not in _OF_EXPERTS:
             fields[name] = _value(values, key, _HINTS[name])
-    for name, (key, default) in _WITH_DEFAULT.items():
+    for name, (key, default) in WITH_DEFAULT.items():
         fields[name] = _value(values, key, _HINTS[name], default)
+
+    # With MLA every head has its own keys and values.
     kv_heads = values.get("num_key_value_heads", fields["num_heads"])
     if kv_heads != fields["num_heads"]:
         raise ConfigError(
             f"num_key_value_heads={kv_heads!r} differs from "
             f"num_attention_heads={fields['num_heads']!r}"
         )
-    fields["mtp_depth"] = next((_value(values, key, int) for key in _MTP_KEYS if key in values), 0)
+    return fields
+
+
+def _experts(family: Family, values: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return the fields of experts and router. A model without has one expert, in no layer."""
     if family.experts:
-        fields["num_shared_experts"] = _value(values, "n_shared_experts", int | None) or 0
-        fields.update(_router(family, values))
-    else:  # a single expert that no layer has
-        fields |= {
-            "num_dense_layers": fields["num_layers"],
-            "num_experts": 1,
-            "experts_per_token": 1,
-            "expert_dim": 1,
-        }
-        fields |= {"num_shared_experts": 0, "num_groups": 1, "groups_per_token": 1}
-    fields.update(_rope(family, values, fields["max_positions"], allow_unknown_keys))
-    if family.indexer:
-        fields |= {name: _value(values, key, int) for name, key in _INDEX.items()}
-        fields |= {"attention": "dsa", "index_interleaved": family.shared_indexers}
-    cfg = ModelConfig(**fields)  # checks the number of layers
-    return (
-        replace(cfg, index_types=_index_types(values, cfg.num_layers))
-        if family.shared_indexers
-        else cfg
-    )
+        shared = _value(values, "n_shared_experts", int | None) or 0
+        return {"num_shared_experts": shared} | _router(family, values)
+    return {
+        "num_dense_layers": num_layers,
+        "num_experts": 1,
+        "experts_per_token": 1,
+        "expert_dim": 1,
+        "num_shared_experts": 0,
+        "num_groups": 1,
+        "groups_per_token": 1,
+    }
 
 
 def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...] | None:
@@ -138,6 +167,7 @@ def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...] | None:
 
     Source: transformers' GlmMoeDsaConfig.
     """
+    # A list of names; a string with a letter for each layer; or a period with an offset.
     types = values.get("indexer_types", values.get("index_topk_pattern"))
     if isinstance(types, str):
         types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
@@ -147,6 +177,8 @@ def _index_types(values: dict[str, Any], layers: int) -> tuple[str, ...] | None:
         types = [
             "shared" if max(layer - offset + 1, 0) % period else "full" for layer in range(layers)
         ]
+
+    # The first layer has no earlier choice to reuse.
     known = isinstance(types, list) and all(kind in ("full", "shared") for kind in types)
     if not known or len(types) != layers or types[:1] != ["full"]:
         raise ConfigError(
@@ -206,20 +238,22 @@ def check_quantization(values: dict[str, Any]) -> None:
     if not isinstance(config, dict):
         raise ConfigError(f"quantization_config={config!r} is not an object")
     if config.get("quant_method") == int4.METHOD:
-        int4.group_size(config)
+        int4.group_size(config)  # refuses another form
         return
+
     method = config.get("quant_method")
     fmt = config.get("fmt", "e4m3")
-    size = config.get("weight_block_size", _BLOCK_SIZE)
-    if method != "fp8" or fmt != "e4m3" or size != _BLOCK_SIZE:
+    size = config.get("weight_block_size", BLOCK_SIZE)
+    if method != "fp8" or fmt != "e4m3" or size != BLOCK_SIZE:
         raise ConfigError(
             f"quantization_config with quant_method={method!r}, fmt={fmt!r}, "
-            f"weight_block_size={size!r} is not supported; use 'fp8', 'e4m3', {_BLOCK_SIZE}"
+            f"weight_block_size={size!r} is not supported; use 'fp8', 'e4m3', {BLOCK_SIZE}"
         )
 
 
 def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     """Return our fields of the router."""
+    # How an expert is scored, and whether groups are chosen before experts.
     label = values["model_type"]
     methods = family.methods
     scoring = values.get("scoring_func", family.scoring)
@@ -232,11 +266,13 @@ def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"topk_method={method!r} is not supported for {label}; use {' or '.join(methods)}"
         )
-    groups = (
-        (1, 1)
-        if method == "greedy"
-        else [_value(values, key, int) for key in ("n_group", "topk_group")]
-    )
+
+    # "greedy" chooses among all experts: one group.
+    num_groups = chosen_groups = 1
+    if method != "greedy":
+        num_groups = _value(values, "n_group", int)
+        chosen_groups = _value(values, "topk_group", int)
+
     normalize = _value(values, "norm_topk_prob", bool)
     if label == "deepseek_v2" and normalize:
         # The released code then ignores the scale, and transformers ignores the normalisation.
@@ -247,8 +283,8 @@ def _router(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "router": scoring,
         "group_score": "top2_sum" if scoring == "sigmoid" else "max",
-        "num_groups": groups[0],
-        "groups_per_token": groups[1],
+        "num_groups": num_groups,
+        "groups_per_token": chosen_groups,
         "normalize_gates": normalize,
     }
 
@@ -257,17 +293,19 @@ def _rope(
     family: Family, values: dict[str, Any], max_positions: int, allow_unknown: bool
 ) -> dict[str, Any]:
     """Return our fields of RoPE and YaRN."""
+    # Newer files have `rope_parameters`, older ones `rope_scaling`; some have both.
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{key}={value!r} is not an object")
     scaling = {k: v for k, v in {**(old or {}), **(new or {})}.items() if v is not None}
+    theta_from = scaling if "rope_theta" in scaling else values
     fields: dict[str, Any] = {
-        "rope_theta": _value(
-            scaling if "rope_theta" in scaling else values, "rope_theta", float, 1e4
-        ),
+        "rope_theta": _value(theta_from, "rope_theta", float, 1e4),
         "rope_interleaved": _value(values, "rope_interleave", bool, True),
     }
+
+    # Pairs of a rotation: neighbours, or halves. For an indexer's the label decides.
     label = values["model_type"]
     if (label == "deepseek_v2" or family.indexer) and not fields["rope_interleaved"]:
         raise ConfigError(
@@ -278,11 +316,9 @@ def _rope(
         raise ConfigError(
             f"indexer_rope_interleave={index!r} is not supported for {label}; use {supported!r}"
         )
-    for key, supported in (
-        ("partial_rotary_factor", 1),
-        ("truncate", True),
-        ("attention_factor", None),
-    ):
+
+    # Refuse all that would compute other angles.
+    for key, supported in _ROPE_FIXED.items():
         if scaling.get(key, supported) != supported:
             raise ConfigError(
                 f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}"
@@ -292,8 +328,13 @@ def _rope(
         raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
     if not allow_unknown:
         check_known(scaling, _ROPE_KEYS, "RoPE scaling")
-    if rope_type == "default":
-        return fields
+    if rope_type != "default":
+        fields["yarn"] = _yarn(scaling, max_positions)
+    return fields
+
+
+def _yarn(scaling: dict[str, Any], max_positions: int) -> Yarn:
+    """Return YaRN's settings; `max_positions` is the trained length where none is named."""
     mscale, all_dim = (_value(scaling, key, float, 0.0) for key in ("mscale", "mscale_all_dim"))
     if not all_dim and mscale in (0, 1):
         mscale = 1.0  # the reference's value where both are absent
@@ -301,124 +342,12 @@ def _rope(
         raise ConfigError(
             f"mscale={mscale!r} does not go with mscale_all_dim={all_dim!r}; give both or neither"
         )
-    fields["yarn"] = Yarn(
+    original = _value(scaling, "original_max_position_embeddings", int, max_positions)
+    return Yarn(
         factor=_value(scaling, "factor", float),
-        original_max_positions=_value(
-            scaling, "original_max_position_embeddings", int, max_positions
-        ),
+        original_max_positions=original,
         beta_fast=_value(scaling, "beta_fast", float, 32.0),
         beta_slow=_value(scaling, "beta_slow", float, 1.0),
         mscale=mscale,
         mscale_all_dim=all_dim,
     )
-    return fields
-
-
-def config_to_dict(
-    cfg: ModelConfig, *, fp8: bool = False, dtype: str = "bfloat16"
-) -> dict[str, Any]:
-    """Convert a ModelConfig to the config.json that was released and that transformers reads.
-
-    The inverse of `config_from_dict`. Settings that config.json cannot express are left out:
-    balance losses, dispatch, remat, compute dtype, and the rounding of index queries and keys, see
-    `left_out`.
-
-    Args:
-        cfg: a model with a released format, see `table.check_released`.
-        fp8: say that linear weights are FP8.
-        dtype: name of the other weights' dtype.
-    Raises: ConfigError naming a value that the released format cannot express.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> config = config_to_dict(preset("v2_lite"))
-        >>> config["model_type"], config["kv_lora_rank"], config["num_hidden_layers"]
-        ('deepseek_v2', 512, 27)
-    """
-    check_released(cfg)
-    label = "deepseek_v3" if cfg.router == "sigmoid" else "deepseek_v2"
-    if cfg.attention == "dsa":
-        label = "glm_moe_dsa" if cfg.index_interleaved else "deepseek_v32"
-    grouped = cfg.groups_per_token < cfg.num_groups
-    method = (
-        "noaux_tc" if cfg.router == "sigmoid" else "group_limited_greedy" if grouped else "greedy"
-    )
-    config: dict[str, Any] = {
-        # as in DeepseekV3ForCausalLM
-        "architectures": [label.title().replace("_", "") + "ForCausalLM"],
-        "model_type": label,
-        **{key: getattr(cfg, field) for field, key in _SAME_VALUE.items()},
-        **{key: getattr(cfg, field) for field, (key, _) in _WITH_DEFAULT.items()},
-        **{key: FIXED[key] for key in ("hidden_act", "attention_bias", "moe_layer_freq")},
-        "num_key_value_heads": cfg.num_heads,
-        "n_shared_experts": cfg.num_shared_experts,
-        "num_nextn_predict_layers": cfg.mtp_depth,
-        "scoring_func": cfg.router,
-        "topk_method": method,
-        "n_group": cfg.num_groups,
-        "topk_group": cfg.groups_per_token,
-        "norm_topk_prob": cfg.normalize_gates,
-        "rope_theta": cfg.rope_theta,
-        "rope_interleave": cfg.rope_interleaved,
-        "rope_scaling": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "use_cache": True,
-        "torch_dtype": dtype,
-    }
-    if cfg.attention == "dsa":
-        config |= {key: getattr(cfg, field) for field, key in _INDEX.items()}
-    if cfg.index_interleaved:
-        config["indexer_types"] = list(cfg.index_types or ["full"] * cfg.num_layers)
-    if cfg.yarn.factor > 1:
-        yarn = cfg.yarn
-        scaling = {
-            key: getattr(yarn, key)
-            for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        }
-        original = {"original_max_position_embeddings": yarn.original_max_positions}
-        config["rope_scaling"] = {"type": "yarn"} | scaling | original
-    if fp8:
-        method = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
-        config["quantization_config"] = method | {"weight_block_size": _BLOCK_SIZE}
-    restored = config_from_dict(config)
-    expected = _expressible(cfg, restored)
-    if restored != expected:
-        field = next(k for k in vars(restored) if getattr(restored, k) != getattr(expected, k))
-        raise ConfigError(
-            f"{field}={getattr(cfg, field)!r} cannot be expressed in the released format "
-            f"{label!r}; it requires {field}={getattr(restored, field)!r}"
-        )
-    return config
-
-
-def left_out(cfg: ModelConfig) -> str:
-    """Say which setting makes a released folder compute otherwise than the model; "" if none does.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> left_out(preset("v3"))
-        ''
-    """
-    if cfg.attention != "dsa" or cfg.index_precision == "none":
-        return ""
-    return (
-        f"index_precision={cfg.index_precision!r} is lost, since config.json has no key for it: "
-        "its readers do not round index queries and keys"
-    )
-
-
-def _expressible(cfg: ModelConfig, restored: ModelConfig) -> ModelConfig:
-    """Return `cfg` with the fields that config.json does not determine taken from `restored`."""
-    silent = ("balance", "capacity_factor", "index_precision")
-    changes = {key: getattr(restored, key) for key in silent}
-    # no limit, so the number of groups and their score have no effect
-    if cfg.groups_per_token == cfg.num_groups:
-        changes |= {
-            key: getattr(restored, key) for key in ("num_groups", "groups_per_token", "group_score")
-        }
-    if cfg.yarn.factor == 1:
-        changes["yarn"] = restored.yarn
-    if cfg.mtp_depth == 0:
-        changes["mtp_kind"] = restored.mtp_kind
-    return replace(cfg, **changes)

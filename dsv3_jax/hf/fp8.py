@@ -53,14 +53,16 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     numbers = np.empty(values.shape, E4M3)
     scales = np.empty((-(-rows // BLOCK), -(-columns // BLOCK)), np.float32)
     for row in range(scales.shape[0]):
+        # A row of blocks, filled up with zeros, which change no largest magnitude.
         strip = np.zeros((BLOCK, scales.shape[1] * BLOCK), np.float32)
         part = values[row * BLOCK : (row + 1) * BLOCK]
         strip[: part.shape[0], :columns] = part
+
+        # [128, n · 128] → n blocks of 128 · 128 values, and back after rounding.
         blocks = strip.reshape(BLOCK, -1, BLOCK).swapaxes(0, 1).reshape(-1, BLOCK * BLOCK)
         scales[row] = _scales(blocks)
-        rounded = (
-            _round(blocks, scales[row]).reshape(-1, BLOCK, BLOCK).swapaxes(0, 1).reshape(BLOCK, -1)
-        )
+        rounded = _round(blocks, scales[row]).reshape(-1, BLOCK, BLOCK)
+        rounded = rounded.swapaxes(0, 1).reshape(BLOCK, -1)
         numbers[row * BLOCK : (row + 1) * BLOCK] = rounded[: part.shape[0], :columns]
     return numbers, scales
 
@@ -70,15 +72,18 @@ def _scales(blocks: np.ndarray) -> np.ndarray:
     largest = np.abs(blocks).max(axis=1)
     quotient = largest / np.float32(LARGEST)
     bits = quotient.view(np.uint32)
+
     # Round up to 20 significant bits: the lowest 4 of the 24 become 0.
     scales = ((bits + np.uint32(15)) & ~np.uint32(15)).view(np.float32)
     scales = np.where(largest > 0, np.maximum(scales, _SMALLEST_SCALE), np.float32(1))
+
+    # A block that was dequantized has a scale near the quotient that makes all its values exact.
     undecided = np.flatnonzero(quotient > _SMALLEST_SCALE)
     for ulps in _ULPS:
         if undecided.size == 0:
             break
         candidates = (bits[undecided].astype(np.int64) + ulps).astype(np.uint32).view(np.float32)
-        # a block's first row rules out most blocks
+        # Its first row rules out most blocks; only the likely ones are compared in full.
         likely = _is_exact(blocks[undecided, :BLOCK], candidates)
         undecided_likely = undecided[likely]
         exact = _is_exact(blocks[undecided_likely], candidates[likely])

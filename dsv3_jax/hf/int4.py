@@ -53,6 +53,7 @@ def unpack(
         >>> unpack(numbers, np.array([[0.5, 2.0]]), (1, 8), group=4).astype(int).tolist()
         [[-4, -3, -3, -2, -8, -6, -4, -2]]
     """
+    # Four bits of each int32 after the other, the lowest first; a row's last int32 may be partial.
     bits = packed.view(np.uint32)[:, :, None] >> (4 * np.arange(IN_ONE, dtype=np.uint32))
     numbers = (bits & 15).astype(np.float32).reshape(len(packed), -1)[:, : shape[1]] - 8
     return numbers * np.repeat(scales.astype(np.float32), group, axis=1)[:, : shape[1]]
@@ -69,6 +70,7 @@ def group_size(config: dict[str, Any]) -> int:
         >>> group_size({"format": "pack-quantized", "config_groups": groups})
         32
     """
+    # One group of weights, so that all matrices are packed alike.
     try:
         [group] = config["config_groups"].values()
         found = {
@@ -81,6 +83,7 @@ def group_size(config: dict[str, Any]) -> int:
         raise ConfigError(
             f"quantization_config={config!r:.80} is not one group of packed weights"
         ) from error
+
     for key, value in _WANTED.items():
         if found.get(key) != value:
             raise ConfigError(

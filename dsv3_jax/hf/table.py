@@ -86,18 +86,20 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
     """
     embed = _same("model.embed_tokens.weight", (cfg.vocab_size, cfg.dim), ("embed",), ())
     yield embed
+
+    # Dense layers and sparse ones are two stacks of ours, numbered each from 0.
     for layer in range(cfg.num_layers):
         dense = layer < cfg.num_dense_layers
         index = layer if dense else layer - cfg.num_dense_layers
         stack = ("dense",) if dense else ("sparse",)
-        yield from _block(
-            cfg, f"model.layers.{layer}", stack, (index,), dense, cfg.has_indexer[layer]
-        )
+        indexer = cfg.has_indexer[layer]
+        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), dense, indexer)
     yield _norm("model.norm", cfg.dim, ("norm",), ())
     head = replace(embed, name="lm_head.weight", copy_of=embed.name)
     if not cfg.tie_embeddings:
         head = replace(head, slices=(ParamSlice(("head",), ()),), order=(1, 0), copy_of=None)
     yield head
+
     for k in range(cfg.mtp_depth):
         for entry in _mtp_layer(cfg, k, embed, head):
             yield replace(entry, mtp=True)
@@ -106,6 +108,8 @@ def entries(cfg: ModelConfig) -> Iterator[Entry]:
 def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[Entry]:
     name = f"model.layers.{cfg.num_layers + k}"
     path = ("mtp", k)
+
+    # Released heads repeat the embedding. They join the normed hidden state with its token.
     yield replace(embed, name=f"{name}.embed_tokens.weight", copy_of=embed.name)
     yield _norm(f"{name}.enorm", cfg.dim, (*path, "embed_norm"), ())
     yield _norm(f"{name}.hnorm", cfg.dim, (*path, "hidden_norm"), ())
@@ -113,6 +117,7 @@ def _mtp_layer(cfg: ModelConfig, k: int, embed: Entry, head: Entry) -> Iterator[
     yield Entry(
         f"{name}.eh_proj.weight", (cfg.dim, 2 * cfg.dim), (ParamSlice((*path, "w_eh"), ()),)
     )
+
     yield from _block(cfg, name, (*path, "block"), (), dense=False, indexer=cfg.attention == "dsa")
     yield _norm(f"{name}.shared_head.norm", cfg.dim, (*path, "norm"), ())
     source = head.copy_of or head.name  # a tied head is the embedding
@@ -138,6 +143,8 @@ def _block(
     if dense:
         yield from _swiglu(cfg.dim, cfg.dense_dim, f"{name}.mlp", (*path, "ffn"), index)
         return
+
+    # The router, then the routed experts one by one, then the shared ones as a single SwiGLU.
     moe: Path = (*path, "moe")
     router = (cfg.num_experts, cfg.dim)
     yield Entry(f"{name}.mlp.gate.weight", router, (ParamSlice((*moe, "w_router"), index),))
@@ -167,12 +174,15 @@ def _attention(cfg: ModelConfig, name: str, path: Path, index: Shape) -> Iterato
     def queries(part: str, width: int, ours: str) -> Entry:
         return linear(part, (h * qk, width), ours, order=(2, 0, 1), heads=(h, qk, width))
 
+    # Queries: of the residual stream, or of a latent that comes before them.
     if cfg.q_latent_dim is None:
         yield queries("q_proj", cfg.dim, "w_q")
     else:
         yield linear("q_a_proj", (cfg.q_latent_dim, cfg.dim), "w_dq")
         yield _norm(f"{name}.q_a_layernorm", cfg.q_latent_dim, (*path, "q_norm"), index)
         yield queries("q_b_proj", cfg.q_latent_dim, "w_uq")
+
+    # One matrix gives the latent and the rotary key; a second one a head's keys and values.
     latent = cfg.kv_latent_dim
     parts = (cfg.nope_head_dim, v)
     yield linear("kv_a_proj_with_mqa", (latent + cfg.rope_head_dim, cfg.dim), "w_dkv")

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.hf import files
-from dsv3_jax.hf.config_json import config_to_dict, left_out
+from dsv3_jax.hf import tensor_files
+from dsv3_jax.hf.config_writing import config_to_dict, left_out
 from dsv3_jax.hf.fp8 import quantize
-from dsv3_jax.hf.reading import BF16, ReleasedFolder
+from dsv3_jax.hf.released_folder import BF16, ReleasedFolder
 from dsv3_jax.hf.table import SCALE_SUFFIX, entries, tensor_table
 from dsv3_jax.host.files import atomic_folder
 from dsv3_jax.model.transformer import Transformer
@@ -24,7 +24,9 @@ DTYPES = ("float32", "bfloat16")
 ReadTensor = Callable[[str], np.ndarray]
 
 
-def cast(read: ReadTensor, table: files.Table, *, allow_nonfinite: bool) -> Iterator[np.ndarray]:
+def cast(
+    read: ReadTensor, table: tensor_files.TensorTable, *, allow_nonfinite: bool
+) -> Iterator[np.ndarray]:
     """Read a table's tensors, in its order and dtypes; an FP8 tensor's scales come after it.
 
     Args:
@@ -43,10 +45,13 @@ def cast(read: ReadTensor, table: files.Table, *, allow_nonfinite: bool) -> Iter
         if name.endswith(SCALE_SUFFIX):
             continue  # written with its tensor
         value = read(name)
+
+        # e4m3 has no infinity, and a NaN would spoil the scale of its block.
         fp8 = dtype not in DTYPES
         if (fp8 or not allow_nonfinite) and not np.isfinite(value).all():
             reason = ", which FP8 cannot represent" if fp8 else "; allow_nonfinite=True accepts it"
             raise ValueError(f"{name} holds NaN or Inf{reason}")
+
         if fp8:
             yield from quantize(value.astype(np.float32, copy=False))
         else:
@@ -100,9 +105,8 @@ def folder_tensors(folder: ReleasedFolder) -> ReadTensor:
         if name not in folder.stored and entry.copy_of:
             entry = folder.entries[entry.copy_of]
         stored = folder.stored.get(entry.name)  # None: of 4 bits
-        return folder.read(
-            entry, BF16 if stored is not None and stored.dtype == BF16 else np.dtype(np.float32)
-        )
+        exact = BF16 if stored is not None and stored.dtype == BF16 else np.dtype(np.float32)
+        return folder.read(entry, exact)
 
     return read
 
@@ -157,7 +161,7 @@ def save(
 
 def prepare(
     model: Transformer, fp8: bool, dtype: Any
-) -> tuple[dict[str, Any], files.Table, ReadTensor]:
+) -> tuple[dict[str, Any], tensor_files.TensorTable, ReadTensor]:
     """Return config.json, the table, and a function that reads a tensor of a model.
 
     Arguments and errors as `save`.
@@ -184,7 +188,7 @@ def prepare(
 def write_released(
     path: str | Path,
     config: dict[str, Any],
-    table: files.Table,
+    table: tensor_files.TensorTable,
     tensors: Iterable[np.ndarray],
     shard_bytes: int = SHARD_BYTES,
     *,
@@ -199,8 +203,10 @@ def write_released(
         raise ValueError(
             f"shard_bytes={shard_bytes} is below 1; give the bytes that a shard may hold"
         )
-    total = files.table_bytes(table)
-    files.check_new(Path(path), total)
+    total = tensor_files.table_bytes(table)
+    tensor_files.check_new(Path(path), total)
+
+    # The folder gets its name when all is written.
     with atomic_folder(path) as folder, transfer("saving", total, quiet=quiet) as advance:
 
         def counted() -> Iterator[np.ndarray]:
@@ -208,8 +214,8 @@ def write_released(
                 advance(tensor.nbytes)
                 yield tensor
 
-        files.write_shards(folder, table, shard_bytes, counted())
-        files.write_json(folder / files.CONFIG, config)
+        tensor_files.write_shards(folder, table, shard_bytes, counted())
+        tensor_files.write_json(folder / tensor_files.CONFIG, config)
         for name, content in (texts or {}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.batches import Batch, Source
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.report.ngram import Order2
 from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 

@@ -13,10 +13,11 @@ from dsv3_jax.chat import text_settings
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
-from dsv3_jax.hf import files
-from dsv3_jax.hf.config_json import config_to_dict, left_out
+from dsv3_jax.hf import tensor_files
+from dsv3_jax.hf.config_writing import config_to_dict, left_out
 from dsv3_jax.hf.families import text_config
-from dsv3_jax.hf.reading import ReleasedFolder, load
+from dsv3_jax.hf.loading import load
+from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.hf.table import tensor_table
 from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, prepare, write_released
 from dsv3_jax.host.files import atomic_folder, read_bytes
@@ -80,7 +81,7 @@ def convert(
             "mtp=False is not supported for a run, which is written with its MTP layers; leave it "
             "out"
         )
-    files.check_new(out, 0)
+    tensor_files.check_new(out, 0)
     if from_run:
         return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
     accept: dict[str, Any] = {
@@ -105,7 +106,7 @@ def _run_to_released(
     """Convert a run's checkpoint, with its tokenizer and the other files of its text."""
     # the run's own may be of other devices
     model, run, step = load_run(source, step=step, kernels="auto")
-    origin = read_object(files.file_inside(source, ORIGIN))
+    origin = read_object(tensor_files.file_inside(source, ORIGIN))
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
     fp8 = dtype == "fp8"
     name = next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
@@ -136,7 +137,7 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
     for key in ("bos_token_id", "eos_token_id"):
-        end_ids(folder.path, files.CONFIG, key)  # refuses what is no id
+        end_ids(folder.path, tensor_files.CONFIG, key)  # refuses what is no id
         config[key] = folder.config.get(key)
     texts = {name: read_bytes(file) for name, file in text_files(folder.path).items()}
     if TOKENIZER_FILE in texts or (TIKTOKEN_FILE in texts and find_spec("tiktoken")):
@@ -154,7 +155,7 @@ def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
     # untouched pages take no memory
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)
     state = TrainState(params, bias, AdamState(zeros, zeros), jnp.zeros((), jnp.int32))
-    files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    tensor_files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     with atomic_folder(out) as folder:
         run = claim(folder, run)
         text_files(source)  # none is a link out of the folder
@@ -173,6 +174,6 @@ def keep_origin(source: Path, run: str | Path) -> None:
     Raises: ValueError when it is no JSON, or a link out of the folder.
     """
     is_run = (source / RUN_FILE).is_file()
-    config = files.file_inside(source, ORIGIN if is_run else files.CONFIG)
+    config = tensor_files.file_inside(source, ORIGIN if is_run else tensor_files.CONFIG)
     if config.is_file():
-        files.write_json(Path(run) / ORIGIN, text_config(files.read_json(config)))
+        tensor_files.write_json(Path(run) / ORIGIN, text_config(tensor_files.read_json(config)))

@@ -16,10 +16,10 @@ from dsv3_jax.chat.text_settings import TEMPLATES_FOLDER, TEXT_FILES, TextSettin
 from dsv3_jax.config import ONLY_FOR, DataConfig, ModelConfig, RunConfig, check_kind, replace
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
-from dsv3_jax.data.shards import MANIFEST
+from dsv3_jax.data.manifest import MANIFEST
 from dsv3_jax.data.source import open_source
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, Tokenizer
-from dsv3_jax.hf import files, reading
+from dsv3_jax.hf import loading, tensor_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.host.files import MAX_JSON, check_regular
 from dsv3_jax.kernels.choose import platform_of
@@ -97,7 +97,7 @@ def load_model(
         raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
     if dtype is None:
         dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
-    return reading.load(find_released(folder), dtype, mesh, mtp=mtp, kernels=kernels or "auto")
+    return loading.load(find_released(folder), dtype, mesh, mtp=mtp, kernels=kernels or "auto")
 
 
 def find_released(place: str | Path) -> Path:
@@ -106,10 +106,10 @@ def find_released(place: str | Path) -> Path:
     Raises: ValueError when it is none, or as `places.find`.
     """
     folder = find(place)
-    if not (folder / files.CONFIG).exists():
+    if not (folder / tensor_files.CONFIG).exists():
         raise ValueError(
             f"folder={str(folder)!r} is neither a run (no {RUN_FILE}) nor released (no "
-            f"{files.CONFIG})"
+            f"{tensor_files.CONFIG})"
         )
     return folder
 
@@ -131,9 +131,9 @@ def text_files(folder: Path) -> dict[str, Path]:
 
     Raises: ValueError when one of them is a link out of the folder, no file, or too large.
     """
-    found = {name: files.file_inside(folder, name) for name in TEXT_FILES}
+    found = {name: tensor_files.file_inside(folder, name) for name in TEXT_FILES}
     for path in text_settings.template_files(folder):
-        found[f"{TEMPLATES_FOLDER}/{path.name}"] = files.file_inside(
+        found[f"{TEMPLATES_FOLDER}/{path.name}"] = tensor_files.file_inside(
             folder, path.name, under=TEMPLATES_FOLDER
         )
     found = {name: path for name, path in found.items() if os.path.lexists(path)}
@@ -181,7 +181,7 @@ def load_text(folder: str | Path) -> TextSettings:
     place = Path(folder)
     is_run = (place / RUN_FILE).is_file()
     place = place if is_run else find_released(folder)
-    files.file_inside(place, files.CONFIG)  # an absent file passes
+    tensor_files.file_inside(place, tensor_files.CONFIG)  # an absent file passes
     names = text_files(place)
     if is_run:
         data = read_run(place).data

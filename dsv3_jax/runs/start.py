@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
-from dsv3_jax.hf import reading
+from dsv3_jax.hf import loading
+from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import load_run, steps_of
@@ -88,7 +89,7 @@ def open_start(place: str, out: str | Path | None = None) -> Start:
     try:
         if (Path(place) / RUN_FILE).is_file():
             return open_run(place)
-        folder = reading.ReleasedFolder(find_released(place))
+        folder = ReleasedFolder(find_released(place))
         run = released_run(folder.path, folder.cfg)
     except ValueError:
         if out is None or not (Path(out) / RUN_FILE).is_file():
@@ -97,7 +98,7 @@ def open_start(place: str, out: str | Path | None = None) -> Start:
 
     def load(job: Job) -> tuple[Transformer, str]:
         keep = job.run.freezes
-        return reading.load(folder.path, None if keep else jnp.float32, job.mesh, packed=keep), ""
+        return loading.load(folder.path, None if keep else jnp.float32, job.mesh, packed=keep), ""
 
     return Start(str(folder.path), run, True, load, four_bits=folder.four_bits)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_jax.data.corpus import json_lines
+from dsv3_jax.data.text_files import json_lines
 from dsv3_jax.host.files import read_text
 
 KINDS = {

@@ -78,40 +78,52 @@ def information(
         >>> found.entropy.round(2), found.token.bits.round(2), abs(found.domain.bits).round(2)
         (array([2.]), array([1.]), array([0.]))
     """
+    # Documents and tokens by running numbers.
     rng = np.random.default_rng(seed)
     documents, document = np.unique(rows.document, return_inverse=True)
     domain_of = np.zeros(len(documents), np.int64)
     domain_of[document] = rows.domain
     token = np.unique(rows.token, return_inverse=True)[1]
+
     # The same documents and shuffles in every layer: weights [S, R].
     even = np.full(len(documents), 1 / len(documents))
     weights = rng.multinomial(len(documents), even, resamples).T
     shuffled = np.stack([rng.permutation(domain_of) for _ in range(draws)], axis=1)  # [S, draws]
+
     estimates = []
     for counted, ids in zip(rows.counted, rows.expert_ids, strict=True):
+        # The plug-in measures of the text as it is.
         counts = _Counts(
             token[counted], ids[counted], document[counted], num_experts, len(documents)
         )
         plain = counts.measure(np.ones((len(documents), 1)), domain_of[:, None], num_domains)[:, 0]
+
+        # Chance: for the token by shuffled occurrences, for the domain by shuffled documents.
         by_shuffle = np.mean([counts.shuffled_tokens(rng) for _ in range(draws)])
         once = np.ones((len(documents), draws))
         chance = np.array([by_shuffle, *counts.measure(once, shuffled, num_domains)[1:].mean(-1)])
+
+        # The interval: how far the measures of resampled documents lie apart.
         repeated = np.repeat(domain_of[:, None], resamples, 1)
         spread = counts.measure(weights, repeated, num_domains).std(-1, ddof=1)
         bits = plain - chance
-        estimates.append(
-            np.stack([bits, chance, bits - WIDE * spread, bits + WIDE * spread], axis=1)
-        )
+        low, high = bits - WIDE * spread, bits + WIDE * spread
+        estimates.append(np.stack([bits, chance, low, high], axis=1))
+
     per_measure = np.moveaxis(np.array(estimates), 0, -1)  # [measure, 4, L]
-    layers = zip(rows.counted, rows.expert_ids, strict=True)
-    load = np.stack(
-        [np.bincount(ids[c].ravel(), minlength=num_experts) for c, ids in layers], axis=1
-    )
     of_token, of_domain, given_token = (Measured(*of) for of in per_measure)
+    layers = zip(rows.counted, rows.expert_ids, strict=True)
+    loads = [np.bincount(ids[c].ravel(), minlength=num_experts) for c, ids in layers]
     return Information(
-        of_token, of_domain, given_token, _entropy(load.astype(np.float64)),
-        len(rows.token), len(documents), draws, resamples,
-    )  # fmt: skip
+        token=of_token,
+        domain=of_domain,
+        domain_given_token=given_token,
+        entropy=_entropy(np.stack(loads, axis=1).astype(np.float64)),
+        tokens=len(rows.token),
+        documents=len(documents),
+        draws=draws,
+        resamples=resamples,
+    )
 
 
 class _Counts:
@@ -128,22 +140,19 @@ class _Counts:
         self._token = token
         self._ids = ids
         self._num_experts = num_experts
+
+        # A cell is a pair (token, expert) that occurs: one row of the matrix.
         k = ids.shape[1]
         cells = (token[:, None] * num_experts + ids).ravel()
-        self._cells, row = np.unique(cells, return_inverse=True)
-        ones = np.ones(len(row))
+        self._cells, cell = np.unique(cells, return_inverse=True)
         column = np.repeat(document, k)
-        shape = (len(self._cells), num_documents)
-        self._by_document = sparse.csr_matrix((ones, (row.ravel(), column)), shape=shape)
-        self._tokens, of_token = np.unique(self._cells // num_experts, return_inverse=True)
+        self._by_document = _ones(cell.ravel(), column, (len(self._cells), num_documents))
+
+        # Two matrices add up the cells of a token, or of an expert.
+        tokens, of_token = np.unique(self._cells // num_experts, return_inverse=True)
         where = np.arange(len(self._cells))
-        self._to_token = sparse.csr_matrix(
-            (np.ones(len(where)), (of_token.ravel(), where)), shape=(len(self._tokens), len(where))
-        )
-        self._to_expert = sparse.csr_matrix(
-            (np.ones(len(where)), (self._cells % num_experts, where)),
-            shape=(num_experts, len(where)),
-        )
+        self._to_token = _ones(of_token.ravel(), where, (len(tokens), len(where)))
+        self._to_expert = _ones(self._cells % num_experts, where, (num_experts, len(where)))
 
     def measure(self, weights: np.ndarray, domains: np.ndarray, num_domains: int) -> np.ndarray:
         """The three measures [3, R] of R samples: each document's weight and domain, [S, R]."""
@@ -155,21 +164,25 @@ class _Counts:
         return np.concatenate(parts, axis=1)
 
     def _measure(self, weights: np.ndarray, domains: np.ndarray, num_domains: int) -> np.ndarray:
-        # each [cells, R]
+        # Counts of (token, expert) in each domain, and in all: [cells, R].
         by_domain = [self._by_document @ (weights * (domains == d)) for d in range(num_domains)]
-        joint = np.concatenate(by_domain)
         both = sum(by_domain)
-        of_token = self._to_token @ both
-        of_expert = self._to_expert @ both
-        domain_token = np.concatenate([self._to_token @ part for part in by_domain])
-        domain_expert = np.concatenate([self._to_expert @ part for part in by_domain])
-        of_domain = np.stack([part.sum(0) for part in by_domain])
-        h_token_expert, h_token, h_expert = _entropy(both), _entropy(of_token), _entropy(of_expert)
+
+        # Entropies of the three, of their pairs, and of all together.
+        h_token = _entropy(self._to_token @ both)
+        h_expert = _entropy(self._to_expert @ both)
+        h_domain = _entropy(np.stack([part.sum(0) for part in by_domain]))
+        h_token_expert = _entropy(both)
+        h_domain_token = _entropy(np.concatenate([self._to_token @ part for part in by_domain]))
+        h_domain_expert = _entropy(np.concatenate([self._to_expert @ part for part in by_domain]))
+        h_all = _entropy(np.concatenate(by_domain))
+
+        # I(x; y) = H(x) + H(y) − H(x, y); given z: H(x, z) + H(y, z) − H(x, y, z) − H(z).
         return np.stack(
             [
                 h_expert + h_token - h_token_expert,
-                h_expert + _entropy(of_domain) - _entropy(domain_expert),
-                h_token_expert + _entropy(domain_token) - _entropy(joint) - h_token,
+                h_expert + h_domain - h_domain_expert,
+                h_token_expert + h_domain_token - h_all - h_token,
             ]
         )
 
@@ -182,6 +195,11 @@ class _Counts:
             np.bincount(cells, minlength=size).reshape(-1, self._num_experts).astype(np.float64)
         )
         return float(_entropy(counts.sum(0)) + _entropy(counts.sum(1)) - _entropy(counts.ravel()))
+
+
+def _ones(row: np.ndarray, column: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:
+    """A sparse matrix that counts pairs (row, column)."""
+    return sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=shape)
 
 
 def _entropy(counts: np.ndarray) -> np.ndarray:

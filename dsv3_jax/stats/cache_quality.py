@@ -57,18 +57,22 @@ def cache_quality(
     exact: list[np.ndarray] = []
     for name in dtypes:
         dtype = pick_dtype(model.compute_dtype, name)
-        nats, same, count = 0.0, 0.0, 0.0
+        nats = 0.0
+        same = 0.0
+        count = 0.0
         for i, batch in enumerate(batches):
-            tokens, segment_ids = (jnp.asarray(batch[key]) for key in ("tokens", "segment_ids"))
-            nll, best = map(
-                np.asarray, _through_cache(graphdef, state, tokens, kind=kind, dtype=dtype)
-            )
-            if len(exact) == i:
+            tokens = jnp.asarray(batch["tokens"])
+            scored = _through_cache(graphdef, state, tokens, kind=kind, dtype=dtype)
+            nll, best = map(np.asarray, scored)
+            if len(exact) == i:  # the first dtype
                 exact.append(best)
+
+            # Only targets of the loss count: none at the end of a document, or in padding.
+            segment_ids = jnp.asarray(batch["segment_ids"])
             loss_mask = jnp.asarray(batch["loss_mask"]) if "loss_mask" in batch else None
             mask = np.asarray(targets(tokens, segment_ids, 1, loss_mask)[1])
-            nats = nats + nll.astype(np.float64)[mask].sum()
-            count = count + mask.sum()
+            nats += nll.astype(np.float64)[mask].sum()
+            count += mask.sum()
             same += (best == exact[i])[mask].sum()
         count = max(count, 1)
         found[name] = CacheQuality(
@@ -80,6 +84,7 @@ def cache_quality(
 @partial(jax.jit, static_argnames=("graphdef", "kind", "dtype"))
 def _through_cache(graphdef, state, tokens, *, kind, dtype):
     """(negative log-likelihood of each next token, the likeliest one), both [B, T - 1]."""
+    # Whole steps: rows of padding at the end are read, and cut off again.
     model = nnx.merge(graphdef, state)
     batch, length = tokens.shape
     steps = -(-length // STEP)
@@ -91,6 +96,7 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
         x, cache, _ = model.run_layers(part, cache, weights)
         return cache.at_lengths(cache.lengths + STEP), model.norm(x)
 
+    # [steps, B, STEP, D] → [B, T − 1, D]: the last token predicts none.
     _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
     h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
     scored = token_scores(

@@ -64,6 +64,8 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     out = model.forward_hidden(tokens, segment_ids, batch["positions"], watch=("scores",))
     bias = biases(model)
+
+    # The trunk's layers are stacked; all of its real positions count.
     parts = []
     trunk = model.cfg.num_sparse_layers
     if out.routing is not None:
@@ -71,6 +73,8 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
         parts.append(
             (_decisions(out.routing, None if bias is None else bias[:trunk], model.cfg), mask)
         )
+
+    # Head k has T − k positions. They are padded to T, so that all layers are one array.
     for k, head in enumerate(out.mtp_routing, start=1):
         own = None if bias is None else bias[trunk + k - 1 : trunk + k]
         decisions = _decisions(jax.tree.map(lambda x: x[None], head), own, model.cfg)
@@ -84,6 +88,7 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
         lambda *x: jnp.concatenate(x), *parts
     )
 
+    # A layer at a time: chosen is [B, T, E].
     def count_pairs(layer) -> Array:
         ids, mask = layer
         chosen = (
@@ -118,24 +123,29 @@ def _decisions(
     layer: LayerRouting, bias: Float[Array, "L E"] | None, cfg: ModelConfig
 ) -> tuple[Array, ...]:
     """Ids, gates, margin, score entropy, choice without bias of `Choices`; layers come first."""
-    ids, scores = layer.expert_ids, layer.scores
+    ids = layer.expert_ids
+    scores = layer.scores
     assert scores is not None
     shape = ids.shape
     k = cfg.experts_per_token
     router = routing.ROUTERS[cfg.router]
     groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)
     how: dict[str, Any] = dict(groups=groups, groups_kept=kept, group_score=cfg.group_score)
+
+    # The bias takes part in the choice alone; gates are of the scores.
     flat_ids = ids.reshape(-1, k)
     flat = scores.reshape(-1, cfg.num_experts)
     choice = flat if bias is None else (scores + bias[:, None, None]).reshape(flat.shape)
     without = flat_ids if bias is None else routing.choose(flat, k, **how)
-    # none is left over, or no score chooses
+
+    # The expert that one more choice would take. There is none if all are chosen, or if the tokens
+    # decide and no score does.
     if k == cfg.num_experts // groups * kept or router.reads_tokens:
         margin = jnp.full(flat_ids.shape, jnp.nan, flat.dtype)
     else:
         runner_up = routing.choose(choice, k + 1, **how)[:, k:]
-        chosen, next_best = (jnp.take_along_axis(choice, ids, -1) for ids in (flat_ids, runner_up))
-        margin = chosen - next_best
+        chosen = jnp.take_along_axis(choice, flat_ids, -1)
+        margin = chosen - jnp.take_along_axis(choice, runner_up, -1)
     return ids, layer.gates, margin.reshape(shape), layer.score_entropy, without.reshape(shape)
 
 

@@ -42,7 +42,10 @@ def transitions(rows: TokenRows, num_experts: int) -> Int64[np.ndarray, "M E E"]
     pairs = []
     for layer in range(len(rows.counted) - 1):
         both = rows.counted[layer] & rows.counted[layer + 1]
-        here, there = (rows.expert_ids[i, both].astype(np.int64) for i in (layer, layer + 1))
+        here = rows.expert_ids[layer, both].astype(np.int64)
+        there = rows.expert_ids[layer + 1, both].astype(np.int64)
+
+        # Each of a token's K experts here with each of its K experts there.
         cells = (here[:, :, None] * num_experts + there[:, None]).ravel()
         pairs.append(np.bincount(cells, minlength=num_experts**2).reshape(num_experts, num_experts))
     return np.array(pairs, np.int64).reshape(-1, num_experts, num_experts)
@@ -74,8 +77,12 @@ def repeats(rows: TokenRows, num_experts: int) -> Repeats:
         >>> found.share.round(2), found.by_chance
         (array([0.67]), array([0.5]))
     """
-    neighbours = (rows.segment[1:] == rows.segment[:-1]) & (rows.document[1:] == rows.document[:-1])
-    share, chance = [], []
+    # A piece may hold the end of one document and the beginning of the next.
+    same_piece = rows.segment[1:] == rows.segment[:-1]
+    neighbours = same_piece & (rows.document[1:] == rows.document[:-1])
+
+    share = []
+    chance = []
     for ids, counted in zip(rows.expert_ids, rows.counted, strict=True):
         both = neighbours & counted[1:] & counted[:-1]
         share.append(shared(ids[1:][both], ids[:-1][both]))
@@ -100,15 +107,21 @@ def heads_against_trunk(
     last = len(rows.counted) - num_heads - 1
     if not num_heads or last < 0:
         return None
-    correlation, same, chance = [], [], []
+    correlation = []
+    same = []
+    chance = []
     for head in range(last + 1, len(rows.counted)):
         both = rows.counted[head] & rows.counted[last]
-        of_head, of_trunk = rows.expert_ids[head, both], rows.expert_ids[last, both]
-        loads = _load(of_head, num_experts), _load(of_trunk, num_experts)
-        even = any(np.ptp(load) == 0 for load in loads)
-        correlation.append(np.nan if even else np.corrcoef(*loads)[0, 1])
+        of_head = rows.expert_ids[head, both]
+        of_trunk = rows.expert_ids[last, both]
+        load_head = _load(of_head, num_experts)
+        load_trunk = _load(of_trunk, num_experts)
+
+        # An even load has no correlation with any other.
+        even = np.ptp(load_head) == 0 or np.ptp(load_trunk) == 0
+        correlation.append(np.nan if even else np.corrcoef(load_head, load_trunk)[0, 1])
         same.append(shared(of_head, of_trunk))
-        chance.append(_shared_by_chance(*loads, rows.expert_ids.shape[-1]))
+        chance.append(_shared_by_chance(load_head, load_trunk, rows.expert_ids.shape[-1]))
     return HeadsAgainstTrunk(np.array(correlation), np.array(same), np.array(chance))
 
 
@@ -139,4 +152,6 @@ def _load(ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 def _shared_by_chance(load: np.ndarray, other: np.ndarray, k: int) -> float:
     """The expectation of `shared` for rows that choose apart: Σ_e p_e · K q_e."""
-    return float(k * (load / max(load.sum(), 1) * (other / max(other.sum(), 1))).sum())
+    p = load / max(load.sum(), 1)
+    q = other / max(other.sum(), 1)
+    return float(k * (p * q).sum())

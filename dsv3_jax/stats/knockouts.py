@@ -71,6 +71,7 @@ def worth(
         raise ValueError(
             f"the trunk has no experts to leave out: all of its {cfg.num_layers} layers are dense"
         )
+    # The text goes to the device once, and every expert reads it there.
     read = first_batches(batches, tokens)
     graphdef, state = nnx.split(model)
     names, column = np.unique(
@@ -97,10 +98,10 @@ def worth(
         raise ValueError("there is no token with a loss: each piece of the text has one token")
     layers = range(cfg.num_dense_layers, cfg.num_layers)
     experts = [(layer, expert) for layer in layers for expert in range(cfg.num_experts)]
-    # [L E, S]
-    more = np.stack(
-        [by_document(*one)[0] - base for one in follow(experts, len(experts), "experts")]
-    )
+    followed = follow(experts, len(experts), "experts")
+    more = np.stack([by_document(*one)[0] - base for one in followed])  # [L E, S]
+
+    # Each resample draws as many documents as there are, with repeats.
     present = sizes > 0
     rng = np.random.default_rng(seed)
     size = int(present.sum())
@@ -108,18 +109,19 @@ def worth(
     # [L E, resamples]
     drawn = more[:, present] @ weights.T / np.maximum(weights @ sizes[present], 1)
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+
     shape = (len(layers), cfg.num_experts)
     total = sizes.sum()
     loss = base.sum() / sizes.sum()
     without = loss + more.sum(-1) / total
     return Worth(
-        float(loss),
-        without.reshape(shape),
-        low.reshape(shape),
-        high.reshape(shape),
-        int(total),
-        size,
-        resamples,
+        loss=float(loss),
+        without=without.reshape(shape),
+        low=low.reshape(shape),
+        high=high.reshape(shape),
+        tokens=int(total),
+        documents=size,
+        resamples=resamples,
     )
 
 

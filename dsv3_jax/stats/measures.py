@@ -27,14 +27,17 @@ def lift(coactivation: Num[np.ndarray, "L E E"]) -> Float64[np.ndarray, "L E E"]
                 [1.22,  nan, 1.22],
                 [0.  , 1.22,  nan]]])
     """
+    # p_e p_f of each pair, by the loads on the diagonal.
     off_diagonal = ~np.eye(coactivation.shape[-1], dtype=bool)[None]
     load = np.diagonal(coactivation, axis1=1, axis2=2).astype(np.float64)
     chance = np.where(off_diagonal, load[:, :, None] * load[:, None, :], 0.0)
+
+    # c makes the pairs by chance as many as there are.
     pairs = np.where(off_diagonal, coactivation, 0).sum((1, 2), keepdims=True)
     chance = chance * pairs / np.maximum(chance.sum((1, 2), keepdims=True), 1e-300)
-    return np.divide(
-        coactivation, chance, out=np.full(chance.shape, np.nan), where=off_diagonal & (chance > 0)
-    )
+
+    unknown = np.full(chance.shape, np.nan)
+    return np.divide(coactivation, chance, out=unknown, where=off_diagonal & (chance > 0))
 
 
 def domain_preference(load_by_domain: Num[np.ndarray, "N L E"]) -> Float[np.ndarray, "N L E"]:
@@ -52,9 +55,8 @@ def domain_preference(load_by_domain: Num[np.ndarray, "N L E"]) -> Float[np.ndar
         return np.divide(load, total, out=np.full(load.shape, np.nan), where=total > 0)
 
     overall = np.broadcast_to(shares(load_by_domain.sum(0))[None], load_by_domain.shape)
-    return np.divide(
-        shares(load_by_domain), overall, out=np.full(overall.shape, np.nan), where=overall > 0
-    )
+    unknown = np.full(overall.shape, np.nan)
+    return np.divide(shares(load_by_domain), overall, out=unknown, where=overall > 0)
 
 
 def mutual_information(load_by_domain: Num[np.ndarray, "N *l E"]) -> Float64[np.ndarray, " *l"]:
@@ -117,16 +119,17 @@ def specialisation(stats: RoutingStats, *, draws: int = 200, seed: int = 0) -> S
         raise ValueError(f"draws={draws} is below 1")
     bits = mutual_information(stats.load_by_domain)
     upper_bound = domain_entropy(stats.load_by_domain)
+
     # All tokens of a document move together: they are alike whatever its domain, and a shuffle of
     # single tokens would count that as specialisation.
     rng = np.random.default_rng(seed)
     shuffled = (rng.permutation(stats.document_domains) for _ in range(draws))
-    loads = (
-        sum_by_domain(stats.document_load, domains, len(stats.domains)) for domains in shuffled
-    )
-    chance = np.stack([mutual_information(load) for load in loads])
+    num_domains = len(stats.domains)
+    loads = (sum_by_domain(stats.document_load, domains, num_domains) for domains in shuffled)
+    chance = np.stack([mutual_information(load) for load in loads])  # [draws, L]
+
     share = np.divide(bits, upper_bound, out=np.zeros_like(bits), where=upper_bound > 0)
-    # 1e-12: another order of the same sum rounds differently
+    # 1e-12: another order of the same sum rounds differently.
     at_least = (chance >= bits[None] - 1e-12).sum(0)
     return Specialisation(
         bits,
@@ -178,6 +181,7 @@ def favourites(
         >>> [(f.token, f.num_routed, f.lift, round(f.bits, 3)) for [f] in found]
         [(7, 3, 2.0, 0.375), (8, 4, 1.6, 0.339)]
     """
+    # Pairs (expert, token) that occur, how often, and their mean margin.
     counted = stats.rows.counted[layer]
     k = stats.experts_per_token
     size = int(stats.rows.token.max(initial=0)) + 1
@@ -186,18 +190,22 @@ def favourites(
     pair, inverse, num_routed = np.unique(pairs, return_inverse=True, return_counts=True)
     margin = np.bincount(inverse, stats.rows.margin[layer, counted].ravel(), len(pair)) / num_routed
     expert, token = np.divmod(pair, size)
+
     load = np.bincount(expert, num_routed, stats.load.shape[1])
     occurrences = np.bincount(token, num_routed) / k  # n_t
     lift = (num_routed / occurrences[token]) / (load[expert] / counted.sum())
     bits = num_routed / max(len(pairs), 1) * np.log2(lift)
+
+    # Expert by expert, the most bits first; rare tokens and those below chance are left out.
     order = np.lexsort((token, -num_routed, -bits, expert))
     order = order[((occurrences[token] >= min_count) & (lift > 1))[order]]
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))
-    columns = token, num_routed, lift, bits, margin
+
+    def favourite(i: np.integer) -> Favourite:
+        columns = token, num_routed, lift, bits, margin
+        return Favourite(*(column[i].item() for column in columns))
+
     return [
-        [
-            Favourite(*(column[i].item() for column in columns))
-            for i in order[start : min(start + top, stop)]
-        ]
+        [favourite(i) for i in order[start : min(start + top, stop)]]
         for start, stop in zip(borders[:-1], borders[1:], strict=True)
     ]

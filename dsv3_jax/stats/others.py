@@ -14,15 +14,16 @@ from scipy.optimize import linear_sum_assignment
 from dsv3_jax.config import replace
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.batches import Batch
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.ops import balance
 from dsv3_jax.runs.checkpoint import Loaded, load_run, steps_of
 from dsv3_jax.runs.folder import RUN_FILE
 from dsv3_jax.runs.open_model import open_model
 from dsv3_jax.stats.flow import shared
-from dsv3_jax.stats.numbers import as_lists, bits_per_byte
+from dsv3_jax.stats.header import bits_per_byte
 from dsv3_jax.stats.reading import Reading, first_batches, open_text
 from dsv3_jax.stats.routing_stats import RoutingStats, collect, tokens
+from dsv3_jax.stats.tables import as_lists
 from dsv3_jax.stats.token_rows import TokenRows, first_rows
 
 SATURATION_TOKENS = 16_384  # read by each earlier checkpoint, at most
@@ -68,8 +69,11 @@ def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed:
     rng = np.random.default_rng(seed)
     found = []
     for counted, ids, other in zip(rows.counted, rows.expert_ids, others.expert_ids, strict=True):
-        here, there = ids[counted].astype(np.int64), other[counted].astype(np.int64)
+        here = ids[counted].astype(np.int64)
+        there = other[counted].astype(np.int64)
         match, shared = _matched(here, there, num_experts)
+
+        # The best of many matchings shares something by chance: match shuffled tokens, too.
         chance = [_matched(here, rng.permutation(there), num_experts)[1] for _ in range(SHUFFLES)]
         found.append((match, shared, np.mean(chance)))
     match, shared, chance = zip(*found, strict=True)
@@ -78,6 +82,7 @@ def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed:
 
 def _matched(here: np.ndarray, there: np.ndarray, num_experts: int) -> tuple[np.ndarray, float]:
     """(The best matching, its share of the choices [n, K] of `here`)."""
+    # Tokens that went to expert i here and to j there: [E, E].
     cells = (here[:, :, None] * num_experts + there[:, None]).ravel()
     tokens = np.bincount(cells, minlength=num_experts**2).reshape(num_experts, num_experts)
     experts, match = linear_sum_assignment(tokens, maximize=True)
@@ -102,13 +107,12 @@ def saturation(
     Returns: "saturation" of `numbers.KEYS`; None if no earlier checkpoint is kept whole, or the
         folder is no run's.
     """
-    earlier = (
-        [one for one in steps_of(folder / "checkpoints") if one < step]
-        if (folder / RUN_FILE).is_file()
-        else []
-    )
+    if not (folder / RUN_FILE).is_file():
+        return None
+    earlier = [one for one in steps_of(folder / "checkpoints") if one < step]
     read = first_batches(batches, SATURATION_TOKENS)
-    steps, shares = [], []
+    steps = []
+    shares = []
     for one in earlier:
         try:
             model, *_ = load_run(folder, step=one, kernels=kernels)
@@ -116,6 +120,8 @@ def saturation(
             # A damaged checkpoint, or one of another configuration: the others remain.
             print(f"step {one} is left out of the run's earlier choices: {error}", file=sys.stderr)
             continue
+
+        # The same tokens in both, whichever kept fewer rows.
         found = tokens(model, read, ())
         kept = min(len(found.token), len(rows.token))
         steps.append(one)
@@ -179,14 +185,16 @@ def against(
     Returns: "against" of `numbers.KEYS`.
     """
     model, run, step = other.loaded
+
+    # Another tokenizer gives other tokens, so the text is read again.
     same_ids = tokenizer.same_ids(other.tokenizer)
-    here = own.run.model.num_experts
-    there = run.model.num_experts
     if not same_ids:
         length = min(own.run.data.seq_len, run.model.max_positions)
         data = replace(own.run.data, tokenizer=run.data.tokenizer, seq_len=length)
         reading = open_text(data, folder, other.tokenizer, **text)
     found = collect(model, reading.batches, reading.domains)
+
+    load = jax.numpy.asarray(found.load, jax.numpy.float32)
     result: dict[str, Any] = {
         "run": other.name,
         "step": step,
@@ -194,39 +202,49 @@ def against(
         **dict.fromkeys(("match", "shared", "by_chance", "note")),
         "layers": list(found.layers),
         "load": found.load.tolist(),
-        "max_vio": as_lists(balance.max_vio(jax.numpy.asarray(found.load, jax.numpy.float32))),
+        "max_vio": as_lists(balance.max_vio(load)),
         "loss": as_lists(found.rows.loss),
         "bits_per_byte": as_lists(bits_per_byte(found.rows, other.tokenizer)),
     }
+
+    # Experts are matched in the layers that both have, by the tokens that they share.
+    here = own.run.model.num_experts
+    there = run.model.num_experts
     common = [name for name in stats.layers if name in found.layers]
-    if not same_ids:
-        return result | {
-            "note": "experts are not matched: the tokenizers differ, so no token is the same"
-        }
-    if here != there:
-        return result | {
-            "note": f"experts are not matched: num_experts={here} here and {there} there"
-        }
-    if not common:
-        return result | {
-            "note": "experts are not matched: no layer with experts has the same number in both"
-        }
-    rows, others = (
-        _layers(of.rows, [of.layers.index(name) for name in common]) for of in (stats, found)
+    if why_not := _why_not_matched(same_ids, here, there, common):
+        return result | {"note": f"experts are not matched: {why_not}"}
+    matched = match_experts(
+        _layers(stats.rows, [stats.layers.index(name) for name in common]),
+        _layers(found.rows, [found.layers.index(name) for name in common]),
+        here,
+        seed=seed,
     )
-    matched = match_experts(rows, others, here, seed=seed)
-    for key, values in matched._asdict().items():
-        by_name = dict(
-            zip(common, values.tolist() if key == "match" else as_lists(values), strict=True)
-        )
-        result[key] = [
-            by_name.get(name, [None] * here if key == "match" else None) for name in stats.layers
-        ]
+
+    # All layers of this model are listed; those that the other lacks have no numbers.
+    result["match"] = _by_layer(stats.layers, common, matched.match.tolist(), [None] * here)
+    result["shared"] = _by_layer(stats.layers, common, as_lists(matched.shared), None)
+    result["by_chance"] = _by_layer(stats.layers, common, as_lists(matched.by_chance), None)
     if missing := [name for name in stats.layers if name not in common]:
         result["note"] = (
             f"{', '.join(missing)} is not in {other.name}, so its experts are not matched"
         )
     return result
+
+
+def _why_not_matched(same_ids: bool, here: int, there: int, common: Sequence[str]) -> str:
+    if not same_ids:
+        return "the tokenizers differ, so no token is the same"
+    if here != there:
+        return f"num_experts={here} here and {there} there"
+    if not common:
+        return "no layer with experts has the same number in both"
+    return ""
+
+
+def _by_layer(layers: Sequence[str], known: Sequence[str], values: list, absent: Any) -> list:
+    """Return the values of the known layers at their places among all, and `absent` elsewhere."""
+    by_name = dict(zip(known, values, strict=True))
+    return [by_name.get(name, absent) for name in layers]
 
 
 def _layers(rows: TokenRows, layers: Sequence[int]) -> TokenRows:

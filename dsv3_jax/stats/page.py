@@ -6,7 +6,7 @@ page's policy runs its own script alone and loads nothing.
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ def render_page(numbers: dict[str, Any]) -> str:
         "ensure_ascii": False,
         "separators": (",", ":"),
     }
-    script = (
-        "(() => {\n"
-        + "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
-        + "})();\n"
-    )
+
+    # The page's policy allows this one script, by its hash.
+    scripts = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = "(() => {\n" + scripts + "})();\n"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return environment.get_template("page.html").render(
         title=f"Where tokens go: {numbers['run']}, step {numbers['step']}",
         has=partial(_has, numbers),
@@ -75,7 +75,7 @@ def render_page(numbers: dict[str, Any]) -> str:
         meanings=MEANINGS,
         style=Markup((WEB / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        digest=digest,
         data=numbers | {"colours": COLOURS},
     )
 
@@ -110,6 +110,7 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
         ]
         return float(np.mean(trunk)) if trunk else float("nan")
 
+    # A part that was not measured has no sentence.
     if bias := numbers.get("bias"):
         changed, vio, without = (
             mean(bias[key]) for key in ("changed_choices", "max_vio", "max_vio_without")
@@ -118,6 +119,7 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
             f"The bias changes {changed:.0%} of the choices; without it, MaxVio is {without:.2f} "
             f"in place of {vio:.2f}."
         )
+
     if known := numbers.get("information"):
         token, domain, given = (
             mean(known[key]) for key in ("token", "domain", "domain_given_token")
@@ -126,28 +128,46 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
             f"The token tells {token:.2f} bits about its expert, the domain {domain:.2f}; once the "
             f"token is known, the domain adds {given:.3f}."
         )
+
     if worth := numbers.get("worth"):
-        delta = np.array(worth["without"], np.float64) - worth["loss"]  # None becomes NaN
-        layer, expert = np.unravel_index(np.nanargmax(delta), delta.shape)
-        low, high = np.array(worth["low"], np.float64), np.array(worth["high"], np.float64)
-        found["worth"] = (
-            f"Without expert {expert} of {layers[layer]} the loss of {worth['loss']:.3f} nats is "
-            f"{delta[layer, expert]:.4f} higher, the most of all; for "
-            f"{((low <= 0) & (high >= 0)).sum():,} of "
-            f"{np.isfinite(delta).sum():,} experts the interval holds 0."
-        )
+        found["worth"] = _worth_finding(worth, layers)
+
     if other := numbers.get("against"):
-        name = f"{other['run']}, step {other['step']}"
-        found["against"] = (
+        found["against"] = _against_finding(other, numbers["header"], mean)
+    return found
+
+
+def _worth_finding(worth: Mapping[str, Any], layers: Sequence[str]) -> str:
+    delta = np.array(worth["without"], np.float64) - worth["loss"]  # None becomes NaN
+    layer, expert = np.unravel_index(np.nanargmax(delta), delta.shape)
+
+    # An interval around 0 says that the expert may be worth nothing.
+    low, high = np.array(worth["low"], np.float64), np.array(worth["high"], np.float64)
+    undecided = ((low <= 0) & (high >= 0)).sum()
+    return (
+        f"Without expert {expert} of {layers[int(layer)]} the loss of {worth['loss']:.3f} nats is "
+        f"{delta[layer, expert]:.4f} higher, the most of all; for {undecided:,} of "
+        f"{np.isfinite(delta).sum():,} experts the interval holds 0."
+    )
+
+
+def _against_finding(
+    other: Mapping[str, Any], header: Mapping[str, Any], mean: Callable[[Any], float]
+) -> str:
+    name = f"{other['run']}, step {other['step']}"
+    if other["shared"]:
+        found = (
             f"{mean(other['shared']):.0%} of the choices go to the matched expert of {name}; by "
             f"chance {mean(other['by_chance']):.0%}."
-            if other["shared"]
-            else f"The experts of {name} are not matched."
         )
-        here = numbers["header"]["bits_per_byte"]
-        there = other["bits_per_byte"]
-        if here is not None and there is not None:
-            found["against"] += f" Bits a byte: {here:.3f} here, {there:.3f} there."
-        if other["note"]:
-            found["against"] += f" Note: {other['note']}."
+    else:
+        found = f"The experts of {name} are not matched."
+
+    # Bits a byte compare models whose tokens differ.
+    here = header["bits_per_byte"]
+    there = other["bits_per_byte"]
+    if here is not None and there is not None:
+        found += f" Bits a byte: {here:.3f} here, {there:.3f} there."
+    if other["note"]:
+        found += f" Note: {other['note']}."
     return found

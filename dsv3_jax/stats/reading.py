@@ -13,10 +13,10 @@ from jaxtyping import Float64, Int64
 
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Batch, alternate
+from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.data.corpus import Corpus, read_documents
-from dsv3_jax.data.packing import Packed, Piece
+from dsv3_jax.data.packing import PackedRows, Piece
 from dsv3_jax.data.source import from_corpus
-from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.host.files import read_bytes
 from dsv3_jax.report.metrics import LOAD_FILE, read_rows
 from dsv3_jax.runs.open_model import measured_on, with_paths
@@ -60,6 +60,8 @@ def open_text(
     """
     own = [] if text is None else own_batches(read_own(text), tokenizer, cfg)
     cfg = with_paths(cfg, paths) if paths else cfg
+
+    # Documents of the user's are read whole: nothing was trained on, so nothing is held out.
     if paths and cfg.format == "text":
         documents = tuple(read_documents(paths, cfg.text_column))
         if not documents:
@@ -68,15 +70,18 @@ def open_text(
         source = from_corpus(corpus, tokenizer, replace(cfg, fim_rate=0.0))
         read = source.val_batches(ALL if batches is None else batches)
         return Reading(read, corpus.domains, ", ".join(paths), None, own)
+
+    # Shards, chats and the run's own text are split as for training: read the held-out part.
     source = measured_on(cfg, folder)
     named = ", ".join(map(str, cfg.paths)) or "the text that comes with Python"
-    held_out = source.val_batches((ALL if paths else BATCHES) if batches is None else batches)
+    if batches is None:
+        batches = ALL if paths else BATCHES
     return Reading(
-        held_out,
+        source.val_batches(batches),
         source.domains,
-        f"held-out part of {named}",
-        None if paths else source.training_bytes,
-        own,
+        data=f"held-out part of {named}",
+        mix=None if paths else source.training_bytes,
+        own=own,
     )
 
 
@@ -116,7 +121,7 @@ def own_batches(text: str, tokenizer: Tokenizer, cfg: DataConfig) -> list[Batch]
         [[97, 98], [99, 0], [0, 0]]
     """
     tokens = tokenizer.encode_array(text)
-    rows = Packed([Piece(tokens, 0, 0)], cfg.seq_len, separate=cfg.separate_documents)
+    rows = PackedRows([Piece(tokens, 0, 0)], cfg.seq_len, separate=cfg.separate_documents)
     return alternate([rows], cfg.batch_size, ALL)
 
 
@@ -146,6 +151,8 @@ def folder_name(step: int, paths: tuple[str, ...], text: str | None) -> str:
         return name
     word = Path(paths[0]).name if paths else "text"
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).strip("-.")[:24]
+
+    # Different texts may have one name. A path means the same file from any folder.
     where = [str(Path(path).absolute()) if Path(path).exists() else path for path in paths]
     digest = hashlib.blake2b(
         repr((where, text)).encode("utf-8", "backslashreplace"), digest_size=3
@@ -171,8 +178,11 @@ def read_load(run: str | Path) -> LoadLog | None:
     rows = [row for row in read_rows(Path(run) / LOAD_FILE) if row.get("load")]
     if not rows:
         return None
-    steps, load = (np.array([row[key] for row in rows]) for key in ("step", "load"))
-    has_bias = all(np.shape(row.get("bias", 0)) == load.shape[1:] for row in rows)
-    return LoadLog(
-        steps, load, np.array([row["bias"] for row in rows], np.float64) if has_bias else None
-    )
+    steps = np.array([row["step"] for row in rows])
+    load = np.array([row["load"] for row in rows])
+
+    # Without a rule that moves it, no bias is written.
+    bias = None
+    if all(np.shape(row.get("bias", 0)) == load.shape[1:] for row in rows):
+        bias = np.array([row["bias"] for row in rows], np.float64)
+    return LoadLog(steps, load, bias)

@@ -14,30 +14,29 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 import tyro
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.host.files import atomic_folder, check_writable, write_atomic
 from dsv3_jax.ops import routing
 from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.runs.open_model import open_model
 from dsv3_jax.stats import flow, others
+from dsv3_jax.stats.header import make_header
 from dsv3_jax.stats.knockouts import TOKENS as WORTH_TOKENS
 from dsv3_jax.stats.knockouts import worth as measure_worth
 from dsv3_jax.stats.measures import specialisation
 from dsv3_jax.stats.numbers import (
     KEYS,
-    TEXTS,
     as_json,
     by_domain,
     information_json,
-    make_header,
     merge_small_domains,
-    text_of,
-    text_size,
     worth_json,
 )
 from dsv3_jax.stats.page import render_page
 from dsv3_jax.stats.reading import OWN, folder_name, open_text, read_load
 from dsv3_jax.stats.routing_stats import RoutingStats, collect, tokens
+from dsv3_jax.stats.texts import TEXTS, text_of, text_size
 from dsv3_jax.stats.token_rows import TokenRows, join_rows
 
 T = TypeVar("T")
@@ -132,7 +131,11 @@ def report(
     """
     options = options or ReportOptions()
     options.check()
-    paths, seed, kernels = options.paths, options.seed, options.kernels
+    paths = options.paths
+    seed = options.seed
+    kernels = options.kernels
+
+    # Wrong targets and runs are refused before the text is read.
     run = Path(run)
     check_writable(run / "stats" if out is None else out, folders=True)
     check_writable(options.tokens)
@@ -144,25 +147,32 @@ def report(
     _check(out)
     cfg = config.model
     if options.devices is not None:
-        flow.load_by_parts(np.zeros((1, cfg.num_experts)), options.devices)
+        flow.load_by_parts(np.zeros((1, cfg.num_experts)), options.devices)  # refuses
+
+    # One pass over the text counts everything; the user's own text is read apart.
     tokenizer = tokenizers.load(config.data.tokenizer)
     reading = open_text(
         config.data, run, tokenizer, paths=paths, text=options.text, batches=options.batches
     )
-    stats = collect(
-        model, follow(reading.batches, len(reading.batches), "batches"), reading.domains
-    )
+    followed = follow(reading.batches, len(reading.batches), "batches")
+    stats = collect(model, followed, reading.domains)
     own = tokens(model, reading.own, (OWN,)) if reading.own else None
+
+    # Further numbers need more than the counts.
     header = make_header(run, config, step, reading.data, stats, tokenizer, reading.mix)
     more: dict[str, Any] = {key: header[key] for key in ("run", "step", "data")}
     more["header"] = header
     more["information"] = information_json(stats.rows, cfg.num_experts, len(stats.domains), seed)
     more["saturation"] = others.saturation(run, step, stats.rows, reading.batches, kernels=kernels)
+
+    # The load of groups of experts, and of the devices that hold them.
     if routing.ROUTERS[cfg.router].has_groups and cfg.num_groups > 1:
         more["groups"] = {"load": flow.load_by_parts(stats.load, cfg.num_groups).tolist()}
     if options.devices is not None:
         load = flow.load_by_parts(stats.load, options.devices)
         more["devices"] = {"count": options.devices, "load": load.tolist()}
+
+    # The slowest measures are options: a pass for each expert, and another model.
     if options.worth:
         found = measure_worth(
             model, reading.batches, tokens=options.worth_tokens, seed=seed, follow=follow
@@ -173,6 +183,7 @@ def report(
         more["against"] = others.against(
             other, opened, run, stats, reading, tokenizer, seed=seed, **text
         )
+
     special = specialisation(stats, draws=options.draws, seed=seed)
     numbers = as_json(stats, special, tokenizer, read_load(run), more)
     if own is not None:
@@ -180,23 +191,29 @@ def report(
         numbers["texts"] = [first, *numbers["texts"]][:TEXTS]
     if options.tokens is not None:
         _write_tokens(options.tokens, stats, own)
-    shown = merge_small_domains(stats)
-    with atomic_folder(out, overwrite=True) as part:
-        loads = (
-            dict(zip(shown.domains, shown.load_by_domain, strict=True))
-            if len(shown.domains) > 1
-            else None
-        )
-        dense, heads = cfg.num_dense_layers, cfg.num_sparse_heads
-        routing_heatmap(
-            stats.load, part / PICTURE, domain_loads=loads, first_layer=dense, mtp_blocks=heads
-        )
-        text_of_numbers = json.dumps(
-            {"keys": KEYS} | numbers, allow_nan=False, separators=(",", ":")
-        )
-        (part / NUMBERS).write_text(text_of_numbers, encoding="utf-8")
-        (part / PAGE).write_text(render_page(numbers | by_domain(shown)), encoding="utf-8")
+    _write(out, numbers, stats, cfg)
     return Report(out, numbers)
+
+
+def _write(out: Path, numbers: dict[str, Any], stats: RoutingStats, cfg: ModelConfig) -> None:
+    """Write the folder of a report: numbers, picture and page, all of them or none."""
+    # stats.json has all domains; the picture and the page have as many as they can show.
+    shown = merge_small_domains(stats)
+    domain_loads = None
+    if len(shown.domains) > 1:
+        domain_loads = dict(zip(shown.domains, shown.load_by_domain, strict=True))
+
+    with atomic_folder(out, overwrite=True) as part:
+        routing_heatmap(
+            stats.load,
+            part / PICTURE,
+            domain_loads=domain_loads,
+            first_layer=cfg.num_dense_layers,
+            mtp_blocks=cfg.num_sparse_heads,
+        )
+        text = json.dumps({"keys": KEYS} | numbers, allow_nan=False, separators=(",", ":"))
+        (part / NUMBERS).write_text(text, encoding="utf-8")
+        (part / PAGE).write_text(render_page(numbers | by_domain(shown)), encoding="utf-8")
 
 
 def _write_tokens(path: Path, stats: RoutingStats, own: TokenRows | None) -> None:
@@ -204,7 +221,8 @@ def _write_tokens(path: Path, stats: RoutingStats, own: TokenRows | None) -> Non
 
     The user's own text comes first, as document -1 of the domain OWN.
     """
-    rows, domains = stats.rows, stats.domains
+    rows = stats.rows
+    domains = stats.domains
     if own is not None:
         last = len(domains)
         own = own._replace(

@@ -170,50 +170,75 @@ def collect(model: Transformer, batches: Iterable[Batch], domains: Sequence[str]
             f"the model has no experts to count: all of its {cfg.num_layers} layers are dense"
         )
     graphdef, state = nnx.split(model)
+    bias = biases(model)
+
+    # By document, by token, and over all: what of a batch is kept.
     documents = []
     parts = []
     room = MOST_CHOICES
-    bias = biases(model)
     coactivation = np.zeros((len(layers), cfg.num_experts, cfg.num_experts), np.int64)
     load_without = np.zeros((len(layers), cfg.num_experts), np.int64)
     changed = np.zeros(len(layers), np.int64)
+
     for batch in batches:
+        # Tokens that are no targets of the losses have no nats here either.
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
         choices = jax.device_get(decide(graphdef, state, inputs))
         if "loss_mask" in batch:
-            choices = choices._replace(
-                nll=np.where(batch["loss_mask"], choices.nll, np.float32(np.nan))
-            )
+            targets_only = np.where(batch["loss_mask"], choices.nll, np.float32(np.nan))
+            choices = choices._replace(nll=targets_only)
+
+        # Keep a row for each of the first tokens, while there is room.
         parts.append(rows_of_batch(batch, choices, room))
         room -= parts[-1].expert_ids.size
+
+        # All tokens are counted. A batch of padding has none.
         if not choices.mask.any():
             continue
         documents.append(_by_document(batch, choices))
         coactivation += choices.coactivation.astype(np.int64)
         if bias is not None:
-            for layer, (ids, without, mask) in enumerate(
-                zip(choices.expert_ids, choices.without_bias, choices.mask, strict=True)
-            ):
-                load_without[layer] += np.bincount(without[mask].ravel(), minlength=cfg.num_experts)
-                changed[layer] += (ids[mask][:, :, None] != without[mask][:, None]).all(-1).sum()
+            load_without += _load_without(choices)
+            changed += _num_changed(choices)
     if not documents:
         raise ValueError("there is no token to count: the batches are empty or hold padding alone")
+
+    # A document may go over several batches: its parts are added up.
     document, domain, *sums = map(np.concatenate, zip(*documents, strict=True))
     _, first, number = np.unique(document, return_index=True, return_inverse=True)
     load, gate_entropy, score_entropy = (
         sum_by_domain(values, number, len(first)) for values in sums
     )
+
+    work = None
+    if bias is not None:
+        work = BiasWork(np.asarray(bias, np.float64), load_without, changed)
     return RoutingStats(
-        layers,
-        tuple(domains),
-        cfg.experts_per_token,
-        domain[first].astype(np.int64),
-        load,
-        gate_entropy,
-        score_entropy,
-        coactivation,
-        join_rows(parts),
-        None if bias is None else BiasWork(np.asarray(bias, np.float64), load_without, changed),
+        layers=layers,
+        domains=tuple(domains),
+        experts_per_token=cfg.experts_per_token,
+        document_domains=domain[first].astype(np.int64),
+        document_load=load,
+        document_gate_entropy=gate_entropy,
+        document_score_entropy=score_entropy,
+        coactivation=coactivation,
+        rows=join_rows(parts),
+        bias=work,
+    )
+
+
+def _load_without(choices: Choices) -> np.ndarray:
+    """Assignments by scores without the bias, int64 [L, E]."""
+    num_experts = choices.coactivation.shape[-1]
+    layers = zip(choices.without_bias, choices.mask, strict=True)
+    return np.stack([np.bincount(ids[m].ravel(), minlength=num_experts) for ids, m in layers])
+
+
+def _num_changed(choices: Choices) -> np.ndarray:
+    """Assignments that the scores without the bias do not have, int64 [L]."""
+    layers = zip(choices.expert_ids, choices.without_bias, choices.mask, strict=True)
+    return np.array(
+        [(ids[m][:, :, None] != without[m][:, None]).all(-1).sum() for ids, without, m in layers]
     )
 
 
@@ -241,17 +266,21 @@ def _by_document(batch: Batch, choices: Choices) -> tuple[np.ndarray, ...]:
     """A batch's documents [S], domains, load [S, L, E], sums of gate and score entropies [S, L]."""
     num_layers, num_experts = choices.coactivation.shape[:2]
     real = batch["segment_ids"] != 0
+
+    # The documents of this batch, and each position's among them: [B, T].
     documents, first, inverse = np.unique(
         batch["documents"][real], return_index=True, return_inverse=True
     )
     row = np.zeros(real.shape, np.int64)
     row[real] = inverse
+
+    # One count for each (document, layer, expert), by a single number for all three.
     layer = np.arange(num_layers)[:, None, None]
-    # [n]: (document, layer) of each counted position
-    group = (row[None] * num_layers + layer)[choices.mask]
+    group = (row[None] * num_layers + layer)[choices.mask]  # [n], of each counted position
     cells = group[:, None] * num_experts + choices.expert_ids[choices.mask]  # [n, K]
     shape = (len(documents), num_layers)
     load = np.bincount(cells.ravel(), minlength=len(documents) * num_layers * num_experts)
+
     entropies = (
         np.bincount(group, values[choices.mask], len(documents) * num_layers).reshape(shape)
         for values in (choices.gate_entropy, choices.score_entropy)

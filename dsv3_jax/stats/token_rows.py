@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from dsv3_jax.data.batches import Batch
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.stats.decisions import Choices
 
 # L · n · K that are kept: some 700 MB; tokens beyond are counted, and have no row
@@ -111,21 +111,23 @@ def rows_of_batch(batch: Batch, choices: Choices, most: int = MOST_CHOICES) -> T
     def pick_layers(values: Any) -> np.ndarray:  # [L, B, T, …]
         return np.asarray(values).reshape(len(values), real.size, *np.shape(values)[3:])[:, chosen]
 
+    # A piece is a segment of a row. Pieces of the batch are numbered in the order of reading.
     row = np.arange(len(real))[:, None]
     pieces = pick(row * (real.shape[1] + 1) + batch["segment_ids"])
     piece = np.unique(pieces, return_inverse=True)[1]
     small = np.int16 if choices.coactivation.shape[-1] < 2**15 else np.int32
     return TokenRows(
-        pick(batch["tokens"]),
-        piece.reshape(-1).astype(np.int32),
-        pick(batch["positions"]),
-        pick(batch["documents"]),
-        pick(batch["domains"]),
-        pick(choices.nll),
-        pick_layers(choices.mask),
-        pick_layers(choices.expert_ids).astype(small),
-        pick_layers(choices.gates).astype(np.float32),
-        pick_layers(choices.margin).astype(np.float32),
+        token=pick(batch["tokens"]),
+        segment=piece.reshape(-1).astype(np.int32),
+        position=pick(batch["positions"]),
+        document=pick(batch["documents"]),
+        domain=pick(batch["domains"]),
+        nll=pick(choices.nll),
+        # by layer
+        counted=pick_layers(choices.mask),
+        expert_ids=pick_layers(choices.expert_ids).astype(small),
+        gates=pick_layers(choices.gates).astype(np.float32),
+        margin=pick_layers(choices.margin).astype(np.float32),
     )
 
 
@@ -149,46 +151,50 @@ def find_contexts(rows: TokenRows, num_experts: int, *, top: int = TOP) -> Conte
 
     Args: top: contexts for each expert, at most.
     """
-    parts = [np.zeros((0, 4), np.int64)]
-    gates, margins = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    parts = [np.zeros((0, 4), np.int64)]  # layer, expert, rank, position
+    gates = [np.zeros(0, np.float32)]
+    margins = [np.zeros(0, np.float32)]
     size = rows.expert_ids.shape[-1]
     for layer, counted in enumerate(rows.counted):
+        # One candidate for each choice, expert by expert, the largest gate first.
         position = np.repeat(np.flatnonzero(counted), size)
         expert = rows.expert_ids[layer, counted].ravel().astype(np.int64)
         gate = rows.gates[layer, counted].ravel()
         slot = np.tile(np.arange(size), int(counted.sum()))
         alive = np.lexsort((-gate, expert))
+
         for rank in range(top):
             if not len(alive):
                 break
+            # The best candidate of every expert that has one left.
             # np.unique gives the first of each expert, which has the largest gate.
             experts, first = np.unique(expert[alive], return_index=True)
             best = alive[first]
             where = np.full(num_experts, -1)
             where[experts] = position[best]
-            parts.append(
-                np.stack(
-                    [np.full(len(best), layer), experts, np.full(len(best), rank), position[best]],
-                    axis=1,
-                )
-            )
+            same = np.ones(len(best), np.int64)
+            columns = [layer * same, experts, rank * same, position[best]]
+            parts.append(np.stack(columns, axis=1))
             gates.append(gate[best])
             margins.append(rows.margin[layer, position[best], slot[best]])
+
+            # Candidates with the token or the document of their expert's best one are out.
             of_best = where[expert[alive]]
             here = position[alive]
             other_token = rows.token[of_best] != rows.token[here]
             other_document = rows.document[of_best] != rows.document[here]
             alive = alive[other_token & other_document]
+
     found = np.concatenate(parts)
     order = np.lexsort((found[:, 2], found[:, 1], found[:, 0]))
     layers, experts, _, positions = found[order].T
     return Contexts(
-        layers,
-        experts,
-        np.concatenate(gates)[order],
-        _windows(rows, positions),
-        np.concatenate(margins)[order],
-        rows.document[positions],
+        layer=layers,
+        expert=experts,
+        gate=np.concatenate(gates)[order],
+        tokens=_windows(rows, positions),
+        margin=np.concatenate(margins)[order],
+        document=rows.document[positions],
     )
 
 
@@ -213,10 +219,10 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     parts = []
     start = 0
     for at in [*specials, len(ids)]:
-        if at > start:  # a character of several ids is complete before a special or the end
-            parts.append(
-                _printable(tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace"))
-            )
+        # A character may have several ids: text is decoded up to the next special, or the end.
+        if at > start:
+            text = tokenizer.bytes_of(ids[start:at]).decode("utf-8", "backslashreplace")
+            parts.append(_printable(text))
         if at < len(ids):
             parts.append("<eos>" if ids[at] == tokenizer.eos_id else f"<{ids[at]}>")
         start = at + 1

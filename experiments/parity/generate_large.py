@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.root) as root:
         folder = Path(root) / "model"
         stored, _ = make(folder)
-        cfg = hf.reading.ReleasedFolder(folder).cfg
+        cfg = hf.released_folder.ReleasedFolder(folder).cfg
         write_tokenizer(folder, cfg.vocab_size)
         count = size(cfg).total
         print(f"{stored:.2f} GB in bfloat16, {count / 1e9:.2f}e9 parameters\n")

@@ -14,7 +14,8 @@ from typing import Any
 
 import runs
 
-from dsv3_jax.data.shards import file_hash, sealed
+from dsv3_jax.data.manifest import sealed
+from dsv3_jax.host.files import file_hash
 from dsv3_jax.runs.checkpoint import write_manifest
 from tests.campaign import grammar
 from tests.campaign.commands import LIMIT_S, Trial

@@ -36,7 +36,7 @@ import dsv3_jax as ds
 from dsv3_jax import hf
 from dsv3_jax.config import Balance, ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.hf.config_json import config_to_dict
+from dsv3_jax.hf.config_writing import config_to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.runs import start as starts

@@ -36,8 +36,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import MtpModel
 
-from dsv3_jax.hf.config_json import config_to_dict
-from dsv3_jax.hf.files import CONFIG, SINGLE, write_json
+from dsv3_jax.hf.config_writing import config_to_dict
+from dsv3_jax.hf.tensor_files import CONFIG, SINGLE, write_json
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from runs import assert_bitwise
 
 from dsv3_jax import hf
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.hf.files import read_json
+from dsv3_jax.hf.tensor_files import read_json
 
 pytestmark = [
     pytest.mark.parity,

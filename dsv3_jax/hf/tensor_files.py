@@ -70,6 +70,8 @@ def file_inside(folder: Path, name: object, *, under: str = "") -> Path:
         raise ValueError(
             f"{folder} names a file {name!r}, which is not a plain file name in that folder"
         )
+
+    # Links are followed, but not out of the folder; a snapshot's lead to its repository's blobs.
     path = folder / under / name
     try:
         there, own = path.resolve(), folder.resolve()
@@ -106,7 +108,8 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, StoredTen
     if not os.path.lexists(folder / CONFIG):
         raise ValueError(f"{folder} has no {CONFIG}")
     config = read_json(file_inside(folder, CONFIG), MAX_CONFIG)
-    # preferred to an index, as in transformers
+
+    # A single file is preferred to an index, as in transformers.
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         return config, read_header(file_inside(folder, SINGLE))
     if not (folder / INDEX).exists():
@@ -120,6 +123,8 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
     file_of = read_json(file_inside(folder, INDEX)).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ValueError(f"{folder / INDEX} has no weight_map")
+
+    # Every tensor of the files has its row in the index, which names that file.
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(map(str, file_of.values()))):
         for tensor, stored in read_header(file_inside(folder, name)).items():
@@ -129,6 +134,8 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
                     f"{stored.file} holds {tensor}, which the index assigns to {other}"
                 )
             tensors[tensor] = stored
+
+    # And every row of the index has its tensor.
     for tensor, name in file_of.items():
         if tensor not in tensors:
             raise ValueError(
@@ -159,10 +166,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             pass
         with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            # refuses a name given twice, of which safetensors takes the last
+            # This reader refuses a name given twice, of which safetensors takes the last.
             header = parse_json(file.read(length))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+    # 8 bytes of length, the header, then the tensors at offsets from its end.
     header.pop("__metadata__", None)
     tensors = {}
     for name, fields in header.items():
@@ -225,10 +234,10 @@ def check_new(path: Path, nbytes: int) -> None:
         )
 
 
-Table = dict[str, tuple[tuple[int, ...], str]]  # as `tensor_table`
+TensorTable = dict[str, tuple[tuple[int, ...], str]]  # as `tensor_table`
 
 
-def table_bytes(table: Table) -> int:
+def table_bytes(table: TensorTable) -> int:
     """Add up the bytes of all tensors of a table of (shape, dtype name).
 
     Example:
@@ -239,7 +248,7 @@ def table_bytes(table: Table) -> int:
 
 
 def write_shards(
-    folder: Path, table: Table, shard_bytes: int, tensors: Iterable[np.ndarray]
+    folder: Path, table: TensorTable, shard_bytes: int, tensors: Iterable[np.ndarray]
 ) -> None:
     """Write every tensor of a table into shards, with their index.
 
@@ -257,7 +266,8 @@ def write_shards(
         ...     [file.name for file in sorted(Path(folder).glob("*.safetensors"))]
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
-    shards: list[Table] = [{}]
+    # Divide the table: a tensor that does not fit begins the next shard.
+    shards: list[TensorTable] = [{}]
     shard_size = 0
     for name, (shape, dtype) in table.items():
         nbytes = table_bytes({name: (shape, dtype)})
@@ -266,6 +276,8 @@ def write_shards(
             shard_size = 0
         shards[-1][name] = (shape, dtype)
         shard_size += nbytes
+
+    # The names hold the number of shards, so it is known before the first one is written.
     file_of = {}
     remaining = iter(tensors)
     for i, shard in enumerate(shards, start=1):
@@ -277,9 +289,10 @@ def write_shards(
     )
 
 
-def _write_file(path: Path, shard: Table, tensors: Iterator[np.ndarray]) -> None:
+def _write_file(path: Path, shard: TensorTable, tensors: Iterator[np.ndarray]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+
     # The widest dtypes first, so that every tensor begins at a multiple of its item size.
     for name, (shape, dtype) in sorted(
         shard.items(), key=lambda row: -np.dtype(row[1][1]).itemsize
@@ -291,8 +304,12 @@ def _write_file(path: Path, shard: Table, tensors: Iterator[np.ndarray]) -> None
             "shape": list(shape),
             "data_offsets": [start, end],
         }
+
+    # Spaces fill the header up to a multiple of eight, so that the tensors begin at one.
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+
+    # Tensors come in the table's order, and each goes to its own offset.
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name, row in shard.items():

@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 LONGEST_MATCH = 8  # tokens that are compared
 
 
-def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:
+def earlier_match(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B"]:
     """Find the last tokens of a text earlier in it.
 
     Args: newest: the position of each text's last token, at least 1; later slots are not read.
@@ -14,7 +14,7 @@ def look_up(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Array, " B
 
     Example:
         >>> text = jnp.array([[7, 5, 6, 9, 5, 6, 0, 0]])
-        >>> look_up(text, jnp.array([5]))  # 5, 6 ends at position 2
+        >>> earlier_match(text, jnp.array([5]))  # 5, 6 ends at position 2
         Array([2], dtype=int32)
     """
     before = LONGEST_MATCH - 1

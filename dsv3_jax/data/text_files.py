@@ -1,0 +1,165 @@
+"""Rows of the user's files: JSONL, Parquet, a dataset, or files that are one text each."""
+
+import os
+import reprlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.data.hub import dataset_rows, is_dataset, numbered, parts_of
+from dsv3_jax.host.files import check_regular, open_file, parse_json, read_text
+
+_MAX_TEXT_BYTES = 2**31  # of a file that is one text
+
+_MAX_LINE_BYTES = 2**26  # of a line of JSONL, or a row of a library
+
+_MAX_CHAT_BYTES = 2**23  # of a line of chats: the places of its tokens take a hundred times as much
+
+_PARQUET_ROWS = 16  # that are decoded at once: a file of kilobytes may hold many rows of megabytes
+
+MAX_DOMAIN = 200  # characters of a domain's name
+
+
+def rows_of(
+    path: str, needed: Sequence[str], chats: bool = False
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Read the rows of one of `DataConfig.paths`: JSONL, Parquet, a dataset, or files of one text.
+
+    Args:
+        needed: keys; Parquet and datasets must have one of them. The first one is that of a file's
+            text.
+        chats: read `tools` and `functions`, too; pass over files other than JSONL and Parquet.
+    Returns: triples of where the row is, for errors, the row, and its domain. That is the one that
+        it states, else the first folder below the path or the file's suffix, for chats the file's
+        name.
+    Raises: ValueError that names the path, file or row.
+    """
+    # Rows of any source come with where they are, and the domain of those that state none.
+    also = ("domain", "tools", "functions") if chats else ("domain",)
+    limit = _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES
+    if is_dataset(path):
+        name = Path(parts_of(path)[0]).name
+        rows = dataset_rows(path, needed, also)
+        found = ((*located, name) for located in numbered(path, rows, limit))
+    else:
+        found = _rows_of_files(Path(path), needed, also, chats, limit)
+
+    for location, row, domain in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{location}, is not an object")
+        own = row.get("domain")
+        if own is not None and (not isinstance(own, str) or len(own) > MAX_DOMAIN):
+            raise ValueError(
+                f'{location}: "domain" is {reprlib.repr(own)}, not a string of {MAX_DOMAIN} or less'
+            )
+
+        # For terminals, pictures and JSON: names may hold control codes and broken UTF-8.
+        shown = (own or domain)[:MAX_DOMAIN]
+        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in shown)
+
+
+def _rows_of_files(
+    root: Path, needed: Sequence[str], also: Sequence[str], chats: bool, limit: int
+) -> Iterator[tuple[str, Any, str]]:
+    if not root.exists():
+        raise ValueError(f"path={str(root)!r} does not exist")
+    for file in files_below(root) if root.is_dir() else (root,):
+        if file.is_symlink() and not file.exists():
+            print(f"passed over {str(file)!r}: a link that leads nowhere", file=sys.stderr)
+            continue
+
+        # The domain of rows that state none.
+        suffix = file.suffix.lower()
+        folders = file.relative_to(root).parts[:-1]
+        if chats:
+            domain = file.stem
+        elif folders:
+            domain = folders[0]
+        else:
+            domain = suffix[1:] or "text"
+
+        # A binary file that the user names is refused; one of a folder is passed over.
+        rows: Iterable[tuple[str, Any]] = ()
+        try:
+            check_regular(file)
+            if suffix == ".jsonl":
+                rows = json_lines(file, limit)
+            elif suffix == ".parquet":
+                rows = numbered(str(file), parquet_rows(file, needed, also), limit)
+            elif not chats and not (root.is_dir() and _is_binary(file)):
+                rows = [(str(file), {needed[0]: read_text(file, _MAX_TEXT_BYTES)})]
+            for location, row in rows:
+                yield location, row, domain
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield files below `root` by name, but no hidden ones, caches and folders of `skip`."""
+
+    def fail(error: OSError):
+        if error.filename != str(root) or root.exists():
+            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    try:
+        for folder, folders, files in os.walk(root, onerror=fail):
+            # `os.walk` enters the folders that remain in this list, in its order.
+            folders[:] = sorted(
+                f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skip
+            )
+            yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+    except RecursionError:  # of `os.walk` before Python 3.12
+        raise ValueError(f"path={str(root)!r} has too many folders within each other") from None
+
+
+def _is_binary(path: Path) -> bool:
+    with open_file(path) as file:
+        return b"\0" in file.read(8192)  # git's rule for binary files
+
+
+def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
+    """Read a JSONL file; empty lines are passed over.
+
+    Args: limit: bytes of a line, at most; a longer one is not read to its end.
+    Returns: pairs of a value and where it is, for errors: (`FILE, line N`, value).
+    Raises: ValueError for a line that is not UTF-8 or not JSON.
+    """
+    with open_file(path) as file:
+        # One byte more than allowed is enough to see that a line is too long.
+        for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+            if len(line) > limit:
+                raise ValueError(f"{path}, line {number}, is longer than {limit:,} bytes")
+            try:
+                if line.strip():
+                    yield f"{path}, line {number}", parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+
+
+def parquet_rows(
+    path: Path, needed: Sequence[str], also: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Read a Parquet file row by row.
+
+    Args: needed, also: columns to read; one of `needed` must be there.
+    Raises: ValueError without the columns or pyarrow; errors of many kinds for a file that is
+        damaged or not Parquet.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("it needs pyarrow: pip install 'dsv3-jax[parquet]'") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = set(file.schema_arrow.names)
+        if not names & set(needed):
+            raise ValueError(f"there is no column {needed[0]!r} among {sorted(names)}")
+
+        # A damaged file may end early and in silence: its own count of rows tells.
+        num_rows = 0
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=sorted(names & {*needed, *also})):
+            num_rows += batch.num_rows
+            for i in range(batch.num_rows):  # one by one: each may hold megabytes
+                yield from batch.slice(i, 1).to_pylist()
+        if num_rows != file.metadata.num_rows:
+            raise ValueError(f"the file says that it has {file.metadata.num_rows:,} rows")
