@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.planning.hlo import compile_with_hlo, first_group, traffic
+from dsv3_jax.planning.hlo import compile_with_hlo
+from dsv3_jax.planning.traffic import first_group, traffic
 
 SIZES = {"data": 2, "expert": 4}
 ROWS, WIDTH = 8, 4  # of a device's shard, float32

@@ -16,8 +16,8 @@ from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
 from dsv3_jax.planning.devices import DEVICES
-from dsv3_jax.planning.hlo import Collective, Traffic
 from dsv3_jax.planning.plan import PlanOptions, describe, plan
+from dsv3_jax.planning.traffic import Collective, Traffic
 from dsv3_jax.presets import recipe
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)

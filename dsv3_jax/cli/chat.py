@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.cli.common import parse, sentence, with_variables
-from dsv3_jax.cli.generate import Decode, decode_config, load, print_parts, show_kernels
+from dsv3_jax.cli.generate import Decode, decode_config, load_with_draft, print_parts, show_kernels
 
 
 @dataclass
@@ -45,14 +45,16 @@ def run(argv: list[str]) -> int:
     args = parse(Chat, with_variables(argv, "--template"), "chat")
     from dsv3_jax.runs.open_model import load_text
 
+    # A trial turn and a trial answer of one token show errors before the first turn.
     text = load_text(args.model)
     tools = _tools(args, text)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    _prompt(text, [*start, {"role": "user", "content": "a"}], args, tools)  # errors before loading
-    model, draft = load(args, text)
+    _prompt(text, [*start, {"role": "user", "content": "a"}], args, tools)
+    model, draft = load_with_draft(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     replace(config, max_new_tokens=1).check(model.cfg, [[text.stop_ids[0]]])
     show_kernels(model)
+
     messages = start
     for number, turn in enumerate(_turns(_lines())):
         command = turn.strip()
@@ -63,33 +65,41 @@ def run(argv: list[str]) -> int:
         elif command in ("/reset", "/clear"):
             messages = start
             _say("the conversation is empty")
+        # Anything else that is not empty is a turn.
         elif command:
-            result = (
-                command.removeprefix("/tool").strip() if command.split()[0] == "/tool" else None
-            )
-            if result is not None and (not result or messages == start):
+            message = _message(turn)
+            if message["role"] == "tool" and (not message["content"] or messages == start):
                 _say(
                     "/tool TEXT gives the result of a call in the last answer; there is no "
                     "answer, or no TEXT"
                 )
                 continue
-            turn = (
-                {"role": "user", "content": turn}
-                if result is None
-                else {"role": "tool", "content": result}
-            )
-            asked = [*messages, turn]
+
+            # Each turn has its own seed. A turn that cannot be answered is not kept.
+            asked = [*messages, message]
+            seeded = replace(config, seed=(args.seed + number) % (1 << 32))
             try:
                 ids = _prompt(text, asked, args, tools)
-                new = _answer(
-                    model, text, ids, args, replace(config, seed=(args.seed + number) % (1 << 32))
-                )
+                new = _answer(model, text, ids, args, seeded)
             except ValueError as error:
                 _say(sentence(error))
                 continue
             if new:
                 messages = [*asked, {"role": "assistant", "content": (args.prefill or "") + new}]
     return 0
+
+
+def _message(turn: str) -> dict[str, str]:
+    """Make the message of a turn that is not empty: the user's, or after /tool a call's result.
+
+    Example:
+        >>> _message("/tool 4"), _message("hi ")
+        ({'role': 'tool', 'content': '4'}, {'role': 'user', 'content': 'hi '})
+    """
+    command = turn.strip()
+    if command.split()[0] == "/tool":
+        return {"role": "tool", "content": command.removeprefix("/tool").strip()}
+    return {"role": "user", "content": turn}
 
 
 def _tools(args: Chat, text: Any) -> list[Any] | None:
@@ -138,6 +148,7 @@ def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> s
     from dsv3_jax.decoding.generate import generate_in_parts
     from dsv3_jax.report.progress import say
 
+    # Room for the answer, and for the drafts of its last step.
     context = model.cfg.max_positions
     if config.num_drafts and not isinstance(config.draft, str):
         context = min(context, config.draft.cfg.max_positions)
@@ -148,9 +159,11 @@ def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> s
             "a new one"
         )
     most = min(config.max_new_tokens, room)
+
     # Lengths in powers of two: most turns then find their programs compiled.
     padded = min(max(256, 1 << (len(ids) - 1).bit_length()), len(ids) + room - most)
     config = replace(config, max_new_tokens=most, pad_prompts_to=padded)
+
     tokens: list[int] = []
     say(args.prefill or "")
     try:
@@ -161,6 +174,7 @@ def _answer(model: Any, text: Any, ids: list[int], args: Chat, config: Any) -> s
             _say(f"the answer ends here: {reason}")
     except KeyboardInterrupt:
         _say("stopped")
+
     # With names, special tokens become tokens in the next turn again.
     return text.tokenizer.decode_with_names(t for t in tokens if t not in text.stop_ids)
 

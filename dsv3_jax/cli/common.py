@@ -39,6 +39,7 @@ def _short_help(kind: Any, command: str, default: Any) -> None:
     """Explain a command's own options, and list the settings by name and default."""
     import tyro
 
+    # Settings are the fields that are configurations. tyro's own list is to leave them out.
     hints = typing.get_type_hints(kind, include_extras=True)
     settings = [
         item.name
@@ -50,17 +51,20 @@ def _short_help(kind: Any, command: str, default: Any) -> None:
         [(name, Annotated[Any, tyro.conf.Suppress]) for name in settings],
         bases=(kind,),
     )
+
+    # One paragraph for each first part of the options' names; an unnamed field's have none.
     groups: dict[str, str] = {}
     for name in settings:
-        unnamed = any(
-            getattr(mark, "name", None) == "" for mark in getattr(hints[name], "__metadata__", ())
-        )
-        for prefix, setting in _settings(getattr(default, name), "--" if unnamed else f"--{name}."):
+        marks = getattr(hints[name], "__metadata__", ())
+        unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
+        first = "--" if unnamed else f"--{name}."
+        for prefix, setting in _settings(getattr(default, name), first):
             groups[prefix] = f"{groups.get(prefix, prefix)}  {setting}"
     listed = [
         textwrap.fill(text, 98, subsequent_indent="    ", break_on_hyphens=False)
         for text in groups.values()
     ]
+
     intro = (
         "Settings with their defaults, by the first part of their names; "
         "--help-verbose explains them:"
@@ -94,11 +98,11 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def named_preset(
-    argv: list[str], command: str, look_up: Callable[[str], Any]
+    argv: list[str], command: str, find: Callable[[str], Any]
 ) -> tuple[Any, list[str]]:
     """Look up the preset that a command's first argument names.
 
-    Returns: (what `look_up` finds, the other arguments). For --help it is the preset "tiny".
+    Returns: (what `find` returns, the other arguments). For --help it is the preset "tiny".
     Raises: ValueError if there is no such argument or preset.
 
     Example:
@@ -107,9 +111,9 @@ def named_preset(
     """
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
-            return look_up("tiny"), argv
+            return find("tiny"), argv
         raise ValueError(f"argument PRESET is missing: name one first, as in: dsv3 {command} tiny")
-    return look_up(argv[0]), argv[1:]
+    return find(argv[0]), argv[1:]
 
 
 def value_of(argv: list[str], option: str) -> str | None:
@@ -168,8 +172,8 @@ def make_mesh(text: str | None) -> Any:
 
     from dsv3_jax.mesh import sharding
 
+    # JAX refuses once an array exists: the devices are then those that there are.
     sizes = sharding.parse_mesh(text)
-    # an array exists already: the devices are those there are
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
     return sharding.make_mesh(**sizes)
@@ -220,13 +224,15 @@ def guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:  # of tyro after --help or a bad option, and of SIGTERM
-        return int(stop.code or 0) if isinstance(stop.code, int | None) else fail(sentence(stop), 1)
+        if isinstance(stop.code, int | None):
+            return int(stop.code or 0)
+        return fail(sentence(stop), 1)
     except Exception as error:
         if traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
             wish = os.environ.get("JAX_PLATFORMS")
             reason = f"JAX_PLATFORMS={wish!r} finds no device here; unset it. {error}"
             return fail(sentence(ValueError(reason)))
-        # from inside XLA, Orbax or ArrayRecord
+        # A full disk or memory, from inside XLA, Orbax or ArrayRecord.
         full = ("RESOURCE_EXHAUSTED", "No space left", "File too large")
         if any(words in str(error) for words in full):
             return fail(sentence(error))
@@ -246,6 +252,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         place = error.filename or error.strerror
         return f"the disk is full: {place}; what was saved before is complete"
+
+    # A long sentence keeps its end, which often says what to do.
     text = str(error).removeprefix(f"[Errno {getattr(error, 'errno', None)}] ")
     text = visible(" ".join(text[: 100 * MAX_SENTENCE].split())) or type(error).__name__
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 151]} … {text[-148:]}"

@@ -34,7 +34,7 @@ class CheckArgs:
     """a folder that `dsv3 data tokenize` wrote"""
 
 
-def check(argv: list[str]) -> int:
+def check_shards(argv: list[str]) -> int:
     """Read every byte of the shards.
 
     Raises: ValueError for a folder without a manifest, or with a shard that is missing or damaged.
@@ -57,7 +57,7 @@ def check(argv: list[str]) -> int:
 
 SUBCOMMANDS = {
     "tokenize": (tokenize, "PATHS --out FOLDER", "write shards of token ids"),
-    "check": (check, "FOLDER", "compare every shard with its hash"),
+    "check": (check_shards, "FOLDER", "compare every shard with its hash"),
 }
 
 

@@ -62,6 +62,7 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.scores.made import write_tasks
     from dsv3_jax.scores.score import score_tasks
 
+    # The vocabulary is trained on the text that the model learns.
     console = text_console()
     start = time.perf_counter()
     tokenizer_path = out / TOKENIZER_FILE
@@ -74,12 +75,16 @@ def run(argv: list[str]) -> int:
         # Every fourth document of the default text: enough for so few merges.
         documents = corpus.train[:: 1 if short else 4]
         tokenizer.train_bpe((d.text for d in documents), VOCAB_SIZE, str(tokenizer_path))
+
     result = fit(run, out)
+
+    # Tasks of the held-out text, which the model has not seen.
     if not tasks.exists():
         write_tasks(tasks, [document.text for document in corpus.val], rows=16 if short else 200)
     model = load_run(out).model
     text = load_text(out)
     score_tasks(model, text, tasks, say=console.print)
+
     generated = generate(
         model,
         [text.encode(p) for p in PROMPTS],

@@ -54,24 +54,31 @@ def run(argv: list[str]) -> int:
         return _score(args, argv)
     if not args.shots is args.limit is args.out is None:
         raise ValueError("shots, limit and out are for tasks; add --tasks FOLDER")
+    return _measure(args)
+
+
+def _measure(args: Eval) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.report.progress import text_console
     from dsv3_jax.runs.evaluate import evaluate
     from dsv3_jax.runs.open_model import measured_on, open_model
     from dsv3_jax.stats.cache_quality import cache_quality
 
+    # The held-out text of the run, or other text that the user names.
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
     source = measured_on(run.data, args.run, args.paths)
     text = tokenizer.load(run.data.tokenizer)
     batches = source.val_batches(args.batches)
-    measures = evaluate(
-        model, batches, text, source.domains, mix=None if args.paths else source.training_bytes
-    )
+    mix = None if args.paths else source.training_bytes
+    measures = evaluate(model, batches, text, source.domains, mix=mix)
+
     console = text_console()
     console.print(f"step {step}")
     for name, value in measures.items():
         if name != "load":
             console.print(f"{name:25s} {_format(value)}")
+
+    # The same text once more for each dtype of a cache.
     if not args.cache_dtype:
         return 0
     if run.data.separate_documents:
@@ -79,6 +86,7 @@ def run(argv: list[str]) -> int:
             "Below, each row is read as one text: its documents attend to one another. So these "
             "losses differ from val_loss above; compare them with one another."
         )
+
     by_dtype = cache_quality(model, batches, ("float32", *args.cache_dtype))
     exact = by_dtype["float32"].val_loss
     for name, quality in by_dtype.items():
@@ -100,6 +108,7 @@ def _score(args: Eval, argv: list[str]) -> int:
     assert args.tasks is not None
     read_tasks(args.tasks, args.shots)  # a broken line is found before the model is loaded
     check_writable(args.out)
+
     model, _, step = open_model(args.run, step=args.step, kernels=args.kernels)
     scores = score_tasks(
         model,
@@ -109,6 +118,8 @@ def _score(args: Eval, argv: list[str]) -> int:
         limit=args.limit,
         say=text_console().print,
     )
+
+    # With what is needed to repeat it.
     if args.out is not None:
         versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
         imports = [word for name in IMPORTED for word in ("--import", name)]

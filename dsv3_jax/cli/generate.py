@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.runs.open_model import load_text
 
     text = load_text(args.model)
-    model, draft = load(args, text)
+    model, draft = load_with_draft(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     prompt = "def " if args.prompt is None else args.prompt
     parts = generate_in_parts(model, [text.encode(prompt, raw=args.raw)], config)
@@ -123,34 +123,37 @@ def sample(args: Generate) -> int:
     if os.path.lexists(args.out):
         raise ValueError(f"out={str(args.out)!r} exists; delete it, or name another file")
     check_writable(args.out)
+
+    # All that may be refused comes before the first text.
     text = load_text(args.model)
     records = list(read_prompts(args.prompts))
     prompts = [text.encode(record["prompt"], raw=args.raw) for record in records]
-    is_run = (args.model / RUN_FILE).is_file()
-    place, name = (args.model, RUN_FILE) if is_run else (find_released(args.model), CONFIG)
-    model, draft = load(args, text)
+    model, draft = load_with_draft(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     config = replace(config, samples=args.samples, batch_size=args.batch_size, logprobs=True)
     config.check(model.cfg, prompts)
+
+    # What the texts depend on: the options, the prompts, the model, and how it reads text.
+    is_run = (args.model / RUN_FILE).is_file()
+    place, file = (args.model, RUN_FILE) if is_run else (find_released(args.model), CONFIG)
     settings = {name: getattr(args, name) for name in PINNED} | {
         "sampling": list(config.sampling),
         "step": args.step,
-    }
-    settings |= {
         "model": str(place.resolve()),
-        name: file_hash(place / name),
+        file: file_hash(place / file),
         "prompts": file_hash(args.prompts),
-    }
-    settings |= {
         "tokenizer": text.tokenizer.fingerprint,
         "stop_ids": list(text.stop_ids),
         "add_bos": text.add_bos,
     }
-    weights = [] if is_run else [file.stat() for file in place.glob("*.safetensors")]
+
+    # Released weights by size and time, since a hash of them would take minutes.
+    weights = [] if is_run else [one.stat() for one in place.glob("*.safetensors")]
     settings["weights"] = [
         sum(x.st_size for x in weights),
         max((x.st_mtime for x in weights), default=0),
     ]
+
     show_kernels(model)
     write_samples(model, text, records, prompts, config, args.out, settings)
     return 0
@@ -178,21 +181,23 @@ def print_parts(parts: Iterable[Any], text: Any, tokens: list[int]) -> None:
             say(characters.decode(shown))  # a character of several bytes, once it is complete
     finally:
         say(characters.decode(b"", final=True) + "\n")
+
+    # The speed is for people, drafts for everyone who asked for some.
     if result is not None and (result.acceptance or sys.stdout.isatty()):
-        shares = " ".join(f"{share:.0%}" for share in result.acceptance)
-        said = (
-            [f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step"]
-            if shares
-            else []
-        )
-        (first, start), (last, end) = times[min(1, len(times) - 1)], times[-1]
+        said = []
+        if result.acceptance:
+            shares = " ".join(f"{share:.0%}" for share in result.acceptance)
+            said = [f"drafts accepted: {shares}; {result.mean_accepted:.2f} tokens a step"]
+
+        first, start = times[min(1, len(times) - 1)]
+        last, end = times[-1]
         if last > first:
             said.append(f"{(last - first) / (end - start):,.0f} tokens/s")
         if said:
             print(", ".join(said), file=sys.stderr)
 
 
-def load(args: Decode, text: Any) -> tuple[Any, Any]:
+def load_with_draft(args: Decode, text: Any) -> tuple[Any, Any]:
     """Load the model and its draft, on the mesh that is asked for.
 
     A run's `args.step` becomes the one that is loaded.
@@ -218,11 +223,12 @@ def load(args: Decode, text: Any) -> tuple[Any, Any]:
             kernels=args.kernels,
             mtp=args.draft == "mtp",
         )
+
+    # "mtp" and "lookup" draft from the model and its text; anything else is a folder.
     if args.draft is None or args.draft in OWN_DRAFTS:
         return model, args.draft
-    return model, open_draft(
-        args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype
-    )
+    drafter = open_draft(args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype)
+    return model, drafter
 
 
 def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> Any:
@@ -230,6 +236,7 @@ def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> A
     from dsv3_jax.decoding.decode_config import DecodeConfig
     from dsv3_jax.decoding.generate import Sampling
 
+    # An option comes before the folder's file, and that before the defaults here.
     usual = text.sampling or {"temperature": TEMPERATURE, "top_p": TOP_P}
     given = {
         name: getattr(args, name) for name in Sampling._fields if getattr(args, name) is not None

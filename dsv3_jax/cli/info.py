@@ -65,24 +65,26 @@ def describe_kernels(execution: Execution) -> list[str]:
         title,
         f"{'op':18s} {'runs here':13s} implementations in order of preference; by name only",
     ]
+
+    # In order of preference; those that run only if they are named come last.
     for op, name in chosen.items():
-        free, here = (
-            [row.name for row in rows(op)] for rows in (kernels.target.rows, kernels.target.here)
-        )
+        free = [row.name for row in kernels.target.rows(op)]
+        here = [row.name for row in kernels.target.here(op)]
         named = ", ".join(name for name in dict.fromkeys(here) if name not in free)
         lines.append(f"{op:18s} {name:13s} {', '.join(free)}{named and '; '}{named}")
     lines.append(
         "An implementation that does not serve the arrays' dtypes or shapes leaves them to the "
         "next one."
     )
+
+    # Say of each name what it was made for, or why it is missing here.
     rows = {row.name: row for op in chosen for row in kernels.target.rows(op) if row.dtypes}
     missing = dict(kernels.missing)
     for name, row in rows.items():
-        state = (
-            f"not available: {missing[name]}"
-            if name in missing
-            else f"ready; they are {row.made_for}"
-        )
+        if name in missing:
+            state = f"not available: {missing[name]}"
+        else:
+            state = f"ready; they are {row.made_for}"
         lines.append(f"The {'C++ ' if name == 'cpu' else ''}kernels ({name}) are {state}.")
     return lines
 
@@ -96,11 +98,10 @@ def check_kernels(execution: Execution) -> int:
 
     count = wrong = 0
     for verdict in check_and_keep(execution, precisions=("none", execution.precision)):
-        state = (
-            f"WRONG: {verdict.wrong}"
-            if verdict.wrong
-            else f"right: {verdict.share:.0%} of the bound at most"
-        )
+        if verdict.wrong:
+            state = f"WRONG: {verdict.wrong}"
+        else:
+            state = f"right: {verdict.share:.0%} of the bound at most"
         print(f"{verdict.name:32s} {state}", flush=True)
         count += 1
         wrong += bool(verdict.wrong)
@@ -122,19 +123,11 @@ def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> lis
         '671B'
     """
     counts = size(cfg)
-    context = min(4096, cfg.max_positions)
-    itemsize = jnp.dtype(compute_dtype).itemsize
-    kind = pick_kind(cfg, None)
-    elements, mha_elements = (elements_per_token(cfg)[name] for name in (kind, "mha"))
-    forward = format_count(2 * counts.active)
-    scores = format_count(counts.attention_flops)
+    active = f"{format_count(counts.active)} a token ({counts.active / counts.total:.1%})"
     lines = [
         ("model", name),
         ("total parameters", format_count(counts.total)),
-        (
-            "active parameters",
-            f"{format_count(counts.active)} a token ({counts.active / counts.total:.1%})",
-        ),
+        ("active parameters", active),
         *((f"  {part}", format_count(count)) for part, count in counts.parts.items()),
     ]
     if cfg.mtp_depth:
@@ -142,20 +135,26 @@ def describe(cfg: ModelConfig, name: str, compute_dtype: str = "float32") -> lis
             f"{format_count(counts.mtp)} more parameters, {format_count(counts.mtp_active)} active"
         )
         lines.append((cfg.head_kind.title, amount))
-    return lines + [
+
+    # 2 FLOPs for each active parameter and token, 6 with the backward pass; attention's on top.
+    context = min(4096, cfg.max_positions)
+    forward = format_count(2 * counts.active)
+    scores = format_count(counts.attention_flops)
+    lines += [
         ("forward", f"{forward} FLOPs a token, and {scores} FLOPs for {context} tokens back"),
         ("training", f"{format_count(6 * counts.active)} FLOPs a token"),
-        (
-            "cache",
-            f"{format_count(elements * itemsize)}B a token ({compute_dtype}, {elements} numbers)",
-        ),
-        (
-            "cache, int8",
-            f"{format_count(bytes_per_token(cfg, kind, 'int8'))}B a token, scales included",
-        ),
-        (
-            "cache, as MHA",
-            f"{format_count(mha_elements * itemsize)}B a token, {mha_elements / elements:.1f} "
-            "times as much",
-        ),
+    ]
+
+    # The cache that the model would have, beside that of plain multi-head attention.
+    itemsize = jnp.dtype(compute_dtype).itemsize
+    kind = pick_kind(cfg, None)
+    elements = elements_per_token(cfg)[kind]
+    mha_elements = elements_per_token(cfg)["mha"]
+    own = format_count(elements * itemsize)
+    int8 = format_count(bytes_per_token(cfg, kind, "int8"))
+    mha = format_count(mha_elements * itemsize)
+    return lines + [
+        ("cache", f"{own}B a token ({compute_dtype}, {elements} numbers)"),
+        ("cache, int8", f"{int8}B a token, scales included"),
+        ("cache, as MHA", f"{mha}B a token, {mha_elements / elements:.1f} times as much"),
     ]

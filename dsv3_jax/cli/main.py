@@ -79,17 +79,21 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command, by default the one of this process's arguments, and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
+
+    # Streams that can be written, whatever the shell gives.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # it may be ASCII, or print a name that is not UTF-8
             stream.reconfigure(errors="backslashreplace")
-    # of XLA's messages, which it reads with the first device
+
+    # Settings that JAX and XLA read with the first device.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     leave_out_absent_devices()
     take_gpu_memory()
     keep_programs()
+
     with handled(_terminate, signal.SIGTERM):  # `dsv3 train` handles it itself while it trains
         try:
             code = guarded(lambda: dispatch(list(given)))
@@ -99,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
                     raise
                 traceback.print_exc()
             code = 1
+
+    # The exit code of a shell for a process that a signal ended.
     if terminated.is_set():
         terminated.clear()
         code = 128 + signal.SIGTERM
@@ -147,7 +153,7 @@ def keep_programs() -> None:
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(glob.glob, NODES))
     if on_cpu or jax.config.jax_compilation_cache_dir:
         return
-    # there is no private folder, so nothing is kept
+    # Without a private folder nothing is kept: others could put programs there.
     with contextlib.suppress(OSError, RuntimeError):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(private_folder() / "programs")
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])

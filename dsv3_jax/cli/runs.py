@@ -25,7 +25,7 @@ class Check:
     """a folder that `dsv3 train` or `dsv3 convert` wrote"""
 
 
-def check(argv: list[str]) -> int:
+def check_run(argv: list[str]) -> int:
     """Print a line for each checkpoint and each file of rows.
 
     Raises: ValueError if the folder holds no run, or something in it is damaged.
@@ -34,6 +34,7 @@ def check(argv: list[str]) -> int:
     from dsv3_jax.runs.checkpoint import find_damage, steps_of
     from dsv3_jax.runs.folder import read_run
 
+    # Every file of every checkpoint is compared with its checksum.
     read_run(args.run)
     damaged = 0
     steps = steps_of(args.run / "checkpoints")
@@ -49,12 +50,13 @@ def check(argv: list[str]) -> int:
             text_console().print(f"  {damage}")
     if not steps:
         print("checkpoints/ holds no checkpoint: training starts at step 0", file=sys.stderr)
+
+    # Rows of metrics have no checksum: a damaged one cannot be read.
     for name in (METRICS_FILE, LOAD_FILE):
         rows, bad = parse_rows(args.run / name)
         damaged += bool(bad)
-        text_console().print(
-            describe_bad(args.run / name, bad, len(rows)) or f"{name}: {len(rows)} rows"
-        )
+        fault = describe_bad(args.run / name, bad, len(rows))
+        text_console().print(fault or f"{name}: {len(rows)} rows")
     if damaged:
         raise ValueError(
             f"run={str(args.run)!r} has {damaged} damaged checkpoints or files; training passes "
@@ -86,6 +88,7 @@ def list_runs(argv: list[str]) -> int:
     if not found:
         text_console().print(f"no run in {args.folder}")
         return 0
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "step", "state", "loss", "held out", "tokens/s", "changed"):
         table.add_column(
@@ -93,6 +96,7 @@ def list_runs(argv: list[str]) -> int:
         )
     for changed, cells in sorted(found, reverse=True):
         table.add_row(*cells, f"{format_duration(max(time.time() - changed, 1))} ago")
+
     console = text_console()
     if not console.is_terminal:
         console.width = 1000  # nothing is folded for another program
@@ -147,7 +151,7 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
 
 SUBCOMMANDS = {
     "list": (list_runs, "[FOLDER]", "list the runs in a folder, by default runs/"),
-    "check": (check, "RUN", "compare every checkpoint of a run with its checksums"),
+    "check": (check_run, "RUN", "compare every checkpoint of a run with its checksums"),
 }
 
 

@@ -47,19 +47,20 @@ def write_samples(
     ):
         for row, tokens, logprobs in complete(model, prompts, config, set(lines), total):
             shown = text.tokenizer.bytes_of(token for token in tokens if token not in text.stop_ids)
-            # Further digits of the logprob depend on the batch.
-            added = (
-                row % config.samples,
-                shown.decode("utf-8", "replace"),
-                len(tokens),
-                round(sum(logprobs), 4),
-            )
-            ended = tokens[-1] in text.stop_ids
-            record = records[row // config.samples] | dict(zip(ADDED, (*added, ended), strict=True))
-            lines[row] = json.dumps(record)
+            added = {
+                "sample": row % config.samples,
+                "text": shown.decode("utf-8", "replace"),
+                "tokens": len(tokens),
+                "logprob": round(sum(logprobs), 4),  # further digits depend on the batch
+                "ended": tokens[-1] in text.stop_ids,
+            }
+            lines[row] = json.dumps(records[row // config.samples] | added)
+
+            # A line with its checksum: after a stop, a torn or damaged one is seen.
             content = f'{{"row": {row}, "line": {lines[row]}}}'.encode()
             file.write(b"%08x %s\n" % (zlib.crc32(content), content))
             file.flush()
+
         write_atomic(out, "".join(lines[row] + "\n" for row in range(total)))
         part.unlink()
 
@@ -94,9 +95,12 @@ def resumed(
     Returns: in a `with` statement, (the file, its lines of the output by row).
     Raises: ValueError for other settings, or another file.
     """
+    # Bytes after the last line's end are torn: the process stopped while it wrote them.
     data = read_bytes(part, None) if part.exists() else b""
     size = data.rfind(b"\n") + 1
     head, *rows = data[: max(size - 1, 0)].split(b"\n")
+
+    # The first line has the settings. Another one counts if its checksum is right.
     try:
         before = dict(parse_json(head)) if size else settings
         found = [parse_json(row[9:]) for row in rows if row[:9] == b"%08x " % zlib.crc32(row[9:])]
@@ -111,6 +115,7 @@ def resumed(
                 f"{name}={value!r} is not the {before.get(name)!r} that {part} was begun with; "
                 "delete it, or name another out"
             )
+
     if damaged := len(rows) - len(found):
         print(
             f"damaged lines in {part}: {damaged}; texts to sample: {total - len(lines)}",
@@ -145,13 +150,11 @@ def complete(
             start = start or time.perf_counter()  # after the first part, which compiles
             new = result.ended[ended - len(done) :]
             for row in new:
-                yield (
-                    row,
-                    result.tokens[row],
-                    result.model_logprobs[row] if result.model_logprobs else [],
-                )
-            ended = ended + len(new)
-            count = count + sum(len(result.tokens[row]) for row in new)
+                logprobs = result.model_logprobs[row] if result.model_logprobs else []
+                yield row, result.tokens[row], logprobs
+
+            ended += len(new)
+            count += sum(len(result.tokens[row]) for row in new)
             speed = count / max(time.perf_counter() - start, 1e-9)
             advance(len(new), f"{ended} of {total} texts, {speed:,.0f} tokens/s")
     print(f"{total} texts; {speed:,.0f} tokens/s", file=sys.stderr)

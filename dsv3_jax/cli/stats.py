@@ -15,6 +15,8 @@ def run(argv: list[str]) -> int:
     console.print(
         f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents"
     )
+
+    # A line for each layer.
     known = numbers["information"]
     for i, layer in enumerate(numbers["layers"]):
         line = f"{layer:10s} MaxVio {numbers['max_vio'][i]:.2f}"
@@ -24,6 +26,7 @@ def run(argv: list[str]) -> int:
                 f"  I(expert; domain) less chance {bits:.4f} bits (95 %: {low:.4f} to {high:.4f})"
             )
         console.print(line)
+
     for sentence in findings(numbers).values():
         console.print(sentence)
     if args.tokens is not None:

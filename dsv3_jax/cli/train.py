@@ -85,6 +85,8 @@ def options(argv: list[str]) -> Train:
     run, rest = named_preset(with_variables(argv, "--data.template"), "train", recipe)
     if value_of(rest, "--optim.lr"):
         raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
+
+    # Defaults are of the model that the run begins with.
     if trunk := value_of(rest, "--trunk"):
         from dsv3_jax.runs.start import on_trunk, open_start
 
@@ -99,6 +101,8 @@ def options(argv: list[str]) -> Train:
             "MODEL"
         )
     args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+
+    # Chats are read here, since the number of steps depends on them.
     by_epochs = args.run.data.format == "chat" and not args.run.grpo.group
     if args.epochs is not None and not by_epochs:
         raise ValueError(
@@ -139,12 +143,15 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
         raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
     run = args.run
     begun = read_run(args.out) if (args.out / RUN_FILE).exists() else None
+
+    # A run that has begun keeps its rows and steps, unless the options name others.
     if begun and seq_len is None:
         run = replace(run, data=replace(run.data, seq_len=begun.data.seq_len))
     if begun and steps is None and args.epochs is None:
         return replace(run, steps=begun.steps), None
     if steps is not None and (begun or seq_len is not None):
         return run, None
+
     epochs = EPOCHS if args.epochs is None else args.epochs
     found, chats = for_epochs(run, args.out, epochs, fit_rows=seq_len is None and begun is None)
     return found if steps is None else replace(found, steps=run.steps), chats

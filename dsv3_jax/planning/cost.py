@@ -6,8 +6,8 @@ figures:
     persistent    exact: the shards of parameters, optimizer state and cache
     FLOPs         by formula: 2 a parameter and token forward, 4 backward, and attention's scores
     sent          every collective of the program, once for each iteration of its loops, by ring
-                  formulas (`hlo.py`). Loops whose length depends on the data, as further rounds of
-                  an all-to-all, are counted apart.
+                  formulas (`traffic.py`). Loops whose length depends on the data, as further
+                  rounds of an all-to-all, are counted apart.
     temporaries   the compiler's sum of all other memory at the worst moment
 
 On fake CPU devices two things differ from an accelerator. First, the CPU's compiler turns bfloat16
@@ -43,7 +43,8 @@ from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Device
-from dsv3_jax.planning.hlo import Traffic, compile_with_hlo, traffic
+from dsv3_jax.planning.hlo import compile_with_hlo
+from dsv3_jax.planning.traffic import Traffic, traffic
 from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
 
 # As released folders pack weights: name → parts of the model; how many inputs share a number, then
@@ -128,6 +129,8 @@ def train_cost(
     kernels = choose_kernels(run.execution, mesh)
     fsdp = run.execution.layout.fsdp
     frozen = frozen or run.execution.compute_dtype
+
+    # The state as shapes, then with the shards of each.
     shapes = abstract_state(Job(run), "bfloat16" if frozen in PACKED else frozen)
     if frozen in PACKED:
         trained, given = split_trainable(run, shapes.params)
@@ -137,6 +140,8 @@ def train_cost(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
     batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
+
+    # What a device holds before and after the step, and while it runs.
     trained, given = split_trainable(run, state.params)
     persistent = {
         **({f"frozen, in {frozen}": _shard_bytes(given)} if jax.tree.leaves(given) else {}),
@@ -145,7 +150,9 @@ def train_cost(
         "optimizer": _shard_bytes(state.opt),
         "batch": _shard_bytes(batch) + _shard_bytes(state.step),
     }
+    # Microbatches add their gradients up: those of one, and the sum.
     gradients = _shard_bytes(trained) * (2 if run.optim.microbatches > 1 else 1)
+
     count = run.data.batch_size * run.data.seq_len
     flops = _train_flops(run) * count / mesh.size
     return _compile_cost(
@@ -236,7 +243,9 @@ def decode_cost(
     """
     check_decode(cfg, execution, mesh, batch, context)
     rows = sharding.batch_sharding(mesh)
-    cfg = replace(cfg, mtp_depth=0)  # plain decoding uses no multi-token heads
+
+    # Weights as shapes, with their shards. Plain decoding uses no multi-token heads.
+    cfg = replace(cfg, mtp_depth=0)
     compute_dtype = jnp.dtype(execution.compute_dtype)
     dtype = jnp.dtype(weight_dtype or compute_dtype)
     fsdp = execution.layout.fsdp
@@ -248,12 +257,15 @@ def decode_cost(
     params, bias = (
         _with_shardings(v, sharding.state_sharding(v, mesh, fsdp=fsdp)) for v in (params, bias)
     )
-    # As `generate` does once a request.
+
+    # Arrays that `generate` makes of the weights once a request.
     with jax.set_mesh(mesh):
         by_layer = jax.eval_shape(
             lambda params, bias: nnx.merge(graph, params, bias).prepare_decode(), params, bias
         )
     by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
+
+    # The cache: its slots belong to the devices of their rows.
     kind = pick_kind(cfg, None)
 
     def empty(params, bias) -> Any:
@@ -274,6 +286,7 @@ def decode_cost(
         next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)
         return next_tokens, jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)
 
+    # A token is read from every weight but the experts that no row chose, and from the cache.
     weights = _parameter_bytes(params)
     persistent = {
         **weights,
@@ -305,6 +318,8 @@ def _compile_cost(
     text = ""
     with jax.set_mesh(mesh):
         lowered = function.lower(*args)
+
+    # A compiler of accelerators refuses a program that does not fit: that is a result, too.
     try:
         if target is None:
             compiled, text = compile_with_hlo(lowered)
@@ -318,6 +333,7 @@ def _compile_cost(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         compile_error = " ".join(str(error).split("See https")[0].split())
+
     note = "compiled for CPU: temporaries hold bfloat16 as float32, and experts run in blocks"
     return Cost(
         program, dict(mesh.shape), temporaries=temporaries, sent=sent,
@@ -367,6 +383,8 @@ def _train_flops(run: RunConfig) -> float:
     counted = size(cfg, run.data.seq_len)
     scores = counted.attention_flops / 2  # a token sees half of the sequence on average
     total = train_flops_per_token(cfg, adapted=run.lora.on if run.lora.rank else ()) + 3 * scores
+
+    # Recomputed layers run forward twice; the heads' products are kept.
     if remat in ("queries", "attention", "full"):
         head = cfg.vocab_size * cfg.dim
         total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth))

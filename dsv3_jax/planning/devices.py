@@ -84,7 +84,7 @@ def fake_cpus(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-class Target(NamedTuple):
+class PlannedDevices(NamedTuple):
     """Devices to compile for that need not exist."""
 
     text: str  # as the user wrote it
@@ -93,7 +93,7 @@ class Target(NamedTuple):
     shape: str  # a number of GPUs, or a TPU topology such as 2x2x1
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str) -> PlannedDevices:
     """Read a target such as gpu:h100, gpu:h100:8, tpu:v5p:2x2x1 or tpu:v6e:2x2.
 
     Raises: ConfigError for another form or device.
@@ -110,15 +110,17 @@ def parse_target(text: str) -> Target:
             f"target={text!r} is not of the form gpu:KIND:NUMBER or tpu:KIND:TOPOLOGY; "
             "use one such as gpu:h100:8, tpu:v5p:2x2x1 or tpu:v6e:2x2"
         )
-    platform, kind = match[1] or match[4], match[2] or match[5]
-    known = (
-        list(GPUS)
-        if platform == "gpu"
-        else [name for name, device in DEVICES.items() if device.clock]
-    )
+    platform = match[1] or match[4]
+    kind = match[2] or match[5]
+
+    # A GPU needs its description; JAX's compiler knows the TPUs.
+    if platform == "gpu":
+        known = list(GPUS)
+    else:
+        known = [name for name, device in DEVICES.items() if device.clock]
     if kind not in known:
         raise ConfigError(f"target={text!r}: {kind!r} is not one of {', '.join(known)}")
-    return Target(text, platform, kind, match[3] or match[6] or "1")
+    return PlannedDevices(text, platform, kind, match[3] or match[6] or "1")
 
 
 def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
@@ -138,6 +140,7 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
     """
     target = parse_target(text)
     devices = _devices(target)
+
     needed = math.prod(sizes.values())
     if len(devices) < needed:
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -158,7 +161,7 @@ def target_mesh(text: str, sizes: dict[str, int]) -> Mesh:
     return Mesh(np.array(devices[:needed]).reshape(shape), tuple(sizes), axis_types=kinds)
 
 
-def _devices(target: Target) -> list[Any]:
+def _devices(target: PlannedDevices) -> list[Any]:
     """Return the devices of a target, as its compiler describes them."""
     from jax.experimental import topologies
 
@@ -180,6 +183,7 @@ def _devices(target: Target) -> list[Any]:
             os.environ.setdefault(name, value)
         topology = {"platform": "tpu", "topology_name": f"{target.kind}:{target.shape}"}
         compiler, extra = "libtpu", "plan-tpu"
+
     try:
         return topologies.get_topology_desc(**topology).devices
     except Exception as error:  # the plugins and JAX raise several types

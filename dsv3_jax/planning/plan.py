@@ -74,9 +74,9 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
     Raises: ConfigError before anything is compiled.
     """
     device = device_of(options)
-    memory = (
-        devices.parse_bytes(options.memory) if options.memory else device.memory if device else None
-    )
+    memory = device.memory if device else None
+    if options.memory:
+        memory = devices.parse_bytes(options.memory)
     jobs = jobs_of(options, run)
     print_row("model", name)
     for rows, length, compute_cost in jobs:
@@ -113,27 +113,29 @@ def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callab
 def _job(
     step: str, options: PlanOptions, run: RunConfig, sizes: dict[str, int]
 ) -> tuple[int, int, Callable[[], Cost]]:
-    mesh = (
-        devices.target_mesh(options.target, sizes)
-        if options.target
-        else sharding.make_mesh(**sizes)
-    )
-    # raises here what would else be raised after the first lines are printed
+    if options.target:
+        mesh = devices.target_mesh(options.target, sizes)
+    else:
+        mesh = sharding.make_mesh(**sizes)
+    # It raises here what would else be raised after the first lines are printed.
     choose_kernels(options.execution, mesh)
     parts = batch_parts(mesh)
+
     if step == "train":
-        data = replace(
-            run.data,
-            batch_size=parts * options.microbatches if options.batch is None else options.batch,
-            seq_len=run.data.seq_len if options.seq_len is None else options.seq_len,
-        )
+        # One sequence for each part and microbatch, unless the options say more.
+        batch = parts * options.microbatches if options.batch is None else options.batch
+        length = run.data.seq_len if options.seq_len is None else options.seq_len
+        data = replace(run.data, batch_size=batch, seq_len=length)
         optim = replace(run.optim, microbatches=options.microbatches)
+
+        # Adapters need a start; which one it is costs nothing.
         start = "any" if options.lora.rank else None
         run = replace(run, model=options.model, execution=options.execution, data=data, optim=optim)
         run = replace(run, lora=options.lora, start=start)
         sharding.check(mesh, run)
         cost = partial(train_cost, run, mesh, frozen=options.weight_dtype, target=options.target)
         return data.batch_size, data.seq_len, cost
+
     rows = 32 * parts if options.decode_batch is None else options.decode_batch
     context = min(4096, options.model.max_positions) if options.context is None else options.context
     check_decode(options.model, options.execution, mesh, rows, context)
@@ -156,52 +158,58 @@ def describe(
     cost: Cost, rows: int, length: int, memory: float | None, device: Device | None
 ) -> list[tuple[str, str]]:
     """Return the lines of a program's cost: (label, value)."""
-    mesh = (
-        ",".join(f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1) or "one device"
-    )
+    sizes = (f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1)
+    mesh = ",".join(sizes) or "one device"
     count = math.prod(cost.mesh.values())
-    lines = [
-        (
-            cost.program,
-            f"{rows:,} sequences of {length:,} tokens on {mesh} ({count:,} devices), each device:",
-        ),
-        *((f"  {kind}", format_bytes(amount)) for kind, amount in cost.persistent.items()),
-        *((f"  {kind}", format_bytes(amount)) for kind, amount in cost.transient.items()),
-    ]
+    task = f"{rows:,} sequences of {length:,} tokens on {mesh} ({count:,} devices), each device:"
+    lines = [(cost.program, task), *_memory_lines(cost, memory)]
+
+    per_token = format_count(cost.flops / (cost.tokens / count))
+    work = f"{format_count(cost.flops)} FLOPs, {per_token} FLOPs a token"
+    lines.append(("  computed", work))
+
+    # Without a program nothing is known of what is sent, nor of time.
+    if not cost.compile_error:
+        lines += _sent_lines(cost)
+        if device is not None:
+            least = cost.least_seconds(device)
+            parts = [f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s]
+            longest = format_seconds(max(least.values()))
+            lines.append(("  a step takes at least", f"{longest}: {', '.join(parts)}"))
+    lines += [("  note", note) for note in cost.notes]
+    return [*lines, ("  compiled in", f"{cost.seconds:.1f} s")]
+
+
+def _memory_lines(cost: Cost, memory: float | None) -> list[tuple[str, str]]:
+    """Return what each device holds, kind by kind and in all."""
+    kinds = cost.persistent | cost.transient
+    lines = [(f"  {kind}", format_bytes(amount)) for kind, amount in kinds.items()]
     if cost.temporaries is not None:
         others = max(0, cost.temporaries - sum(cost.transient.values()))
         lines.append(("  other temporaries", format_bytes(others)))
+
     verdict = ""
     if cost.compile_error:
         verdict = f" and more: the compiler ran out of memory. {cost.compile_error}"
     elif memory is not None:
         verdict = f": {'fits' if cost.fits(memory) else 'does not fit'} in {format_bytes(memory)}"
     lines.append(("  in all", format_bytes(cost.total) + verdict))
-    per_token = format_count(cost.flops / (cost.tokens / count))
-    work = f"{format_count(cost.flops)} FLOPs, {per_token} FLOPs a token"
-    lines.append(("  computed", work))
-    if not cost.compile_error:
-        known = cost.sent.known()
-        lines.append(("  sent", format_bytes(known.wire)))
-        by_kind = known.by("kind", "axes")
-        for (kind, axes), amount in sorted(by_kind.items(), key=lambda item: -item[1]):
-            if amount:
-                lines.append((f"    {kind}", f"{format_bytes(amount)} along {'+'.join(axes)}"))
-        if cost.sent.unknown_loops:
-            iteration = format_bytes(cost.sent.wire - known.wire)
-            number = cost.sent.unknown_loops
-            loops = f"{iteration} in each iteration of loops of unknown length ({number})"
-            lines.append(("    and", loops))
-    if device is not None and not cost.compile_error:
-        least = cost.least_seconds(device)
-        by_resource = ", ".join(
-            f"{format_seconds(s)} for {resource}" for resource, s in least.items() if s
-        )
-        lines.append(
-            ("  a step takes at least", f"{format_seconds(max(least.values()))}: {by_resource}")
-        )
-    return (
-        lines
-        + [("  note", note) for note in cost.notes]
-        + [("  compiled in", f"{cost.seconds:.1f} s")]
-    )
+    return lines
+
+
+def _sent_lines(cost: Cost) -> list[tuple[str, str]]:
+    """Return what each device sends, the largest kind first."""
+    known = cost.sent.known()
+    lines = [("  sent", format_bytes(known.wire))]
+    by_kind = known.by("kind", "axes")
+    for (kind, axes), amount in sorted(by_kind.items(), key=lambda item: -item[1]):
+        if amount:
+            lines.append((f"    {kind}", f"{format_bytes(amount)} along {'+'.join(axes)}"))
+
+    # Rounds whose number depends on the data.
+    if cost.sent.unknown_loops:
+        iteration = format_bytes(cost.sent.wire - known.wire)
+        number = cost.sent.unknown_loops
+        loops = f"{iteration} in each iteration of loops of unknown length ({number})"
+        lines.append(("    and", loops))
+    return lines

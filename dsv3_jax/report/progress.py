@@ -88,6 +88,7 @@ class Progress:
 
     def update(self, step: int, row: dict) -> None:
         """Show the metrics of a training step; `row` as in metrics.jsonl."""
+        # What a run does not have, its rows do not have either.
         line = f"loss {row['loss']:.3f}"
         if "mtp_loss" in row:
             line += "  mtp " + " ".join(f"{x:.3f}" for x in row["mtp_loss"])
@@ -99,20 +100,23 @@ class Progress:
             line += f"  {row['tokens_per_s']:,.0f} tokens/s"
         if "mfu" in row:
             line += f"  MFU {row['mfu']:.0%}"
+
+        # A terminal shows one line that changes; a file gets a line for each update.
         self._bar.update(self._task, completed=step, line=line)
         if not self._console.is_terminal:
             self.say(f"step {step}  {line}{self._remaining(step)}")
 
     def _remaining(self, step: int) -> str:
         """How long the rest will take, as measured since the first update, after compiling."""
-        now, (first, since) = time.perf_counter(), self._first
+        now = time.perf_counter()
+        first, since = self._first
         if not since:
             self._first = step, now
-        if not since or step == self._steps:
             return ""
-        return (
-            f"  {format_duration((self._steps - step) * (now - since) / max(step - first, 1))} left"
-        )
+        if step == self._steps:
+            return ""
+        seconds_a_step = (now - since) / max(step - first, 1)
+        return f"  {format_duration((self._steps - step) * seconds_a_step)} left"
 
     def show_evaluation(self, step: int, row: dict) -> None:
         """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
@@ -140,11 +144,9 @@ class Progress:
             pictures: that were drawn.
         """
         bits = evaluation["val_bits_per_byte"]
-        against = (
-            ""
-            if order2 is None
-            else f", against {order2:.3f} of an order-2 byte model of the same text"
-        )
+        against = ""
+        if order2 is not None:
+            against = f", against {order2:.3f} of an order-2 byte model of the same text"
         self.say(f"validation bits a byte: {bits:.3f}{against}")
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
             self.say(f"  {name:10s} {value:.3f}")

@@ -92,14 +92,18 @@ def routing_heatmap(
         for i in range(overall.shape[0])
     ]
     domains = {name: load_over_mean(part) for name, part in (domain_loads or {}).items()}
+
+    # One scale for all panels: white at the mean load.
     values = np.concatenate([part[np.isfinite(part)] for part in (overall, *domains.values())])
     top = max(2.0, float(np.percentile(values, 99))) if values.size else 2.0
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
 
+    # A wide panel above, and up to four small ones a row below it.
     num_layers = overall.shape[0]
     columns = min(max(len(domains), 1), 4)
     rows = math.ceil(len(domains) / columns)
-    main_height, small_height = 0.7 + 0.14 * max(num_layers, 10), 0.5 + 0.05 * max(num_layers, 16)
+    main_height = 0.7 + 0.14 * max(num_layers, 10)
+    small_height = 0.5 + 0.05 * max(num_layers, 16)
     figure = Figure(
         figsize=(11.0, 0.6 + main_height + rows * small_height), dpi=DPI, layout="constrained"
     )
@@ -107,6 +111,7 @@ def routing_heatmap(
         1 + rows, columns, height_ratios=[main_height] + [small_height] * rows
     )
 
+    # All domains together, with each layer's MaxVio beside its row.
     main = figure.add_subplot(grid[0, :])
     image = _draw_load(main, overall, norm, names)
     main.set_title(load_finding(load, names), fontsize=11)
@@ -118,6 +123,8 @@ def routing_heatmap(
         main.text(
             1.008, layer, max_vio, transform=main.get_yaxis_transform(), fontsize=6.5, va="center"
         )
+
+    # Each domain in the same colours.
     for i, (name, part) in enumerate(domains.items()):
         ax = figure.add_subplot(grid[1 + i // columns, i % columns])
         _draw_load(ax, part, norm, names)
@@ -125,6 +132,7 @@ def routing_heatmap(
         mean = f"mean MaxVio {np.nanmean(peaks) - 1:.2f}" if np.isfinite(peaks).any() else "no load"
         short = name if len(name) <= 16 else name[:15] + "…"
         ax.set_title(f"{short} ({mean})", fontsize=9)
+
     beyond = bool(values.size and values.max() > top)
     extend = "max" if beyond else "neither"
     bar = figure.colorbar(
@@ -172,6 +180,7 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
         >>> [ax.get_title() for ax in figure.axes]
         ['Loss']
     """
+    # A metric that has no panel yet gets one of its own.
     known = NOT_DRAWN | {key for _, _, curves in PANELS for key, *_ in curves}
     new = dict.fromkeys(
         key for row in metrics for key, x in row.items() if key not in known and type(x) is float
@@ -187,9 +196,11 @@ def training_curves(metrics: Sequence[Mapping], path: str | os.PathLike) -> Figu
             panels.append((title, unit, {key for key, *_ in curves}, drawn))
     if not panels:
         raise ValueError(f"none of the {len(metrics)} rows has a step and a metric to draw")
+
     steps = [step for _, _, _, drawn in panels for curve in drawn for step in curve[0]]
     margin = max(0.02 * (max(steps) - min(steps)), 0.5)
-    # fewest empty places
+
+    # Three or four columns, whichever leaves fewer empty places.
     columns = min(len(panels), min((4, 3), key=lambda number: -len(panels) % number))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=DPI, layout="constrained")

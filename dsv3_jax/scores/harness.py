@@ -35,10 +35,12 @@ def harness_model(model: Transformer, text: TextSettings) -> Any:
             return text.encode(string, raw=add_special_tokens is False)
 
         def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [(context, more[1 - longest :]) for _, context, more in requests]
-            return loglikelihood(
-                model, [(context[len(more) - longest :], more) for context, more in pairs]
-            )
+            # The continuation and one token before it always remain.
+            pairs = []
+            for _, context, more in requests:
+                more = more[1 - longest :]
+                pairs.append((context[len(more) - longest :], more))
+            return loglikelihood(model, pairs)
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             sums = []
@@ -50,6 +52,7 @@ def harness_model(model: Transformer, text: TextSettings) -> Any:
             return sums
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+            # Neighbours with the same settings are generated together.
             answers: list[str] = []
             for settings, group in itertools.groupby(requests, key=lambda request: request.args[1]):
                 prompts = [request.args[0] for request in group]
@@ -58,8 +61,10 @@ def harness_model(model: Transformer, text: TextSettings) -> Any:
             return answers
 
         def _continue(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+            # A prompt loses its beginning where there is no room for it and the answer.
             length = min(settings.get("max_gen_toks", 256), longest - 1)
             ids = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
+
             drawn: dict[str, Any] = settings if settings.get("do_sample") else {"temperature": 0.0}
             result = generate(
                 model,
@@ -70,6 +75,8 @@ def harness_model(model: Transformer, text: TextSettings) -> Any:
                 top_p=drawn.get("top_p"),
                 stop_tokens=text.stop_ids,
             )
+
+            # Texts that end an answer are no tokens: they are looked for afterwards.
             answers = [text.tokenizer.decode(tokens) for tokens in result.tokens]
             for stop in [until] if isinstance(until := settings.get("until", []), str) else until:
                 answers = [answer.split(stop)[0] for answer in answers]

@@ -50,21 +50,23 @@ def write_tasks(
             by_answer = defaultdict(list)
             for text in documents:
                 for end, answer, others in find(text):
-                    by_answer[answer].append(
-                        (text[max(end - _WINDOW, 0) : end], answer, sorted(others))
-                    )
+                    query = text[max(end - _WINDOW, 0) : end]
+                    by_answer[answer].append((query, answer, sorted(others)))
+
             # In turns from all answers, so that none is right much more often than others.
             turns = zip_longest(*(rng.sample(pile, len(pile)) for pile in by_answer.values()))
+            drawn = [row for row in chain.from_iterable(turns) if row][:rows]
+
+            # The answer among three wrong choices, in a random order.
             lines = []
-            for query, answer, others in [row for row in chain.from_iterable(turns) if row][:rows]:
+            for query, answer, others in drawn:
                 choices = rng.sample([answer, *rng.sample(others, 3)], 4)
                 row = {"query": query, "choices": choices, "gold": choices.index(answer)}
                 lines.append(json.dumps(row) + "\n")
             if lines:
-                (part / f"{label}.jsonl").write_text("".join(lines))
-                entries.append(
-                    {"label": label, "dataset_uri": f"{label}.jsonl", "continuation_delimiter": ""}
-                )
+                file = f"{label}.jsonl"
+                (part / file).write_text("".join(lines))
+                entries.append({"label": label, "dataset_uri": file, "continuation_delimiter": ""})
         if not entries:
             raise ValueError(
                 f"the {len(documents)} documents have no bracket, name or keyword to ask for"
@@ -85,18 +87,23 @@ def _names(text: str) -> _Found:
     """A name that followed the same word and signs before, against names that never follow them."""
     found = list(_FOLLOWED.finditer(text))
     keys = [match.groups() for match in found]
+
+    # All names that follow a word and signs, anywhere in the text: none of them is a wrong choice.
     followers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for word, signs, name in keys:
         followers[word, signs].add(name)
+
     for i, (word, signs, name) in enumerate(keys):
         end = found[i].start(3)
         first = max(i - _WORDS, 0)
-        if keys[i] in keys[first:i] and not keyword.iskeyword(name):
-            near = [match.groups() for match in found[first:i] if match.start() >= end - _WINDOW]
-            others = {other for *_, other in near if not keyword.iskeyword(other)}
-            others -= followers[word, signs]
-            if keys[i] in near and len(others) >= 3:
-                yield end, name, others
+        if keys[i] not in keys[first:i] or keyword.iskeyword(name):
+            continue
+        # The same three must be in what the model sees, and three other names to choose from.
+        near = [match.groups() for match in found[first:i] if match.start() >= end - _WINDOW]
+        others = {other for *_, other in near if not keyword.iskeyword(other)}
+        others -= followers[word, signs]
+        if keys[i] in near and len(others) >= 3:
+            yield end, name, others
 
 
 def _keywords(text: str) -> _Found:

@@ -9,6 +9,7 @@ Source: DCLM, arXiv 2406.11794, and nanochat's CORE, for how prompts are cut int
     continuation.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ def score_tasks(
         raise ValueError(f"limit={limit!r} is not an int of 1 or above")
     say = say or (lambda line: None)
     tasks = read_tasks(folder, shots)
+
+    # A line of the table as soon as its task is done.
     width = max(len(task.label) for task in tasks)
     say(f"{'task':{width}}  shots   rows  accuracy  95 % interval   chance  centred")
     scores = []
@@ -117,12 +120,14 @@ def score_tasks(
         score = _score(model, text, task, limit)
         scores.append(score)
         low, high = score.interval
-        cut = f"  ({score.cut:,} prompts cut to {model.cfg.max_positions:,} tokens)"
-        say(
+        line = (
             f"{task.label:{width}}  {task.shots:5d}  {score.rows:5,d}  {score.accuracy:8.3f}  "
             f"{low:.3f} to {high:.3f}  {task.chance:6.3f}  {score.centred:7.3f}"
-            + (cut if score.cut else "")
         )
+        if score.cut:
+            line += f"  ({score.cut:,} prompts cut to {model.cfg.max_positions:,} tokens)"
+        say(line)
+
     count = len(scores)
     core = sum(score.centred for score in scores) / count
     # Distances from a mean to its parts' intervals' ends add as squares (Zou and Donner, 2008).
@@ -140,34 +145,55 @@ def _score(model: Transformer, text: TextSettings, task: Task, limit: int | None
     rows = len(task.rows[:limit])
     right = 0
     cut = 0
-    # no small rest: it would be compiled again
+    # Parts of nearly equal size: a small rest would be compiled again.
     at_once = math.ceil(rows / max(rows // _AT_ONCE, 1))
     with transfer(task.label, rows) as advance:
         for first in range(0, rows, at_once):
+            # The options of all rows of a part in one call.
             part = range(first, min(first + at_once, rows))
             found = [pairs_of(task, i, text, model.cfg.max_positions) for i in part]
             results = iter(loglikelihood(model, [pair for pairs, _ in found for pair in pairs]))
+
+            # Each row takes as many results as it has options.
             for i, (pairs, shortened) in zip(part, found, strict=True):
-                scores = [
-                    (nats / len(more), greedy)
-                    for (_, more), (nats, greedy) in zip(pairs, results, strict=False)
-                ]
-                means = [mean for mean, _ in scores]
-                if not np.isfinite(means).all():
-                    raise ValueError(
-                        f"task {task.label!r}: the model's log-probabilities are not finite"
-                    )
-                single = task.kind == "language_modeling"
-                right += scores[0][1] if single else means.index(max(means)) == task.rows[i].gold
+                of_row = list(itertools.islice(results, len(pairs)))
+                right += _is_right(task, i, pairs, of_row)
                 cut += shortened
             advance(len(part))
+
     accuracy = right / rows
-    interval = wilson(right, rows)
-    centred, low, high = (
-        (share - task.chance) / (1 - task.chance) for share in (accuracy, *interval)
+    low, high = wilson(right, rows)
+    return Score(
+        task.label,
+        task.kind,
+        task.shots,
+        rows,
+        cut,
+        task.chance,
+        accuracy,
+        interval=(low, high),
+        centred=_centred(accuracy, task.chance),
+        centred_interval=(_centred(low, task.chance), _centred(high, task.chance)),
     )
-    numbers = (task.shots, rows, cut, task.chance, accuracy, interval, centred, (low, high))
-    return Score(task.label, task.kind, *numbers)
+
+
+def _is_right(
+    task: Task,
+    i: int,
+    pairs: list[tuple[list[int], list[int]]],
+    results: list[tuple[float, bool]],
+) -> bool:
+    """Say whether the answer to a row is right, by (nats, is greedy) of each option."""
+    means = [nats / len(more) for (_, more), (nats, _) in zip(pairs, results, strict=True)]
+    if not np.isfinite(means).all():
+        raise ValueError(f"task {task.label!r}: the model's log-probabilities are not finite")
+    if task.kind == "language_modeling":
+        return results[0][1]
+    return means.index(max(means)) == task.rows[i].gold
+
+
+def _centred(share: float, chance: float) -> float:
+    return (share - chance) / (1 - chance)
 
 
 def pairs_of(
@@ -188,6 +214,8 @@ def pairs_of(
     """
     prompts = task.prompts(i)
     options = [text.encode(prompt) for prompt in prompts]
+
+    # Find the token at which each continuation begins.
     if task.kind == "schema":
         shared = _common([tokens[::-1] for tokens in options])
         starts = [len(tokens) - shared for tokens in options]
@@ -196,6 +224,8 @@ def pairs_of(
         starts = [_common([*options, text.encode(context.rstrip() if task.delimiter else context)])]
     else:
         starts = [_common(options)] * len(options)
+
+    # A prompt that is too long loses its beginning; one token of context and one after it remain.
     pairs = []
     cut = False
     for tokens, start in zip(options, starts, strict=True):

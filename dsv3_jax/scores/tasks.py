@@ -14,7 +14,7 @@ read from `eval_meta_data.csv`.
 
 import csv
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,42 +112,54 @@ def read_tasks(folder: str | Path, shots: int | None = None) -> list[Task]:
         ]
     if not entries:
         raise ValueError(f"tasks={str(folder)!r} has neither a {CORE_FILE} nor a file *.jsonl")
+
+    # A task with several numbers of examples is as many tasks.
     chances = _chances(root / CHANCE_FILE)
     tasks: list[Task] = []
     for entry in entries:
-        label = entry["label"]
-        file = root / entry["dataset_uri"]
-        if not (label + entry["dataset_uri"]).isprintable() or len(label) > _MAX_LABEL:
-            raise ValueError(
-                f"{root} has a task {label!r:.80}: a name has one line, and up to {_MAX_LABEL} "
-                "letters"
-            )
-        kind, rows = _read(file if file.exists() else root / DATA_FOLDER / entry["dataset_uri"])
-        counts = entry.get("num_fewshot", 0) if shots is None else shots
-        delimiter = entry.get("continuation_delimiter")
-        if delimiter is None:
-            delimiter = "" if _has_space(rows) else " "
-        blind = (
-            0.0
-            if kind == "language_modeling"
-            else sum(1 / len(row.options) for row in rows) / len(rows)
-        )
-        chance = chances.get(label, blind)
-        if chance == 1:
-            raise ValueError(
-                f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is "
-                "always right"
-            )
-        for count in counts if counts and isinstance(counts, list) else [counts]:
-            if type(count) is not int or not 0 <= count < len(rows):
+        for task in _tasks_of(root, entry, chances, shots):
+            if any((one.label, one.shots) == (task.label, task.shots) for one in tasks):
                 raise ValueError(
-                    f"shots={count!r} is no number of examples for {file}, which has {len(rows)} "
-                    "rows"
+                    f"{root / CORE_FILE} has task {task.label!r} with shots={task.shots} twice"
                 )
-            if any((task.label, task.shots) == (label, count) for task in tasks):
-                raise ValueError(f"{root / CORE_FILE} has task {label!r} with shots={count} twice")
-            tasks.append(Task(label, kind, rows, count, delimiter, chance))
+            tasks.append(task)
     return tasks
+
+
+def _tasks_of(
+    root: Path, entry: dict[str, Any], chances: dict[str, float], shots: int | None
+) -> Iterator[Task]:
+    """Yield the tasks of an entry of core.yaml, one for each number of examples."""
+    label = entry["label"]
+    file = root / entry["dataset_uri"]
+    if not (label + entry["dataset_uri"]).isprintable() or len(label) > _MAX_LABEL:
+        raise ValueError(
+            f"{root} has a task {label!r:.80}: a name has one line, and up to {_MAX_LABEL} letters"
+        )
+    # DCLM's bundle has its files in a folder.
+    kind, rows = _read(file if file.exists() else root / DATA_FOLDER / entry["dataset_uri"])
+    delimiter = entry.get("continuation_delimiter")
+    if delimiter is None:
+        delimiter = "" if _has_space(rows) else " "
+
+    # A blind guess hits one of the options, and never a whole continuation.
+    blind = 0.0
+    if kind != "language_modeling":
+        blind = sum(1 / len(row.options) for row in rows) / len(rows)
+    chance = chances.get(label, blind)
+    if chance == 1:
+        raise ValueError(
+            f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is "
+            "always right"
+        )
+
+    counts = entry.get("num_fewshot", 0) if shots is None else shots
+    for count in counts if counts and isinstance(counts, list) else [counts]:
+        if type(count) is not int or not 0 <= count < len(rows):
+            raise ValueError(
+                f"shots={count!r} is no number of examples for {file}, which has {len(rows)} rows"
+            )
+        yield Task(label, kind, rows, count, delimiter, chance)
 
 
 def _has_space(rows: Sequence[Row]) -> bool:
@@ -197,6 +209,7 @@ def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
     kind = ""
     rows = []
     try:
+        # The first row says the kind; later rows must have its keys, too.
         for where, record in json_lines(file, _MAX_LINE):
             keys = record.keys() if isinstance(record, dict) else set()
             kind = kind or next((name for name in KINDS if keys >= set(KINDS[name])), "")
@@ -208,19 +221,25 @@ def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     if not rows:
         raise ValueError(f"{file} holds no row")
+
+    # The same order for everybody, so that the first N rows are the same ones.
     random.Random(1337).shuffle(rows)
     return kind, tuple(rows)
 
 
 def _row(record: dict[str, Any], kind: str, where: str) -> Row:
+    # A key with one text, and a key with several; a continuation is the only one of its kind.
     one, several, *_ = KINDS[kind]
-    texts, gold = (
-        ([record[several]], 0) if kind == "language_modeling" else (record[several], record["gold"])
-    )
+    if kind == "language_modeling":
+        texts, gold = [record[several]], 0
+    else:
+        texts, gold = record[several], record["gold"]
     if not isinstance(texts, list) or type(gold) is not int or not 0 <= gold < len(texts):
         raise ValueError(
             f"{where}: gold={gold!r:.80} is not the index of one of {several}={texts!r:.80}"
         )
+
+    # In a schema the contexts differ, else the continuations.
     options = [(text, record[one]) if kind == "schema" else (record[one], text) for text in texts]
     for context, continuation in options:
         if not isinstance(context, str) or not isinstance(continuation, str) or not continuation:

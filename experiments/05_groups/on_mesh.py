@@ -20,7 +20,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.token_exchange import later_size, round_size
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.planning import devices
-from dsv3_jax.planning.hlo import traffic
+from dsv3_jax.planning.traffic import traffic
 from dsv3_jax.runs.checkpoint import load_run
 from experiments.lab.tasks import Facts, TaskSource
 

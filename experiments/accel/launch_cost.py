@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from dsv3_jax.planning.hlo import CALLS, Instruction, Module, Shape
+from dsv3_jax.planning.hlo import CALLS, Instruction, Module, ResultArray
 
 # Operations that name or order arrays, and run nothing.
 FREE = {
@@ -84,7 +84,7 @@ class LaunchCost:
             flops = self._convolution_flops(computation, i)
         return flops, flops if self._is_wide(computation, i) else 0.0, True
 
-    def _shape(self, computation: str, i: Instruction, index: int) -> Shape:
+    def _shape(self, computation: str, i: Instruction, index: int) -> ResultArray:
         operand = self.module.operand(computation, i, index)
         assert operand is not None, f"{i.name} has no operand {index}"
         return operand.arrays[0]
@@ -278,12 +278,12 @@ def result_bytes(i: Instruction) -> float:
     return sum((a.nbytes for a in i.arrays), 0.0)
 
 
-def is_float(a: Shape) -> bool:
+def is_float(a: ResultArray) -> bool:
     """Say whether the elements are floating-point numbers."""
     return re.match(r"b?f\d", a.dtype) is not None
 
 
-def on_chip(a: Shape) -> bool:
+def on_chip(a: ResultArray) -> bool:
     """Say whether an array is in a TPU's own memory (space 1 of a tiled layout), not in HBM."""
     return "T(" in a.layout and re.search(r"S\([1-9]", a.layout) is not None
 
@@ -312,7 +312,7 @@ def call_target(i: Instruction) -> str:
     return match[1] if match else ""
 
 
-def _grouped_flops(operands: list[Shape], results: list[Shape]) -> float:
+def _grouped_flops(operands: list[ResultArray], results: list[ResultArray]) -> float:
     """FLOPs of a product of rows by groups: [M, K], [G, K, N] → [M, N]; [M, K], [M, N] → [G, K, N].
 
     G groups, whose rows add up to M.
@@ -326,7 +326,7 @@ def _grouped_flops(operands: list[Shape], results: list[Shape]) -> float:
     return 2.0 * out[-1] * rows[0].size
 
 
-def _scaled_flops(operands: list[Shape], results: list[Shape]) -> float | None:
+def _scaled_flops(operands: list[ResultArray], results: list[ResultArray]) -> float | None:
     """FLOPs of a product of scaled 8-bit matrices, [M, K], [N, K] → [M, N]; None for others."""
     matrices = [a.dims for a in operands if a.nbytes == a.size]
     if (
@@ -339,7 +339,7 @@ def _scaled_flops(operands: list[Shape], results: list[Shape]) -> float | None:
     return 2.0 * m * n * k if results[0].dims == (m, n) else None
 
 
-def _attention_flops(operands: list[Shape], results: list[Shape]) -> float | None:
+def _attention_flops(operands: list[ResultArray], results: list[ResultArray]) -> float | None:
     """FLOPs of causal attention over q, k and v, or of its gradient; None for other operands.
 
     Half of the pairs of positions count. The heads' axis is before or after the positions', and is
