@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from dsv3_jax import hf
 from dsv3_jax.config import Balance, ModelConfig
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.hf.table import entries
 from dsv3_jax.hf.tensor_files import CONFIG, SINGLE, write_json
+from dsv3_jax.hf.tensor_names import entries
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.loss import compute_loss
 

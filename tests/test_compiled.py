@@ -80,7 +80,7 @@ def test_training_keeps_to_its_bars(target, rows, launches, kernels):
     program = read_program(cost.text)
     assert program.launches <= launches * CFG.num_layers
     assert target != GPU or program.nbytes <= 31.9e9
-    assert cost.fits(devices.DEVICES[devices.parse_target(target).kind].memory)
+    assert cost.fits(devices.ACCELERATORS[devices.parse_target(target).kind].memory)
     # Scatters add in no float narrower than float32, neither as asked for nor as compiled. A GPU
     # adds in one order, so two runs of one seed give the same bits.
     added = [*additions(lowered), *additions(cost.text)]
@@ -104,7 +104,7 @@ def test_a_chips_memory_is_what_its_compiler_allows(target):
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
         jax.jit(jax.numpy.negative).lower(too_large).compile()
     limit = float(re.findall(r"([\d.]+)G\)", str(error.value))[-1]) * 2**30
-    assert devices.DEVICES[devices.parse_target(target).kind].memory == pytest.approx(
+    assert devices.ACCELERATORS[devices.parse_target(target).kind].memory == pytest.approx(
         limit, rel=2e-3
     )
 

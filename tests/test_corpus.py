@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import load_corpus, read_documents
-from dsv3_jax.data.text_files import rows_of
+from dsv3_jax.data.text_files import rows_of_path
 
 
 def read(*paths, **settings):
@@ -136,7 +136,7 @@ def test_values_of_parquet_that_are_not_of_json(tmp_path, name):
     for columns in ({"text": bad}, {"text": ["a"], "domain": bad}, {"messages": chats}):
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
         with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: "):
-            list(rows_of(str(tmp_path), list(columns), chats="messages" in columns))
+            list(rows_of_path(str(tmp_path), list(columns), chats="messages" in columns))
 
 
 def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch
     )
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
     tracemalloc.start()
-    assert sum(1 for _ in rows_of(str(tmp_path), ["text"])) == 64
+    assert sum(1 for _ in rows_of_path(str(tmp_path), ["text"])) == 64
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**24
@@ -157,7 +157,7 @@ def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch
     with pytest.raises(
         ValueError, match=r"a\.parquet cannot be read after row 0: .* more than 1,000,000"
     ):
-        next(rows_of(str(tmp_path), ["text"]))
+        next(rows_of_path(str(tmp_path), ["text"]))
 
 
 def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
@@ -172,7 +172,7 @@ def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
     for place in (match.start() for match in re.finditer(re.escape(number), data)):
         file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         try:
-            assert len(list(rows_of(str(tmp_path), ["text"]))) == 300
+            assert len(list(rows_of_path(str(tmp_path), ["text"]))) == 300
         except ValueError as error:
             refused += "a.parquet cannot be read after row" in str(error)
     assert refused >= 2

@@ -15,8 +15,8 @@ from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.planning import cost as costs
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import Cost, decode_cost, train_cost
-from dsv3_jax.planning.devices import DEVICES
-from dsv3_jax.planning.plan import PlanOptions, describe, plan
+from dsv3_jax.planning.devices import ACCELERATORS
+from dsv3_jax.planning.plan import PlanOptions, cost_lines, plan
 from dsv3_jax.planning.traffic import Collective, Traffic
 from dsv3_jax.presets import recipe
 
@@ -140,24 +140,24 @@ def example_cost(**changes) -> Cost:
 
 
 def test_the_least_time_of_a_step():
-    least = example_cost().least_seconds(DEVICES["h800"])
+    least = example_cost().least_seconds(ACCELERATORS["h800"])
     assert least["FLOPs"] == pytest.approx(2e12 / 989e12)
     # seven eighths of 8 GB, twice, within a node; 1 GB between nodes
     assert least["wire"] == pytest.approx(14e9 / 200e9 + 1e9 / 50e9)
-    assert example_cost().least_seconds(DEVICES["v5p"])["wire"] == pytest.approx(15e9 / 600e9)
+    assert example_cost().least_seconds(ACCELERATORS["v5p"])["wire"] == pytest.approx(15e9 / 600e9)
 
 
 def test_memory_and_verdict():
     assert example_cost().total == 4 * 10**9
     assert example_cost().fits(4e9)
     assert not example_cost().fits(3.9e9)
-    lines = dict(describe(example_cost(), 16, 1, 3e9, DEVICES["h800"]))
+    lines = dict(cost_lines(example_cost(), 16, 1, 3e9, ACCELERATORS["h800"]))
     assert lines["  in all"] == "4 GB: does not fit in 3 GB"
     assert lines["    all-gather"] == "14 GB along expert"
     assert lines["    and"] == "875 MB in each iteration of loops of unknown length (1)"
     refused = example_cost(temporaries=None, compile_error="It needs 9G.", sent=Traffic([], 0))
     assert refused.total == 2 * 10**9 and not refused.fits(1e12)
-    lines = dict(describe(refused, 16, 1, 1e12, DEVICES["h800"]))
+    lines = dict(cost_lines(refused, 16, 1, 1e12, ACCELERATORS["h800"]))
     assert lines["  in all"] == "2 GB and more: the compiler ran out of memory. It needs 9G."
 
 

@@ -34,7 +34,7 @@ from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, split
 from dsv3_jax.data.packing import PackedRows, Piece
-from dsv3_jax.data.text_files import rows_of
+from dsv3_jax.data.text_files import rows_of_path
 
 KEYS = (
     "messages", "conversations", "system", "prompt", "question", "completion", "answer",
@@ -360,7 +360,7 @@ def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, An
     keys = KEYS if column == "text" else (column,)
     named = False
     for path in paths:
-        for location, record, domain in rows_of(path, keys, chats=True):
+        for location, record, domain in rows_of_path(path, keys, chats=True):
             if record.get("functions") and not named:
                 named = True
                 print(

@@ -29,7 +29,7 @@ def check_messages(
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages={messages!r} is not a list of messages; give at least one")
-    copied = plain(list(messages), "messages")
+    copied = plain_data(list(messages), "messages")
 
     checked: list[Message] = []
     before = None  # role of the last message that is not the system's
@@ -99,7 +99,7 @@ def read_tools(tools: Any) -> list[Any] | None:
     return found
 
 
-def plain(value: Any, what: str) -> Any:
+def plain_data(value: Any, what: str) -> Any:
     """Copy a value by JSON, so that templates get plain data of a bounded depth."""
     try:
         return parse_json(json.dumps(value))

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dsv3_jax.chat.messages import Message, check_messages, plain
+from dsv3_jax.chat.messages import Message, check_messages, plain_data
 from dsv3_jax.chat.sandbox import ask, limits
 from dsv3_jax.config import did_you_mean
-from dsv3_jax.data.byte_tokenizer import Tokenizer, any_of
+from dsv3_jax.data.byte_tokenizer import Tokenizer, pattern_of
 
 Spans = list[tuple[int, int]]
 _PART = 8  # messages that are compared at once
@@ -71,7 +71,7 @@ class ChatTemplate:
         # Names that mean a token where the template writes them, and text inside a message.
         specials = tokenizer.specials
         written = found["written"]
-        self._control_name = any_of(
+        self._control_name = pattern_of(
             name
             for name in tokenizer.added
             if name in specials or (name in written and not name.isspace())
@@ -188,7 +188,7 @@ class ChatTemplate:
                 f"template{did_you_mean(name, self.variables)}; "
                 f"it reads {', '.join(sorted(self.variables)) or 'none'}"
             )
-        return plain({"documents": None, "tools": tools} | variables, "tools and variables")
+        return plain_data({"documents": None, "tools": tools} | variables, "tools and variables")
 
     def _ended(
         self, messages: list[Message], values: Any, prompt: bool, open_end: bool

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from dsv3_jax.config import did_you_mean
-from dsv3_jax.report.units import visible
+from dsv3_jax.report.units import printable
 
 # Options
 
@@ -161,7 +161,7 @@ def prepare_training(mesh: Any = None) -> None:
         keep_memory()
 
 
-def make_mesh(text: str | None) -> Any:
+def mesh_of_option(text: str | None) -> Any:
     """Make the mesh that --mesh describes; on CPU as many devices as it needs.
 
     None means a single device.
@@ -255,7 +255,7 @@ def sentence(error: BaseException) -> str:
 
     # A long sentence keeps its end, which often says what to do.
     text = str(error).removeprefix(f"[Errno {getattr(error, 'errno', None)}] ")
-    text = visible(" ".join(text[: 100 * MAX_SENTENCE].split())) or type(error).__name__
+    text = printable(" ".join(text[: 100 * MAX_SENTENCE].split())) or type(error).__name__
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 151]} … {text[-148:]}"
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dsv3_jax.cli.common import make_mesh, parse
+from dsv3_jax.cli.common import mesh_of_option, parse
 from dsv3_jax.config import CacheDtype, CacheKind
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # where the folder's generation_config.json says nothing
@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     """Print the prompt and its continuation."""
     args = parse(Generate, argv, "generate")
     if args.prompts is not None or args.out is not None:
-        return sample(args)
+        return write_texts(args)
     if args.samples != 1:
         raise ValueError(f"samples={args.samples} is for --prompts FILE.jsonl --out OUT.jsonl")
     from dsv3_jax.decoding.generate import generate_in_parts
@@ -107,7 +107,7 @@ PINNED = (
 )  # fmt: skip
 
 
-def sample(args: Generate) -> int:
+def write_texts(args: Generate) -> int:
     """Write the texts of a file of prompts."""
     from dsv3_jax.cli.sample import read_prompts, write_samples
     from dsv3_jax.hf.tensor_files import CONFIG
@@ -211,7 +211,7 @@ def load_with_draft(args: Decode, text: Any) -> tuple[Any, Any]:
     from dsv3_jax.runs.folder import RUN_FILE
     from dsv3_jax.runs.open_model import load_model, open_draft
 
-    mesh = make_mesh(args.mesh)
+    mesh = mesh_of_option(args.mesh)
     if (args.model / RUN_FILE).is_file():
         model, _, args.step = load_run(args.model, mesh, step=args.step, kernels=args.kernels)
     else:

@@ -12,7 +12,7 @@ import tyro
 from dsv3_jax.cli.common import (
     all_devices,
     fail,
-    make_mesh,
+    mesh_of_option,
     named_preset,
     parse,
     prepare_training,
@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             "--processes and --process-id need --cluster, which says where process 0 is"
         )
-    mesh = all_devices(args.run) if args.mesh is None else make_mesh(args.mesh)
+    mesh = all_devices(args.run) if args.mesh is None else mesh_of_option(args.mesh)
     return _fit(args, mesh)
 
 

@@ -29,11 +29,11 @@ _PROBE = (
 )
 
 
-def any_of(names: Iterable[str]) -> re.Pattern[str]:
+def pattern_of(names: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of some names, the longest first, in one group.
 
     Example:
-        >>> any_of(["<a>", "<a><b>"]).split("1<a><b>2<a>")
+        >>> pattern_of(["<a>", "<a><b>"]).split("1<a><b>2<a>")
         ['1', '<a><b>', '2', '<a>', '']
     """
     longest_first = sorted(names, key=len, reverse=True)
@@ -139,7 +139,7 @@ class Tokenizer(abc.ABC):
 
     @cached_property
     def _special_name(self) -> re.Pattern[str]:
-        return any_of(self.specials)
+        return pattern_of(self.specials)
 
     def _characters(self, text: str, ids: list[int], start: int) -> list[tuple[int, int]]:
         """Return the characters of each id of `text`, which begins at `start`, by bytes."""

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.installed import installed_texts
-from dsv3_jax.data.text_files import rows_of
+from dsv3_jax.data.text_files import rows_of_path
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[
 def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
     empty = True
-    for location, row, domain in rows_of(path, (column,)):
+    for location, row, domain in rows_of_path(path, (column,)):
         text = row.get(column)
         if not isinstance(text, str):
             raise ValueError(

@@ -9,7 +9,15 @@ from dsv3_jax.host.files import read_json
 # files of settings beside a tokenizer
 CONFIG_FILE, SPECIALS_FILE = "tokenizer_config.json", "special_tokens_map.json"
 MAX_IDS = 2**22  # of a tokenizer; the largest released one has 262,144
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 def named_specials(folder: Path) -> dict[str, str]:
@@ -28,7 +36,7 @@ def named_specials(folder: Path) -> dict[str, str]:
     names = {}
     for role, value in said.items():
         value = value.get("content") if isinstance(value, dict) else value
-        if role in ROLES and value is not None and not isinstance(value, str):
+        if role in TOKEN_ROLES and value is not None and not isinstance(value, str):
             raise ValueError(
                 f"{folder / CONFIG_FILE} has {role}={value!r}, which is not the name of a token"
             )

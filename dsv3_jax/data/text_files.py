@@ -21,7 +21,7 @@ _PARQUET_ROWS = 16  # that are decoded at once: a file of kilobytes may hold man
 MAX_DOMAIN = 200  # characters of a domain's name
 
 
-def rows_of(
+def rows_of_path(
     path: str, needed: Sequence[str], chats: bool = False
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Read the rows of one of `DataConfig.paths`: JSONL, Parquet, a dataset, or files of one text.

@@ -5,7 +5,7 @@ import importlib
 from dsv3_jax.hf.config_json import config_from_dict
 from dsv3_jax.hf.config_writing import config_to_dict
 from dsv3_jax.hf.loading import load
-from dsv3_jax.hf.table import tensor_table
+from dsv3_jax.hf.tensor_names import tensor_table
 from dsv3_jax.hf.writing import save
 
 

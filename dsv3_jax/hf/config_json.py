@@ -6,10 +6,10 @@ from typing import Any
 from dsv3_jax.config import ConfigError, ModelConfig, Yarn, replace
 from dsv3_jax.hf import int4
 from dsv3_jax.hf.families import Family, check_keys, check_known, family_of, text_config
-from dsv3_jax.hf.table import BLOCK
+from dsv3_jax.hf.tensor_names import BLOCK
 
 # Our field → key of config.json with the same value.
-SAME_VALUE = {
+KEY_OF_FIELD = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -34,7 +34,7 @@ WITH_DEFAULT: dict[str, tuple[str, Any]] = {
     "init_std": ("initializer_range", 0.02),
 }
 # The same for models with an indexer.
-INDEX_KEYS = {
+INDEXER_KEYS = {
     "index_topk": "index_topk",
     "index_heads": "index_n_heads",
     "index_dim": "index_head_dim",
@@ -66,7 +66,7 @@ _ROPE_FIXED: dict[str, Any] = {
 }
 # All keys that are read here.
 _USED = {
-    *SAME_VALUE.values(),
+    *KEY_OF_FIELD.values(),
     *(key for key, _ in WITH_DEFAULT.values()),
     *_MTP_KEYS,
     *_ROUTER_KEYS,
@@ -116,7 +116,7 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
     fields |= _experts(family, values, fields["num_layers"])
     fields |= _rope(family, values, fields["max_positions"], allow_unknown_keys)
     if family.indexer:
-        fields |= {name: _value(values, key, int) for name, key in INDEX_KEYS.items()}
+        fields |= {name: _value(values, key, int) for name, key in INDEXER_KEYS.items()}
         fields |= {"attention": "dsa", "index_interleaved": family.shared_indexers}
 
     cfg = ModelConfig(**fields)  # checks the number of layers, which the pattern must have
@@ -128,7 +128,7 @@ def config_from_dict(values: dict[str, Any], *, allow_unknown_keys: bool = False
 def _sizes(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that are one key each."""
     fields: dict[str, Any] = {}
-    for name, key in SAME_VALUE.items():
+    for name, key in KEY_OF_FIELD.items():
         if name == "num_dense_layers" and "mlp_layer_types" in values:
             fields[name] = _dense_prefix(values)
         elif family.experts or name not in _OF_EXPERTS:

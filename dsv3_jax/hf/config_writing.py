@@ -5,13 +5,13 @@ from typing import Any
 from dsv3_jax.config import ConfigError, ModelConfig, Yarn, replace
 from dsv3_jax.hf.config_json import (
     BLOCK_SIZE,
-    INDEX_KEYS,
-    SAME_VALUE,
+    INDEXER_KEYS,
+    KEY_OF_FIELD,
     WITH_DEFAULT,
     config_from_dict,
 )
 from dsv3_jax.hf.families import FIXED
-from dsv3_jax.hf.table import check_released
+from dsv3_jax.hf.tensor_names import check_released
 
 
 def config_to_dict(
@@ -24,7 +24,7 @@ def config_to_dict(
     `left_out`.
 
     Args:
-        cfg: a model with a released format, see `table.check_released`.
+        cfg: a model with a released format, see `tensor_names.check_released`.
         fp8: say that linear weights are FP8.
         dtype: name of the other weights' dtype.
     Raises: ConfigError naming a value that the released format cannot express.
@@ -43,7 +43,7 @@ def config_to_dict(
         "architectures": [label.title().replace("_", "") + "ForCausalLM"],
         "model_type": label,
         # Sizes, and what has one value in every released file.
-        **{key: getattr(cfg, field) for field, key in SAME_VALUE.items()},
+        **{key: getattr(cfg, field) for field, key in KEY_OF_FIELD.items()},
         **{key: getattr(cfg, field) for field, (key, _) in WITH_DEFAULT.items()},
         **{key: FIXED[key] for key in ("hidden_act", "attention_bias", "moe_layer_freq")},
         "num_key_value_heads": cfg.num_heads,
@@ -68,7 +68,7 @@ def config_to_dict(
 
     # Sparse attention, and which of its layers have an indexer; then how weights are stored.
     if cfg.attention == "dsa":
-        config |= {key: getattr(cfg, field) for field, key in INDEX_KEYS.items()}
+        config |= {key: getattr(cfg, field) for field, key in INDEXER_KEYS.items()}
     if cfg.index_interleaved:
         config["indexer_types"] = list(cfg.index_types or ["full"] * cfg.num_layers)
     if fp8:

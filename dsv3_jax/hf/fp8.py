@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 
-from dsv3_jax.hf.table import BLOCK
+from dsv3_jax.hf.tensor_names import BLOCK
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0  # of e4m3

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import Execution
 from dsv3_jax.hf.released_folder import BF16, EMBED, READABLE_DTYPES, ReleasedFolder
-from dsv3_jax.hf.table import Entry
+from dsv3_jax.hf.tensor_names import Entry
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh.sharding import state_sharding
 from dsv3_jax.model.layers import Packed

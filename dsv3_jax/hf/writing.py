@@ -11,7 +11,7 @@ from dsv3_jax.hf import tensor_files
 from dsv3_jax.hf.config_writing import config_to_dict, left_out
 from dsv3_jax.hf.fp8 import quantize
 from dsv3_jax.hf.released_folder import BF16, ReleasedFolder
-from dsv3_jax.hf.table import SCALE_SUFFIX, entries, tensor_table
+from dsv3_jax.hf.tensor_names import SCALE_SUFFIX, entries, tensor_table
 from dsv3_jax.host.files import atomic_folder
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.report.progress import text_console, transfer
@@ -152,14 +152,14 @@ def save(
         model-00001-of-00001.safetensors
         model.safetensors.index.json
     """
-    config, table, read = prepare(model, fp8, dtype)
+    config, table, read = released_parts(model, fp8, dtype)
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
     write_released(path, config, table, tensors, shard_bytes, quiet=quiet)
     if lost := left_out(model.cfg):
         text_console(quiet=quiet, stderr=True).print(lost)
 
 
-def prepare(
+def released_parts(
     model: Transformer, fp8: bool, dtype: Any
 ) -> tuple[dict[str, Any], tensor_files.TensorTable, ReadTensor]:
     """Return config.json, the table, and a function that reads a tensor of a model.
@@ -174,7 +174,7 @@ def prepare(
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> ones = lambda x: jax.numpy.ones(x.shape, x.dtype)
         >>> model = jax.tree.map(ones, abstract(cfg))  # all weights are 1
-        >>> config, table, read = prepare(model, fp8=False, dtype=None)
+        >>> config, table, read = released_parts(model, fp8=False, dtype=None)
         >>> config["hidden_size"], table["model.norm.weight"], read("model.norm.weight").shape
         (128, ((128,), 'float32'), (128,))
     """

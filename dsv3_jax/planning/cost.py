@@ -42,7 +42,7 @@ from dsv3_jax.model.counting import (
 from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.planning.devices import Device
+from dsv3_jax.planning.devices import Accelerator
 from dsv3_jax.planning.hlo import compile_with_hlo
 from dsv3_jax.planning.traffic import Traffic, traffic
 from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
@@ -88,7 +88,7 @@ class Cost:
         """Say whether the program fits in so many bytes of memory."""
         return not self.compile_error and self.total <= memory
 
-    def least_seconds(self, device: Device) -> dict[str, float]:
+    def least_seconds(self, device: Accelerator) -> dict[str, float]:
         """Return the seconds of a step that waits for one resource alone, for each resource."""
         return {
             "FLOPs": self.flops / device.flops,
@@ -99,7 +99,7 @@ class Cost:
         }
 
 
-def _bandwidth(device: Device, members: tuple[int, ...]) -> float:
+def _bandwidth(device: Accelerator, members: tuple[int, ...]) -> float:
     """Return the bandwidth of the slowest link in a ring of these devices."""
     inside = device.node is None or len({m // device.node for m in members}) == 1
     return device.link if inside else device.network

@@ -1,4 +1,4 @@
-"""Device types with their makers' figures, and meshes of devices that this machine does not have.
+"""Accelerators with their makers' figures, and meshes of devices that this machine does not have.
 
 A mesh of fake CPU devices compiles any program, for no particular device. A target compiles it with
 the device's own compiler and without the device: GPUs with JAX's CUDA plugin, TPUs with libtpu
@@ -21,11 +21,12 @@ from dsv3_jax.config import ConfigError
 
 
 @dataclass(frozen=True)
-class Device:
+class Accelerator:
     """One accelerator. Bandwidths are the sum of all its links, in one direction.
 
     Example:
-        >>> DEVICES["v5e"].memory, DEVICES["v5e"].node is None  # all links are equally fast
+        >>> v5e = ACCELERATORS["v5e"]
+        >>> v5e.memory, v5e.node is None  # all links are equally fast
         (16900000000.0, True)
     """
 
@@ -45,16 +46,16 @@ class Device:
 # v5p and v6e, also halved. A TPU's clock is its FLOP/s over 2 for each cell of its matrix units: 4
 # of 128 × 128 in v5e, 8 in v5p, 4 of 256 × 256 in v6e. Its memory is what libtpu's compiler allows
 # a program: 95.73, 15.75 and 31.24 GiB.
-DEVICES = {
-    "h800": Device(80e9, 989e12, 495e12, 3.35e12, 8, 200e9, 50e9),
-    "h100": Device(80e9, 989e12, 495e12, 3.35e12, 8, 450e9, 50e9),
-    "v5p": Device(102.8e9, 459e12, 459e12, 2.765e12, None, 600e9, 600e9, clock=1.75e9),
-    "v5e": Device(16.9e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
-    "v6e": Device(33.5e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
+ACCELERATORS = {
+    "h800": Accelerator(80e9, 989e12, 495e12, 3.35e12, 8, 200e9, 50e9),
+    "h100": Accelerator(80e9, 989e12, 495e12, 3.35e12, 8, 450e9, 50e9),
+    "v5p": Accelerator(102.8e9, 459e12, 459e12, 2.765e12, None, 600e9, 600e9, clock=1.75e9),
+    "v5e": Accelerator(16.9e9, 197e12, 197e12, 0.819e12, None, 200e9, 200e9, clock=1.5e9),
+    "v6e": Accelerator(33.5e9, 918e12, 918e12, 1.64e12, None, 400e9, 400e9, clock=1.75e9),
 }
 # XLA's compiler for NVIDIA GPUs needs a description of one, a file beside this one. XLA prints the
 # text on a machine with the device.
-GPUS = {"h100": "h100.txtpb"}
+GPU_FILES = {"h100": "h100.txtpb"}
 _GPUS_A_NODE = 8
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
@@ -89,7 +90,7 @@ class PlannedDevices(NamedTuple):
 
     text: str  # as the user wrote it
     platform: str  # gpu or tpu
-    kind: str  # a name in DEVICES
+    kind: str  # a name in ACCELERATORS
     shape: str  # a number of GPUs, or a TPU topology such as 2x2x1
 
 
@@ -115,9 +116,9 @@ def parse_target(text: str) -> PlannedDevices:
 
     # A GPU needs its description; JAX's compiler knows the TPUs.
     if platform == "gpu":
-        known = list(GPUS)
+        known = list(GPU_FILES)
     else:
-        known = [name for name, device in DEVICES.items() if device.clock]
+        known = [name for name, device in ACCELERATORS.items() if device.clock]
     if kind not in known:
         raise ConfigError(f"target={text!r}: {kind!r} is not one of {', '.join(known)}")
     return PlannedDevices(text, platform, kind, match[3] or match[6] or "1")
@@ -169,7 +170,7 @@ def _devices(target: PlannedDevices) -> list[Any]:
         count = int(target.shape)
         nodes = -(-count // _GPUS_A_NODE)
         layout = f"1x{nodes}x{_GPUS_A_NODE if nodes > 1 else count}"  # slices × nodes × GPUs
-        described = Path(__file__).with_name(GPUS[target.kind]).read_text(encoding="utf-8")
+        described = Path(__file__).with_name(GPU_FILES[target.kind]).read_text(encoding="utf-8")
         topology = {"platform": "cuda", "target_config": described, "topology": layout}
         compiler, extra = "JAX's CUDA plugin", "plan-gpu"
     else:

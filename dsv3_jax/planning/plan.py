@@ -21,7 +21,7 @@ from dsv3_jax.planning.cost import (
     decode_cost,
     train_cost,
 )
-from dsv3_jax.planning.devices import DEVICES, Device
+from dsv3_jax.planning.devices import ACCELERATORS, Accelerator
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 
 
@@ -82,15 +82,15 @@ def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
     for rows, length, compute_cost in jobs:
         with Console(stderr=True).status("compiling"):
             cost = compute_cost()
-        for label, value in describe(cost, rows, length, memory, device):
+        for label, value in cost_lines(cost, rows, length, memory, device):
             print_row(label, value)
     return 0
 
 
-def device_of(options: PlanOptions) -> Device | None:
+def device_of(options: PlanOptions) -> Accelerator | None:
     """Return the device that options name; None if they name none."""
     kind = options.device or (devices.parse_target(options.target).kind if options.target else None)
-    return DEVICES[kind] if kind else None
+    return ACCELERATORS[kind] if kind else None
 
 
 def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callable[[], Cost]]]:
@@ -154,8 +154,8 @@ def print_row(label: str, value: str) -> None:
     print(f"{label:22s} {value}")
 
 
-def describe(
-    cost: Cost, rows: int, length: int, memory: float | None, device: Device | None
+def cost_lines(
+    cost: Cost, rows: int, length: int, memory: float | None, device: Accelerator | None
 ) -> list[tuple[str, str]]:
     """Return the lines of a program's cost: (label, value)."""
     sizes = (f"{axis}={size}" for axis, size in cost.mesh.items() if size > 1)

@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from dsv3_jax.report.units import format_duration, visible
+from dsv3_jax.report.units import format_duration, printable
 
 T = TypeVar("T")
 
 
 class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:  # of `print` and of a table's cells
-        return super().render_str(visible(text), **options)
+        return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:  # rich would end the process with code 1
         raise BrokenPipeError
@@ -46,7 +46,7 @@ def say(text: str) -> None:
         >>> say("to be")
         to be
     """
-    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 class Progress:

@@ -67,13 +67,13 @@ def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int)
     return f"{value / scale:.{digits}g}{unit}"
 
 
-def visible(text: str) -> str:
+def printable(text: str) -> str:
     """Write out codes that would steer a terminal or reorder a line: C0, C1, surrogates, bidi.
 
     Line ends and tabs stay.
 
     Example:
-        >>> visible("é\\x1b[31m \\u202e\\n")
+        >>> printable("é\\x1b[31m \\u202e\\n")
         'é\\\\x1b[31m \\\\u202e\\n'
     """
     return _CODES.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -18,8 +18,8 @@ from dsv3_jax.hf.config_writing import config_to_dict, left_out
 from dsv3_jax.hf.families import text_config
 from dsv3_jax.hf.loading import load
 from dsv3_jax.hf.released_folder import ReleasedFolder
-from dsv3_jax.hf.table import tensor_table
-from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, prepare, write_released
+from dsv3_jax.hf.tensor_names import tensor_table
+from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, released_parts, write_released
 from dsv3_jax.host.files import atomic_folder, read_bytes
 from dsv3_jax.host.signals import STOP, deferred
 from dsv3_jax.model.moe import RouterBias
@@ -110,7 +110,7 @@ def _run_to_released(
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
     fp8 = dtype == "fp8"
     name = next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
-    config, table, read = prepare(model, fp8, name)
+    config, table, read = released_parts(model, fp8, name)
     ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
     config |= ids | {
         k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None

@@ -207,8 +207,8 @@ def pairs_of(
 
     Example:
         >>> from dsv3_jax.chat.text_settings import plain_settings
-        >>> from dsv3_jax.scores.tasks import Row
-        >>> row = Row((("a", "bc"), ("a", "bd")), 0)
+        >>> from dsv3_jax.scores.tasks import Question
+        >>> row = Question((("a", "bc"), ("a", "bd")), 0)
         >>> pairs_of(Task("t", "multiple_choice", (row,), 0, " ", 0.5), 0, plain_settings(), 4)
         ([([97, 32, 98], [99]), ([97, 32, 98], [100])], False)
     """

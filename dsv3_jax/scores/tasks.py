@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from dsv3_jax.data.text_files import json_lines
 from dsv3_jax.host.files import read_text
 
-KINDS = {
+TASK_KINDS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("continuation", "context_options", "gold"),
     "language_modeling": ("context", "continuation"),
@@ -32,7 +32,7 @@ _MAX_LINE = 2**23  # bytes
 _MAX_LABEL = 100  # letters
 
 
-class Row(NamedTuple):
+class Question(NamedTuple):
     """A question: texts of which one is right.
 
     Attributes: options: pairs (context, continuation); gold: index of the right one.
@@ -48,21 +48,23 @@ class Task:
 
     Attributes:
         label: its name.
-        kind: a key of `KINDS`.
+        kind: a key of `TASK_KINDS`.
         rows: in an order that a fixed seed draws, so that the first N are a fair part.
         shots: answered rows before each prompt.
         delimiter: between context and continuation.
         chance: accuracy of a blind guess.
 
     Example:
-        >>> rows = (Row((("1+1", "2"), ("1+1", "3")), 0), Row((("1+2", "2"), ("1+2", "3")), 1))
-        >>> Task("sums", "multiple_choice", rows, shots=1, delimiter="=", chance=0.5).prompts(0)
+        >>> two = Question((("1+1", "2"), ("1+1", "3")), gold=0)
+        >>> three = Question((("1+2", "2"), ("1+2", "3")), gold=1)
+        >>> task = Task("sums", "multiple_choice", (two, three), 1, delimiter="=", chance=0.5)
+        >>> task.prompts(0)
         ['1+2=3\\n\\n1+1=2', '1+2=3\\n\\n1+1=3']
     """
 
     label: str
     kind: str
-    rows: tuple[Row, ...]
+    rows: tuple[Question, ...]
     shots: int
     delimiter: str
     chance: float
@@ -149,7 +151,7 @@ def _tasks_of(
     chance = chances.get(label, blind)
     if chance == 1:
         raise ValueError(
-            f"{file} has one text in the {KINDS[kind][1]} of each row: a blind guess is "
+            f"{file} has one text in the {TASK_KINDS[kind][1]} of each row: a blind guess is "
             "always right"
         )
 
@@ -162,7 +164,7 @@ def _tasks_of(
         yield Task(label, kind, rows, count, delimiter, chance)
 
 
-def _has_space(rows: Sequence[Row]) -> bool:
+def _has_space(rows: Sequence[Question]) -> bool:
     """Whether the rows bring the white space between context and continuation."""
     pairs = [pair for row in rows for pair in row.options]
     return all(a[-1:].isspace() for a, _ in pairs) or all(b[:1].isspace() for _, b in pairs)
@@ -204,7 +206,7 @@ def _chances(file: Path) -> dict[str, float]:
     return chances
 
 
-def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
+def _read(file: Path) -> tuple[str, tuple[Question, ...]]:
     """The kind, which the first row has, and the rows of a file."""
     kind = ""
     rows = []
@@ -212,9 +214,11 @@ def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
         # The first row says the kind; later rows must have its keys, too.
         for where, record in json_lines(file, _MAX_LINE):
             keys = record.keys() if isinstance(record, dict) else set()
-            kind = kind or next((name for name in KINDS if keys >= set(KINDS[name])), "")
-            if not kind or not keys >= set(KINDS[kind]):
-                forms = "; or ".join(", ".join(KINDS[name]) for name in ([kind] if kind else KINDS))
+            kind = kind or next((name for name in TASK_KINDS if keys >= set(TASK_KINDS[name])), "")
+            if not kind or not keys >= set(TASK_KINDS[kind]):
+                forms = "; or ".join(
+                    ", ".join(TASK_KINDS[name]) for name in ([kind] if kind else TASK_KINDS)
+                )
                 raise ValueError(f"{where}, is no object with the keys {forms}")
             rows.append(_row(record, kind, where))
     except OSError as error:
@@ -227,9 +231,9 @@ def _read(file: Path) -> tuple[str, tuple[Row, ...]]:
     return kind, tuple(rows)
 
 
-def _row(record: dict[str, Any], kind: str, where: str) -> Row:
+def _row(record: dict[str, Any], kind: str, where: str) -> Question:
     # A key with one text, and a key with several; a continuation is the only one of its kind.
-    one, several, *_ = KINDS[kind]
+    one, several, *_ = TASK_KINDS[kind]
     if kind == "language_modeling":
         texts, gold = [record[several]], 0
     else:
@@ -247,4 +251,4 @@ def _row(record: dict[str, Any], kind: str, where: str) -> Row:
                 f"{where}: {context!r:.80} and {continuation!r:.80} are not a text and one to "
                 "follow it"
             )
-    return Row(tuple(options), gold)
+    return Question(tuple(options), gold)

@@ -26,7 +26,9 @@ class CacheQuality:
     bytes_per_token: int
 
 
-STEP = 16  # tokens read at a time: each attends to cached rows alone, its own too, as in decoding
+TOKENS_A_STEP = (
+    16  # tokens read at a time: each attends to cached rows alone, its own too, as in decoding
+)
 
 
 def cache_quality(
@@ -87,18 +89,18 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     # Whole steps: rows of padding at the end are read, and cut off again.
     model = nnx.merge(graphdef, state)
     batch, length = tokens.shape
-    steps = -(-length // STEP)
-    padded = jnp.pad(tokens, ((0, 0), (0, steps * STEP - length)))
-    start = model.empty_cache(batch, steps * STEP, kind, dtype)
+    steps = -(-length // TOKENS_A_STEP)
+    padded = jnp.pad(tokens, ((0, 0), (0, steps * TOKENS_A_STEP - length)))
+    start = model.empty_cache(batch, steps * TOKENS_A_STEP, kind, dtype)
     weights = model.prepare_decode()
 
     def read(cache, part):
         x, cache, _ = model.run_layers(part, cache, weights)
-        return cache.at_lengths(cache.lengths + STEP), model.norm(x)
+        return cache.at_lengths(cache.lengths + TOKENS_A_STEP), model.norm(x)
 
-    # [steps, B, STEP, D] → [B, T − 1, D]: the last token predicts none.
-    _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, STEP).swapaxes(0, 1))
-    h = h.swapaxes(0, 1).reshape(batch, steps * STEP, -1)[:, : length - 1]
+    # [steps, B, TOKENS_A_STEP, D] → [B, T − 1, D]: the last token predicts none.
+    _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, TOKENS_A_STEP).swapaxes(0, 1))
+    h = h.swapaxes(0, 1).reshape(batch, steps * TOKENS_A_STEP, -1)[:, : length - 1]
     scored = token_scores(
         h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1)
     )

@@ -42,7 +42,7 @@ def make_header(
         "run": folder.absolute().name,
         "step": step,
         "data": data,
-        "preset": name_of(config.model),
+        "preset": preset_of(config.model),
         "parameters": sizes.total,
         "active_parameters": sizes.active,
         "steps": config.steps if is_run else None,
@@ -58,12 +58,12 @@ def make_header(
     }
 
 
-def name_of(cfg: ModelConfig) -> str | None:
+def preset_of(cfg: ModelConfig) -> str | None:
     """The preset that a model is, whatever its vocabulary and balancing; None if it is none.
 
     Example:
         >>> tiny = MODELS["tiny"]
-        >>> name_of(replace(tiny, vocab_size=1024)), name_of(replace(tiny, dim=64))
+        >>> preset_of(replace(tiny, vocab_size=1024)), preset_of(replace(tiny, dim=64))
         ('tiny', None)
     """
     own = dict(vocab_size=cfg.vocab_size, balance=cfg.balance)

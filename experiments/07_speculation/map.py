@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from model_of_time import Setting, best_length, expected_tokens, step_cost
 
 from dsv3_jax.config import replace
-from dsv3_jax.planning.devices import DEVICES
+from dsv3_jax.planning.devices import ACCELERATORS
 from dsv3_jax.presets import preset
 from experiments.lab import markdown_table, write_figure
 from experiments.lab.results import replace_block
@@ -40,7 +40,7 @@ PUBLISHED = (
 
 
 def setting(chip, weight_bytes):
-    device = DEVICES[CHIPS[chip]]
+    device = ACCELERATORS[CHIPS[chip]]
     return Setting(device.memory_bandwidth, device.flops, weight_bytes=weight_bytes)
 
 

@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `exper
 import jax
 
 from dsv3_jax.cli import plan as command
-from dsv3_jax.planning.devices import Device
+from dsv3_jax.planning.devices import Accelerator
 from dsv3_jax.planning.hlo import CALLS, Instruction, Module
-from dsv3_jax.planning.plan import describe, device_of, jobs_of, print_row
+from dsv3_jax.planning.plan import cost_lines, device_of, jobs_of, print_row
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 from experiments.accel.launch_cost import FREE, LaunchCost, attributes, call_target, is_float
 
@@ -59,7 +59,7 @@ class Launch:
     is_kernel: bool  # a custom call, alone or in a fusion: the compiler does not see into it
     is_estimated: bool  # its FLOPs are counted or estimated, not unknown
 
-    def seconds(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
+    def seconds(self, device: Accelerator, *, use_cycles: bool = True) -> tuple[float, float]:
         """Return the shortest time of a run: (by FLOPs, by bytes); cycles replace the longer."""
         narrow = (self.flops - self.wide_flops) / device.flops
         compute = narrow + self.wide_flops / device.float32_flops
@@ -107,7 +107,7 @@ class Program:
         """Return the launches that only move or convert numbers, the largest result first."""
         return sorted((x for x in self.all_launches if x.moved), key=lambda x: -x.moved)
 
-    def roofline(self, device: Device, *, use_cycles: bool = True) -> tuple[float, float]:
+    def roofline(self, device: Accelerator, *, use_cycles: bool = True) -> tuple[float, float]:
         """Return the least seconds of launches bound by computing, and of those bound by memory.
 
         Launches run one after the other, so the time of the program is the sum of the two.
@@ -260,7 +260,7 @@ class _Reader:
 
 
 def describe_program(
-    program: Program, formula: float, device: Device | None
+    program: Program, formula: float, device: Accelerator | None
 ) -> list[tuple[str, str]]:
     """Return the lines of what a target's program runs; `formula`: the FLOPs of the step."""
     work = (
@@ -328,7 +328,7 @@ def main(argv: list[str]) -> None:
     print_row("model", name)
     for rows, length, compute_cost in jobs:
         cost = compute_cost()
-        lines = describe(cost, rows, length, device and device.memory, device)
+        lines = cost_lines(cost, rows, length, device and device.memory, device)
         if cost.text:
             lines += describe_program(read_program(cost.text), cost.flops, device)
         for label, value in lines:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.planning.devices import DEVICES
+from dsv3_jax.planning.devices import ACCELERATORS
 from experiments import cards
 
 # JAX's names of devices whose data sheet `dsv3 plan --device` knows
@@ -86,7 +86,7 @@ def rows_of(results: dict) -> list[Row]:
     """Compare all figures with their bounds and bars."""
     kind, bounds = results["card"]["kind"], {}
     if kind in SHEETS:
-        sheet = DEVICES[SHEETS[kind]]
+        sheet = ACCELERATORS[SHEETS[kind]]
         bounds |= {"sheet flops": sheet.flops, "sheet bytes": sheet.memory_bandwidth}
     figures = [
         (name, figure) for name, part in results["parts"].items() for figure in part["figures"]

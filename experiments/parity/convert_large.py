@@ -60,8 +60,8 @@ def make(folder: Path) -> tuple[float, float]:
     from dsv3_jax.config import replace
     from dsv3_jax.hf.config_writing import config_to_dict
     from dsv3_jax.hf.released_folder import BF16
-    from dsv3_jax.hf.table import entries
     from dsv3_jax.hf.tensor_files import CONFIG, table_bytes, write_json, write_shards
+    from dsv3_jax.hf.tensor_names import entries
     from dsv3_jax.presets import preset
 
     cfg = replace(preset("mini"), **CHANGES)

@@ -59,15 +59,15 @@ def case(
         compiled = cost.train_cost(run, device_mesh, target=target)
     else:
         compiled = cost.decode_cost(model, execution, device_mesh, rows, context, target=target)
-    least = compiled.least_seconds(devices.DEVICES[device])
+    least = compiled.least_seconds(devices.ACCELERATORS[device])
     known = compiled.sent.known()
     return {
         "held": compiled.persistent,
         "made": compiled.transient,
         "temporaries": compiled.temporaries,
         "total": compiled.total,
-        "fits": compiled.fits(devices.DEVICES[device].memory),
-        "memory": devices.DEVICES[device].memory,
+        "fits": compiled.fits(devices.ACCELERATORS[device].memory),
+        "memory": devices.ACCELERATORS[device].memory,
         "flops": compiled.flops,
         "tokens_a_device": compiled.tokens / device_mesh.size,
         "sent": known.wire,
