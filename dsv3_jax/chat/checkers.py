@@ -80,6 +80,8 @@ class Checker:
         module, colon, name = self.name.partition(":")
         if not colon:
             return CHECKERS[self.name]
+
+        # The user's module may fail in any way while it is imported.
         try:
             function = getattr(module_here(module), name)
         except BaseException as error:
@@ -122,10 +124,12 @@ class Checker:
         """
         function, _ = self._pair()
         try:
+            # A copy of the row: what the checker does to it must not change the task.
             with cpu_limit(MAX_SECONDS, _late):
                 right = function(text, copy.deepcopy(row))
                 if not isinstance(right, bool | np.bool_):
                     raise TypeError(f"it returns {right!r:.60}, not True or False")
+
             if getattr(sys.stdout, "closed", False):
                 sys.stdout = open(os.devnull, "w")  # for the sentences that follow
                 raise ValueError("it closes stdout")

@@ -31,6 +31,7 @@ def check_messages(
         raise ValueError(f"messages={messages!r} is not a list of messages; give at least one")
     copied = plain_data(list(messages), "messages")
 
+    # Each message by itself, then its role and place among the others.
     checked: list[Message] = []
     before = None  # role of the last message that is not the system's
     for i, message in enumerate(copied):

@@ -39,6 +39,8 @@ def run(argv: list[str]) -> int:
         return 0
     if args.check:
         return check_kernels(args.execution)
+
+    # A preset with other settings is no longer that preset.
     changed = (args.model, args.execution) != (run.model, run.execution)
     name = f"{argv[0]}, changed" if changed else argv[0]
     for what, amount in describe(args.model, name, args.execution.compute_dtype):

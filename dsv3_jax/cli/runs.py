@@ -41,6 +41,8 @@ def check_run(argv: list[str]) -> int:
     for step in steps:
         folder = args.run / "checkpoints" / str(step)
         damage = find_damage(folder)
+
+        # A run may train while it is checked.
         if not folder.exists():  # a trainer deleted it meanwhile
             continue
         damaged += bool(damage)
@@ -84,6 +86,7 @@ def list_runs(argv: list[str]) -> int:
             f"folder={str(args.folder)!r} does not exist; name a folder with runs: dsv3 runs list "
             "FOLDER"
         )
+    # A run that cannot be read is named on stderr, and the others are listed.
     found = [line for folder in _run_folders(args.folder) if (line := _line(folder)) is not None]
     if not found:
         text_console().print(f"no run in {args.folder}")

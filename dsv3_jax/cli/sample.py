@@ -140,6 +140,8 @@ def complete(
 
     if len(done) == total:
         return
+
+    # The bar begins where the last command stopped; the speed counts what is new.
     ended = len(done)
     count = 0
     start = 0.0

@@ -161,6 +161,7 @@ def _train_in_cluster(args: Train) -> int:
     from dsv3_jax.mesh import processes, sharding
 
     assert args.cluster is not None
+    # The processes find each other before any of them touches a device.
     sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
     devices = math.prod(sizes.values()) if sizes else None
     processes.join(args.cluster, args.processes, args.process_id, devices)

@@ -194,6 +194,7 @@ class Tokenizer(abc.ABC):
             >>> ByteTokenizer().fingerprint == load("bytes").fingerprint
             True
         """
+        # Two tokenizers with one table may still cut a text in different places: hash an encoding.
         found = hashlib.blake2b(digest_size=8)
         found.update(self.byte_lengths.tobytes() + b"".join(self._token_bytes))
         found.update(repr((self.eos_id, self._fim_ids, sorted(self.specials.items()))).encode())

@@ -55,7 +55,7 @@ class Corpus:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return bytes of UTF-8 by domain: (training, validation)."""
-        sums = {domain: [0, 0] for domain in self.domains}
+        sums = {domain: [0, 0] for domain in self.domains}  # training, validation
         for side, documents in enumerate((self.train, self.val)):
             for text, domain in documents:
                 sums[domain][side] += len(text.encode("utf-8"))

@@ -53,7 +53,7 @@ class Manifest:
         """Return where the records of each domain are. Args: side: train or val."""
         found: dict[str, list[Part]] = {name: [] for name in self.domains}
         for name, facts in self.files.items():
-            skip = 0
+            skip = 0  # records of the domains before
             for domain, records, tokens in facts["domains"] if facts["side"] == side else ():
                 found[self.domains[domain]].append(Part(name, skip, records, tokens))
                 skip += records

@@ -195,6 +195,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from dsv3_jax.cli.tokenize import Tokenize, tokenize
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -107,6 +107,8 @@ def text_config(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"model_type={values['model_type']!r} needs the object text_config, not {inner!r}"
         )
+
+    # The wrapper alone may have two keys of the language model.
     inner = {"model_type": "deepseek_v3"} | inner
     if "quantization_config" in values:
         inner.setdefault("quantization_config", values["quantization_config"])
@@ -154,6 +156,8 @@ def check_keys(
         if values.get(key, supported) != supported:
             wanted = "leave it out" if supported is None else f"use {supported!r}"
             raise ConfigError(f"{key}={values[key]!r} is not supported; {wanted}")
+
+    # A key that nobody knows may change the network, too.
     if allow_unknown:
         return
     known = used | HARMLESS | family.keys | FIXED.keys()

@@ -84,6 +84,7 @@ def group_size(config: dict[str, Any]) -> int:
             f"quantization_config={config!r:.80} is not one group of packed weights"
         ) from error
 
+    # Other formats, signs and groupings would be read as wrong numbers.
     for key, value in _WANTED.items():
         if found.get(key) != value:
             raise ConfigError(

@@ -60,7 +60,8 @@ class ReleasedFolder:
         >>> import dsv3_jax as ds
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
-        >>> model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract(cfg))  # all are 1
+        >>> ones = lambda x: jax.numpy.ones(x.shape, x.dtype)
+        >>> model = jax.tree.map(ones, abstract(cfg))  # all weights are 1
         >>> with tempfile.TemporaryDirectory() as path:
         ...     ds.hf.save(model, path, fp8=True, quiet=True)
         ...     folder = ReleasedFolder(path)
@@ -190,6 +191,7 @@ class ReleasedFolder:
 
     def _wanted(self, entry: Entry) -> dict[str, tuple[tuple[int, ...], tuple[np.dtype, ...]]]:
         """The one or two tensors that store a released tensor: name → (shape, possible dtypes)."""
+        # FP8, 4 bits or floats: the files say, and a folder may mix them.
         name = entry.name
         stored = self.stored.get(entry.name)
         if entry.quantized and stored is not None and stored.dtype == E4M3:
@@ -207,6 +209,7 @@ class ReleasedFolder:
 
     def _check_tensors(self, all_entries: list[Entry]) -> None:
         """Raises: ValueError that lists all missing, unknown and wrong tensors (shape or dtype)."""
+        # Go through what the model needs, then through what else the files hold.
         wrong = []
         known = set()
         for entry in all_entries:

@@ -143,6 +143,8 @@ class _Counter:
     def _loop(self, computation: str, loop: Instruction) -> Traffic:
         """Return the traffic of all iterations; of one, if their number is unknown."""
         body = self.traffic(loop.called("body")[0])
+
+        # Nested loops multiply: the body's collectives have the runs of the loops inside.
         trips = self._module.trip_count(computation, loop)
         known = trips is not None
         trips = 1 if trips is None else trips
@@ -169,6 +171,7 @@ class _Counter:
         """Return the mesh axes along which the devices of a group differ."""
         if not self._axes:
             return ()
+        # A device's number in the mesh, as its place along each axis.
         places = np.unravel_index(np.array(group), tuple(self._axes.values()))
         return tuple(
             axis
@@ -182,6 +185,7 @@ def _is_sliced(module: Module, computation: str, all_reduce: Instruction, n: int
     size = sum(a.size for a in all_reduce.arrays)
     current = all_reduce
     while True:
+        # Follow the result through copies and reshapes, as long as nobody else reads it.
         users = module.users(computation).get(current.name, [])
         if len(users) != 1 or current.root:
             return False

@@ -71,6 +71,8 @@ class Progress:
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
+
+        # The speed counts from the first update, since the first step compiles.
         self._task = self._bar.add_task("train", total=steps, line="")
         self._steps = steps
         self._first = (0, 0.0)  # the step and time of the first update
@@ -144,6 +146,8 @@ class Progress:
             pictures: that were drawn.
         """
         bits = evaluation["val_bits_per_byte"]
+
+        # The baseline needs no network: it counts which byte follows two others.
         against = ""
         if order2 is not None:
             against = f", against {order2:.3f} of an order-2 byte model of the same text"

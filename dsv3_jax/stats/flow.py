@@ -86,6 +86,8 @@ def repeats(rows: TokenRows, num_experts: int) -> Repeats:
     for ids, counted in zip(rows.expert_ids, rows.counted, strict=True):
         both = neighbours & counted[1:] & counted[:-1]
         share.append(shared(ids[1:][both], ids[:-1][both]))
+
+        # Two tokens that choose apart, each K experts by the load.
         load = _load(ids[counted], num_experts)
         chance.append(_shared_by_chance(load, load, ids.shape[-1]))
     return Repeats(np.array(share), np.array(chance))

@@ -105,6 +105,7 @@ def bits_per_byte(rows: TokenRows, tokenizer: Tokenizer) -> float:
         >>> round(bits_per_byte(rows, ByteTokenizer()), 3)
         2.0
     """
+    # Tokens with a loss, and the bytes that they stand for.
     known = ~np.isnan(rows.nll)
     count = tokenizer.byte_lengths[rows.token[known]].sum()
     if not count:
