@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.ops import attention, cross_entropy, dispatch, draft_loss, embedding, mla, products
+from dsv3_jax.kernels.xla.in_order import look_up_in_order
+from dsv3_jax.ops import attention, cross_entropy, dispatch, draft_loss, mla, products
 
 B, T, H, D, C, N, R, V, E, F, W = 2, 6, 3, 12, 10, 8, 4, 5, 4, 7, 19
 ALL_IDS = np.tile(np.arange(E, dtype=np.int32), (B * T, 1))
@@ -55,7 +56,7 @@ OPS = {
     "grouped_swiglu": (experts, ROWS, EXPERTS),
     "capacity_swiglu": (few_experts, ROWS, EXPERTS),
     "draft_loss": (apart, {"h": (B * T, D)}, {"w": (D, W)}),
-    "embedding": (lambda w: embedding.look_up_in_order(w, jnp.asarray(TOKENS)), {}, {"w": (W, D)}),
+    "embedding": (lambda w: look_up_in_order(w, jnp.asarray(TOKENS)), {}, {"w": (W, D)}),
     "expand": (
         lambda *a: jnp.concatenate(mla.expand(*a), axis=-1),
         {"c_kv": (B, T, C), "k_rope": (B, T, R)},

@@ -16,10 +16,11 @@ from models import DENSE, LIGHT, decode_program, forward, random_model, small
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import calls, library
+from dsv3_jax.kernels.xla.cached_blocks import cached_attention_in_blocks
 from dsv3_jax.model.cache import CACHE_DTYPES, empty_cache, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token, elements_per_token
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops.cached_attention import Stored, cached_attention, cached_attention_in_blocks
+from dsv3_jax.ops.cached_attention import Stored, cached_attention
 from dsv3_jax.ops.quantize import dequantize_rows, largest, quantize_rows
 
 EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)

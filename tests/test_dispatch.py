@@ -9,13 +9,16 @@ import oracles
 import pytest
 
 from dsv3_jax.kernels.cpu import blocks, calls, library
-from dsv3_jax.ops import dispatch, grouped_product
-from dsv3_jax.ops.sort_by_expert import count_by_expert, sort_by_expert
+from dsv3_jax.kernels.xla.by_row import decode_by_row
+from dsv3_jax.kernels.xla.count_by_expert import count_by_expert
+from dsv3_jax.kernels.xla.row_blocks import ROW_BLOCKS
+from dsv3_jax.ops import dispatch
+from dsv3_jax.ops.sort_by_expert import sort_by_expert
 
 BACKENDS = {
     "blocks": blocks.blocks_swiglu,
     "ragged_dot": partial(dispatch.grouped_swiglu, complete=True),
-    "row_blocks": partial(dispatch.grouped_swiglu, product=grouped_product.ROW_BLOCKS),
+    "row_blocks": partial(dispatch.grouped_swiglu, product=ROW_BLOCKS),
     "dense": dispatch.dense_swiglu,
 }
 
@@ -83,7 +86,7 @@ def test_backends_and_their_gradients_equal_dense(x64, rng, choose, sizes):
 DECODING = (
     dispatch.decode_experts,
     partial(dispatch.decode_experts, rows=3),  # in a loop over three rows
-    dispatch.decode_by_row,
+    decode_by_row,
     BACKENDS["row_blocks"],
 )
 dense = jax.jit(oracles.routed_swiglu_jnp)

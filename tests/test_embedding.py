@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.kernels.xla.in_order import look_up_in_order
 from dsv3_jax.mesh import sharding
 from dsv3_jax.ops import embedding
 
@@ -26,7 +27,7 @@ def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
     for token, row in zip(np.minimum(tokens, 10).ravel(), d_rows.reshape(-1, 4), strict=True):
         want[token] += row
     args = jnp.asarray(table), jnp.asarray(tokens, jnp.int32), jnp.asarray(d_rows)
-    for look_up in (embedding.look_up, embedding.look_up_in_order):
+    for look_up in (embedding.look_up, look_up_in_order):
         np.testing.assert_array_equal(look_up(*args[:2]), table[np.minimum(tokens, 10)])
         # at most 900 rows of a token
         np.testing.assert_allclose(gradient(look_up, *args), want, atol=1e-13)
@@ -40,7 +41,7 @@ def test_devices_add_up_their_rows(x64, rng):
 
     def spread(table, tokens):
         return sharding.shard_map_over_batch(
-            lambda *a: ((), embedding.look_up_in_order(*a)), (table,), tokens
+            lambda *a: ((), look_up_in_order(*a)), (table,), tokens
         )[1]
 
     with sharding.use_mesh(sharding.make_mesh(data=4)):

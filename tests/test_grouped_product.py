@@ -16,10 +16,11 @@ from test_dispatch import case
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.kernels.gpu import grouped_product as gpu
 from dsv3_jax.kernels.tpu import grouped_product as tpu
+from dsv3_jax.kernels.xla.row_blocks import ROW_BLOCKS, row_blocks
 from dsv3_jax.ops import dispatch
 from dsv3_jax.ops import grouped_product as ops
 
-XLA = {b.name: b for b in (ops.RAGGED_DOT, ops.ROW_BLOCKS)}
+XLA = {b.name: b for b in (ops.RAGGED_DOT, ROW_BLOCKS)}
 COUNTS = {
     "uneven": [13, 0, 29, 1, 0, 7],
     "one has all": [0, 0, 50, 0, 0, 0],
@@ -73,7 +74,7 @@ def test_backends_of_xla_equal_a_loop_over_groups(x64, rng, backend, counts):
 def test_blocks_cover_each_row_once(rng, size):
     """Whatever the counts, the number of blocks that is known beforehand is enough."""
     for counts in [*COUNTS.values(), *rng.multinomial(50, rng.dirichlet(np.ones(6), 5)).tolist()]:
-        blocks = ops.row_blocks(jnp.asarray(counts, jnp.int32), 50, size)
+        blocks = row_blocks(jnp.asarray(counts, jnp.int32), 50, size)
         seen = [[] for _ in counts]
         for group, start, left in zip(*(np.asarray(a) for a in blocks), strict=True):
             seen[group] += range(start, start + max(min(left, size), 0))

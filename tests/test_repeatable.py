@@ -16,6 +16,7 @@ from runs import make_run
 from dsv3_jax.config import Execution, replace
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import library
+from dsv3_jax.kernels.xla.in_order import look_up_in_order
 from dsv3_jax.ops import embedding
 from dsv3_jax.training.step import Job, abstract_state, make_step
 
@@ -70,9 +71,7 @@ def test_a_training_step_adds_floats_in_one_order(changes, kernels):
     assert unordered_adds(text) == []
 
 
-@pytest.mark.parametrize(
-    ("look_up", "adds"), [(embedding.look_up, 1), (embedding.look_up_in_order, 0)]
-)
+@pytest.mark.parametrize(("look_up", "adds"), [(embedding.look_up, 1), (look_up_in_order, 0)])
 def test_what_the_test_above_looks_for_is_there_to_be_found(look_up, adds):
     table = jax.ShapeDtypeStruct((11, 4), jnp.float32)
     tokens = jax.ShapeDtypeStruct((5,), jnp.int32)

@@ -38,8 +38,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels.xla.row_blocks import ROW_BLOCKS, row_blocks
 from dsv3_jax.ops import mla
-from dsv3_jax.ops.grouped_product import ROW_BLOCKS, GroupedProduct, row_blocks
+from dsv3_jax.ops.grouped_product import GroupedProduct
 
 LARGEST = 448.0  # of e4m3
 SMALLEST_NORMAL = 2.0**-6  # of e4m3; below it numbers are multiples of 2⁻⁹

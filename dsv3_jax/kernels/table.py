@@ -27,6 +27,13 @@ from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.kernels.tpu import cache_rows as tpu_cache_rows
 from dsv3_jax.kernels.tpu import grouped_product as tpu_products
+from dsv3_jax.kernels.xla.by_memory import cross_entropy_by_memory
+from dsv3_jax.kernels.xla.by_row import decode_by_row
+from dsv3_jax.kernels.xla.in_order import look_up_in_order
+from dsv3_jax.kernels.xla.in_place import expand_in_place
+from dsv3_jax.kernels.xla.one_pass import swiglu_in_one_pass
+from dsv3_jax.kernels.xla.row_blocks import ROW_BLOCKS
+from dsv3_jax.kernels.xla.two_rows import in_two_rows
 from dsv3_jax.ops import (
     adamw,
     attention,
@@ -34,13 +41,13 @@ from dsv3_jax.ops import (
     cross_entropy,
     dispatch,
     embedding,
-    grouped_product,
     indexer,
     mla,
     products,
     rope,
     sparse_attention,
 )
+from dsv3_jax.ops.grouped_product import GroupedProduct
 
 # Devices
 
@@ -206,7 +213,7 @@ _two_rows = partial(Implementation, "two_rows", platforms=GPUS, fits=_one_row)
 # axes its results vary along, so `shard_map` refuses it.
 
 
-def _experts_by(product: grouped_product.GroupedProduct) -> Callable:
+def _experts_by(product: GroupedProduct) -> Callable:
     return partial(dispatch.grouped_swiglu, product=product)
 
 
@@ -222,7 +229,7 @@ _MEGABLOX = Implementation(
     fits=tpu_products.fits,
 )
 _RAGGED_ON_TPU = Implementation("ragged_dot", _experts_by(tpu_products.RAGGED_DOT), ("tpu",))
-_ROW_BLOCKS = Implementation("row_blocks", _experts_by(grouped_product.ROW_BLOCKS), GPUS)
+_ROW_BLOCKS = Implementation("row_blocks", _experts_by(ROW_BLOCKS), GPUS)
 
 # Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32
 # if it holds the rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100.
@@ -308,7 +315,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "expand": (
         Implementation("one_product", tpu_attention.expand, ("tpu",), ("bfloat16",)),
-        Implementation("in_place", mla.expand_in_place, GPUS),
+        Implementation("in_place", expand_in_place, GPUS),
         _xla(mla.expand),
         *_in_8_bits(low_precision.expand),
     ),
@@ -329,7 +336,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_experts.decode_experts),
         _xla(dispatch.decode_experts, ("cpu",)),
         replace(_MOSAIC, fits=_shared_experts),
-        Implementation("by_row", dispatch.decode_by_row, GPUS, fits=_few_choices),
+        Implementation("by_row", decode_by_row, GPUS, fits=_few_choices),
         _RAGGED_ON_TPU,
         _ROW_BLOCKS,
     ),
@@ -340,15 +347,15 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     # Linear layers
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
-        _two_rows(partial(products.in_two_rows, products.product)),
+        _two_rows(partial(in_two_rows, products.product)),
         _xla(products.product),
         *_in_8_bits(low_precision.product),
     ),
     "exact_product": (_cpp(cpu_products.product, fits=_few_rows), _xla(products.exact_product)),
     "swiglu": (
         _cpp(cpu_products.swiglu, fits=_few_rows),
-        Implementation("one_pass", products.swiglu_in_one_pass, GPUS, fits=_many_rows),
-        _two_rows(partial(products.in_two_rows, products.swiglu)),
+        Implementation("one_pass", swiglu_in_one_pass, GPUS, fits=_many_rows),
+        _two_rows(partial(in_two_rows, products.swiglu)),
         _xla(products.swiglu),
         *_in_8_bits(low_precision.swiglu),
     ),
@@ -360,11 +367,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     # computes the logits twice, these rows once, and it does not tell whether a target is the
     # argmax, which the metrics count.
     "embedding": (
-        Implementation("in_order", embedding.look_up_in_order, GPUS),
+        Implementation("in_order", look_up_in_order, GPUS),
         _xla(embedding.look_up),
     ),
     "cross_entropy": (
-        Implementation("by_memory", cross_entropy.cross_entropy_by_memory, ACCELERATORS),
+        Implementation("by_memory", cross_entropy_by_memory, ACCELERATORS),
         _xla(cross_entropy.chunked_cross_entropy),
     ),
     "optimizer": (_cpp(calls.adamw, fits=_large_update), _xla(adamw.adamw_update)),

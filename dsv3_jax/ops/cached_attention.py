@@ -5,12 +5,9 @@ the sum of the products of queries with the rows of one or more arrays of keys. 
 array too: absorbed MLA scores latents and rotated keys, and the latents are its values. Plain
 attention scores keys, and has separate values.
 
-All rows at once, for accelerators: each product reads the rows once, as they are stored. 8-bit rows
-are not multiplied with their scales: a compiler would write a copy of the cache. Scales go to the
-scores and to the softmax's weights.
-
-In blocks, for CPUs and TPUs: rows are visited with a running softmax (as in `attention.py`), as
-many blocks as the longest sequence has. The cost follows what the cache holds, not its capacity.
+Each product reads all rows once, as they are stored. 8-bit rows are not multiplied with their
+scales: a compiler would write a copy of the cache. Scales go to the scores and to the softmax's
+weights.
 """
 
 from collections.abc import Sequence
@@ -21,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.attention import scaled, softmax_step
-from dsv3_jax.ops.varying import as_varying
+from dsv3_jax.ops.attention import scaled
+from dsv3_jax.ops.dtypes import sum_dtype
 
 
 class Stored(NamedTuple):
@@ -48,9 +45,8 @@ def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, "
         batch, groups, count = new.shape[:3]
         # The heads are indexed too: GPUs would first transpose the cache to have them in a window.
         b, g, t = np.ogrid[:batch, :groups, :count]
-        place = old.at[
-            jnp.asarray(layer, jnp.int32), b, g, first[:, None, None] + t.astype(np.int32)
-        ]
+        slot = first[:, None, None] + t.astype(np.int32)
+        place = old.at[jnp.asarray(layer, jnp.int32), b, g, slot]
         return place.set(new, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
     return jax.tree.map(put, stored, new)
@@ -80,81 +76,43 @@ def cached_attention(
         >>> cached_attention([q], [key], value, last, scale=1.0)  # the mean of 1 and 3
         Array([[[[2.]]]], dtype=float32)
     """
-    weights = jax.nn.softmax(_scores(queries, keys, jnp.zeros((), jnp.int32), last, scale), axis=-1)
-    return _weighted(weights, values, queries[0].dtype)
+    first = jnp.zeros((), jnp.int32)
+    scores_BGQS = masked_scores(queries, keys, first, last, scale)
+    return weighted_sum(jax.nn.softmax(scores_BGQS, axis=-1), values, queries[0].dtype)
 
 
-def cached_attention_in_blocks(
+def masked_scores(
     queries: Sequence[Float[Array, "B G Q _"]],
     keys: Sequence[Stored],
-    values: Stored,
+    first: Int[Array, ""],
     last: Int[Array, "B Q"],
-    *,
     scale: float,
-    block: int,
-    take_out: bool = False,
-) -> Float[Array, "B G Q V"]:
-    """Compute `cached_attention`, `block` rows at a time.
-
-    Args: take_out: a block is copied, where both products then read it: for a TPU, which copies it
-        into its own memory.
-    """
-    (capacity, width), dtype = values.rows.shape[2:], queries[0].dtype
-    block = min(block, capacity)
-    wide = np.promote_types(dtype, np.float32)
-
-    def visit(i, carry):
-        first = i.astype(jnp.int32) * block
-        start = jnp.minimum(first, capacity - block)  # the last block overlaps the one before
-        some_keys, some_values = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 2), (list(keys), values)
-        )
-        if take_out:
-            some_keys, some_values = jax.lax.optimization_barrier((some_keys, some_values))
-        s = _scores(queries, some_keys, first - start, last - start, scale)
-        return softmax_step(carry, s, lambda p: _weighted(p, some_values, dtype, wide))
-
-    shape = queries[0].shape[:3]
-    # Every query sees row 0, so maxima are finite from the first block on.
-    carry = (
-        jnp.zeros((*shape, width), wide),
-        jnp.full(shape, -jnp.inf, wide),
-        jnp.zeros(shape, wide),
-    )
-    carry = tuple(as_varying(x, queries[0], values.rows) for x in carry)
-    out, _, total = jax.lax.fori_loop(0, last.max() // block + 1, visit, carry)
-    return (out / total[..., None]).astype(dtype)
-
-
-def block_rows(keys: Sequence[Stored], values: Stored, numbers: int) -> int:
-    """Rows of a block of at most so many numbers, of all arrays and sequences: a power of two."""
-    width = sum(
-        stored.rows.shape[-1] for stored in {id(x.rows): x for x in (*keys, values)}.values()
-    )
-    batch, groups = values.rows.shape[:2]
-    return 1 << (max(numbers // (batch * groups * width), 1).bit_length() - 1)
-
-
-def _scores(
-    queries, keys: Sequence[Stored], first: Array, last: Array, scale: float
 ) -> Float[Array, "B G Q S"]:
-    """Scores of the rows `first` … `last`, -inf for others, in float32 or wider."""
-    wide = np.promote_types(queries[0].dtype, np.float32)
+    """Compute the scores of the rows `first` … `last`, -inf for others, in float32 or wider."""
+    wide = sum_dtype(queries[0].dtype)
     total = 0
     for q, stored in zip(queries, keys, strict=True):
-        q = jnp.pad(scaled(q, scale), [(0, 0)] * 3 + [(0, stored.rows.shape[-1] - q.shape[-1])])
-        s = jnp.einsum(
-            "bgqk,bgsk->bgqs", q, stored.rows.astype(q.dtype), preferred_element_type=wide
-        )
-        total += s if stored.scales is None else s * stored.scales.astype(wide).swapaxes(2, 3)
+        # Rows may be wider than queries, and then end in zeros.
+        excess = stored.rows.shape[-1] - q.shape[-1]
+        q = jnp.pad(scaled(q, scale), [(0, 0), (0, 0), (0, 0), (0, excess)])
+        rows = stored.rows.astype(q.dtype)
+        scores = jnp.einsum("bgqk,bgsk->bgqs", q, rows, preferred_element_type=wide)
+        if stored.scales is not None:
+            scores = scores * stored.scales.astype(wide).swapaxes(2, 3)
+        total += scores
 
     slot = jnp.arange(keys[0].rows.shape[2], dtype=jnp.int32)
-    seen = (slot[None, None] <= last[:, :, None]) & (slot >= first)[None, None]
-    return jnp.where(seen[:, None], total, -jnp.inf)
+    seen_BQS = (slot[None, None] <= last[:, :, None]) & (slot >= first)[None, None]
+    return jnp.where(seen_BQS[:, None], total, -jnp.inf)
 
 
-def _weighted(weights: Array, values: Stored, dtype: Any, into: Any = None) -> Array:
-    """The sum of the values by weights [B, G, Q, S], rounded to `dtype` for the product."""
+def weighted_sum(
+    weights: Float[Array, "B G Q S"], values: Stored, dtype: Any, into: Any = None
+) -> Float[Array, "B G Q V"]:
+    """Add up the values by weights, which are rounded to `dtype` for the product.
+
+    Args: into: the dtype of the sums. None means `dtype`.
+    """
     if values.scales is not None:
         weights = weights * values.scales.astype(weights.dtype).swapaxes(2, 3)
     rows = values.rows.astype(dtype)

@@ -1,12 +1,13 @@
 """Cross-entropy over a large vocabulary, in chunks of tokens: the logits [n, W] never exist."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.ops.dtypes import sum_dtype
 from dsv3_jax.ops.varying import as_varying, varying
 
 
@@ -17,7 +18,7 @@ def chunked_cross_entropy(
     mask: Bool[Array, " n"],
     *,
     chunk: int = 1024,
-    one_pass: bool = False,
+    log_sums: Callable[[Array], tuple[Array, Array]] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute the summed nats of `targets` under softmax(h w), and how many are the argmax.
 
@@ -30,8 +31,7 @@ def chunked_cross_entropy(
         targets: token ids in 0 … W - 1.
         mask: positions where it is False do not count.
         chunk: about how many tokens are computed at a time.
-        one_pass: read the logits once for their maximum and their sum. A CPU is faster in two
-            passes.
+        log_sums: computes `log_sums_in_two_passes`. None means that function.
     Returns: (sum of nats, number of correct predictions), float32, or float64 if h is.
 
     Example:
@@ -41,26 +41,9 @@ def chunked_cross_entropy(
         >>> round(float(nats), 4)
         2.7726
     """
-    total, correct = _summed(h, w, targets, mask.astype(_wide(h.dtype)), chunk, one_pass)
+    weight = mask.astype(sum_dtype(h.dtype))
+    total, correct = _summed(h, w, targets, weight, chunk, log_sums or log_sums_in_two_passes)
     return total, jax.lax.stop_gradient(correct)
-
-
-LOGITS_BYTES = 1 << 32  # of a chunk in `cross_entropy_by_memory`
-
-
-def cross_entropy_by_memory(
-    h: Float[Array, "n D"],
-    w: Float[Array, "D W"],
-    targets: Int[Array, " n"],
-    mask: Bool[Array, " n"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute `chunked_cross_entropy` in chunks as large as LOGITS_BYTES of logits allow.
-
-    Each chunk reads and writes the head's complete gradient in float32. An accelerator has memory
-    for few, large chunks; with a single one there is no loop.
-    """
-    chunk = max(1, LOGITS_BYTES // (_wide(h.dtype).itemsize * w.shape[1]))
-    return chunked_cross_entropy(h, w, targets, mask, chunk=chunk, one_pass=True)
 
 
 def token_scores(
@@ -87,25 +70,32 @@ def token_scores(
     """
 
     def body(_, xs):
-        h_c, t_c = xs
-        logits = _logits(h_c, w) / temperature
-        wanted = jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - wanted
-        return None, (nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        h_cD, targets_c = xs
+        logits_cW = _logits(h_cD, w) / temperature
+        wanted_c = jnp.take_along_axis(logits_cW, targets_c[:, None], axis=-1)[:, 0]
+        nll_c = jax.nn.logsumexp(logits_cW, axis=-1) - wanted_c
+        return None, (nll_c, jnp.argmax(logits_cW, axis=-1).astype(jnp.int32))
 
     n = h.shape[0]
-    _, (nll, best) = jax.lax.scan(
-        jax.checkpoint(body), None, (_split(h, chunk), _split(targets, chunk))
-    )
+    chunks = (_split(h, chunk), _split(targets, chunk))
+    _, (nll, best) = jax.lax.scan(jax.checkpoint(body), None, chunks)
     return nll.T.reshape(-1)[:n], best.T.reshape(-1)[:n]
 
 
-def _wide(dtype):
-    return np.promote_types(dtype, np.float32)
+def log_sums_in_two_passes(
+    logits: Float[Array, "n W"],
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Compute (the log-sum of exponentials, the maximum) of each row, in two passes.
+
+    Example:
+        >>> log_sums_in_two_passes(jnp.zeros((1, 4)))  # ln 4, and 0
+        (Array([1.3862944], dtype=float32), Array([0.], dtype=float32))
+    """
+    return jax.nn.logsumexp(logits, axis=-1), logits.max(-1)
 
 
-def _logits(h, w):
-    return jnp.dot(h, w, preferred_element_type=_wide(h.dtype))
+def _logits(h: Array, w: Array) -> Array:
+    return jnp.dot(h, w, preferred_element_type=sum_dtype(h.dtype))
 
 
 def _split(x: Array, chunk: int) -> Array:
@@ -116,66 +106,62 @@ def _split(x: Array, chunk: int) -> Array:
     return x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _in_one_pass(logits):
-    """(Log-sum of exponentials, maximum) of each row: a part's sum counts from its maximum."""
-
-    def join(a, b):
-        top = jnp.maximum(a[0], b[0])
-        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
-
-    nothing = (jnp.array(x, logits.dtype) for x in (np.finfo(logits.dtype).min, 0))
-    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), tuple(nothing), join, (1,))
-    return top + jnp.log(total), top
+# Chunks of c tokens: one loop computes the loss, and its gradient if there is one.
 
 
-def _forward(h, w, targets, weight, chunk, one_pass, with_grad):
+def _forward(h, w, targets, weight, chunk, log_sums, with_grad):
     """Return ((sum of nats, number correct), (dh in chunks, dw)), the latter by `with_grad`."""
 
     def body(carry, xs):
         total, correct, dw = carry
-        h_c, t_c, m_c = xs
-        logits = _logits(h_c, w)
-        lse, top = (
-            _in_one_pass(logits)
-            if one_pass
-            else (jax.nn.logsumexp(logits, axis=-1), logits.max(-1))
-        )
-        picked = jnp.take_along_axis(logits, t_c[:, None], axis=-1)[:, 0]
-        total = total + ((lse - picked) * m_c).sum()
-        correct = correct + jnp.where(picked >= top, m_c, 0).sum()
+        h_cD, targets_c, weight_c = xs
+
+        # The loss of each target is the log-sum of all logits less its own logit.
+        logits_cW = _logits(h_cD, w)
+        lse_c, top_c = log_sums(logits_cW)
+        picked_c = jnp.take_along_axis(logits_cW, targets_c[:, None], axis=-1)[:, 0]
+        total = total + ((lse_c - picked_c) * weight_c).sum()
+        correct = correct + jnp.where(picked_c >= top_c, weight_c, 0).sum()
         if not with_grad:
             return (total, correct, dw), None
-        hot = jax.nn.one_hot(t_c, w.shape[1], dtype=logits.dtype)
-        dlogits = ((jnp.exp(logits - lse[:, None]) - hot) * m_c[:, None]).astype(w.dtype)
-        dw = dw + jnp.dot(h_c.T, dlogits, preferred_element_type=dw.dtype)
-        return (total, correct, dw), jnp.dot(dlogits, w.T).astype(h.dtype)
 
-    wide = _wide(h.dtype)
+        # Its gradient in the logits is their softmax, less one at the target.
+        hot_cW = jax.nn.one_hot(targets_c, w.shape[1], dtype=logits_cW.dtype)
+        softmax_cW = jnp.exp(logits_cW - lse_c[:, None])
+        dlogits_cW = ((softmax_cW - hot_cW) * weight_c[:, None]).astype(w.dtype)
+        dw = dw + jnp.dot(h_cD.T, dlogits_cW, preferred_element_type=dw.dtype)
+        return (total, correct, dw), jnp.dot(dlogits_cW, w.T).astype(h.dtype)
+
+    wide = sum_dtype(h.dtype)
     zero = jnp.zeros((), wide)
     start = (zero, zero, jnp.zeros(w.shape, wide) if with_grad else zero)
     start = tuple(as_varying(x, h, w) for x in start)
+
     xs = (_split(h, chunk), _split(targets, chunk), _split(weight, chunk))
     (total, correct, dw), dh = jax.lax.scan(body, start, xs)
     return (total, correct), (dh, dw)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed(h, w, targets, weight, chunk, one_pass):
-    return _forward(h, w, targets, weight, chunk, one_pass, with_grad=False)[0]
+def _summed(h, w, targets, weight, chunk, log_sums):
+    return _forward(h, w, targets, weight, chunk, log_sums, with_grad=False)[0]
 
 
-def _summed_fwd(h, w, targets, weight, chunk, one_pass):
-    out, (dh, dw) = _forward(h, w, targets, weight, chunk, one_pass, with_grad=True)
+def _summed_fwd(h, w, targets, weight, chunk, log_sums):
+    out, (dh, dw) = _forward(h, w, targets, weight, chunk, log_sums, with_grad=True)
     dh = dh.swapaxes(0, 1).reshape(-1, h.shape[1])[: h.shape[0]]
     return out, (dh, dw.astype(w.dtype), w[:0])
 
 
-def _summed_bwd(chunk, one_pass, saved, cotangents):
+def _summed_bwd(chunk, log_sums, saved, cotangents):
     dh, dw, like_w = saved
-    scale = cotangents[0]
+    scale = cotangents[0]  # the number of right predictions takes no gradient
     dw = dw * scale.astype(dw.dtype)
-    if apart := varying(dw) - varying(like_w):  # each device has the part from its own rows
-        dw = jax.lax.psum(dw.astype(_wide(dw.dtype)), tuple(apart)).astype(dw.dtype)
+
+    # Each device has the part of dw from its own rows.
+    apart = varying(dw) - varying(like_w)
+    if apart:
+        dw = jax.lax.psum(dw.astype(sum_dtype(dw.dtype)), tuple(apart)).astype(dw.dtype)
     return dh * scale.astype(dh.dtype), dw, None, None
 
 

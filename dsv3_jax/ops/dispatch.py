@@ -7,12 +7,14 @@ token's choices. No token is dropped, except by `capacity_swiglu`, which is ther
     grouped_swiglu sorted rows, two grouped products (see grouped_product.py), any number of tokens
     dense_swiglu   every expert on every token, weighted by the gates: the oracle, and the field's
                    starting point
-    decode_experts a loop over the chosen experts alone, for a few tokens on a CPU
-    decode_by_row  no loop: each assignment's sums read its expert's weights; a few tokens on a GPU
+    decode_experts a loop over the chosen experts alone, for a few tokens
     capacity       GShard's and Switch's, which drops what overflows
 
 Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is
 scattered, so no two additions meet in an order that changes from run to run.
+
+Letters, beside those of reference.py: n tokens, m = n K assignments (sorted, in rows), c slots of
+an expert.
 """
 
 from collections.abc import Callable
@@ -23,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct, wide
-from dsv3_jax.ops.sort_by_expert import SortedRows, count_by_expert, sort_by_expert
+from dsv3_jax.ops.dtypes import sum_dtype
+from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct
+from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 from dsv3_jax.ops.varying import zeros
 
 # assignments for each expert up to which `decode_experts` is faster: reading weights is the cost
@@ -52,10 +55,12 @@ def dense_swiglu(
         Array([[4.7]], dtype=float32)
     """
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
-    hot = jax.nn.one_hot(expert_ids, w_gate.shape[0], dtype=x.dtype)
-    weight = jnp.einsum("nke,nk->ne", hot, gates.astype(x.dtype))
-    h = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w_gate)) * jnp.einsum("nd,edf->nef", x, w_up)
-    return jnp.einsum("nef,efd,ne->nd", h, w_down, weight)
+    hot_nKE = jax.nn.one_hot(expert_ids, w_gate.shape[0], dtype=x.dtype)
+    weight_nE = jnp.einsum("nke,nk->ne", hot_nKE, gates.astype(x.dtype))
+
+    a_nEF = jnp.einsum("nd,edf->nef", x, w_gate)
+    b_nEF = jnp.einsum("nd,edf->nef", x, w_up)
+    return jnp.einsum("nef,efd,ne->nd", jax.nn.silu(a_nEF) * b_nEF, w_down, weight_nE)
 
 
 def grouped_swiglu(
@@ -121,10 +126,11 @@ class _Rows(NamedTuple):
 
 
 def _sorted_rows(product: GroupedProduct, complete: bool, gates: Array, p: SortedRows) -> _Rows:
-    pad = -p.order.size % product.row_multiple
-    order = jnp.pad(p.order, (0, pad))
-    in_expert = None if complete else (jnp.arange(order.size, dtype=jnp.int32) < p.total)[:, None]
-    gate = _take(gates.reshape(-1), order).astype(wide(gates.dtype))
+    order = jnp.pad(p.order, (0, -p.order.size % product.row_multiple))
+    gate = take(gates.reshape(-1), order).astype(sum_dtype(gates.dtype))
+    in_expert = None
+    if not complete:
+        in_expert = (jnp.arange(order.size, dtype=jnp.int32) < p.total)[:, None]
     return _Rows(order // gates.shape[1], gate[:, None], in_expert)
 
 
@@ -133,12 +139,19 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave)."""
     w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
+
+    # Each token goes to the rows of its experts.
     rows = _sorted_rows(product, complete, gates, p)
-    x_rows = _take(x, rows.token)
-    inner = tuple(product.forward(x_rows, w, p.counts) for w in (w_gate, w_up))
-    a, b = (part.astype(wide(part.dtype)) for part in inner)
-    h = _rounded(jax.nn.silu(a) * b * rows.gate, rows, x.dtype)
-    return _sum_choices((product.forward(h, w_down, p.counts),), p, complete), inner
+    x_mD = take(x, rows.token)
+
+    # One SwiGLU an expert. The gate weights the hidden units, which are fewer than the outputs.
+    inner = tuple(product.forward(x_mD, w, p.counts) for w in (w_gate, w_up))
+    a_mF, b_mF = (part.astype(sum_dtype(part.dtype)) for part in inner)
+    h_mF = _rounded(jax.nn.silu(a_mF) * b_mF * rows.gate, rows, x.dtype)
+    y_mD = product.forward(h_mF, w_down, p.counts)
+
+    # Each token adds up its rows.
+    return _sum_choices((y_mD,), p, complete), inner
 
 
 def _grouped_bwd(product, complete, saved, dy):
@@ -146,25 +159,38 @@ def _grouped_bwd(product, complete, saved, dy):
     back = product.dx if turned is None else product.forward
     w_gate, w_up, w_down = _matrices(product, weights, x.dtype) if turned is None else turned
     rows = _sorted_rows(product, complete, gates, p)
-    x_rows, dy_rows = _take(x, rows.token), _take(dy, rows.token)
-    a, b = (part.astype(wide(part.dtype)) for part in inner)
-    sig = jax.nn.sigmoid(a)
-    silu = a * sig
-    h = _rounded(silu * b * rows.gate, rows, x.dtype)
-    d_h = back(dy_rows, w_down, p.counts).astype(a.dtype)
-    # Else XLA sums again what it has, in the fusion that adds these to the router's gradient.
-    d_gates = jax.lax.optimization_barrier((d_h * silu * b).sum(-1))
-    d_h = d_h * rows.gate
-    d_inner = [_rounded(d, rows, x.dtype) for d in (d_h * b * (sig + silu * (1 - sig)), d_h * silu)]
-    dx = tuple(back(d, w, p.counts) for d, w in zip(d_inner, (w_gate, w_up), strict=True))
-    dw = (
-        *(product.dw(x_rows, d, p.counts, weights[0].dtype) for d in d_inner),
-        product.dw(h, dy_rows, p.counts, weights[2].dtype),
+    x_mD = take(x, rows.token)
+    dy_mD = take(dy, rows.token)
+
+    # The hidden units again, from the two products that were kept.
+    a_mF, b_mF = (part.astype(sum_dtype(part.dtype)) for part in inner)
+    sig_mF = jax.nn.sigmoid(a_mF)
+    silu_mF = a_mF * sig_mF
+    h_mF = _rounded(silu_mF * b_mF * rows.gate, rows, x.dtype)
+
+    # A gate's gradient is the product of its row's hidden units with their gradient. Without the
+    # barrier XLA adds it up again, in the fusion that adds these to the router's gradient.
+    dh_mF = back(dy_mD, w_down, p.counts).astype(a_mF.dtype)
+    d_gate_m = jax.lax.optimization_barrier((dh_mF * silu_mF * b_mF).sum(-1))
+
+    # Back through silu(a) ⊙ b.
+    dh_mF = dh_mF * rows.gate
+    da_mF = _rounded(dh_mF * b_mF * (sig_mF + silu_mF * (1 - sig_mF)), rows, x.dtype)
+    db_mF = _rounded(dh_mF * silu_mF, rows, x.dtype)
+
+    # Back to the tokens, and to the experts' matrices.
+    dx_parts = (back(da_mF, w_gate, p.counts), back(db_mF, w_up, p.counts))
+    d_weights = (
+        product.dw(x_mD, da_mF, p.counts, weights[0].dtype),
+        product.dw(x_mD, db_mF, p.counts, weights[0].dtype),
+        product.dw(h_mF, dy_mD, p.counts, weights[2].dtype),
     )
-    d_gates = _or_zero(
-        None if complete else p.row < p.total, _take(d_gates, jnp.minimum(p.row, d_gates.size - 1))
-    )
-    return _sum_choices(dx, p, complete), d_gates.astype(gates.dtype), dw, None, None
+
+    # Each choice fetches the gradient of its gate; a choice of no expert has none.
+    here_nK = None if complete else p.row < p.total
+    d_gates = _or_zero(here_nK, take(d_gate_m, jnp.minimum(p.row, d_gate_m.size - 1)))
+    dx = _sum_choices(dx_parts, p, complete)
+    return dx, d_gates.astype(gates.dtype), d_weights, None, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
@@ -183,14 +209,15 @@ def _rounded(values: Array, rows: _Rows, dtype) -> Array:
 def _sum_choices(parts: tuple[Array, ...], p: SortedRows, complete: bool) -> Array:
     """y_t = Σ_k of row (t, k), in float32: each token fetches its rows. [n, K, D] never exists."""
     total = p.total
-    y = jnp.zeros((), wide(parts[0].dtype))
+    y_nD = jnp.zeros((), sum_dtype(parts[0].dtype))
     for k in range(p.row.shape[1]):
         row = p.row[:, k]
+        # A choice of no expert may have no row: it fetches another one, which does not count.
         fetched = sum(
-            _take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y.dtype) for part in parts
+            take(part, jnp.minimum(row, part.shape[0] - 1)).astype(y_nD.dtype) for part in parts
         )
-        y = y + _or_zero(None if complete else (row < total)[:, None], fetched)
-    return y.astype(parts[0].dtype)
+        y_nD = y_nD + _or_zero(None if complete else (row < total)[:, None], fetched)
+    return y_nD.astype(parts[0].dtype)
 
 
 def _or_zero(mask: Array | None, values: Any) -> Array:
@@ -202,8 +229,12 @@ def _or_zero(mask: Array | None, values: Any) -> Array:
     return values if mask is None else jnp.where(mask, values, (mask ^ mask).astype(values.dtype))
 
 
-def _take(x: Array, rows: Array) -> Array:
+def take(x: Array, rows: Array) -> Array:
+    """Fetch rows of x; all of them must be in it."""
     return x.at[rows].get(mode="promise_in_bounds")
+
+
+# With a capacity
 
 
 def _product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"]) -> Float[Array, "E m N"]:
@@ -240,20 +271,30 @@ def capacity_swiglu(
         (Array([[2.],
                [0.]], dtype=float32), Array(0.5, dtype=float32))
     """
-    w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
     n, num_choices = expert_ids.shape
     num_experts = w_gate.shape[0]
     capacity = min(-int(-factor * n * num_choices // num_experts), n)
+    w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
+
+    # A choice's slot is its rank at its expert. Those beyond the capacity c are dropped.
     p = sort_by_expert(expert_ids, num_experts)
-    slot = p.row - p.starts[expert_ids]  # a choice's rank at its expert
-    kept = slot < capacity
-    rows = p.starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
-    tokens = p.order[jnp.minimum(rows, p.order.size - 1)] // num_choices  # [E, capacity]
-    x_rows = x[tokens]
-    out = product(jax.nn.silu(product(x_rows, w_gate)) * product(x_rows, w_up), w_down)
-    picked = out[expert_ids, jnp.minimum(slot, capacity - 1)]  # [n, K, D]
-    y = (picked * jnp.where(kept, gates.astype(x.dtype), 0)[..., None]).sum(axis=1)
-    return y, (~kept).mean(dtype=jnp.float32)
+    slot_nK = p.row - p.starts[expert_ids]
+    kept_nK = slot_nK < capacity
+
+    # Each expert's slots, filled with its tokens; a slot that stays empty holds any token.
+    rows_Ec = p.starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
+    tokens_Ec = p.order[jnp.minimum(rows_Ec, p.order.size - 1)] // num_choices
+    x_EcD = x[tokens_Ec]
+    h_EcF = jax.nn.silu(product(x_EcD, w_gate)) * product(x_EcD, w_up)
+    y_EcD = product(h_EcF, w_down)
+
+    # Each token fetches what its kept choices gave.
+    picked_nKD = y_EcD[expert_ids, jnp.minimum(slot_nK, capacity - 1)]
+    weight_nK = jnp.where(kept_nK, gates.astype(x.dtype), 0)
+    return (picked_nKD * weight_nK[..., None]).sum(axis=1), (~kept_nK).mean(dtype=jnp.float32)
+
+
+# A few tokens
 
 
 def decode_experts(
@@ -285,77 +326,42 @@ def decode_experts(
     """
     n, num_choices = expert_ids.shape
     num_experts = w_gate.shape[0]
-    zero = jnp.zeros((), jnp.int32)
+    gates = gates.astype(x.dtype)
 
-    def visit(expert: Array, local_rows: Array) -> Array:
+    def swiglu_of(expert: Array, rows: Array) -> Array:
         gate, up, down = (
             jax.lax.dynamic_index_in_dim(w, expert, 0, keepdims=False).astype(x.dtype)
             for w in (w_gate, w_up, w_down)
         )
-        return (jax.nn.silu(local_rows @ gate) * (local_rows @ up)) @ down
+        return (jax.nn.silu(rows @ gate) * (rows @ up)) @ down
 
-    gates = gates.astype(x.dtype)
-    if n == 1:  # nothing to sort; an id of E reads the last expert
-        return jax.lax.fori_loop(
-            0,
-            num_choices,
-            lambda k, y: y + gates[0, k] * visit(expert_ids[0, k], x),
-            zeros(x.shape, x, w_gate),
-        )
+    # One token: there is nothing to sort. An id of E reads the last expert.
+    if n == 1:
+
+        def add_choice(k, y):
+            return y + gates[0, k] * swiglu_of(expert_ids[0, k], x)
+
+        return jax.lax.fori_loop(0, num_choices, add_choice, zeros(x.shape, x, w_gate))
+
+    # The visits of each expert, and the first row of each visit. Its expert is the number of
+    # experts that have had all of theirs. A search would loop.
     rows = rows or (4 if n * num_choices < 8 * num_experts else 8)
     p = sort_by_expert(expert_ids, num_experts)
-    visits = -(-p.counts // rows)
-    ends = jnp.cumsum(visits, dtype=jnp.int32)
+    visits_E = -(-p.counts // rows)
+    ends_E = jnp.cumsum(visits_E, dtype=jnp.int32)
     turn = jnp.arange(n * num_choices, dtype=jnp.int32)
-    # The expert of each visit: how many experts have had all of theirs. A search would loop.
-    expert = jnp.minimum(
-        (ends[None] <= turn[:, None]).sum(axis=1, dtype=jnp.int32), num_experts - 1
-    )
-    first = p.starts[expert] + (turn - (ends - visits)[expert]) * rows
+    done = (ends_E[None] <= turn[:, None]).sum(axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(done, num_experts - 1)
+    first = p.starts[expert] + (turn - (ends_E - visits_E)[expert]) * rows
+
     tokens = jnp.pad(p.order // num_choices, (0, rows))
+    zero = jnp.zeros((), jnp.int32)
 
-    def add_visit(i, out):
-        local_rows = x[jax.lax.dynamic_slice(tokens, (first[i],), (rows,))]
+    def visit(i, out):
+        some = x[jax.lax.dynamic_slice(tokens, (first[i],), (rows,))]
         # A visit also writes rows of the next expert; the next visit overwrites them.
-        return jax.lax.dynamic_update_slice(out, visit(expert[i], local_rows), (first[i], zero))
+        return jax.lax.dynamic_update_slice(out, swiglu_of(expert[i], some), (first[i], zero))
 
-    out = zeros((n * num_choices + rows, x.shape[1]), x, w_gate)
-    out = jax.lax.fori_loop(0, ends[-1], add_visit, out)
-    return (out[p.row] * gates[..., None]).sum(axis=1)
-
-
-def decode_by_row(
-    x: Float[Array, "n D"],
-    expert_ids: Int[Array, "n K"],
-    gates: Float[Array, "n K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
-) -> Float[Array, "n D"]:
-    """Compute the same without a loop: three float32 sums for each assignment. Takes no gradient.
-
-    Each sum reads the weights of its expert in place. On a GPU XLA fuses the look-up of the expert
-    into the sum, so no weight is copied, and eight kernels do it all. Rows are sorted by expert, so
-    one expert's rows run side by side and find its weights in the cache. The cost grows with the
-    number of assignments, not of experts.
-
-    Args: as `decode_experts`.
-    """
-    n, num_choices = expert_ids.shape
-    group = jnp.minimum(expert_ids.reshape(-1), w_gate.shape[0] - 1)  # elsewhere: the gate is 0
-    rows = jnp.repeat(x, num_choices, axis=0)
-    row = None
-    if n > 1:
-        p = count_by_expert(expert_ids, w_gate.shape[0])
-        group = _take(group, p.order)
-        rows = _take(x, p.order // num_choices)
-        row = p.row
-
-    def product(rows: Array, w: Array) -> Array:
-        one = _take(w, group)
-        return (rows.astype(wide(x.dtype))[:, :, None] * one.astype(wide(x.dtype))).sum(axis=1)
-
-    h = (jax.nn.silu(product(rows, w_gate)) * product(rows, w_up)).astype(x.dtype)
-    out = product(h, w_down)
-    out = out.reshape(n, num_choices, -1) if row is None else _take(out, row)
-    return (out * gates.astype(x.dtype).astype(out.dtype)[..., None]).sum(axis=1).astype(x.dtype)
+    out_mD = zeros((n * num_choices + rows, x.shape[1]), x, w_gate)
+    out_mD = jax.lax.fori_loop(0, ends_E[-1], visit, out_mD)
+    return (out_mD[p.row] * gates[..., None]).sum(axis=1)

@@ -13,7 +13,6 @@ The up-projections have the released order, [H, N, C] and [H, V, C], so both for
 them as they are.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -36,27 +35,6 @@ def expand(
     w_uk, w_uv = w_uk.astype(c_kv.dtype), w_uv.astype(c_kv.dtype)
     k_nope = jnp.einsum("btc,hnc->bthn", c_kv, w_uk)
     return join_keys(k_nope, k_rope), jnp.einsum("btc,hvc->bthv", c_kv, w_uv)
-
-
-@jax.custom_vjp
-def expand_in_place(
-    c_kv: Float[Array, "B T C"],
-    k_rope: Float[Array, "B T R"],
-    w_uk: Float[Array, "H N C"],
-    w_uv: Float[Array, "H V C"],
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Compute `expand` with keys as wide as K from the product on: a GPU then writes k_rope alone.
-
-    The product's last R columns are zeros; its gradient has none.
-    """
-    wide = jnp.pad(w_uk, ((0, 0), (0, k_rope.shape[-1]), (0, 0)))
-    k, v = (jnp.einsum("btc,hkc->bthk", c_kv, w.astype(c_kv.dtype)) for w in (wide, w_uv))
-    return k.at[..., w_uk.shape[1] :].set(k_rope[:, :, None]), v
-
-
-expand_in_place.defvjp(
-    lambda *args: (expand_in_place(*args), args), lambda args, d: jax.vjp(expand, *args)[1](d)
-)
 
 
 def join_keys(

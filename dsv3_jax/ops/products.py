@@ -1,7 +1,5 @@
 """Products with a weight, in the dtype of the activations; the router's is exact float32."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,23 +15,6 @@ def product(x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1) -> Fl
         Array([1., 6.], dtype=float32)
     """
     return jnp.tensordot(x, w.astype(x.dtype), axes)
-
-
-def in_two_rows(
-    multiply: Callable, x: Float[Array, "..."], *weights: Float[Array, "..."], **settings: int
-) -> Float[Array, "..."]:
-    """Compute `product` or `swiglu` of one row beside a row of zeros: no more bytes on a GPU.
-
-    For one row XLA would write w times x, as large as w, and read it again to add it up.
-
-    Example:
-        >>> in_two_rows(product, jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [0.0, 3.0]]))
-        Array([1., 6.], dtype=float32)
-    """
-    lead = x.ndim - settings.get("axes", 1)
-    two = jnp.pad(x.reshape(1, *x.shape[lead:]), [(0, 1)] + [(0, 0)] * (x.ndim - lead))
-    y = multiply(two, *weights, **settings)[0]
-    return y.reshape(*x.shape[:lead], *y.shape)
 
 
 def exact_product(x: Float[Array, "n D"], w: Float[Array, "D N"]) -> Float[Array, "n N"]:
@@ -61,18 +42,6 @@ def swiglu(
         Array([[5.]], dtype=float32)
     """
     return product(jax.nn.silu(product(x, w_gate)) * product(x, w_up), w_down)
-
-
-def swiglu_in_one_pass(
-    x: Float[Array, "*n D"], *weights: Float[Array, "..."]
-) -> Float[Array, "*n D"]:
-    """Compute `swiglu`; its backward pass reads the products before silu once on a GPU.
-
-    XLA does not join what reads a product there, but it joins what reads a barrier.
-    """
-    w_gate, w_up, w_down = weights
-    a, b = jax.lax.optimization_barrier((product(x, w_gate), product(x, w_up)))
-    return product(jax.nn.silu(a) * b, w_down)
 
 
 def product_by_head(

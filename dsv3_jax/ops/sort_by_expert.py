@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-# assignments up to which a GPU counts those before each one: fewer launches than sort and scatter
-FEW = 1024
-
 
 class SortedRows(NamedTuple):
     """Assignments in order of expert. n tokens with K choices each make n·K assignments."""
@@ -38,28 +35,4 @@ def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRow
     row = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
     counts = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.int32), flat, num_segments=num_experts)
     starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
-    return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)
-
-
-def count_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRows:
-    """Compute the same on a GPU, for few assignments by comparing each with all others.
-
-    Example:
-        >>> count_by_expert(jnp.array([[2, 0], [0, 1]]), num_experts=3).order
-        Array([1, 2, 3, 0], dtype=int32)
-    """
-    flat = expert_ids.reshape(-1)
-    if flat.size > FEW:
-        return sort_by_expert(expert_ids, num_experts)
-    place = jnp.arange(flat.size, dtype=jnp.int32)
-    key = flat * flat.size + place
-    first = jnp.arange(num_experts, dtype=jnp.int32) * flat.size
-    # One sum counts the keys from `low` to `high`: those before each one, of the experts before,
-    # and of each expert.
-    low = jnp.concatenate([jnp.zeros(flat.size + num_experts, jnp.int32), first])
-    high = jnp.concatenate([key, first, first + flat.size])
-    between = (low[:, None] <= key[None]) & (key[None] < high[:, None])
-    counted = between.sum(axis=1, dtype=jnp.int32)
-    row, starts, counts = jnp.split(counted, [flat.size, flat.size + num_experts])
-    order = jnp.where(row[None] == place[:, None], place[None], 0).sum(axis=1, dtype=jnp.int32)
     return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.cpu import calls
-from dsv3_jax.ops import cached_attention as op
+from dsv3_jax.kernels.xla import cached_blocks
 from dsv3_jax.ops.attention import RESULTS, repeat_heads, scaled
 from dsv3_jax.ops.cached_attention import Stored
 
@@ -58,8 +58,10 @@ def cached_attention_in_blocks(
     queries: Sequence[Array], keys: Sequence[Stored], values: Stored, *args, **settings
 ):
     """Compute `ops.cached_attention.cached_attention` in blocks that stay in a core's cache."""
-    block = max(op.block_rows(keys, values, BLOCK_ELEMENTS), 64)
-    return op.cached_attention_in_blocks(queries, keys, values, *args, block=block, **settings)
+    block = max(cached_blocks.block_rows(keys, values, BLOCK_ELEMENTS), 64)
+    return cached_blocks.cached_attention_in_blocks(
+        queries, keys, values, *args, block=block, **settings
+    )
 
 
 def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from dsv3_jax.ops.grouped_product import GroupedProduct, row_blocks_dw
-from dsv3_jax.ops.sort_by_expert import count_by_expert
+from dsv3_jax.kernels.xla.count_by_expert import count_by_expert
+from dsv3_jax.kernels.xla.row_blocks import row_blocks_dw
+from dsv3_jax.ops.grouped_product import GroupedProduct
 from dsv3_jax.ops.varying import as_varying
 
 # compute capability: the kernels use its matrix instructions, and no later chip has them

@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.ops import cached_attention
+from dsv3_jax.kernels.xla import cached_blocks
 from dsv3_jax.ops.attention import QUERIES, RESULTS, scaled
+from dsv3_jax.ops.cached_attention import Stored
 
 # rows of a block; the fastest in its authors' timings on v5p and v6e, of lengths 1024 to 8192
 LARGEST_BLOCK = 1024
@@ -97,26 +98,34 @@ def rotate_last(
     So no array is cut where a register's columns do not end, which would take as long as several
     passes over it.
     """
+    width = x.shape[-1]
     half = cos.shape[-1]
-    rest = x.shape[-1] - 2 * cos.shape[-1]
+    rest = width - 2 * half
+
+    # The columns of each pair (a, b), and the matrix that turns it into (-b, a).
     places = rest + np.arange(2 * half)
     first, second = places.reshape(half, 2).T if interleaved else places.reshape(2, half)
-    signs = np.zeros((x.shape[-1], x.shape[-1]), np.float32)
-    signs[second, first], signs[first, second] = -1, 1
+    signs = np.zeros((width, width), np.float32)
+    signs[second, first] = -1
+    signs[first, second] = 1
 
-    copies = np.zeros((half, x.shape[-1]), np.float32)
-    copies[np.arange(half), first] = copies[np.arange(half), second] = 1
+    # The angles of both numbers of a pair. The numbers before the pairs turn by none.
+    copies = np.zeros((half, width), np.float32)
+    copies[np.arange(half), first] = 1
+    copies[np.arange(half), second] = 1
 
     def spread(of_pairs: Array, of_rest: float) -> Array:
         both = jnp.dot(of_pairs, copies, precision=jax.lax.Precision.HIGHEST)  # exact
-        unturned = np.where(np.arange(x.shape[-1]) < rest, np.float32(of_rest), 0)
+        unturned = np.where(np.arange(width) < rest, np.float32(of_rest), 0)
         return both + unturned.reshape(1, 1, 1, -1)
 
-    # Heads first, as the kernel wants them.
-    x, cos, sin = (a.swapaxes(1, 2) for a in (x, spread(cos, 1.0), spread(sin, 0.0)))
-    # Else XLA on a mesh makes queries with the positions last, and copies them for the product.
-    x = with_layout_constraint(x, Layout((0, 1, 2, 3)))
-    return _turn(x, cos, sin, jnp.asarray(signs, x.dtype)).swapaxes(1, 2)
+    # Heads first, as the kernel wants them. Without the constraint XLA on a mesh makes queries with
+    # the positions last, and copies them for the product.
+    x_BHTX = with_layout_constraint(x.swapaxes(1, 2), Layout((0, 1, 2, 3)))
+    cos_B1TX = spread(cos, 1.0).swapaxes(1, 2)
+    sin_B1TX = spread(sin, 0.0).swapaxes(1, 2)
+    turned_BHTX = _turn(x_BHTX, cos_B1TX, sin_B1TX, jnp.asarray(signs, x.dtype))
+    return turned_BHTX.swapaxes(1, 2)
 
 
 @jax.custom_vjp
@@ -140,14 +149,17 @@ def expand(
     w_uv: Float[Array, "H V C"],
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
     """Compute `ops.mla.expand`: one product makes the keys, and its matrix hands k_rope on."""
-    rope, (heads, _, width) = k_rope.shape[-1], w_uk.shape
-    hand_on = jnp.broadcast_to(
-        jnp.eye(rope, width + rope, width, dtype=c_kv.dtype), (heads, rope, width + rope)
-    )
-    w_k = jnp.concatenate(
-        [jnp.pad(w_uk.astype(c_kv.dtype), ((0, 0), (0, 0), (0, rope))), hand_on], axis=1
-    )
-    k = jnp.einsum("btc,hkc->bthk", jnp.concatenate([c_kv, k_rope], axis=-1), w_k)
+    rope_dim = k_rope.shape[-1]
+    heads, _, latent = w_uk.shape
+
+    # A head's matrix: W_uk on c_kv, and the identity on k_rope.
+    identity = jnp.eye(rope_dim, latent + rope_dim, latent, dtype=c_kv.dtype)
+    identity = jnp.broadcast_to(identity, (heads, *identity.shape))
+    on_latent = jnp.pad(w_uk.astype(c_kv.dtype), ((0, 0), (0, 0), (0, rope_dim)))
+    w_k = jnp.concatenate([on_latent, identity], axis=1)
+
+    both = jnp.concatenate([c_kv, k_rope], axis=-1)
+    k = jnp.einsum("btc,hkc->bthk", both, w_k)
     return k, jnp.einsum("btc,hvc->bthv", c_kv, w_uv.astype(c_kv.dtype))
 
 
@@ -168,18 +180,16 @@ def block_sizes(length: int) -> tuple[int, int]:
     return block, block if block <= AT_A_TIME else block // 2
 
 
-def fits_in_blocks(
-    queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *others, **settings
-):
+def fits_in_blocks(queries: Sequence[Array], keys: Sequence, values: Stored, *others, **settings):
     """Whether a cache has more rows than a block."""
     return values.rows.shape[2] > CACHE_BLOCK
 
 
 def cached_attention_in_blocks(
-    queries: Sequence[Array], keys: Sequence, values: cached_attention.Stored, *args, **how
+    queries: Sequence[Array], keys: Sequence, values: Stored, *args, **how
 ):
     """Compute `ops.cached_attention.cached_attention` in blocks, read once into core memory."""
-    block = min(max(cached_attention.block_rows(keys, values, CACHE_NUMBERS), 16), CACHE_BLOCK)
-    return cached_attention.cached_attention_in_blocks(
+    block = min(max(cached_blocks.block_rows(keys, values, CACHE_NUMBERS), 16), CACHE_BLOCK)
+    return cached_blocks.cached_attention_in_blocks(
         queries, keys, values, *args, block=block, take_out=True, **how
     )
