@@ -20,12 +20,17 @@ def earlier_match(text: Int[Array, "B S"], newest: Int[Array, " B"]) -> Int[Arra
     before = LONGEST_MATCH - 1
     slots = text.shape[1]
     padded = jnp.pad(text, ((0, 0), (before, 0)), constant_values=-1)  # no token
-    same = earlier = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
-    length = jnp.zeros(text.shape, jnp.int32)
+
+    # At each earlier position: how many tokens back from it are those back from the newest.
+    earlier_BS = jnp.arange(slots, dtype=jnp.int32)[None] < newest[:, None]
+    same_BS = earlier_BS
+    length_BS = jnp.zeros(text.shape, jnp.int32)
     for back in range(LONGEST_MATCH):
         wanted = jnp.take_along_axis(padded, newest[:, None] + before - back, axis=1)
         shifted = padded[:, before - back : before - back + slots]
-        same = same & (shifted == wanted) & (shifted >= 0)
-        length = length + same.astype(jnp.int32)
+        same_BS = same_BS & (shifted == wanted) & (shifted >= 0)
+        length_BS = length_BS + same_BS.astype(jnp.int32)
+
     # The longest, and the latest of those.
-    return slots - 1 - jnp.argmax(jnp.where(earlier, length, -1)[:, ::-1], axis=1).astype(jnp.int32)
+    from_the_end = jnp.where(earlier_BS, length_BS, -1)[:, ::-1]
+    return slots - 1 - jnp.argmax(from_the_end, axis=1).astype(jnp.int32)

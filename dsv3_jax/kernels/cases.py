@@ -61,37 +61,38 @@ PLAIN: dict[str, tuple[tuple[tuple[int, ...], ...], ...]] = {
 
 def plain(op: str, draw: Draw, large: bool) -> Iterator[Case]:
     """Factors are scaled so that results are about 1."""
-    for shapes in PLAIN[op]:
-        arrays = [
-            draw(*shape, std=shape[-1] ** -0.5 if i else 1.0) for i, shape in enumerate(shapes)
-        ]
-        yield Case(" × ".join(map(str, shapes)), tuple(arrays), tuple(range(len(arrays))))
+    for first, *others in PLAIN[op]:
+        x = draw(*first)
+        factors = (draw(*shape, std=shape[-1] ** -0.5) for shape in others)
+        label = " × ".join(map(str, (first, *others)))
+        yield Case(label, (x, *factors), wrt=tuple(range(1 + len(others))))
 
 
 def causal_attention(draw: Draw, large: bool) -> Iterator[Case]:
     """MLA's heads and GQA's; one document a row, or several, of which the last has one token."""
     long, odd = (2048, 1000) if large else (200, 129)
     for length, groups, key in ((long, 4, 192), (odd, 2, 128), (1, 4, 192)):
-        shapes = (2, length, 4, key), (2, length, groups, key), (2, length, groups, 128)
-        args = tuple(draw(*shape) for shape in shapes)
+        q = draw(2, length, 4, key)
+        k = draw(2, length, groups, key)
+        v = draw(2, length, groups, 128)
+
+        # Documents of all lengths, and a last one of one token.
         ids = np.sort(draw.rng.integers(1, 6, (2, length)), axis=1).astype(np.int32)
         ids[:, -1] = 9
-        for documents in ({}, {"segment_ids": ids}):
-            label = f"{length} tokens, heads of {key}/128{', documents' if documents else ''}"
-            # The softmax of one score is 1, so queries and keys take no gradient.
-            yield Case(
-                label, args, (0, 1, 2) if length > 1 else (2,), documents, (("scale", key**-0.5),)
-            )
+
+        # The softmax of one score is 1, so queries and keys then take no gradient.
+        wrt = (0, 1, 2) if length > 1 else (2,)
+        label = f"{length} tokens, heads of {key}/128"
+        settings = (("scale", key**-0.5),)
+        yield Case(label, (q, k, v), wrt, settings=settings)
+        yield Case(f"{label}, documents", (q, k, v), wrt, {"segment_ids": ids}, settings)
 
 
 def cached_attention(draw: Draw, large: bool) -> Iterator[Case]:
     """Latents in all dtypes of a cache; sequences of all lengths, from one token to a full one."""
     batch, heads, even = (32, 16, 4096) if large else (3, 4, 128)
-    for tokens, dtype, slots in (
-        (1, draw.dtype, even),
-        (3, np.int8, even + 1),
-        (1, jnp.float8_e4m3fn, even),
-    ):
+    sizes = ((1, draw.dtype, even), (3, np.int8, even + 1), (1, jnp.float8_e4m3fn, even))
+    for tokens, dtype, slots in sizes:
         keys = [Stored(jnp.asarray(draw(batch, 1, slots, width)), None) for width in (512, 64)]
         if dtype != draw.dtype:
             keys = [Stored(*quantize_rows(x.rows, dtype)) for x in keys]
@@ -108,30 +109,22 @@ def cached_attention(draw: Draw, large: bool) -> Iterator[Case]:
 def write_rows(draw: Draw, large: bool) -> Iterator[Case]:
     """One layer or two."""
     for layers, dtype in ((1, draw.dtype), (1, np.int8), (2, np.int8)):
-        old, new = (
-            draw(*shape, std=20.0, dtype=dtype) for shape in ((layers, 3, 1, 97, 64), (3, 1, 2, 64))
-        )
-        yield Case(
-            f"{layers} layers", (old, new, np.int32(layers - 1), np.array([0, 95, 33], np.int32))
-        )
+        old = draw(layers, 3, 1, 97, 64, std=20.0, dtype=dtype)
+        new = draw(3, 1, 2, 64, std=20.0, dtype=dtype)
+        first = np.array([0, 95, 33], np.int32)
+        yield Case(f"{layers} layers", (old, new, np.int32(layers - 1), first))
 
 
 def index_choose(draw: Draw, large: bool) -> Iterator[Case]:
     """One token and several; whole numbers, so that no rounding changes a choice, and many ties."""
     slots, k = (8192, 2048) if large else (300, 64)
     for tokens, dtype in ((1, draw.dtype), (37, draw.dtype), (2, jnp.int8)):
-        q, w, rows = (
-            np.round(draw(*shape)).astype(draw.dtype)
-            for shape in ((2, tokens, 16, 16), (2, tokens, 16), (2, 1, slots, 16))
-        )
+        shapes = ((2, tokens, 16, 16), (2, tokens, 16), (2, 1, slots, 16))
+        q, w, rows = (np.round(draw(*shape)).astype(draw.dtype) for shape in shapes)
         scales = jnp.ones((2, 1, slots, 1)) if dtype == jnp.int8 else None
+        keys = Stored(jnp.asarray(rows, dtype), scales)
         last = np.sort(draw.rng.integers(0, slots, (2, tokens))).astype(np.int32)
-        settings = (("k", k),)
-        yield Case(
-            f"{tokens} tokens",
-            (q, w, Stored(jnp.asarray(rows, dtype), scales), last),
-            settings=settings,
-        )
+        yield Case(f"{tokens} tokens", (q, w, keys, last), settings=(("k", k),))
 
 
 def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
@@ -142,13 +135,13 @@ def sparse_attention(draw: Draw, large: bool) -> Iterator[Case]:
         queries = [draw(2, tokens, groups, each, width) for width in (128, 64)]
 
         # A choice of tokens without repetition; the first query sees half as many.
-        ids = np.argsort(draw.rng.random((2, tokens, slots)))[..., :k].astype(np.int32)
+        order = np.argsort(draw.rng.random((2, tokens, slots)))
+        ids = order[..., :k].astype(np.int32)
         ids[:, 0, k // 2 :] = -1
 
         label = f"{tokens} tokens, {groups} × {each} heads"
-        yield Case(
-            label, (queries, keys, keys[0], jnp.asarray(ids)), settings=(("scale", 192**-0.5),)
-        )
+        args = (queries, keys, keys[0], jnp.asarray(ids))
+        yield Case(label, args, settings=(("scale", 192**-0.5),))
 
 
 # (at a model's shapes alone? None: always; tokens, choices of each, experts, D, F, weights' dtype
@@ -176,35 +169,33 @@ def experts(
             continue
         shapes = (dim, hidden), (dim, hidden), (hidden, dim)
         weights = [draw(count, *shape, std=shape[0] ** -0.5, dtype=dtype) for shape in shapes]
-        for pattern in ("holes", "one full", "elsewhere")[: 2 if draw.dtype == np.float32 else 3]:
+
+        patterns = ("holes", "one full", "elsewhere")[: 2 if draw.dtype == np.float32 else 3]
+        for pattern in patterns:
+            # Four experts have no rows, but for the second, which has a single one.
             scores = draw.rng.random((tokens, count))
             gates = draw.rng.uniform(0.1, 1, (tokens, each))
-            # experts without rows; the second has a single one
             scores[:, [0, 1, count // 2, count - 1]] -= 1
             scores[-1, 1] = 2
             ids = np.argsort(-scores, axis=1)[:, :each].astype(np.int32)
+
             if pattern == "one full":
                 ids[:] = 2
             if pattern == "elsewhere":  # as on a mesh: choices of no expert that is here
-                ids[::2, 0], gates[::2, 0] = count, 0
+                ids[::2, 0] = count
+                gates[::2, 0] = 0
+
             label = f"{pattern}, {tokens} tokens, {count} experts of {dim}×{hidden}"
-            yield Case(
-                label,
-                (draw(tokens, dim), ids, gates.astype(draw.dtype), *weights),
-                wrt,
-                settings=settings,
-            )
+            args = (draw(tokens, dim), ids, gates.astype(draw.dtype), *weights)
+            yield Case(label, args, wrt, settings=settings)
 
 
 def cross_entropy(draw: Draw, large: bool) -> Iterator[Case]:
     tokens, dim, vocab = (4096, 2048, 102_400) if large else (70, 64, 1000)
     targets = draw.rng.integers(0, vocab, tokens, np.int32)
     mask = draw.rng.random(tokens) < 0.8
-    yield Case(
-        f"{tokens} tokens, {vocab} words",
-        (draw(tokens, dim), draw(dim, vocab, std=0.1), targets, mask),
-        (0, 1),
-    )
+    args = (draw(tokens, dim), draw(dim, vocab, std=0.1), targets, mask)
+    yield Case(f"{tokens} tokens, {vocab} words", args, (0, 1))
 
 
 def embedding(draw: Draw, large: bool) -> Iterator[Case]:
@@ -218,18 +209,15 @@ def rotate_last(draw: Draw, large: bool) -> Iterator[Case]:
     angles = draw.rng.uniform(0, 6, (2, 70, 1, 32)).astype(np.float32)
     for interleaved in (True, False):
         args = (draw(2, 70, 4, 192), np.cos(angles), np.sin(angles))
-        yield Case(
-            f"interleaved={interleaved}", args, (0,), settings=(("interleaved", interleaved),)
-        )
+        settings = (("interleaved", interleaved),)
+        yield Case(f"interleaved={interleaved}", args, (0,), settings=settings)
 
 
 def optimizer(draw: Draw, large: bool) -> Iterator[Case]:
     p, mu, g = (draw(300, 256, std=0.01) for _ in range(3))
     numbers = np.array([0.7, 3.0, 9.0, 1e-3, 1.0], np.float32)
-    settings = (("betas", (0.9, 0.95)), ("eps", 1e-8))
-    yield Case(
-        "300 × 256", (p, mu, np.square(mu), g, numbers), settings=(*settings, ("decay", 0.1))
-    )
+    settings = (("betas", (0.9, 0.95)), ("eps", 1e-8), ("decay", 0.1))
+    yield Case("300 × 256", (p, mu, np.square(mu), g, numbers), settings=settings)
 
 
 GRADIENTS = (0, 2, 3, 4, 5)  # of tokens, gates and the experts' weights

@@ -115,24 +115,31 @@ def _check_case(
     precision: str,
     trying: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Verdict]:
+    settings = dict(case.settings)
     args, arrays = jax.device_put((case.args, case.arrays))
-    shapes = jax.eval_shape(partial(reference, **dict(case.settings)), *args, **arrays)
+    shapes = jax.eval_shape(partial(reference, **settings), *args, **arrays)
     d_out = jax.tree.map(lambda y: jnp.asarray(draw(*y.shape), y.dtype), shapes)
-    widened = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (args, arrays, d_out)
-    )
+
+    # The right numbers: plain XLA's, in float32 without shortcuts.
+    widened = jax.tree.map(_in_float32, (args, arrays, d_out))
     with jax.default_matmul_precision("highest"):
         want = program(reference, case.wrt, case.settings)(*widened)
+
+    # Their names: the results, then the gradients.
     parameters = list(inspect.signature(reference).parameters)
     of_gradients = tuple(parameters[i] for i in case.wrt)
-    names = (op,) * (len(jax.tree.leaves(want)) - len(case.wrt)) + of_gradients
+    of_results = len(jax.tree.leaves(want)) - len(case.wrt)
+    names = (op,) * of_results + of_gradients
+
     # Between two products of 8-bit numbers bfloat16 rounds once more, and may change the second
     # one's operands.
     exact = precision == "none" or op in ("product", "expand")
     bounds = BOUNDS[draw.dtype.name if exact else "8 bits"]
+
     for row in rows:
-        if row.fits is not None and not row.fits(*args, **arrays, **dict(case.settings)):
+        if row.fits is not None and not row.fits(*args, **arrays, **settings):
             continue
+
         jax.block_until_ready(want)  # else its time would count as the implementation's
         trying(row.of(op))
         try:
@@ -142,10 +149,15 @@ def _check_case(
         except Exception as error:  # of a compiler or a library: any type
             share = np.inf
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
         yield Verdict(row.of(op), share, wrong and f"{wrong} ({case.label})")
         if share == np.inf:
             # raises if the device was lost: others are not to blame
             jax.block_until_ready(jnp.zeros(()))
+
+
+def _in_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
 
 
 @cache
@@ -176,21 +188,28 @@ def program(
 def _errors(names: tuple[str, ...], found: Any, want: Any) -> list[tuple[jax.Array, ...]]:
     """(Of the factor, of the peak) of each array's groups. A group of zeros must be zeros."""
 
-    def measure(name: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
-        b = b.astype(jnp.float32)
-        off = a.astype(jnp.float32) - b
+    def measure(name: str, found: jax.Array, want: jax.Array) -> tuple[jax.Array, ...]:
+        want = want.astype(jnp.float32)
+        off = found.astype(jnp.float32) - want
 
         # Tokens and their gradients by token, stacks of matrices by matrix, others at once.
-        own = HEADS.get(name, (0,) if b.ndim != 2 or name in (names[0], "x", "h") else ())
-        axes = tuple(i for i in range(b.ndim) if i not in own)
+        of_tokens = name in (names[0], "x", "h")
+        own = (0,) if of_tokens or want.ndim != 2 else ()
+        own = HEADS.get(name, own)
+        axes = tuple(i for i in range(want.ndim) if i not in own)
 
-        # The factor by which all numbers are off together, and the one that is off most.
-        factors = jnp.abs((off * b).sum(axes)), jnp.square(b).sum(axes)
-        peaks = jnp.abs(off).max(axes), jnp.abs(b).max(axes)
-        return tuple(jnp.where(error == 0, 0, error / size) for error, size in (factors, peaks))
+        # The factor by which all numbers are off together.
+        factor = _share(jnp.abs((off * want).sum(axes)), jnp.square(want).sum(axes))
+        # The number that is off most.
+        peak = _share(jnp.abs(off).max(axes), jnp.abs(want).max(axes))
+        return factor, peak
 
     arrays = zip(names, jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
-    return [measure(name, a, b) for name, a, b in arrays]
+    return [measure(*array) for array in arrays]
+
+
+def _share(error: jax.Array, size: jax.Array) -> jax.Array:
+    return jnp.where(error == 0, 0, error / size)
 
 
 def _judge(names: tuple[str, ...], errors: list, bounds: tuple[float, float]) -> tuple[float, str]:

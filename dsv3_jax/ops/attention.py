@@ -4,6 +4,8 @@ Queries and keys are cut into blocks. Only pairs of blocks on or below the diago
 each pair's scores live for one step of a loop. Running maxima and sums put a row's softmax together
 from its blocks (arXiv 2112.05682, 2205.14135). The backward pass visits the same pairs again, from
 the saved row sums. Key and value widths may differ, as in MLA (192 and 128 in V3).
+
+Letters, beside those of reference.py: t queries and s keys of one pair of blocks.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from dsv3_jax.ops.dtypes import sum_dtype
 
 # Names for `jax.checkpoint`.
 RESULTS = "attention"  # what the gradient needs of the forward pass: output, log-sums
@@ -77,8 +81,11 @@ def attention_and_maxima(
     """
     length, heads = q.shape[1:3]
     q, k, segment_ids, block = _in_blocks(q, k, scale, segment_ids, block, large)
-    out, top = _attend(q, k, _heads_first(repeat_heads(v, heads), block), segment_ids, block)
-    return out.swapaxes(1, 2)[:, :length], jax.lax.stop_gradient(top).swapaxes(1, 2)[:, :length]
+    v = _heads_first(repeat_heads(v, heads), block)
+    out, top = _attend(q, k, v, segment_ids, block)
+
+    top = jax.lax.stop_gradient(top)
+    return out.swapaxes(1, 2)[:, :length], top.swapaxes(1, 2)[:, :length]
 
 
 def row_maxima(
@@ -99,17 +106,19 @@ def row_maxima(
         >>> row_maxima(q, k, scale=1.0).ravel()
         Array([ 5., 10.], dtype=float32)
     """
-    batch, length, heads, _ = q.shape
-    q, k, seg, block = _in_blocks(*jax.lax.stop_gradient((q, k)), scale, segment_ids, block, large)
+    length = q.shape[1]
+    q, k = jax.lax.stop_gradient((q, k))
+    q, k, seg, block = _in_blocks(q, k, scale, segment_ids, block, large)
 
-    def visit(top, pair):
-        i = pair[0] * block
-        new = jnp.maximum(_rows(top, i, block), _scores(q, k, seg, pair, block).max(-1))
-        return jax.lax.dynamic_update_slice_in_dim(top, new, i, 2), None
+    def visit(top_BHT, pair):
+        start = pair[0] * block
+        largest = _scores(q, k, seg, pair, block).max(-1)
+        new = jnp.maximum(_rows(top_BHT, start, block), largest)
+        return jax.lax.dynamic_update_slice_in_dim(top_BHT, new, start, 2), None
 
-    top = jnp.full((batch, heads, q.shape[2]), -jnp.inf, np.promote_types(q.dtype, np.float32))
-    top, _ = jax.lax.scan(visit, top, _pairs(q.shape[2] // block))
-    return top.swapaxes(1, 2)[:, :length]
+    top_BHT = jnp.full(q.shape[:3], -jnp.inf, sum_dtype(q.dtype))
+    top_BHT, _ = jax.lax.scan(visit, top_BHT, _pairs(q.shape[2] // block))
+    return top_BHT.swapaxes(1, 2)[:, :length]
 
 
 def _in_blocks(q, k, scale, segment_ids, block, large):
@@ -118,16 +127,14 @@ def _in_blocks(q, k, scale, segment_ids, block, large):
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     block = min(block or block_size(batch * heads, length, large=large), length)
+
+    q = _heads_first(scaled(q, scale), block)
+    k = _heads_first(repeat_heads(k, heads), block)
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -length % block)), constant_values=-1)
-    return (
-        _heads_first(scaled(q, scale), block),
-        _heads_first(repeat_heads(k, heads), block),
-        segment_ids,
-        block,
-    )
+    return q, k, segment_ids, block
 
 
-def _heads_first(x, block):
+def _heads_first(x: Float[Array, "B T H _"], block: int) -> Float[Array, "B H _ _"]:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
@@ -152,7 +159,7 @@ def scaled(q: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
     bfloat16 first would change all scores by the same factor: V3's 0.135234 would become 0.134766,
     which is 0.35 % less.
     """
-    wide = np.promote_types(q.dtype, np.float32)
+    wide = sum_dtype(q.dtype)
     return (q.astype(wide) * jnp.asarray(scale, wide)).astype(q.dtype)
 
 
@@ -166,8 +173,8 @@ def _pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
     A row always sees itself there, so its running maximum is finite from the first visit.
     """
-    pairs = [(i, j) for i in range(blocks) for j in range(i, -1, -1)]
-    return np.array([p[0] for p in pairs], np.int32), np.array([p[1] for p in pairs], np.int32)
+    pairs = np.array([(i, j) for i in range(blocks) for j in range(i, -1, -1)], np.int32)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def _rows(x: Array, start: Array, block: int, axis: int = 2) -> Array:
@@ -175,15 +182,18 @@ def _rows(x: Array, start: Array, block: int, axis: int = 2) -> Array:
 
 
 def _scores(q, k, seg, pair, block):
-    """Masked scores [B, H, block, block] of one pair of blocks, in float32 or wider."""
+    """Masked scores [B, H, t, s] of one pair of blocks, in float32 or wider."""
     i, j = (n * block for n in pair)
-    wide = np.promote_types(q.dtype, np.float32)
-    s = jnp.einsum(
-        "bhtd,bhsd->bhts", _rows(q, i, block), _rows(k, j, block), preferred_element_type=wide
-    )
-    t, u = (start + jnp.arange(block, dtype=jnp.int32) for start in (i, j))
-    same = _rows(seg, i, block, 1)[:, :, None] == _rows(seg, j, block, 1)[:, None, :]
-    return jnp.where(((t[:, None] >= u[None, :])[None] & same)[:, None], s, -jnp.inf)
+    q_BHtX = _rows(q, i, block)
+    k_BHsX = _rows(k, j, block)
+    wide = sum_dtype(q.dtype)
+    scores_BHts = jnp.einsum("bhtd,bhsd->bhts", q_BHtX, k_BHsX, preferred_element_type=wide)
+
+    # A token sees itself and earlier ones, of its own segment.
+    places = jnp.arange(block, dtype=jnp.int32)
+    earlier_ts = (i + places)[:, None] >= (j + places)[None, :]
+    same_Bts = _rows(seg, i, block, 1)[:, :, None] == _rows(seg, j, block, 1)[:, None, :]
+    return jnp.where((earlier_ts[None] & same_Bts)[:, None], scores_BHts, -jnp.inf)
 
 
 def softmax_step(carry: tuple, s: Array, weighted: Callable[[Array], Array]) -> tuple:
@@ -198,6 +208,7 @@ def softmax_step(carry: tuple, s: Array, weighted: Callable[[Array], Array]) -> 
     out, top, total = carry
     new_top = jnp.maximum(top, s.max(-1))
     p = jnp.exp(s - new_top[..., None])
+    # What is summed so far counts from the old largest score, and now counts from the new one.
     keep = jnp.exp(top - new_top)
     return out * keep[..., None] + weighted(p), new_top, total * keep + p.sum(-1)
 
@@ -209,64 +220,71 @@ def _attend(q, k, v, seg, block):
 
 def _attend_fwd(q, k, v, seg, block):
     shape = q.shape[:3]
-    wide = np.promote_types(q.dtype, np.float32)
+    wide = sum_dtype(q.dtype)
 
     def visit(carry, pair):
         i, j = (n * block for n in pair)
 
-        def weighted(p):
-            return jnp.einsum(
-                "bhts,bhsv->bhtv",
-                p.astype(v.dtype),
-                _rows(v, j, block),
-                preferred_element_type=wide,
-            )
+        def weighted(p_BHts):
+            p_BHts = p_BHts.astype(v.dtype)
+            v_BHsV = _rows(v, j, block)
+            return jnp.einsum("bhts,bhsv->bhtv", p_BHts, v_BHsV, preferred_element_type=wide)
 
+        # Add the pair's scores to the softmax of the query block's rows.
         old = tuple(_rows(x, i, block) for x in carry)
         new = softmax_step(old, _scores(q, k, seg, pair, block), weighted)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=2)
         return tuple(put(x, y) for x, y in zip(carry, new, strict=True)), None
 
+    # Per row: the weighted sum of values, the largest score, and the sum of weights.
     start = (
         jnp.zeros((*shape, v.shape[-1]), wide),
         jnp.full(shape, -jnp.inf, wide),
         jnp.zeros(shape, wide),
     )
     (out, top, total), _ = jax.lax.scan(visit, start, _pairs(shape[2] // block))
+
+    # The gradient needs the output and the log-sums, and computes the scores again.
     out = (out / total[..., None]).astype(v.dtype)
     out, lse = checkpoint_name((out, top + jnp.log(total)), RESULTS)
     return (out, top), (q, k, v, seg, out, lse)
 
 
 def _attend_bwd(block, saved, d_results):
+    """With p the softmax: dv = pᵀ do, ds = p ⊙ (do vᵀ − δ), dq = ds k, dk = dsᵀ q."""
     q, k, v, seg, out, lse = saved
     d_out, _ = d_results  # the maxima take no gradient
-    wide = np.promote_types(q.dtype, np.float32)
-    # the softmax's own term, a number a row
-    delta = (d_out.astype(wide) * out.astype(wide)).sum(-1)
+    wide = sum_dtype(q.dtype)
+    # The softmax's own term δ, a number a row.
+    delta_BHT = (d_out.astype(wide) * out.astype(wide)).sum(-1)
 
     def visit(grads, pair):
         dq, dk, dv = grads
         i, j = (n * block for n in pair)
-        q_i, do_i, k_j, v_j = (
-            _rows(x, start, block) for x, start in ((q, i), (d_out, i), (k, j), (v, j))
-        )
-        p = jnp.exp(_scores(q, k, seg, pair, block) - _rows(lse, i, block)[..., None])
-        dp = jnp.einsum("bhtv,bhsv->bhts", do_i, v_j, preferred_element_type=wide)
-        ds = (p * (dp - _rows(delta, i, block)[..., None])).astype(q.dtype)
+        q_BHtX = _rows(q, i, block)
+        do_BHtV = _rows(d_out, i, block)
+        k_BHsX = _rows(k, j, block)
+        v_BHsV = _rows(v, j, block)
 
-        def add(total, start, spec, a, b):
-            part = _rows(total, start, block) + jnp.einsum(spec, a, b, preferred_element_type=wide)
-            return jax.lax.dynamic_update_slice_in_dim(total, part, start, 2)
+        # The softmax again, from the saved log-sums, and its scores' gradient.
+        scores_BHts = _scores(q, k, seg, pair, block)
+        p_BHts = jnp.exp(scores_BHts - _rows(lse, i, block)[..., None])
+        dp_BHts = jnp.einsum("bhtv,bhsv->bhts", do_BHtV, v_BHsV, preferred_element_type=wide)
+        ds_BHts = (p_BHts * (dp_BHts - _rows(delta_BHT, i, block)[..., None])).astype(q.dtype)
 
-        dq = add(dq, i, "bhts,bhsd->bhtd", ds, k_j)
-        dk = add(dk, j, "bhts,bhtd->bhsd", ds, q_i)
-        dv = add(dv, j, "bhts,bhtv->bhsv", p.astype(v.dtype), do_i)
+        def add(total, start, equation, a, b):
+            part = jnp.einsum(equation, a, b, preferred_element_type=wide)
+            new = _rows(total, start, block) + part
+            return jax.lax.dynamic_update_slice_in_dim(total, new, start, 2)
+
+        dq = add(dq, i, "bhts,bhsd->bhtd", ds_BHts, k_BHsX)
+        dk = add(dk, j, "bhts,bhtd->bhsd", ds_BHts, q_BHtX)
+        dv = add(dv, j, "bhts,bhtv->bhsv", p_BHts.astype(v.dtype), do_BHtV)
         return (dq, dk, dv), None
 
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
-    grads, _ = jax.lax.scan(visit, start, _pairs(q.shape[2] // block))
-    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
+    (dq, dk, dv), _ = jax.lax.scan(visit, start, _pairs(q.shape[2] // block))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -34,13 +34,15 @@ def load(
         >>> load(jnp.array([[0, 1], [0, 2], [0, 1]]), 4)
         Array([3., 2., 1., 0.], dtype=float32)
     """
-    ids = expert_ids.reshape(-1)
-    ones = jnp.ones(ids.shape, jnp.int32)
-    if mask is not None:
-        ones = jnp.broadcast_to(mask[..., None], expert_ids.shape).reshape(-1).astype(jnp.int32)
     # Whole numbers: they are exact in any order of additions, and beyond 2^24, where adding 1 to a
     # float32 ends.
-    return jax.ops.segment_sum(ones, ids, num_segments=num_experts).astype(jnp.float32)
+    counts = jnp.ones(expert_ids.shape, jnp.int32)
+    if mask is not None:
+        counts = jnp.broadcast_to(mask[..., None], expert_ids.shape).astype(jnp.int32)
+    summed = jax.ops.segment_sum(
+        counts.reshape(-1), expert_ids.reshape(-1), num_segments=num_experts
+    )
+    return summed.astype(jnp.float32)
 
 
 def bias_update(
@@ -96,7 +98,8 @@ def quantile_margins(
         Array([[ 0.   , -0.25 , -0.375]], dtype=float32)
     """
     scores = jax.lax.stop_gradient(scores)
-    return scores - jax.lax.top_k(scores + bias[None], k + 1)[0][:, k:]
+    largest, _ = jax.lax.top_k(scores + bias[None], k + 1)
+    return scores - largest[:, k:]
 
 
 def quantile_target(
@@ -131,20 +134,28 @@ def quantile_target(
     num_experts = margins.shape[-1]
     tokens = tuple(range(mask.ndim))
     each = (1,) * mask.ndim + (-1,)
-    count = mask.sum(dtype=jnp.int32)
-    # ⌊N K / E⌋ in whole numbers that do not overflow.
-    q = count // num_experts * k + count % num_experts * k // num_experts
-    bits = jax.lax.bitcast_convert_type(margins.astype(jnp.float32), jnp.uint32)
-    sign = np.uint32(1 << 31)
-    ordered = jnp.where(mask[..., None], jnp.where(bits >= sign, ~bits, bits | sign), np.uint32(0))
 
+    # ⌊N K / E⌋ in whole numbers that do not overflow.
+    count = mask.sum(dtype=jnp.int32)
+    q = count // num_experts * k + count % num_experts * k // num_experts
+
+    # The margins' bits as integers of the same order. A token that does not count is below all.
+    sign = np.uint32(1 << 31)
+    bits = jax.lax.bitcast_convert_type(margins.astype(jnp.float32), jnp.uint32)
+    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
+    ordered = jnp.where(mask[..., None], ordered, np.uint32(0))
+
+    # The largest integer that more than q margins reach, from its highest bit to its lowest.
     def search(step: Array, found: Array) -> Array:
         trial = found | (sign >> step.astype(jnp.uint32))
-        enough = (ordered >= trial.reshape(each)).sum(axis=tokens, dtype=jnp.int32) > q
-        return jnp.where(enough, trial, found)
+        reached = (ordered >= trial.reshape(each)).sum(axis=tokens, dtype=jnp.int32)
+        return jnp.where(reached > q, trial, found)
 
     found = jax.lax.fori_loop(0, 32, search, jnp.zeros((num_experts,), jnp.uint32))
-    cut = jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
+
+    # The same as a float32.
+    bits = jnp.where(found >= sign, found ^ sign, ~found)
+    cut = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(count > 0, -cut, bias)
 
 
@@ -284,17 +295,24 @@ def sequence_loss(
 
     Source: DeepSeek-V3 report, equations 17-20.
     """
-    num_experts = scores.shape[-1]
-    weight = jnp.ones(scores.shape[:2], scores.dtype) if mask is None else mask.astype(scores.dtype)
-    length = jnp.maximum(weight.sum(-1), 1)[:, None]  # [B, 1]
-    chosen = replay(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1], given)
-    rows = jnp.arange(scores.shape[0])[:, None, None]
-    counts = jnp.zeros((scores.shape[0], num_experts), jnp.int32)
-    counts = counts.at[rows, chosen].add(weight[..., None].astype(jnp.int32))  # as in `load`
-    f = counts.astype(scores.dtype) * num_experts / (k * length)
-    shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    p = (shares * weight[..., None]).sum(1) / length
-    return (f * p).sum(-1)
+    batch, length, num_experts = scores.shape
+    weight_BT = jnp.ones((batch, length), scores.dtype)
+    if mask is not None:
+        weight_BT = mask.astype(scores.dtype)
+    tokens_B1 = jnp.maximum(weight_BT.sum(-1), 1)[:, None]
+
+    # f: each expert's share of the sequence's assignments. Counts are whole numbers, as in `load`.
+    _, best = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
+    chosen_BTK = replay(best, given)
+    sequence = jnp.arange(batch)[:, None, None]
+    counts_BE = jnp.zeros((batch, num_experts), jnp.int32)
+    counts_BE = counts_BE.at[sequence, chosen_BTK].add(weight_BT[..., None].astype(jnp.int32))
+    f_BE = counts_BE.astype(scores.dtype) * num_experts / (k * tokens_B1)
+
+    # P: each expert's mean share of a token's scores.
+    shares_BTE = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    p_BE = (shares_BTE * weight_BT[..., None]).sum(1) / tokens_B1
+    return (f_BE * p_BE).sum(-1)
 
 
 def switch_loss(
@@ -325,10 +343,15 @@ def switch_loss(
     num_experts = scores.shape[-1]
     weight = jnp.ones(scores.shape[:1], scores.dtype) if mask is None else mask.astype(scores.dtype)
     total = jnp.maximum(weight.sum(), 1)
-    f = load(expert_ids, num_experts, mask).astype(scores.dtype) / (total * expert_ids.shape[-1])
+
+    # f: each expert's share of the assignments.
+    counts = load(expert_ids, num_experts, mask).astype(scores.dtype)
+    f_E = counts / (total * expert_ids.shape[-1])
+
+    # P: its mean share of a token's scores.
     shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    p = (shares * weight[:, None]).sum(0) / total
-    return num_experts * (f * p).sum()
+    p_E = (shares * weight[:, None]).sum(0) / total
+    return num_experts * (f_E * p_E).sum()
 
 
 def max_vio(load: Float[Array, "*l E"]) -> Float[Array, "*l"]:

@@ -15,8 +15,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from dsv3_jax.ops.dtypes import sum_dtype
 
 Distance = Literal["kl", "tv"]
 
@@ -31,10 +32,10 @@ def distance(
         >>> distance(p, q, "tv").round(3), distance(p, p, "kl")  # Σ min(p, q) = 0.6
         (Array(0.4, dtype=float32), Array(0., dtype=float32))
     """
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    p = jnp.exp(log_p)
     if kind == "kl":
         return (p * (log_p - log_q)).sum(axis=-1)
-    return jnp.maximum(p - q, 0).sum(axis=-1)
+    return jnp.maximum(p - jnp.exp(log_q), 0).sum(axis=-1)
 
 
 def summed_distance(
@@ -62,18 +63,19 @@ def summed_distance(
         >>> summed_distance(h, h[::-1], w, mask, "tv").round(2)  # 0.95 − 0.05, twice
         Array(1.81, dtype=float32)
     """
-    wide = np.promote_types(h.dtype, np.float32)
-    chunk = min(chunk, h.shape[0])
-    pad = -h.shape[0] % chunk
-    parts = [jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1]) for x in (h, target_h)]
+    n = h.shape[0]
+    chunk = min(chunk, n)
+    pad = ((0, -n % chunk), (0, 0))
+
+    def log_probabilities(h_cD):
+        logits_cW = jnp.dot(h_cD, w, preferred_element_type=sum_dtype(h.dtype))
+        return jax.nn.log_softmax(logits_cW, axis=-1)
 
     @jax.checkpoint  # the logits of a chunk are computed again, not kept
-    def one(h, target_h):
-        log_q, log_p = (
-            jax.nn.log_softmax(jnp.dot(x, w, preferred_element_type=wide), axis=-1)
-            for x in (h, target_h)
-        )
+    def of_chunk(both):
+        log_q, log_p = map(log_probabilities, both)
         return distance(jax.lax.stop_gradient(log_p), log_q, kind)
 
-    found = jax.lax.map(lambda both: one(*both), tuple(parts)).reshape(-1)[: h.shape[0]]
+    chunks = tuple(jnp.pad(x, pad).reshape(-1, chunk, x.shape[1]) for x in (h, target_h))
+    found = jax.lax.map(of_chunk, chunks).reshape(-1)[:n]
     return jnp.where(mask, found, 0).sum()

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops.attention import MAX_SCORES, scaled
 from dsv3_jax.ops.cached_attention import Stored
+from dsv3_jax.ops.dtypes import sum_dtype
 from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 
 
@@ -50,16 +51,17 @@ def choose(
         [[0, -1], [1, 0], [1, 2]]
     """
     rows, scales = jax.tree.map(lambda x: x[:, 0], keys)
+    slots = rows.shape[1]
 
     def one(q, w, last, segment):
-        s = (score or index_scores)(q, w, rows, scales)
-        s = jnp.where(s == 0, 0.0, s)  # a sort may put -0 below 0
-        best, ids = jax.lax.top_k(
-            jnp.where(visible(rows.shape[1], last, segment, segment_ids), s, -jnp.inf), k
-        )
+        scores_BS = (score or index_scores)(q, w, rows, scales)
+        scores_BS = jnp.where(scores_BS == 0, 0.0, scores_BS)  # a sort may put -0 below 0
+        seen_BS = visible(slots, last, segment, segment_ids)
+        best, ids = jax.lax.top_k(jnp.where(seen_BS, scores_BS, -jnp.inf), k)
         return jnp.where(best == -jnp.inf, -1, ids)
 
-    return by_query(one, most // (q.shape[0] * q.shape[2] * rows.shape[1]), q, w, last, segment_ids)
+    held = q.shape[0] * q.shape[2] * slots  # scores of one query a sequence
+    return by_query(one, most // held, q, w, last, segment_ids)
 
 
 def index_scores(
@@ -72,11 +74,14 @@ def index_scores(
 
     Args: scales: of keys in 8 bits. A scale is positive, so it may wait until after the ReLU.
     """
-    wide, (heads, dim) = np.promote_types(q.dtype, np.float32), q.shape[1:]
+    heads, dim = q.shape[1:]
+    wide = sum_dtype(q.dtype)
     q = jnp.pad(scaled(q, dim**-0.5), [(0, 0), (0, 0), (0, rows.shape[-1] - dim)])
-    products = jnp.einsum("bix,bsx->bis", q, rows.astype(q.dtype), preferred_element_type=wide)
-    s = jnp.einsum("bi,bis->bs", scaled(w.astype(wide), heads**-0.5), jax.nn.relu(products))
-    return s if scales is None else s * scales[..., 0].astype(wide)
+    products_BIS = jnp.einsum("bix,bsx->bis", q, rows.astype(q.dtype), preferred_element_type=wide)
+
+    w = scaled(w.astype(wide), heads**-0.5)
+    scores_BS = jnp.einsum("bi,bis->bs", w, jax.nn.relu(products_BIS))
+    return scores_BS if scales is None else scores_BS * scales[..., 0].astype(wide)
 
 
 def visible(
@@ -138,28 +143,39 @@ def divergence(
         Array([[0., 0.]], dtype=float32)
     """
     queries, keys = jax.lax.stop_gradient((tuple(queries), tuple(keys)))
-    wide = np.promote_types(q.dtype, np.float32)
+    wide = sum_dtype(q.dtype)
     slots = index_keys.shape[1]
 
     def one(q, w, queries, ids, last, segment):
-        some = index_keys
-        own = keys
-        seen = visible(slots, last, segment, segment_ids)
+        # The tokens that both distributions are over: all that are seen, or the chosen ones.
+        of_indexer, of_attention = index_keys, keys
+        seen_BS = visible(slots, last, segment, segment_ids)
         if ids is not None:
-            seen = ids >= 0
+            seen_BS = ids >= 0
             place = jnp.maximum(ids, 0)[..., None]
-            some, own = jax.tree.map(lambda x: jnp.take_along_axis(x, place, 1), (index_keys, keys))
-        products = zip(queries, own, strict=True)
-        logits = sum(
-            jnp.einsum("bhx,bsx->bhs", scaled(a, scale), b, preferred_element_type=wide)
-            for a, b in products
-        )
-        p = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1).mean(1)
-        log_q = jax.nn.log_softmax(jnp.where(seen, index_scores(q, w, some), -jnp.inf), axis=-1)
-        positive = seen & (p > 0)
-        difference = jnp.log(jnp.where(positive, p, 1.0)) - jnp.where(seen, log_q, 0.0)
-        return jnp.where(positive, p * difference, 0.0).sum(-1)
+            of_indexer, of_attention = jax.tree.map(
+                lambda x: jnp.take_along_axis(x, place, 1), (index_keys, keys)
+            )
 
+        # p: attention's weights, the mean over its heads.
+        logits_BHS = sum(
+            jnp.einsum("bhx,bsx->bhs", scaled(a, scale), b, preferred_element_type=wide)
+            for a, b in zip(queries, of_attention, strict=True)
+        )
+        weights_BHS = jax.nn.softmax(jnp.where(seen_BS[:, None], logits_BHS, -jnp.inf), axis=-1)
+        p_BS = weights_BHS.mean(1)
+
+        # q: the softmax of the indexer's scores.
+        scores_BS = index_scores(q, w, of_indexer)
+        log_q_BS = jax.nn.log_softmax(jnp.where(seen_BS, scores_BS, -jnp.inf), axis=-1)
+
+        # p ln(p/q), which is 0 where p is.
+        positive = seen_BS & (p_BS > 0)
+        log_p_BS = jnp.log(jnp.where(positive, p_BS, 1.0))
+        difference = log_p_BS - jnp.where(seen_BS, log_q_BS, 0.0)
+        return jnp.where(positive, p_BS * difference, 0.0).sum(-1)
+
+    # Scores of one query a sequence.
     heads = max(q.shape[2], queries[0].shape[2])
     held = q.shape[0] * heads * (slots if ids is None else ids.shape[2])
     return by_query(one, MAX_SCORES // held, q, w, queries, ids, last, segment_ids)

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dsv3_jax.ops.dtypes import sum_dtype
+
 
 def largest(dtype) -> float:
     """Return the largest number of an 8-bit dtype: 127 for int8, 448 for float8_e4m3fn.
@@ -32,7 +34,7 @@ def quantize_rows(x: Float[Array, "*n X"], dtype) -> tuple[Array, Float[Array, "
         >>> dequantize_rows(rows, scales, dtype=jnp.float32)
         Array([[254.,  -2.]], dtype=float32)
     """
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    wide = x.astype(sum_dtype(x.dtype))
     scales = (jnp.abs(wide).max(axis=-1, keepdims=True) / largest(dtype)).astype(jnp.float32)
     scales = jnp.where(scales > 0, scales, 1)  # it is also 0 if the division underflows
     scaled = jnp.clip(wide / scales.astype(wide.dtype), -largest(dtype), largest(dtype))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Yarn
+from dsv3_jax.ops.dtypes import sum_dtype
 
 
 def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
@@ -122,11 +123,13 @@ def rotate(
         >>> rotate(x, cos, sin, interleaved=False)  # (1, 3) stays, and (2, 4) makes a quarter turn
         Array([ 1., -4.,  3.,  2.], dtype=float32)
     """
-    wide = np.promote_types(x.dtype, np.float32)
-    cos, sin = cos.astype(wide), sin.astype(wide)
+    wide = sum_dtype(x.dtype)
+    cos, sin = (factor.astype(wide) for factor in (cos, sin))
+
     if interleaved:
         pairs = x.reshape(*x.shape[:-1], -1, 2).astype(wide)
-        a, b = pairs[..., 0], pairs[..., 1]
+        a = pairs[..., 0]
+        b = pairs[..., 1]
         rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
     else:
         a, b = jnp.split(x.astype(wide), 2, axis=-1)

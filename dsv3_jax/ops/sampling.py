@@ -49,13 +49,15 @@ def processed_logits(
         Array([0.6, 0.4, 0. , 0. ], dtype=float32)
     """
     logits = logits / temperature
+
     if top_k is not None and top_k < logits.shape[-1]:
         last = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < last, -jnp.inf, logits)
+
     if top_p is not None and top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # probability of all larger tokens
+        before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
         last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < last, -jnp.inf, logits)
     return logits
@@ -118,6 +120,8 @@ def sample(
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     kept = processed_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    # One draw for each key.
     draw = partial(jax.random.categorical, axis=-1)
     for _ in range(key.ndim):
         draw = jax.vmap(draw)

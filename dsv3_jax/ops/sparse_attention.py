@@ -48,14 +48,19 @@ def sparse_attention(
         2.0
     """
     batch, _, groups, each, _ = queries[0].shape
-    width = max(each, sum(stored.rows.shape[-1] for stored in keys))
 
     def one(queries, ids):
+        # Gather the rows that this query chose.
         place = jnp.maximum(ids, 0)[:, None, :, None]
         take = partial(jnp.take_along_axis, indices=place, axis=2, mode="promise_in_bounds")
-        chosen = jax.tree.map(take, (list(keys), values))
+        some_keys, some_values = jax.tree.map(take, (list(keys), values))
+
+        # It sees those before the first -1.
         count = (ids >= 0).sum(-1, keepdims=True, dtype=jnp.int32)
         last = jnp.broadcast_to(count - 1, (batch, each))
-        return attend(queries, *chosen, last, scale=scale)
+        return attend(queries, some_keys, some_values, last, scale=scale)
 
-    return by_query(one, most // (batch * groups * ids.shape[2] * width), list(queries), ids)
+    # Numbers that one query a sequence gathers, or scores.
+    width = max(each, sum(stored.rows.shape[-1] for stored in keys))
+    held = batch * groups * ids.shape[2] * width
+    return by_query(one, most // held, list(queries), ids)

@@ -61,24 +61,44 @@ def accept(
         >>> count, tokens[:, :2]  # 5 is accepted, and 6 takes the place of 2
         (Array([1], dtype=int32), Array([[5, 6]], dtype=int32))
     """
+    # A certain draft is accepted if the target draws it too.
     if q is None or sampling.temperature == 0.0:
         own = sample(logits, keys, **sampling._asdict())
         return _leading(drafts == own[:, :-1]), own
-    p = probabilities(logits, sampling)
-    of_p, of_q = (
-        jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p[:, :-1], q)
-    )
-    draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0))))
-    uniform = draw(keys[:, :-1])
-    count = _leading(uniform * of_q < of_p)
-    rest = jnp.maximum(p - jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1), 0)
-    rest, own = (jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (rest, p))
+
+    # Accept draft x_j with probability min(1, p/q), up to the first that is rejected.
+    p_BFW = probabilities(logits, sampling)
+    p_BJ = _of_tokens(p_BFW[:, :-1], drafts)
+    q_BJ = _of_tokens(q, drafts)
+    uniform_BJ = jax.vmap(jax.vmap(_uniform))(keys[:, :-1])
+    count = _leading(uniform_BJ * q_BJ < p_BJ)
+
+    # There draw from norm(max(p − q, 0)). After the last draft q is 0, so this is p.
+    q_BFW = jnp.concatenate([q, jnp.zeros_like(p_BFW[:, :1])], axis=1)
+    rest_BW = _at(jnp.maximum(p_BFW - q_BFW, 0), count)
     # Rounding may reject although p equals q, and leave a rest of 0: then draw from p itself.
-    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, own)
-    token = sample(jnp.log(rest), jax.vmap(lambda row, i: row[i])(keys, count), temperature=1.0)
-    index = jnp.arange(p.shape[1], dtype=jnp.int32)[None]
+    rest_BW = jnp.where(rest_BW.sum(-1, keepdims=True) > 0, rest_BW, _at(p_BFW, count))
+    keys_B = jax.vmap(lambda row, i: row[i])(keys, count)
+    token = sample(jnp.log(rest_BW), keys_B, temperature=1.0)
+
+    # The target's token goes behind the accepted drafts.
+    place = jnp.arange(p_BFW.shape[1], dtype=jnp.int32)[None]
     tokens = jnp.concatenate([drafts, token[:, None]], axis=1)
-    return count, jnp.where(index == count[:, None], token[:, None], tokens)
+    return count, jnp.where(place == count[:, None], token[:, None], tokens)
+
+
+def _uniform(key: Array) -> Array:
+    return jax.random.uniform(jax.random.fold_in(key, 0))
+
+
+def _of_tokens(p: Float[Array, "B J W"], tokens: Int[Array, "B J"]) -> Float[Array, "B J"]:
+    """Each token's probability."""
+    return jnp.take_along_axis(p, tokens[..., None], axis=-1)[..., 0]
+
+
+def _at(p: Float[Array, "B F W"], place: Int[Array, " B"]) -> Float[Array, "B W"]:
+    """Each sequence's distribution at one place."""
+    return jnp.take_along_axis(p, place[:, None, None], axis=1)[:, 0]
 
 
 def _leading(accepted: Array) -> Array:

@@ -24,12 +24,15 @@ def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, "
     def put(old: Array, new: Array) -> Array:
         if old.dtype.itemsize > 1 or old.shape[0] > 1:
             return op.write_rows(old, new, layer, first)
-        # which new row goes to each slot
-        place = jnp.arange(old.shape[3], dtype=jnp.int32)[None] - first[:, None]
+
+        # The new row t of a sequence goes to the slot first + t.
+        place_BS = jnp.arange(old.shape[3], dtype=jnp.int32)[None] - first[:, None]
         rows = old[0]
         for t in range(new.shape[2]):
-            rows = jnp.where((place == t)[:, None, :, None], new[:, :, t, None], rows)
-        # Else the products that read it would each select for themselves as well.
+            here = (place_BS == t)[:, None, :, None]
+            rows = jnp.where(here, new[:, :, t, None], rows)
+
+        # Without the barrier the products that read it would each select for themselves as well.
         return jax.lax.optimization_barrier(rows)[None]
 
     return jax.tree.map(put, stored, new)
