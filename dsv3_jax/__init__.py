@@ -18,8 +18,9 @@ from dsv3_jax.config import (
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import loglikelihood
-from dsv3_jax.model.attention import DSA, GQA, MLA
+from dsv3_jax.model.attention import GQA, MLA
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.sparse import DSA
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.presets import preset, recipe
 

@@ -109,7 +109,7 @@ collect_ignore = ["parity/parity_reference.py", "parity/chat_reference.py"]
 
 # Processes share the test files, so the longest files run first: of CI, then of `make test`.
 LONGEST = """compiled pairs hostile_input docs mesh lora train model decode_mesh optim check lab
-loss cli plan train_step cache generate speculative warm_start auto_length cluster stats_report
+loss cli plan train_step cache generate speculative warm_start cluster stats_report
 accel low_precision dispatch""".split()
 
 

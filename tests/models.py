@@ -10,8 +10,9 @@ from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.programs import Job, Programs
+from dsv3_jax.decoding.programs import Decoder, Programs
 from dsv3_jax.model.cache import pick_dtype
+from dsv3_jax.model.decode import prepare_decode
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 
@@ -88,7 +89,7 @@ def parameters(model: Transformer) -> dict:
 def decode_program(
     model,
     draft=None,
-    lengths=(0,),
+    length=0,
     batch=2,
     width=32,
     new=16,
@@ -97,18 +98,17 @@ def decode_program(
     cache="latent",
     **asked,
 ):
-    """A request's programs, its job's leaves and its loop, as shapes; `draft` may be a model."""
+    """A request's programs, its decoder's leaves and its loop, as shapes; draft may be a model."""
     models = [model, draft] if isinstance(draft, Transformer) else [model]
-    with_weights = tuple((m, jax.eval_shape(lambda m: m.prepare_decode(), m)) for m in models)
+    with_weights = tuple((m, jax.eval_shape(prepare_decode, m)) for m in models)
     tokens, rows, stops = (
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,))
     )
     draft = "model" if len(models) > 1 else draft
     config = DecodeConfig(new, cache=cache, cache_dtype=pick_dtype("float32", dtype), **asked)
-    leaves, tree = jax.tree.flatten(
-        Job(with_weights, stops, draft, lengths, config, capacity, capacity)
-    )
-    made = Programs(tree, lengths)
+    decoder = Decoder(with_weights, stops, draft, length, config, capacity, capacity)
+    leaves, form = jax.tree.flatten(decoder)
+    made = Programs(form)
     read = jax.eval_shape(made.prefill, leaves, tokens, rows)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     begins, admit = jax.ShapeDtypeStruct((3, batch), jnp.int32), partial(made.admit, in_order=True)

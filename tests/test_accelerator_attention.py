@@ -48,11 +48,13 @@ def test_splash_runs_forward_once_if_its_results_are_kept(rng, sizes, keep, runs
     heads = ("batch", None, "heads", None)
 
     def attend(q, k, v, segment_ids):
-        return (interpreted(q, k, v, scale=1.0, segment_ids=segment_ids),)
+        return {"out": interpreted(q, k, v, scale=1.0, segment_ids=segment_ids)}
 
     def layer(q):
-        names, args = (heads, heads, heads, ("batch", None)), (q, k, v, segment_ids)
-        return jnp.sin(sharding.shard_map_by_names(attend, names, (0,), *args, has_kernel=True)[0])
+        arrays = {name: (x, heads) for name, x in (("q", q), ("k", k), ("v", v))}
+        arrays |= {"segment_ids": (segment_ids, ("batch", None))}
+        out = sharding.on_shards(attend, arrays, like={"out": "q"}, has_kernel=True)["out"]
+        return jnp.sin(out)
 
     policy = jax.checkpoint_policies.save_only_these_names(RESULTS) if keep else None
     loss = jax.value_and_grad(lambda q: jax.checkpoint(layer, policy=policy)(q).sum())

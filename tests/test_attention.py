@@ -15,7 +15,7 @@ from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.cpu import attention as cpu_attention
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.cache import Cache, empty_cache
-from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.model.context import How, from_zero, make_context
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 
@@ -158,8 +158,8 @@ def test_expanded_equals_absorbed(x64, rng):
     """MLA over complete rows, and over a cache of latents whose free slots hold garbage."""
     cfg = small()
     # plain XLA, which runs in float64 too
-    make = partial(ds.MLA, cfg, kernels=Kernels(Target("cuda", "xla")))
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    how = How(Kernels(Target("cuda", "xla")))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: ds.MLA(cfg, rngs=nnx.Rngs(0))))
     state, x = jax.tree.map(
         lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim)))
     )
@@ -169,7 +169,8 @@ def test_expanded_equals_absorbed(x64, rng):
         module, positions = nnx.merge(graphdef, state), from_zero(2, 11)
         cache = empty_cache(ds.MLA.cache_rows(cfg, "latent"), [1], 2, 16, jnp.float64)
         cache = Cache(jax.tree.map(lambda rows: rows + 1e3, cache.parts), cache.lengths)
-        return [module.attend(x, make_context(cfg, positions, cache=c))[0] for c in (None, cache)]
+        contexts = [make_context(cfg, positions, how=how, cache=c) for c in (None, cache)]
+        return [module.attend(x, ctx)[0] for ctx in contexts]
 
     expanded, absorbed = both(state, x)
     assert expanded.dtype == jnp.float64 and np.abs(expanded).max() > 1

@@ -19,6 +19,7 @@ from dsv3_jax.kernels.cpu import calls, library
 from dsv3_jax.kernels.xla.cached_blocks import cached_attention_in_blocks
 from dsv3_jax.model.cache import CACHE_DTYPES, empty_cache, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token, elements_per_token
+from dsv3_jax.model.decode import make_cache
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 from dsv3_jax.ops.quantize import dequantize_rows, largest, quantize_rows
@@ -208,7 +209,7 @@ def test_bytes_a_token_are_those_of_the_arrays():
     gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
     for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded")):
         for dtype in DTYPES:
-            cache = jax.eval_shape(partial(abstract(cfg).empty_cache, 2, 32, kind, dtype))
+            cache = jax.eval_shape(partial(make_cache, abstract(cfg), 2, 32, kind, dtype))
             found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.parts))
             assert found == 2 * 32 * bytes_per_token(cfg, kind, dtype)
     assert bytes_per_token(small(), "latent", "int8") == 3 * (10 + 4 + 2 * 4)
@@ -301,14 +302,14 @@ def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draf
     made, leaves, loop = decode_program(
         model,
         model if draft == "model" else draft,
-        (length,),
+        length,
         batch,
         capacity=slots,
         dtype=dtype,
         cache=kind,
     )
     until = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    text = made.decode.lower(leaves, loop, until, length=length).compile().as_text()
+    text = made.decode.lower(leaves, loop, until).compile().as_text()
     of_all_slots = re.compile(rf"\[[\d,]*\b{slots},\d+\]\S* (\S+?)\(")
     made_by = Counter(of_all_slots.findall(text))
     assert made_by["custom-call"]  # the pattern finds the cache, which a kernel writes

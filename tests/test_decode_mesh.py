@@ -103,7 +103,7 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
     compiled, module = [], importlib.import_module("dsv3_jax.decoding.programs")
 
     def look(*form):
-        made, decode = module.Programs(*form[:2]), module.Programs(*form[:2]).decode
+        made, decode = module.Programs(*form), module.Programs(*form).decode
 
         def lower(leaves, loop, *args, **static):
             compiled.append(
@@ -114,7 +114,7 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
         made.decode = lower
         return made
 
-    monkeypatch.setattr("dsv3_jax.decoding.generate.programs", look)
+    monkeypatch.setattr("dsv3_jax.decoding.request.programs", look)
     with pytest.raises(InterruptedError):
         generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
     ((cache, text),) = compiled

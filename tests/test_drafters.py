@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from models import DENSE, HEADS, LIGHT, random_model
 
-from dsv3_jax.decoding.drafters import READ, Prompt, Unread, make_drafter
+from dsv3_jax.decoding.drafters import Prompt, Unread, make_drafter
 from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.model.decode import prepare_decode
 from dsv3_jax.ops.sampling import GREEDY
 
 pytestmark = pytest.mark.long
@@ -61,7 +62,7 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
     lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
     text = rng.integers(cfg.vocab_size, size=(6, 128)).astype(np.int32)
     x, h = map(np.asarray, full_pass(*nnx.split(model), jnp.asarray(text))[:2])
-    drafter, weights = partial(make_drafter, "mtp"), model.prepare_decode()
+    drafter, weights = partial(make_drafter, "mtp"), prepare_decode(model)
 
     @jax.jit
     def start(model, tokens, lengths, x):
@@ -73,10 +74,6 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
     def draft(model, state, unread):
         keys = jax.random.split(jax.random.key(0), (count, 6))
         return drafter(model, weights).draft(state, unread, keys, GREEDY)
-
-    @jax.jit
-    def read(model, state, unread):
-        return drafter(model, weights).read(state, unread)
 
     def arbitrary_beyond(valid, y):
         noise = (
@@ -107,14 +104,7 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
         arbitrary_beyond(prompt, x[:, :32]),
     )
     begin, many = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
-    # after which the drafter reads all but the newest position first
-    for plain_steps in (0, 40, 0, 1, 0):
-        many = many + np.int32(plain_steps)
-        while plain_steps and many.max() > 1:  # rows that have read all wait
-            some = np.minimum(many - 1, READ).astype(np.int32)
-            state = read(model, state, unread(begin, some, READ))
-            begin = begin + some
-            many = many - some
+    for _ in range(5):
         drafts, state = draft(model, state, unread(begin, many, count + 1))
         begin = begin + many
         rows = text.copy()

@@ -9,9 +9,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
 from runs import (
     MODEL,
@@ -37,9 +35,8 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model import counting
-from dsv3_jax.model.layers import param
-from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.mtp import HEADS, Head
+from dsv3_jax.model.parameters import param
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.runs.folder import read_made
 from dsv3_jax.training.step import Job, make_step
@@ -58,40 +55,13 @@ def make_batch():
     return packed_batch(np.random.default_rng(0), SEGMENTS)
 
 
-def test_the_layers_noise_is_the_equations(rng):
-    """With keys experts follow the noisy logits, with other noise in each row; else the logits."""
-    cfg = replace(LIGHT, router="noisy_topk", **NO_GROUPS)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(cfg, DENSE, rngs=nnx.Rngs(0))))
-    state, x = jax.tree.map(
-        lambda v: 0.4 * rng.standard_normal(v.shape, np.float32),
-        (state, jnp.zeros((2, 6, cfg.dim))),
-    )
-    keys = jax.random.split(jax.random.key(1), 2)
-
-    @jax.jit
-    def run(state, x, keys):
-        moe = nnx.merge(graphdef, state)
-        draws = [jax.random.normal(jax.random.fold_in(key, 0), (6, 8)) for key in keys]
-        return moe(x, keys=keys)[1], moe(x)[1], jnp.concatenate(draws)
-
-    noisy, plain, draws = run(state, x, keys)
-    logits, spread = (
-        x.reshape(12, -1) @ np.float64(state[name][...]) for name in ("w_router", "w_noise")
-    )
-    for found, h in ((noisy, logits + draws * np.logaddexp(0, spread)), (plain, logits)):
-        ids, gates, _ = oracles.route(h, None, replace(cfg, router="topk"))
-        np.testing.assert_array_equal(np.sort(found.expert_ids.reshape(12, -1)), np.sort(ids))
-        np.testing.assert_allclose(np.sort(found.gates.reshape(12, -1)), np.sort(gates), rtol=1e-5)
-    assert (np.sort(noisy.expert_ids) != np.sort(plain.expert_ids)).any()
-
-
 @pytest.mark.long
 def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     """The router takes the first experts, in turn by position; the rule notes the load."""
 
     def in_turn(x, cfg):
         steps = jnp.arange(cfg.experts_per_token, dtype=jnp.int32)
-        ids = (x.tokens[:, None] + steps[None]) % cfg.num_experts
+        ids = (x.tokens.ids[:, None] + steps[None]) % cfg.num_experts
         scores = jax.nn.softmax(x.logits, axis=-1)
         return routing.Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
 
@@ -209,14 +179,13 @@ class HydraHead(Head):
 
     remembers = False
 
-    def __init__(self, cfg, execution, *, rngs, kernels):
-        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+    def __init__(self, cfg, *, rngs):
         self.w_1 = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
         self.w_2 = param(rngs, (cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
 
     def __call__(self, h, ctx, embedded=None):
-        hidden = self.kernels("product", jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
-        return h + self.kernels("product", jax.nn.silu(hidden), self.w_2[...]), ctx, {}
+        hidden = ctx.run("product", jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
+        return h + ctx.run("product", jax.nn.silu(hidden), self.w_2[...]), ctx, {}
 
 
 @pytest.mark.long

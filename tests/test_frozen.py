@@ -18,7 +18,7 @@ from dsv3_jax.config import ConfigError, Execution, Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.loading import load
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.layers import in_use
+from dsv3_jax.model.parameters import in_use
 from dsv3_jax.planning import cost
 from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run

@@ -14,9 +14,10 @@ from runs import unhooked
 
 from dsv3_jax.config import Execution
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import _pad, generate, generate_in_parts
+from dsv3_jax.decoding.generate import generate, generate_in_parts
+from dsv3_jax.decoding.request import _pad
 from dsv3_jax.kernels import table
-from dsv3_jax.model import transformer
+from dsv3_jax.model import decode, transformer
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import Sampling
 
@@ -71,14 +72,14 @@ def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy)
 def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how):
     """By XLA; all weights by C++, for one row too; and a scan over layers, with stacked caches."""
     if how != "xla":
-        monkeypatch.setattr(table if how == "LARGE_WEIGHT" else transformer, how, 0)
+        monkeypatch.setattr(table if how == "LARGE_WEIGHT" else decode, how, 0)
     # a separate graph
     cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])
     execution = Execution(kernels="xla" if how == "xla" else "auto")
     other = nnx.merge(nnx.graphdef(abstract(cfg, execution)), nnx.state(model))
     assert how != "xla" or "cpu" not in other.kernels.chosen().values()
-    parts = jax.eval_shape(lambda: other.empty_cache(1, 8, "latent", jnp.float32)).parts
-    assert (other.prepare_decode() is None) == (how == "UNROLLED") == (len(parts) == 1)
+    parts = jax.eval_shape(lambda: decode.make_cache(other, 1, 8, "latent", jnp.float32)).parts
+    assert (decode.prepare_decode(other) is None) == (how == "UNROLLED") == (len(parts) == 1)
     assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
@@ -106,15 +107,14 @@ def test_parts_give_the_tokens_of_generate(model, greedy):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("length", [2, "auto"])
-def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch, length):
-    """As on a GPU, which reads empty slots: 32, then all. The clock chooses the steps of "auto"."""
-    config = DecodeConfig(40, draft="lookup", draft_length=length)
+def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch):
+    """As on a GPU, which reads empty slots: 32, then all."""
+    config = DecodeConfig(40, draft="lookup", draft_length=2)
     *_, whole = generate_in_parts(light, PROMPTS[:2], config)
     monkeypatch.setitem(table.DEVICES, "cpu", replace(table.DEVICES["cpu"], reads_all_slots=True))
-    monkeypatch.setattr("dsv3_jax.decoding.generate.FIRST_SLOTS", 32)
+    monkeypatch.setattr("dsv3_jax.decoding.request.FIRST_SLOTS", 32)
     first, *_, last = generate_in_parts(light, PROMPTS[:2], config)
-    assert last.tokens == whole.tokens and (length == "auto" or last.steps == whole.steps)
+    assert last.tokens == whole.tokens and last.steps == whole.steps
     assert 2 * first.cache_bytes <= last.cache_bytes == whole.cache_bytes
 
 
@@ -155,11 +155,8 @@ def test_the_seed_fixes_the_draws(light):
     one, three = (generate(light, [[5], [8, 1]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 1))
     assert one != three and one[0] != one[1]
     assert generate(light, [[5], [8, 1]], NEW, cache="none", **DRAWN).tokens == one
-    for length in (3, "auto"):
-        assert (
-            generate(light, [[5], [8, 1]], NEW, draft="lookup", draft_length=length, **DRAWN).tokens
-            == one
-        )
+    drafted = generate(light, [[5], [8, 1]], NEW, draft="lookup", draft_length=3, **DRAWN)
+    assert drafted.tokens == one
     *_, last = generate_in_parts(light, [[5], [8, 1]], DecodeConfig(NEW, Sampling(**DRAWN)), part=3)
     assert last.tokens == one
 
@@ -168,7 +165,7 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
     read = []
     monkeypatch.setattr(
-        "dsv3_jax.decoding.generate._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape)
+        "dsv3_jax.decoding.request._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape)
     )
     how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
     # equal prompts keep their order: the second has samples 3 to 5
@@ -199,7 +196,7 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     )  # fmt: skip
     made, leaves, loop = decode_program(model := abstract(cfg))
     cache_bytes = sum(x.size * 4 for x in jax.tree.leaves(loop.cache))
-    memory = made.decode.lower(leaves, loop, 16, length=0).compile().memory_analysis()
+    memory = made.decode.lower(leaves, loop, 16).compile().memory_analysis()
     one_layers_experts = sum(
         4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.sparse.moe.experts))
     )
@@ -220,7 +217,7 @@ sys.modules["dsv3_jax.decoding.decode_config"] = hooked
 REFUSED = {  # setting: (values, sentence)
     "max_new_tokens": ([0, True], "is not an int of 1 or above"),
     "batch_size": ([0, 2.5], "is not an int of 1 or above"),
-    "draft_length": ([2.0, -1, "most"], "is not an int of 0 or above or 'auto'"),
+    "draft_length": ([2.0, -1, "most"], "is not an int of 0 or above"),
     "draft": (["medusa"], "is not None, 'mtp', 'lookup' or a Transformer"),
     "temperature": ([-0.5, float("nan"), None, True], "is not a float of 0 or above"),
     "top_p": ([0.0, 1.5, "all"], "is not a float within (0, 1]"),

@@ -121,10 +121,6 @@ def test_a_step_without_answers_moves_nothing(rng):
     ("changes", "said"),
     [
         (
-            {"router": "noisy_topk", "num_groups": 1},
-            "model.router='noisy_topk' trains with noise, and grpo group=2",
-        ),
-        (
             {"capacity_factor": 1.5},
             "model.capacity_factor=1.5 drops tokens in training, and grpo group=2",
         ),

@@ -20,10 +20,9 @@ from safetensors.numpy import load_file, save_file
 
 from dsv3_jax import hf
 from dsv3_jax.hf.tensor_files import SINGLE, read_header, read_tensor
-from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh.sharding import make_mesh
 from dsv3_jax.model.context import make_context
-from dsv3_jax.model.indexer import Indexer
+from dsv3_jax.model.sparse import Indexer
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.indexer import choose
 
@@ -83,9 +82,7 @@ def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
         indexer.w_iw.set_value(jnp.asarray(w["weights_proj.weight"].T))
         indexer.k_norm.scale.set_value(jnp.asarray(w["k_norm.weight"]))
         indexer.k_norm.bias.set_value(jnp.asarray(w["k_norm.bias"]))
-        rows = jax.jit(indexer, static_argnums=3)(
-            jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx, prepare(None)
-        )
+        rows = jax.jit(indexer)(jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx)
         keys, last = Stored(rows["index_key"].swapaxes(1, 2), None), positions - 100
         ids = choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)
         chosen[precision] = [[s for s in row if s >= 0] for row in ids[0].tolist()]

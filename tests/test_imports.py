@@ -173,7 +173,7 @@ def test_nothing_turns_off_what_jax_checks_of_collectives():
             and {"check_vma", "check_rep"}
             & {n.arg for n in ast.walk(function) if isinstance(n, ast.keyword)}
         ]
-        assert users == (["shard_map_by_names"] if name == "mesh.sharding" else []), name
+        assert users == (["on_shards"] if name == "mesh.sharding" else []), name
 
 
 LOOK = """

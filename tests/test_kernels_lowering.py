@@ -49,9 +49,9 @@ def decode_loop(execution: Execution, kernels: Kernels):
     """All of a request after the prompt, with the model's own heads as drafters."""
     model = abstract(CFG, execution, kernels)
     made, leaves, loop = decode_program(
-        model, "mtp", (2,), BATCH, LENGTH, 5, 32, execution.compute_dtype
+        model, "mtp", 2, BATCH, LENGTH, 5, 32, execution.compute_dtype
     )
-    return made.decode.trace(leaves, loop, jax.ShapeDtypeStruct((), jnp.int32), length=2)
+    return made.decode.trace(leaves, loop, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 PROGRAMS = {"training step": train_step, "decoding loop": decode_loop}

@@ -18,8 +18,8 @@ from runs import MODEL, assert_bitwise, make_run, new_state, packed_batch, write
 from dsv3_jax import reference
 from dsv3_jax.config import Execution, Layout, Lora, OptimConfig, RunConfig
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.parameters import Packed
 from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import claim

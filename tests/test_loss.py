@@ -13,7 +13,6 @@ from models import DENSE, forward, parameters, random_model, small, tokens_of
 
 from dsv3_jax import reference
 from dsv3_jax.config import Execution
-from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import make_heads
@@ -152,9 +151,7 @@ def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
     """Bit by bit."""
     cfg = KINDS["medusa"][0]
     model = random_model(cfg)
-    for head, new in zip(
-        model.mtp, make_heads(cfg, Execution(), nnx.Rngs(0), prepare()), strict=True
-    ):
+    for head, new in zip(model.mtp, make_heads(cfg, nnx.Rngs(0)), strict=True):
         head.w[...] = new.w[...]
     out = forward(model, *batch_of(tokens_of(cfg, BATCH, LENGTH)).values())
     for k, drafts in enumerate(out.mtp_logits, start=1):

@@ -66,12 +66,7 @@ FURTHER = {  # the first one also reports the largest logit
     "2,2,2 sparse attention": ((2, 2, 2), INDEXED, 1, Execution(layout=replace(GATHER, fsdp=True))),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), PLAIN, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
     "1,2,2 dense microbatches": ((1, 2, 2), PLAIN, 2, replace(DENSE, layout=GATHER)),
-    "2,2,1 noise microbatches": (
-        (2, 2, 1),
-        replace(PLAIN, router="noisy_topk"),
-        2,
-        Execution(layout=GATHER),
-    ),
+    "2,2,1 microbatches": ((2, 2, 1), PLAIN, 2, Execution(layout=GATHER)),
     "2,4,1 quantile": ((2, 4, 1), QUANTILE, 1, Execution(layout=GATHER)),
     "2,2,1 capacity": ((2, 2, 1), replace(PLAIN, capacity_factor=1.25), 1, Execution()),
 }

@@ -42,7 +42,7 @@ def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
 
 @pytest.mark.parametrize("names", [("dp", "ep"), ("data", "expert")])
 def test_a_mesh_of_other_axes_is_refused_in_one_sentence(names):
-    moe = ds.MoE(LIGHT, DENSE, rngs=nnx.Rngs(0))
+    moe = ds.MoE(LIGHT, rngs=nnx.Rngs(0))
     with (
         jax.set_mesh(jax.make_mesh((2, 1), names)),
         pytest.raises(ValueError, match="mesh axes=.* are not"),

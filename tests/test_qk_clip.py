@@ -16,7 +16,7 @@ from dsv3_jax import reference
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.kernels import choose, table
 from dsv3_jax.kernels.cpu import library
-from dsv3_jax.model.context import Options, from_zero, make_context
+from dsv3_jax.model.context import from_zero, how_of, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
 from dsv3_jax.training.step import Job, make_step
@@ -134,7 +134,8 @@ def test_clipped_logits_are_at_most_the_threshold(rng, compressed):
 
     @jax.jit
     def maxima(state):
-        ctx = make_context(cfg, from_zero(2, 9), options=Options(watch=frozenset(["max_logit"])))
+        how = replace(how_of(), watch=frozenset(["max_logit"]))
+        ctx = make_context(cfg, from_zero(2, 9), how=how)
         return nnx.merge(graph, state).attend(jnp.asarray(x), ctx)[2]["max_logit"]
 
     before = np.asarray(maxima(state))

@@ -65,24 +65,14 @@ def test_routers_equal_the_oracle(rng, router):
     assert_same_choice(page, ids, gates, experts, rtol=1e-12)
 
 
-def test_noise_is_standard_normal_and_differs_by_row_and_layer():
-    keys = jax.random.split(jax.random.key(3), 8)
-    noise = jax.jit(routing.noise, static_argnums=(2, 3))
-    one, two = (np.asarray(noise(keys, np.int32(layer), 64, 16), np.float64) for layer in (1, 2))
-    # 8,192 draws: the mean's standard deviation is 0.011, the variance's 0.016; 5 are the bounds
-    assert abs(one.mean()) < 0.055 and abs(one.var() - 1) < 0.08
-    both = np.concatenate([one, two]).reshape(16, -1)
-    # of 1,024 draws each
-    assert np.abs(np.corrcoef(both) - np.eye(16)).max() < 5 / np.sqrt(64 * 16)
-
-
 def test_hash_router(rng):
     """Experts depend on the token alone, gates on the logits; every expert gets its share."""
     tokens, logits = rng.integers(0, 130_000, 90), rng.normal(0, 1.5, (90, 16)).astype(np.float32)
     ids = oracles.hash_route(tokens, 16, 4)
     s = 1 / (1 + np.exp(-np.take_along_axis(logits.astype(np.float64), ids, axis=1)))
     none = np.zeros(16, np.float32)
-    got = route(logits, none, config(router="hash"), tokens=tokens.astype(np.int32))
+    given = routing.Tokens(ids=tokens.astype(np.int32))
+    got = route(logits, none, config(router="hash"), given)
     assert_same_choice(got, ids, 2.5 * s / s.sum(axis=1, keepdims=True), 16)
     # An expert has 22 of 90 tokens with 4 of 16 experts each, with a standard deviation of 4.
     assert np.abs(np.bincount(ids.ravel(), minlength=16) - 22).max() < 5 * 4

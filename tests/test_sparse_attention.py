@@ -23,10 +23,10 @@ import dsv3_jax as ds
 from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels.choose import Kernels, Target
-from dsv3_jax.model.attention import DSA
 from dsv3_jax.model.cache import Cache, empty_cache
-from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.model.context import How, from_zero, make_context
 from dsv3_jax.model.counting import bytes_per_token
+from dsv3_jax.model.sparse import DSA
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.indexer import choose, divergence, round_rotated
 from dsv3_jax.ops.sparse_attention import sparse_attention
@@ -202,12 +202,12 @@ SHARED = replace(
 def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64, rng, k):
     """Over complete rows of 11 tokens, and over caches of 16 slots whose free ones hold garbage."""
     # plain XLA, which runs in float64 too
-    cfg, kernels = replace(CFG, index_topk=k), Kernels(Target("cuda", "xla"))
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: DSA(cfg, kernels=kernels, rngs=nnx.Rngs(0))))
+    cfg, how = replace(CFG, index_topk=k), How(Kernels(Target("cuda", "xla")))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: DSA(cfg, rngs=nnx.Rngs(0))))
     state, x = jax.tree.map(
         lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim)))
     )
-    dense = nnx.graphdef(nnx.eval_shape(lambda: ds.MLA(cfg, kernels=kernels, rngs=nnx.Rngs(0))))
+    dense = nnx.graphdef(nnx.eval_shape(lambda: ds.MLA(cfg, rngs=nnx.Rngs(0))))
 
     @jax.jit
     def every(state, x):
@@ -217,9 +217,10 @@ def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64,
             for kind in ("latent", "expanded")
         ]
         caches = [Cache(jax.tree.map(lambda rows: rows + 1e3, c.parts), c.lengths) for c in caches]
-        outs = [module.attend(x, make_context(cfg, positions, cache=c))[0] for c in (None, *caches)]
+        contexts = [make_context(cfg, positions, how=how, cache=c) for c in (None, *caches)]
+        outs = [module.attend(x, ctx)[0] for ctx in contexts]
         others = nnx.split_state(state, lambda path, _: "indexer" not in path, ...)[0]
-        return outs, nnx.merge(dense, others)(x)
+        return outs, nnx.merge(dense, others).attend(x, contexts[0])[0]
 
     (alone, *cached), of_mla = every(state, x)
     assert (np.abs(alone - of_mla).max() < 1e-9) == (k == 12)

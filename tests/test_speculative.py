@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from functools import lru_cache
-from itertools import cycle
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ from flax import nnx
 from models import DENSE, HEADS, LIGHT, decode_program, forward, random_model, small, tokens_of
 from test_generate import until
 
-from dsv3_jax.decoding.auto_length import LengthChoice
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.transformer import abstract
@@ -181,8 +179,8 @@ TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
 DRAWS = 4096
 
 
-@pytest.mark.parametrize("scheme", ["deepseek of 1", "model", "lookup", "auto"])
-def test_sampled_speculation_follows_the_model(scheme, monkeypatch):
+@pytest.mark.parametrize("scheme", ["deepseek of 1", "model", "lookup"])
+def test_sampled_speculation_follows_the_model(scheme):
     """Rows of one prompt, three new tokens each: by prefill, then by accepted and rejected drafts.
 
     The distance of shares from probabilities is half the sum of differences. Its mean is under half
@@ -192,12 +190,7 @@ def test_sampled_speculation_follows_the_model(scheme, monkeypatch):
     model = random_model(replace(TINY, **HEADS.get(scheme, {})))
     draft = {"model": random_model(TINY, seed=1), "lookup": "lookup"}.get(scheme, "mtp")
     how = dict(temperature=2.0, top_k=4, top_p=0.95)  # far from the bare logits
-    length: int | str = 2
-    if scheme == "auto":
-        turns = cycle([(2, 1), (0, 1)])
-        monkeypatch.setattr(LengthChoice, "next", lambda choice: next(turns))
-        draft, length = random_model(TINY, seed=1), "auto"
-    got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=length, seed=2, **how)
+    got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=2, seed=2, **how)
     shares = np.zeros((5, 5, 5))
     np.add.at(shares, tuple(np.array(got.tokens).T), 1 / DRAWS)
     law = three_tokens(model, [1, 4], how)
@@ -277,19 +270,18 @@ def test_drafts_that_do_not_fit_are_refused():
             check(target, draft, length)
 
 
-@pytest.mark.parametrize("scheme, lengths", [("model", (4,)), ("deepseek", (0, 4))])
-def test_speculation_copies_no_cache(whole_compiles, scheme, lengths):
+@pytest.mark.parametrize("scheme", ["model", "deepseek"])
+def test_speculation_copies_no_cache(whole_compiles, scheme):
     cfg = small(
         num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {})
     )
     model, capacity = abstract(cfg), 1 << 15
     made, leaves, loop = decode_program(
-        model, "mtp" if scheme == "deepseek" else model, lengths, capacity=capacity
+        model, "mtp" if scheme == "deepseek" else model, 4, capacity=capacity
     )
     a_layer = 2 * capacity * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
     # a layer each: the model's, and its two heads' or the draft model's
     caches = 3 if scheme == "deepseek" else 2
-    for length in lengths:
-        memory = made.decode.lower(leaves, loop, 16, length=length).compile().memory_analysis()
-        assert memory.alias_size_in_bytes >= caches * a_layer
-        assert memory.temp_size_in_bytes < 1.5 * a_layer  # rows may be read out once
+    memory = made.decode.lower(leaves, loop, 16).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= caches * a_layer
+    assert memory.temp_size_in_bytes < 1.5 * a_layer  # rows may be read out once

@@ -78,7 +78,8 @@ def counted() -> tuple[Transformer, RoutingStats, list[Layer], np.ndarray]:
     @jax.jit
     def run(state, tokens, segment_ids, positions):
         model = nnx.merge(graphdef, state)
-        out = model.forward_hidden(tokens, segment_ids, positions, watch=("scores",))
+        how = model.how(watch=frozenset({"scores"}))
+        out = model.forward_hidden(tokens, segment_ids, positions, how=how)
         trunk = zip(out.routing.expert_ids, out.routing.gates, out.routing.scores, strict=True)
         heads = [(head.expert_ids, head.gates, head.scores) for head in out.mtp_routing]
         return [*trunk, *heads], jax.nn.log_softmax(out.h @ model.head_matrix())

@@ -39,9 +39,8 @@ class Decode:
     draft: str | None = None
     """who drafts: mtp (the model's heads), lookup (the text so far), or a model's folder with the
     same tokenizer"""
-    draft_length: int | Literal["auto"] = 1
-    """number of tokens drafted a step, or auto: as many as pay; it does not change the distribution
-    of the text"""
+    draft_length: int = 1
+    """number of tokens drafted a step; it does not change the distribution of the text"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -160,9 +160,8 @@ class ModelConfig:
     num_groups: Positive = 1  # number of groups that the experts are divided into (G)
     groups_per_token: Positive = 1  # number of groups that a token's experts may come from
     # how scores become a choice (ops.routing.ROUTERS): sigmoid with a balancing bias (V3),
-    # sqrtsoftplus the same (V4), softmax with balance
-    # losses (V2), topk takes the softmax over the chosen experts, noisy_topk adds learnt noise in
-    # training, dense uses every expert, hash chooses by the token's id
+    # sqrtsoftplus the same (V4), softmax with balance losses (V2), topk takes the softmax over the
+    # chosen experts, dense uses every expert, hash chooses by the token's id
     router: str = "sigmoid"
     # score of a group: sum of its two best experts, or the best
     group_score: Literal["top2_sum", "max"] = "top2_sum"

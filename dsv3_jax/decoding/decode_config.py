@@ -37,7 +37,7 @@ class DecodeConfig:
     cache_dtype: Any = None
     # None, "mtp" (own heads), "lookup" (the text), or a model
     draft: "str | Transformer | None" = None
-    draft_length: int | str = 1  # tokens drafted a step, or "auto", see `auto_length`
+    draft_length: int = 1  # tokens drafted a step
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
     # tokens at least, with cache slots for them: turns of a chat then share a compilation
@@ -54,7 +54,6 @@ class DecodeConfig:
         rows = self.batch_size
         drafts = self.draft in (None, *OWN_DRAFTS) or isinstance(self.draft, Transformer)
         length = self.draft_length
-        auto_or_int = length == "auto" or _is_int(length, least)
         new = self.max_new_tokens
         pad_to = self.pad_prompts_to
         is_seed = _is_int(self.seed, 0) and self.seed < 1 << 32
@@ -63,7 +62,7 @@ class DecodeConfig:
         routing = self.return_routing
         for right, name, value, what in (
             (_is_int(new, 1), "max_new_tokens", new, "an int of 1 or above"),
-            (auto_or_int, "draft_length", length, f"an int of {least} or above or 'auto'"),
+            (_is_int(length, least), "draft_length", length, f"an int of {least} or above"),
             (_is_int(pad_to, 0), "pad_prompts_to", pad_to, "an int of 0 or above"),
             (is_seed, "seed", self.seed, "an int within [0, 2**32)"),
             (isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling"),
@@ -91,12 +90,8 @@ class DecodeConfig:
 
     @property
     def num_drafts(self) -> int:
-        """J: tokens drafted a step, at most; 0 if nobody drafts."""
-        if self.draft is None:
-            return 0
-        if isinstance(self.draft_length, int):
-            return self.draft_length
-        return 8 if self.draft == "lookup" else 4
+        """J: tokens drafted a step; 0 if nobody drafts."""
+        return 0 if self.draft is None else self.draft_length
 
     def check(self, cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
         """Check that a model can continue prompts this way.
@@ -122,7 +117,7 @@ class DecodeConfig:
             raise ValueError("return_routing=True needs routed experts, and the model has none")
         if self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
-        as_long = cfg.head_kind.reads_tokens or self.draft_length in ("auto", *range(depth + 1))
+        as_long = cfg.head_kind.reads_tokens or self.draft_length <= depth
         if self.draft == "mtp" and not as_long:
             raise ValueError(
                 f"draft_length={self.draft_length} is more than mtp_depth={depth}: a "
@@ -158,7 +153,6 @@ class Generated:
     decode_seconds: float = 0.0  # likewise
     cache_bytes: int = 0  # of all slots, free ones too
     cache_bytes_per_token: int = 0
-    steps_by_length: dict[int, int] = field(default_factory=dict)  # steps by their number of drafts
     # of each new token, in nats, if asked for: of the distribution that it was drawn from, which
     # temperature, top_k and top_p change; 0 at temperature 0, where the token is certain
     logprobs: list[list[float]] | None = None

@@ -1,9 +1,9 @@
 """Drafters: an independent small model, the model's own multi-token heads, or the text itself.
 
 `start` makes a drafter's state after a prompt. `draft` first reads what the last step accepted
-(`Unread`), then drafts a token with each of the keys [J, B]. `read` only reads: what plain steps
-have left. The state is in caches like the model's. Rows that were written for drafts are beyond the
-cache's lengths and will be overwritten, so nothing is copied or undone.
+(`Unread`), then drafts a token with each of the keys [J, B]. The state is in caches like the
+model's. Rows that were written for drafts are beyond the cache's lengths and will be overwritten,
+so nothing is copied or undone.
 
 Letters: B sequences, J drafts a step, F = J + 1, D width, W vocabulary, M heads. t_m is the newest
 token; the trunk's hidden states are known up to position m − 1.
@@ -20,13 +20,12 @@ from dsv3_jax.config import CacheKind
 from dsv3_jax.decoding.prompt_lookup import earlier_match
 from dsv3_jax.mesh.logits import draw
 from dsv3_jax.model.cache import Cache, pick_kind
-from dsv3_jax.model.context import DECODING, from_zero, make_context
+from dsv3_jax.model.context import from_zero, make_context
+from dsv3_jax.model.decode import DecodeWeights, make_cache, prefill, run_layers
 from dsv3_jax.model.mtp import unshard_head
-from dsv3_jax.model.transformer import DecodeWeights, Transformer
-from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.ops.verify_drafts import Drafts
-
-READ = 32  # positions that a drafter reads at once if it has left out many
 
 
 class Unread(NamedTuple):
@@ -69,16 +68,15 @@ class Drafter:
         """Read, then draft. Returns: (drafts, the new state)."""
         raise NotImplementedError
 
-    def read(self, state: Any, unread: Unread) -> Any:
-        """Draft what nobody uses. Returns: the new state."""
-        keys = jax.random.split(jax.random.key(0), (max(len(self.heads), 1), unread.start.size))
-        return self.draft(state, unread, keys, GREEDY)[1]
-
     def _continue(self, head: int, tokens: Array, h: Array, cache: Cache) -> tuple[Array, Cache]:
         """Run a head over positions that follow what its cache holds."""
         count = tokens.shape[1]
         ctx = make_context(
-            self.model.cfg, cache.positions(count), tokens=tokens, cache=cache, options=DECODING
+            self.model.cfg,
+            cache.positions(count),
+            how=self.model.how("decode"),
+            tokens=tokens,
+            cache=cache,
         )
         h, ctx, _ = self.heads[head](h, ctx, self.model.embedding(tokens))
         return h, ctx.cache.at_lengths(cache.lengths + count)
@@ -90,31 +88,26 @@ class ModelDrafter(Drafter):
     def start(self, prompt: Prompt) -> Any:
         cfg = self.model.cfg
         batch = prompt.tokens.shape[0]
-        cache = self.model.empty_cache(batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
+        cache = make_cache(self.model, batch, prompt.capacity, pick_kind(cfg, None), prompt.dtype)
         # The prompts fit, but the target may have padded them beyond what a shorter draft model can
         # read.
         tokens = prompt.tokens[:, : cfg.max_positions]
-        return self.model.prefill(tokens, prompt.lengths, cache, self.weights)[1]
-
-    def read(self, state: Cache, unread: Unread) -> Cache:
-        tokens = window(unread.text, unread.start, READ)
-        return self.model.run_layers(tokens, state.at_lengths(unread.start), self.weights)[1]
+        return prefill(self.model, tokens, prompt.lengths, cache, self.weights).cache
 
     def draft(
         self, state: Cache, unread: Unread, keys: Array, sampling: Sampling
     ) -> tuple[Drafts, Cache]:
         # Two tokens may not be cached: the newest, and before it a draft that ended a step.
         first = unread.start + unread.num_valid - 1
-        x, cache, _ = self.model.run_layers(
-            window(unread.text, first, 2), state.at_lengths(first), self.weights
-        )
+        two = window(unread.text, first, 2)
+        x, cache, _ = run_layers(self.model, two, state.at_lengths(first), self.weights)
 
         def drawn(h: Array, key: Array) -> Drafts:
             return draw(self.model.logits(self.model.norm(h)), key, sampling)
 
         def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], Drafts]:
             cache, token = carry
-            x, cache, _ = self.model.run_layers(token[:, None], cache, self.weights)
+            x, cache, _ = run_layers(self.model, token[:, None], cache, self.weights)
             one = drawn(x[:, 0], key)
             return (cache.at_lengths(cache.lengths + 1), one.tokens), one
 
@@ -148,7 +141,8 @@ class ChainDrafter(Drafter):
         batch, length = prompt.tokens.shape
         for k, head in enumerate(self.heads, start=1):
             tokens = prompt.tokens[:, k:]
-            ctx = make_context(cfg, from_zero(batch, length - k), tokens=tokens, options=DECODING)
+            positions = from_zero(batch, length - k)
+            ctx = make_context(cfg, positions, how=self.model.how("decode"), tokens=tokens)
             h, ctx, _ = head(h[:, : length - k], ctx, self.model.embedding(tokens))
             read = jnp.maximum(prompt.lengths - k, 0)
             states.append(
@@ -200,9 +194,9 @@ class ParallelDrafter(Drafter):
     """Heads that read the trunk's output alone, one draft each."""
 
     def start(self, prompt: Prompt) -> tuple[Cache, ...]:
-        ctx = make_context(
-            self.model.cfg, from_zero(*prompt.tokens.shape), tokens=prompt.tokens, options=DECODING
-        )
+        positions = from_zero(*prompt.tokens.shape)
+        how = self.model.how("decode")
+        ctx = make_context(self.model.cfg, positions, how=how, tokens=prompt.tokens)
         h = self.model.read_by_heads(prompt.x)
         read = prompt.lengths - 1  # the first step reads the last position
         return tuple(
@@ -274,8 +268,8 @@ def _head_cache(
     """A head's cache, of the trunk's kind, with its rows of the prompt, if it has attention."""
     if rows is None:
         return Cache([], lengths)
-    cache = model.empty_cache(
-        prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1
+    cache = make_cache(
+        model, prompt.tokens.shape[0], prompt.capacity, prompt.kind, prompt.dtype, layers=1
     )
     return cache.fill({name: x[None] for name, x in rows.items()}, lengths)
 

@@ -12,6 +12,7 @@ from dsv3_jax.decoding.decode_config import check_tokens
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.logits import score_by_rows
 from dsv3_jax.mesh.sharding import constrain
+from dsv3_jax.model.decode import run_layers
 from dsv3_jax.model.transformer import Transformer
 
 
@@ -58,7 +59,7 @@ def loglikelihood(
                 f"pair {i} has {sum(map(len, pair))} tokens, over "
                 f"max_positions={model.cfg.max_positions}"
             )
-    (graphdef, state), mesh = nnx.split(model.in_compute_dtype()), sharding.mesh_of(model)
+    (graphdef, state), mesh = nnx.split(model), sharding.mesh_of(model)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for first in range(0, len(order), batch_size):
@@ -89,7 +90,7 @@ def next_token_scores(
     Padding comes last, so no token that counts sees it.
     """
     model = nnx.merge(graphdef, state)
-    x, *_ = model.run_layers(constrain(tokens, "batch", None), None)
+    x, *_ = run_layers(model, constrain(tokens, "batch", None), None)
     nats, best = score_by_rows(
         model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:], temperature
     )

@@ -17,8 +17,8 @@ from dsv3_jax.hf.released_folder import BF16, EMBED, READABLE_DTYPES, ReleasedFo
 from dsv3_jax.hf.tensor_names import Entry
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh.sharding import state_sharding
-from dsv3_jax.model.layers import Packed
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.parameters import Packed
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.report.progress import text_console, transfer
 

@@ -16,7 +16,7 @@ from dsv3_jax.hf.fp8 import E4M3, dequantize
 from dsv3_jax.hf.places import find
 from dsv3_jax.hf.tensor_files import CONFIG, StoredTensor, open_folder, read_tensor
 from dsv3_jax.hf.tensor_names import BLOCK, SCALE_SUFFIX, Entry, entries
-from dsv3_jax.model.layers import Packed
+from dsv3_jax.model.parameters import Packed
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -3,7 +3,7 @@
 A mesh has three axes. The axes "data" and "expert" both shard the batch, by rows. The axis "expert"
 also shards the routed experts, and "tensor" shards heads, hidden widths and the vocabulary. An axis
 may have size 1. RULES is the one table that says which axis of an array each of them shards.
-Parameters carry the names of their axes (`model.layers.param`), and activations are named where
+Parameters carry the names of their axes (`model.parameters.param`), and activations are named where
 they are constrained (`constrain`). An axis that does not divide evenly is replicated.
 
 `jax.set_mesh` sets the mesh in use; without one everything is on a single device.
@@ -12,7 +12,7 @@ they are constrained (`constrain`). An axis that does not divide evenly is repli
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -343,7 +343,7 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
 
     Routed experts stay sharded: `expert_parallel` gathers them.
 
-    They are cast to `dtype` first, except those that `model.layers.param` marks as exact. Their
+    They are cast to `dtype` first, except those that `model.parameters.param` marks as exact. Their
     gradients are summed along "data" and sharded again in that dtype, then cast back: a bfloat16
     run sums them in bfloat16. No device ever holds all of the layers' gradients. It does hold for
     the embedding and the head: `shard_map_over_batch` takes these tables unsharded and sums their
@@ -421,35 +421,42 @@ def shards_alike(names: Sequence[str | None], *shapes: Sequence[int]) -> bool:
     return not on_mesh() or len({spec(names, shape, mesh) for shape in shapes}) == 1
 
 
-def shard_map_by_names(
-    f: Callable,
-    names: Sequence[Sequence[str | None]],
-    like: Sequence[int],
-    *args: Any,
+def on_shards(
+    local: Callable[..., dict[str, Any]],
+    arrays: Mapping[str, tuple[Any, Sequence[str | None]]],
+    like: Mapping[str, str],
+    *,
     has_kernel: bool = False,
-) -> Any:
-    """Call `f(*args)` with each device on its own shard of every argument; without a mesh, once.
+) -> dict[str, Any]:
+    """Call `local(**arrays)` with each device on its own shard of all; without a mesh, once.
 
     Args:
-        names: of each argument's last axes, by which it is sharded; the same for all its arrays.
-        like: f returns a tuple of so many results, which are sharded as the arguments of these
-            indices.
-        has_kernel: f may call a Pallas kernel of a library. JAX cannot check along which axes its
-            results differ, so the check is left out. Therefore f must have no collectives, and an
-            axis that does not shard a result may shard no argument.
+        arrays: by name, an array, or a tree of them, and the names of its last axes, by which it
+            is sharded. None stays None.
+        like: for each result of `local`, the array as which it is sharded.
+        has_kernel: `local` may call a Pallas kernel of a library. JAX cannot check along which axes
+            its results differ, so the check is left out. Therefore `local` must have no
+            collectives, and an axis that does not shard a result may shard no array.
 
     Example:
-        >>> rows = ("batch",)  # both arguments are sharded by rows, and the result as argument 0 is
-        >>> x, y = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
-        >>> shard_map_by_names(lambda x, y: (x + y,), (rows, rows), (0,), x, y)
-        (Array([4., 6.], dtype=float32),)
+        >>> rows = ("batch",)  # both arrays are sharded by rows, and the sum as x is
+        >>> arrays = {"x": (jnp.array([1.0, 2.0]), rows), "y": (jnp.array([3.0, 4.0]), rows)}
+        >>> on_shards(lambda x, y: {"sum": x + y}, arrays, like={"sum": "x"})
+        {'sum': Array([4., 6.], dtype=float32)}
     """
+    values = {name: array for name, (array, _) in arrays.items()}
     if not on_mesh():
-        return f(*args)
+        return local(**values)
+
     mesh = jax.sharding.get_abstract_mesh()
-    specs = tuple(
-        jax.tree.map(lambda x, of=of: spec(of, x.shape, mesh), arg)
-        for of, arg in zip(names, args, strict=True)
+    specs = {
+        name: jax.tree.map(lambda x, axes=axes: spec(axes, x.shape, mesh), array)
+        for name, (array, axes) in arrays.items()
+    }
+    run = jax.shard_map(
+        lambda values: local(**values),
+        in_specs=(specs,),
+        out_specs={result: specs[name] for result, name in like.items()},
+        check_vma=not has_kernel,
     )
-    out_specs = tuple(specs[i] for i in like)
-    return jax.shard_map(f, in_specs=specs, out_specs=out_specs, check_vma=not has_kernel)(*args)
+    return run(values)

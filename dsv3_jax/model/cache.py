@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import CacheDtype, CacheKind, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
@@ -46,6 +46,13 @@ class Cache:
     # each. Not annotated more closely: JAX rebuilds it with shapes and placeholders.
     parts: Any
     lengths: Any  # int32 [B]
+
+    @classmethod
+    def of_rows(cls, rows: Mapping[str, Float[Array, "B T _ _"]]) -> "Cache":
+        """A cache of one layer, with rows as they are: each token sees those up to its own."""
+        part = {name: Stored(x.swapaxes(1, 2)[None], None) for name, x in rows.items()}
+        batch = next(iter(rows.values())).shape[0]
+        return cls([part], jnp.zeros((batch,), jnp.int32))
 
     @property
     def nbytes(self) -> int:
@@ -110,12 +117,40 @@ class Cache:
         each = jax.tree.leaves(self.parts[0])[0].shape[0]  # layers of a part
 
         def put(part: Any, first: int) -> Any:
-            return jax.tree.map(
-                lambda old, x: old.at[:, :, :, : x.shape[3]].set(x[first : first + each]), part, new
-            )
+            return jax.tree.map(lambda old, x: _put_first(old, x[first : first + each]), part, new)
 
         parts = [put(part, i * each) for i, part in enumerate(self.parts)]
         return keep_sharded(Cache(parts, lengths))
+
+    # of a batch whose sequences come and go
+
+    def take(self, sequences: Int[Array, " n"]) -> "Cache":
+        """The cache of these sequences, in this order."""
+        parts = jax.tree.map(lambda x: x.take(sequences, axis=1), self.parts)
+        return Cache(parts, self.lengths.take(sequences))
+
+    def begin(self, new: "Cache", begins: Bool[Array, " B"]) -> "Cache":
+        """The cache where some sequences are those of another, which may have fewer slots."""
+        by_sequence = begins[None, :, None, None, None]
+
+        def put(old: Array, new: Array) -> Array:
+            # slots beyond will be overwritten
+            first = jnp.where(by_sequence, new, old[:, :, :, : new.shape[3]])
+            return constrain(_put_first(old, first), *ROW_AXES)
+
+        parts = jax.tree.map(put, self.parts, new.parts)
+        return Cache(parts, jnp.where(begins, new.lengths, self.lengths))
+
+    def with_slots(self, slots: int) -> "Cache":
+        """The cache with so many slots a sequence; the new ones are empty."""
+        more = [(0, 0), (0, 0), (0, 0), (0, slots - self.capacity if self.parts else 0), (0, 0)]
+        parts = jax.tree.map(lambda x: constrain(jnp.pad(x, more), *ROW_AXES), self.parts)
+        return Cache(parts, self.lengths)
+
+
+def _put_first(old: Array, new: Array) -> Array:
+    """Arrays [L, B, G, S, X] with others in their first slots."""
+    return old.at[:, :, :, : new.shape[3]].set(new)
 
 
 def empty_cache(

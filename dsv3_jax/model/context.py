@@ -1,31 +1,45 @@
-"""The context of a layer: positions, documents, what a router reads beside x, and the cache."""
+"""What goes into every layer beside x: how to compute, positions, documents, and the cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Execution, Layout, ModelConfig
+from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.model.cache import Cache
 from dsv3_jax.ops import rope
-from dsv3_jax.ops.routing import ROUTERS
+from dsv3_jax.ops.routing import ROUTERS, Tokens
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Options:
-    """Options of a forward pass, fixed when it is traced."""
+class How:
+    """How a pass is computed: fixed when it is traced, and no layer's own.
 
-    may_drop: bool = True  # False: decoding, which drops no token, whatever capacity_factor says
-    # "max_logit": each head's largest logit; "scores": every expert's
+    Example:
+        >>> how_of(Execution(kernels="xla")).kernels("product", jnp.ones(2), jnp.ones(2)).item()
+        2.0
+    """
+
+    kernels: Kernels
+    layout: Layout = Layout()
+    # decode, of prompts too: no token is dropped, whatever capacity_factor says, and few tokens
+    # may read only the experts that they chose
+    mode: Literal["train", "decode"] = "train"
+    # "max_logit": each head's largest logit; "scores": every expert's; "index_sparse" and
+    # "index_warm": the indexers' loss
     watch: frozenset[str] = frozenset()
     edit_gates: Callable | None = None  # (layer, expert_ids, gates) → gates, of the trunk
 
 
-DECODING = Options(may_drop=False)
+def how_of(execution: Execution | None = None) -> How:
+    """How a layer that is used alone computes. None means the best of the default device."""
+    execution = execution or Execution()
+    return How(prepare(execution), execution.layout)
 
 
 class Context(NamedTuple):
@@ -34,26 +48,32 @@ class Context(NamedTuple):
     Training and prefill have no cache. Prefill keeps each layer's rows.
     """
 
+    how: How
     cos: Array  # float32 [B, T, R/2]
     sin: Array  # float32 [B, T, R/2]
     # int32 [B, T]: a token sees its own segment only; None means one segment a row
     segment_ids: Array | None
     mask: Array  # bool [B, T]: tokens that count for load and balance losses
-    # int32 []: which layer of the cache; a Python number where layers are unrolled
-    layer: Array | int
+    layer: Array | int  # int32 []: of the trunk; a Python number where layers are unrolled
     cache: Any = None  # Cache of all layers, that holds earlier tokens, or None
-    options: Options = Options()
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
-    # random keys [B], one a row, of the router's noise; None without noise
-    keys: Array | None = None
     # int32 [B, T, K]: experts that take the place of the router's choice; −1 chooses freely
-    expert_ids: Any = None
-    # of the layer that has just run without a cache: by name, [B, T, G, X] that a cache may keep
+    given: Array | None = None
+    # of the layer that has just run without a cache: arrays [B, T, G, X] by name, of which a cache
+    # may keep some
     rows: Any = None
-    # int32 [B, T, k]: the last indexer's choice, for layers that share it; None: each chooses
+    # int32 [B, T, k]: the tokens that the last indexer chose; None: all of them
     chosen: Array | None = None
     # float32 []: of losses that are means over tokens; None: the number of tokens in `mask`
     divisor: Array | None = None
+
+    def run(self, op: str, *args: Any, **settings: Any) -> Any:
+        """Run an op of `ops/` by the kernel that serves it."""
+        return self.how.kernels(op, *args, **settings)
+
+    def of_tokens(self, x: Array) -> Tokens:
+        """x and what else belongs to its tokens, which a mesh shards together."""
+        return Tokens(x, self.mask, self.tokens, self.given)
 
 
 LayerResult = tuple[Array, Context, dict[str, Any]]  # (x, the context for the next layer, metrics)
@@ -61,20 +81,21 @@ LayerResult = tuple[Array, Context, dict[str, Any]]  # (x, the context for the n
 
 def make_context(
     cfg: ModelConfig,
-    positions: Array,
-    segment_ids: Array | None = None,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
     *,
-    tokens: Array | None = None,
-    keys: Array | None = None,
+    how: How | None = None,
+    tokens: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
-    options: Options = Options(),
     one_document: bool = False,
 ) -> Context:
     """The context of tokens at int32 positions [B, T]; tokens of segment 0 are padding.
 
-    Only a router that reads them gets `tokens` [B, T] and `keys` [B]. With `one_document` the
-    segment ids of a row are 1, then 0. No token sees the padding after it, so attention needs no
-    segments.
+    Args:
+        how: None means `how_of()`.
+        tokens: their ids; only a router that reads them gets them.
+        one_document: the segment ids of a row are 1, then 0. No token sees the padding after it,
+            so attention needs no segments.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -83,18 +104,22 @@ def make_context(
         ((1, 3, 8), Array([[ True,  True, False]], dtype=bool))
     """
     freqs = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
+    cos, sin = rope.cos_sin(positions, freqs, cfg.yarn)
     mask = jnp.ones(positions.shape, jnp.bool_) if segment_ids is None else segment_ids != 0
-    zero = jnp.zeros((), jnp.int32)
-    router = ROUTERS[cfg.router]
-    segments = None if one_document else segment_ids
     return Context(
-        *rope.cos_sin(positions, freqs, cfg.yarn), segments, mask, zero, cache, options=options,
-        tokens=tokens if router.reads_tokens else None, keys=keys if router.has_noise else None,
-    )  # fmt: skip
+        how=how_of() if how is None else how,
+        cos=cos,
+        sin=sin,
+        segment_ids=None if one_document else segment_ids,
+        mask=mask,
+        layer=jnp.zeros((), jnp.int32),
+        cache=cache,
+        tokens=tokens if ROUTERS[cfg.router].reads_tokens else None,
+    )
 
 
-def from_zero(batch: int, length: int) -> Array:
-    """Positions 0, 1, … of each row, int32 [B, T].
+def from_zero(batch: int, length: int) -> Int[Array, "B T"]:
+    """Positions 0, 1, … of each row.
 
     Example:
         >>> from_zero(2, 3)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsv3_jax.config import CacheKind, LoraPart, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, Target
-from dsv3_jax.model.attention import ATTENTION
+from dsv3_jax.model.blocks import ATTENTION
 from dsv3_jax.model.transformer import abstract
 
 

@@ -1,5 +1,7 @@
 """The DeepSeekMoE layer: router, routed experts, shared experts, and what is counted of them."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig, check_inputs
-from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh import expert_parallel
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
-from dsv3_jax.model.context import Context, from_zero, make_context
-from dsv3_jax.model.layers import CHOICE, SwiGLU, draws_together, param
+from dsv3_jax.model.context import Context, from_zero, how_of, make_context
+from dsv3_jax.model.layers import SwiGLU
+from dsv3_jax.model.parameters import draws_together, param
+from dsv3_jax.model.stack import CHOICE
 from dsv3_jax.ops import balance, dispatch, routing
 from dsv3_jax.ops.varying import as_varying
 
@@ -36,6 +39,25 @@ class LayerRouting(NamedTuple):
     bias_measure: Array | None = None
     # float32 [B, T, E]: of all experts, without bias; None if nobody watches them
     scores: Array | None = None
+
+
+class Sums(NamedTuple):
+    """What the devices add up of the rows that they route."""
+
+    load: Array  # float32 [E]: assignments of tokens that count
+    sequence_loss: Array  # float32 []: of all sequences
+
+
+class Rows(NamedTuple):
+    """What a device finds of the rows that it routes."""
+
+    expert_ids: Array  # int32 [B, T, K]
+    gates: Array  # float32 [B, T, K]
+    scores: Array  # float32 [B, T, E]
+    entropy: Array  # float32 [B, T]: of the scores
+    near: Array  # bool [B, T], see `near_ties`
+    log_sums: Array | None  # float32 [B, T]: of the logits, for the z-loss
+    measure: Array | None  # float32 [B, T, E]: what the bias's rule takes of each token
 
 
 class Experts(nnx.Module):
@@ -60,9 +82,6 @@ class MoE(nnx.Module):
 
     Source: DeepSeekMoE (arXiv 2401.06066); DeepSeek-V3 report, section 2.1.2.
 
-    Args:
-        execution, kernels: how to compute; `kernels` defaults to the best of the default device.
-
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> import dsv3_jax as ds
@@ -73,34 +92,15 @@ class MoE(nnx.Module):
     """
 
     @draws_together
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        execution: Execution | None = None,
-        *,
-        rngs: nnx.Rngs,
-        kernels: Kernels | None = None,
-    ):
-        self.w_router = param(
-            rngs, (cfg.dim, cfg.num_experts), ("dim", None), cfg.init_std, exact=True
-        )
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        to_experts = (cfg.dim, cfg.num_experts)
+        self.w_router = param(rngs, to_experts, ("dim", None), cfg.init_std, exact=True)
         self.bias = RouterBias(jnp.zeros((cfg.num_experts,), jnp.float32))
-        self.rule = balance.rule_of(cfg)
         self.router = routing.ROUTERS[cfg.router]
-        # as in arXiv 1701.06538, appendix A
-        zeros = jnp.zeros((cfg.dim, cfg.num_experts), jnp.float32)
-        self.w_noise = (
-            nnx.Param(zeros, axes=("dim", None), exact=True) if self.router.has_noise else None
-        )
+        self.rule = balance.rule_of(cfg)
         self.cfg = cfg
-        self.kernels = kernels or prepare(execution)
-        self.layout = (execution or Execution()).layout
         shared = cfg.num_shared_experts * cfg.expert_dim
-        self.shared = (
-            SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs, kernels=self.kernels)
-            if shared
-            else None
-        )
+        self.shared = SwiGLU(cfg.dim, shared, cfg.init_std, rngs=rngs) if shared else None
         self.experts = Experts(cfg, rngs=rngs)
 
     def __call__(
@@ -109,70 +109,73 @@ class MoE(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         *,
         tokens: Int[Array, "B T"] | None = None,
-        keys: Array | None = None,
         expert_ids: Int[Array, "B T K"] | None = None,
+        execution: Execution | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerRouting]:
         """Mix the experts, for training.
 
         Args:
             mask: tokens that count for load and balance losses. None means all.
             tokens: ids, for router "hash".
-            keys: a random key for each row, for the noise of router "noisy_topk". None means no
-                noise.
             expert_ids: experts in place of the router's choice, see `ops.routing.replay`.
+            execution: which kernels compute; None means the best of the default device.
         Returns: (y, what the router did).
         Raises: ValueError if the router needs tokens and gets none, or the shapes are others.
         """
         check_inputs(self.cfg.dim, x=x, mask=mask, tokens=tokens)
         if expert_ids is not None:
             check_expert_ids(self.cfg, expert_ids, x.shape[:2])
-        ctx = make_context(self.cfg, from_zero(*x.shape[:2]), tokens=tokens, keys=keys)
-        ctx = ctx._replace(expert_ids=expert_ids)
+        positions = from_zero(*x.shape[:2])
+        ctx = make_context(self.cfg, positions, how=how_of(execution), tokens=tokens)
+        ctx = ctx._replace(given=expert_ids)
         return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))[:2]
 
     def mix(
         self, x: Float[Array, "B T D"], ctx: Context
-    ) -> tuple[Array, LayerRouting, dict[str, Array]]:
-        """Train, prefill or decode, by the context. Returns (y [B, T, D], routing, metrics)."""
+    ) -> tuple[Float[Array, "B T D"], LayerRouting, dict[str, Array]]:
+        """Training, prefill or decoding, by the context.
+
+        Returns: (y, what the router did, metrics: "dropped", the share of assignments; and
+            "tokens_sent", a token's copies that go to other devices).
+        """
         routed, metrics = self.route(x, ctx)
-        flat, ids, gates = (
-            a.reshape(-1, a.shape[-1]) for a in (x, routed.expert_ids, routed.gates)
-        )
-        if ctx.options.edit_gates is not None:
-            gates = ctx.options.edit_gates(ctx.layer, ids, gates)
-        y, dropped, tokens_sent = self._run_experts(flat, ids, gates, ctx)
+        per_token = (x, routed.expert_ids, routed.gates)
+        flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in per_token)
+        if ctx.how.edit_gates is not None:
+            gates = ctx.how.edit_gates(ctx.layer, ids, gates)
+        y, dropped, sent = self._run_experts(flat, ids, gates, ctx)
         y = y.reshape(x.shape)
         if self.shared is not None:
-            y = y + self.shared(x)
-        metrics["dropped"] = dropped  # share of assignments; 0 without capacity_factor
-        # copies of a token that go to another device's experts; 0 without a mesh
-        metrics["tokens_sent"] = tokens_sent
-        return y, routed, metrics
+            y = y + self.shared(x, ctx)
+        return y, routed, {**metrics, "dropped": dropped, "tokens_sent": sent}
 
     @jax.named_scope("experts")
     def _run_experts(
         self, x: Array, ids: Array, gates: Array, ctx: Context
     ) -> tuple[Array, Array, Array]:
-        """Returns: (y [tokens, D], share of assignments dropped, copies of a token sent away)."""
+        """(y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
+        cfg = self.cfg
+        how = ctx.how
         none = jnp.zeros((), jnp.float32)
-        kernels = self.kernels
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
-        factor = self.cfg.capacity_factor
-        if factor is not None and ctx.options.may_drop:
-            return *kernels("capacity_swiglu", x, ids, gates, *experts, factor=factor), none
-        few = gates.size <= dispatch.FEW_CHOICES * self.cfg.num_experts
-        decode = few and not ctx.options.may_drop
-        if not on_mesh():
-            if decode:
-                return kernels("decode_experts", x, ids, gates, *experts), none, none
-            return kernels("grouped_swiglu", x, ids, gates, *experts, complete=True), none, none
-        if decode:
+        args = (x, ids, gates)
+        if cfg.capacity_factor is not None and how.mode == "train":
+            y, dropped = ctx.run("capacity_swiglu", *args, *experts, factor=cfg.capacity_factor)
+            return y, dropped, none
+
+        few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
+        if how.mode == "decode" and few:
+            if not on_mesh():
+                return ctx.run("decode_experts", *args, *experts), none, none
             y = expert_parallel.decode_experts(
-                x, ids, gates, experts, kernels=kernels, layout=self.layout
+                *args, experts, kernels=how.kernels, layout=how.layout
             )
             return y, none, none
+
+        if not on_mesh():
+            return ctx.run("grouped_swiglu", *args, *experts, complete=True), none, none
         y, sent = expert_parallel.grouped_swiglu(
-            x, ids, gates, experts, kernels=kernels, cfg=self.cfg, layout=self.layout
+            *args, experts, kernels=how.kernels, cfg=cfg, layout=how.layout
         )
         return y, none, sent
 
@@ -180,7 +183,7 @@ class MoE(nnx.Module):
     def route(
         self, x: Float[Array, "B T D"], ctx: Context
     ) -> tuple[LayerRouting, dict[str, Array]]:
-        """Choose each token's experts, and measure the choice, in float32 from the logits on.
+        """Choose each token's experts, and measure the choice.
 
         Returns: (what the router did, metrics).
         """
@@ -188,71 +191,70 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]"
             )
+        # Each device its own rows: the compiler would gather the scores of all tokens to find each
+        # one's largest.
+        weights = self.w_router[...], self.bias[...]
+        local = partial(self._route_rows, ctx.run)
+        sums, rows = shard_map_over_batch(local, weights, ctx.of_tokens(x))
+
+        measure = None
+        if self.rule and self.rule.of_batch:
+            k = self.cfg.experts_per_token
+            measure = self.rule.of_batch(rows.measure, ctx.mask, self.bias[...], k)
+        routed = LayerRouting(
+            rows.expert_ids,
+            rows.gates,
+            rows.entropy,
+            sums.load,
+            self._balance_loss(sums, rows, ctx),
+            measure,
+            rows.scores if "scores" in ctx.how.watch else None,
+        )
+        return routed, {"near_ties": rows.near.mean(dtype=jnp.float32)}
+
+    def _route_rows(
+        self, run: Callable, w_router: Array, bias: Array, tokens: routing.Tokens
+    ) -> tuple[Sums, Rows]:
+        """Route rows; in float32 from the logits on, as the reference does."""
         cfg = self.cfg
-        rule = self.rule
-        keys = ctx.keys
-        bias = self.bias[...]
-        noisy = (
-            (None, None)
-            if keys is None or self.w_noise is None
-            else (self.w_noise[...], jnp.asarray(ctx.layer))
-        )
+        k = cfg.experts_per_token
+        lead = tokens.mask.shape
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tokens)
 
-        def local(w_router, bias, w_noise, layer, x, mask, tokens, keys, given):
-            flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-            needs = {}
-            logits = checkpoint_name(self.kernels("exact_product", flat, w_router), CHOICE)
-            if tokens is not None:
-                needs["tokens"] = tokens.reshape(-1)
-            if keys is not None:
-                needs["spread"] = self.kernels("exact_product", flat, w_noise)
-                normal = routing.noise(keys, layer, x.shape[1], cfg.num_experts)
-                needs["normal"] = normal.reshape(logits.shape)
-            if given is not None:
-                needs["given"] = given.reshape(-1, given.shape[-1])
-            flat = routing.route(logits, bias, cfg, **needs)
-            flat = flat._replace(expert_ids=checkpoint_name(flat.expert_ids, CHOICE))
-            picked = jax.tree.map(lambda a: a.reshape(*x.shape[:2], -1), flat)
-            load = balance.load(picked.expert_ids, cfg.num_experts, mask)
-            sequence_loss = jnp.zeros((), jnp.float32)
-            if cfg.balance.sequence_alpha:
-                k = cfg.experts_per_token
-                sequence_loss = balance.sequence_loss(picked.scores, k, mask, given).sum()
-            log_sums = None
-            if cfg.balance.z_alpha:
-                log_sums = jax.nn.logsumexp(logits, axis=-1).reshape(x.shape[:2])
-            # Metric only; stop_gradient skips a gradient that is always zero.
-            entropy = balance.entropy(jax.lax.stop_gradient(picked.scores))
-            of_tokens = None
-            if rule and rule.of_tokens:
-                of_tokens = rule.of_tokens(flat.scores, bias, cfg.experts_per_token)
-                of_tokens = of_tokens.reshape(picked.scores.shape)
-            near = near_ties(flat.scores, bias, cfg).reshape(x.shape[:2])
-            sums = load, as_varying(sequence_loss, load)
-            return sums, (picked, log_sums, entropy, of_tokens, near)
+        logits = run("exact_product", flat.x.astype(jnp.float32), w_router)
+        logits = checkpoint_name(logits, CHOICE)
+        ids, gates, scores = routing.route(logits, bias, cfg, flat)
+        ids = checkpoint_name(ids, CHOICE)
 
-        # Each device its own rows: the compiler would gather all tokens' scores for the largest.
-        weights = (self.w_router[...], bias, *noisy)
-        sums, rows = shard_map_over_batch(
-            local, weights, x, ctx.mask, ctx.tokens, keys, ctx.expert_ids
+        of_tokens = self.rule.of_tokens if self.rule else None
+        found = Rows(
+            expert_ids=ids,
+            gates=gates,
+            scores=scores,
+            entropy=balance.entropy(jax.lax.stop_gradient(scores)),  # a metric, without a gradient
+            near=near_ties(scores, bias, cfg),
+            log_sums=jax.nn.logsumexp(logits, axis=-1) if cfg.balance.z_alpha else None,
+            measure=of_tokens(scores, bias, k) if of_tokens else None,
         )
-        (load, sequence_loss), (picked, log_sums, entropy, of_tokens, near) = sums, rows
-        loss = cfg.balance.sequence_alpha * (sequence_loss / len(x))
-        if cfg.balance.switch_alpha:
-            scores, ids = (a.reshape(-1, a.shape[-1]) for a in (picked.scores, picked.expert_ids))
-            loss += cfg.balance.switch_alpha * balance.switch_loss(
-                scores, ids, ctx.mask.reshape(-1)
-            )
-        if log_sums is not None:
-            loss += cfg.balance.z_alpha * balance.z_loss(log_sums, ctx.mask, ctx.divisor)
-        measure = (
-            rule.of_batch(of_tokens, ctx.mask, bias, cfg.experts_per_token)
-            if rule and rule.of_batch
-            else None
-        )
-        kept = picked.scores if "scores" in ctx.options.watch else None
-        routed = LayerRouting(picked.expert_ids, picked.gates, entropy, load, loss, measure, kept)
-        return routed, {"near_ties": near.mean(dtype=jnp.float32)}
+        rows = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
+
+        load = balance.load(rows.expert_ids, cfg.num_experts, tokens.mask)
+        loss = jnp.zeros((), jnp.float32)
+        if cfg.balance.sequence_alpha:
+            loss = balance.sequence_loss(rows.scores, k, tokens.mask, tokens.given).sum()
+        return Sums(load, as_varying(loss, load)), rows
+
+    def _balance_loss(self, sums: Sums, rows: Rows, ctx: Context) -> Float[Array, ""]:
+        """The weighted sum of the losses that `Balance` asks for."""
+        weights = self.cfg.balance
+        loss = weights.sequence_alpha * (sums.sequence_loss / len(ctx.mask))
+        if weights.switch_alpha:
+            scores, ids = (a.reshape(-1, a.shape[-1]) for a in (rows.scores, rows.expert_ids))
+            switch = balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
+            loss += weights.switch_alpha * switch
+        if rows.log_sums is not None:
+            loss += weights.z_alpha * balance.z_loss(rows.log_sums, ctx.mask, ctx.divisor)
+        return loss
 
 
 def check_expert_ids(
@@ -300,7 +302,10 @@ NEAR = 1e-3  # scores that rounding to bfloat16 may reorder
 def near_ties(
     scores: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig
 ) -> Bool[Array, " n"]:
-    """Whether a token's K-th and (K+1)-th score are nearer than NEAR; False if K is all."""
+    """Whether a token's K-th and (K+1)-th score for the choice are nearer than NEAR.
+
+    False if no expert is left over, or the router does not choose by scores.
+    """
     k = cfg.experts_per_token
     router = routing.ROUTERS[cfg.router]
     groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)

@@ -9,7 +9,7 @@ A new kind is a class here, with a row of HEADS, and a row of `config.HEAD_KINDS
 drafter follow from what these declare.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import Execution, ModelConfig
-from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context, LayerResult
-from dsv3_jax.model.layers import RMSNorm, param, recompute
+from dsv3_jax.model.layers import RMSNorm
+from dsv3_jax.model.parameters import param
+from dsv3_jax.model.stack import recompute
 
 Hidden = Float[Array, "B T D"]
 
@@ -34,8 +35,8 @@ class Head(nnx.Module):
     remembers = True  # has a block whose attention needs a separate cache while decoding
     token_weight = 1.0  # weight of the cross-entropy in the head's loss
 
-    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        self.kernels = kernels
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        """Draw the head's weights."""
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         """Turn hidden states into those that the unembedding reads.
@@ -63,19 +64,17 @@ class MetaHead(Head):
     the next token.
 
     Example:
-        >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
-        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> cfg = preset("tiny")
         >>> def make():
-        ...     return MetaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        ...     return MetaHead(cfg, rngs=nnx.Rngs(0))
         >>> head = nnx.eval_shape(make)
         >>> head.block.moe.experts.w_gate.shape  # experts of its own
         (16, 128, 64)
     """
 
-    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
-        self.block = SparseBlock(cfg, execution, rngs=rngs, kernels=kernels)
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.block = SparseBlock(cfg, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
@@ -95,26 +94,25 @@ class MTPModule(MetaHead):
     weights.
 
     Example:
-        >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
-        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> cfg = preset("tiny")
         >>> def make():
-        ...     return MTPModule(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        ...     return MTPModule(cfg, rngs=nnx.Rngs(0))
         >>> head = nnx.eval_shape(make)
         >>> head.w_eh.shape  # of [norm(e), norm(h)] to D
         (256, 128)
     """
 
-    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.embed_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.hidden_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+        super().__init__(cfg, rngs=rngs)
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         assert embedded is not None
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(h)], axis=-1)
-        return super().__call__(self.kernels("product", both, self.w_eh[...]), ctx)
+        return super().__call__(ctx.run("product", both, self.w_eh[...]), ctx)
 
 
 class MedusaHead(Head):
@@ -125,23 +123,21 @@ class MedusaHead(Head):
     has its own, a copy of the trunk's at first, and the loss of head k weighs 0.8^k.
 
     Example:
-        >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.model.context import from_zero, make_context
         >>> from dsv3_jax.presets import preset
         >>> cfg, h = preset("tiny"), jnp.ones((1, 2, 128))
-        >>> head = MedusaHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=prepare())
+        >>> head = MedusaHead(cfg, rngs=nnx.Rngs(0))
         >>> bool((head(h, make_context(cfg, from_zero(1, 2)))[0] == h).all())
         True
     """
 
     remembers = False
 
-    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.w = nnx.Param(jnp.zeros((cfg.dim, cfg.dim), jnp.float32), axes=("dim", None))
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
-        return h + jax.nn.silu(self.kernels("product", h, self.w[...])), ctx, {}
+        return h + jax.nn.silu(ctx.run("product", h, self.w[...])), ctx, {}
 
 
 class EagleHead(Head):
@@ -154,11 +150,10 @@ class EagleHead(Head):
     distribution, and no noise is added to what the head reads.
 
     Example:
-        >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
-        >>> cfg, kernels = preset("tiny"), prepare()
+        >>> cfg = preset("tiny")
         >>> def make():
-        ...     return EagleHead(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels)
+        ...     return EagleHead(cfg, rngs=nnx.Rngs(0))
         >>> head = nnx.eval_shape(make)
         >>> head.w_eh.shape  # of [e, h] to D
         (256, 128)
@@ -166,15 +161,14 @@ class EagleHead(Head):
 
     token_weight = 0.1  # the regression weighs 1
 
-    def __init__(self, cfg: ModelConfig, execution: Execution, *, rngs: nnx.Rngs, kernels: Kernels):
-        super().__init__(cfg, execution, rngs=rngs, kernels=kernels)
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        self.block = DenseBlock(cfg, execution, rngs=rngs, kernels=kernels)
+        self.block = DenseBlock(cfg, rngs=rngs)
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         assert embedded is not None
         both = jnp.concatenate([embedded, h], axis=-1)
-        return self.block(self.kernels("product", both, self.w_eh[...]), ctx)
+        return self.block(ctx.run("product", both, self.w_eh[...]), ctx)
 
     def feature_loss(self, h: Hidden, target: Hidden) -> Float[Array, "B T"]:
         return smooth_l1(h, target)
@@ -188,23 +182,17 @@ HEADS: dict[str, type[Head]] = {
 }
 
 
-def make_heads(
-    cfg: ModelConfig, execution: Execution, rngs: nnx.Rngs, kernels: Kernels
-) -> list[Head]:
+def make_heads(cfg: ModelConfig, rngs: nnx.Rngs) -> list[Head]:
     """The heads of a configuration, `mtp_depth` of its kind.
 
     Example:
         >>> from dsv3_jax.config import replace
-        >>> from dsv3_jax.kernels.choose import prepare
         >>> from dsv3_jax.presets import preset
         >>> cfg = replace(preset("tiny"), mtp_kind="medusa", mtp_depth=2)
-        >>> [type(head).__name__ for head in make_heads(cfg, Execution(), nnx.Rngs(0), prepare())]
+        >>> [type(head).__name__ for head in make_heads(cfg, nnx.Rngs(0))]
         ['MedusaHead', 'MedusaHead']
     """
-    return [
-        HEADS[cfg.mtp_kind](cfg, execution, rngs=rngs, kernels=kernels)
-        for _ in range(cfg.mtp_depth)
-    ]
+    return [HEADS[cfg.mtp_kind](cfg, rngs=rngs) for _ in range(cfg.mtp_depth)]
 
 
 def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Array, "*n"]:
@@ -260,66 +248,69 @@ def token_counts(cfg: ModelConfig, segment_ids: Int[Array, "B T"]) -> Float[Arra
 
 @jax.named_scope("heads")
 def run_heads(
-    heads: Iterable[Head],
-    cfg: ModelConfig,
-    embedding: Callable[[Array], Array],
+    model: Any,
     h: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     ctx: Context,
-    *,
     given: Sequence[Array | None] = (),
     counts: Sequence[Array] = (),
-    remat: str = "none",
-    unshard: Callable = lambda state: state,
 ) -> tuple[tuple[Array, ...], tuple[dict[str, Any], ...]]:
-    """Run all heads over complete rows, for training.
+    """Run all heads of a model over complete rows, for training.
 
     Args:
-        embedding: embeds tokens as the trunk does.
+        model: a `Transformer`: its heads, embedding and recomputation.
         h: the trunk's output, as `mtp_input` has it.
         given: of each head, the experts that take the place of its router's choice, int32 [B,
             T-1-k, K].
         counts: of each head, its context's `divisor`.
-        remat: what the backward pass keeps of each head, see `layers.recompute`.
-        unshard: as in `loop_layers`.
     Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; the metrics of each).
     """
+    cfg = model.cfg
     reads_tokens = cfg.head_kind.reads_tokens
-
-    def run(head, h, part, embedded) -> tuple[Array, dict[str, Any]]:
-        # Split and merged, as in loop_layers: nnx.remat would write to an outer trace's variables.
-        graphdef, state = nnx.split(head)
-
-        def plain(state, h, part, embedded):
-            h, _, metrics = nnx.merge(graphdef, unshard(state))(h, part, embedded)
-            return h, metrics
-
-        return recompute(plain, remat)(state, h, part, embedded)
-
     hidden = []
     metrics = []
-    options = replace(ctx.options, edit_gates=None)
-    for k, head in enumerate(heads, start=1):
-        mask = counted(cfg, ctx.mask, ctx.segment_ids, k)
-        short = mask.shape[1]
-        part = ctx._replace(
-            cos=ctx.cos[:, :short],
-            sin=ctx.sin[:, :short],
-            segment_ids=None if ctx.segment_ids is None else ctx.segment_ids[:, :short],
-            mask=mask,
-            options=options,
-            expert_ids=given[k - 1] if given else None,
+    for k, head in enumerate(model.mtp, start=1):
+        part = _context_of_head(cfg, k, tokens, ctx)
+        part = part._replace(
+            given=given[k - 1] if given else None,
             divisor=counts[k - 1] if len(counts) else None,
         )
-        if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
-            part = part._replace(tokens=tokens[:, k:] if reads_tokens else tokens[:, :short])
-        if ctx.keys is not None:  # its own noise, numbered after the trunk's layers
-            part = part._replace(layer=jnp.int32(cfg.num_layers + k))
-        made, of_head = run(
-            head, h[:, :short], part, embedding(tokens[:, k:]) if reads_tokens else None
-        )
+        short = part.mask.shape[1]
+        embedded = model.embedding(tokens[:, k:]) if reads_tokens else None
+        made, of_head = _run_head(model, head, h[:, :short], part, embedded)
         if reads_tokens:
             h = made
         hidden.append(made)
         metrics.append(of_head)
     return tuple(hidden), tuple(metrics)
+
+
+def _context_of_head(cfg: ModelConfig, k: int, tokens: Array, ctx: Context) -> Context:
+    """The context of head k, from 1: of the positions that have a token k later."""
+    mask = counted(cfg, ctx.mask, ctx.segment_ids, k)
+    short = mask.shape[1]
+    read = None
+    if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
+        read = tokens[:, k:] if cfg.head_kind.reads_tokens else tokens[:, :short]
+    return ctx._replace(
+        how=replace(ctx.how, edit_gates=None),
+        cos=ctx.cos[:, :short],
+        sin=ctx.sin[:, :short],
+        segment_ids=None if ctx.segment_ids is None else ctx.segment_ids[:, :short],
+        mask=mask,
+        tokens=read,
+    )
+
+
+def _run_head(
+    model: Any, head: Head, h: Array, ctx: Context, embedded: Array | None
+) -> tuple[Array, dict[str, Any]]:
+    # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace
+    # holds.
+    graphdef, state = nnx.split(head)
+
+    def run(state, h, ctx, embedded):
+        h, _, metrics = nnx.merge(graphdef, model.unshard(state))(h, ctx, embedded)
+        return h, metrics
+
+    return recompute(run, model.execution.remat)(state, h, ctx, embedded)

@@ -1,7 +1,7 @@
-"""The whole model: embedding, dense layers, sparse layers, norm, head, and multi-token heads."""
+"""The whole model: embedding, dense layers, sparse layers, norm and head; the heads on the side."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,34 +9,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs, check_kind, replace
+from dsv3_jax.config import Execution, ModelConfig, check_inputs, check_kind
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
-from dsv3_jax.model.attention import ATTENTION
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
-from dsv3_jax.model.cache import Cache, empty_cache
-from dsv3_jax.model.context import DECODING, Context, Options, from_zero, make_context
-from dsv3_jax.model.layers import (
-    RMSNorm,
-    draws_together,
-    in_use,
-    loop_layers,
-    param,
-    stack,
-    unstack,
-)
+from dsv3_jax.model.context import Context, How, from_zero, make_context
+from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import Experts, LayerRouting, check_expert_ids
 from dsv3_jax.model.mtp import make_heads, run_heads
+from dsv3_jax.model.parameters import draws_together, in_use, param
+from dsv3_jax.model.stack import loop_layers, stack
 
-# most layers that decoding unrolls: a scan copies each layer out of its stack, experts too
-UNROLLED = 64
-UNROLLED_PREFILL = 16  # most layers that reading prompts unrolls on the CPU
 # most layers that training unrolls on the CPU; see experiments/bench/README.md
 UNROLLED_IN_TRAINING = 4
 
 
 class ForwardOut(NamedTuple):
-    """What a forward pass gives before the unembedding; the training loss is computed from it."""
+    """A forward pass before the unembedding; the training loss is computed from it."""
 
     x: Array  # [B, T, D]: the last layer's output
     h: Array  # [B, T, D]: the same after the final norm
@@ -44,16 +33,19 @@ class ForwardOut(NamedTuple):
     mtp_h: tuple[Array, ...]
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
-    # by the path of the blocks in the model ("dense", "sparse" or "mtp.0.block") and by name:
-    # [L, …], or […] of one
+    # by the path of the blocks in the model ("dense", "sparse" or "mtp.0.block") and by name: [L,
+    # …], or […] of one
     metrics: dict[str, dict[str, Array]]
 
 
-class DecodeWeights(NamedTuple):
-    """Each layer's arrays, sliced once a request: a loop over stacks copies them each step."""
+class Trunk(NamedTuple):
+    """What the layers of the trunk return."""
 
-    dense: list[nnx.State]
-    sparse: list[nnx.State]
+    x: Array  # [B, T, D]: the last layer's output
+    cache: Any  # the context's cache, with these tokens' rows; None without one
+    # by "dense" and "sparse", each layer's metrics, and of its rows those that were to be kept
+    metrics: dict[str, dict[str, Any]]
+    rows: dict[str, dict[str, Array]]
 
 
 class Output(NamedTuple):
@@ -95,36 +87,24 @@ class Transformer(nnx.Module):
         kernels: Kernels | None = None,
     ):
         check_kind("cfg", cfg, ModelConfig)
-        execution = execution or Execution()
-        kernels = kernels or prepare(execution)
-        self.embed = param(
-            rngs, (cfg.vocab_size, cfg.dim), ("vocab", "dim"), cfg.init_std, exact=True
-        )
-        self.dense = stack(
-            lambda r: DenseBlock(cfg, execution, rngs=r, kernels=kernels),
-            cfg.num_dense_layers,
-            rngs,
-        )
-        sparse: Any = stack(
-            lambda r: SparseBlock(cfg, execution, rngs=r, kernels=kernels),
-            cfg.num_sparse_layers,
-            rngs,
-        )
+        self.cfg = cfg
+        self.execution = execution or Execution()
+        self.kernels = kernels or prepare(self.execution)
+
+        table, std = (cfg.vocab_size, cfg.dim), cfg.init_std
+        self.embed = param(rngs, table, ("vocab", "dim"), std, exact=True)
+        self.dense = stack(lambda r: DenseBlock(cfg, rngs=r), cfg.num_dense_layers, rngs)
+        sparse: Any = stack(lambda r: SparseBlock(cfg, rngs=r), cfg.num_sparse_layers, rngs)
         if sparse is not None:
             # one draw of all layers
             sparse.moe.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs)
         self.sparse = sparse
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        head = (
-            None
-            if cfg.tie_embeddings
-            else param(rngs, (cfg.dim, cfg.vocab_size), ("dim", "vocab"), cfg.init_std)
-        )
-        self.head = head
-        self.mtp = nnx.List(make_heads(cfg, execution, rngs, kernels))
-        self.cfg = cfg
-        self.execution = execution
-        self.kernels = kernels
+        if cfg.tie_embeddings:
+            self.head = None
+        else:
+            self.head = param(rngs, table[::-1], ("dim", "vocab"), std)
+        self.mtp = nnx.List(make_heads(cfg, rngs))
 
     def __call__(
         self,
@@ -150,25 +130,18 @@ class Transformer(nnx.Module):
             others; outside jit, for token or expert ids out of range, or the same expert twice for
             a token.
         """
-        out = self.forward_hidden(
-            tokens, segment_ids, positions, expert_ids=(expert_ids, *mtp_expert_ids)
-        )
-        return Output(
-            self.logits(out.h),
-            tuple(self.logits(h) for h in out.mtp_h),
-            out.routing,
-            out.mtp_routing,
-        )
+        given = (expert_ids, *mtp_expert_ids)
+        out = self.forward_hidden(tokens, segment_ids, positions, expert_ids=given)
+        mtp_logits = tuple(self.logits(h) for h in out.mtp_h)
+        return Output(self.logits(out.h), mtp_logits, out.routing, out.mtp_routing)
 
     def forward_hidden(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        keys: Array | None = None,
         *,
-        watch: Iterable[str] = (),
-        edit_gates: Callable | None = None,
+        how: How | None = None,
         expert_ids: Sequence[Array | None] = (None,),
         counts: Float[Array, " depths"] | None = None,
         one_document: bool = False,
@@ -177,172 +150,117 @@ class Transformer(nnx.Module):
 
         Args:
             tokens, segment_ids, positions: as `__call__`.
-            one_document: each row holds one document, and padding after it. Attention then runs
-                without segments, also by a kernel that knows none. What it gives for padding is
-                another number, and counts nowhere.
-            keys: a random key for each row, [B], of the router's noise. None means no noise.
-            watch, edit_gates: see `context.Options`.
+            how: from `how`, if something is to be watched or edited.
             expert_ids: of the trunk, then of each head, see `__call__`.
             counts: divisors of the losses that are means over tokens, of the trunk, then of each
                 head. None means the numbers of their tokens, see `mtp.token_counts`.
+            one_document: each row holds one document, and padding after it. Attention then runs
+                without segments, also by a kernel that knows none. What it gives for padding is
+                another number, and counts nowhere.
         """
         cfg = self.cfg
         check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
-        _check_ids(tokens, cfg.vocab_size)
-        batch, length = tokens.shape
-        if length > cfg.max_positions:
-            raise ValueError(
-                f"length {length} is over the model's max_positions={cfg.max_positions}"
-            )
-        if length <= cfg.mtp_depth:
-            raise ValueError(
-                f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read"
-            )
-        positions = from_zero(batch, length) if positions is None else positions
-        options = Options(watch=frozenset(watch), edit_gates=edit_gates)
+        _check_ids(tokens, cfg)
+        _check_experts(expert_ids, cfg, *tokens.shape)
+        positions = from_zero(*tokens.shape) if positions is None else positions
         ctx = make_context(
             cfg,
             positions,
             segment_ids,
+            how=how or self.how(),
             tokens=tokens,
-            keys=keys,
-            options=options,
             one_document=one_document,
         )
-        given, *of_heads_given = self._checked(expert_ids, batch, length)
+        given, *of_heads_given = expert_ids
         divisor, *of_heads_counts = (None,) if counts is None else counts
-        x, _, metrics = self._trunk(tokens, ctx._replace(expert_ids=given, divisor=divisor))
-        h = self.norm(x)
-        mtp_h, of_heads = run_heads(
-            self.mtp, cfg, self.embedding, h if cfg.mtp_input == "normed" else x, tokens, ctx,
-            given=of_heads_given, counts=of_heads_counts, remat=self.execution.remat,
-            unshard=self.unshard,
-        )  # fmt: skip
-        metrics |= {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
-        routing = {
-            path: of_block.pop("routing")
-            for path, of_block in metrics.items()
-            if "routing" in of_block
-        }
-        trunk = routing.pop("sparse", None)
-        return ForwardOut(x, h, mtp_h, trunk, tuple(routing.values()), metrics)
 
-    def run_layers(
-        self, tokens: Int[Array, "B T"], cache: Cache | None, weights: DecodeWeights | None = None
-    ) -> tuple[Float[Array, "B T D"], Any, Any]:
-        """Run the trunk for decoding, over tokens that follow what the cache holds.
+        trunk = self.run_trunk(tokens, ctx._replace(given=given, divisor=divisor))
+        h = self.norm(trunk.x)
+        read = h if cfg.mtp_input == "normed" else trunk.x
+        mtp_h, of_heads = run_heads(self, read, tokens, ctx, of_heads_given, of_heads_counts)
 
-        Args:
-            cache: None means that the tokens are all there are.
-            weights: from `prepare_decode`, made outside the loop over tokens.
-        Returns: (the last layer's output before the final norm; the cache with the tokens' rows;
-            the experts that the routers chose, int32 [Lmoe, B, T, K], or None). Lengths stay: the
-            caller knows how many tokens will count.
+        metrics = trunk.metrics | {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
+        routing = {path: of.pop("routing") for path, of in metrics.items() if "routing" in of}
+        of_trunk = routing.pop("sparse", None)
+        return ForwardOut(trunk.x, h, mtp_h, of_trunk, tuple(routing.values()), metrics)
+
+    def how(self, mode: Literal["train", "decode"] = "train", **watching: Any) -> How:
+        """How this model computes a pass.
+
+        Products in 8 bits are for training; decoding does without.
+
+        Args: watching: watch and edit_gates, see `context.How`.
+
+        Example:
+            >>> import dsv3_jax as ds
+            >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1)
+            >>> model = abstract(cfg, Execution(precision="fp8"))
+            >>> [model.how(mode).kernels.target.precision for mode in ("train", "decode")]
+            ['fp8', 'none']
         """
-        positions = from_zero(*tokens.shape) if cache is None else cache.positions(tokens.shape[1])
-        ctx = make_context(self.cfg, positions, tokens=tokens, cache=cache, options=DECODING)
-        x, cache, found = self._trunk(tokens, ctx, weights)
-        return x, cache, found.get("sparse")
+        kernels = self.kernels if mode == "train" else self.kernels.in_compute_dtype
+        return How(kernels, self.execution.layout, mode, **watching)
 
-    def prefill(
+    def run_trunk(
         self,
         tokens: Int[Array, "B T"],
-        lengths: Int[Array, " B"],
-        cache: Cache,
-        weights: DecodeWeights | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache, Any]:
-        """Read prompts, whose first `lengths` tokens count, into an empty cache.
-
-        Args: weights: from `prepare_decode`, used where a scan would copy each layer's experts and
-            the model is not so deep that it takes long to compile.
-        Returns: as `run_layers`, with the filled cache.
-        """
-        ctx = make_context(self.cfg, from_zero(*tokens.shape), tokens=tokens, options=DECODING)
-        weights = (
-            weights
-            if self.kernels.device.scan_copies and self.cfg.num_layers <= UNROLLED_PREFILL
-            else None
-        )
-        x, rows, found = self._trunk(tokens, ctx, weights, keep=tuple(cache.parts[0]))
-        return x, cache.fill(rows, lengths), found.get("sparse")
-
-    def _trunk(
-        self,
-        tokens: Array,
         ctx: Context,
-        weights: DecodeWeights | None = None,
-        keep: tuple[str, ...] = (),
-    ) -> tuple[Array, Any, dict[str, Any]]:
-        """Run all layers.
+        layers: Any = None,
+        keep: Sequence[str] = (),
+    ) -> Trunk:
+        """Embed tokens and run all layers over them.
 
-        Args: keep: names of the rows that are returned in place of the cache, stacked by layer.
-        Returns: (the last layer's output, the cache, metrics of "dense" and "sparse" layers; of
-            those that decode, the experts chosen alone).
+        Args:
+            layers: each layer's own arrays, from `decode.prepare_decode`.
+            keep: names of the rows that are returned, stacked by layer.
         """
-        if ctx.cache is not None and weights is None:
-            weights = self.prepare_decode()
-        decoding = not ctx.options.may_drop
-        given = ctx.expert_ids
-        how: dict[str, Any] = (
-            {} if decoding else {"remat": self.execution.remat, "unroll": self.trains_unrolled}
-        )
+        cfg = self.cfg
+        training = ctx.how.mode == "train"
+        remat = self.execution.remat if training else "none"
+        unroll = training and self.trains_unrolled
 
-        def run(stacked, first, layers, carry):
+        def run_kind(path: str, first: int, carry: Any) -> Any:
             def layer(block, carry, index):
                 x, cache, chosen = carry
-                own = None if given is None or first < self.cfg.num_dense_layers else given[index]
-                new = ctx._replace(cache=cache, chosen=chosen, layer=first + index, expert_ids=own)
-                x, after, metrics = block(x, new)
-                if decoding:
-                    metrics = metrics["routing"].expert_ids if "routing" in metrics else None
+                replayed = ctx.given is not None and path == "sparse"
+                given = ctx.given[index] if replayed else None
+                own = dict(cache=cache, chosen=chosen, layer=first + index, given=given)
+                x, after, metrics = block(x, ctx._replace(**own))
+                if not training:  # of a step's decisions, decoding reads the experts alone
+                    routed = metrics.get("routing")
+                    metrics = {} if routed is None else {"expert_ids": routed.expert_ids}
                 carry = x, after.cache, None if chosen is None else after.chosen
                 return carry, (metrics, {name: after.rows[name] for name in keep})
 
-            return loop_layers(stacked, layer, carry, layers=layers, unshard=self.unshard, **how)
-
-        slots = tokens.shape[1] if ctx.cache is None else ctx.cache.capacity
-        shares = self.cfg.attention == "dsa" and not all(self.cfg.has_indexer)
-        chosen = (
-            jnp.zeros((*tokens.shape, min(slots, self.cfg.index_topk)), jnp.int32)
-            if shares
-            else None
-        )
-        carry = self.embedding(tokens), ctx.cache, chosen
-        carry, dense = run(self.dense, 0, weights and weights.dense, carry)
-        (x, cache, _), sparse = run(
-            self.sparse, self.cfg.num_dense_layers, weights and weights.sparse, carry
-        )
-        found = {path: of for path, of in (("dense", dense), ("sparse", sparse)) if of is not None}
-        if keep:
-            cache = jax.tree.map(
-                lambda *rows: jnp.concatenate(rows), *(rows for _, rows in found.values())
+            return loop_layers(
+                getattr(self, path),
+                layer,
+                carry,
+                layers=layers and getattr(layers, path),
+                remat=remat,
+                unroll=unroll,
+                unshard=self.unshard,
             )
-        return x, cache, {path: metrics for path, (metrics, _) in found.items()}
 
-    def _checked(
-        self, expert_ids: Sequence[Array | None], batch: int, length: int
-    ) -> Sequence[Array | None]:
-        """Experts to replay, of the trunk and of each head: see `check_expert_ids`."""
-        trunk, *heads = expert_ids
-        if trunk is not None:
-            check_expert_ids(self.cfg, trunk, (self.cfg.num_sparse_layers, batch, length))
-        with_experts = self.cfg.mtp_depth if self.cfg.head_kind.has_experts else 0
-        if len(heads) not in (0, with_experts):
-            raise ValueError(
-                f"mtp_expert_ids has {len(heads)} arrays, and {with_experts} heads have experts"
-            )
-        for k, ids in enumerate(heads):
-            check_expert_ids(self.cfg, ids, (batch, length - 1 - k), f"mtp_expert_ids[{k}]")
-        return expert_ids
+        carry = self.embedding(tokens), ctx.cache, self._first_choice(tokens.shape, ctx)
+        carry, dense = run_kind("dense", 0, carry)
+        carry, sparse = run_kind("sparse", cfg.num_dense_layers, carry)
+        x, cache, _ = carry
+        found = {"dense": dense, "sparse": sparse}
+        found = {path: of for path, of in found.items() if of is not None}
+        metrics = {path: metrics for path, (metrics, _) in found.items()}
+        return Trunk(x, cache, metrics, {path: rows for path, (_, rows) in found.items()})
 
-    @property
-    def unrolls(self) -> bool:
-        """Whether decoding unrolls the layers; not on a mesh, and not in very deep models."""
-        return not on_mesh() and self.cfg.num_layers <= UNROLLED
+    def _first_choice(self, shape: tuple[int, ...], ctx: Context) -> Array | None:
+        """Where layers share the choice of an indexer, a place for it, int32 [B, T, k]."""
+        if self.cfg.attention != "dsa" or all(self.cfg.has_indexer):
+            return None
+        slots = shape[1] if ctx.cache is None else ctx.cache.capacity
+        return jnp.zeros((*shape, min(slots, self.cfg.index_topk)), jnp.int32)
 
     @property
     def trains_unrolled(self) -> bool:
-        """Whether a pass without a cache unrolls its scans: on one CPU, in float32.
+        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, if not deep.
 
         In fewer bits XLA rounds inside a fusion or not, and fuses otherwise without the loop.
         """
@@ -350,31 +268,6 @@ class Transformer(nnx.Module):
         exact = run.compute_dtype == "float32" and run.precision == run.remat == "none"
         shallow = self.cfg.num_layers <= UNROLLED_IN_TRAINING
         return exact and shallow and self.kernels.device.scan_copies and not on_mesh()
-
-    def prepare_decode(self) -> DecodeWeights | None:
-        """Take each layer's arrays out of the stacks, once a request; None if no layer is unrolled.
-
-        Outside `jax.jit` a CPU copies nothing. A GPU copies all but the experts, which XLA can
-        slice; a TPU copies all.
-        """
-        if not self.unrolls:
-            return None
-        return DecodeWeights(
-            unstack(self.dense),
-            unstack(self.sparse, experts=not self.kernels.device.slices_experts),
-        )
-
-    def empty_cache(
-        self, batch: int, capacity: int, kind: CacheKind, dtype: Any, *, layers: int | None = None
-    ) -> Cache:
-        """An empty cache of the trunk, or of so many layers. See `model.cache.empty_cache`."""
-        layers = layers or self.cfg.num_layers
-        multiple = self.kernels.device.cache_row_multiple
-        rows = ATTENTION[self.cfg.attention].cache_rows(self.cfg, kind)
-        rows = {
-            name: (heads, -(-width // multiple) * multiple) for name, (heads, width) in rows.items()
-        }
-        return empty_cache(rows, [1] * layers if self.unrolls else [layers], batch, capacity, dtype)
 
     def read_by_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The multi-token heads' input: the trunk's output, normed if `mtp_input` says so."""
@@ -406,35 +299,42 @@ class Transformer(nnx.Module):
         dtype = self.compute_dtype
         return unshard_weights(in_use(v, dtype), fsdp=self.execution.layout.fsdp, dtype=dtype)
 
-    def in_compute_dtype(self) -> "Transformer":
-        """The model on the same arrays without 8-bit products, which are for training alone.
-
-        Example:
-            >>> import dsv3_jax as ds
-            >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1)
-            >>> model = abstract(cfg, Execution(precision="fp8"))
-            >>> model.in_compute_dtype().execution.precision
-            'none'
-        """
-        if self.execution.precision == "none":
-            return self
-        execution = replace(self.execution, precision="none")
-        graphdef = nnx.graphdef(abstract(self.cfg, execution, self.kernels.in_compute_dtype))
-        return nnx.merge(graphdef, nnx.state(self))
-
     @property
     def compute_dtype(self):
         return jnp.dtype(self.execution.compute_dtype)
 
 
-def _check_ids(tokens: Array, vocab_size: int) -> None:
-    """Check token ids, which the embedding would clip, if they are known: not under jit."""
+def _check_ids(tokens: Array, cfg: ModelConfig) -> None:
+    """Check the length, and ids, which the embedding would clip.
+
+    Under jit, and on other processes, ids are not known.
+    """
+    length = tokens.shape[1]
+    if length > cfg.max_positions:
+        raise ValueError(f"length {length} is over the model's max_positions={cfg.max_positions}")
+    if length <= cfg.mtp_depth:
+        raise ValueError(f"length {length} leaves nothing for mtp_depth={cfg.mtp_depth} to read")
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
     ids = np.asarray(tokens)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    wrong = ids[(ids < 0) | (ids >= cfg.vocab_size)]
     if wrong.size:
-        raise ValueError(f"tokens holds {wrong[0]}, which is no id of a vocabulary of {vocab_size}")
+        size = cfg.vocab_size
+        raise ValueError(f"tokens holds {wrong[0]}, which is no id of a vocabulary of {size}")
+
+
+def _check_experts(
+    expert_ids: Sequence[Array | None], cfg: ModelConfig, batch: int, length: int
+) -> None:
+    """Check experts to replay, of the trunk and of each head: see `check_expert_ids`."""
+    trunk, *heads = expert_ids
+    if trunk is not None:
+        check_expert_ids(cfg, trunk, (cfg.num_sparse_layers, batch, length))
+    count = cfg.num_sparse_heads
+    if len(heads) not in (0, count):
+        raise ValueError(f"mtp_expert_ids has {len(heads)} arrays, and {count} heads have experts")
+    for k, ids in enumerate(heads):
+        check_expert_ids(cfg, ids, (batch, length - 1 - k), f"mtp_expert_ids[{k}]")
 
 
 def abstract(

@@ -1,8 +1,8 @@
 """Routers: which experts a token goes to, and the weight (gate) of each.
 
 `ROUTERS` lists them all: V3's sigmoid with a correction bias and a group limit, the same with V4's
-scores, V2's softmax, top-k without and with noise, the dense softmax over all experts, and a hash
-of the token's id. A new router is a function and a row of `ROUTERS`, here or in a notebook.
+scores, V2's softmax, top-k, the dense softmax over all experts, and a hash of the token's id. A new
+router is a function and a row of `ROUTERS`, here or in a notebook.
 
 Gates and scores have the dtype of the logits, which is float32 in the models. If scores are equal,
 the lower expert id is chosen first.
@@ -136,7 +136,8 @@ def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None
         >>> routed.expert_ids, routed.gates.round(1)
         (Array([[1, 3]], dtype=int32), Array([[0.7, 0.3]], dtype=float32))
 
-    Source: arXiv 1701.06538, without the noise; `noisy_topk` has it.
+    Source: arXiv 1701.06538.
+    Departs from the paper: no noise is added to the logits.
     """
     expert_ids = choose(jax.lax.stop_gradient(logits), k, given=given)
     return Routing(
@@ -144,70 +145,6 @@ def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None
         jax.nn.softmax(_pick(logits, expert_ids), axis=-1),
         jax.nn.softmax(logits, axis=-1),
     )
-
-
-def noisy_topk(
-    logits: Float[Array, "n E"],
-    spread: Float[Array, "n E"] | None,
-    normal: Float[Array, "n E"] | None,
-    *,
-    k: int,
-    given: Int[Array, "n K"] | None = None,
-) -> Routing:
-    """Route as `topk`, by logits with noise whose size is learnt.
-
-    h = logits + ε · softplus(spread);  ids = topk(h);  g = softmax(h[ids])
-
-    Args:
-        logits: x W_rᵀ, float32.
-        spread: x W_noise, float32.
-        normal: ε, standard normal, from `noise`. None means no noise: h = logits, as in evaluation
-            and decoding.
-        k: K, experts for each token.
-        given: see `replay`.
-    Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax of h
-        over all experts.
-
-    Example:
-        >>> logits, spread = jnp.array([[1.0, 0.0, 0.0]]), jnp.zeros((1, 3))
-        >>> normal = jnp.array([[0.0, 0.0, 3.0]])
-        >>> noisy_topk(logits, spread, normal, k=1).expert_ids  # 3 ln 2 is over 1
-        Array([[2]], dtype=int32)
-
-    Source: arXiv 1701.06538, equations 3-5.
-    """
-    noisy = (
-        logits if normal is None or spread is None else logits + normal * jax.nn.softplus(spread)
-    )
-    return topk(noisy, k=k, given=given)
-
-
-def noise(
-    keys: Array, layer: Int[Array, ""] | int, length: int, num_experts: int
-) -> Float[Array, "B T E"]:
-    """Draw the noise of one layer, standard normal, float32.
-
-    A row's noise depends on its own key and the layer alone. So it is the same on any mesh, and in
-    any microbatch.
-
-    Args:
-        keys: a random key for each row, [B].
-        layer: index of the layer.
-        length: T.
-        num_experts: E.
-
-    Example:
-        >>> keys = jax.random.split(jax.random.key(0), 3)
-        >>> both, last = noise(keys, 1, 4, 8), noise(keys[2:], 1, 4, 8)
-        >>> both.shape, bool((both[2] == last[0]).all())
-        ((3, 4, 8), True)
-    """
-
-    def of_row(key: Array) -> Array:
-        of_layer = jax.random.fold_in(key, layer)
-        return jax.random.normal(of_layer, (length, num_experts), jnp.float32)
-
-    return jax.vmap(of_row)(keys)
 
 
 def dense(logits: Float[Array, "n E"]) -> Routing:
@@ -352,16 +289,24 @@ def replay(chosen: Int[Array, "*n K"], given: Int[Array, "*n K"] | None) -> Int[
     return chosen if given is None else jnp.where(given[..., :1] < 0, chosen, given)
 
 
+class Tokens(NamedTuple):
+    """What belongs to each of n tokens, and a router may read; None where it is not there.
+
+    In a model the first axes are [B, T]. A mesh shards all of it by rows.
+    """
+
+    x: Any = None  # [n, D]: what the layer reads
+    mask: Any = None  # bool [n]: tokens that count for load and balance losses
+    ids: Any = None  # int32 [n]: the tokens' own
+    given: Any = None  # int32 [n, K]: experts in place of the router's choice, see `replay`
+
+
 class Inputs(NamedTuple):
     """A router's inputs for n tokens. `Router` says which it needs beside the logits."""
 
     logits: Array  # float32 [n, E]: x W_rᵀ
     bias: Array  # float32 [E]: loss-free correction
-    tokens: Any = None  # int32 [n]: ids
-    spread: Array | None = None  # float32 [n, E]: x W_noise
-    normal: Array | None = None  # float32 [n, E]: noise; None outside training
-    # int32 [n, K]: experts in place of the router's choice, see `replay`
-    given: Array | None = None
+    tokens: Tokens
 
 
 class Router(NamedTuple):
@@ -370,12 +315,11 @@ class Router(NamedTuple):
     route: Callable[[Inputs, ModelConfig], Routing]
     reads_bias: bool = False  # balance rules move the bias
     reads_tokens: bool = False  # token ids are in the layers' context
-    has_noise: bool = False  # the layer has W_noise, and random keys are in the context of training
     has_groups: bool = False  # `num_groups` and `groups_per_token` limit the choice
 
 
 def _chosen(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
-    return dict(k=cfg.experts_per_token, given=x.given)
+    return dict(k=cfg.experts_per_token, given=x.tokens.given)
 
 
 def _gated(x: Inputs, cfg: ModelConfig) -> dict[str, Any]:
@@ -401,19 +345,19 @@ ROUTERS: Table[Router] = Table("router", {
     ),
     "softmax": Router(lambda x, cfg: softmax(x.logits, **_grouped(x, cfg)), has_groups=True),
     "topk": Router(lambda x, cfg: topk(x.logits, **_chosen(x, cfg))),
-    "noisy_topk": Router(
-        lambda x, cfg: noisy_topk(x.logits, x.spread, x.normal, **_chosen(x, cfg)), has_noise=True
-    ),
     "dense": Router(lambda x, cfg: dense(x.logits)),
     "hash": Router(
-        lambda x, cfg: hash_tokens(x.logits, x.tokens, **_gated(x, cfg)), reads_tokens=True
+        lambda x, cfg: hash_tokens(x.logits, x.tokens.ids, **_gated(x, cfg)), reads_tokens=True
     ),
 }, more="--import NAME imports a program that registers more")  # fmt: skip
 register_router = ROUTERS.add
 
 
 def route(
-    logits: Float[Array, "n E"], bias: Float[Array, " E"], cfg: ModelConfig, **needs: Array | None
+    logits: Float[Array, "n E"],
+    bias: Float[Array, " E"],
+    cfg: ModelConfig,
+    tokens: Tokens | None = None,
 ) -> Routing:
     """Route with the router and settings in `cfg`.
 
@@ -421,7 +365,7 @@ def route(
         logits: x W_rᵀ, float32.
         bias: loss-free correction, for routers that read it.
         cfg: `router` is a key of `ROUTERS`.
-        needs: tokens, spread, normal and given, see `Inputs`.
+        tokens: what else belongs to the tokens.
     Returns: Routing.
 
     Example:
@@ -430,4 +374,4 @@ def route(
         >>> route(jnp.arange(16.0)[None], jnp.zeros(16), cfg).expert_ids
         Array([[15, 14, 13, 12]], dtype=int32)
     """
-    return ROUTERS[cfg.router].route(Inputs(logits, bias, **needs), cfg)
+    return ROUTERS[cfg.router].route(Inputs(logits, bias, tokens or Tokens()), cfg)

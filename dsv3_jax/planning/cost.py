@@ -39,8 +39,9 @@ from dsv3_jax.model.counting import (
     size,
     train_flops_per_token,
 )
-from dsv3_jax.model.layers import Packed
+from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.moe import RouterBias
+from dsv3_jax.model.parameters import Packed
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Accelerator
 from dsv3_jax.planning.hlo import compile_with_hlo
@@ -261,7 +262,7 @@ def decode_cost(
     # Arrays that `generate` makes of the weights once a request.
     with jax.set_mesh(mesh):
         by_layer = jax.eval_shape(
-            lambda params, bias: nnx.merge(graph, params, bias).prepare_decode(), params, bias
+            lambda params, bias: prepare_decode(nnx.merge(graph, params, bias)), params, bias
         )
     by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
 
@@ -269,7 +270,8 @@ def decode_cost(
     kind = pick_kind(cfg, None)
 
     def empty(params, bias) -> Any:
-        return nnx.merge(graph, params, bias).empty_cache(batch, context, kind, compute_dtype)
+        model = nnx.merge(graph, params, bias)
+        return make_cache(model, batch, context, kind, compute_dtype)
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(empty, params, bias)
@@ -280,7 +282,7 @@ def decode_cost(
 
     def step(params, bias, by_layer, cache, tokens):
         model = nnx.merge(graph, params, bias)
-        x, cache, _ = model.run_layers(tokens, cache, by_layer)
+        x, cache, _ = run_layers(model, tokens, cache, by_layer)
         logits = model.logits(model.norm(x))
         cache = cache.at_lengths(cache.lengths + 1)
         next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)

@@ -22,7 +22,6 @@ from dsv3_jax.config import ConfigError, RunConfig, replace
 from dsv3_jax.data.batches import Batch, Batches, Row, Source, endless, stack
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import next_token_scores
-from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.runs.start import Open
 from dsv3_jax.training import lora
 from dsv3_jax.training.policy import advantages
@@ -185,11 +184,6 @@ def check_model(run: RunConfig) -> None:
     """Refuse what changes training and not the sampler: ratios would be of two policies."""
     model = run.model
     group = f"grpo group={run.grpo.group}"
-    if ROUTERS[model.router].has_noise:
-        raise ConfigError(
-            f"model.router={model.router!r} trains with noise, and {group} samples without; use "
-            "another"
-        )
     if model.capacity_factor is not None:
         raise ConfigError(
             f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} "

@@ -33,7 +33,7 @@ from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_
 from dsv3_jax.host.files import check_name, open_file, read_json, sync
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import processes, sharding
-from dsv3_jax.model.layers import Packed, in_use
+from dsv3_jax.model.parameters import Packed, in_use
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.folder import check_registered, read_run
 from dsv3_jax.runs.orbax_noise import silence

@@ -41,7 +41,6 @@ from dsv3_jax.hf.places import find
 from dsv3_jax.host.lock import FolderLock, acquire
 from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.mesh import processes, sharding
-from dsv3_jax.ops.routing import ROUTERS
 from dsv3_jax.report.metrics import (
     LOAD_FILE,
     METRICS_FILE,
@@ -445,10 +444,8 @@ class Training:
 
 
 def _of_any_seed(job: Job) -> Job:
-    """The job as its step depends on it: if nothing is drawn, runs of any seed share a step."""
+    """The job as its step depends on it: nothing is drawn, so runs of any seed share a step."""
     run = job.run
-    if ROUTERS[run.model.router].has_noise:
-        return job
     return replace(job, run=replace(run, seed=0, data=replace(run.data, seed=0)))
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.cache import pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
+from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.cross_entropy import token_scores
 from dsv3_jax.training.loss import targets
@@ -91,11 +92,11 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     batch, length = tokens.shape
     steps = -(-length // TOKENS_A_STEP)
     padded = jnp.pad(tokens, ((0, 0), (0, steps * TOKENS_A_STEP - length)))
-    start = model.empty_cache(batch, steps * TOKENS_A_STEP, kind, dtype)
-    weights = model.prepare_decode()
+    start = make_cache(model, batch, steps * TOKENS_A_STEP, kind, dtype)
+    weights = prepare_decode(model)
 
     def read(cache, part):
-        x, cache, _ = model.run_layers(part, cache, weights)
+        x, cache, _ = run_layers(model, part, cache, weights)
         return cache.at_lengths(cache.lengths + TOKENS_A_STEP), model.norm(x)
 
     # [steps, B, TOKENS_A_STEP, D] → [B, T − 1, D]: the last token predicts none.

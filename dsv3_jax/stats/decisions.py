@@ -62,7 +62,8 @@ def decide(graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]) ->
     """
     model = nnx.merge(graphdef, state)
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    out = model.forward_hidden(tokens, segment_ids, batch["positions"], watch=("scores",))
+    how = model.how(watch=frozenset({"scores"}))
+    out = model.forward_hidden(tokens, segment_ids, batch["positions"], how=how)
     bias = biases(model)
 
     # The trunk's layers are stacked; all of its real positions count.

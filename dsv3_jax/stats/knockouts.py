@@ -135,6 +135,9 @@ def _nll(
         return jnp.where((muted[0] == layer) & (muted[1] == ids), 0.0, gates)
 
     out = model.forward_hidden(
-        batch["tokens"], batch["segment_ids"], batch["positions"], edit_gates=mute
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        how=model.how(edit_gates=mute),
     )
     return token_nll(model, out.h, batch["tokens"], batch["segment_ids"])

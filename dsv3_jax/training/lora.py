@@ -8,7 +8,7 @@ heads is one matrix, over all heads.
 The names of a parameter's axes say which of them are inputs and outputs (`sides`). The adapters are
 in the state's parameters beside the weights, under the name "lora". The step takes the gradient
 with respect to them alone, and the optimizer has no other state. `join` hands weights and adapters
-to the model, which merges each layer when it runs (`model.layers.Frozen`): the gradient of a merged
+to the model, which merges each layer when it runs (`parameters.Frozen`): the gradient of a merged
 matrix ends in its layer. So memory holds it for one layer at a time. The merged matrices are
 results like others: with remat "none" or "dots" the backward pass keeps all layers' merged
 matrices, with "attention" or "full" it forms them again. Beside its arguments, a CPU step of `mini`
@@ -16,7 +16,7 @@ matrices, with "attention" or "full" it forms them again. Beside its arguments, 
 1,572 MB if all layers are merged beforehand.
 
 Frozen weights keep the dtype of their start in memory and in checkpoints: float32, bfloat16, or, of
-feed-forward matrices, FP8 and 4 bits (`model.layers.Packed`). They are unpacked and cast where they
+feed-forward matrices, FP8 and 4 bits (`parameters.Packed`). They are unpacked and cast where they
 are used, one layer at a time, so float32 of them would give the same numbers.
 
 Readers never see adapters: `Checkpoints.restore` merges them for all who do not resume (`merge`),
@@ -41,7 +41,7 @@ from jaxtyping import Array
 
 from dsv3_jax.config import Lora, LoraPart
 from dsv3_jax.mesh.sharding import names_of
-from dsv3_jax.model.layers import Frozen
+from dsv3_jax.model.parameters import Frozen
 
 NAME = "lora"  # of the adapters in a state's parameters
 MODULES: dict[LoraPart, str] = {
@@ -175,7 +175,7 @@ def policy(cfg: Lora, params: nnx.State, dtype: Any) -> nnx.State:
     start it would lose all changes below 2^-9 of a weight, so the sampler would be another policy
     than the trainer. Beside the frozen weights, the copies take 4 bytes in float32 and 2 in
     bfloat16 for each number of a matrix with adapters. All else is not copied. Packed matrices are
-    unpacked where they are read (`model.layers.loop_layers`). XLA for CPUs does so once before a
+    unpacked where they are read (`model.stack.loop_layers`). XLA for CPUs does so once before a
     decoding loop, so while it runs they take 2 bytes a number as temporary memory.
 
     Args: dtype: the compute dtype.

@@ -26,7 +26,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head, token_counts
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.ops import balance, routing
+from dsv3_jax.ops import balance
 from dsv3_jax.training import lora, optim, qk_clip, schedules
 from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_counts
 from dsv3_jax.training.metrics import of_load, over_layers
@@ -233,7 +233,6 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
 def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool = True):
     run = job.run
     cfg = job.run.optim
-    batch = _with_keys(run, batch, state.step)
     trained, frozen = split_trainable(run, state.params)
     grads, out = _gradients(job, graph, trained, frozen, state, batch)
     norm = optax.tree.norm(grads)
@@ -349,18 +348,6 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
     return jax.tree.map(cast, trained, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def _with_keys(run: RunConfig, batch: Batch, step: Array) -> Batch:
-    """The batch with a key for each row, of seed, step and row, if the router has noise."""
-    if not routing.ROUTERS[run.model.router].has_noise:
-        return batch
-    of_run = jax.random.fold_in(jax.random.key(run.seed), _NOISE)
-    of_step = jax.random.fold_in(of_run, step)
-    return batch | {"keys": jax.random.split(of_step, len(batch["tokens"]))}
-
-
-_NOISE = 0x4E4F4953  # apart from the keys of the initial weights, which are numbered from 0
-
-
 def updated_bias(
     bias: nnx.State,
     load: Float[Array, "L E"],
@@ -416,7 +403,7 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
     job = Job(job.run)
     if bad := first_nonfinite("parameter", state.params):
         return bad
-    parts = *split_trainable(run, state.params), state, _with_keys(run, batch, state.step)
+    parts = *split_trainable(run, state.params), state, batch
     grads, _ = jax.jit(partial(_gradients, job, graph_of(job)))(*parts)
     return first_nonfinite("gradient of", grads) or "the loss"
 

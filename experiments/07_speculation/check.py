@@ -31,6 +31,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.host.files import write_atomic
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import size
+from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.presets import preset
 from dsv3_jax.report.speed import gemm_flops
 from experiments.lab import markdown_table
@@ -57,11 +58,11 @@ def measure(name, batch, rounds):
     @jax.jit
     def step(state, weights, cache, tokens):
         model = nnx.merge(graphdef, state)
-        x, cache, _ = model.run_layers(tokens, cache, weights)
+        x, cache, _ = run_layers(model, tokens, cache, weights)
         return jnp.argmax(model.logits(model.norm(x)), axis=-1), cache.lengths
 
-    weights = jax.jit(lambda state: nnx.merge(graphdef, state).prepare_decode())(state)
-    cache = model.empty_cache(batch, CONTEXT + 32, pick_kind(cfg, None), jnp.dtype("float32"))
+    weights = jax.jit(lambda state: prepare_decode(nnx.merge(graphdef, state)))(state)
+    cache = make_cache(model, batch, CONTEXT + 32, pick_kind(cfg, None), jnp.dtype("float32"))
     cache = cache.at_lengths(jnp.full((batch,), CONTEXT, jnp.int32))
     times = {length: [] for length in LENGTHS}
     for turn in range(rounds + 1):

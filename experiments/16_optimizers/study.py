@@ -45,9 +45,9 @@ def measure(trained):
 
     @jax.jit
     def largest(state, tokens, segment_ids, positions):
-        out = nnx.merge(graph, state).forward_hidden(
-            tokens, segment_ids, positions, watch=("max_logit",)
-        )
+        model = nnx.merge(graph, state)
+        how = model.how(watch=frozenset({"max_logit"}))
+        out = model.forward_hidden(tokens, segment_ids, positions, how=how)
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
         return {path: logits.reshape(-1, logits.shape[-1]) for path, logits in largest.items()}
 

@@ -25,8 +25,9 @@ from flax import nnx
 
 from dsv3_jax.config import replace
 from dsv3_jax.host.files import write_atomic
-from dsv3_jax.model.attention import ATTENTION
+from dsv3_jax.model.blocks import ATTENTION
 from dsv3_jax.model.cache import Cache
+from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.presets import preset
 
@@ -43,15 +44,15 @@ def decoder(cfg, context):
     """A function without arguments: mean ms of STEPS decoded tokens after `context` cached ones."""
     model, rng = Transformer(cfg, rngs=nnx.Rngs(0)), np.random.default_rng(0)
     graphdef, state = nnx.split(model)
-    empty = model.empty_cache(1, context + 1, "latent", jnp.float32)
+    empty = make_cache(model, 1, context + 1, "latent", jnp.float32)
     parts = jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), empty.parts
     )
-    caches, weights = [Cache(parts, jnp.array([context], jnp.int32))], model.prepare_decode()
+    caches, weights = [Cache(parts, jnp.array([context], jnp.int32))], prepare_decode(model)
 
     @partial(jax.jit, donate_argnums=2)
     def step(state, weights, cache, token):
-        x, cache, _ = nnx.merge(graphdef, state).run_layers(token, cache, weights)
+        x, cache, _ = run_layers(nnx.merge(graphdef, state), token, cache, weights)
         return x, cache
 
     def timed(steps=STEPS):
@@ -92,7 +93,7 @@ def main():
         }
         print(context, found[str(context)], flush=True)
     weights = sum(
-        x.nbytes for x in jax.tree.leaves(Transformer(DENSE, rngs=nnx.Rngs(0)).prepare_decode())
+        x.nbytes for x in jax.tree.leaves(prepare_decode(Transformer(DENSE, rngs=nnx.Rngs(0))))
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = (

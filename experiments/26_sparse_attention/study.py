@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.data.batches import model_inputs
 from dsv3_jax.model.context import make_context
-from dsv3_jax.model.layers import unstack
+from dsv3_jax.model.stack import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.runs.evaluate import evaluate
@@ -215,7 +215,8 @@ def _look(graphdef, state, tokens, segment_ids, positions):
     for layer in unstack(model.dense):
         block = nnx.merge(blocks, layer)
         q, rows = block.attn.project(block.attn_norm(x), ctx)
-        products = jnp.einsum("bthk,bshk->bths", q, block.attn.expand(rows)["k"]) * block.attn.scale
+        k = block.attn.expand(rows, ctx)["k"]
+        products = jnp.einsum("bthk,bshk->bths", q, k) * block.attn.scale
         p = jax.nn.softmax(jnp.where(seen[:, :, None], products, -jnp.inf)).mean(2)
         one = partial(index_scores, rows=rows["index_key"][:, :, 0])
         s = jax.vmap(one, 1, 1)(rows["index_query"], rows["index_weight"][:, :, 0])

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Balance, Execution, replace
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.model.cache import pick_dtype
-from dsv3_jax.model.context import DECODING, make_context
+from dsv3_jax.model.context import make_context
+from dsv3_jax.model.decode import make_cache, prepare_decode
 from dsv3_jax.model.moe import NEAR
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops import routing
@@ -171,14 +172,15 @@ def _read(graphdef, state, tokens, given, *, how):
 
 
 def forward(model, tokens, given):
-    out = model.forward_hidden(tokens, watch=("scores",), expert_ids=(given,))
+    how = model.how(watch=frozenset({"scores"}))
+    out = model.forward_hidden(tokens, how=how, expert_ids=(given,))
     return out.h, out.routing.expert_ids, out.routing.scores
 
 
 def decode(model, tokens, given, *, how):
     """Read `how.step` tokens at a time through a cache, as decoding with accepted drafts does."""
     batch, length = tokens.shape
-    weights, dtype = model.prepare_decode(), pick_dtype(model.compute_dtype, how.cache_dtype)
+    weights, dtype = prepare_decode(model), pick_dtype(model.compute_dtype, how.cache_dtype)
 
     def by_step(x, axis):
         """[…, T, …] → [T / step, …, step, …]."""
@@ -187,12 +189,17 @@ def decode(model, tokens, given, *, how):
     def step(cache, part):
         tokens, given = part
         ctx = make_context(
-            model.cfg, cache.positions(how.step), tokens=tokens, cache=cache, options=DECODING
+            model.cfg,
+            cache.positions(how.step),
+            how=model.how("decode"),
+            tokens=tokens,
+            cache=cache,
         )
-        x, cache, found = model._trunk(tokens, ctx._replace(expert_ids=given), weights)
-        return cache.at_lengths(cache.lengths + how.step), (model.norm(x), found["sparse"])
+        trunk = model.run_trunk(tokens, ctx._replace(given=given), weights)
+        cache, ids = trunk.cache, trunk.metrics["sparse"]["expert_ids"]
+        return cache.at_lengths(cache.lengths + how.step), (model.norm(trunk.x), ids)
 
-    start = model.empty_cache(batch, length, how.cache, dtype)
+    start = make_cache(model, batch, length, how.cache, dtype)
     _, (h, expert_ids) = jax.lax.scan(step, start, (by_step(tokens, 1), by_step(given, 2)))
     h, expert_ids = (jnp.moveaxis(x, 0, axis) for x, axis in ((h, 1), (expert_ids, 2)))
     return h.reshape(batch, length, -1), expert_ids.reshape(given.shape), None

@@ -16,6 +16,7 @@ from dsv3_jax.config import DataConfig, Execution, ModelConfig, RunConfig, repla
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import bytes_per_token, train_flops_per_token
+from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import recipe
 from dsv3_jax.training.step import Job, init_state, make_step
@@ -147,7 +148,7 @@ def _decode_at(sizes: Sizes, batches: tuple[int, ...]) -> Part:
     cfg = sizes.decode
     yield "weights"
     graph, state = filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16")
-    weights = jax.jit(lambda state: nnx.merge(graph, state).prepare_decode())(state)
+    weights = jax.jit(lambda state: prepare_decode(nnx.merge(graph, state)))(state)
     steps = jax.jit(partial(_decode_steps, graph), donate_argnums=2)
     for batch in batches:
         label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
@@ -169,7 +170,7 @@ def _decode_steps(graph, state, weights, cache, drawn):
     def one(carry, tokens):
         cache, last = carry
         tokens = (tokens + last) % model.cfg.vocab_size  # each step needs the one before
-        x, cache, _ = model.run_layers(tokens[:, None], cache, weights)
+        x, cache, _ = run_layers(model, tokens[:, None], cache, weights)
         last = jnp.argmax(model.logits(model.norm(x))[:, 0], axis=-1).astype(jnp.int32)
         return (cache.at_lengths(cache.lengths + 1), last), None
 
@@ -183,7 +184,7 @@ def _decode(
     cfg, key, kind = sizes.decode, keys(), pick_kind(sizes.decode, None)
     ran()
     slots = sizes.context + sizes.decode_steps
-    shapes = jax.eval_shape(partial(model.empty_cache, batch, slots, kind, jnp.bfloat16))
+    shapes = jax.eval_shape(partial(make_cache, model, batch, slots, kind, jnp.bfloat16))
     cache = jax.tree.map(
         lambda x: draw(next(key), x.shape) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype), shapes
     )

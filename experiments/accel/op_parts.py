@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.config import Execution, ModelConfig
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.context import How, from_zero, make_context
 from dsv3_jax.model.moe import MoE
 from experiments.accel.measuring import Part, Recorder, by_backend, kernels_for, or_why, rate
 from experiments.accel.random_data import draw, filled, keys
@@ -48,16 +49,16 @@ def layer(sizes: Sizes) -> Part:
     Its weights are in bfloat16, to which a step casts them once.
     """
     cfg, (rows, length), key = sizes.wide, sizes.layer_batch, keys()
-    execution, kernels = Execution(compute_dtype="bfloat16"), kernels_for()
     label = f"MoE layer, {cfg.num_experts} × {cfg.dim}×{cfg.expert_dim}, {rows}×{length} tokens"
     yield f"{label}: weights"
-    shapes = nnx.eval_shape(lambda: MoE(cfg, execution, rngs=nnx.Rngs(0), kernels=kernels))
+    shapes = nnx.eval_shape(lambda: MoE(cfg, rngs=nnx.Rngs(0)))
     graph, state = filled(shapes, cfg.init_std, "bfloat16")
     params, rest = nnx.split_state(state, nnx.Param, ...)
     x, dy = draw(next(key), (rows, length, cfg.dim)), draw(next(key), (rows, length, cfg.dim))
 
     def apply(params, x):
-        return nnx.merge(graph, params, rest)(x)[0]
+        ctx = make_context(cfg, from_zero(rows, length), how=How(kernels_for()))
+        return nnx.merge(graph, params, rest).mix(x, ctx)[0]
 
     # Two products of the hidden width and one back, of chosen and shared experts; the router's.
     experts = cfg.experts_per_token + cfg.num_shared_experts

@@ -55,8 +55,8 @@ SIDES = {
 TOGETHER = 8192  # the largest cell, in tokens, whose sides all fit in memory together
 # The largest cell, in tokens, that a lone peer runs once uncounted; our worker always does.
 WARM_UP = 16384
-DRAFT_LENGTHS = (1, 2, 3, 4, 8, "auto")
-LOOKUP_LENGTHS = (2, 8, "auto")
+DRAFT_LENGTHS = (1, 2, 3, 4, 8)
+LOOKUP_LENGTHS = (2, 8)
 DRAFTED_CONTEXT, DRAFTED_TOKENS = 64, 161  # within the tiny recipe's 256 training positions
 
 
@@ -200,7 +200,7 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
         kind = f"{cfg.mtp_kind} heads, {cfg.mtp_depth}" if cfg.mtp_depth else "no heads"
         sides.append((run, f"{kind}: plain", {}))
         for length in DRAFT_LENGTHS if cfg.mtp_depth else ():
-            if length == "auto" or cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
+            if cfg.head_kind.reads_tokens or length <= cfg.mtp_depth:
                 sides.append(
                     (run, f"{kind}: draft {length}", {"draft": "mtp", "draft_length": length})
                 )
@@ -241,7 +241,6 @@ def speculation(runs: list[str], draft_run: str | None, batch: int, rounds: int)
             "acceptance": replies[0]["acceptance"],
             "tokens_per_step": replies[0]["tokens_per_step"],
             "step_ms": 1e3 * statistics.median(reply["step_seconds"] for reply in replies),
-            "steps_by_length": replies[0]["steps_by_length"],
         }
     return cell
 

@@ -181,7 +181,6 @@ def _decoder(args) -> tuple[dict, Callable[[str], dict]]:
             "decode_seconds": output.decode_seconds,
             "step_seconds": output.decode_seconds / output.steps,
             "steps": output.steps,
-            "steps_by_length": output.steps_by_length,
             "tokens_per_s": output.tokens_per_s,
             "acceptance": output.acceptance,
             "tokens_per_step": output.mean_accepted,

@@ -3,8 +3,7 @@
 greedy      The text of each prompt is the plain one: alone, on one device, without drafts. Drafts,
             a batch and a mesh change no text at temperature 0.
 sampled     A text depends on seed, prompt and sample alone. Without drafts and with "lookup" it is
-            the plain one, with other drafts that of the same drafts alone. (With "auto" it depends
-            on times too, and is not compared.)
+            the plain one, with other drafts that of the same drafts alone.
 log p       The model's own log-probabilities are those of the plain text, and of one pass over
             prompt and text.
 routing     The experts likewise.
@@ -52,9 +51,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "none": {},
         "mtp": {"draft": "mtp"},
         "mtp, 2": {"draft": "mtp", "draft_length": 2},
-        "mtp, auto": {"draft": "mtp", "draft_length": "auto"},
         "lookup": {"draft": "lookup", "draft_length": 3},
-        "lookup, auto": {"draft": "lookup", "draft_length": "auto"},
         "model": {"draft": "model", "draft_length": 2},
     },
     "sampling": {
@@ -181,7 +178,7 @@ def check_row(row: Row, scratch: Path | None = None) -> str:
         for k in range(earlier * samples, len(plain.tokens)):
             if greedy:
                 same_text(alone, prompt, found.tokens[row], plain.tokens[k], exact=plan.exact)
-            elif plan.exact and same.get("draft_length") != "auto":
+            elif plan.exact:
                 assert found.tokens[row] == plain.tokens[k], (
                     f"{prompt} → {found.tokens[row]}, alone {plain.tokens[k]}"
                 )
@@ -206,9 +203,9 @@ def _same_numbers(found: Any, row: int, plain: Any, k: int) -> None:
 
 
 def _check_numbers(plan: Plan, model: Any, found: Any, samples: int) -> None:
-    model = model.in_compute_dtype()
+    model = training.in_compute_dtype(model)
     if plan.run.model.capacity_factor is not None:  # decoding drops no token
-        model = model_of(plan, placed=False, capacity_factor=None).in_compute_dtype()
+        model = training.in_compute_dtype(model_of(plan, placed=False, capacity_factor=None))
     for row, text in enumerate(found.tokens):
         prompt = PROMPTS[row // samples]
         out = forward(model, jnp.array([prompt + text + [0] * (16 - len(prompt + text))]))

@@ -28,6 +28,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from models import forward, random_model
 from released import INT4, Cell, write_folder
 from runs import assert_bitwise, fresh_state, rows_of, unhooked_cli, write_text
@@ -39,6 +40,7 @@ from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.config_writing import config_to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.answers import check_model
 from dsv3_jax.runs.chats import open_chats
@@ -139,7 +141,6 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "sqrtsoftplus": {"model.router": "sqrtsoftplus"},
         "softmax": {"model.router": "softmax", "model.normalize_gates": False},
         "topk": {"model.router": "topk"},
-        "noisy_topk": {"model.router": "noisy_topk"},
         "dense": {"model.router": "dense", "model.experts_per_token": 8},
         "hash": {"model.router": "hash"},
     },
@@ -487,6 +488,13 @@ def _check_decoded(plan: Plan) -> None:
         )
 
 
+def in_compute_dtype(model: Any) -> Any:
+    """The model without 8-bit products, as decoding computes it."""
+    execution = ds.replace(model.execution, precision="none")
+    graphdef = nnx.graphdef(abstract(model.cfg, execution, model.kernels.in_compute_dtype))
+    return nnx.merge(graphdef, nnx.state(model))
+
+
 def same_text(
     model: Any, prompt: list[int], found: list[int], wanted: list[int], *, exact: bool
 ) -> None:
@@ -496,7 +504,7 @@ def same_text(
     at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
     assert at is not None and not exact, f"{prompt} → {found}, alone {wanted}"
     logits = np.asarray(
-        forward(model.in_compute_dtype(), jnp.array([prompt + wanted[:at]])).logits[0, -1],
+        forward(in_compute_dtype(model), jnp.array([prompt + wanted[:at]])).logits[0, -1],
         np.float64,
     )
     apart = abs(logits[found[at]] - logits[wanted[at]]) / logits.std()
