@@ -150,18 +150,23 @@ class Record(NamedTuple):
         begins = np.maximum(self.starts[a:b] - first, 0)
         segment = np.repeat(np.arange(b - a), np.diff([*begins, n]))
 
-        # Padding is zeros: segment 0 belongs to no document.
-        names = ("tokens", "segment_ids", "positions", "domains", "documents")
-        row: dict[str, np.ndarray] = {name: np.zeros(seq_len, np.int32) for name in names}
-        row["tokens"][:n] = self.tokens[first:stop]
-        row["segment_ids"][:n] = segment + 1 if separate else 1
-        row["positions"][:n] = np.arange(n) - (begins[segment] if separate else 0)
-        row["domains"][:n] = self.domains[a:b][segment]
-        row["documents"][:n] = self.documents[a:b][segment]
-
+        # Each token's numbers. Without separation the whole row is one segment.
+        position = np.arange(n)
+        columns: dict[str, np.ndarray] = {
+            "tokens": self.tokens[first:stop],
+            "segment_ids": segment + 1 if separate else np.ones(n),
+            "positions": position - begins[segment] if separate else position,
+            "domains": self.domains[a:b][segment],
+            "documents": self.documents[a:b][segment],
+        }
         if self.loss_mask is not None:
-            row["loss_mask"] = np.zeros(seq_len, bool)
-            row["loss_mask"][:n] = self.loss_mask[first:stop]
+            columns["loss_mask"] = self.loss_mask[first:stop]
+
+        # Padding is zeros: segment 0 belongs to no document.
+        row = {}
+        for name, values in columns.items():
+            row[name] = np.zeros(seq_len, bool if name == "loss_mask" else np.int32)
+            row[name][:n] = values
         return row  # type: ignore[return-value]
 
 

@@ -35,10 +35,16 @@ class Order2:
             raise ValueError(
                 "the order-2 model has no training bytes; give it a document that is not empty"
             )
-        self._counts = np.bincount(grams, minlength=256**3).astype(np.int32).reshape(256**2, 256)
-        pairs = self._counts.reshape(256, 256, 256).sum(0)  # [b, c]
-        order0 = _interpolate(pairs.sum(0)[None], np.full((1, 256), 1 / 256))
+
+        # Counts of c after a b, and from their sums those of c after b, and of c.
+        counts = np.bincount(grams, minlength=256**3).astype(np.int32)
+        pairs = counts.reshape(256, 256, 256).sum(0)  # [b, c]
+        single = pairs.sum(0)[None]  # [1, c]
+
+        # Each order leans on the one below, and the lowest on uniform bytes.
+        order0 = _interpolate(single, np.full((1, 256), 1 / 256))
         self._order1 = _interpolate(pairs, np.broadcast_to(order0, (256, 256)))
+        self._counts = counts.reshape(256**2, 256)
         self._num_seen = self._counts.sum(1)
         self._num_distinct = np.count_nonzero(self._counts, axis=1)
 
@@ -46,7 +52,8 @@ class Order2:
         """Return P(c | a b) of each trigram a·256² + b·256 + c."""
         context, byte = np.divmod(grams, 256)
         lower = self._order1[context % 256, byte]
-        seen, distinct = self._num_seen[context], self._num_distinct[context]
+        seen = self._num_seen[context]
+        distinct = self._num_distinct[context]
         mixed = (self._counts[context, byte] + distinct * lower) / np.maximum(seen + distinct, 1)
         return np.where(seen > 0, mixed, lower)
 
@@ -59,15 +66,18 @@ class Order2:
 def _trigrams(documents: Iterable[bytes]) -> Int[np.ndarray, " n"]:
     """Return a·256² + b·256 + c for each byte c of each document and the two bytes before it."""
     documents = list(documents)
-    stream = np.frombuffer(b"".join(b"\0\0" + d for d in documents), np.uint8).astype(np.int32)
+    joined = b"".join(b"\0\0" + document for document in documents)
+    stream = np.frombuffer(joined, np.uint8).astype(np.int32)
     if not len(stream):
         return stream
     grams = (stream[:-2] << 16) | (stream[1:-1] << 8) | stream[2:]
+
     # Trigram i ends at byte i + 2 of the stream. Those that end in a document's two zeros are
     # dropped.
     starts = np.cumsum([len(d) + 2 for d in documents])[:-1]
     scored = np.ones(len(grams), bool)
-    scored[starts - 2] = scored[starts - 1] = False
+    scored[starts - 2] = False
+    scored[starts - 1] = False
     return grams[scored]
 
 

@@ -40,9 +40,10 @@ class Speed:
         if before is None:
             return {}
         rate = (step - before[0]) * self.tokens / max(now - before[1], 1e-9)
-        return {"tokens_per_s": rate} | (
-            {"mfu": rate * self.flops / self.peak} if self.peak else {}
-        )
+        measures = {"tokens_per_s": rate}
+        if self.peak:
+            measures["mfu"] = rate * self.flops / self.peak
+        return measures
 
 
 def gemm_flops(dtype="float32", size: int | None = None, seconds: float = 0.5) -> float:

@@ -102,7 +102,6 @@ def _through_cache(graphdef, state, tokens, *, kind, dtype):
     # [steps, B, TOKENS_A_STEP, D] → [B, T − 1, D]: the last token predicts none.
     _, h = jax.lax.scan(read, start, padded.reshape(batch, steps, TOKENS_A_STEP).swapaxes(0, 1))
     h = h.swapaxes(0, 1).reshape(batch, steps * TOKENS_A_STEP, -1)[:, : length - 1]
-    scored = token_scores(
-        h.reshape(-1, h.shape[-1]), model.head_matrix(), tokens[:, 1:].reshape(-1)
-    )
+    wanted = tokens[:, 1:].reshape(-1)
+    scored = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), wanted)
     return tuple(x.reshape(batch, length - 1) for x in scored)

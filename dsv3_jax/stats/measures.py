@@ -188,7 +188,8 @@ def favourites(
     expert = stats.rows.expert_ids[layer, counted].astype(np.int64)
     pairs = (expert * size + stats.rows.token[counted][:, None]).ravel()
     pair, inverse, num_routed = np.unique(pairs, return_inverse=True, return_counts=True)
-    margin = np.bincount(inverse, stats.rows.margin[layer, counted].ravel(), len(pair)) / num_routed
+    margins = stats.rows.margin[layer, counted].ravel()
+    margin = np.bincount(inverse, margins, len(pair)) / num_routed
     expert, token = np.divmod(pair, size)
 
     load = np.bincount(expert, num_routed, stats.load.shape[1])
@@ -198,7 +199,8 @@ def favourites(
 
     # Expert by expert, the most bits first; rare tokens and those below chance are left out.
     order = np.lexsort((token, -num_routed, -bits, expert))
-    order = order[((occurrences[token] >= min_count) & (lift > 1))[order]]
+    is_listed = (occurrences[token] >= min_count) & (lift > 1)
+    order = order[is_listed[order]]
     borders = np.searchsorted(expert[order], np.arange(len(load) + 1))
 
     def favourite(i: np.integer) -> Favourite:

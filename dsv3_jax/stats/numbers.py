@@ -221,10 +221,17 @@ def _contexts(stats: RoutingStats, tokenizer: Tokenizer) -> list[list[list[list]
 
     found = find_contexts(stats.rows, stats.load.shape[1], top=top)
     for layer, expert, gate, window, margin, document in zip(*found, strict=True):
+        # What precedes a token matters most, so it has most of the letters.
         before, token, after = context(tokenizer, window)
-        text = before[-2 * letters :], token[: 2 * letters], after[:letters]
-        numbers = round(float(gate), 4), rounded(round(float(margin), 4)), int(document)
-        listed[layer][expert].append([*text, *numbers])
+        entry = [
+            before[-2 * letters :],
+            token[: 2 * letters],
+            after[:letters],
+            round(float(gate), 4),
+            rounded(round(float(margin), 4)),
+            int(document),
+        ]
+        listed[layer][expert].append(entry)
     return listed
 
 

@@ -74,7 +74,8 @@ def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed:
         match, shared = _matched(here, there, num_experts)
 
         # The best of many matchings shares something by chance: match shuffled tokens, too.
-        chance = [_matched(here, rng.permutation(there), num_experts)[1] for _ in range(SHUFFLES)]
+        shuffled = (rng.permutation(there) for _ in range(SHUFFLES))
+        chance = [_matched(here, one, num_experts)[1] for one in shuffled]
         found.append((match, shared, np.mean(chance)))
     match, shared, chance = zip(*found, strict=True)
     return Match(np.stack(match), np.array(shared), np.array(chance))

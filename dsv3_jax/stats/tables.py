@@ -21,6 +21,7 @@ def as_lists(values: Any) -> Any:
 
 
 def rounded(x: float) -> float | None:
+    """Round to six significant digits; NaN and infinity become None."""
     return float(f"{x:.6g}") if math.isfinite(x) else None
 
 

@@ -55,16 +55,24 @@ def rows_of(
     """
     num_layers, n, k = expert_ids.shape
     zeros = np.zeros(n, np.int32)
+
+    # A new document begins a new piece, at position 0.
     where = np.arange(n, dtype=np.int32)
     document = zeros if document is None else document.astype(np.int32)
     segment = np.cumsum(np.diff(document, prepend=document[:1]) != 0).astype(np.int32)
     position = where - np.searchsorted(segment, segment).astype(np.int32)
-    gates = np.full(expert_ids.shape, 1 / k, np.float32)
-    none = np.full(expert_ids.shape, np.nan, np.float32)
-    nll = np.full(n, np.nan, np.float32)
-    counted = np.ones((num_layers, n), bool)
+
     return TokenRows(
-        zeros, segment, position, document, zeros, nll, counted, expert_ids, gates, none
+        token=zeros,
+        segment=segment,
+        position=position,
+        document=document,
+        domain=zeros,
+        nll=np.full(n, np.nan, np.float32),
+        counted=np.ones((num_layers, n), bool),
+        expert_ids=expert_ids,
+        gates=np.full(expert_ids.shape, 1 / k, np.float32),
+        margin=np.full(expert_ids.shape, np.nan, np.float32),
     )
 
 
