@@ -59,7 +59,6 @@ class Context(NamedTuple):
     tokens: Array | None = None  # int32 [B, T]: ids that the router reads, if it reads any
     # int32 [B, T, K]: experts that take the place of the router's choice; −1 chooses freely
     given: Array | None = None
-    temperature: Array | None = None  # float32 [B, T]: the router's logits are divided by it
     # of the layer that has just run without a cache: arrays [B, T, G, X] by name, of which a cache
     # may keep some
     rows: Any = None
@@ -74,7 +73,7 @@ class Context(NamedTuple):
 
     def of_tokens(self, x: Array) -> Tokens:
         """x and what else belongs to its tokens, which a mesh shards together."""
-        return Tokens(x, self.mask, self.tokens, self.given, self.temperature)
+        return Tokens(x, self.mask, self.tokens, self.given)
 
 
 LayerResult = tuple[Array, Context, dict[str, Any]]  # (x, the context for the next layer, metrics)

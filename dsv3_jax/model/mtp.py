@@ -299,7 +299,6 @@ def _context_of_head(cfg: ModelConfig, k: int, tokens: Array, ctx: Context) -> C
         segment_ids=None if ctx.segment_ids is None else ctx.segment_ids[:, :short],
         mask=mask,
         tokens=read,
-        temperature=None if ctx.temperature is None else ctx.temperature[:, :short],
     )
 
 

@@ -114,7 +114,6 @@ class Transformer(nnx.Module):
         *,
         expert_ids: Int[Array, "Lmoe B T K"] | None = None,
         mtp_expert_ids: Sequence[Int[Array, "B _ K"]] = (),
-        temperature: Float[Array, "B T"] | None = None,
     ) -> Output:
         """Compute the logits of every next token.
 
@@ -132,9 +131,7 @@ class Transformer(nnx.Module):
             a token.
         """
         given = (expert_ids, *mtp_expert_ids)
-        out = self.forward_hidden(
-            tokens, segment_ids, positions, expert_ids=given, temperature=temperature
-        )
+        out = self.forward_hidden(tokens, segment_ids, positions, expert_ids=given)
         mtp_logits = tuple(self.logits(h) for h in out.mtp_h)
         return Output(self.logits(out.h), mtp_logits, out.routing, out.mtp_routing)
 
@@ -148,7 +145,6 @@ class Transformer(nnx.Module):
         expert_ids: Sequence[Array | None] = (None,),
         counts: Float[Array, " depths"] | None = None,
         one_document: bool = False,
-        temperature: Float[Array, "B T"] | None = None,
     ) -> ForwardOut:
         """Run trunk and heads up to the unembedding.
 
@@ -174,7 +170,7 @@ class Transformer(nnx.Module):
             how=how or self.how(),
             tokens=tokens,
             one_document=one_document,
-        )._replace(temperature=temperature)
+        )
         given, *of_heads_given = expert_ids
         divisor, *of_heads_counts = (None,) if counts is None else counts
 

@@ -299,7 +299,6 @@ class Tokens(NamedTuple):
     mask: Any = None  # bool [n]: tokens that count for load and balance losses
     ids: Any = None  # int32 [n]: the tokens' own
     given: Any = None  # int32 [n, K]: experts in place of the router's choice, see `replay`
-    temperature: Any = None  # float32 [n]: the router's logits are divided by it
 
 
 class Inputs(NamedTuple):
@@ -375,7 +374,4 @@ def route(
         >>> route(jnp.arange(16.0)[None], jnp.zeros(16), cfg).expert_ids
         Array([[15, 14, 13, 12]], dtype=int32)
     """
-    tokens = tokens or Tokens()
-    if tokens.temperature is not None:
-        logits = logits / tokens.temperature[:, None]
-    return ROUTERS[cfg.router].route(Inputs(logits, bias, tokens), cfg)
+    return ROUTERS[cfg.router].route(Inputs(logits, bias, tokens or Tokens()), cfg)
