@@ -238,7 +238,11 @@ def faults_of(made: Home, trial: Trial, answer: Answer) -> set[str]:
     # tyro's box holds the user's own words
     if not BOX.search(plain) and any(map(ESCAPES.search, shown)):
         faults.add("escapes")
-    parts = [x for x in trial.folder.rglob("*") if re.search(r"\.part|-checkpoint-tmp", x.name)]
+    parts = [
+        x
+        for x in trial.folder.rglob("*")
+        if re.search(r"\.part|-checkpoint-tmp", x.name) and "moved" not in x.parts  # none tidies it
+    ]
     # it resumes from that; a link is ours
     kept = f"{trial.out}.part" if "--prompts" in command.argv else None
     left = [

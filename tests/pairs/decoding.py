@@ -32,7 +32,7 @@ from dsv3_jax.ops.sampling import Sampling
 
 from . import training
 from .covering import Row
-from .training import changed, refused, same_text
+from .training import changed, check_near, refused, texts_apart
 
 DONE = "decoded"
 PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [5, 9]]
@@ -169,6 +169,7 @@ def check_row(row: Row, scratch: Path | None = None) -> str:
         draft_alone = None
         same.pop("draft_length", None)
     row = 0
+    apart = [0.0]
     for i, prompt in enumerate(PROMPTS):
         # a prompt that occurs again has the next samples
         earlier = 0 if greedy else PROMPTS[:i].count(prompt)
@@ -177,7 +178,8 @@ def check_row(row: Row, scratch: Path | None = None) -> str:
         )
         for k in range(earlier * samples, len(plain.tokens)):
             if greedy:
-                same_text(alone, prompt, found.tokens[row], plain.tokens[k], exact=plan.exact)
+                texts = found.tokens[row], plain.tokens[k]
+                apart.append(texts_apart(alone, prompt, *texts, exact=plan.exact))
             elif plan.exact:
                 assert found.tokens[row] == plain.tokens[k], (
                     f"{prompt} → {found.tokens[row]}, alone {plain.tokens[k]}"
@@ -185,6 +187,7 @@ def check_row(row: Row, scratch: Path | None = None) -> str:
             if plan.exact and found.tokens[row] == plain.tokens[k]:
                 _same_numbers(found, row, plain, k)
             row += 1
+    check_near(apart)
     if plan.exact and plan.asked.get("cache_dtype") in (None, "float32"):
         _check_numbers(plan, alone, found, samples)
     return DONE
