@@ -250,9 +250,8 @@ def decode_cost(
     compute_dtype = jnp.dtype(execution.compute_dtype)
     dtype = jnp.dtype(weight_dtype or compute_dtype)
     fsdp = execution.layout.fsdp
-    graph, *variables = nnx.split(
-        abstract(cfg, execution, choose_kernels(execution, mesh)), nnx.Param, RouterBias
-    )
+    model = abstract(cfg, execution, choose_kernels(execution, mesh))
+    graph, *variables = nnx.split(model, nnx.Param, RouterBias)
     params, bias = variables
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
     params, bias = (
@@ -288,19 +287,24 @@ def decode_cost(
         next_tokens = jax.lax.with_sharding_constraint(jnp.argmax(logits, axis=-1), rows)
         return next_tokens, jax.tree.map(jax.lax.with_sharding_constraint, cache, shardings)
 
-    # A token is read from every weight but the experts that no row chose, and from the cache.
+    # What a device holds before and after the step.
     weights = _parameter_bytes(params)
-    persistent = {
-        **weights,
-        **({"layers' own arrays": _shard_bytes(by_layer)} if by_layer is not None else {}),
-        "router bias": _shard_bytes(bias),
-        "cache": _shard_bytes(cache),
-        "batch": _shard_bytes(tokens),
-    }
-    reached = distinct_experts(cfg, batch * mesh.shape["expert"] // mesh.size) / cfg.num_experts
+    persistent = dict(weights)
+    if by_layer is not None:
+        persistent["layers' own arrays"] = _shard_bytes(by_layer)
+    persistent["router bias"] = _shard_bytes(bias)
+    persistent["cache"] = _shard_bytes(cache)
+    persistent["batch"] = _shard_bytes(tokens)
+
+    # A step reads the weights, but not experts that no row chose, nor all rows of the embedding.
+    rows_a_device = batch * mesh.shape["expert"] // mesh.size
+    reached = distinct_experts(cfg, rows_a_device) / cfg.num_experts
     unread = weights.get("routed experts", 0) * (1 - reached)
-    unread += 0 if cfg.tie_embeddings else _shard_bytes(params["embed"])  # a step reads rows of it
-    read = sum(weights.values()) - unread + _shard_bytes(cache) * share_read(cfg, context, kind)
+    if not cfg.tie_embeddings:
+        unread += _shard_bytes(params["embed"])
+    cached = _shard_bytes(cache) * share_read(cfg, context, kind)
+    read = sum(weights.values()) - unread + cached
+
     flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
         "decoding step", mesh, target, jax.jit(step, donate_argnums=3),
