@@ -66,6 +66,8 @@ class Attention(nnx.Module):
             metrics).
         """
         with jax.named_scope(type(self).__name__):
+            # Each token's queries and rows. Keys and values of every head are formed where they are
+            # read: without a cache, and for one that keeps them.
             q, rows = self.project(x, ctx)
             if ctx.cache is None or "k" in ctx.cache.parts[0]:
                 rows = {**rows, **self.expand(rows, ctx)}
@@ -73,6 +75,7 @@ class Attention(nnx.Module):
             if ctx.cache is not None:
                 ctx = remember(ctx)
 
+            # Heads' means of values, and back to the width of the hidden state.
             out, ctx, metrics = self.attend_to_rows(q, ctx)
             out = constrain(out, *HEAD_AXES)
             return ctx.run("product", out, self.w_o[...], axes=2), ctx, metrics
@@ -144,6 +147,8 @@ class MLA(Attention):
     def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
         dim, heads, std = cfg.dim, cfg.num_heads, cfg.init_std
         qk_dim = cfg.nope_head_dim + cfg.rope_head_dim
+
+        # queries: straight, or down to a latent and up to the heads
         if cfg.q_latent_dim is None:
             self.w_q = param(rngs, (dim, heads, qk_dim), ("dim", "heads", None), std)
         else:
@@ -152,14 +157,15 @@ class MLA(Attention):
             self.w_uq = param(
                 rngs, (cfg.q_latent_dim, heads, qk_dim), ("latent", "heads", None), std
             )
+
+        # keys and values: down to one latent and one rotated key, which all heads share
         self.w_dkv = param(rngs, (dim, cfg.kv_latent_dim + cfg.rope_head_dim), ("dim", None), std)
         self.kv_norm = RMSNorm(cfg.kv_latent_dim, LATENT_NORM_EPS)
-        self.w_uk = param(
-            rngs, (heads, cfg.nope_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std
-        )
-        self.w_uv = param(
-            rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), ("heads", None, "latent"), std
-        )
+
+        # and up from the latent to each head's key and value
+        up = ("heads", None, "latent")
+        self.w_uk = param(rngs, (heads, cfg.nope_head_dim, cfg.kv_latent_dim), up, std)
+        self.w_uv = param(rngs, (heads, cfg.v_head_dim, cfg.kv_latent_dim), up, std)
 
     def project(
         self, x: Float[Array, "B T D"], ctx: Context
@@ -254,6 +260,7 @@ def attend_causally(
     Returns: (the result, metrics: each head's largest logit, [H], if the context watches them).
     """
     watched = "max_logit" in ctx.how.watch
+    # Where devices share out query heads and cannot share out as few keys, each head gets its own.
     if not shards_alike(HEAD_AXES, q.shape, k.shape):
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
 
@@ -274,7 +281,9 @@ def attend_causally(
     found = on_shards(local, shards, like, has_kernel=True)
     if not watched:
         return found["out"], {}
-    counted = jnp.where(ctx.mask[:, :, None, None], found["maxima"], -jnp.inf)  # without padding
+
+    # A head's largest logit over all queries that are not padding.
+    counted = jnp.where(ctx.mask[:, :, None, None], found["maxima"], -jnp.inf)
     return found["out"], {"max_logit": counted.max((0, 1, 3))}
 
 
@@ -315,8 +324,7 @@ def attend_to_cache(
     def local(stored, lengths, index, chosen, **queries) -> dict[str, Array]:
         cache = Cache([stored], lengths)
         arrays = cache.read(index)
-        keys = [arrays[name] for name in queries]
-        to = (keys, arrays[values])
+        to = ([arrays[name] for name in queries], arrays[values])
         if chosen is not None:
             out = ctx.run("sparse_attention", list(queries.values()), *to, chosen, scale=scale)
             return {"out": out[..., :width]}

@@ -138,11 +138,14 @@ class MoE(nnx.Module):
         Returns: (y, what the router did, metrics: "dropped", the share of assignments; and
             "tokens_sent", a token's copies that go to other devices).
         """
+        # Each token's experts, as rows of one long sequence: experts know no batch.
         routed, metrics = self.route(x, ctx)
         per_token = (x, routed.expert_ids, routed.gates)
         flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in per_token)
         if ctx.how.edit_gates is not None:
             gates = ctx.how.edit_gates(ctx.layer, ids, gates)
+
+        # Σ g_e FFN_e(x) over the chosen, and the shared experts, which every token uses.
         y, dropped, sent = self._run_experts(flat, ids, gates, ctx)
         y = y.reshape(x.shape)
         if self.shared is not None:
@@ -159,10 +162,13 @@ class MoE(nnx.Module):
         none = jnp.zeros((), jnp.float32)
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
         args = (x, ids, gates)
+
+        # Experts with room for a share of the tokens: what does not fit is dropped.
         if cfg.capacity_factor is not None and how.mode == "train":
             y, dropped = ctx.run("capacity_swiglu", *args, *experts, factor=cfg.capacity_factor)
             return y, dropped, none
 
+        # So few tokens that most experts are not chosen: only the chosen ones' weights are read.
         few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
         if how.mode == "decode" and few:
             if not on_mesh():
@@ -172,6 +178,7 @@ class MoE(nnx.Module):
             )
             return y, none, none
 
+        # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts lie.
         if not on_mesh():
             return ctx.run("grouped_swiglu", *args, *experts, complete=True), none, none
         y, sent = expert_parallel.grouped_swiglu(
@@ -221,11 +228,13 @@ class MoE(nnx.Module):
         lead = tokens.mask.shape
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tokens)
 
+        # scores, and the choice by them
         logits = run("exact_product", flat.x.astype(jnp.float32), w_router)
         logits = checkpoint_name(logits, CHOICE)
         ids, gates, scores = routing.route(logits, bias, cfg, flat)
         ids = checkpoint_name(ids, CHOICE)
 
+        # what is measured of each token
         of_tokens = self.rule.of_tokens if self.rule else None
         found = Rows(
             expert_ids=ids,
@@ -238,6 +247,7 @@ class MoE(nnx.Module):
         )
         rows = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
 
+        # what is measured of the device's sequences
         load = balance.load(rows.expert_ids, cfg.num_experts, tokens.mask)
         loss = jnp.zeros((), jnp.float32)
         if cfg.balance.sequence_alpha:
@@ -309,8 +319,11 @@ def near_ties(
     k = cfg.experts_per_token
     router = routing.ROUTERS[cfg.router]
     groups, kept = (cfg.num_groups, cfg.groups_per_token) if router.has_groups else (1, 1)
-    if k == cfg.num_experts // groups * kept or router.reads_tokens:
+    nothing_left = k == cfg.num_experts // groups * kept
+    if nothing_left or router.reads_tokens:
         return jnp.zeros_like(scores[:, 0], jnp.bool_)
+
+    # The choice of one more expert, by the same scores: its last two are the K-th and the next.
     choice = jax.lax.stop_gradient(scores) + bias[None]
     ids = routing.choose(choice, k + 1, groups, kept, cfg.group_score)[:, -2:]
     two = jnp.take_along_axis(choice, ids, axis=-1)

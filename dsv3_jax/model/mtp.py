@@ -275,10 +275,11 @@ def run_heads(
             given=given[k - 1] if given else None,
             divisor=counts[k - 1] if len(counts) else None,
         )
+        # Position i reads h_i, and the embedding of token i + k if this kind reads tokens.
         short = part.mask.shape[1]
         embedded = model.embedding(tokens[:, k:]) if reads_tokens else None
         made, of_head = _run_head(model, head, h[:, :short], part, embedded)
-        if reads_tokens:
+        if reads_tokens:  # a chain: the next head reads what this one made
             h = made
         hidden.append(made)
         metrics.append(of_head)

@@ -69,11 +69,14 @@ def draw_all(draws: list[Draw]) -> list[Array]:
         >>> bool((a == jax.random.normal(key, (2, 3))).all()), bool((a.reshape(-1) == b[:6]).all())
         (True, True)
     """
+    # Which draws share an operation: all small ones of about one size and one deviation.
     alike: dict[Any, list[int]] = defaultdict(list)
     sizes = [math.prod(draw.shape) for draw in draws]
     for i, (draw, size) in enumerate(zip(draws, sizes, strict=True)):
         padded = max(_FEWEST, 1 << (size - 1).bit_length())
         alike[(padded, draw.std, None) if size <= _DRAWN_ALONE else (size, draw.std, i)].append(i)
+
+    # One operation draws the same count with each of its keys; each draw takes its first numbers.
     drawn: dict[int, Array] = {}
     for (count, std, _), chosen in alike.items():
         keys = [draws[i].key.reshape(-1) for i in chosen]

@@ -58,6 +58,7 @@ class Indexer(nnx.Module):
     def _rotate(self, x: Float[Array, "B T _ X"], ctx: Context) -> Float[Array, "B T _ X"]:
         """Rotate the first R numbers, and round as `index_precision` says."""
         cfg = self.cfg
+        # In an indexer the rotated numbers come first, in MLA last.
         rotated, rest = jnp.split(x, [cfg.rope_head_dim], axis=-1)
         cos, sin = ctx.cos[:, :, None], ctx.sin[:, :, None]
         rotated = rope.rotate(rotated, cos, sin, interleaved=cfg.index_interleaved)
@@ -144,13 +145,16 @@ class DSA(MLA):
         watch = ctx.how.watch
         slots = ctx.mask.shape[1] if ctx.cache is None else ctx.cache.capacity
         if slots <= self.cfg.index_topk or "index_warm" in watch:
-            ids = None  # every token is attended to
+            # All tokens fit into a choice, or the indexer learns from attention to all of them.
+            ids = None
             out, _, metrics = super().attend_to_rows(q, ctx._replace(chosen=None))
         else:
+            # Choose, then attend to the choice as MLA does.
             cached = self.as_cached(ctx) if ctx.cache is None else ctx
             ids = self.choose(cached, self.has_indexer(ctx))
             out, _, metrics = super().attend_to_rows(q, cached._replace(chosen=ids))
 
+        # What the indexer learns from: how far its scores are from attention's weights.
         if watch & {"index_warm", "index_sparse"}:
             kl = self.indexer.loss(self.absorb(q, ctx), ids, ctx, self.scale)
             metrics |= {"index_kl": jnp.where(self.has_indexer(ctx), kl, 0.0)}

@@ -91,6 +91,7 @@ class Transformer(nnx.Module):
         self.execution = execution or Execution()
         self.kernels = kernels or prepare(self.execution)
 
+        # The order of these lines is that of the random draws.
         table, std = (cfg.vocab_size, cfg.dim), cfg.init_std
         self.embed = param(rngs, table, ("vocab", "dim"), std, exact=True)
         self.dense = stack(lambda r: DenseBlock(cfg, rngs=r), cfg.num_dense_layers, rngs)
@@ -171,6 +172,7 @@ class Transformer(nnx.Module):
             tokens=tokens,
             one_document=one_document,
         )
+        # The trunk's own, then those of each head.
         given, *of_heads_given = expert_ids
         divisor, *of_heads_counts = (None,) if counts is None else counts
 
@@ -179,6 +181,7 @@ class Transformer(nnx.Module):
         read = h if cfg.mtp_input == "normed" else trunk.x
         mtp_h, of_heads = run_heads(self, read, tokens, ctx, of_heads_given, of_heads_counts)
 
+        # Decisions of the routers are among the blocks' metrics; here they part.
         metrics = trunk.metrics | {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
         routing = {path: of.pop("routing") for path, of in metrics.items() if "routing" in of}
         of_trunk = routing.pop("sparse", None)
@@ -242,6 +245,7 @@ class Transformer(nnx.Module):
                 unshard=self.unshard,
             )
 
+        # From layer to layer go x, the cache, and the last indexer's choice where layers share it.
         carry = self.embedding(tokens), ctx.cache, self._first_choice(tokens.shape, ctx)
         carry, dense = run_kind("dense", 0, carry)
         carry, sparse = run_kind("sparse", cfg.num_dense_layers, carry)
