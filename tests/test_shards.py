@@ -14,7 +14,7 @@ import dsv3_jax as ds
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.cli import tokenize as work
-from dsv3_jax.cli.tokenize import LOCK, SETTINGS, Tokenize, tokenize
+from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.corpus import load_corpus
@@ -22,6 +22,7 @@ from dsv3_jax.data.manifest import MANIFEST, read_manifest, read_sealed, sealed
 from dsv3_jax.data.packing import Record
 from dsv3_jax.data.shards import check_files, open_shards
 from dsv3_jax.data.tokenizer import train_bpe
+from dsv3_jax.data.tokenizing import LOCK, SETTINGS
 from dsv3_jax.host.lock import acquire
 
 T, R = 16, 32

@@ -1,6 +1,6 @@
 """Shards of token ids on disk, read row by row: the memory does not depend on the corpus.
 
-`dsv3 data tokenize` writes a folder (see `cli.tokenize`):
+`dsv3 data tokenize` writes a folder (see `data.tokenizing`):
 
     manifest.json                    what there is: `Manifest`
     train-00000.array_record, …      records of the training documents
@@ -196,13 +196,14 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from dsv3_jax.cli.tokenize import Tokenize, tokenize
         >>> from dsv3_jax.data.tokenizer import ByteTokenizer
+        >>> from dsv3_jax.data.tokenizing import ShardJob, text_encoder, write_shards
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "text.jsonl")
         ...     _ = file.write_text("\\n".join(f'{{"text": "document {i}"}}' for i in range(9)))
-        ...     job = Tokenize((str(file),), Path(folder, "shards"), row_tokens=8, val_fraction=0.3)
-        ...     _ = tokenize(job)  # doctest: +ELLIPSIS
+        ...     out = Path(folder, "shards")
+        ...     job = ShardJob((str(file),), out, row_tokens=8, val_fraction=0.3)
+        ...     _ = write_shards(job, text_encoder(ByteTokenizer()))  # doctest: +ELLIPSIS
         ...     cfg = DataConfig((str(job.out),), seq_len=8, batch_size=1, format="shards")
         ...     shape = next(open_shards(cfg, ByteTokenizer()).train_batches())["tokens"].shape
         1 shards, 9 documents, ... tokens, ... tokens/s
