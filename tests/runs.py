@@ -26,7 +26,7 @@ from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunCo
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
 from dsv3_jax.report import speed
-from dsv3_jax.runs import loop
+from dsv3_jax.runs import loop, steps
 from dsv3_jax.training.step import Job, TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to
@@ -164,12 +164,13 @@ def said_by(function, *args) -> tuple[object, str]:
 # `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the
 # order-2 baseline.
 SECONDS = {
-    place: getattr(*place) for place in ((speed, "gemm_flops"), (loop, "draw"), (loop, "order2_of"))
+    place: getattr(*place)
+    for place in ((speed, "gemm_flops"), (steps, "draw"), (steps, "order2_of"))
 }
 SPEND_NO_SECONDS = """
 from dsv3_jax.report import speed
-from dsv3_jax.runs import loop
-speed.gemm_flops, loop.draw, loop.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
+from dsv3_jax.runs import steps
+speed.gemm_flops, steps.draw, steps.order2_of = lambda dtype: 1e9, lambda *_: [], lambda *_: 0.0
 """
 
 

@@ -18,16 +18,8 @@ from runs import assert_bitwise, make_run, unhooked_cli
 
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs import checkpoint
-from dsv3_jax.runs.checkpoint import (
-    LATE,
-    MANIFEST,
-    Checkpoints,
-    DamagedCheckpoint,
-    SaveFailed,
-    find_damage,
-    load_run,
-    write_manifest,
-)
+from dsv3_jax.runs.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed, load_run
+from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, write_manifest
 from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.training import optim

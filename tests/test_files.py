@@ -20,7 +20,8 @@ from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.hf.tensor_files import write_shards
 from dsv3_jax.host.files import PART, atomic_folder, sync, write_atomic
-from dsv3_jax.runs.checkpoint import LATE, Checkpoints
+from dsv3_jax.runs.checkpoint import Checkpoints
+from dsv3_jax.runs.checksums import LATE
 
 
 def names(folder: Path) -> list[str]:

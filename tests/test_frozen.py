@@ -14,6 +14,7 @@ from released import GRID, write_folder
 from runs import MODEL, assert_bitwise, make_run, packed_batch
 
 import dsv3_jax as ds
+from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import ConfigError, Execution, Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.loading import load
@@ -109,6 +110,14 @@ def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tm
     assert_bitwise(jax.tree.map(np.array, params), jax.tree.map(np.array, want))
 
 
+def without_tokenizer(monkeypatch):
+    """Let released folders without a tokenizer open."""
+    monkeypatch.setattr(starts, "load_text", lambda folder: plain_settings())
+    monkeypatch.setattr(
+        starts, "released_run", lambda folder, cfg, text: make_run("nowhere", model=cfg)
+    )
+
+
 def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, monkeypatch):
     """They are rounded once; float32 beside them stays."""
     fp8, int4 = Path(folder).with_name("fp8"), str(write_folder(tmp_path / "int4", KIMI))
@@ -119,8 +128,7 @@ def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, m
     assert_bitwise(own, plain)
     params = nnx.state(load(int4, None, quiet=True), nnx.Param)
     assert narrow(params) == not_routers(params, "experts")
-    # needs a tokenizer
-    monkeypatch.setattr(starts, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    without_tokenizer(monkeypatch)
     run = starts.on_weights(make_run("nowhere"), start := starts.open_start(int4))
     with pytest.raises(
         ConfigError, match=f"^start='{int4}' has weights of 4 bits, which do not train; "
@@ -145,7 +153,7 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
         ds.hf.save(random_model(cfg), place, fp8=True, quiet=True)
     else:
         write_folder(place, KIMI)
-    monkeypatch.setattr(starts, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    without_tokenizer(monkeypatch)
     how = replace(HOW["bfloat16"], kernels="grouped_swiglu=dense")
     run = replace(run_from(str(place), "bfloat16"), model=cfg, execution=how)
     claim(tmp_path / "run", run)
@@ -186,7 +194,7 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
 def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypatch, sizes):
     cfg, mesh = replace(CFG, dim=256), sharding.make_mesh(*sizes)
     ds.hf.save(random_model(cfg), tmp_path / "model", fp8=True, quiet=True)
-    monkeypatch.setattr(starts, "released_run", lambda folder, cfg: make_run("nowhere", model=cfg))
+    without_tokenizer(monkeypatch)
     how = replace(HOW["bfloat16"], layout=Layout(fsdp=True))
     run = replace(run_from(str(tmp_path / "model"), "bfloat16"), model=cfg, execution=how)
     batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)

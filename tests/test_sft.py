@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -17,11 +18,14 @@ from dsv3_jax.chat.examples import encode, load_examples
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import model_inputs, stack
+from dsv3_jax.data.file_tokenizers import FileTokenizer
 from dsv3_jax.data.packing import PackedRows, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
+from dsv3_jax.hf import released_folder
 from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.runs.chats import _outlook
+from dsv3_jax.runs import steps
+from dsv3_jax.runs.chats import outlook
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.open_model import load_text
@@ -140,9 +144,9 @@ def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
     assert load_examples(cfg, PLAIN, 48).cfg.seq_len == 48
     run = ds.recipe("sft")
     hardly = "1 steps of 16 rows move a weight by at most about 5e-07, which hardly teaches "
-    assert hardly + "anything: raise " in _outlook(replace(run, steps=1))
+    assert hardly + "anything: raise " in outlook(replace(run, steps=1))
     enough = "500 steps of 16 rows move a weight by at most about 1e-03"
-    assert _outlook(replace(run, steps=500)) == enough
+    assert outlook(replace(run, steps=500)) == enough
 
 
 @partial(jax.jit, static_argnums=0)
@@ -250,6 +254,39 @@ def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tm
             assert code == 0, said
         config = json.loads((tmp_path / f"{name}-back" / "config.json").read_text())
         assert {key: config[key] for key in ORIGIN} == ORIGIN and "tensors in bfloat16" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["sft", "sft --lora.rank 2", "grpo --grpo.group 4 --grpo.max-new-tokens 4"],
+)
+def test_a_start_is_opened_once(base, tmp_path, monkeypatch, capsys, words):
+    """From the command's options to its weights: its tokenizer is parsed once, and its headers."""
+    calls = Counter()
+
+    def count(owner, name):
+        inner = getattr(owner, name)
+
+        def counted(*args, **options):
+            calls[name] += 1
+            return inner(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    def enough(job):
+        raise ValueError("the weights are read")
+
+    count(FileTokenizer, "__init__")
+    count(released_folder, "open_folder")
+    monkeypatch.setattr(steps, "_compiled_step", enough)
+    tasks = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(24)]
+    file = base[1] if "sft" in words else write(tmp_path, tasks)
+    argv = ["train", *words.split(), "--start", base[0], "--out", tmp_path / "run"]
+    argv += ["--data.paths", file]
+    argv += ["--data.chat-template", "plain", "--data.seq-len", 48, "--data.batch-size", 8]
+    assert unhooked_cli().main(list(map(str, argv))) == 2
+    assert "the weights are read" in capsys.readouterr().err
+    assert calls == {"__init__": 1, "open_folder": 1}
 
 
 def test_a_model_without_a_template_is_refused(base, tmp_path, capsys):

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.report import speed
-from dsv3_jax.runs import loop
+from dsv3_jax.runs import loop, steps
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
 from dsv3_jax.runs.prepare import Callback
@@ -143,7 +143,7 @@ def change_steps(patch, before, after) -> None:
     """Let `before(state)` and `after(state)` run around each step."""
 
     def make(job):
-        good = loop.make_step(job)
+        good = steps.make_step(job)
 
         def step(state, batch, go):
             with jax.transfer_guard("allow"):
@@ -155,7 +155,7 @@ def change_steps(patch, before, after) -> None:
 
         return step
 
-    patch.setattr(loop, "_compiled_step", make)
+    patch.setattr(steps, "_compiled_step", make)
 
 
 SPOILED = {
@@ -219,7 +219,7 @@ def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "__next__", read)
-        patch.setattr(loop, "AHEAD", {"cpu": ahead})
+        patch.setattr(steps, "AHEAD", {"cpu": ahead})
         assert (
             train_by_command(whole.run, begun, capfd) == "dsv3: shard 'a' is damaged in record 82"
         )
@@ -335,10 +335,10 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
     whole, begun, monkeypatch
 ):
     """JAX refuses transfers that are not asked for, from a batch to the start of a step."""
-    run, events, put = replace(whole.run, eval_every=20, save_every=9), [], loop.processes.put
+    run, events, put = replace(whole.run, eval_every=20, save_every=9), [], steps.processes.put
 
     def make(job):
-        step = loop.make_step(job)
+        step = steps.make_step(job)
 
         def started(*inputs):
             events.append(f"start {6 + sum(e.startswith('start') for e in events)}")
@@ -351,15 +351,15 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
         events.append(f"put {6 + sum(e.startswith('put') for e in events)}")
         return put(*args)
 
-    monkeypatch.setattr(loop, "AHEAD", {})  # as on an accelerator
-    monkeypatch.setattr(loop, "_compiled_step", make)
-    monkeypatch.setattr(loop.processes, "put", noted)
+    monkeypatch.setattr(steps, "AHEAD", {})  # as on an accelerator
+    monkeypatch.setattr(steps, "_compiled_step", make)
+    monkeypatch.setattr(steps.processes, "put", noted)
     rows = Recorder()
     rows.on_step = lambda row: events.append(f"row {row['step']}")
     loop.fit(run, begun, stop_after=10, quiet=True, callbacks=[rows])
     # Step 9 is saved: no batch is made ahead of it, so the data position is that of the steps.
     assert events == [
-        *("put 6", "start 6", "put 7", "start 7", "put 8", "start 8", "put 9", "row 6"),
+        *("put 6", "start 6", "put 7", "start 7", "put 8", "start 8", "row 6", "put 9"),
         *("start 9", "row 7", "row 8", "row 9", "put 10", "start 10", "row 10"),
     ]
     assert rows_of(begun) == [row for row in rows_of(whole.folder) if "loss" in row][:10]

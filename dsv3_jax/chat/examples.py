@@ -76,9 +76,15 @@ def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
-def load_examples(
-    cfg: DataConfig, text: TextSettings, longest: int | None = None, *, keep: bool = False
-) -> Source:
+class Task(NamedTuple):
+    """A record with an answer, as a model is asked it."""
+
+    prompt: Int32[np.ndarray, " m"]  # empty where the record asks nothing
+    record: dict[str, Any]
+    location: str  # for errors
+
+
+def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None) -> Source:
     """Read and encode the examples of `cfg.paths`, and split them by a hash of each.
 
     Equal examples are on the same side, and so are tasks with equal prompts. An example's domain is
@@ -89,7 +95,6 @@ def load_examples(
         text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
         longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples.
             None means `cfg.seq_len`.
-        keep: keep the prompts and records too, as `Source.examples`.
     Raises: ValueError with the file and line of a record that is none of those above, or whose
         messages the chat template refuses. Also if there is no example, or too few for two sides.
 
@@ -110,11 +115,26 @@ def load_examples(
         6 tokens, 2 of them targets;
         1 rows of 8: one pass takes 1.0 steps
     """
+    return _loaded(cfg, text, longest, keep=False)[0]
+
+
+def load_tasks(cfg: DataConfig, text: TextSettings) -> tuple[Source, list[Task]]:
+    """As `load_examples`, for a model that writes answers itself.
+
+    Returns: the source, whose held-out rows measure the model; the tasks to train on.
+    """
+    return _loaded(cfg, text, None, keep=True)
+
+
+def _loaded(
+    cfg: DataConfig, text: TextSettings, longest: int | None, *, keep: bool
+) -> tuple[Source, list[Task]]:
+    """Read the examples. Args: keep: the prompts and records of those to train on, too."""
     examples = []
     found = contents(cfg.paths, cfg.text_column)
     for record, domain, location in itertools.islice(found, cfg.max_documents):
         example = read_example(record, text, location, cfg.prompts)
-        examples.append((example, domain, (record, location) if keep else ()))
+        examples.append((example, domain, _task_of(example, record, location) if keep else None))
     if longest is not None and examples:
         cfg = replace(cfg, seq_len=_row_length([example for example, *_ in examples], longest))
 
@@ -123,10 +143,10 @@ def load_examples(
     pieces: list[Piece] = []
     sides: list[bytes] = []
     digests: list[bytes] = []
-    kept: list[tuple] = []
+    tasks: list[Task | None] = []
     # Count by its reason each example that cannot be trained on.
     counts: Counter[str] = Counter()
-    for example, domain, record in examples:
+    for example, domain, task in examples:
         if len(example.ids) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
         elif not example.targets[1:].any():  # no token predicts the first one
@@ -137,7 +157,7 @@ def load_examples(
             digests.append(example.digest)
             number = domains.setdefault(domain, len(domains))
             pieces.append(Piece(example.ids, number, len(pieces), example.targets))
-            kept.append((example.prompt, *record))
+            tasks.append(task)
 
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
@@ -159,7 +179,7 @@ def load_examples(
             f"{cfg.seq_len:,}: one pass takes {len(rows) / cfg.batch_size:,.1f} steps"
         )
 
-    return Source(
+    source = Source(
         cfg,
         tuple(domains),
         fingerprint_of(digests[piece.document] for piece in train),
@@ -168,8 +188,14 @@ def load_examples(
         held_out=lambda: [
             PackedRows(pieces, cfg.seq_len, whole=True) for pieces in of_domain if pieces
         ],
-        examples=[kept[piece.document] for piece in train] if keep else (),
     )
+    kept = (tasks[piece.document] for piece in train)
+    return source, [task for task in kept if task is not None]
+
+
+def _task_of(example: Example, record: dict[str, Any], location: str) -> Task:
+    prompt = np.zeros(0, np.int32) if example.prompt is None else example.prompt
+    return Task(prompt, record, location)
 
 
 def _row_length(examples: list[Example], longest: int) -> int:

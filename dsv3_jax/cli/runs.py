@@ -31,7 +31,8 @@ def check_run(argv: list[str]) -> int:
     Raises: ValueError if the folder holds no run, or something in it is damaged.
     """
     args = parse(Check, argv, "runs check")
-    from dsv3_jax.runs.checkpoint import find_damage, steps_of
+    from dsv3_jax.runs.checkpoint import steps_of
+    from dsv3_jax.runs.checksums import find_damage
     from dsv3_jax.runs.folder import read_run
 
     # Every file of every checkpoint is compared with its checksum.

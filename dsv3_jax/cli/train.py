@@ -53,6 +53,7 @@ class Train:
     """trace steps START:STOP for TensorBoard in OUT/profile"""
     epochs: float | None = None
     """for sft: passes over the examples; None means 2"""
+    opened: tyro.conf.Suppress[Any] = None  # the start or trunk
     chats: tyro.conf.Suppress[Any] = None  # what was read to count the steps
 
 
@@ -70,13 +71,16 @@ def run(argv: list[str]) -> int:
 
 
 def _fit(args: Train, mesh: Any) -> int:
-    from dsv3_jax.runs.chats import chats_of
-    from dsv3_jax.runs.loop import fit
+    from dsv3_jax.runs.loop import fit, start_and_chats
 
     profile = None if args.profile is None else parse_steps(args.profile)
-    chats = chats_of(args.run, args.out, args.chats) if args.run.data.format == "chat" else {}
+    # Before the allocator keeps memory, which would hide what a template takes.
+    start, chats = start_and_chats(args.run, args.out, args.opened, args.chats)
     prepare_training(mesh)
-    fit(args.run, args.out, mesh=mesh, step=args.step, profile=profile, **chats)
+    fit(
+        args.run, args.out,
+        mesh=mesh, step=args.step, profile=profile, start=start, chats=chats,
+    )  # fmt: skip
     return 0
 
 
@@ -87,20 +91,24 @@ def options(argv: list[str]) -> Train:
         raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
 
     # Defaults are of the model that the run begins with.
+    opened = None
     if trunk := value_of(rest, "--trunk"):
         from dsv3_jax.runs.start import on_trunk, open_start
 
-        run = on_trunk(run, open_start(trunk, value_of(rest, "--out")))
+        opened = open_start(trunk, value_of(rest, "--out"))
+        run = on_trunk(run, opened)
     elif start := value_of(rest, "--start"):
         from dsv3_jax.runs.start import on_weights, open_start
 
-        run = on_weights(run, open_start(start, value_of(rest, "--out")))
+        opened = open_start(start, value_of(rest, "--out"))
+        run = on_weights(run, opened)
     elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
         raise ValueError(
             f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start "
             "MODEL"
         )
     args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
+    args = replace(args, opened=opened)
 
     # Chats are read here, since the number of steps depends on them.
     by_epochs = args.run.data.format == "chat" and not args.run.grpo.group
@@ -153,7 +161,8 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
         return run, None
 
     epochs = EPOCHS if args.epochs is None else args.epochs
-    found, chats = for_epochs(run, args.out, epochs, fit_rows=seq_len is None and begun is None)
+    fit_rows = seq_len is None and begun is None
+    found, chats = for_epochs(run, args.out, epochs, args.opened, fit_rows=fit_rows)
     return found if steps is None else replace(found, steps=run.steps), chats
 
 

@@ -242,11 +242,6 @@ class Source:
         corpus: the documents. None for chats and shards.
         training_bytes: bytes of the training text by domain. None where only the source knows its
             mix.
-        examples: of chats, if asked for, what is trained on: the tokens of the prompt, the record,
-            its place.
-        sampled: makes training batches of what the model itself writes, and is given a function
-            that returns its job and state. None means that rows do not depend on the model.
-        checker: a hash of the user's code that says which of these are right; "" if there is none.
     """
 
     cfg: DataConfig
@@ -258,9 +253,6 @@ class Source:
     weights: tuple[float, ...] = (1.0,)
     corpus: Corpus | None = None
     training_bytes: dict[str, float] | None = None
-    examples: Sequence[tuple[np.ndarray, dict[str, Any], str]] = ()
-    sampled: Callable[[Callable[[], Any]], Batches] | None = None
-    checker: str = ""
 
     def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
         """Iterate over endless training batches.

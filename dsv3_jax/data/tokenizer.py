@@ -48,9 +48,10 @@ def file_of(spec: str) -> Path:
     return path / names[0] if path.is_dir() else path
 
 
-def keep_copy(spec: str, folder: Path) -> Path:
+def keep_copy(spec: str, folder: Path, words: Tokenizer | None = None) -> Path:
     """Copy a tokenizer's file, with the files beside it that change its ids or a document's end.
 
+    Args: words: the tokenizer, if it is read already.
     Returns: the copy, which is named as in a released folder.
     Raises: ValueError as `load`; OSError when it cannot be written.
     """
@@ -59,7 +60,7 @@ def keep_copy(spec: str, folder: Path) -> Path:
     if own.exists() and own.samefile(source):
         return own
 
-    words = load(str(source))  # refuses a damaged one before it is copied
+    words = words or load(str(source))  # refuses a damaged one before it is copied
     write_atomic(own, read_bytes(source))
 
     # tiktoken.model: the file beside it names the special tokens.

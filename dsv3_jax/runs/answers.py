@@ -9,7 +9,8 @@ An answer depends on the model, the run's seed, its prompt and the step's place 
 prompts. So a run that resumes writes the same answers, and its position is that place.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,13 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.chat.checkers import Checker
+from dsv3_jax.chat.examples import Task
 from dsv3_jax.chat.text_settings import TextSettings
-from dsv3_jax.config import ConfigError, RunConfig, replace
-from dsv3_jax.data.batches import Batch, Batches, Row, Source, endless, stack
+from dsv3_jax.config import ConfigError, RunConfig
+from dsv3_jax.data.batches import Batch, Batches, Row, endless, stack
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import next_token_scores
-from dsv3_jax.runs.start import Open
+from dsv3_jax.runs.start import Start, open_start
 from dsv3_jax.training import lora
 from dsv3_jax.training.policy import advantages
 from dsv3_jax.training.step import Job, TrainState, graph_of
@@ -42,43 +44,99 @@ class Answer(NamedTuple):
     reward: float
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """What a run's model is asked, and who says which answers are right."""
+
+    text: TextSettings  # how the model reads and ends text
+    asked: list[Task]
+    checker: Checker
+    summary: str
+    fingerprint: str  # as of `Batches`
+
+
+def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint: str) -> Tasks:
+    """Choose the tasks whose prompt leaves room for an answer, and check them.
+
+    Args: asked: from `load_tasks`.
+    Raises: ValueError naming the line of a task whose answer the checker cannot use, or whose
+        prompt is empty. ConfigError if no prompt is short enough, or for a model that trains with
+        other experts than it samples with.
+    """
+    cfg = run.grpo
+    check_model(run)
+    checker = Checker(cfg.checker)
+    room = run.data.seq_len - cfg.max_new_tokens
+    short = []
+    for task in asked:
+        checker.look_at(task.record, task.location)
+        if not len(task.prompt):
+            raise ValueError(f"{task.location} has an empty prompt")
+        if len(task.prompt) <= room:
+            short.append(task)
+    if not short:
+        raise ConfigError(
+            f"grpo max_new_tokens={cfg.max_new_tokens} leaves {room} of "
+            f"data.seq_len={run.data.seq_len} tokens, and no prompt is so short"
+        )
+
+    # Show the first prompt: a wrong template is seen there.
+    first = text.tokenizer.decode_with_names(short[0].prompt.tolist())
+    shown = first if len(first) <= 2 * _SHOWN else f"{first[:_SHOWN]} … {first[-_SHOWN:]}"
+    out = len(asked) - len(short)
+    left_out = f"; left out: {out:,} longer than {room}" if out else ""
+    summary = (
+        f"{len(short):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} "
+        f"answers each{left_out}\n"
+        f"the first prompt, as the model sees it: {shown!r}"
+    )
+    return Tasks(text, short, checker, summary, fingerprint)
+
+
+def check_model(run: RunConfig) -> None:
+    """Refuse what changes training and not the sampler: ratios would be of two policies."""
+    model = run.model
+    group = f"grpo group={run.grpo.group}"
+    if model.capacity_factor is not None:
+        raise ConfigError(
+            f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} "
+            "samples without it; use None"
+        )
+
+
 class Answers(Batches):
-    """Batches of the model's own answers.
+    """Batches of the model's own answers. Set `state` before each: the model answers as it is then.
 
     Args:
-        run, text: the run, and how its model reads and ends text.
-        tasks: of each the prompt's tokens, the record, and its place in the files.
-        open_start: opens `run.start`.
-        current: returns the run's job and state.
-        fingerprint: as of `Batches`.
+        job: the run's.
+        tasks: from `tasks_of`.
+        start: the run's, if it is open. None means that it is opened if KL needs it.
     """
 
-    def __init__(
-        self, run: RunConfig, text: TextSettings, tasks: list, open_start: Open,
-        current: Callable[[], tuple[Job, TrainState]], fingerprint: str,
-    ):  # fmt: skip
+    state: TrainState  # of the model that answers
+
+    def __init__(self, job: Job, tasks: Tasks, start: Start | None = None):
+        run = job.run
         if jax.process_count() > 1:
             raise ConfigError(
                 f"grpo group={run.grpo.group} samples in one process, not {jax.process_count()}"
             )
-        order = endless([range(len(tasks))], run.data.seed)
-        super().__init__(order, run.data.batch_size // run.grpo.group, fingerprint=fingerprint)
+        order = endless([range(len(tasks.asked))], run.data.seed)
+        prompts = run.data.batch_size // run.grpo.group
+        super().__init__(order, prompts, fingerprint=tasks.fingerprint)
+        self._job = job
         self._run = run
-        self._text = text
         self._tasks = tasks
-        self._current = current
-        self._checker = Checker(run.grpo.checker)
-        self._open_start = open_start
-        self._graph: Any = None
-        # the model to stay near, if it is not among the run's frozen weights
-        self._start: Any = None
+        self._start = start
+
+    @cached_property
+    def _graph(self) -> nnx.GraphDef:
+        return graph_of(self._job)
 
     def __next__(self) -> Batch:
-        job, state = self._current()
-        self._graph = self._graph or graph_of(job)
         with jax.transfer_guard("allow"):
-            weights = lora.policy(job.run.lora, state.params, job.run.execution.compute_dtype)
-            policy = nnx.merge(self._graph, weights, state.bias)
+            # Ask until a group teaches something.
+            policy = self._policy()
             groups = []
             row = self._row
             for _ in range(ROUNDS):
@@ -86,12 +144,15 @@ class Answers(Batches):
                 row += self._batch_size
                 if any(map(_teaches, new)):
                     break
+
+            # KL is to the log probabilities of the model that the run began with.
             batch = self._stacked([group for group in groups if _teaches(group)])
             if self._run.grpo.kl:
                 nats, _ = next_token_scores(
-                    *self._near(job, state), batch["tokens"], self._run.grpo.temperature
+                    *self._near(), batch["tokens"], self._run.grpo.temperature
                 )
                 batch["start_logprobs"] = np.pad(-np.asarray(nats), [(0, 0), (1, 0)])
+
         self._row = row  # last: after an error the same prompts are asked again
         answers = [answer for group in groups for answer in group]
         self.metrics = {
@@ -101,47 +162,62 @@ class Answers(Batches):
         }
         return batch
 
-    def _asked(self, model: Any, first: int) -> list[list[Answer]]:
+    def _policy(self) -> Any:
+        """The model as it is now, in its compute dtype."""
+        dtype = self._run.execution.compute_dtype
+        weights = lora.policy(self._run.lora, self.state.params, dtype)
+        return nnx.merge(self._graph, weights, self.state.bias)
+
+    def _asked(self, policy: Any, first: int) -> list[list[Answer]]:
         """Ask the prompts from `first` on: a group of answers to each."""
         cfg = self._run.grpo
+        text = self._tasks.text
         numbers = [self._order[first + i] for i in range(self._batch_size)]
+        tasks = [self._tasks.asked[number] for number in numbers]
         found = generate(
-            model, [self._tasks[number][0].tolist() for number in numbers], cfg.max_new_tokens,
-            temperature=cfg.temperature, stop_tokens=self._text.stop_ids,
-            cache_dtype=cfg.cache_dtype,
+            policy, [task.prompt.tolist() for task in tasks], cfg.max_new_tokens,
+            temperature=cfg.temperature, stop_tokens=text.stop_ids, cache_dtype=cfg.cache_dtype,
             seed=int(np.random.SeedSequence([self._run.seed, first]).generate_state(1)[0]),
             samples=cfg.group, logprobs=True,
-            return_routing=cfg.replay and model.cfg.num_sparse_layers > 0,
+            return_routing=cfg.replay and policy.cfg.num_sparse_layers > 0,
         )  # fmt: skip
         assert found.logprobs is not None
+
         answers = []
         for i, new in enumerate(found.tokens):
-            number = numbers[i // cfg.group]
-            prompt, record, location = self._tasks[number]
-            ended = new[-1] in self._text.stop_ids
-            right = self._checker.check(
-                self._text.tokenizer.decode(new[:-1] if ended else new), record, location
+            task = tasks[i // cfg.group]
+            written = new[:-1] if new[-1] in text.stop_ids else new
+            right = self._tasks.checker.check(
+                text.tokenizer.decode(written), task.record, task.location
             )
-            experts = None if found.expert_ids is None else found.expert_ids[i]
-            tokens = np.array([*prompt, *new], np.int32)
             answers.append(
-                Answer(number, tokens, len(prompt), found.logprobs[i], experts, float(right))
+                Answer(
+                    task=numbers[i // cfg.group],
+                    tokens=np.array([*task.prompt, *new], np.int32),
+                    begin=len(task.prompt),
+                    logprobs=found.logprobs[i],
+                    expert_ids=None if found.expert_ids is None else found.expert_ids[i],
+                    reward=float(right),
+                )
             )
         return [answers[i : i + cfg.group] for i in range(0, len(answers), cfg.group)]
 
     def _stacked(self, groups: list[list[Answer]]) -> Batch:
         """The batch of some groups; rows that are left are padding."""
+        # An advantage is relative to the group's other answers.
         rewards = np.array([[answer.reward for answer in group] for group in groups])
         gains = advantages(rewards.reshape(-1, self._run.grpo.group)).ravel()
         answers = [answer for group in groups for answer in group]
         rows = [self._row_of(answer, gain) for answer, gain in zip(answers, gains, strict=True)]
 
+        # All batches have one shape, so that the step is compiled once.
         empty = Answer(0, np.zeros(0, np.int32), 0, [], None, 0.0)
         cfg = self._run.model
         if self._run.grpo.replay and cfg.num_sparse_layers:
             none = np.zeros((cfg.num_sparse_layers, 0, cfg.experts_per_token), np.int32)
             empty = empty._replace(expert_ids=none)
-        return stack(rows + [self._row_of(empty, 0.0)] * (self._run.data.batch_size - len(rows)))
+        missing = self._run.data.batch_size - len(rows)
+        return stack(rows + [self._row_of(empty, 0.0)] * missing)
 
     def _row_of(self, answer: Answer, advantage: float) -> Row:
         tokens = answer.tokens
@@ -157,12 +233,15 @@ class Answers(Batches):
             row[start:size] = values
             return row
 
+        # Only the answer's tokens are targets; what came before was given.
         row = Row(
             tokens=padded(tokens), segment_ids=padded(1), positions=padded(np.arange(size)),
             domains=padded(0), documents=padded(answer.task), loss_mask=is_answer,
             advantages=padded(advantage, begin, dtype=np.float32),
             old_logprobs=padded(answer.logprobs, begin, dtype=np.float32),
         )  # fmt: skip
+
+        # Its experts are replayed: −1 where the model chooses freely.
         if answer.expert_ids is not None:
             layers, _, chosen = answer.expert_ids.shape
             row["expert_ids"] = np.full((layers, length, chosen), -1, np.int32)
@@ -170,68 +249,19 @@ class Answers(Batches):
             row["routed_tokens"] = padded(tokens, value=-1)
         return row
 
-    def _near(self, job: Job, state: TrainState) -> tuple[nnx.GraphDef, nnx.State]:
+    def _near(self) -> tuple[nnx.GraphDef, nnx.State]:
         """The model to stay near: LoRA's frozen weights with the start's biases, else a copy."""
-        if job.run.lora.rank:
-            return nnx.split(nnx.merge(self._graph, lora.split(state.params)[1], state.start_bias))
-        if self._start is None:
-            assert self._run.start is not None
-            self._start = nnx.split(self._open_start(self._run.start).load(job)[0])
-        return self._start
+        if self._run.lora.rank:
+            frozen = lora.split(self.state.params)[1]
+            return nnx.split(nnx.merge(self._graph, frozen, self.state.start_bias))
+        return self._copy
 
-
-def check_model(run: RunConfig) -> None:
-    """Refuse what changes training and not the sampler: ratios would be of two policies."""
-    model = run.model
-    group = f"grpo group={run.grpo.group}"
-    if model.capacity_factor is not None:
-        raise ConfigError(
-            f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} "
-            "samples without it; use None"
-        )
+    @cached_property
+    def _copy(self) -> tuple[nnx.GraphDef, nnx.State]:
+        assert self._run.start is not None
+        start = self._start or open_start(self._run.start)
+        return nnx.split(start.load(self._job)[0])
 
 
 def _teaches(group: list[Answer]) -> bool:
     return len({answer.reward for answer in group}) > 1
-
-
-def with_answers(run: RunConfig, text: TextSettings, examples: Source, open_start: Open) -> Source:
-    """Make chat examples the prompts that a run's model answers; held-out ones stay as they are.
-
-    Args: examples: from `load_examples(…, keep=True)`.
-    Raises: ValueError naming the line of a task whose answer the checker cannot use, or if no
-        prompt is short enough. ConfigError for a model that trains with other experts than it
-        samples with.
-    """
-    cfg = run.grpo
-    room = run.data.seq_len - run.grpo.max_new_tokens
-    check_model(run)
-    checker = Checker(cfg.checker)
-    tasks = []
-    for prompt, record, location in examples.examples:
-        checker.look_at(record, location)
-        if prompt is None or not len(prompt):
-            raise ValueError(f"{location} has an empty prompt")
-        if len(prompt) <= room:
-            tasks.append((prompt, record, location))
-    if not tasks:
-        raise ConfigError(
-            f"grpo max_new_tokens={cfg.max_new_tokens} leaves {room} of "
-            f"data.seq_len={run.data.seq_len} tokens, and no prompt is so short"
-        )
-    out = len(examples.examples) - len(tasks)
-    left_out = f"; left out: {out:,} longer than {room}" if out else ""
-    asked = (
-        f"{len(tasks):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} "
-        f"answers each{left_out}"
-    )
-    first = text.tokenizer.decode_with_names(tasks[0][0].tolist())
-    shown = first if len(first) <= 2 * _SHOWN else f"{first[:_SHOWN]} … {first[-_SHOWN:]}"
-    return replace(
-        examples,
-        summary=f"{examples.summary}\n{asked}\nthe first prompt, as the model sees it: {shown!r}",
-        sampled=lambda current: Answers(
-            run, text, tasks, open_start, current, examples.fingerprint
-        ),
-        checker=checker.fingerprint(),
-    )

@@ -1,22 +1,19 @@
-"""A run on chats: its examples by a model's template, and what it keeps to be chatted with."""
+"""A run on chats: its examples by its model's template, and with GRPO what the model is asked."""
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from dsv3_jax.chat.examples import load_examples
-from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run, with_template
-from dsv3_jax.config import ConfigError, RunConfig, replace, to_dict
+from dsv3_jax.chat.examples import load_examples, load_tasks
+from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, with_template
+from dsv3_jax.config import ConfigError, RunConfig, replace
 from dsv3_jax.data.batches import Source
-from dsv3_jax.hf.places import find
-from dsv3_jax.mesh import processes
-from dsv3_jax.runs.answers import with_answers
+from dsv3_jax.runs.answers import Tasks, tasks_of
 from dsv3_jax.runs.folder import RUN_FILE
 from dsv3_jax.runs.open_model import load_text
-from dsv3_jax.runs.prepare import Callback
-from dsv3_jax.runs.start import open_start
+from dsv3_jax.runs.start import Start, open_start
 from dsv3_jax.training.schedules import learning_rate
 
 EPOCHS = 2.0  # passes over chat examples. Source: DeepSeek-V3 report, section 5.1
@@ -24,62 +21,69 @@ EPOCHS = 2.0  # passes over chat examples. Source: DeepSeek-V3 report, section 5
 TEACHES = 1e-4
 
 
-def chats_of(
-    run: RunConfig, out: str | Path, read: tuple[TextSettings, Source] | None = None
-) -> dict[str, Any]:
-    """Read a run's chats. Returns: options of `fit`.
+class Chats(NamedTuple):
+    """The chats of a run, read."""
 
-    Call it before `keep_memory`, which hides what a template takes.
-
-    Args: read: what `for_epochs` has read of them. None means that they are read now.
-    Raises: ValueError as `open_chats`.
-    """
-    processes.agree({"run": to_dict(run)})
-    text, examples = processes.by_each(lambda: read or open_chats(run, out))
-    if run.grpo.group:
-        examples = with_answers(run, text, examples, open_start)
-    examples = replace(examples, summary=f"{examples.summary}\n{_outlook(run)}")
-    return {"source": examples, "callbacks": [KeepText(text)]}
+    text: TextSettings  # how the run's model reads and ends text
+    source: Source  # rows of the examples
+    tasks: Tasks | None  # with GRPO: what the model answers
+    start: Start | None  # whose template encodes them. None: the run's own files do
 
 
-def open_chats(
-    run: RunConfig, out: str | Path, *, fit_rows: bool = False
-) -> tuple[TextSettings, Source]:
-    """Read how a run reads chats, and its examples: by its own files once begun, else its start's.
+def read_chats(
+    run: RunConfig, out: str | Path, start: Start | None = None, *, fit_rows: bool = False
+) -> Chats:
+    """Read a run's chats by its own files once it has begun, else by its start's.
 
-    Args: fit_rows: choose the length of the rows by the examples, at most the model's context.
+    Args:
+        start: the run's, opened. None means that it is opened if it is needed.
+        fit_rows: choose the length of the rows by the examples, at most the model's context.
     Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be
-        read.
+        read. With GRPO, as `tasks_of`.
     """
     if (Path(out) / RUN_FILE).exists() and (Path(out) / TEMPLATE_FILE).exists():
+        start = None
         text = with_template(load_text(out), None, run.data.template)
     elif run.start is None:
         raise ConfigError(
             "data.format='chat' fine-tunes a model: name it with start, as in --start MODEL"
         )
     else:
-        text = with_template(load_text(run.start), run.data.chat_template, run.data.template)
-    longest = run.model.max_positions if fit_rows else None
-    return text, load_examples(run.data, text, longest, keep=run.grpo.group > 0)
+        start = start or open_start(run.start)
+        text = with_template(start.text, run.data.chat_template, run.data.template)
+
+    if run.grpo.group:
+        source, asked = load_tasks(run.data, text)
+        tasks = tasks_of(run, text, asked, source.fingerprint)
+        source = replace(source, summary=f"{source.summary}\n{tasks.summary}")
+        return Chats(text, source, tasks, start)
+
+    source = load_examples(run.data, text, run.model.max_positions if fit_rows else None)
+    return Chats(text, source, None, start)
 
 
 def for_epochs(
-    run: RunConfig, out: str | Path, epochs: float = EPOCHS, *, fit_rows: bool = False
-) -> tuple[RunConfig, tuple[TextSettings, Source]]:
+    run: RunConfig,
+    out: str | Path,
+    epochs: float = EPOCHS,
+    start: Start | None = None,
+    *,
+    fit_rows: bool = False,
+) -> tuple[RunConfig, Chats]:
     """Set the steps of a run on chats to `epochs` passes over its examples.
 
-    Args: fit_rows: choose the length of the rows, too, as `open_chats`.
-    Returns: the run, and what `open_chats` has read.
-    Raises: ValueError as `open_chats`; ConfigError for epochs that are not positive.
+    Args: start, fit_rows: as `read_chats`.
+    Returns: the run, and its chats, which `fit` takes.
+    Raises: ValueError as `read_chats`; ConfigError for epochs that are not positive.
     """
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"epochs={epochs} is not positive")
-    read = open_chats(run, out, fit_rows=fit_rows)
-    steps = max(1, math.ceil(epochs * read[1].rows_per_epoch() / run.data.batch_size))
-    return replace(run, data=read[1].cfg, steps=steps), read
+    chats = read_chats(run, out, start, fit_rows=fit_rows)
+    steps = max(1, math.ceil(epochs * chats.source.rows_per_epoch() / run.data.batch_size))
+    return replace(run, data=chats.source.cfg, steps=steps), chats
 
 
-def _outlook(run: RunConfig) -> str:
+def outlook(run: RunConfig) -> str:
     """Say how far the run's steps can move a weight: about the learning rate each."""
     moved = float(learning_rate(run.optim, run.steps, jnp.arange(run.steps)).sum())
     steps = f"{run.steps:,} steps of {run.data.batch_size} rows"
@@ -92,15 +96,3 @@ def _outlook(run: RunConfig) -> str:
         f"or lower --data.batch-size={run.data.batch_size} "
         f"or --optim.warmup-steps={run.optim.warmup_steps}"
     )
-
-
-class KeepText(Callback):
-    """Writes the files by which `dsv3 chat` and `dsv3 convert` read text, if they are not there."""
-
-    def __init__(self, text: TextSettings):
-        self._text = text
-
-    def on_start(self, run: RunConfig, out: Path, step: int) -> None:
-        if not (out / TEMPLATE_FILE).exists():
-            assert run.start is not None
-            copy_to_run(find(run.start), out, self._text)

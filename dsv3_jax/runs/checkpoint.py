@@ -6,19 +6,14 @@ moment leaves the checkpoint before. An old one is renamed before its files are 
 half there either. The next start deletes the remains of a dead run. Checkpoints are independent of
 the mesh.
 
-The file checksums.json of a checkpoint lists the size and CRC-32 of all others, and is complete
-before the rename. A checkpoint is compared with it before it is read. A reader refuses a damaged
-one, because results must be of the step that was asked for. Training resumes from the newest one
-that is whole (`Checkpoints.rewind`). A CRC-32 finds each flipped bit and each burst of up to 32
-bits; other damage passes once in 4 billion. It does not stop an attacker.
+A checkpoint is compared with its checksums before it is read. A reader refuses a damaged one,
+because results must be of the step that was asked for. Training resumes from the newest one that is
+whole (`Checkpoints.rewind`).
 """
 
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -26,35 +21,22 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
-from dsv3_jax.host.files import check_name, open_file, read_json, sync
+from dsv3_jax.config import RunConfig, replace
+from dsv3_jax.host.files import check_name, sync
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import processes, sharding
-from dsv3_jax.model.parameters import Packed, in_use
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.runs.checksums import find_damage, write_manifest
 from dsv3_jax.runs.folder import check_registered, read_run
 from dsv3_jax.runs.orbax_noise import silence
-from dsv3_jax.training import lora
+from dsv3_jax.runs.saved_state import read_state, to_save
 from dsv3_jax.training.optim import Transform
-from dsv3_jax.training.step import (
-    Job,
-    TrainState,
-    abstract_state,
-    first_nonfinite,
-    map_frozen,
-    model_of,
-)
+from dsv3_jax.training.step import Job, TrainState, model_of
 
-MANIFEST = "checksums.json"
-# Orbax completes its two later; nothing reads them
-LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`
-SHAPES = ("model", "lora")  # settings of a run that say which arrays it has
-PACKED = "packed"  # beside the settings: the frozen weights that are, see `layers.Packed`
 
 
 class SaveFailed(OSError):
@@ -63,80 +45,6 @@ class SaveFailed(OSError):
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint's files are not as they were written; the message names the first bad file."""
-
-
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint's folder whose other files are complete; sync them all."""
-    (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=0) + "\n")
-    sync(*folder.rglob("*"), folder)
-
-
-def find_damage(folder: Path) -> str:
-    """Describe the first file of a checkpoint that is not as it was written; "" if all are.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as name:
-        ...     folder = Path(name)
-        ...     _ = (folder / "data").write_text("0123")
-        ...     write_manifest(folder)
-        ...     _ = find_damage(folder) == "", (folder / "data").write_text("0124")
-        ...     find_damage(folder).replace(name, "8")
-        "file='8/data' is damaged: its size or checksum is not the one that was written"
-    """
-    try:
-        expected = read_json(folder / MANIFEST)
-        sizes = {name: of[0] for name, of in expected.items() if isinstance(of, list) and of}
-        found = _checksums(folder, sizes)
-    except (OSError, ValueError) as error:
-        remedy = (
-            "; the guide to training says how to make another" if MANIFEST in str(error) else ""
-        )
-        return f"a file is not readable: {error}{remedy}"
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            what = (
-                "damaged: its size or checksum is not the one that was written"
-                if name in found
-                else "absent"
-            )
-            return f"file={str(folder / name)!r} is {what}"
-    return ""
-
-
-def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, list[int]]:
-    """Name → [size, CRC-32] of a checkpoint's files.
-
-    Names that begin with a dot belong to other programs, as a file server.
-
-    Args: sizes: those that are expected; a file of another size is not read, for it may be of any
-        size.
-    """
-
-    def fail(error: OSError) -> None:  # else a folder that cannot be listed would seem to be empty
-        raise error
-
-    paths = (
-        Path(top, name)
-        for top, _, names in os.walk(folder, onerror=fail)
-        for name in names
-        if name[0] != "."
-    )
-    names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(
-            lambda name: _size_and_crc32(folder / name, sizes and sizes.get(name, -1)), names
-        )
-        return dict(zip(names, found, strict=True))
-
-
-def _size_and_crc32(path: Path, expected: Any) -> list[int]:
-    crc = 0
-    with open_file(path) as file:
-        size = path.stat().st_size
-        while expected in (None, size) and (piece := file.read(1 << 20)):
-            crc = zlib.crc32(piece, crc)
-    return [size, crc]
 
 
 class Checkpoints:
@@ -151,6 +59,7 @@ class Checkpoints:
         >>> import dsv3_jax as ds
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
+        >>> from dsv3_jax.training.step import abstract_state
         >>> shapes = abstract_state(Job(run))
         >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -211,11 +120,7 @@ class Checkpoints:
         Raises: SaveFailed if it cannot be written, for want of room too, or an earlier save failed;
             the checkpoints before stay.
         """
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_parts(state)),
-            data=ocp.args.JsonSave(data),
-            config=ocp.args.JsonSave(to_dict(self.run) | {PACKED: _packed(state.params)}),
-        )
+        args = to_save(state, data, self.run)
         with self._named_errors():
             self._orbax.wait_until_finished()  # raises the error of the save before
             self._tidy(self.run.keep)
@@ -346,7 +251,8 @@ class Checkpoints:
 
     def _read_state(self, step: int, *how: Any) -> tuple[TrainState, dict[str, Any]]:
         try:
-            return self._read(self.folder / str(step), *how)
+            job = Job(self.run, optimizer=self._optimizer)
+            return read_state(self._orbax, self.folder / str(step), job, *how)
         except Exception as error:  # of any type: Orbax raises plain ones, too
             if jax.process_count() > 1 and processes.is_connection_error(error):
                 raise
@@ -354,80 +260,6 @@ class Checkpoints:
             raise ValueError(
                 f"step={step}: the checkpoint in {self.folder} cannot be read: {reason}"
             ) from error
-
-    def _read(
-        self, folder: Path, mesh: Mesh | None, optimizer: bool, widen: bool
-    ) -> tuple[TrainState, dict[str, Any]]:
-        saved, position = (read_json(folder / name / "metadata") for name in ("config", "data"))
-        packed = saved.pop(PACKED, [])
-        # First: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-        theirs, ours = (
-            {key: to_dict(run)[key] for key in SHAPES}
-            for run in (from_dict(RunConfig, saved), self.run)
-        )
-        if different := first_difference(theirs, ours):
-            key, a, b = different
-            raise ValueError(f"{key}={b!r} is not that of the checkpoint, {a!r}")
-        target = abstract_state(Job(self.run, optimizer=self._optimizer))
-        place = partial(sharding.state_sharding, mesh=mesh, fsdp=self.run.execution.layout.fsdp)
-        of_use = place(target.params)
-        target = replace(target, params=_with_packed(target.params, packed))
-        target = jax.tree.map(
-            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), target, place(target)
-        )
-        item = target
-        how = ocp.checkpoint_utils.construct_restore_args(target)
-        if not widen:  # Orbax restores the dtype that was saved if neither names one
-            item = replace(item, params=map_frozen(lambda _: 0, self.run, item.params))
-            how = replace(
-                how, params=map_frozen(lambda args: replace(args, dtype=None), self.run, how.params)
-            )
-        item, how = _parts(item), _parts(how)
-        if not optimizer:  # whose types a reader may not know
-            item, how = (
-                {name: parts[name] for name in ("params", "bias", "step")} for parts in (item, how)
-            )
-        # Not StandardRestore, which reads no part of a tree.
-        state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=not optimizer)
-        found = self._orbax.restore(folder, args=ocp.args.Composite(state=state)).state
-        if bad := first_nonfinite("router bias", found["bias"]):
-            raise ValueError(f"the norm of {bad} is not finite")
-        if optimizer:
-            return TrainState(**found), position
-        params = found.pop("params")
-        if packed:
-            widest = jax.numpy.float32 if widen else jax.numpy.bfloat16
-            params = jax.jit(partial(in_use, dtype=widest), out_shardings=of_use)(params)
-        return TrainState(lora.merge(self.run.lora, params), opt=(), **found), position
-
-
-def _parts(state: TrainState) -> dict[str, Any]:
-    """A state's trees by name; without the start's biases in a run that needs none."""
-    return {name: tree for name, tree in vars(state).items() if name != "start_bias" or tree}
-
-
-def _packed(params: nnx.State) -> list:
-    """The packed parameters: [path, [shape, dtype] of each array]."""
-    found = ((path, v.get_value()) for path, v in nnx.to_flat_state(params))
-    return [
-        [path, [[x.shape, x.dtype.name] for x in value]]
-        for path, value in found
-        if isinstance(value, Packed)
-    ]
-
-
-def _with_packed(params: nnx.State, packed: list) -> nnx.State:
-    """The shapes of parameters, of which some are packed, as `_packed` lists them."""
-    flat = dict(nnx.to_flat_state(params))
-    try:
-        for path, arrays in packed:
-            value = Packed(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
-            if jax.eval_shape(Packed.unpack, value).shape != flat[tuple(path)].shape:
-                raise ValueError("its matrix has another shape")
-            flat[tuple(path)] = flat[tuple(path)].replace(value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{PACKED}={packed!r:.100} is no list of its packed weights") from error
-    return nnx.from_flat_state(flat)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -479,6 +311,7 @@ def load_run(
         >>> from dsv3_jax.runs.folder import claim
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
+        >>> from dsv3_jax.training.step import abstract_state
         >>> shapes = abstract_state(Job(run))
         >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
         >>> with tempfile.TemporaryDirectory() as folder:  # what `ds.train.fit` writes

@@ -26,7 +26,13 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, check_place, claim
-from dsv3_jax.runs.open_model import check_text, find_released, released_run, text_files
+from dsv3_jax.runs.open_model import (
+    check_text,
+    find_released,
+    load_text,
+    released_run,
+    text_files,
+)
 from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.step import TrainState
 
@@ -71,7 +77,8 @@ def convert(
         >>> sentence.endswith("tensors in fp8, in Hugging Face format")
         True
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     from_run = (source / RUN_FILE).is_file()
     source = source if from_run else find_released(source)
     if step is not None and not from_run:
@@ -104,22 +111,26 @@ def _run_to_released(
     quiet: bool,
 ) -> str:
     """Convert a run's checkpoint, with its tokenizer and the other files of its text."""
-    # the run's own may be of other devices
+    # The weights. The kernels that the run names may be of other devices.
     model, run, step = load_run(source, step=step, kernels="auto")
     origin = read_object(tensor_files.file_inside(source, ORIGIN))
     kept_dtype = origin.get("dtype", origin.get("torch_dtype"))
     fp8 = dtype == "fp8"
     name = next((d for d in (dtype, kept_dtype) if d in DTYPES), None)
     config, table, read = released_parts(model, fp8, name)
-    ids = {"eos_token_id": tokenizer.load(run.data.tokenizer).eos_id}
-    config |= ids | {
-        k: origin[k] for k in ("bos_token_id", "eos_token_id") if origin.get(k) is not None
-    }
+
+    # The ids that begin and end a text are the origin's, else the tokenizer's.
+    config["eos_token_id"] = tokenizer.load(run.data.tokenizer).eos_id
+    for key in ("bos_token_id", "eos_token_id"):
+        if origin.get(key) is not None:
+            config[key] = origin[key]
     texts = {name: read_bytes(file) for name, file in text_files(source).items()}
     if run.data.tokenizer == "bytes":
         texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
     write_released(out, config, table, tensors, quiet=quiet, texts=texts)
+
+    # Say what the format has no place for.
     written = "fp8" if fp8 else config["torch_dtype"]
     lost = left_out(run.model)
     sentence = (
@@ -136,12 +147,16 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
     name = next(d for d in (dtype, embed, "float32") if d in DTYPES)
     table = tensor_table(folder.cfg, fp8, dtype=name)
     config = config_to_dict(folder.cfg, fp8=fp8, dtype=name)
+
+    # The files of text are copied as they are, once they are found to fit the model.
     for key in ("bos_token_id", "eos_token_id"):
         end_ids(folder.path, tensor_files.CONFIG, key)  # refuses what is no id
         config[key] = folder.config.get(key)
     texts = {name: read_bytes(file) for name, file in text_files(folder.path).items()}
     if TOKENIZER_FILE in texts or (TIKTOKEN_FILE in texts and find_spec("tiktoken")):
-        check_text(folder.path, folder.cfg)
+        check_text(folder.path, folder.cfg, load_text(folder.path))
+
+    # One tensor after the other.
     tensors = cast(folder_tensors(folder), table, allow_nonfinite=folder.allow_nonfinite)
     write_released(out, config, table, tensors, quiet=quiet, texts=texts)
     return f"{out}: {len(table)} tensors in {dtype}, in Hugging Face format"
@@ -149,10 +164,10 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
 
 def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
     """Convert to a run at step 0 with a new optimizer state, as other commands read it."""
-    run = released_run(source, model.cfg)
+    run = released_run(source, model.cfg, load_text(source))
     params = nnx.state(model, nnx.Param)
     bias = nnx.state(model, RouterBias)
-    # untouched pages take no memory
+    # numpy's zeros take no memory until they are touched
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)
     state = TrainState(params, bias, AdamState(zeros, zeros), jnp.zeros((), jnp.int32))
     tensor_files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))

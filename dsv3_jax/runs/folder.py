@@ -110,6 +110,7 @@ def claim(
     run: RunConfig,
     kernels: dict[str, str] | None = None,
     made: dict[str, Any] | None = None,
+    words: tokenizer.Tokenizer | None = None,
 ) -> RunConfig:
     """Make a run folder, or check that it is this run's.
 
@@ -122,6 +123,7 @@ def claim(
         made: what the run is trained with, see `made_from`. The file keeps each start that differs
             from the one before in its list `made`, so that a run that resumes with other code or
             another text says so.
+        words: the run's tokenizer, if it is read already.
     Returns: `settled`.
     Raises: ValueError if the folder is another run's, holds other files, or has links to what
         others own.
@@ -137,6 +139,34 @@ def claim(
         ValueError: seed=9 is not that of the run in ..., 0; choose another --out
     """
     folder = Path(folder)
+    _refuse_links(folder)
+
+    # A run that has begun: only settings that may change do.
+    if (folder / RUN_FILE).exists():
+        held = read_run(folder)
+        if different := difference(held, run):
+            key, a, b = different
+            raise ValueError(
+                f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out"
+            )
+        _record(folder, held, run, made)
+        return settled(run, folder)
+
+    # A new one keeps its tokenizer. run.json comes last: with it the folder is a run.
+    _refuse_other_files(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.data.tokenizer != "bytes":
+        tokenizer.keep_copy(run.data.tokenizer, folder, words)
+    run = settled(run, folder)
+    inside = replace(run, data=replace(run.data, tokenizer=Path(run.data.tokenizer).name))
+    written = {"format": FORMAT, "run": to_dict(inside)}
+    written |= {"kernels": kernels or {}, "made": [made] if made else [], "history": []}
+    write_atomic(folder / RUN_FILE, json.dumps(written, indent=1) + "\n")
+    return run
+
+
+def _refuse_links(folder: Path) -> None:
+    """Check that training in a folder writes into no other. Raises: ValueError."""
     for path in (folder / name for name in REPLACED):
         if path.is_symlink():  # training would write through it
             raise ValueError(
@@ -150,15 +180,10 @@ def claim(
             f"{folder}/checkpoints is a link into the run {held_in}, "
             "whose checkpoints would be deleted"
         )
-    if (folder / RUN_FILE).exists():
-        held = read_run(folder)
-        if different := difference(held, run):
-            key, a, b = different
-            raise ValueError(
-                f"{key}={b!r} is not that of the run in {folder}, {a!r}; choose another --out"
-            )
-        _record(folder, held, run, made)
-        return settled(run, folder)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Check that a new run's folder is empty, but for its tokenizer. Raises: ValueError."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
     may_be_there = (
@@ -173,28 +198,20 @@ def claim(
         raise ValueError(
             f"out={str(folder)!r} holds other files and no {RUN_FILE}; choose another --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if run.data.tokenizer != "bytes":
-        tokenizer.keep_copy(run.data.tokenizer, folder)
-    run = settled(run, folder)
-    inside = replace(run, data=replace(run.data, tokenizer=Path(run.data.tokenizer).name))
-    written = {"format": FORMAT, "run": to_dict(inside)}
-    written |= {"kernels": kernels or {}, "made": [made] if made else [], "history": []}
-    write_atomic(folder / RUN_FILE, json.dumps(written, indent=1) + "\n")
-    return run
 
 
 def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] | None) -> None:
     """Write changed settings into run.json and its history, and a start unlike the last."""
     values = _read(folder)
-    pairs = {name: (getattr(held, name), getattr(run, name)) for name in MAY_CHANGE}
     if made and [made] != values["made"][-1:]:
         values["made"].append(made)
-    if changed := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
-        values["history"].append(
-            {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
-        )
-        values["run"] |= {name: now for name, (_, now) in changed.items()}
+
+    before, now = vars(held), vars(run)
+    changed = {name: (before[name], now[name]) for name in MAY_CHANGE if before[name] != now[name]}
+    if changed:
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        values["history"].append({"time": time, "changed": changed})
+        values["run"] |= {name: now[name] for name in changed}
     write_atomic(folder / RUN_FILE, json.dumps(values, indent=1) + "\n")
 
 
@@ -209,19 +226,20 @@ def made_from(data: str, words: str, checker: str = "") -> dict[str, Any]:
         ['commit', 'dirty', 'version', 'jax', 'corpus', 'tokenizer']
     """
     commit, dirty = _commit()
-    versions = {
+    made: dict[str, Any] = {
+        "commit": commit,
+        "dirty": dirty,
         "version": importlib.metadata.version("dsv3-jax"),
         "jax": importlib.metadata.version("jax"),
+        "corpus": data,
+        "tokenizer": words,
     }
-    programs = {
-        name: what for name, what in (("imports", list(IMPORTED)), ("checker", checker)) if what
-    }
-    return (
-        {"commit": commit, "dirty": dirty}
-        | versions
-        | {"corpus": data, "tokenizer": words}
-        | programs
-    )
+    # Most runs have no programs of the user's own.
+    if IMPORTED:
+        made["imports"] = list(IMPORTED)
+    if checker:
+        made["checker"] = checker
+    return made
 
 
 def check_registered(run: RunConfig, folder: str | Path) -> None:
@@ -238,7 +256,11 @@ def check_registered(run: RunConfig, folder: str | Path) -> None:
     unknown = [
         f"{setting}={value!r:.80}" for setting, value, table in settings if value not in table
     ]
-    starts = [start for start in read_made(folder) if isinstance(start, dict)] if unknown else []
+    if not unknown:
+        return
+
+    # The programs that its starts named; the file may hold anything.
+    starts = [start for start in read_made(folder) if isinstance(start, dict)]
     lists = [start["imports"] for start in starts if isinstance(start.get("imports"), list)]
     names = dict.fromkeys(name for names in lists for name in names if isinstance(name, str))
     if names:
@@ -306,13 +328,12 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     """
 
     def identity(run: RunConfig) -> dict:
+        # Paths from any directory; tokenizers are compared below.
         data = replace(run.data, paths=tuple(map(hub.absolute, run.data.paths)), tokenizer="bytes")
-        others = {
-            key: value and os.path.abspath(value)
-            for key, value in (("trunk", run.trunk), ("start", run.start))
-        }
-        values = to_dict(replace(run, execution=Execution(), data=data, **others))
-        return {key: value for key, value in values.items() if key not in MAY_CHANGE}
+        trunk = run.trunk and os.path.abspath(run.trunk)
+        start = run.start and os.path.abspath(run.start)
+        run = replace(run, execution=Execution(), data=data, trunk=trunk, start=start)
+        return {key: value for key, value in to_dict(run).items() if key not in MAY_CHANGE}
 
     found = first_difference(identity(a), identity(b))
     if found is None and not same_tokenizer(a.data.tokenizer, b.data.tokenizer):

@@ -18,96 +18,54 @@ steps:
        adapters are trained
 """
 
-import math
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
-from dataclasses import InitVar, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
+from jax.sharding import Mesh
 
-from dsv3_jax.config import RunConfig, check_kind
-from dsv3_jax.data.batches import Source, model_inputs
-from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.hf.places import find
+from dsv3_jax.config import RunConfig, check_kind, to_dict
+from dsv3_jax.data.batches import Batches, Source
 from dsv3_jax.host.lock import FolderLock, acquire
 from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.mesh import processes, sharding
-from dsv3_jax.report.metrics import (
-    LOAD_FILE,
-    METRICS_FILE,
-    Metrics,
-    Rows,
-    load_every,
-    load_row,
-    read_rows,
-)
+from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
 from dsv3_jax.report.progress import Progress
-from dsv3_jax.report.run_result import draw, order2_of
 from dsv3_jax.report.speed import Speed
-from dsv3_jax.runs.chats import chats_of, for_epochs
+from dsv3_jax.runs.answers import Answers
+from dsv3_jax.runs.callbacks import Callback, KeepOrigin, KeepText
+from dsv3_jax.runs.chats import Chats, for_epochs, read_chats
 from dsv3_jax.runs.checkpoint import Checkpoints
-from dsv3_jax.runs.convert import keep_origin
-from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.runs.folder import check_place, claim, made_from
-from dsv3_jax.runs.prepare import Callback, Options, agree, check, kernels_of, read
+from dsv3_jax.runs.prepare import FitOptions, Prepared, agree, check, kernels_of, read
 from dsv3_jax.runs.start import Start, begin, open_start
-from dsv3_jax.training.metrics import as_row
-from dsv3_jax.training.step import (
-    Batch,
-    Job,
-    first_bad_tensor,
-    first_nonfinite,
-    make_step,
-    model_of,
-    split_trainable,
-)
+from dsv3_jax.runs.steps import Files, FitResult, NonFiniteLoss, Training
+from dsv3_jax.training.optim import Transform
+from dsv3_jax.training.step import Job
 
-__all__ = ["Callback", "FitResult", "NonFiniteLoss", "fit", "for_epochs", "open_start"]
-
-# Steps started before the oldest one is looked at. If above 0, the next batch is copied while a
-# step runs. On a CPU the step needs all cores.
-AHEAD = {"cpu": 0}
-AHEAD_ELSEWHERE = 2
-TRACE_FOLDER = "profile"
-_compiled_step = lru_cache(maxsize=16)(make_step)  # a run resumed in one process compiles once
+__all__ = [
+    "Callback", "Chats", "FitResult", "NonFiniteLoss", "Start",
+    "fit", "for_epochs", "open_start", "read_chats",
+]  # fmt: skip
 
 
-class NonFiniteLoss(ValueError):
-    """A loss or gradient that is not finite; the message names the step and first bad tensor."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a call of `fit` ended."""
-
-    step: int
-    finished: bool  # False: stopped before the last step, by a signal or `stop_after`
-    resumed_from: int | None
-    evaluation: dict | None  # of the last step, see `evaluate`
-    order2_bits_per_byte: float | None  # of an order-2 byte model on the same validation text
-
-
-class Done(NamedTuple):
-    """A step that was started, and what follows once it is complete."""
-
-    step: int  # steps taken with it
-    batch: Batch
-    metrics: dict[str, Any]  # on the devices
-    logged: bool
-    evaluate: bool
-    save: bool
-
-
-def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
+def fit(
+    run: RunConfig,
+    out: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    stop_after: int | None = None,
+    quiet: bool = False,
+    report: bool = True,
+    profile: tuple[int, int] | None = None,
+    optimizer: Transform = None,
+    source: Source | None = None,
+    start: Start | None = None,
+    chats: Chats | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> FitResult:
     """Train a run in folder `out`; the same call again resumes it.
 
     Args:
@@ -134,6 +92,9 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
         source: data to train and to measure on, in place of the text that `run.data` names. A
             resumed run needs it again. Its token ids must be ids of `run.data.tokenizer`. None
             means the text.
+        start: the run's `start` or `trunk`, from `open_start`. None means that `fit` opens it if it
+            needs it.
+        chats: the run's chats, from `read_chats`. None means that `fit` reads them.
         callbacks: called at the start and the end and for each row of metrics and checkpoint, see
             `Callback`. If one raises, the run is saved and the error is raised.
     Raises:
@@ -162,11 +123,18 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
     2
     """
     check_kind("run", run, RunConfig)
-    if run.data.format == "chat" and options.get("source") is None:
-        chats = chats_of(run, out)
-        options |= chats | {"callbacks": [*chats["callbacks"], *options.get("callbacks", ())]}
-    options["callbacks"] = [KeepOrigin(), *options.get("callbacks", ())]
-    with open_run(run, Path(out), Options(**options)) as training:
+    kept: list[Callback] = [KeepOrigin()]
+    if run.data.format == "chat" and source is None:
+        start, chats = start_and_chats(run, out, start, chats)
+    if chats is not None:
+        kept.append(KeepText(chats.text))
+    options = FitOptions(
+        mesh=mesh, step=step, stop_after=stop_after, quiet=quiet, report=report, profile=profile,
+        optimizer=optimizer, source=source, start=start, chats=chats,
+        callbacks=(*kept, *callbacks),
+    )  # fmt: skip
+
+    with open_training(run, Path(out), options) as training:
         for done in training.steps():
             if done.logged:
                 training.log(done)
@@ -177,287 +145,99 @@ def fit(run: RunConfig, out: str | Path, **options: Any) -> FitResult:
         return training.finish()
 
 
-class KeepOrigin(Callback):
-    """Keeps what `dsv3 convert` needs of the released folder that a run's start or trunk is of."""
-
-    def on_start(self, run: RunConfig, out: Path, step: int) -> None:
-        place = run.start or run.trunk
-        if place is not None and step == 0:  # later the other run may be gone
-            keep_origin(find(place), out)
+def start_and_chats(
+    run: RunConfig, out: str | Path, start: Start | None, chats: Chats | None
+) -> tuple[Start | None, Chats | None]:
+    """Read a run's chats, if it has some that are not read yet, and open its start for that."""
+    if run.data.format != "chat":
+        return start, None
+    processes.agree({"run": to_dict(run)})
+    chats = processes.by_each(lambda: chats or read_chats(run, out, start))
+    return start or chats.start, chats
 
 
 @contextmanager
-def open_run(run: RunConfig, out: Path, options: Options) -> Iterator["Training"]:
+def open_training(run: RunConfig, out: Path, options: FitOptions) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
     processes.by_first(lambda: check_place(out))
     job = agree(run, options)
     check(job)
-    words, source, start = read(job, out, options)
+    ready = read(job, out, options)
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
-        _only_writer(
-            job, out, made_from(source.fingerprint, words.fingerprint, source.checker)
-        ) as lock,
+        _only_writer(ready, out) as lock,
         Checkpoints(out, job.run, optimizer=options.optimizer) as checkpoints,
         asked_to_stop() as asked,
         sharding.use_mesh(options.mesh),
     ):
-        yield Training(job, options, out, words, source, lock, checkpoints, progress, asked, start)
+        batches = _batches_of(ready, options.start)
+        held_out = ready.source.val_batches(job.run.eval_batches)
+        speed = Speed(job.run, _devices_that_add_up(job) if options.report else 0)
 
-
-@dataclass
-class Training:
-    """An open run: its state, its batches, and the files that it writes."""
-
-    job: Job
-    options: Options
-    out: Path
-    tokenizer: Tokenizer
-    source: Source
-    lock: FolderLock
-    checkpoints: Checkpoints
-    progress: Progress
-    asked: threading.Event  # to stop
-    start: InitVar[Start | None]
-
-    def __post_init__(self, start: Start | None) -> None:
-        run = self.job.run
-        mesh = self.job.mesh
-        kernels = self.job.chosen()
-        # None means all
-        rows = None if mesh is None else processes.rows_held(mesh, run.data.batch_size)
-        self.batches = self.source.train_batches(rows)
-        if self.source.sampled is not None:
-            self.batches = self.source.sampled(lambda: (self.job, self.state))
-        self.held_out = self.source.val_batches(run.eval_batches)
-        # A machine's CPU devices share its cores, others add up.
-        devices = (
-            jax.process_count() if mesh is None or kernels.target.platform == "cpu" else mesh.size
-        )
-        self.speed = Speed(run, devices if self.options.report else 0)
-        self.stopped = False
-        self.evaluation: dict[str, Any] | None = None
-        self.error: Exception | None = None  # the first of a callback, or of the source
-        sentences = [self.lock.sentence, *self.checkpoints.rewind(self.options.step)]
-        found = self.checkpoints.restore(self.job.mesh)
-        if found is None:
-            self.state, sentence = begin(self.job, start)
+        # The state and the position of the data belong together: both of one checkpoint, or new.
+        sentences = [lock.sentence, *checkpoints.rewind(options.step)]
+        restored = checkpoints.restore(job.mesh)
+        if restored is None:
+            state, sentence = begin(job, ready.start)
         else:
-            self.state, position = found
-            try:
-                self.batches.set_state(position)
-            except ValueError as error:
-                raise ValueError(
-                    f"step={int(self.state.step)} in {self.checkpoints.folder}: {error}"
-                ) from error
-            checkpoint = f"the checkpoint of step {int(self.state.step)}"
-            sentence = f"resumed from {checkpoint} in {self.checkpoints.folder}"
-        self.step = int(self.state.step)
-        self.resumed_from = None if found is None else self.step
+            state, position = restored
+            _set_position(batches, position, int(state.step), checkpoints)
+            checkpoint = f"the checkpoint of step {int(state.step)}"
+            sentence = f"resumed from {checkpoint} in {checkpoints.folder}"
+
+        # Rows of later steps are dropped: they will be written again.
+        step = int(state.step)
         first = processes.is_first()
-        self.metrics = Metrics(self.out, self.step, read_only=not first)
-        self.loads = Rows(self.out / LOAD_FILE, self.step, read_only=not first)
-        sentences += [self.metrics.sentence, self.loads.sentence, sentence]
-        chosen = kernels.describe(run.execution.compute_dtype, 1 if mesh is None else mesh.size)
-        for line in filter(None, [self.source.summary, chosen, *sentences]):
-            self.progress.say(line)
-        self.callbacks = list(self.options.callbacks) if first else []
-        for callback in self.callbacks:
-            callback.on_start(run, self.out, self.step)
+        metrics = Metrics(out, step, read_only=not first)
+        loads = Rows(out / LOAD_FILE, step, read_only=not first)
+        sentences += [metrics.sentence, loads.sentence, sentence]
 
-    def steps(self) -> Iterator[Done]:
-        """Train, and yield each step once it is complete.
-
-        No other runs when one that is evaluated or saved is yielded.
-
-        Nothing goes between the host and the devices but batches, each step's flag `finite`, and
-        what is logged.
-        """
-        steps, (first, end) = self.job.run.steps, self.options.profile or (0, 0)
-        step_fn = _compiled_step(_of_any_seed(self.job))
-        ahead = AHEAD.get(self.job.chosen().target.platform, AHEAD_ELSEWHERE)
-        # the model samples once it has learnt from the batch before
-        ahead = 0 if self.source.sampled else ahead
-        # Whether a step may change the state; made of the state, to be on its devices as the steps'
-        # own flags are.
-        go = self.state.step >= 0
-        started = deque[Done]()
-        batch = None
-        traces = processes.is_first()
-        if self.step < steps:
-            self.progress.say(
-                "compiling the training step" + (" …" if self.step == 0 else " (again) …")
-            )
-        with ExitStack() as trace:
-            while self.step < steps and not self.stopped:
-                if traces and first <= self.step < end:  # also if the run resumes between the two
-                    trace.enter_context(
-                        jax.profiler.trace(self.out / TRACE_FOLDER, create_perfetto_trace=True)
-                    )
-                    traces = False
-                with jax.transfer_guard("disallow"):
-                    arrays = self._next_batch() if batch is None else batch
-                    if arrays is None:
-                        break
-                    with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                        self.state, metrics = step_fn(self.state, arrays, go)
-                    self.step += 1
-                    go = metrics["finite"]
-                    started.append(self._started(arrays, metrics, ask_often=not ahead))
-                    waits = started[-1].evaluate or started[-1].save or self.step == end
-                    batch = self._next_batch() if ahead and not waits else None
-                while len(started) > (0 if waits or self.stopped else ahead):
-                    settled = self._settled(started.popleft())
-                    since = time.perf_counter()
-                    yield settled
-                    if waits:
-                        self.speed.away += time.perf_counter() - since
-                if self.step == end:
-                    trace.close()
-        if self.error is not None and self.step and self.checkpoints.latest != self.step:
-            self.save()
-
-    def _next_batch(self) -> Batch | None:
-        """Put the next batch on the devices. None if that fails: `finish` raises why."""
-        try:
-            batch = next(self.batches)
-        except (ValueError, OSError) as error:
-            if jax.process_count() > 1:
-                raise  # the others may have their batch, and do not save
-            self.stopped = True
-            self.error = error
-            return None
-        return processes.put(model_inputs(batch), self.job.mesh, self.job.run.data.batch_size)
-
-    def _started(self, batch: Batch, metrics: dict[str, Any], *, ask_often: bool) -> Done:
-        """Decide what follows a step that was started."""
-        run = self.job.run
-        step = self.step
-        self.stopped = step == self.options.stop_after
-        logged = step % run.log_every == 0
-        # several processes wait for the step when they ask
-        if ask_often or logged or jax.process_count() == 1:
-            self.stopped |= processes.any_of(self.asked.is_set())
-        last = step == run.steps
-        logged |= last or self.stopped or step == 1
-        saves = step % run.save_every == 0 or last or self.stopped
-        return Done(step, batch, metrics, logged, step % run.eval_every == 0 or last, saves)
-
-    def _settled(self, done: Done) -> Done:
-        """Wait for a step. Raises: NonFiniteLoss."""
-        if not jax.device_get(done.metrics["finite"]):
-            # The steps after it changed nothing: the state is still the one that it met.
-            bad = first_bad_tensor(self.job, self.state, done.batch)
-            raise self._not_good(
-                f"step {done.step - 1} met a loss or gradient that is not finite; "
-                f"first bad tensor: {bad}"
-            )
-        return done
-
-    def _not_good(self, what: str) -> NonFiniteLoss:
-        latest = self.checkpoints.latest
-        last = "does not exist" if latest is None else f"is step {latest}"
-        return NonFiniteLoss(
-            f"{what}; the last good checkpoint {last} in {self.checkpoints.folder}"
-        )
-
-    def log(self, done: Done) -> None:
-        """Write a step's row of metrics, and at some steps its load."""
-        found = processes.fetch(done.metrics, self.job.mesh)
-        row = as_row(done.step, found, self.job.run) | self.speed.since_last(done.step)
-        if self.source.sampled is not None:
-            row |= self.batches.metrics
-        self.lock.check()
-        self.metrics.write(row)
-        if found["load"].size and done.step % load_every(self.job.run) == 0:
-            self.loads.write(load_row(done.step, found))
-        self.progress.update(done.step, row)
-        self._call("on_step", row)
-
-    def evaluate(self) -> None:
-        """Measure the model on the held-out rows, and write the measures."""
-        self.evaluation = found = self._measured()
-        if not math.isfinite(found["val_loss"]):
-            raise self._not_good(f"step {self.step} has a validation loss that is not finite")
-        row = {"step": self.step} | {k: v for k, v in found.items() if k != "load"}
-        self.lock.check()
-        self.metrics.write(row)
-        self.progress.show_evaluation(self.step, row)
-        self._call("on_evaluation", row)
-
-    def _measured(self) -> dict[str, Any]:
-        model = model_of(self.job, self.state)
-        about = (self.source.domains, self.job.mesh, self.source.training_bytes)
-        return evaluate(model, self.held_out, self.tokenizer, *about)
-
-    def save(self) -> None:
-        """Save the state and the data position; in the background unless the run ends here."""
-        moved = split_trainable(self.job.run, self.state.params)[0], self.state.bias, self.state.opt
-        arrays = [x for x in jax.tree.leaves(moved) if x.ndim]  # optax begins at infinity
-        if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
-            bad = first_nonfinite("parameter", self.state.params)
-            bad = bad or first_nonfinite("router bias", self.state.bias) or "an optimizer state"
-            raise self._not_good(
-                f"step {self.step} has {bad}, whose norm is not finite; a smaller rate may help"
-            )
-        self.lock.check()
-        ends = self.stopped or self.step == self.job.run.steps
-        self.checkpoints.save(self.state, self.batches.get_state(), wait=ends)
-        self._call("on_checkpoint", self.step, self.checkpoints.folder / str(self.step))
-
-    def finish(self) -> FitResult:
-        """Print and draw how the run ended. Raises: the first error of a callback or the source."""
-        finished = self.step == self.job.run.steps
-        order2 = None
-        pictures = []
-        if finished:
-            # it may have been finished before
-            evaluation = self.evaluation = self.evaluation or self._measured()
-            if self.options.report:
-                order2 = order2_of(self.source, self.tokenizer, self.held_out)
-            if self.options.report and processes.is_first():
-                self.lock.check()
-                pictures = draw(
-                    self.out, evaluation, read_rows(self.out / METRICS_FILE), self.job.run.model
-                )
-            self.progress.show_result(evaluation, order2, self.out, pictures)
-        else:
-            self.progress.say(
-                f"stopped and saved at step {self.step}; the same command resumes from there"
-            )
-        result = FitResult(self.step, finished, self.resumed_from, self.evaluation, order2)
-        if self.error is None:
-            self._call("on_end", result)
-        if self.error is not None:
-            raise self.error
-        return result
-
-    def _call(self, name: str, *args: Any) -> None:
-        """Call a method of all callbacks. If one raises, the run stops and calls it no more."""
-        for callback in list(self.callbacks):
-            try:
-                getattr(callback, name)(*map(copy, args))
-            except Exception as error:
-                self.callbacks.remove(callback)
-                self.error = self.error or error
-                self.asked.set()
+        training = Training(
+            ready, options, Files(out, lock, checkpoints, metrics, loads), progress, asked,
+            state, batches, held_out, speed,
+            step=step, resumed_from=None if restored is None else step,
+            callbacks=list(options.callbacks) if first else [],
+        )  # fmt: skip
+        training.say_and_call(sentences)
+        yield training
 
 
-def _of_any_seed(job: Job) -> Job:
-    """The job as its step depends on it: nothing is drawn, so runs of any seed share a step."""
-    run = job.run
-    return replace(job, run=replace(run, seed=0, data=replace(run.data, seed=0)))
+def _batches_of(ready: Prepared, start: Start | None) -> Batches:
+    """The batches that the run trains on; of its rows this process reads its own share."""
+    if ready.tasks is not None:
+        return Answers(ready.job, ready.tasks, ready.start or start)
+    mesh = ready.job.mesh
+    # None means all
+    rows = None if mesh is None else processes.rows_held(mesh, ready.job.run.data.batch_size)
+    return ready.source.train_batches(rows)
+
+
+def _devices_that_add_up(job: Job) -> int:
+    """A machine's CPU devices share its cores; others add up."""
+    if job.mesh is None or job.chosen().target.platform == "cpu":
+        return jax.process_count()
+    return job.mesh.size
+
+
+def _set_position(batches: Batches, position: dict, step: int, checkpoints: Checkpoints) -> None:
+    try:
+        batches.set_state(position)
+    except ValueError as error:
+        raise ValueError(f"step={step} in {checkpoints.folder}: {error}") from error
 
 
 @contextmanager
-def _only_writer(job: Job, out: Path, made: dict[str, Any]) -> Iterator[FolderLock]:
+def _only_writer(ready: Prepared, out: Path) -> Iterator[FolderLock]:
     """Lock and claim the run folder: process 0 has the lock, others one always in order."""
+    job = ready.job
+    checker = "" if ready.tasks is None else ready.tasks.checker.fingerprint()
+    made = made_from(ready.source.fingerprint, ready.tokenizer.fingerprint, checker)
     locks = [FolderLock()]
 
     def lock() -> None:
         out.mkdir(parents=True, exist_ok=True)
         locks.append(stack.enter_context(acquire(out)))
-        claim(out, job.run, kernels_of(job), made)
+        claim(out, job.run, kernels_of(job), made, ready.tokenizer)
 
     with ExitStack() as stack:
         processes.by_first(lock)

@@ -53,7 +53,8 @@ def open_model(
     if (Path(place) / RUN_FILE).is_file():
         return load_run(place, mesh, step=step, kernels=kernels)
     model = load_model(place, mesh, step=step, dtype=dtype, kernels=kernels)
-    return Loaded(model, released_run(find_released(place), model.cfg), 0)
+    folder = find_released(place)
+    return Loaded(model, released_run(folder, model.cfg, load_text(folder)), 0)
 
 
 def load_model(
@@ -114,12 +115,13 @@ def find_released(place: str | Path) -> Path:
     return folder
 
 
-def released_run(folder: Path, cfg: ModelConfig) -> RunConfig:
+def released_run(folder: Path, cfg: ModelConfig, text: TextSettings) -> RunConfig:
     """The settings of a released model: its tokenizer, and the default corpus.
 
-    Raises: ValueError when it has no tokenizer, or as `check_text`.
+    Args: text: the folder's, from `load_text`.
+    Raises: ValueError as `check_text`.
     """
-    check_text(folder, cfg)
+    check_text(folder, cfg, text)
     name = str(tokenizer.file_of(str(folder)))
     return RunConfig(
         model=cfg, data=DataConfig(tokenizer=name, seq_len=min(SEQ_LEN, cfg.max_positions))
@@ -142,12 +144,12 @@ def text_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def check_text(folder: Path, cfg: ModelConfig) -> None:
-    """Check a released folder's files about text against each other and the model.
+def check_text(folder: Path, cfg: ModelConfig, text: TextSettings) -> None:
+    """Check that a model has every id of its folder's tokenizer.
 
-    Raises: ValueError as `load_text`, and when the tokenizer has more ids than the model.
+    Raises: ValueError when it does not.
     """
-    if (size := load_text(folder).tokenizer.vocab_size) > cfg.vocab_size:
+    if (size := text.tokenizer.vocab_size) > cfg.vocab_size:
         file = tokenizer.file_of(str(folder))
         raise ValueError(
             f"{file} has vocab_size={size}, more than the model's vocab_size={cfg.vocab_size}"

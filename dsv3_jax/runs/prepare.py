@@ -1,11 +1,11 @@
-"""Before the first step: options of `fit`; processes agree, the run is checked, text is read."""
+"""Before the first step: processes agree, the run is checked; tokenizer, text, start are read."""
 
 import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,59 +19,19 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.report.units import format_bytes
+from dsv3_jax.runs.answers import Tasks
+from dsv3_jax.runs.callbacks import Callback
+from dsv3_jax.runs.chats import Chats, outlook
 from dsv3_jax.runs.checkpoint import steps_of
 from dsv3_jax.runs.folder import RUN_FILE, read_made, settled
-from dsv3_jax.runs.start import Open, Start, check_start, open_start
+from dsv3_jax.runs.start import Start, check_start, open_start
 from dsv3_jax.training import optim
 from dsv3_jax.training.step import Job, abstract_state, split_trainable
 
 
-class Callback:
-    """The methods that `fit` calls while it trains; each does nothing by default.
-
-    Only the first of several processes calls them. A callback gets plain numbers and paths, never
-    the state, so it cannot change the run. It is called between two steps, and training waits for
-    it.
-
-    An error in `on_start` ends `fit` before the first step. After an error elsewhere the callback
-    is not called again. Training stops as after SIGTERM: the step that runs is completed and saved.
-    Then `fit` raises the error, and the same call resumes.
-
-    Example:
-        >>> class Losses(Callback):
-        ...     def __init__(self):
-        ...         self.seen = []
-        ...
-        ...     def on_step(self, row):
-        ...         self.seen.append((row["step"], row["loss"]))
-        >>> losses = Losses()
-        >>> losses.on_step({"step": 10, "loss": 5.5, "lr": 1e-3})  # as `fit(…, callbacks=[losses])`
-        >>> losses.seen
-        [(10, 5.5)]
-    """
-
-    def on_start(self, run: RunConfig, out: Path, step: int) -> None:
-        """Training begins or resumes after `step` steps, in folder `out`."""
-
-    def on_step(self, row: dict[str, Any]) -> None:
-        """A row of training metrics was written, see metrics.jsonl: every `log_every` steps.
-
-        On accelerators later steps may have started by then.
-        """
-
-    def on_evaluation(self, row: dict[str, Any]) -> None:
-        """A row of validation metrics was written."""
-
-    def on_checkpoint(self, step: int, folder: Path) -> None:
-        """The state after `step` steps is being saved, and complete before the next begins."""
-
-    def on_end(self, result: Any) -> None:
-        """`fit` is about to return this `FitResult`. Not called if it raises."""
-
-
 @dataclass(frozen=True)
-class Options:
-    """How a call of `fit` trains a run; `dsv3_jax.train.fit` says what each means."""
+class FitOptions:
+    """How a call of `fit` trains a run, which says what each means."""
 
     mesh: Mesh | None = None
     step: int | None = None
@@ -81,8 +41,9 @@ class Options:
     profile: tuple[int, int] | None = None
     optimizer: optim.Transform = None
     source: Source | None = None
+    chats: Chats | None = None
+    start: Start | None = None
     callbacks: Sequence[Callback] = ()
-    open_start: Open = open_start
 
     def __post_init__(self):
         for callback in self.callbacks:
@@ -92,7 +53,17 @@ class Options:
                 )
 
 
-def agree(run: RunConfig, options: Options) -> Job:
+class Prepared(NamedTuple):
+    """A run that the devices can train, and what it reads."""
+
+    job: Job
+    tokenizer: Tokenizer
+    source: Source
+    tasks: Tasks | None  # with GRPO: what the model answers, in place of the source's rows
+    start: Start | None  # to begin with. None: nothing, or a checkpoint is there
+
+
+def agree(run: RunConfig, options: FitOptions) -> Job:
     """Choose the kernels, and check that all processes train one run from and to the same step.
 
     A run that `optimizer` trains is named by it. All that follows is alike in all processes.
@@ -129,48 +100,69 @@ def check(job: Job) -> None:
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
-def read(job: Job, out: Path, options: Options) -> tuple[Tokenizer, Source, Start | None]:
-    """Read the tokenizer, the text, and the run to begin with: none if there is a checkpoint.
+def read(job: Job, out: Path, options: FitOptions) -> Prepared:
+    """Read the tokenizer, the text, and the run to begin with.
 
     Raises: ValueError.
     """
     run = job.run
     begun = (out / RUN_FILE).exists()
-    own = settled(run, out) if begun else run  # the tokenizer's first file may be gone
-    words = processes.by_each(lambda: tokenizer.load(own.data.tokenizer))
     taken = max(steps_of(out / "checkpoints"), default=0) if options.step is None else options.step
     if begun and taken > run.steps:
         raise ConfigError(
             f"steps={run.steps} is below the {taken} steps that the run in {out} has taken"
         )
 
-    def other() -> Start | None:
-        place = run.trunk or run.start
-        if place is None or (begun and taken):
-            return None
-        start = options.open_start(place)
-        check_start(run, start)
-        return start
-
-    start = processes.by_each(other)
+    # Once a checkpoint is there, the start may be gone. GRPO alone comes back to it.
+    resumes = begun and taken > 0
+    start = None if resumes else processes.by_each(lambda: _start_of(run, options.start))
+    own = settled(run, out) if begun else run  # the tokenizer's first file may be gone
+    words = processes.by_each(lambda: _tokenizer_of(own, options.chats, start))
     check_vocab(words, run.model.vocab_size)
-    if options.source is None and run.data.format == "chat":
-        raise ConfigError(
-            "data.format='chat' needs the examples as source; dsv3_jax.train.fit opens them"
-        )
-    source = options.source or processes.by_each(lambda: open_source(run.data, words))
-    if run.grpo.group and source.sampled is None:
+
+    # The text: of chats, which are read already, of the caller, or what `run.data` names.
+    chats = options.chats
+    tasks = None if chats is None else chats.tasks
+    if chats is not None:
+        source = replace(chats.source, summary=f"{chats.source.summary}\n{outlook(run)}")
+    else:
+        source = options.source or processes.by_each(lambda: open_source(run.data, words))
+    if run.grpo.group and tasks is None:
         raise ConfigError(
             f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it"
         )
     processes.agree({"text": source.fingerprint})
-    starts = read_made(out)[-1:] if begun else []
-    before = [start.get("checker") for start in starts if isinstance(start, dict)]
-    if source.checker and before not in ([], [None], [source.checker]):
+    if tasks is not None and begun and _other_checker(out, tasks.checker.fingerprint()):
         changed = f"grpo checker={run.grpo.checker!r} has changed since the last start"
         line = f"{changed}: rewards are by the new one"
         source = replace(source, summary=f"{source.summary}\n{line}")
-    return words, source, start
+    return Prepared(job, words, source, tasks, start)
+
+
+def _start_of(run: RunConfig, opened: Start | None) -> Start | None:
+    """The run's start or trunk, opened and checked; None for a run that has neither."""
+    place = run.trunk or run.start
+    if place is None:
+        return None
+    start = opened or open_start(place)
+    check_start(run, start)
+    return start
+
+
+def _tokenizer_of(run: RunConfig, chats: Chats | None, start: Start | None) -> Tokenizer:
+    """The tokenizer of a run. What has read the same file already is not asked to read it again."""
+    if chats is not None:
+        return chats.text.tokenizer
+    if start is not None and start.run.data.tokenizer == run.data.tokenizer:
+        return start.text.tokenizer
+    return tokenizer.load(run.data.tokenizer)
+
+
+def _other_checker(out: Path, fingerprint: str) -> bool:
+    """Whether the last start of a run had another program say which answers are right."""
+    last = [made for made in read_made(out)[-1:] if isinstance(made, dict)]
+    before = [made.get("checker") for made in last]
+    return bool(fingerprint) and before not in ([], [None], [fingerprint])
 
 
 def check_memory(job: Job, hosts: int = 1) -> None:

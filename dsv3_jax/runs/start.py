@@ -7,8 +7,8 @@ they are, and new adapters are trained.
 `trunk`: everything but the multi-token heads is the other run's, and stays as it is. The heads
 alone are trained.
 
-The other run is opened once, before the first step, and not again: a run that has a checkpoint does
-not need it.
+A start is opened once: its text, the headers of its tensors and its settings are read by
+`open_start` and not again. A run that has a checkpoint does not need it.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,15 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
-from dsv3_jax.hf import loading
+from dsv3_jax.hf.loading import load_weights
 from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.runs.folder import RUN_FILE, check_registered, read_run, same_tokenizer
-from dsv3_jax.runs.open_model import find_released, released_run
+from dsv3_jax.runs.open_model import find_released, load_text, released_run
 from dsv3_jax.training.step import Job, TrainState, init_state, split_heads
 
 # Keys of a model that may differ from the other run's.
@@ -50,13 +51,30 @@ class Start:
 
     place: str  # its folder
     run: RunConfig  # its model, and what its tokens mean
+    text: TextSettings  # how it reads and ends text: tokenizer, template, stops
     released: bool  # then data and execution of `run` mean nothing
     # (the model, sharded over the job's mesh; which it is). Weights that train are float32.
     load: Callable[[Job], tuple[Transformer, str]]
     four_bits: bool = False  # of some weights: these are for a run that freezes them
 
 
-Open = Callable[[str], Start]  # Raises: ValueError where there is nothing to begin with
+def open_start(place: str, out: str | Path | None = None) -> Start:
+    """Open a run or a released model to begin with.
+
+    Args: out: a folder to train in. If the other is gone but training in `out` has begun, the
+        settings are its own.
+    Raises: ValueError when there is neither, or no checkpoint yet.
+    """
+    try:
+        if (Path(place) / RUN_FILE).is_file():
+            return open_run(place)
+        return _open_released(place)
+    except ValueError:
+        if out is None or not (Path(out) / RUN_FILE).is_file():
+            raise
+        # GRPO may still need the weights. To read them says what is wrong with the place.
+        load = lambda job: open_start(place).load(job)  # noqa: E731
+        return Start(str(place), read_run(out), load_text(out), False, load)
 
 
 def open_run(place: str) -> Start:
@@ -76,31 +94,20 @@ def open_run(place: str) -> Start:
         )
         return model, f"of step {step} "
 
-    return Start(place, run, False, load)
+    return Start(place, run, load_text(place), False, load)
 
 
-def open_start(place: str, out: str | Path | None = None) -> Start:
-    """Open a run or a released model to begin with.
-
-    Args: out: a folder to train in. If the other is gone but training in `out` has begun, the
-        settings are its own.
-    Raises: ValueError when there is neither, or no checkpoint yet.
-    """
-    try:
-        if (Path(place) / RUN_FILE).is_file():
-            return open_run(place)
-        folder = ReleasedFolder(find_released(place))
-        run = released_run(folder.path, folder.cfg)
-    except ValueError:
-        if out is None or not (Path(out) / RUN_FILE).is_file():
-            raise
-        return Start(str(place), read_run(out), False, lambda job: open_start(place).load(job))
+def _open_released(place: str) -> Start:
+    folder = ReleasedFolder(find_released(place))
+    text = load_text(folder.path)
+    run = released_run(folder.path, folder.cfg, text)
 
     def load(job: Job) -> tuple[Transformer, str]:
-        keep = job.run.freezes
-        return loading.load(folder.path, None if keep else jnp.float32, job.mesh, packed=keep), ""
+        if job.run.freezes:
+            return load_weights(folder, None, job.mesh, packed=True), ""
+        return load_weights(folder, jnp.float32, job.mesh), ""
 
-    return Start(str(folder.path), run, True, load, four_bits=folder.four_bits)
+    return Start(str(folder.path), run, text, True, load, four_bits=folder.four_bits)
 
 
 def on_weights(run: RunConfig, start: Start) -> RunConfig:
@@ -111,7 +118,8 @@ def on_weights(run: RunConfig, start: Start) -> RunConfig:
 
     Example:
         >>> import dsv3_jax as ds
-        >>> start = Start("runs/lab", ds.recipe("lab"), released=False, load=lambda job: ...)
+        >>> from dsv3_jax.chat.text_settings import plain_settings
+        >>> start = Start("runs/lab", ds.recipe("lab"), plain_settings(), False, lambda job: ...)
         >>> run = on_weights(ds.replace(ds.recipe("tiny"), steps=9), start)
         >>> run.model == ds.preset("lab"), run.steps, run.start
         (True, 9, 'runs/lab')
@@ -124,7 +132,8 @@ def on_trunk(run: RunConfig, trunk: Start) -> RunConfig:
 
     Example:
         >>> import dsv3_jax as ds
-        >>> trunk = Start("runs/lab", ds.recipe("lab"), released=False, load=lambda job: ...)
+        >>> from dsv3_jax.chat.text_settings import plain_settings
+        >>> trunk = Start("runs/lab", ds.recipe("lab"), plain_settings(), False, lambda job: ...)
         >>> run = on_trunk(ds.recipe("tiny"), trunk)
         >>> run.model == ds.replace(ds.preset("lab"), mtp_depth=1), run.trunk
         (True, 'runs/lab')

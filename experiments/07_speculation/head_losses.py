@@ -39,13 +39,14 @@ PROMPTS, NEW = 32, 96
 
 def measure(trunk, loss, seed, steps):
     """Train a head, and return the share of its drafts that are accepted, by temperature."""
+    start = open_start(trunk)
     base = on_trunk(
         replace(recipe("lab"), steps=steps, eval_every=steps, save_every=steps, seed=seed),
-        open_start(trunk),
+        start,
     )
     run = replace(base, head_loss=loss)
     out = Path("runs/lab/head-losses") / f"{loss}-{seed}-{steps}"
-    fit(run, out)
+    fit(run, out, start=start)
     model, prompts = load_run(out).model, held_out_prompts(run.data, PROMPTS, 32)
     shares = {}
     for temperature in (0.0, 1.0):

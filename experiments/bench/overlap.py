@@ -5,7 +5,7 @@ python experiments/bench/overlap.py --steps 60 --rounds 10
 
 Both sides are `fit` itself on one run. The side "in turn" starts a step and waits for it before the
 next batch is made. The side "ahead" makes the next batch while a step runs, as on accelerators
-(`runs.loop.AHEAD`). The sides take turns in one process. Each pipeline delays a batch by a
+(`runs.steps.AHEAD`). The sides take turns in one process. Each pipeline delays a batch by a
 share of the step's own time. The one "waiting" sleeps, as for a disk or the network. The one
 "working" computes on one core in Python, as for a slow tokenizer.
 
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
-from dsv3_jax.runs import loop
+from dsv3_jax.runs import loop, steps
 from dsv3_jax.runs import start as starts
 from dsv3_jax.training.step import Job, init_state
 
@@ -96,13 +96,13 @@ def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
     read, clock = loop.read, Clock()
 
     def slowed(*args, **kwargs):
-        words, source, start = read(*args, **kwargs)
-        return words, Slow(source, seconds, kind), start
+        ready = read(*args, **kwargs)
+        return ready._replace(source=Slow(ready.source, seconds, kind))
 
     ahead = {jax.default_backend(): SIDES[side]}
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(loop, "AHEAD", ahead),
+        mock.patch.object(steps, "AHEAD", ahead),
         mock.patch.object(loop, "read", slowed),
         mock.patch.object(
             starts, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))

@@ -16,7 +16,7 @@ import runs
 
 from dsv3_jax.data.manifest import sealed
 from dsv3_jax.host.files import file_hash
-from dsv3_jax.runs.checkpoint import write_manifest
+from dsv3_jax.runs.checksums import write_manifest
 from tests.campaign import grammar
 from tests.campaign.commands import LIMIT_S, Trial
 from tests.campaign.fuzz import WITH_CHECKSUMS, Draws, Home, kind_of

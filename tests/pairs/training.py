@@ -37,6 +37,7 @@ from runs import assert_bitwise, fresh_state, rows_of, unhooked_cli, write_text
 
 import dsv3_jax as ds
 from dsv3_jax import hf
+from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import Balance, ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.config_writing import config_to_dict
@@ -45,7 +46,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.answers import check_model
-from dsv3_jax.runs.chats import open_chats
+from dsv3_jax.runs.chats import read_chats
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.open_model import measured_on
@@ -254,7 +255,7 @@ class Plan:
             changes["data.tokenizer"] = str(scratch / "tokenizer.json")
         self.run = changed(RUN, changes)
         if self.run.data.format == "chat" and self.run.start is None:
-            open_chats(self.run, self.folder)  # refuses it
+            read_chats(self.run, self.folder)  # refuses it
         if self.run.grpo.group:
             check_model(self.run)
         self.check_start()
@@ -301,7 +302,12 @@ class Plan:
             RUN, model=model, data=replace(RUN.data, tokenizer=self.run.data.tokenizer)
         )
         start = starts.Start(
-            "start", theirs, released, lambda job: None, four_bits=self.kind == "int4"
+            "start",
+            theirs,
+            plain_settings(),
+            released,
+            lambda job: None,
+            four_bits=self.kind == "int4",
         )
         starts.check_start(self.run, start)
 
