@@ -134,14 +134,17 @@ def parse_json(data: str | bytes) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
-        parsers: dict[str, Any] = {
-            "parse_int": _parse_int,
-            "parse_float": _parse_float,
-            "parse_constant": _refuse,
-        }
-        values = json.loads(text, object_pairs_hook=_without_duplicates, **parsers)
+        values = json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+            parse_constant=_refuse,
+        )
     except RecursionError:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} deep") from None
+
+    # Go down one level at a time: a recursion of ours could overflow, as could one of later code.
     level = [[values]]
     for _ in range(_MAX_DEPTH + 1):
         branches = (value.values() if isinstance(value, dict) else value for value in level)
@@ -150,6 +153,8 @@ def parse_json(data: str | bytes) -> Any:
             break
     else:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+
+    # Half a pair is text in Python, and no UTF-8.
     if re.search(r"\\u[dD][89a-fA-F]", text):
         try:
             json.dumps(values, ensure_ascii=False).encode()
@@ -213,11 +218,15 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """
     path = Path(path).resolve()
     content = data.encode() if isinstance(data, str) else data
+
+    # A device or a pipe.
     if path.exists() and not path.is_file():
         with open(path, "wb", opener=at_once) as file:
             os.set_blocking(file.fileno(), True)
             file.write(content)
         return
+
+    # A file: its content is on the disk before it gets the name, and then the name.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     part.unlink(missing_ok=True)  # of a killed process, or a link that somebody put there
@@ -255,15 +264,17 @@ def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> N
         check_name(path)
         if path.is_dir() and not folders:
             raise ValueError(f"out={str(path)!r} is a folder; name a file")
-        if path.is_dir() or path.is_file() or not path.exists():  # not a device or a pipe
-            folder = next(
-                place for place in [path, *path.parents][path.is_file() :] if place.exists()
-            )
-            try:
-                with tempfile.TemporaryFile(dir=folder) as file:
-                    file.write(bytes(1 << 16))
-            except OSError as error:  # of the temporary file's name
-                raise OSError(error.errno, error.strerror, str(path)) from error
+        if path.exists() and not path.is_dir() and not path.is_file():
+            continue  # a device or a pipe
+
+        # Only a try tells: a disk may be full, or a file system read-only.
+        places = path.parents if path.is_file() else (path, *path.parents)
+        folder = next(place for place in places if place.exists())
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(1 << 16))
+        except OSError as error:  # of the temporary file's name
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -293,10 +304,13 @@ def atomic_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
     old = part.with_name(part.name + ".old")
     try:
+        # mkdtemp gives access to the owner only; mkdir follows the umask
         mask = os.umask(0)
         os.umask(mask)
-        part.chmod(0o777 & ~mask)  # mkdtemp gives access to the owner only; mkdir follows the umask
+        part.chmod(0o777 & ~mask)
         yield part
+
+        # All content is on the disk before the folder gets its name.
         sync(*part.rglob("*"), part)
         if overwrite and path.exists():
             path.rename(old)

@@ -74,6 +74,9 @@ def acquire(
     """
     path = Path(folder) / name
     sentence = ""
+
+    # A locked file counts once it still has the name and no record: another process may have
+    # deleted it since it was opened, or died and left its own.
     while True:
         descriptor = _open_locked(path, str(out or path.parent))
         before = _describe(descriptor)
@@ -84,6 +87,8 @@ def acquire(
             path.unlink()
             sentence = f"the lock of {before} is taken over: it has ended"
         os.close(descriptor)
+
+    # Others read in the file whom they wait for.
     try:
         now = datetime.now().astimezone().isoformat(" ", "seconds")
         os.ftruncate(descriptor, 0)
@@ -126,6 +131,8 @@ def _open_locked(path: Path, out: str) -> int:
     # O_NOFOLLOW and O_NONBLOCK: a link is refused, and a pipe that takes the name meanwhile does
     # not block.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+
+    # Some network file systems have no locks. There a record alone says that a process writes.
     for last in (False, False, True):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +170,8 @@ def _describe(descriptor: int) -> str:
     """Name the process of an open lock; "" if its record was not written to its end."""
     try:
         record = parse_json(os.pread(descriptor, 4096, 0))
-        host, since = str(record["host"])[:80], str(record["since"])[:40]
+        host = str(record["host"])[:80]
+        since = str(record["since"])[:40]
         return f"process {int(record['pid'])} on {host}, which started at {since}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -98,6 +98,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         asked.set()
 
+    # A thread answers at once; Python runs the handler only after XLA has returned.
     heard, sent = socket.socketpair()
     sent.setblocking(False)
     threading.Thread(target=_answer, args=(heard,), daemon=True).start()
@@ -107,6 +108,8 @@ def asked_to_stop() -> Iterator[threading.Event]:
         if threading.current_thread() is not threading.main_thread():
             yield asked
             return
+
+        # Only the main thread can have signals written to a socket.
         before = signal.set_wakeup_fd(sent.fileno())
         try:
             yield asked

@@ -57,30 +57,39 @@ def evaluate(
         >>> round(result["val_bits_per_byte"], 2)  # even odds over 260 tokens: log2 260
         8.02
     """
-    (graphdef, state), layers = nnx.split(model), model.cfg.num_sparse_layers
+    graphdef, state = nnx.split(model)
+    layers = model.cfg.num_sparse_layers
     apart = 1 < len(domains) <= MOST_DOMAINS and layers > 0  # whether load is counted by domain
+
+    # All measures are ratios of sums over the batches, in float64 on the host.
     sums: dict[str, np.ndarray] = {}
     for batch in batches:
-        inputs = model_inputs(batch) | ({"domains": batch["domains"]} if apart else {})
+        inputs = model_inputs(batch)
+        if apart:
+            inputs |= {"domains": batch["domains"]}
         placed = processes.put(inputs, mesh, len(batch["tokens"]))
-        found = processes.fetch(
-            _scores(graphdef, state, placed, len(domains) if apart else 0), mesh
-        )
-        nats = np.where(found.mask, found.nll, 0).astype(np.float64)
-        size = np.where(found.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
-        here = batch["domains"][:, 1:]
+        scores = _scores(graphdef, state, placed, len(domains) if apart else 0)
+        found = processes.fetch(scores, mesh)
+
+        # A target is the next token: its bytes and its domain are that token's.
+        nats_BT = np.where(found.mask, found.nll, 0).astype(np.float64)
+        bytes_BT = np.where(found.mask, tokenizer.byte_lengths[batch["tokens"][:, 1:]], 0)
+        domain_BT = batch["domains"][:, 1:]
+        by_domain = [
+            [x_BT[domain_BT == i].sum() for i in range(len(domains))]
+            for x_BT in (nats_BT, bytes_BT)
+        ]
         new = {
-            "all": np.array([nats.sum(), size.sum(), found.mask.sum()]),
-            "by_domain": np.array(
-                [[x[here == i].sum() for i in range(len(domains))] for x in (nats, size)]
-            ),
+            "all": np.array([nats_BT.sum(), bytes_BT.sum(), found.mask.sum()]),
+            "by_domain": np.array(by_domain),
             "drafts": np.array([found.agree, found.drafted], np.float64),
             "load": found.load.astype(np.float64),
             "domain_load": found.domain_load.astype(np.float64),
         }
         sums = {name: x + sums.get(name, 0) for name, x in new.items()}
+
+    # Of all rows.
     nats, size, tokens = sums["all"]
-    domain_nats, domain_bytes = sums["by_domain"]
     load = sums["load"]
     result: dict[str, object] = {
         "val_loss": float(nats / max(tokens, 1)),
@@ -92,17 +101,20 @@ def evaluate(
         result["max_vio_global"] = _max_vio(load[:layers])
     if len(load) > layers:
         result["max_vio_mtp"] = _max_vio(load[layers:])
+
+    # By domain, and mixed as the training text is.
+    domain_nats, domain_bytes = sums["by_domain"]
     if apart:
-        by_domain = dict(zip(domains, sums["domain_load"], strict=True))
+        by_name = dict(zip(domains, sums["domain_load"], strict=True))
         result["max_vio_by_domain"] = {
-            name: _max_vio(load) for name, load in by_domain.items() if load.any()
+            name: _max_vio(load) for name, load in by_name.items() if load.any()
         }
-        if mix is not None and all(load.any() for load in by_domain.values()):
+        if mix is not None and all(load.any() for load in by_name.values()):
             tokens_a_byte = sums["domain_load"][:, 0].sum(-1) / np.maximum(domain_bytes, 1)
-            mixed = training_mix(
-                sums["domain_load"], tokens_a_byte, [mix[name] for name in domains]
+            training_bytes = [mix[name] for name in domains]
+            result["max_vio_training_mix"] = training_mix(
+                sums["domain_load"], tokens_a_byte, training_bytes
             )
-            result["max_vio_training_mix"] = mixed
     if domains:
         bits = zip(domains, domain_nats / np.log(2), domain_bytes, strict=True)
         result["bits_per_byte_by_domain"] = {name: float(n / s) for name, n, s in bits if s}

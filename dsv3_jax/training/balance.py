@@ -28,16 +28,20 @@ def update(model: Transformer, *routings: LayerRouting, rate: float | None = Non
         [-0.5, 0.5]
     """
     rule = rule_of(model.cfg)
-    bias = nnx.state(model, RouterBias)
     if rule is None:
         return
+
+    # The load of all routers, in the order of the layers.
+    bias = nnx.state(model, RouterBias)
     load = jnp.concatenate([jnp.atleast_2d(routing.load) for routing in routings])
     routers = sum(jnp.atleast_2d(x).shape[0] for x in jax.tree.leaves(bias))
     if len(load) != routers:
         raise ValueError(
             f"{len(load)} routings do not belong to {routers} routers; give *out.mtp_routing too"
         )
+
+    # Some rules move by another measure than the load.
     measures = [jnp.atleast_2d(r.bias_measure) for r in routings if r.bias_measure is not None]
-    gamma = jnp.float32(model.cfg.balance.bias_rate if rate is None else rate)
     measure = jnp.concatenate(measures) if measures else None
+    gamma = jnp.float32(model.cfg.balance.bias_rate if rate is None else rate)
     nnx.update(model, updated_bias(bias, load, gamma, rule, measure))

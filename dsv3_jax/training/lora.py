@@ -87,21 +87,28 @@ def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
         # A norm's scale has no names.
         if not any(MODULES[part] in path for part in cfg.on) or not names:
             continue
+
+        # The two factors of a weight [batch, left, right]: [batch, left, r] and [batch, r, right].
         left, right, input_is_right = sides(names)
         layers = len(v.shape) - len(names)
-        of_left, of_right = v.shape[layers + left : layers + right], v.shape[layers + right :]
-        shapes = (
-            (*v.shape[: layers + right], cfg.rank),
+        of_left = v.shape[layers + left : layers + right]
+        of_right = v.shape[layers + right :]
+        left_factor = (*v.shape[: layers + right], cfg.rank), (*names[:right], None)
+        right_factor = (
             (*v.shape[: layers + left], cfg.rank, *of_right),
+            (*names[:left], None, *names[right:]),
         )
-        axes = (*names[:right], None), (*names[:left], None, *names[right:])
-        a, b = (1, 0) if input_is_right else (0, 1)
+
+        # A is the factor at the inputs. B is 0, so that training begins with the weight itself.
+        a, b = left_factor, right_factor
+        num_inputs = math.prod(of_left)
+        if input_is_right:
+            a, b = right_factor, left_factor
+            num_inputs = math.prod(of_right)
         own = jax.random.fold_in(key, zlib.crc32(repr(path).encode()))
-        std = 1 / math.sqrt(math.prod(of_right if input_is_right else of_left))
-        made[NAME, *path, "a"] = nnx.Param(
-            std * jax.random.normal(own, shapes[a], jnp.float32), axes=axes[a]
-        )
-        made[NAME, *path, "b"] = nnx.Param(jnp.zeros(shapes[b], jnp.float32), axes=axes[b])
+        drawn = 1 / math.sqrt(num_inputs) * jax.random.normal(own, a[0], jnp.float32)
+        made[NAME, *path, "a"] = nnx.Param(drawn, axes=a[1])
+        made[NAME, *path, "b"] = nnx.Param(jnp.zeros(b[0], jnp.float32), axes=b[1])
     return nnx.from_flat_state(made)
 
 
@@ -133,11 +140,15 @@ def join(cfg: Lora, params: nnx.State) -> nnx.State:
     found = dict(nnx.to_flat_state(adapters))
 
     def used(path: tuple, v: nnx.Variable) -> nnx.Variable:
-        w, a, b = v.get_value(), *(found.get((NAME, *path, side)) for side in "ab")
+        a = found.get((NAME, *path, "a"))
+        b = found.get((NAME, *path, "b"))
         if a is None or b is None:
             return v
-        factors = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
-        return v.replace(Frozen(w, *(reversed(factors) if sides(names_of(v))[2] else factors)))
+        # w + left · right. A is at the inputs, wherever these are.
+        left, right = a.get_value(), cfg.alpha / cfg.rank * b.get_value()
+        if sides(names_of(v))[2]:
+            left, right = right, left
+        return v.replace(Frozen(v.get_value(), left, right))
 
     return nnx.from_flat_state({path: used(path, v) for path, v in nnx.to_flat_state(weights)})
 
@@ -160,12 +171,12 @@ def merge(cfg: Lora, params: nnx.State) -> nnx.State:
 
 
 def _merged(cfg: Lora, weights: nnx.State, adapters: nnx.State) -> nnx.State:
+    def merged(v: nnx.Variable) -> nnx.Variable:
+        x = v.get_value()
+        return v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v
+
     joined = nnx.to_flat_state(join(cfg, nnx.merge_state(weights, adapters)))
-    pairs = ((path, v, v.get_value()) for path, v in joined)
-    return nnx.from_flat_state(
-        (path, v.replace(x.merge().astype(x.w.dtype)) if isinstance(x, Frozen) else v)
-        for path, v, x in pairs
-    )
+    return nnx.from_flat_state((path, merged(v)) for path, v in joined)
 
 
 def policy(cfg: Lora, params: nnx.State, dtype: Any) -> nnx.State:

@@ -63,14 +63,14 @@ def of_load(load: Float[Array, "L E"]) -> dict[str, Array]:
     """
     if not load.shape[0]:
         return {}
-    measures = {
-        "max_vio": balance.max_vio,
-        "load_entropy": balance.entropy,
-        "load_gini": balance.gini,
-    }
     low, high = balance.min_max(load)
-    found = {name: f(load).mean() for name, f in measures.items()}
-    return found | {"load_min": low.min(), "load_max": high.max()}
+    return {
+        "max_vio": balance.max_vio(load).mean(),
+        "load_entropy": balance.entropy(load).mean(),
+        "load_gini": balance.gini(load).mean(),
+        "load_min": low.min(),
+        "load_max": high.max(),
+    }
 
 
 def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
@@ -86,6 +86,8 @@ def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
     row |= {key: float(x) for key, x in found.items() if np.ndim(x) == 0 and key != "finite"}
+
+    # Tokens that went to other devices are bytes, too.
     if sent := row.pop("tokens_sent", 0.0):
         itemsize = jnp.dtype(run.execution.compute_dtype).itemsize
         row |= {"tokens_sent": sent, "wire_bytes": wire_bytes(sent, run.model, itemsize)}

@@ -81,20 +81,27 @@ class AdamW:
         Returns: (params, state).
         """
         cfg = self.cfg
+
+        # Numbers of the step. Both means begin at 0; the corrections undo that bias.
         count = (step + 1).astype(jnp.float32)
         clip = clip_factor(cfg, norm)
         rate = learning_rate(cfg, self.steps, step)
-        to_mean, to_square = 1 / (1 - cfg.beta1**count), 1 / (1 - cfg.beta2**count)
+        to_mean = 1 / (1 - cfg.beta1**count)
+        to_square = 1 / (1 - cfg.beta2**count)
         numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
-        settings: dict[str, Any] = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+
+        # Norms' scales have no weight decay.
         variables = jax.tree.leaves(params, is_leaf=_is_variable)  # each has one leaf
         decays = [
             cfg.weight_decay if v.get_metadata().get("decay", True) else 0.0 for v in variables
         ]
+
+        # One kernel an array: it reads and writes each of the four once.
+        settings: dict[str, Any] = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
         arrays = map(jax.tree.leaves, (params, state.mu, state.nu, grads))
-        leaves = zip(*arrays, decays, strict=True)
         new = [
-            self.kernels("optimizer", *x, numbers, **settings, decay=decay) for *x, decay in leaves
+            self.kernels("optimizer", *of_leaf, numbers, **settings, decay=decay)
+            for *of_leaf, decay in zip(*arrays, decays, strict=True)
         ]
         structure = jax.tree.structure(params)
         p, mu, nu = (jax.tree.unflatten(structure, [x[i] for x in new]) for i in range(3))
@@ -154,9 +161,13 @@ class Muon(AdamW):
         self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
     ) -> tuple[nnx.State, Any]:
         cfg = self.cfg
+
+        # AdamW updates what is no matrix.
         matrices, rest = split_matrices(params)
         of_matrices, of_rest = split_matrices(grads)
         others, adam = super().update(step, rest, state.adam, of_rest, norm, keep)
+
+        # Each matrix moves along its orthogonalised mean.
         rate = learning_rate(cfg, self.steps, step)
         clip = clip_factor(cfg, norm)
         flat = dict(nnx.to_flat_state(of_matrices))
@@ -165,12 +176,11 @@ class Muon(AdamW):
         for path, v in nnx.to_flat_state(matrices):
             w = v.get_value()
             mean = means[path].get_value()
-            kept_dtype = means[path].get_value().dtype
             g = flat[path].get_value() * clip
             new, move = direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
             w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
             moved[path] = v.replace(w)
-            means[path] = means[path].replace(jnp.where(keep, new.astype(kept_dtype), mean))
+            means[path] = means[path].replace(jnp.where(keep, new.astype(mean.dtype), mean))
         params = nnx.merge_state(nnx.from_flat_state(moved), others)
         return params, MuonState(nnx.from_flat_state(means), adam)
 
@@ -220,7 +230,8 @@ def direction(
 def _orthogonal(x: Float[Array, "*n"], names: tuple[str | None, ...]) -> Float[Array, "*n"]:
     """0.2 √max(in, out) · NewtonSchulz of one layer's weight."""
     left, right, _ = sides(names)
-    rows, columns = math.prod(x.shape[left:right]), math.prod(x.shape[right:])
+    rows = math.prod(x.shape[left:right])
+    columns = math.prod(x.shape[right:])
     made = orthogonalize(x.reshape(*x.shape[:left], rows, columns))
     return (RMS * math.sqrt(max(rows, columns)) * made).reshape(x.shape)
 
@@ -254,6 +265,8 @@ class Optax:
     ) -> tuple[nnx.State, Any]:
         check(self.cfg, self.tx)
         assert self.tx is not None
+
+        # optax knows dicts of arrays, and no variables.
         clip = clip_factor(self.cfg, norm)
         old = nnx.to_pure_dict(params)
         before = jax.tree.map(
@@ -263,6 +276,8 @@ class Optax:
         with _promoting():
             updates, after = self.tx.update(clipped, before, old)
             new = optax.apply_updates(old, updates)
+
+        # A step that is not kept changes nothing, the count of steps included.
         new, after = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (new, after), (old, before))
         flat = nnx.traversals.flatten_mapping(new)
         moved = nnx.from_flat_state(

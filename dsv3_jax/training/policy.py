@@ -66,17 +66,22 @@ def policy_loss(
         >>> float(loss), float(found["clipped"])  # twice as likely as it was: it counts 1.25 times
         (-1.25, 1.0)
     """
+    # Clipping takes the gain where a token has moved far enough, so its gradient is 0 there.
     apart = jnp.where(mask, logprobs - old, 0.0)
     ratio = jnp.exp(jnp.minimum(apart, MOST))
     free = ratio * gains
     clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * gains
     loss = -jnp.where(mask, jnp.minimum(free, clipped), 0.0).sum()
+
+    # Sampler and trainer differ by rounding, and by more if one of them is wrong.
     size = jnp.abs(apart)
     found = {
         "mismatch": size.sum(),
         "max_mismatch": size.max(),
         "clipped": jnp.where(mask, clipped < free, False).sum(dtype=jnp.float32),
     }
+
+    # KL to the start, by an estimate that is never negative.
     if start is not None:
         above = jnp.where(mask, start - logprobs, 0.0)
         found["kl"] = (jnp.exp(jnp.minimum(above, MOST)) - above - 1.0).sum()

@@ -55,9 +55,13 @@ def clip(
     for path, v in flat.items():
         if path[-1] not in QUERIES + KEYS:
             continue
+
+        # The factor of each head: 1 for those below the threshold.
         largest = max_logits[".".join(map(str, path[:-2]))]  # [H], of a stack [L, H]
         gamma = jnp.where(keep & (largest > threshold), threshold / largest, 1.0).astype(v.dtype)
         root = jnp.sqrt(gamma)
+
+        # Keys and queries share γ. k_rope is of all heads, so a head's queries take its whole γ.
         if path[-1] in KEYS:
             factor = root[..., None, None]  # of [H, N, C]
         else:

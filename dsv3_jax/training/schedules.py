@@ -24,11 +24,15 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
     """
     step = jnp.asarray(step, jnp.float32)
     warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
-    start, end = cfg.decay_start * steps, cfg.decay_end * steps
+
+    # The decay runs from 0 to 1 along `start` … `end`.
+    start = cfg.decay_start * steps
+    end = cfg.decay_end * steps
     if cfg.schedule == "cosine":
         start = float(cfg.warmup_steps)
         end = float(steps)
     along = jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0)
+
     low, high = cfg.final_learning_rate, cfg.learning_rate
     if cfg.schedule == "wsd":
         return warm * (high + (low - high) * along)
