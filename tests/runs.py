@@ -27,7 +27,7 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
 from dsv3_jax.report import speed
 from dsv3_jax.runs import loop, steps
-from dsv3_jax.training.step import Job, TrainState, init_optimizer
+from dsv3_jax.training.state import Job, TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to
 # compile fast.

@@ -23,7 +23,7 @@ from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, write_manifest
 from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.training import optim
-from dsv3_jax.training.step import TrainState
+from dsv3_jax.training.state import TrainState
 
 # A save or restore that fails inside Orbax leaves its event loop open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -39,7 +39,8 @@ from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.parameters import param
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.runs.folder import read_made
-from dsv3_jax.training.step import Job, make_step
+from dsv3_jax.training.state import Job
+from dsv3_jax.training.step import make_step
 
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, **NO_GROUPS)

@@ -25,7 +25,8 @@ from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import claim
 from dsv3_jax.training import lora
-from dsv3_jax.training.step import Job, TrainState, make_step, split_trainable
+from dsv3_jax.training.state import Job, TrainState, split_trainable
+from dsv3_jax.training.step import make_step
 
 CFG = replace(MODEL, mtp_depth=0)
 HOW = {"float32": Execution(), "bfloat16": Execution(compute_dtype="bfloat16", remat="full")}

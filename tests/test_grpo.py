@@ -31,9 +31,10 @@ from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.runs.answers import check_model
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import read_run
-from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.loss import Part, compute_loss
 from dsv3_jax.training.policy import policy_loss
-from dsv3_jax.training.step import Job, make_step
+from dsv3_jax.training.state import Job
+from dsv3_jax.training.step import make_step
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
@@ -82,7 +83,7 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     @partial(jax.jit, static_argnums=2)
     def grads(params, batch, share):
         def loss(params):
-            how = dict(grpo=settings, counts=count[None], share=share)
+            how = dict(grpo=settings, part=Part(count[None], share=share))
             out = compute_loss(nnx.merge(graph, params, rest), batch, 0.0, **how)
             return out.main, out.metrics["answers"]
 

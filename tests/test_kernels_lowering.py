@@ -11,7 +11,8 @@ from runs import make_run
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.training.step import Job, abstract_state, make_step
+from dsv3_jax.training.state import Job, abstract_state
+from dsv3_jax.training.step import make_step
 
 pytestmark = pytest.mark.long
 

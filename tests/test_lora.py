@@ -24,7 +24,8 @@ from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import claim
 from dsv3_jax.training import lora
-from dsv3_jax.training.step import Job, TrainState, abstract_state, make_step
+from dsv3_jax.training.state import Job, TrainState, abstract_state
+from dsv3_jax.training.step import make_step
 
 ALL = ("attention", "dense", "shared", "routed")
 RANK, ALPHA = 2, 3.0

@@ -21,7 +21,8 @@ from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, MXFP8
 from dsv3_jax.kernels.table import TABLE
 from dsv3_jax.mesh import sharding
 from dsv3_jax.training.loss import compute_loss
-from dsv3_jax.training.step import Job, make_step
+from dsv3_jax.training.state import Job
+from dsv3_jax.training.step import make_step
 
 E4M3 = ml_dtypes.float8_e4m3fn
 ALL = (FP8, FP8_UE8M0.in_bfloat16, MXFP8)

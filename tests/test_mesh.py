@@ -11,7 +11,8 @@ from runs import MODEL, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, ConfigError, Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
-from dsv3_jax.training.step import Job, make_step, model_of
+from dsv3_jax.training.state import Job, model_of
+from dsv3_jax.training.step import make_step
 
 HEAD = replace(MODEL, num_layers=1)
 PLAIN = replace(HEAD, mtp_depth=0)  # compiles in half of the time

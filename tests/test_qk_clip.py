@@ -19,7 +19,8 @@ from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.context import from_zero, how_of, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
-from dsv3_jax.training.step import Job, make_step
+from dsv3_jax.training.state import Job
+from dsv3_jax.training.step import make_step
 
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip

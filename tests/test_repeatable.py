@@ -18,7 +18,8 @@ from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import library
 from dsv3_jax.kernels.xla.in_order import look_up_in_order
 from dsv3_jax.ops import embedding
-from dsv3_jax.training.step import Job, abstract_state, make_step
+from dsv3_jax.training.state import Job, abstract_state
+from dsv3_jax.training.step import make_step
 
 BATCH, LENGTH = 2, 16
 DENSE = "grouped_swiglu=dense"

@@ -34,7 +34,8 @@ from dsv3_jax.runs import loop
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.training.loss import compute_loss
-from dsv3_jax.training.step import Job, make_step, model_of
+from dsv3_jax.training.state import Job, model_of
+from dsv3_jax.training.step import make_step
 
 # batch, tokens, index heads and their width, of exact roots, chosen tokens
 B, T, N, X, K = 2, 13, 4, 16, 5

@@ -15,7 +15,8 @@ from dsv3_jax.kernels import choose
 from dsv3_jax.ops import balance
 from dsv3_jax.training import step as train_step
 from dsv3_jax.training.metrics import over_layers
-from dsv3_jax.training.step import Job, first_bad_tensor, make_step
+from dsv3_jax.training.state import Job
+from dsv3_jax.training.step import first_bad_tensor, make_step
 
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign

@@ -19,7 +19,8 @@ from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.start import on_trunk, on_weights
-from dsv3_jax.training.step import Job, first_bad_tensor, make_step
+from dsv3_jax.training.state import Job
+from dsv3_jax.training.step import first_bad_tensor, make_step
 
 pytestmark = pytest.mark.long
 

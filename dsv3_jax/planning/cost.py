@@ -46,7 +46,8 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Accelerator
 from dsv3_jax.planning.hlo import compile_with_hlo
 from dsv3_jax.planning.traffic import Traffic, traffic
-from dsv3_jax.training.step import Job, abstract_state, make_step, split_trainable
+from dsv3_jax.training.state import Job, abstract_state, split_trainable
+from dsv3_jax.training.step import make_step
 
 # As released folders pack weights: name → parts of the model; how many inputs share a number, then
 # a scale, and dtypes.

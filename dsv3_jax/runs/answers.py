@@ -27,7 +27,7 @@ from dsv3_jax.decoding.likelihood import next_token_scores
 from dsv3_jax.runs.start import Start, open_start
 from dsv3_jax.training import lora
 from dsv3_jax.training.policy import advantages
-from dsv3_jax.training.step import Job, TrainState, graph_of
+from dsv3_jax.training.state import Job, TrainState, graph_of
 
 ROUNDS = 8  # times that a step asks prompts, at most
 _SHOWN = 400  # characters of the beginning and of the end of a prompt that are printed

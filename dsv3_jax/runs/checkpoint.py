@@ -33,7 +33,7 @@ from dsv3_jax.runs.folder import check_registered, read_run
 from dsv3_jax.runs.orbax_noise import silence
 from dsv3_jax.runs.saved_state import read_state, to_save
 from dsv3_jax.training.optim import Transform
-from dsv3_jax.training.step import Job, TrainState, model_of
+from dsv3_jax.training.state import Job, TrainState, model_of
 
 PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`
@@ -59,7 +59,7 @@ class Checkpoints:
         >>> import dsv3_jax as ds
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
-        >>> from dsv3_jax.training.step import abstract_state
+        >>> from dsv3_jax.training.state import abstract_state
         >>> shapes = abstract_state(Job(run))
         >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -311,7 +311,7 @@ def load_run(
         >>> from dsv3_jax.runs.folder import claim
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
-        >>> from dsv3_jax.training.step import abstract_state
+        >>> from dsv3_jax.training.state import abstract_state
         >>> shapes = abstract_state(Job(run))
         >>> state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
         >>> with tempfile.TemporaryDirectory() as folder:  # what `ds.train.fit` writes

@@ -34,7 +34,7 @@ from dsv3_jax.runs.open_model import (
     text_files,
 )
 from dsv3_jax.training.optim import AdamState
-from dsv3_jax.training.step import TrainState
+from dsv3_jax.training.state import TrainState
 
 ORIGIN = "released_config.json"  # in a run: config.json of the released folder that it was made of
 DType = Literal["float32", "bfloat16", "fp8"]

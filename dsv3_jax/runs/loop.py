@@ -42,7 +42,7 @@ from dsv3_jax.runs.prepare import FitOptions, Prepared, agree, check, kernels_of
 from dsv3_jax.runs.start import Start, begin, open_start
 from dsv3_jax.runs.steps import Files, FitResult, NonFiniteLoss, Training
 from dsv3_jax.training.optim import Transform
-from dsv3_jax.training.step import Job
+from dsv3_jax.training.state import Job
 
 __all__ = [
     "Callback", "Chats", "FitResult", "NonFiniteLoss", "Start",

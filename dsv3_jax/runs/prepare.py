@@ -26,7 +26,7 @@ from dsv3_jax.runs.checkpoint import steps_of
 from dsv3_jax.runs.folder import RUN_FILE, read_made, settled
 from dsv3_jax.runs.start import Start, check_start, open_start
 from dsv3_jax.training import optim
-from dsv3_jax.training.step import Job, abstract_state, split_trainable
+from dsv3_jax.training.state import Job, abstract_state, split_trainable
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,7 @@ from dsv3_jax.host.files import read_json
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.parameters import Packed, in_use
 from dsv3_jax.training import lora
-from dsv3_jax.training.step import (
-    Job,
-    TrainState,
-    abstract_state,
-    first_nonfinite,
-    map_frozen,
-)
+from dsv3_jax.training.state import Job, TrainState, abstract_state, first_nonfinite, map_frozen
 
 SHAPES = ("model", "lora")  # settings of a run that say which arrays it has
 PACKED = "packed"  # beside the settings: the frozen weights that are, see `parameters.Packed`

@@ -27,7 +27,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.runs.folder import RUN_FILE, check_registered, read_run, same_tokenizer
 from dsv3_jax.runs.open_model import find_released, load_text, released_run
-from dsv3_jax.training.step import Job, TrainState, init_state, split_heads
+from dsv3_jax.training.state import Job, TrainState, init_state, split_heads
 
 # Keys of a model that may differ from the other run's.
 START_KEYS = (

@@ -29,15 +29,8 @@ from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.runs.prepare import FitOptions, Prepared
 from dsv3_jax.runs.tracing import StepTrace
 from dsv3_jax.training.metrics import as_row
-from dsv3_jax.training.step import (
-    Job,
-    TrainState,
-    first_bad_tensor,
-    first_nonfinite,
-    make_step,
-    model_of,
-    split_trainable,
-)
+from dsv3_jax.training.state import Job, TrainState, first_nonfinite, model_of, split_trainable
+from dsv3_jax.training.step import first_bad_tensor, make_step
 
 # Steps started before the oldest one is looked at. While they run, the next batch is read and
 # copied. On a CPU the step needs all cores.

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from dsv3_jax.model.moe import LayerRouting, RouterBias
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.ops.balance import rule_of
-from dsv3_jax.training.step import updated_bias
+from dsv3_jax.ops.balance import Rule, rule_of
 
 
 def update(model: Transformer, *routings: LayerRouting, rate: float | None = None) -> None:
@@ -45,3 +45,42 @@ def update(model: Transformer, *routings: LayerRouting, rate: float | None = Non
     measure = jnp.concatenate(measures) if measures else None
     gamma = jnp.float32(model.cfg.balance.bias_rate if rate is None else rate)
     nnx.update(model, updated_bias(bias, load, gamma, rule, measure))
+
+
+def updated_bias(
+    bias: nnx.State,
+    load: Float[Array, "L E"],
+    rate: Array,
+    rule: Rule,
+    measure: Float[Array, "L E"] | None = None,
+) -> nnx.State:
+    """Update every router's loss-free bias by a rule.
+
+    Args:
+        load: of the trunk's sparse layers, then of the heads with experts.
+        rate: γ.
+        measure: what the rule needs beside the load, in the same rows.
+
+    Example:
+        >>> bias = RouterBias(jnp.zeros((1, 3)))  # one layer, three experts
+        >>> bias = nnx.State({"sparse": {"bias": bias}})
+        >>> load = jnp.array([[3.0, 2.0, 1.0]])
+        >>> updated_bias(bias, load, jnp.float32(0.5), RULES["sign"])["sparse"]["bias"][...]
+        Array([[-0.5,  0. ,  0.5]], dtype=float32)
+    """
+    moved = []
+    first = 0
+    for path, variable in in_rows(bias):
+        before = jnp.atleast_2d(variable[...])
+        rows = slice(first, first := first + len(before))
+        own = None if measure is None else measure[rows]
+        after = rule.update(before, load[rows], own, rate)
+        moved.append((path, variable.replace(after.reshape(variable.shape))))
+    return nnx.from_flat_state(moved)
+
+
+def in_rows(bias: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
+    """The routers' biases in the order of the load's rows: the trunk's layers, then the heads."""
+    return sorted(
+        nnx.to_flat_state(bias), key=lambda item: int(item[0][1]) if item[0][0] == "mtp" else -1
+    )

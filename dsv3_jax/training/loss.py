@@ -62,7 +62,8 @@ def targets(
         >>> targets(tokens, segment_ids, ahead=1)
         (Array([[6, 7, 8]], dtype=int32), Array([[ True, False,  True]], dtype=bool))
     """
-    here, there = segment_ids[:, :-ahead], segment_ids[:, ahead:]
+    here = segment_ids[:, :-ahead]
+    there = segment_ids[:, ahead:]
     mask = (here == there) & (here != 0)
     return tokens[:, ahead:], mask if loss_mask is None else mask & loss_mask[:, ahead:]
 
@@ -85,6 +86,26 @@ def target_counts(
     return jnp.maximum(jnp.stack(counts), 1)
 
 
+class Part(NamedTuple):
+    """What a part of a batch is of the complete batch: by this its losses add up to the batch's.
+
+    Attributes:
+        counts: divisors of sums over targets, from `target_counts` of the complete batch.
+        token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and
+            indexers' losses.
+        share: of the complete batch's rows: the weight of its other balance losses.
+
+    None means that the part is the batch.
+    """
+
+    counts: Float[Array, " depths"] | None = None
+    token_counts: Float[Array, " depths"] | None = None
+    share: float = 1.0
+
+
+COMPLETE = Part()
+
+
 def compute_loss(
     model: Transformer,
     batch: dict[str, Array],
@@ -93,12 +114,10 @@ def compute_loss(
     head_loss: HeadLoss = "ce",
     watch: tuple[str, ...] = (),
     grpo: Grpo | None = None,
-    counts: Float[Array, " depths"] | None = None,
-    token_counts: Float[Array, " depths"] | None = None,
-    share: float = 1.0,
+    part: Part = COMPLETE,
     one_document: bool = False,
 ) -> Losses:
-    """Compute all losses of a batch.
+    """Compute all losses of a batch, or of a part of one.
 
     Args:
         batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all
@@ -112,12 +131,7 @@ def compute_loss(
             token.
         watch: see `model.context.Options`.
         grpo: L_main is that of `training.policy`. None means the cross-entropy.
-        counts: divisors of sums over targets, from `target_counts`: of the complete batch if this
-            is a part of one.
-        token_counts: the same of sums over all tokens, from `model.mtp.token_counts`: z-loss and
-            indexers' losses.
-        share: of the complete batch's rows that this part has: the weight of its other balance
-            losses.
+        part: of a complete batch, whose counts divide the sums.
         one_document: see `Transformer.forward_hidden`.
 
     Example:
@@ -134,9 +148,12 @@ def compute_loss(
     tokens = batch["tokens"]
     segment_ids = batch["segment_ids"]
     loss_mask = batch.get("loss_mask")
+    share = part.share
+
+    # The forward pass. `share` weights its losses below too; it cancels: they are over the complete
+    # batch's counts.
     given = _given(model, batch.get("expert_ids"))
-    # `share` weights these losses below too; it cancels: they are over the complete batch's counts.
-    divisors = None if token_counts is None else token_counts * share
+    divisors = None if part.token_counts is None else part.token_counts * share
     out = model.forward_hidden(
         tokens,
         segment_ids,
@@ -146,6 +163,9 @@ def compute_loss(
         counts=divisors,
         one_document=one_document,
     )
+
+    # L_main, of the text or of answers, and the losses of the heads.
+    counts = part.counts
     if counts is None:
         counts = target_counts(segment_ids, 1 + len(out.mtp_h), loss_mask)
     (main, *nats), accuracy, feature = _token_losses(model, out, batch, counts, head_loss)
@@ -153,16 +173,25 @@ def compute_loss(
     if grpo is not None:  # the compiler leaves the trunk's cross-entropy out
         main, accuracy, of_answers = _of_answers(model, out, batch, counts[0], share, grpo)
         of_blocks = of_blocks | {"answers": of_answers}
-    mtp = jnp.stack(nats) if nats else jnp.zeros((0,), jnp.float32)
-    heads = feature + model.mtp[0].token_weight * mtp.mean() if nats else jnp.zeros((), jnp.float32)
+    mtp = jnp.zeros((0,), jnp.float32)
+    heads = jnp.zeros((), jnp.float32)
+    if nats:
+        mtp = jnp.stack(nats)
+        heads = feature + model.mtp[0].token_weight * mtp.mean()
+
+    # The total.
     balance = _balance(out, heads_only=mtp_weight is None) * share
-    measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
     total = heads + balance if mtp_weight is None else main + balance + mtp_weight * heads
-    measure = jnp.concatenate(measures) * share if measures else None
+
+    # Indexers learn on the side; in their warm-up there is nothing else to learn.
     indexers = [of["index_kl"].sum() * share for of in out.metrics.values() if "index_kl" in of]
     if indexers:
         own = jnp.stack(indexers).sum()
         total = own if "index_warm" in watch else total + own
+
+    # What moves the routers' biases, beside the load.
+    measures = [r.bias_measure for r in _routings(out) if r.bias_measure is not None]
+    measure = jnp.concatenate(measures) * share if measures else None
     return Losses(total, main, mtp, feature, balance, accuracy, _load(out), of_blocks, measure)
 
 
@@ -195,6 +224,7 @@ def _token_losses(
     def distance(h, trunk, mask, matrix):
         return summed_distance(h, trunk, matrix, mask, head_loss)
 
+    # Depth 0 is the trunk, depth k the head that predicts k tokens further on.
     nats = []
     accuracy = jnp.zeros(())
     feature = jnp.zeros((), jnp.float32)
@@ -206,6 +236,8 @@ def _token_losses(
             total, right = summed(cross_entropy, h, wanted, mask)
             accuracy = accuracy if k else right / counts[0]
         nats.append(total / counts[k])
+
+        # Some heads also learn the trunk's hidden state, which takes no gradient of it.
         loss = model.mtp[k - 1].feature_loss(h, jax.lax.stop_gradient(trunk)) if k else None
         if loss is not None:
             feature += (loss * mask.astype(jnp.float32)).sum() / counts[k] / len(out.mtp_h)
@@ -329,8 +361,12 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
     segment_ids = batch["segment_ids"]
     matrix = model.head_matrix()
     out = model.forward_hidden(batch["tokens"], segment_ids, batch["positions"])
+
+    # The trunk: the nats of each token, and the token that it predicts itself.
     (_, h, wanted, mask), *heads = _by_depth(out, batch)
     nll, own = score_by_rows(h, matrix, wanted)
+
+    # The heads: a draft is compared with that; it is alive while all before it were right.
     agree = []
     drafted = []
     alive = mask
@@ -341,6 +377,7 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
         drafted.append(alive.sum(dtype=jnp.float32))
         alive = alive & (draft == own[:, k : k + length])
         agree.append(alive.sum(dtype=jnp.float32))
+
     by_domain = _domain_load(
         out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts
     )

@@ -1,14 +1,7 @@
-"""The pure training step: (state, batch) → (state, metrics). No files, no loop, no clock.
-
-If a run has the trunk of another run (`RunConfig.trunk`), only the multi-token heads are trained.
-The gradient is taken of their parameters only, so nothing runs backward through the trunk, and the
-optimizer has no state for it. If a run has low-rank adapters (`RunConfig.lora`), they alone are
-trained, see `lora`. In the warm-up of sparse attention (`RunConfig.indexer_stage`) it is the
-indexers.
-"""
+"""The pure training step: (state, batch) → (state, metrics). No files, no loop, no clock."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,189 +9,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from dsv3_jax.config import RunConfig
-from dsv3_jax.kernels.choose import Kernels, prepare
-from dsv3_jax.kernels.cpu.draws import compile_lightly
 from dsv3_jax.mesh import sharding
-from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head, token_counts
-from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.ops import balance
 from dsv3_jax.training import lora, optim, qk_clip, schedules
-from dsv3_jax.training.loss import Losses, compute_loss, over_parts, target_counts
+from dsv3_jax.training.balance import in_rows, updated_bias
+from dsv3_jax.training.loss import Losses, Part, compute_loss, over_parts, target_counts
 from dsv3_jax.training.metrics import of_load, over_layers
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["params", "bias", "opt", "step", "start_bias"],
-    meta_fields=[],
+from dsv3_jax.training.state import (
+    Batch,
+    Job,
+    TrainState,
+    first_nonfinite,
+    graph_of,
+    split_moving,
+    split_trainable,
 )
-@dataclass(frozen=True)
-class TrainState:
-    """All that training changes."""
-
-    # Not annotated more closely: JAX and Orbax rebuild it with shapes, shardings and placeholders.
-
-    # nnx.State; with LoRA, the adapters are beside the weights that they change, see `lora`
-    params: Any
-    bias: Any  # nnx.State: the router's correction biases
-    opt: Any  # the optimizer's, of the parameters that train; see `optim`
-    step: Any  # int32 []: optimizer steps taken
-    # nnx.State: the start's router biases. Only for GRPO's KL with LoRA: its start is these and the
-    # frozen weights
-    start_bias: Any = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run on its devices: all that its state and its compiled step depend on."""
-
-    run: RunConfig
-    mesh: Mesh | None = None  # None: a single device
-    kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: the default device's
-    optimizer: optim.Transform = None  # in place of the run's own, see `optim.make`
-
-    def chosen(self) -> Kernels:
-        """The kernels."""
-        return self.kernels or prepare(self.run.execution, mesh=self.mesh)
-
-
-Batch = dict[str, Array]
-
-
-def graph_of(job: Job) -> nnx.GraphDef:
-    """The model's structure without its arrays."""
-    model = abstract(job.run.model, job.run.execution, job.kernels)
-    return nnx.split(model, nnx.Param, RouterBias)[0]
-
-
-def init_state(
-    job: Job, params: nnx.State | None = None, bias: nnx.State | None = None
-) -> TrainState:
-    """Make the state of step 0 in one compiled program, sharded over the mesh.
-
-    Args: params, bias: parameters and router biases of another run, donated; all others are drawn
-        by the run's seed.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> state = init_state(Job(ds.recipe("tiny")))  # doctest: +SKIP
-        >>> state.params["embed"].shape, int(state.step)  # doctest: +SKIP
-        ((260, 128), 0)
-    """
-    make = partial(_make_state, job)
-    key = jax.random.key(job.run.seed)
-    given = params or nnx.State({}), bias or nnx.State({})
-    # Without a mesh committed to one device, as a restored state is: both use one compiled step.
-    of = partial(sharding.state_sharding, mesh=job.mesh, fsdp=job.run.execution.layout.fsdp)
-    where = of(jax.eval_shape(make, key, *given))
-    given = jax.device_put(given, of(given), donate=True)
-    device = jax.devices()[0] if job.mesh is None else job.mesh.devices.flat[0]
-    return compile_lightly(make, device, out_shardings=where, donate_argnums=(1, 2))(key, *given)
-
-
-def abstract_state(job: Job, frozen: Any = jnp.float32) -> TrainState:
-    """The shapes of a run's state: nothing is allocated.
-
-    Args: frozen: dtype of the weights that are frozen, which is that of the run or folder that they
-        come from.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> abstract_state(Job(ds.recipe("v3"))).params["embed"].shape
-        (129280, 7168)
-    """
-    state = jax.eval_shape(
-        partial(_make_state, job), jax.random.key(job.run.seed), nnx.State({}), nnx.State({})
-    )
-    params = map_frozen(lambda x: jax.ShapeDtypeStruct(x.shape, frozen), job.run, state.params)
-    return replace(state, params=params)
-
-
-def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> TrainState:
-    model = Transformer(job.run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
-    params = nnx.merge_state(nnx.state(model, nnx.Param), params)
-    params = nnx.merge_state(params, lora.init(job.run.lora, params, key))
-    bias = nnx.merge_state(nnx.state(model, RouterBias), bias)
-    start_bias = bias if job.run.grpo.kl and job.run.lora.rank else ()
-    opt = init_optimizer(job, params)
-    return TrainState(params, bias, opt, jnp.zeros((), jnp.int32), start_bias)
-
-
-def init_optimizer(job: Job, params: nnx.State) -> Any:
-    """The optimizer's state at step 0.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> job = Job(ds.recipe("tiny"))
-        >>> params = abstract_state(job).params
-        >>> state = jax.eval_shape(lambda params: init_optimizer(job, params), params)
-        >>> state.mu["embed"].shape
-        (260, 128)
-    """
-    run = job.run
-    optimizer = optim.make(run.optim, run.steps, transformation=job.optimizer)
-    return optimizer.init(split_trainable(run, params)[0])
-
-
-def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split parameters into those that a run trains and frozen ones.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> run = ds.recipe("tiny")
-        >>> params = abstract_state(Job(run)).params
-        >>> trained, frozen = split_trainable(ds.replace(run, trunk="runs/demo"), params)
-        >>> list(trained), "mtp" in frozen
-        (['mtp'], False)
-    """
-    return lora.split(params) if run.lora.rank else _split_moving(run, params)
-
-
-def map_frozen(f: Callable, run: RunConfig, params: nnx.State) -> nnx.State:
-    """Parameters with f(x) in place of each array x, or what there is for one, that does not train.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> run = ds.recipe("tiny")
-        >>> params = nnx.State({name: nnx.Param(jnp.zeros(1)) for name in ("w", "mtp")})
-        >>> changed = map_frozen(lambda x: x + 1, ds.replace(run, trunk="runs/demo"), params)
-        >>> changed["w"][...], changed["mtp"][...]
-        (Array([1.], dtype=float32), Array([0.], dtype=float32))
-    """
-    trained, frozen = split_trainable(run, params)
-    return nnx.merge_state(trained, jax.tree.map(f, frozen))
-
-
-def _split_moving(run: RunConfig, variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split variables into what a run without adapters may change and what is frozen."""
-    if run.indexer_stage == "warm":
-        indexers, rest = nnx.split_state(variables, lambda path, _: "indexer" in path, ...)
-        return indexers, rest
-    return (variables, nnx.State({})) if run.trunk is None else split_heads(variables)
-
-
-def split_heads(variables: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """The multi-token heads' variables, and all others."""
-    heads, trunk = nnx.split_state(variables, lambda path, _: path[0] == "mtp", ...)
-    return heads, trunk
-
-
-def model_of(job: Job, state: TrainState) -> Transformer:
-    """The model that a state of a run holds.
-
-    Example:
-        >>> import dsv3_jax as ds
-        >>> job = Job(ds.recipe("tiny"))
-        >>> model = model_of(job, abstract_state(job))  # of shapes alone
-        >>> model.embed.shape
-        (260, 128)
-    """
-    return nnx.merge(graph_of(job), lora.join(job.run.lora, state.params), state.bias)
 
 
 def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
@@ -233,22 +61,30 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
 def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool = True):
     run = job.run
     cfg = job.run.optim
+
+    # The gradient, and whether the step may move anything.
     trained, frozen = split_trainable(run, state.params)
     grads, out = _gradients(job, graph, trained, frozen, state, batch)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(out.total) & jnp.isfinite(norm) & go
     moves = finite & batch["loss_mask"].any() if run.grpo.group else finite
+
+    # The weights: the optimizer, then QK-clip.
     move = optim.make(cfg, run.steps, job.chosen(), job.optimizer).update
     params, opt = move(state.step, trained, state.opt, grads, norm, moves)
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
         params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, moves)
+
+    # The routers' biases, which have no gradient: a rule moves them by the load of this batch.
     bias = state.bias
     rule = balance.rule_of(run.model)
     if rule is not None:
         gamma = schedules.bias_rate(cfg, run.model.balance.bias_rate, run.steps, state.step)
         moved = updated_bias(bias, out.load, jnp.where(moves, gamma, 0.0), rule, out.bias_measure)
-        bias = nnx.merge_state(moved, _split_moving(run, bias)[1])
+        bias = nnx.merge_state(moved, split_moving(run, bias)[1])
+
+    # All as it was sharded before.
     params = nnx.merge_state(params, frozen)
     taken = state.step + finite.astype(jnp.int32)
     new = _constrain(job, replace(state, params=params, bias=bias, opt=opt, step=taken))
@@ -272,7 +108,7 @@ def _metrics(job: Job, state: TrainState, out: Losses, bias: nnx.State) -> dict[
     if run.model.mtp_depth and HEADS[run.model.mtp_kind].feature_loss is not Head.feature_loss:
         metrics["feature_loss"] = out.feature
     if out.load.shape[0] and balance.rule_of(run.model) is not None and run.model.balance.bias_rate:
-        metrics["bias"] = jnp.concatenate([jnp.atleast_2d(v[...]) for _, v in _in_rows(bias)])
+        metrics["bias"] = jnp.concatenate([jnp.atleast_2d(v[...]) for _, v in in_rows(bias)])
     return metrics
 
 
@@ -291,31 +127,35 @@ def _gradients(
     """The gradient of a batch by what trains; its microbatches are read one after another."""
     run = job.run
     parts = job.run.optim.microbatches
-    how: dict[str, Any] = {
-        "counts": target_counts(
-            batch["segment_ids"], 1 + run.model.mtp_depth, batch.get("loss_mask")
-        ),
-        "token_counts": token_counts(run.model, batch["segment_ids"]),
-        "share": 1 / parts,
-        "one_document": bool(run.grpo.group) or not run.data.separate_documents,
-    }
-    weight = schedules.mtp_weight(run.optim, run.steps, state.step) if run.trunk is None else None
+
+    # Sums are divided by the counts of the complete batch, whichever part they are of.
+    segment_ids = batch["segment_ids"]
+    part = Part(
+        target_counts(segment_ids, 1 + run.model.mtp_depth, batch.get("loss_mask")),
+        token_counts(run.model, segment_ids),
+        share=1 / parts,
+    )
+
+    # Some measures cost time, so they are made only if something needs them.
     watch = () if run.optim.qk_clip is None else ("max_logit",)
     if run.model.attention == "dsa":
         watch += (f"index_{run.indexer_stage}",)
-    how |= {
-        "head_loss": run.head_loss,
-        "watch": watch,
-        "grpo": run.grpo if run.grpo.group else None,
-    }
+    weight = schedules.mtp_weight(run.optim, run.steps, state.step) if run.trunk is None else None
 
     def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
-        out = compute_loss(model, batch, weight, **how)
+        out = compute_loss(
+            model, batch, weight,
+            head_loss=run.head_loss,
+            watch=watch,
+            grpo=run.grpo if run.grpo.group else None,
+            part=part,
+            one_document=bool(run.grpo.group) or not run.data.separate_documents,
+        )  # fmt: skip
         return out.total, out
 
-    def add(total: nnx.State, part: Batch) -> tuple[nnx.State, Losses]:
-        grads, out = grad(used, part)
+    def add(total: nnx.State, piece: Batch) -> tuple[nnx.State, Losses]:
+        grads, out = grad(used, piece)
         return _constrain(job, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), out
 
     grad = jax.grad(losses, has_aux=True)
@@ -323,17 +163,19 @@ def _gradients(
     if parts == 1:
         grads, out = grad(used, batch)
         return _constrain(job, jax.tree.map(lambda w, g: g.astype(w.dtype), trained, grads)), out
+
+    # Microbatches: a loop adds their gradients up, so that memory holds the activations of one.
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), split)
     return grads, over_parts(outs)
 
 
 def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
-    """Matrices in the dtype of use, cast once a step: their gradients come in it, half as large.
+    """Cast matrices to the compute dtype before the gradient is taken, where this saves a copy.
 
-    Under fsdp they are summed over devices in it, and the kernels for Hopper GPUs round those of
-    experts, so nothing is rounded twice; other GPUs round those of experts here. Embeddings and
-    routers stay exact.
+    The gradient then comes in the compute dtype, half as large, and is widened once at the end.
+    Under fsdp it is summed over devices in that dtype. On GPUs the experts' gradient is rounded to
+    it anyway. Embeddings and routers stay exact.
     """
     run = job.run
     kernels = job.chosen()
@@ -346,45 +188,6 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
         return v if stays else v.replace(v[...].astype(run.execution.compute_dtype))
 
     return jax.tree.map(cast, trained, is_leaf=lambda v: isinstance(v, nnx.Variable))
-
-
-def updated_bias(
-    bias: nnx.State,
-    load: Float[Array, "L E"],
-    rate: Array,
-    rule: balance.Rule,
-    measure: Float[Array, "L E"] | None = None,
-) -> nnx.State:
-    """Update every router's loss-free bias by a rule.
-
-    Args:
-        load: of the trunk's sparse layers, then of the heads with experts.
-        rate: γ.
-        measure: what the rule needs beside the load, in the same rows.
-
-    Example:
-        >>> bias = RouterBias(jnp.zeros((1, 3)))  # one layer, three experts
-        >>> bias = nnx.State({"sparse": {"bias": bias}})
-        >>> load = jnp.array([[3.0, 2.0, 1.0]])
-        >>> updated_bias(bias, load, jnp.float32(0.5), balance.RULES["sign"])["sparse"]["bias"][...]
-        Array([[-0.5,  0. ,  0.5]], dtype=float32)
-    """
-    moved = []
-    first = 0
-    for path, variable in _in_rows(bias):
-        before = jnp.atleast_2d(variable[...])
-        rows = slice(first, first := first + len(before))
-        own = None if measure is None else measure[rows]
-        after = rule.update(before, load[rows], own, rate)
-        moved.append((path, variable.replace(after.reshape(variable.shape))))
-    return nnx.from_flat_state(moved)
-
-
-def _in_rows(bias: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
-    """The routers' biases in the order of the load's rows: the trunk's layers, then the heads."""
-    return sorted(
-        nnx.to_flat_state(bias), key=lambda item: int(item[0][1]) if item[0][0] == "mtp" else -1
-    )
 
 
 def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
@@ -406,19 +209,3 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
     parts = *split_trainable(run, state.params), state, batch
     grads, _ = jax.jit(partial(_gradients, job, graph_of(job)))(*parts)
     return first_nonfinite("gradient of", grads) or "the loss"
-
-
-def first_nonfinite(kind: str, tree: nnx.State) -> str:
-    """Name the first array whose norm is not finite in float32; "" if all are.
-
-    The norm and not each number: a parameter of 1e30 is finite, but no product of it is.
-
-    Example:
-        >>> params = nnx.State({"attn": {"w_o": nnx.Param(jnp.full((2, 3), 1e30))}})
-        >>> first_nonfinite("parameter", params)
-        'parameter attn.w_o'
-    """
-    for path, x in nnx.to_flat_state(tree):
-        if not jnp.isfinite(optax.tree.norm(x)):
-            return f"{kind} {'.'.join(map(str, path))}"
-    return ""

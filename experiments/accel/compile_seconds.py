@@ -29,7 +29,7 @@ from dsv3_jax.kernels import check, choose, table
 from dsv3_jax.kernels.cases import Draw
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import decode_cost, train_cost
-from dsv3_jax.training.step import Job, abstract_state
+from dsv3_jax.training.state import Job, abstract_state
 from experiments.accel import measuring, model_parts, run, worker
 from experiments.accel.right import NAMES, OWN, PRECISIONS
 from experiments.accel.sizes import full

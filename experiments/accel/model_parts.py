@@ -19,7 +19,8 @@ from dsv3_jax.model.counting import bytes_per_token, train_flops_per_token
 from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import recipe
-from dsv3_jax.training.step import Job, init_state, make_step
+from dsv3_jax.training.state import Job, init_state
+from dsv3_jax.training.step import make_step
 from experiments.accel.measuring import Figure, Part, kernels_for, ran, seconds_of, sentence
 from experiments.accel.random_data import draw, filled, keys, random_batch
 from experiments.accel.sizes import Sizes

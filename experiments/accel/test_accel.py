@@ -199,7 +199,8 @@ sys.modules.update(dict.fromkeys(absent))  # importing them raises ModuleNotFoun
 import jax
 import dsv3_jax as ds
 from dsv3_jax.cli import main
-from dsv3_jax.training.step import Job, abstract_state, make_step
+from dsv3_jax.training.state import Job, abstract_state
+from dsv3_jax.training.step import make_step
 from experiments.accel import model_parts, random_data, run, sizes, worker
 from flax import nnx
 cfg = sizes.toy().decode

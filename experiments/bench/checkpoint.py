@@ -23,7 +23,7 @@ import numpy as np
 
 import dsv3_jax as ds
 from dsv3_jax.runs import checkpoint
-from dsv3_jax.training.step import Job, abstract_state
+from dsv3_jax.training.state import Job, abstract_state
 
 
 def random_state(run: ds.RunConfig):

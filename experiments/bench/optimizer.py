@@ -18,7 +18,8 @@ from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.presets import recipe
 from dsv3_jax.training import optim
-from dsv3_jax.training.step import Job, init_state, make_step, split_trainable
+from dsv3_jax.training.state import Job, init_state, split_trainable
+from dsv3_jax.training.step import make_step
 
 CHAIN = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(2.2e-4, 0.9, 0.95, weight_decay=0.1)

@@ -33,7 +33,7 @@ import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
 from dsv3_jax.runs import loop, steps
 from dsv3_jax.runs import start as starts
-from dsv3_jax.training.step import Job, init_state
+from dsv3_jax.training.state import Job, init_state
 
 # The share of the step's time, and how it passes.
 CELLS = ((0.0, "waiting"), (0.5, "waiting"), (1.0, "waiting"), (1.0, "working"))

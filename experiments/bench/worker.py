@@ -75,7 +75,8 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     )
     from dsv3_jax.kernels.choose import prepare
     from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, parse_mesh, use_mesh
-    from dsv3_jax.training.step import Job, init_state, make_step
+    from dsv3_jax.training.state import Job, init_state
+    from dsv3_jax.training.step import make_step
 
     cfg = from_dict(ModelConfig, json.loads(args.config))
     run = RunConfig(
