@@ -202,11 +202,16 @@ def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:
         >>> with_paths(DataConfig(format="chat", paths=("a.jsonl",)), ("a.txt",)).format
         'text'
     """
-    chats = cfg.format == "chat" and any(
-        Path(path).suffix.lower() in (".jsonl", ".parquet") for path in paths
-    )
-    shards = len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file()
-    format = "shards" if shards else "chat" if chats else "text"
+    # A folder of shards says so; records are chats if the run was trained on chats.
+    suffixes = {Path(path).suffix.lower() for path in paths}
+    if len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file():
+        format = "shards"
+    elif cfg.format == "chat" and suffixes & {".jsonl", ".parquet"}:
+        format = "chat"
+    else:
+        format = "text"
+
+    # Settings of other formats would be refused.
     defaults = vars(DataConfig())
     others = {name: defaults[name] for name, formats in ONLY_FOR.items() if format not in formats}
     return replace(cfg, paths=paths, format=format, **others)

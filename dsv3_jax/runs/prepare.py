@@ -70,11 +70,16 @@ def agree(run: RunConfig, options: FitOptions) -> Job:
 
     Raises: ConfigError.
     """
-    mesh, optimizer = options.mesh, options.optimizer
+    mesh = options.mesh
+    optimizer = options.optimizer
+
+    # The caller's optimizer has no name but the types of its state.
     optim.check(run.optim, optimizer)
     if optimizer is not None:
         name = optim.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
         run = replace(run, optim=replace(run.optim, name=name))
+
+    # Each host compiles its own kernels, and may lack some.
     kernels = processes.by_each(lambda: choose.prepare(run.execution, mesh=mesh))
     job = Job(run, mesh, kernels, optimizer)
     processes.agree({

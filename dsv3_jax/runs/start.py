@@ -158,13 +158,16 @@ def check_start(run: RunConfig, start: Start) -> None:
 
     Raises: ValueError.
     """
-    name, free = ("trunk", TRUNK_KEYS) if run.trunk is not None else ("start", START_KEYS)
+    name = "start" if run.trunk is None else "trunk"
     was = start.run.model.attention
-    if run.trunk is None and (was, run.model.attention) == ("mla", "dsa"):
+    becomes_sparse = run.trunk is None and (was, run.model.attention) == ("mla", "dsa")
+
+    # Parameters of the same shapes, that mean the same.
+    free = START_KEYS if run.trunk is None else TRUNK_KEYS
+    if becomes_sparse:
         free = (*START_KEYS, *INDEX_KEYS)
-    theirs, ours = (
-        {k: v for k, v in to_dict(r.model).items() if k not in free} for r in (start.run, run)
-    )
+    theirs = {k: v for k, v in to_dict(start.run.model).items() if k not in free}
+    ours = {k: v for k, v in to_dict(run.model).items() if k not in free}
     if different := first_difference(theirs, ours):
         key, a, b = different
         raise ConfigError(f"model.{key}={b!r} is not that of {name}={start.place!r}, {a!r}")
@@ -178,6 +181,8 @@ def check_start(run: RunConfig, start: Start) -> None:
             f"start={start.place!r} has weights of 4 bits, which do not train; "
             "use lora, or convert it"
         )
+
+    # Ids of the same meaning.
     if not same_tokenizer(start.run.data.tokenizer, run.data.tokenizer):
         raise ValueError(
             f"data.tokenizer={run.data.tokenizer!r} gives ids another meaning than that of "

@@ -121,15 +121,14 @@ def compute_loss(
 
     Args:
         batch: tokens, segment_ids, positions, int32 [B, T]; loss_mask, bool [B, T], if not all
-            tokens are targets; keys, a random key for each row, [B], for a router with noise;
-            expert_ids, int32 [B, L, T, K], experts that take the place of the routers' choices, of
-            the trunk's sparse layers and then of heads with experts; of answers their advantages,
-            old_logprobs and possibly start_logprobs, float32 [B, T].
+            tokens are targets; expert_ids, int32 [B, L, T, K], experts that take the place of the
+            routers' choices, of the trunk's sparse layers and then of heads with experts; of
+            answers their advantages, old_logprobs and possibly start_logprobs, float32 [B, T].
         mtp_weight: λ. None: the total has the multi-token heads alone, (1/M)·Σ_k L_k and their
             balance losses; there is no other loss to weigh them against.
         head_loss: "kl" or "tv": heads learn the trunk's distribution of a token, not the text's
             token.
-        watch: see `model.context.Options`.
+        watch: see `model.context.How`.
         grpo: L_main is that of `training.policy`. None means the cross-entropy.
         part: of a complete batch, whose counts divide the sums.
         one_document: see `Transformer.forward_hidden`.

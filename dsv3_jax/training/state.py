@@ -89,10 +89,13 @@ def init_state(
     make = partial(_make_state, job)
     key = jax.random.key(job.run.seed)
     given = params or nnx.State({}), bias or nnx.State({})
-    # Without a mesh committed to one device, as a restored state is: both use one compiled step.
+
+    # Each array is made where it stays: no device holds all of them.
     of = partial(sharding.state_sharding, mesh=job.mesh, fsdp=job.run.execution.layout.fsdp)
     where = of(jax.eval_shape(make, key, *given))
     given = jax.device_put(given, of(given), donate=True)
+
+    # Without a mesh committed to one device, as a restored state is: both use one compiled step.
     device = jax.devices()[0] if job.mesh is None else job.mesh.devices.flat[0]
     return compile_lightly(make, device, out_shardings=where, donate_argnums=(1, 2))(key, *given)
 
@@ -117,8 +120,11 @@ def abstract_state(job: Job, frozen: Any = jnp.float32) -> TrainState:
 
 def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> TrainState:
     model = Transformer(job.run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
+
+    # Adapters are made for the weights that they will change.
     params = nnx.merge_state(nnx.state(model, nnx.Param), params)
     params = nnx.merge_state(params, lora.init(job.run.lora, params, key))
+
     bias = nnx.merge_state(nnx.state(model, RouterBias), bias)
     start_bias = bias if job.run.grpo.kl and job.run.lora.rank else ()
     opt = init_optimizer(job, params)

@@ -36,12 +36,12 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     or tokens are divided by the complete batch's counts, and the sequence-wise loss by its rows. A
     microbatch has its own Switch loss, its own capacity of experts, and its own target of the rule
     "quantile"; of the first and the last the mean is taken. The bias is updated once, after the
-    optimizer, by the load of the complete batch. A router's noise is that of the run's seed, the
-    step and the row, in whatever part the row is. If the loss or a gradient is not finite, or `go`
-    is False, the state does not change, and `finite` in the metrics is False. Given the last step's
-    `finite` as `go`, a step may start before that is known, and changes nothing after a bad one. A
-    step of GRPO without answers counts, but has nothing to learn from: neither momentum nor weight
-    decay moves a weight.
+    optimizer, by the load of the complete batch.
+
+    If the loss or a gradient is not finite, or `go` is False, the state does not change, and
+    `finite` in the metrics is False. Given the last step's `finite` as `go`, a step may start
+    before that is known, and changes nothing after a bad one. A step of GRPO without answers
+    counts, but has nothing to learn from: neither momentum nor weight decay moves a weight.
 
     Example:
         >>> import dsv3_jax as ds
