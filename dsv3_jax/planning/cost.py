@@ -33,17 +33,16 @@ from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.counting import (
-    attended,
     distinct_experts,
     share_read,
     size,
-    train_flops_per_token,
 )
 from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.parameters import Packed
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.planning.devices import Accelerator
+from dsv3_jax.planning.flops import decode_attention_flops, train_flops
 from dsv3_jax.planning.hlo import compile_with_hlo
 from dsv3_jax.planning.traffic import Traffic, traffic
 from dsv3_jax.training.state import Job, abstract_state, split_trainable
@@ -156,7 +155,7 @@ def train_cost(
     gradients = _shard_bytes(trained) * (2 if run.optim.microbatches > 1 else 1)
 
     count = run.data.batch_size * run.data.seq_len
-    flops = _train_flops(run) * count / mesh.size
+    flops = train_flops(run) * count / mesh.size
     return _compile_cost(
         "training step", mesh, target, make_step(Job(run, mesh, kernels)), (state, batch),
         tokens=count, persistent=persistent, transient={"gradients": gradients},
@@ -306,7 +305,7 @@ def decode_cost(
     cached = _shard_bytes(cache) * share_read(cfg, context, kind)
     read = sum(weights.values()) - unread + cached
 
-    flops = batch * (2 * size(cfg).active + _decode_attention_flops(cfg, context)) / mesh.size
+    flops = batch * (2 * size(cfg).active + decode_attention_flops(cfg, context)) / mesh.size
     return _compile_cost(
         "decoding step", mesh, target, jax.jit(step, donate_argnums=3),
         (params, bias, by_layer, cache, tokens),
@@ -381,28 +380,3 @@ def _shard_bytes(shapes: Any) -> int:
 def _parameter_bytes(params: nnx.State) -> dict[str, int]:
     experts, rest = nnx.split_state(params, lambda path, _: "experts" in path, ...)
     return {"routed experts": _shard_bytes(experts), "other parameters": _shard_bytes(rest)}
-
-
-def _train_flops(run: RunConfig) -> float:
-    """Return the FLOPs of a trained token, with attention's scores and recomputed layers."""
-    cfg = run.model
-    remat = run.execution.remat
-    counted = size(cfg, run.data.seq_len)
-    scores = counted.attention_flops / 2  # a token sees half of the sequence on average
-    total = train_flops_per_token(cfg, adapted=run.lora.on if run.lora.rank else ()) + 3 * scores
-
-    # Recomputed layers run forward twice; the heads' products are kept.
-    if remat in ("queries", "attention", "full"):
-        head = cfg.vocab_size * cfg.dim
-        total += 2 * (counted.active + counted.mtp_active - head * (1 + cfg.mtp_depth))
-        total += scores if remat == "full" else 0
-    return total
-
-
-def _decode_attention_flops(cfg: ModelConfig, context: int) -> float:
-    """Return attention's FLOPs of a token; absorbed, it reads latent rows twice, as k and v."""
-    if pick_kind(cfg, None) != "latent":
-        return float(size(cfg, context).attention_flops)
-    scored = 2.0 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
-    a_row = cfg.num_heads * (2 * cfg.kv_latent_dim + cfg.rope_head_dim)
-    return 2.0 * cfg.num_layers * a_row * attended(cfg, context) + scored
