@@ -15,8 +15,7 @@ class Convert:
     """Convert released weights into a run, a run into them, or them into another dtype."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """a released folder (config.json and safetensors), a hub id in the local cache, or one that
-    `dsv3 train` wrote"""
+    """a released folder (config.json and safetensors), a hub id in the local cache, or a run"""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """the folder to create; a failure leaves nothing of it"""
     step: int | None = None

@@ -41,8 +41,7 @@ class Eval:
     out: Path | None = None
     """JSON file for the scores"""
     kernels: str | None = None
-    """kernels to compute with: auto, xla, or a name from `dsv3 info PRESET --kernels`; None means
-    the run's own"""
+    """kernels to compute with, see `dsv3 info PRESET --kernels`; None means the run's own"""
 
 
 def run(argv: list[str]) -> int:

@@ -30,17 +30,15 @@ class Decode:
     top_k: int | None = None
     """sample among so many of the likeliest tokens; None means generation_config.json, else all"""
     top_p: float | None = None
-    """sample among the likeliest tokens up to this sum of probability; None means
-    generation_config.json, else 0.95"""
+    """sample the likeliest up to this probability; None means generation_config.json, else 0.95"""
     cache: CacheKind | None = None
-    """what is cached of each token; None means the smallest that the model has"""
+    """what is cached of each token; None means the least"""
     cache_dtype: CacheDtype | None = None
     """dtype of cached rows; None means the compute dtype"""
     draft: str | None = None
-    """who drafts: mtp (the model's heads), lookup (the text so far), or a model's folder with the
-    same tokenizer"""
+    """who drafts: mtp (its own heads), lookup (the text so far), or the folder of another model"""
     draft_length: int = 1
-    """number of tokens drafted a step; it does not change the distribution of the text"""
+    """number of tokens drafted a step; the text's law stays"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -55,8 +53,7 @@ class Decode:
 class Generate(Decode):
     """Continue a prompt and print the text, or many prompts into a file.
 
-    All else is printed on stderr. A prompt is encoded as by transformers' tokenizer, without a chat
-    template: see `dsv3 chat`.
+    All else is printed on stderr. A prompt is encoded without a chat template: see `dsv3 chat`.
     """
 
     prompt: str | None = None
@@ -64,7 +61,7 @@ class Generate(Decode):
     prompts: Path | None = None
     """a JSONL file of prompts, each the key "prompt" of a line"""
     out: Path | None = None
-    """with --prompts, the JSONL file to write; a stopped command resumes"""
+    """with --prompts, the JSONL file to write or resume"""
     samples: int = 1
     """with --prompts, texts of each prompt"""
     batch_size: int = 32

@@ -26,8 +26,7 @@ class Info:
     kernels: bool = False
     """list each op's kernels instead, and which would run here; compiles the C++ kernels once"""
     check: bool = False
-    """compare the numbers of all kernels with plain XLA here instead; a wrong one is not chosen
-    afterwards"""
+    """compare all kernels with plain XLA here instead; a wrong one is not chosen afterwards"""
 
 
 def run(argv: list[str]) -> int:

@@ -20,8 +20,7 @@ class Tokenize:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="PATHS", help_behavior_hint="(required)"),
     ]
-    """files or folders: text, source trees, JSONL, Parquet; or hf:NAME[:CONFIG][@SPLIT], a dataset
-    of Hugging Face"""
+    """files or folders of text, code, JSONL or Parquet; or hf:NAME[:CONFIG][@SPLIT], a dataset"""
     out: Path
     """the folder to write"""
     tokenizer: str = "bytes"
@@ -35,13 +34,11 @@ class Tokenize:
     template: tuple[str, ...] = ()
     """for chat: variables of the template, as in --template.thinking true"""
     prompts: Literal["turn", "text"] = "turn"
-    """for chat: what the prompt of a task is if it is a text: a user's turn, or text that the model
-    continues"""
+    """for chat: what a task's prompt is if it is a text: a user's turn, or text to continue"""
     row_tokens: int = ShardJob.row_tokens
     """tokens of a record; the sequence length of training must divide it"""
     val_fraction: float = ShardJob.val_fraction
-    """share of documents that are held out for validation, chosen by a hash of the text or of what
-    a chat teaches"""
+    """share of documents that are held out, by a hash of the text or of what a chat teaches"""
     text_column: str = ShardJob.text_column
     """key of JSONL and column of Parquet or a dataset with the text; for chat, the messages"""
     shard_mb: float = ShardJob.shard_mb

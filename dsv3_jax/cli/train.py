@@ -43,8 +43,7 @@ class Train:
     mesh: str | None = None
     """devices as data=N,expert=N,tensor=N, on a CPU simulated; None: all GPUs or TPUs on data"""
     cluster: str | None = None
-    """train in processes with one OUT: HOST:PORT of process 0; or auto on SLURM, Kubernetes, Open
-    MPI, TPU pods"""
+    """processes with one OUT: HOST:PORT of process 0; auto on SLURM, Kubernetes, MPI, TPU pods"""
     processes: int | None = None
     """number of processes of the cluster"""
     process_id: int | None = None

@@ -39,8 +39,7 @@ class PlanOptions:
     mesh: str = "data=1"
     """devices, as data=N,expert=N,tensor=N"""
     batch: int | None = None
-    """sequences in an optimizer step. Default: one for each part of the mesh's batch and each
-    microbatch"""
+    """sequences in a step. Default: one for each part of the mesh's batch and microbatch"""
     seq_len: int | None = None
     """tokens of a sequence. Default: the recipe's"""
     microbatches: int = 1
@@ -52,16 +51,13 @@ class PlanOptions:
     context: int | None = None
     """cached tokens a sequence. Default: 4,096 or max_positions"""
     weight_dtype: Literal["float32", "bfloat16", "fp8", "int4"] | None = None
-    """dtype of weights in decoding, and of those that LoRA freezes, alone in fp8 or int4. Default:
-    the compute dtype"""
+    """dtype of weights in decoding, and of those that LoRA freezes. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
-    """report whether each step fits in this device, and the shortest time that it can take.
-    Default: the target's"""
+    """report whether each step fits this device, and its shortest time. Default: the target's"""
     memory: str | None = None
     """a device's memory, as 80GB or 95.7GiB. Default: --device's"""
     target: str | None = None
-    """compile with the devices' own compiler: gpu:h100, gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1
-    (extra plan-tpu)"""
+    """compile with its own compiler: gpu:h100:8 (extra plan-gpu), tpu:v5p:2x2x1 (extra plan-tpu)"""
 
 
 def plan(options: PlanOptions, run: RunConfig, name: str) -> int:
