@@ -140,6 +140,11 @@ def test_it_resumes_without_the_other(trunk, tmp_path):
 def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
     with pytest.raises(ConfigError, match=f"^model.num_heads=1 is not that of start='{other}', 2$"):
         loop.fit(run_from(other, num_heads=1), tmp_path / "new", quiet=True)
+    with pytest.raises(
+        ConfigError, match="is given for a run with start=None; make the run by on_w"
+    ):
+        plain = replace(run_from(other), start=None)
+        loop.fit(plain, tmp_path / "new", start=starts.open_start(other), quiet=True)
     assert not (tmp_path / "new").exists()
 
 

@@ -39,14 +39,14 @@ from dsv3_jax.runs.chats import Chats, for_epochs, read_chats
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import check_place, claim, made_from
 from dsv3_jax.runs.prepare import FitOptions, Prepared, agree, check, kernels_of, read
-from dsv3_jax.runs.start import Start, begin, open_start
+from dsv3_jax.runs.start import Start, begin, on_trunk, on_weights, open_start
 from dsv3_jax.runs.steps import Files, FitResult, NonFiniteLoss, Training
 from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.state import Job
 
 __all__ = [
     "Callback", "Chats", "FitResult", "NonFiniteLoss", "Start",
-    "fit", "for_epochs", "open_start", "read_chats",
+    "fit", "for_epochs", "on_trunk", "on_weights", "open_start", "read_chats",
 ]  # fmt: skip
 
 
@@ -92,8 +92,8 @@ def fit(
         source: data to train and to measure on, in place of the text that `run.data` names. A
             resumed run needs it again. Its token ids must be ids of `run.data.tokenizer`. None
             means the text.
-        start: the run's `start` or `trunk`, from `open_start`. None means that `fit` opens it if it
-            needs it.
+        start: the run's `start` or `trunk`, from `open_start`, of which `on_weights` or `on_trunk`
+            made the run. None means that `fit` opens it if it needs it.
         chats: the run's chats, from `read_chats`. None means that `fit` reads them.
         callbacks: called at the start and the end and for each row of metrics and checkpoint, see
             `Callback`. If one raises, the run is saved and the error is raised.
@@ -123,6 +123,10 @@ def fit(
     2
     """
     check_kind("run", run, RunConfig)
+    check_kind("start", start, Start | None)
+    check_kind("chats", chats, Chats | None)
+
+    # What later commands need of the start is kept in the run's folder.
     kept: list[Callback] = [KeepOrigin()]
     if run.data.format == "chat" and source is None:
         start, chats = start_and_chats(run, out, start, chats)

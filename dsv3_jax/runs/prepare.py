@@ -148,6 +148,11 @@ def _start_of(run: RunConfig, opened: Start | None) -> Start | None:
     """The run's start or trunk, opened and checked; None for a run that has neither."""
     place = run.trunk or run.start
     if place is None:
+        if opened is not None:
+            raise ConfigError(
+                f"start={opened.place!r} is given for a run with start=None; make the run by "
+                "on_weights(run, start) or on_trunk"
+            )
         return None
     start = opened or open_start(place)
     check_start(run, start)
