@@ -123,8 +123,10 @@ def fit(
     2
     """
     check_kind("run", run, RunConfig)
-    check_kind("start", start, Start | None)
-    check_kind("chats", chats, Chats | None)
+    if start is not None:
+        check_kind("start", start, Start)
+    if chats is not None:
+        check_kind("chats", chats, Chats)
 
     # What later commands need of the start is kept in the run's folder.
     kept: list[Callback] = [KeepOrigin()]

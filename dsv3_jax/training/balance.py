@@ -62,6 +62,7 @@ def updated_bias(
         measure: what the rule needs beside the load, in the same rows.
 
     Example:
+        >>> from dsv3_jax.ops.balance import RULES
         >>> bias = RouterBias(jnp.zeros((1, 3)))  # one layer, three experts
         >>> bias = nnx.State({"sparse": {"bias": bias}})
         >>> load = jnp.array([[3.0, 2.0, 1.0]])

@@ -45,6 +45,7 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
 
     Example:
         >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.state import init_state
         >>> job = Job(ds.recipe("tiny"))
         >>> state, step = init_state(job), make_step(job)  # doctest: +SKIP
         >>> one = jnp.ones((8, 256), jnp.int32)  # B and T of the recipe
@@ -195,6 +196,7 @@ def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
 
     Example:
         >>> import dsv3_jax as ds
+        >>> from dsv3_jax.training.state import abstract_state
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> run = ds.replace(ds.recipe("tiny"), model=cfg)
         >>> shapes = abstract_state(Job(run))
