@@ -11,6 +11,7 @@ from runs import MODEL, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, ConfigError, Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.shape import format_mesh, parse_mesh
 from dsv3_jax.training.state import Job, model_of
 from dsv3_jax.training.step import make_step
 
@@ -133,10 +134,10 @@ def test_meshes_are_read():
         ("data=2,expert=2,data=4", "names data twice"),
     ):
         with pytest.raises(ConfigError, match=f"^mesh={text!r} {why}$"):
-            sharding.parse_mesh(text)
-    assert sharding.parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
+            parse_mesh(text)
+    assert parse_mesh("expert=4, data=2") == {"data": 2, "expert": 4, "tensor": 1}
     mesh = sharding.make_mesh(2, 1, 4)
-    assert sharding.parse_mesh(sharding.format_mesh(mesh)) == dict(mesh.shape)
+    assert parse_mesh(format_mesh(mesh)) == dict(mesh.shape)
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,10 @@ def mesh_of_option(text: str | None) -> Any:
     import jax
 
     from dsv3_jax.mesh import sharding
+    from dsv3_jax.mesh.shape import parse_mesh
 
     # JAX refuses once an array exists: the devices are then those that there are.
-    sizes = sharding.parse_mesh(text)
+    sizes = parse_mesh(text)
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
     return sharding.make_mesh(**sizes)

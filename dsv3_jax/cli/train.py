@@ -166,11 +166,12 @@ def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[Ru
 
 
 def _train_in_cluster(args: Train) -> int:
-    from dsv3_jax.mesh import processes, sharding
+    from dsv3_jax.mesh import processes
+    from dsv3_jax.mesh.shape import parse_mesh
 
     assert args.cluster is not None
     # The processes find each other before any of them touches a device.
-    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    sizes = parse_mesh(args.mesh) if args.mesh else None
     devices = math.prod(sizes.values()) if sizes else None
     processes.join(args.cluster, args.processes, args.process_id, devices)
     try:

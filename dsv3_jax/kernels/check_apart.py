@@ -58,27 +58,33 @@ def check_and_keep(
         "check": {"precisions": list(precisions), "also": list(also)},
     }
     start = [*(command or COMMAND), json.dumps(asked)]
+
+    # A first process lists the implementations, and ends.
     try:
         (here,) = _replies(start, seconds)
     except Ended as error:
-        raise ConfigError(
-            f"kernels cannot be checked: the process that lists them {error}"
-        ) from None
+        reason = f"the process that lists them {error}"
+        raise ConfigError(f"kernels cannot be checked: {reason}") from None
     if "refused" in here:
         raise ConfigError(here["refused"])
-    rows = here["rows"]  # whether they are written by hand, by name
-    groups = [[name] for name in rows if rows[name]] + [[name for name in rows if not rows[name]]]
+
+    # One process for each that is written by hand, and one for all others.
+    by_hand = here["rows"]  # whether it is, by name
+    groups = [[name] for name in by_hand if by_hand[name]]
+    groups.append([name for name in by_hand if not by_hand[name]])
+    chip = (here["platform"], here["chip"])
+
     while groups:
         names = groups.pop(0)
-        found, lost = _check_together(
-            [*start, json.dumps(names)], names, (here["platform"], here["chip"]), seconds
-        )
+        found, lost = _check_together([*start, json.dumps(names)], names, chip, seconds)
         if not lost:
             yield from found.values()
             continue
+
+        # The others again, in a process that this one has not touched.
         yield found[lost]
-        # again, in a process that this one has not touched
-        if others := [name for name in names if name != lost]:
+        others = [name for name in names if name != lost]
+        if others:
             groups.insert(0, others)
 
 
@@ -92,30 +98,32 @@ def _check_together(
     """
     worst: dict[str, Verdict] = {}
     tried = ""
+
+    def keep(found: Verdict) -> None:
+        before = worst.get(found.name, found)
+        worst[found.name] = max(before, found, key=lambda verdict: verdict.share)
+        verdicts.keep(*chip, found.name, worst[found.name].wrong)
+
     try:
         for reply in _replies(command, seconds):
             if "trying" in reply:
+                # Kept before it runs: this process may be stopped as well.
                 tried = reply["trying"]
                 known = worst[tried].wrong if tried in worst else ""
                 verdicts.keep(*chip, tried, known or BEGUN)
-            else:
-                found = Verdict(*reply["verdict"])
-                before = worst.get(found.name, found)
-                worst[found.name] = max(before, found, key=lambda verdict: verdict.share)
-                verdicts.keep(*chip, found.name, worst[found.name].wrong)
-                if found.share < np.inf:
-                    tried = ""  # what follows is not its fault
+                continue
+
+            found = Verdict(*reply["verdict"])
+            keep(found)
+            if found.share < np.inf:
+                tried = ""  # what follows is not its fault
     except Ended as error:
         if not tried:
-            raise ConfigError(
-                f"{', '.join(names)} cannot be checked: the process {error}"
-            ) from None
-        ended = Verdict(tried, np.inf, f"it {error}")
-        worst[tried] = max(worst.get(tried, ended), ended, key=lambda verdict: verdict.share)
-        verdicts.keep(*chip, tried, worst[tried].wrong)
-    else:
-        tried = ""
-    return worst, tried
+            reason = f"cannot be checked: the process {error}"
+            raise ConfigError(f"{', '.join(names)} {reason}") from None
+        keep(Verdict(tried, np.inf, f"it {error}"))
+        return worst, tried
+    return worst, ""
 
 
 def _replies(command: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
@@ -138,6 +146,7 @@ def _replies(command: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]
     # the pipe open.
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
+
     limit = STARTING
     try:
         while True:
@@ -170,29 +179,25 @@ def main() -> int:
 
     asked, *names = (json.loads(word) for word in sys.argv[1:])
     settings = asked["check"]
+
     try:
         kernels = choose.prepare(Execution(**asked["execution"]))
     except (ValueError, RuntimeError) as error:  # RuntimeError: JAX finds no device
         say(refused=str(error))
         say(done=True)
         return 0
+
     target = kernels.target
     if names:
-        for verdict in check(
-            kernels,
-            large=target.platform != "cpu",
-            names=names[0],
-            trying=lambda name: say(trying=name),
-            **settings,
-        ):
+        settings |= {"large": target.platform != "cpu", "names": names[0]}
+        for verdict in check(kernels, trying=lambda name: say(trying=name), **settings):
             say(verdict=verdict)
     else:
-        rows = {
-            row.of(op): bool(row.dtypes)
-            for op, _, _, rows in rows_by_op(kernels, **settings)
-            for row in rows
-        }
-        say(platform=target.platform, chip=target.chip, rows=rows)
+        by_hand = {}
+        for op, _, _, rows in rows_by_op(kernels, **settings):
+            by_hand |= {row.of(op): bool(row.dtypes) for row in rows}
+        say(platform=target.platform, chip=target.chip, rows=by_hand)
+
     say(done=True)
     return 0
 

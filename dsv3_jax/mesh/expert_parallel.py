@@ -84,16 +84,19 @@ def grouped_swiglu(
     Returns: (y, copies of a token sent to another device, mean over tokens).
     """
 
-    def meet(how: Sharded, *args) -> tuple[Array, Array]:
-        n = args[0].shape[0]
+    def meet(how: Sharded, x, ids, gates, experts, turned=None) -> tuple[Array, Array]:
+        tokens = x.shape[0]
         apart = how.peers > 1 and "expert" in how.rows
-        comm = pick_expert_comm(cfg, layout, n, how.peers) if apart else "gather"
+        comm = pick_expert_comm(cfg, layout, tokens, how.peers) if apart else "gather"
         if comm == "gather":
             run = partial(kernels, "grouped_swiglu", complete=how.peers == 1)
-            return _gathered(run, how, *args)
-        size = round_size(cfg, layout, n, how.peers)
-        y, sent = all_to_all(*args[:4], kernels=kernels, size=size)
-        return (jax.lax.psum(y, "tensor") if how.hidden else y), sent
+            return _gathered(run, how, x, ids, gates, experts, turned)
+
+        size = round_size(cfg, layout, tokens, how.peers)
+        y, sent = all_to_all(x, ids, gates, experts, kernels=kernels, size=size)
+        if how.hidden:  # each device has a part of the hidden units
+            y = jax.lax.psum(y, "tensor")
+        return y, sent
 
     turn = kernels.device.turns_experts and kernels.target.precision == "none"
     return _on_shards(meet, layout, x, expert_ids, gates, experts, turn=turn)
@@ -121,7 +124,7 @@ def _on_shards(
     gates: Array,
     experts: Experts,
     turn: bool = False,
-):
+) -> tuple[Array, Array]:
     """Call `meet(how, x, ids, gates, experts)` on each device, whose experts have all of D.
 
     Args: turn: gathered experts go along transposed as well.
@@ -129,24 +132,26 @@ def _on_shards(
     mesh = jax.sharding.get_abstract_mesh()
     rows = row_axes(x.shape[0])
     specs = tuple(
-        spec(of, w.shape, mesh, fsdp=layout.fsdp) for of, w in zip(AXIS_NAMES, experts, strict=True)
+        spec(names, w.shape, mesh, fsdp=layout.fsdp)
+        for names, w in zip(AXIS_NAMES, experts, strict=True)
     )
     how = Sharded(rows, specs, mesh.shape["expert"])
 
     def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
-        gathered = ()
+        # Under fsdp a layer's experts are gathered here, in the layer's turn.
+        turned = ()
+        if how.gathered and turn:
+            turned = (_gather(jax.lax.stop_gradient(experts), how, x.dtype, (0, 2, 1)),)
         if how.gathered:
-            gathered = (
-                (_gather(jax.lax.stop_gradient(experts), how, x.dtype, (0, 2, 1)),) if turn else ()
-            )
             experts = _gather(experts, how, x.dtype)
+
         # All of one type, so that the gradients of experts are summed over devices here, once.
         experts = tuple(as_varying(w, x) for w in experts)
         x, gates = (as_varying(a, experts[0]) for a in (x, gates))
-        return meet(how, x, ids, gates, experts, *gathered)
+        return meet(how, x, ids, gates, experts, *turned)
 
     tokens = P(rows)
-    in_specs = tokens, tokens, tokens, specs
+    in_specs = (tokens, tokens, tokens, specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=(tokens, P()))(x, ids, gates, experts)
 
 
@@ -157,30 +162,28 @@ def _gathered(
     ids: Array,
     gates: Array,
     experts: Experts,
-    turned: Any = None,
-):
+    turned: tuple[Array, ...] | None = None,
+) -> tuple[Array, Array]:
     """(y of this device's tokens, copies of a token sent), by `run` on the tokens of all peers."""
     shared = how.peers > 1
-    sent = 0.0
-    if shared and "expert" in how.rows:
-        x, ids, gates = (
-            jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, ids, gates)
-        )
-        sent = how.peers - 1.0
+    apart = shared and "expert" in how.rows
+
+    # Every peer gets the tokens of all, and runs the experts that it holds.
+    if apart:
+        x, ids, gates = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, gates))
     if shared:
         ids, gates = to_local_ids(ids, gates, experts[0].shape[0])
-    y = (
-        run(x, ids, gates, *experts)
-        if turned is None
-        else run(x, ids, gates, *experts, turned=turned)
-    )
+    settings = {} if turned is None else {"turned": turned}
+    y = run(x, ids, gates, *experts, **settings)
+
+    # The sums over hidden units, and over all peers' experts, for this device's own tokens.
     if how.hidden:
         y = jax.lax.psum(y, "tensor")
-    if shared and "expert" in how.rows:
+    if apart:
         y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
     elif shared:
         y = jax.lax.psum(y, "expert")
-    return y, jnp.asarray(sent, jnp.float32)
+    return y, jnp.asarray(how.peers - 1.0 if apart else 0.0, jnp.float32)
 
 
 def _gather(
@@ -189,16 +192,14 @@ def _gather(
     """The experts [E, …] cast, their axes in that order, and gathered along "data"."""
     # If "data" does not shard the tokens, its devices all do the same with them, and JAX must know.
     to = "varying" if "data" in how.rows else "invarying"
-    return tuple(
-        jax.lax.all_gather(
-            w.astype(dtype).transpose(order),
-            "data",
-            axis=order[_along_data(of)[0]],
-            tiled=True,
-            to=to,
+
+    def gather(of: P, w: Array) -> Array:
+        axis = order[_along_data(of)[0]]
+        return jax.lax.all_gather(
+            w.astype(dtype).transpose(order), "data", axis=axis, tiled=True, to=to
         )
-        for of, w in zip(how.experts, experts, strict=True)
-    )
+
+    return tuple(gather(of, w) for of, w in zip(how.experts, experts, strict=True))
 
 
 def _along_data(spec: P) -> list[int]:

@@ -10,7 +10,6 @@ they are constrained (`constrain`). An axis that does not divide evenly is repli
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
@@ -27,9 +25,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
+from dsv3_jax.mesh.shape import AXES, format_mesh, over_slices
 
-AXES = ("data", "expert", "tensor")
-MOST_DEVICES = 65536  # of a mesh: more is a typing error, and JAX would try to make them
 ROWS = ("data", "expert")  # axes that shard the batch
 
 # Mesh axes that shard an array's axis of that name, outermost first; nameless ones are replicated.
@@ -43,30 +40,6 @@ RULES: dict[str, tuple[str, ...]] = {
 # `Layout.fsdp` adds these for weights, and for all that is sharded like them; they are gathered for
 # use. Experts are sharded by number where "data" divides it: they then lie in memory as in use.
 FSDP_RULES = RULES | {"expert": ("expert", "data"), "dim": ("data",), "latent": ("data",)}
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=2,expert=4` as {"data": 2, "expert": 4, "tensor": 1}; an absent axis has size 1.
-
-    Raises: ConfigError for other axes, one that is named twice, sizes that are not positive whole
-        numbers, or more than MOST_DEVICES devices in all.
-
-    >>> parse_mesh("data=2,expert=4")
-    {'data': 2, 'expert': 4, 'tensor': 1}
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
-        if not found or found[1] not in AXES:
-            raise ConfigError(
-                f"mesh={text!r} is not of the form {','.join(f'{a}=N' for a in AXES)}"
-            )
-        if found[1] in sizes:
-            raise ConfigError(f"mesh={text!r} names {found[1]} twice")
-        sizes[found[1]] = int(found[2])
-    if math.prod(sizes.values()) > MOST_DEVICES:
-        raise ConfigError(f"mesh={text!r} has more than {MOST_DEVICES:,} devices")
-    return dict.fromkeys(AXES, 1) | sizes
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -88,53 +61,17 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     sizes = (data, expert, tensor)
     kinds = (AxisType.Auto,) * len(AXES)
     devices = jax.devices()[:count]
+
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) > 1:
-        return Mesh(_over_slices(sizes, devices, slices), AXES, axis_types=kinds)
+        return Mesh(over_slices(sizes, devices, slices), AXES, axis_types=kinds)
+
     try:
         return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
     except NotImplementedError:
         # A TPU's torus has no axes of these sizes: one of its axes is split.
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(array, AXES, axis_types=kinds)
-
-
-def _over_slices(
-    sizes: tuple[int, ...], devices: Sequence[Any], slices: Counter[int]
-) -> np.ndarray:
-    """Arrange devices of several slices, nodes of GPUs or TPU pods, with slower networks between.
-
-    Slices are counted along "data", and along "expert" and "tensor" only as far as "data" is not
-    divisible by them.
-
-    Args: slices: the number of devices by slice.
-    """
-    left = len(slices)
-    over = []
-    for size in sizes:
-        over.append(math.gcd(size, left))
-        left //= over[-1]
-    if left > 1 or len(set(slices.values())) > 1:
-        mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        counts = " + ".join(map(str, slices.values()))
-        raise ConfigError(
-            f"mesh {mesh} does not divide evenly over {len(slices)} slices (nodes or pods) of "
-            f"{counts} devices"
-        )
-    inside = [size // number for size, number in zip(sizes, over, strict=True)]
-    return mesh_utils.create_hybrid_device_mesh(
-        inside, over, devices, allow_split_physical_axes=True
-    )
-
-
-def format_mesh(mesh: Mesh | AbstractMesh) -> str:
-    """Write `data=2,expert=4,tensor=1`, as `parse_mesh` reads it.
-
-    Example:
-        >>> format_mesh(AbstractMesh((2, 4, 1), AXES))
-        'data=2,expert=4,tensor=1'
-    """
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 def check(mesh: Mesh, run: RunConfig) -> None:
@@ -148,9 +85,8 @@ def check(mesh: Mesh, run: RunConfig) -> None:
     """
     rows = run.data.batch_size // run.optim.microbatches
     if rows % math.prod(mesh.shape[axis] for axis in ROWS):
-        raise ConfigError(
-            f"batch_size/microbatches={rows} rows are not divisible by mesh {format_mesh(mesh)}"
-        )
+        given = f"batch_size/microbatches={rows} rows are"
+        raise ConfigError(f"{given} not divisible by mesh {format_mesh(mesh)}")
     check_model(mesh, run.model)
 
 
@@ -163,12 +99,10 @@ def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
         >>> from dsv3_jax.presets import preset
         >>> check_model(make_mesh(), preset("tiny"))  # one device fits every model
     """
-    if cfg.num_experts % mesh.shape["expert"]:
-        raise ConfigError(
-            f"num_experts={cfg.num_experts} is not divisible by mesh {format_mesh(mesh)}"
-        )
-    if cfg.num_heads % mesh.shape["tensor"]:
-        raise ConfigError(f"num_heads={cfg.num_heads} is not divisible by mesh {format_mesh(mesh)}")
+    for name, axis in (("num_experts", "expert"), ("num_heads", "tensor")):
+        number = getattr(cfg, name)
+        if number % mesh.shape[axis]:
+            raise ConfigError(f"{name}={number} is not divisible by mesh {format_mesh(mesh)}")
 
 
 def mesh_of(state: Any) -> Mesh | None:
@@ -238,10 +172,11 @@ def spec(
         (P(None, ('expert', 'data'), None, None), P(None, 'expert', 'data', None))
     """
     leading = len(shape) - len(names)
-    used: tuple[str, ...] = ()
     parts: list[tuple[str, ...] | None] = [None] * leading
+    used: tuple[str, ...] = ()
     for name, size in zip(names, shape[leading:], strict=True):
-        axes = tuple(axis for axis in _mesh_axes(name, size, mesh, fsdp) if axis not in used)
+        wanted = _mesh_axes(name, size, mesh, fsdp)
+        axes = tuple(axis for axis in wanted if axis not in used)
         used += axes
         parts.append(axes or None)
     return P(*parts)
@@ -262,10 +197,14 @@ def _mesh_axes(
     name: str | None, size: int, mesh: Mesh | AbstractMesh, fsdp: bool = False
 ) -> tuple[str, ...]:
     """The mesh axes for a name, as many as divide `size` evenly; axes of size 1 are left out."""
+    rules = FSDP_RULES if fsdp else RULES
     axes: tuple[str, ...] = ()
-    for axis in (FSDP_RULES if fsdp else RULES).get(name or "", ()):
-        if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+    parts = 1
+    for axis in rules.get(name or "", ()):
+        devices = mesh.shape[axis]
+        if devices > 1 and size % (parts * devices) == 0:
             axes += (axis,)
+            parts *= devices
     return axes
 
 
@@ -281,10 +220,12 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
     """
 
     def place(v):
+        names = names_of(v)
+
         def of(x):
             if mesh is None:
                 return SingleDeviceSharding(jax.devices()[0])
-            return NamedSharding(mesh, spec(names_of(v), x.shape, mesh, fsdp=fsdp))
+            return NamedSharding(mesh, spec(names, x.shape, mesh, fsdp=fsdp))
 
         return jax.tree.map(of, v)
 
@@ -325,9 +266,8 @@ def constrain(x: Array, *names: str | None) -> Array:
     """
     if not on_mesh():
         return x
-    return jax.lax.with_sharding_constraint(
-        x, spec(names, x.shape, jax.sharding.get_abstract_mesh())
-    )
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
 def constrain_state(state, *, fsdp: bool = False):
@@ -355,9 +295,9 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
 
     def gather(v):
         names = names_of(v)
-        exact = v.get_metadata().get("exact", False)
         if "expert" in names:
             return v
+        exact = v.get_metadata().get("exact", False)
 
         def of(x):
             used = spec(names, x.shape, mesh)
@@ -402,7 +342,8 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
         >>> shard_map_over_batch(scaled, (jnp.float32(2),), x)  # the same on a mesh
         (Array(4., dtype=float32), Array([2., 6.], dtype=float32))
     """
-    axes = row_axes(jax.tree.leaves(batched)[0].shape[0]) if on_mesh() else ()
+    rows = jax.tree.leaves(batched)[0].shape[0]
+    axes = row_axes(rows) if on_mesh() else ()
     if not axes:
         return f(*replicated, *batched)
 
@@ -410,15 +351,18 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
         sums, rows = f(*args)
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
 
-    specs = (*(P() for _ in replicated), *(P(axes) for _ in batched))
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(P(), P(axes)), axis_names=set(axes))
+    in_specs = (P(),) * len(replicated) + (P(axes),) * len(batched)
+    out_specs = (P(), P(axes))
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
     return mapped(*replicated, *batched)
 
 
 def shards_alike(names: Sequence[str | None], *shapes: Sequence[int]) -> bool:
     """Whether these shapes are sharded along the same axes; without a mesh, they are."""
+    if not on_mesh():
+        return True
     mesh = jax.sharding.get_abstract_mesh()
-    return not on_mesh() or len({spec(names, shape, mesh) for shape in shapes}) == 1
+    return len({spec(names, shape, mesh) for shape in shapes}) == 1
 
 
 def on_shards(

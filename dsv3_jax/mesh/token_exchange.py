@@ -9,6 +9,8 @@ so many tokens of each peer, and rows for so many of their choices. Even load ta
 uneven load further ones, which are smaller, and no token is ever dropped.
 
 This file and expert_parallel.py are the only ones with hand-written collectives.
+
+Letters, beside those of reference.py: n tokens of a device, P peers, s slots of a round.
 """
 
 import math
@@ -40,20 +42,23 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
         >>> [round(mean_reach(cfg, peers), 2) for peers in (1, 8, 256)]
         [1.0, 3.63, 8.0]
     """
-    num_groups, groups, k = cfg.num_groups, cfg.groups_per_token, cfg.experts_per_token
+    k = cfg.experts_per_token
+    num_groups, groups = cfg.num_groups, cfg.groups_per_token
     if not ROUTERS[cfg.router].has_groups or max(peers, num_groups) % min(peers, num_groups):
         num_groups = groups = 1
-    pool = groups * cfg.num_experts // num_groups
-    on_device = max(1, num_groups // peers)
-    each = cfg.num_experts // max(peers, num_groups)
+
+    pool = groups * cfg.num_experts // num_groups  # experts in the chosen groups
+    on_device = max(1, num_groups // peers)  # groups that a device has experts of
+    each = cfg.num_experts // max(peers, num_groups)  # its experts of each of them
+
     # Choices that miss a device, with j of its groups among the chosen ones.
-    missed = sum(
-        math.comb(on_device, j)
-        * math.comb(num_groups - on_device, groups - j)
-        * math.comb(pool - j * each, k)
-        for j in range(min(on_device, groups) + 1)
-    )
-    return peers * (1 - missed / (math.comb(num_groups, groups) * math.comb(pool, k)))
+    missed = 0
+    for j in range(min(on_device, groups) + 1):
+        of_groups = math.comb(on_device, j) * math.comb(num_groups - on_device, groups - j)
+        missed += of_groups * math.comb(pool - j * each, k)
+
+    all_choices = math.comb(num_groups, groups) * math.comb(pool, k)
+    return peers * (1 - missed / all_choices)
 
 
 class Size(NamedTuple):
@@ -74,8 +79,10 @@ def round_size(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> Siz
     """
     share = layout.capacity_slack * tokens / peers
     most = most_choices(cfg.experts_per_token, cfg.num_experts // peers)
+
     slots = min(tokens, math.ceil(share * mean_reach(cfg, peers)))
-    return Size(slots, max(most, min(slots * most, math.ceil(share * cfg.experts_per_token))))
+    choices = min(slots * most, math.ceil(share * cfg.experts_per_token))
+    return Size(slots, max(most, choices))
 
 
 def most_choices(num_choices: int, held: int) -> int:
@@ -131,39 +138,49 @@ def peer_table(expert_ids: Int[Array, "n K"], held: int, peers: int) -> PeerTabl
         >>> table.choices_so_far.tolist(), table.first.tolist()
         ([[2, 0], [3, 1]], [[True, False], [True, True]])
     """
-    peer = expert_ids // held
-    choices = jax.nn.one_hot(peer, peers, dtype=jnp.int32).sum(axis=1)
-    again = jnp.tril(peer[:, :, None] == peer[:, None, :], -1).any(axis=-1)
-    tokens_so_far, choices_so_far = (
-        jnp.cumsum(a, axis=0, dtype=jnp.int32) for a in (jnp.minimum(choices, 1), choices)
-    )
-    return PeerTable(peer, ~again, choices, tokens_so_far, choices_so_far)
+    peer_nK = expert_ids // held
+    again_nK = jnp.tril(peer_nK[:, :, None] == peer_nK[:, None, :], -1).any(axis=-1)
+    choices_nP = jax.nn.one_hot(peer_nK, peers, dtype=jnp.int32).sum(axis=1)
+    tokens_so_far = jnp.cumsum(jnp.minimum(choices_nP, 1), axis=0, dtype=jnp.int32)
+    choices_so_far = jnp.cumsum(choices_nP, axis=0, dtype=jnp.int32)
+    return PeerTable(peer_nK, ~again_nK, choices_nP, tokens_so_far, choices_so_far)
 
 
-# How many tokens, and choices of theirs, earlier rounds have sent to each device: int32 [1, P].
-Start = tuple[Array, Array]
+class Sent(NamedTuple):
+    """How many tokens, and choices of theirs, earlier rounds have sent to each device."""
+
+    tokens: Array  # int32 [1, P]
+    choices: Array  # int32 [1, P]
 
 
-def _in_round(table: PeerTable, start: Start, size: Size) -> tuple[Array, Start]:
-    """(Which token a round sends where [n, P], the next round's start): the next that fit."""
-    token, choice = table.tokens_so_far - start[0], table.choices_so_far - start[1]
-    now = (table.choices > 0) & (token > 0) & (token <= size.tokens) & (choice <= size.choices)
-    sent = (
-        jnp.where(now, a, 0).sum(axis=0, dtype=jnp.int32, keepdims=True) for a in (1, table.choices)
-    )
-    return now, jax.tree.map(jnp.add, start, tuple(sent))
+def _in_round(table: PeerTable, sent: Sent, size: Size) -> tuple[Array, Sent]:
+    """(Which token a round sends where [n, P], what is sent then): the next that fit."""
+    # Each token's place among those that are left, and the place of its last choice.
+    token_nP = table.tokens_so_far - sent.tokens
+    choice_nP = table.choices_so_far - sent.choices
+    fits_nP = (token_nP <= size.tokens) & (choice_nP <= size.choices)
+    now_nP = (table.choices > 0) & (token_nP > 0) & fits_nP
+
+    def add(so_far: Array, numbers: Array | int) -> Array:
+        new = jnp.where(now_nP, numbers, 0).sum(axis=0, dtype=jnp.int32, keepdims=True)
+        return so_far + new
+
+    return now_nP, Sent(add(sent.tokens, 1), add(sent.choices, table.choices))
 
 
-def _count_rounds(table: PeerTable, start: Start, size: Size) -> Array:
-    """How many rounds this device needs after a start."""
+def _count_rounds(table: PeerTable, sent: Sent, size: Size) -> Array:
+    """How many further rounds this device needs."""
 
-    def left(carry):
-        return (carry[1][0] < table.tokens_so_far[-1:]).any()
+    def is_left(carry):
+        _, sent = carry
+        return (sent.tokens < table.tokens_so_far[-1:]).any()
 
     def one(carry):
-        return carry[0] + 1, _in_round(table, carry[1], size)[1]
+        rounds, sent = carry
+        return rounds + 1, _in_round(table, sent, size)[1]
 
-    return jax.lax.while_loop(left, one, (zeros((), table.peer), start))[0]
+    rounds, _ = jax.lax.while_loop(is_left, one, (zeros((), table.peer), sent))
+    return rounds
 
 
 class SendBuffer(NamedTuple):
@@ -213,16 +230,28 @@ def from_slots(rows: Array, buffer: SendBuffer) -> Array:
         Array([16.,  8.], dtype=float32)
     """
     slot = buffer.slot
-    return sum(_fetch(rows, slot[:, k]) for k in range(1, slot.shape[1])) + _fetch(rows, slot[:, 0])
+    others = sum(_fetch(rows, slot[:, k]) for k in range(1, slot.shape[1]))
+    return others + _fetch(rows, slot[:, 0])
 
 
-to_slots.defvjp(
-    lambda x, buffer: (to_slots(x, buffer), buffer), lambda buffer, d: (from_slots(d, buffer), None)
-)
-from_slots.defvjp(
-    lambda rows, buffer: (from_slots(rows, buffer), buffer),
-    lambda buffer, d: (to_slots(d, buffer), None),
-)
+def _to_slots_fwd(x, buffer):
+    return to_slots(x, buffer), buffer
+
+
+def _to_slots_bwd(buffer, d):
+    return from_slots(d, buffer), None
+
+
+def _from_slots_fwd(rows, buffer):
+    return from_slots(rows, buffer), buffer
+
+
+def _from_slots_bwd(buffer, d):
+    return to_slots(d, buffer), None
+
+
+to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
+from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
 
 
 def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
@@ -234,25 +263,6 @@ def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
 
 # w_gate, w_up, w_down
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
-Args = tuple[Array, Array, Array, Experts]  # x, expert_ids, gates and this device's experts
-
-
-def _at_their_experts(
-    args: Args,
-    buffer: SendBuffer,
-    there: Callable,
-    back: Callable,
-    kernels: Kernels,
-    **settings: Any,
-) -> Array:
-    """Send tokens with a slot to their experts, and sums back; settings: of `grouped_swiglu`."""
-    x, ids, gates, experts = args
-    rows, row_gates = there(to_slots(x, buffer)), there(to_slots(gates, buffer))
-    # an empty slot has the expert -1, which no device holds
-    row_ids = there(_fetch(ids + 1, buffer.token)) - 1
-    row_ids, row_gates = to_local_ids(row_ids, row_gates, experts[0].shape[0])
-    y = kernels("grouped_swiglu", rows, row_ids, row_gates, *experts, **settings)
-    return from_slots(back(y), buffer)
 
 
 # All to all, in rounds
@@ -283,77 +293,102 @@ def all_to_all(
     peers = jax.lax.axis_size("expert")
     held = experts[0].shape[0]
     table = peer_table(expert_ids, held, peers)
+
+    # The first round, and how many more the device needs that needs most.
     later = later_size(size, most_choices(expert_ids.shape[1], held))
-    none = zeros((1, peers), table.peer)
-    starts = (none, none), _in_round(table, (none, none), size)[1]
-    rounds = _count_rounds(table, starts[1], later)
+    none = Sent(zeros((1, peers), table.peer), zeros((1, peers), table.peer))
+    _, first = _in_round(table, none, size)
+    rounds = _count_rounds(table, first, later)
     rounds = jax.lax.pmax(rounds, tuple(varying(rounds)))
-    y = _rounds(kernels, (size, later), x, gates, experts, (expert_ids, table, starts, rounds))
-    return y, (size.tokens + rounds * later.tokens).astype(jnp.float32) * ((peers - 1) / n)
+
+    plan = Plan(expert_ids, table, none, first, rounds)
+    y = _rounds(kernels, (size, later), x, gates, experts, plan)
+    slots = size.tokens + rounds * later.tokens
+    return y, slots.astype(jnp.float32) * ((peers - 1) / n)
 
 
-def _round(args: Args, table: PeerTable, start: Start, kernels: Kernels, size: Size) -> Array:
-    """Send the tokens of a round, and add up what returns."""
-    now, _ = _in_round(table, start, size)
-    now, rank = (
-        jnp.take_along_axis(a, table.peer, axis=1)
-        for a in (now, table.tokens_so_far - start[0] - 1)
-    )
-    slots = start[0].size * size.tokens
-    slot = jnp.where(now & table.first, table.peer * size.tokens + rank, slots)
-    buffer = _send_buffer(slot, slots)
+class Plan(NamedTuple):
+    """What goes where, in all rounds of a call. It takes no gradient."""
+
+    expert_ids: Array  # int32 [n, K]
+    table: PeerTable
+    none: Sent  # before the first round
+    first: Sent  # after it
+    rounds: Array  # int32: further rounds
+
+
+def _round(
+    plan: Plan, sent: Sent, size: Size, kernels: Kernels, x: Array, gates: Array, experts: Experts
+) -> Array:
+    """Send the tokens of a round to their experts, and add up what returns."""
+    table = plan.table
+    peers = sent.tokens.size
+
+    # The slot of each token's first choice on a device; other choices there share it.
+    now_nP, _ = _in_round(table, sent, size)
+    now_nK = jnp.take_along_axis(now_nP, table.peer, axis=1)
+    rank_nK = jnp.take_along_axis(table.tokens_so_far - sent.tokens - 1, table.peer, axis=1)
+    slots = peers * size.tokens
+    slot_nK = jnp.where(now_nK & table.first, table.peer * size.tokens + rank_nK, slots)
+    buffer = _send_buffer(slot_nK, slots)
+
+    # There: rows, gates and ids. An empty slot has the expert -1, which no device holds.
     across = partial(
         jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True
     )
-    rows = start[0].size * size.choices
-    return _at_their_experts(args, buffer, across, across, kernels, rows=rows)
+    x_sD = across(to_slots(x, buffer))
+    gates_sK = across(to_slots(gates, buffer))
+    ids_sK = across(_fetch(plan.expert_ids + 1, buffer.token)) - 1
+    ids_sK, gates_sK = to_local_ids(ids_sK, gates_sK, experts[0].shape[0])
+
+    # This device's experts, and the sums back.
+    y_sD = kernels("grouped_swiglu", x_sD, ids_sK, gates_sK, *experts, rows=peers * size.choices)
+    return from_slots(across(y_sD), buffer)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rounds(kernels, sizes, x, gates, experts, which):
-    return _rounds_fwd(kernels, sizes, x, gates, experts, which)[0]
+def _rounds(kernels, sizes, x, gates, experts, plan: Plan):
+    return _rounds_fwd(kernels, sizes, x, gates, experts, plan)[0]
 
 
-def _rounds_fwd(kernels, sizes, x, gates, experts, which):
-    ids, table, (none, start), rounds = which
-
-    def first(x, gates, experts):
-        return _round((x, ids, gates, experts), table, none, kernels, sizes[0])
-
-    def later(y, start):
-        return y + _round((x, ids, gates, experts), table, start, kernels, sizes[1])
-
+def _rounds_fwd(kernels, sizes, x, gates, experts, plan):
+    # The first round keeps what its gradient needs.
+    first = partial(_round, plan, plan.none, sizes[0], kernels)
     y, pull_back = jax.vjp(first, x, gates, experts)
-    y = _later_rounds(later, y, table, start, rounds, sizes[1])
-    return y, (pull_back, x, gates, experts, which)
+
+    def add_later(y, sent):
+        return y + _round(plan, sent, sizes[1], kernels, x, gates, experts)
+
+    y = _later_rounds(add_later, y, plan, sizes[1])
+    return y, (pull_back, x, gates, experts, plan)
 
 
 def _rounds_bwd(kernels, sizes, saved, dy):
-    pull_back, x, gates, experts, (ids, table, (_, start), rounds) = saved
+    pull_back, x, gates, experts, plan = saved
 
-    def later(total, start):
-        def one(x, gates, experts):
-            return _round((x, ids, gates, experts), table, start, kernels, sizes[1])
+    # The later rounds are computed again, each with its gradient.
+    def add_later(total, sent):
+        later = partial(_round, plan, sent, sizes[1], kernels)
+        _, pull_back = jax.vjp(later, x, gates, experts)
+        return jax.tree.map(jnp.add, total, pull_back(dy))
 
-        return jax.tree.map(jnp.add, total, jax.vjp(one, x, gates, experts)[1](dy))
-
-    return *_later_rounds(later, pull_back(dy), table, start, rounds, sizes[1]), None
+    dx, d_gates, d_experts = _later_rounds(add_later, pull_back(dy), plan, sizes[1])
+    return dx, d_gates, d_experts, None
 
 
 _rounds.defvjp(_rounds_fwd, _rounds_bwd)
 
 
-def _later_rounds(
-    add: Callable, total: Any, table: PeerTable, start: Start, rounds: Array, size: Size
-) -> Any:
-    """Call `total = add(total, start)` in each round after the first.
+def _later_rounds(add: Callable, total: Any, plan: Plan, size: Size) -> Any:
+    """Call `total = add(total, sent)` in each round after the first.
 
     Experts of another dtype are cast in each round: kept casts would be half of the program's
     temporary memory.
     """
 
     def one(_, carry):
-        total, start = carry
-        return add(total, start), _in_round(table, start, size)[1]
+        total, sent = carry
+        return add(total, sent), _in_round(plan.table, sent, size)[1]
 
-    return jax.lax.fori_loop(0, rounds, one, (total, start))[0]
+    total, _ = jax.lax.fori_loop(0, plan.rounds, one, (total, plan.first))
+    return total

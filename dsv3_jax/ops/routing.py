@@ -199,13 +199,16 @@ def hash_tokens(
     Departs from the paper: K experts and gates from scores, as in DeepSeek-V4's first layers; there
     K = 1 without gate.
     """
-    num_experts = logits.shape[-1]
-    expert = jnp.arange(num_experts, dtype=jnp.uint32) * np.uint32(0x85EBCA77)
-    x = (tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1))[:, None] ^ expert[None]
+    # Integers of 32 bits, which differ between a token's experts.
+    of_expert = jnp.arange(logits.shape[-1], dtype=jnp.uint32) * np.uint32(0x85EBCA77)
+    of_token = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
+    mixed_nE = of_token[:, None] ^ of_expert[None]
+
     # MurmurHash3's last mixing: a bijection of 32-bit integers, so a token's experts have no ties.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    expert_ids = choose(x, **limits)
+        mixed_nE = (mixed_nE ^ (mixed_nE >> np.uint32(shift))) * np.uint32(factor)
+
+    expert_ids = choose(mixed_nE, **limits)
     scores = jax.nn.sigmoid(logits)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
@@ -261,16 +264,22 @@ def choose(
     """
     if groups_kept < groups:
         n, num_experts = choice.shape
-        grouped = choice.reshape(n, groups, num_experts // groups)
+        in_group_nGe = choice.reshape(n, groups, num_experts // groups)
+
+        # The score of each group, and the best groups.
         if group_score == "max":
-            group_scores = grouped.max(-1)
+            scores_nG = in_group_nGe.max(-1)
         else:
-            group_scores = jax.lax.top_k(grouped, 2)[0].sum(-1)
-        _, kept = jax.lax.top_k(group_scores, groups_kept)
-        allowed = jax.nn.one_hot(kept, groups, dtype=jnp.bool_).any(axis=1)  # [n, G]
+            scores_nG = jax.lax.top_k(in_group_nGe, 2)[0].sum(-1)
+        _, kept = jax.lax.top_k(scores_nG, groups_kept)
+        allowed_nG = jax.nn.one_hot(kept, groups, dtype=jnp.bool_).any(axis=1)
+
         # -inf, not 0: biases can be negative, and an expert of other groups could win with 0.
-        choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(n, num_experts)
-    return replay(jax.lax.top_k(choice, k)[1].astype(jnp.int32), given)
+        choice = jnp.where(allowed_nG[..., None], in_group_nGe, -jnp.inf)
+        choice = choice.reshape(n, num_experts)
+
+    _, best = jax.lax.top_k(choice, k)
+    return replay(best.astype(jnp.int32), given)
 
 
 def replay(chosen: Int[Array, "*n K"], given: Int[Array, "*n K"] | None) -> Int[Array, "*n K"]:

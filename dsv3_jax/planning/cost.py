@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.shape import format_mesh
 from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.counting import (
     distinct_experts,
@@ -206,7 +207,7 @@ def check_decode(
     if batch < 1 or batch % parts:
         raise ConfigError(
             f"decode_batch={batch} is not divisible by the {parts} parts of "
-            f"mesh={sharding.format_mesh(mesh)}; use a multiple"
+            f"mesh={format_mesh(mesh)}; use a multiple"
         )
     if not 0 < context <= cfg.max_positions:
         raise ConfigError(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dsv3_jax.config import Execution, Lora, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.cost import (
     PACKED,
@@ -95,7 +96,7 @@ def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callab
     Raises: ConfigError before anything is compiled.
     """
     sizes = {
-        step: sharding.parse_mesh(options.mesh)
+        step: parse_mesh(options.mesh)
         for step in ("train", "decode")
         if options.only in (None, step)
     }

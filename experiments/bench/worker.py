@@ -74,7 +74,8 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
         from_dict,
     )
     from dsv3_jax.kernels.choose import prepare
-    from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, parse_mesh, use_mesh
+    from dsv3_jax.mesh.shape import parse_mesh
+    from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, use_mesh
     from dsv3_jax.training.state import Job, init_state
     from dsv3_jax.training.step import make_step
 

@@ -27,6 +27,7 @@ import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.ops.sampling import Sampling
 
@@ -99,7 +100,7 @@ class Plan:
             (of_run if name in OF_MODEL else self.asked).update(FACTORS[name][value])
         self.run: RunConfig = changed(training.RUN, of_run)
         mesh = row["mesh"].split(", ")[0]
-        self.mesh = None if mesh == "none" else sharding.make_mesh(**sharding.parse_mesh(mesh))
+        self.mesh = None if mesh == "none" else sharding.make_mesh(**parse_mesh(mesh))
         if self.mesh is not None:
             sharding.check_model(self.mesh, self.run.model)
         prepare(self.run.execution, mesh=self.mesh)  # refuses kernels

@@ -43,6 +43,7 @@ from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.config_writing import config_to_dict
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.answers import check_model
@@ -260,7 +261,7 @@ class Plan:
             check_model(self.run)
         self.check_start()
         mesh = row["mesh"].split(", ")[0]
-        self.mesh = None if mesh == "none" else sharding.make_mesh(**sharding.parse_mesh(mesh))
+        self.mesh = None if mesh == "none" else sharding.make_mesh(**parse_mesh(mesh))
         self.options: dict[str, Any] = {"mesh": self.mesh, "quiet": True, "report": False}
         if row["optimizer"] == "optax":
             self.options["optimizer"] = optax.lion(1e-3)

@@ -8,6 +8,8 @@ products.
 A loop writes whole blocks, even if an expert's last block reaches into the next expert's rows.
 Experts come in order, so the next expert overwrites those rows. Arrays of sorted rows end in
 padding for the last expert.
+
+Letters, beside those of reference.py: n tokens, r rows of a block.
 """
 
 from typing import Any
@@ -71,26 +73,29 @@ def _fwd(x, gates, weights, p):
 
 
 def _forward(x, gates, weights, p: SortedRows, keep: bool):
-    num_experts, _, width = weights[0].shape
-    sizes = block_sizes(gates.size, num_experts, x.shape[1], width)
+    num_experts, dim, width = weights[0].shape
+    sizes = block_sizes(gates.size, num_experts, dim, width)
     tokens, row_gates = _sorted_rows(p, gates, sizes[0])
-    out = zeros((tokens.shape[0], x.shape[1]), x)
-    kept = tuple(zeros((tokens.shape[0], width), x) for _ in range(2)) if keep else ()
+    rows = tokens.size
 
     def expert(e, carry):
         w_gate, w_up, w_down = (_expert(w, e, x.dtype) for w in weights)
 
+        # One SwiGLU of r rows.
         def block(carry, row, left, size):
             out, kept = carry
-            x_b = _take(x, _slice(tokens, row, size))
-            a, b = x_b @ w_gate, x_b @ w_up
-            h = jax.nn.silu(a) * b * _slice(row_gates, row, size)[:, None]
+            x_rD = _take(x, _slice(tokens, row, size))
+            a_rF = x_rD @ w_gate
+            b_rF = x_rD @ w_up
+            h_rF = jax.nn.silu(a_rF) * b_rF * _slice(row_gates, row, size)[:, None]
             if keep:
-                kept = (_put(kept[0], a, row), _put(kept[1], b, row))
-            return _put(out, h @ w_down, row), kept
+                kept = (_put(kept[0], a_rF, row), _put(kept[1], b_rF, row))
+            return _put(out, h_rF @ w_down, row), kept
 
         return _for_blocks(p.starts[e], p.counts[e], sizes, block, carry)
 
+    out = zeros((rows, dim), x)
+    kept = tuple(zeros((rows, width), x) for _ in range(2)) if keep else ()
     out, kept = jax.lax.fori_loop(0, num_experts, expert, (out, kept))
     return _gather_sum(out, p.row), kept
 
@@ -107,22 +112,32 @@ def _bwd(saved, dy):
 
         def block(carry, row, left, size):
             dx_rows, d_gates, (dw_gate, dw_up, dw_down) = carry
-            x_b, dy_b = (_take(r, _slice(tokens, row, size)) for r in (x, dy))
-            a, b = _slice(kept_a, row, size), _slice(kept_b, row, size)
+            x_rD, dy_rD = (_take(r, _slice(tokens, row, size)) for r in (x, dy))
+            a_rF, b_rF = (_slice(kept, row, size) for kept in (kept_a, kept_b))
+
             # Rows of the next expert have weight 0 in this one's matrices.
             in_expert = jnp.arange(size, dtype=jnp.int32) < left
-            g = jnp.where(in_expert, _slice(row_gates, row, size), 0)[:, None]
-            sig = jax.nn.sigmoid(a)
-            silu = a * sig
-            d_h = dy_b @ w_down.T
-            d_gates = _put(d_gates, (d_h * silu * b).sum(-1), row)
-            d_h = d_h * g
-            d_a = d_h * b * (sig + silu * (1 - sig))
-            d_b = d_h * silu
-            x_t = _transposed(x_b)
-            h_t = _transposed(silu * b * g)
-            dw = (_add(dw_gate, x_t, d_a), _add(dw_up, x_t, d_b), _add(dw_down, h_t, dy_b))
-            return _put(dx_rows, d_a @ w_gate.T + d_b @ w_up.T, row), d_gates, dw
+            gate_r1 = jnp.where(in_expert, _slice(row_gates, row, size), 0)[:, None]
+
+            # The gates' gradient, before the gate weights that of the hidden units.
+            sig_rF = jax.nn.sigmoid(a_rF)
+            silu_rF = a_rF * sig_rF
+            dh_rF = dy_rD @ w_down.T
+            d_gates = _put(d_gates, (dh_rF * silu_rF * b_rF).sum(-1), row)
+
+            # Back through silu(a) ⊙ b, to the rows.
+            dh_rF = dh_rF * gate_r1
+            da_rF = dh_rF * b_rF * (sig_rF + silu_rF * (1 - sig_rF))
+            db_rF = dh_rF * silu_rF
+            dx_rows = _put(dx_rows, da_rF @ w_gate.T + db_rF @ w_up.T, row)
+
+            # To the expert's matrices, which add up over its blocks.
+            x_Dr = _transposed(x_rD)
+            h_Fr = _transposed(silu_rF * b_rF * gate_r1)
+            dw_gate = _add(dw_gate, x_Dr, da_rF)
+            dw_up = _add(dw_up, x_Dr, db_rF)
+            dw_down = _add(dw_down, h_Fr, dy_rD)
+            return dx_rows, d_gates, (dw_gate, dw_up, dw_down)
 
         dw = tuple(zeros(d.shape[1:], d, x) for d in d_weights)
         dx_rows, d_gates, dw = _for_blocks(
@@ -153,9 +168,11 @@ def _for_blocks(start, count, sizes, body, carry):
     """body(carry, first row, rows left, size) over the blocks of one expert."""
     for size in sizes:
         times = count // size if size != sizes[-1] else (count + size - 1) // size
-        carry = jax.lax.fori_loop(
-            0, times, lambda i, c, s=start, n=count, b=size: body(c, s + i * b, n - i * b, b), carry
-        )
+
+        def visit(i, carry, start=start, count=count, size=size):
+            return body(carry, start + i * size, count - i * size, size)
+
+        carry = jax.lax.fori_loop(0, times, visit, carry)
         start = start + times * size
         count = count - times * size
     return carry
@@ -167,7 +184,8 @@ def _take(x: Array, rows: Array) -> Array:
 
 def _gather_sum(rows: Array, row: Array) -> Array:
     """Σ_k rows[row[:, k]], added up as they are fetched, so that [n, K, D] never exists."""
-    return sum(_take(rows, row[:, k]) for k in range(1, row.shape[1])) + _take(rows, row[:, 0])
+    others = sum(_take(rows, row[:, k]) for k in range(1, row.shape[1]))
+    return others + _take(rows, row[:, 0])
 
 
 def _transposed(x: Array) -> Array:
