@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax import reference
 from dsv3_jax.config import Balance, ConfigError, replace
-from dsv3_jax.ops import balance
+from dsv3_jax.ops import balance, quantile_balance
 from dsv3_jax.presets import preset
 
 
@@ -60,8 +60,8 @@ def test_a_rule_that_its_router_cannot_have_is_refused():
 
 @jax.jit
 def quantile_target(scores, mask, bias):
-    flat = balance.quantile_margins(scores.reshape(-1, scores.shape[-1]), bias, 2)
-    return balance.quantile_target(flat.reshape(scores.shape), mask, bias, 2)
+    flat = quantile_balance.quantile_margins(scores.reshape(-1, scores.shape[-1]), bias, 2)
+    return quantile_balance.quantile_target(flat.reshape(scores.shape), mask, bias, 2)
 
 
 @pytest.mark.parametrize("reach", [0.0, 3.0])

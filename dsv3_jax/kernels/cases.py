@@ -121,8 +121,11 @@ def index_choose(draw: Draw, large: bool) -> Iterator[Case]:
     for tokens, dtype in ((1, draw.dtype), (37, draw.dtype), (2, jnp.int8)):
         shapes = ((2, tokens, 16, 16), (2, tokens, 16), (2, 1, slots, 16))
         q, w, rows = (np.round(draw(*shape)).astype(draw.dtype) for shape in shapes)
+
         scales = jnp.ones((2, 1, slots, 1)) if dtype == jnp.int8 else None
         keys = Stored(jnp.asarray(rows, dtype), scales)
+
+        # The last slot that each new token sees.
         last = np.sort(draw.rng.integers(0, slots, (2, tokens))).astype(np.int32)
         yield Case(f"{tokens} tokens", (q, w, keys, last), settings=(("k", k),))
 

@@ -193,7 +193,7 @@ def main() -> int:
         for verdict in check(kernels, trying=lambda name: say(trying=name), **settings):
             say(verdict=verdict)
     else:
-        by_hand = {}
+        by_hand: dict[str, bool] = {}
         for op, _, _, rows in rows_by_op(kernels, **settings):
             by_hand |= {row.of(op): bool(row.dtypes) for row in rows}
         say(platform=target.platform, chip=target.chip, rows=by_hand)

@@ -119,9 +119,12 @@ def _largest_of_each(x: Array, axis: int, size: int) -> Array:
         return x
     if length <= size:
         return x.max(axis=axis, keepdims=True)
-    pad = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
-    x = jnp.pad(x, pad) if length % size else x
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]).max(axis=axis + 1)
+
+    if length % size:
+        pad = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pad)
+    tiles = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return tiles.max(axis=axis + 1)
 
 
 def _power_of_two_over_448(x: Array) -> Array:
@@ -274,7 +277,8 @@ def expand(
         >>> k.shape, v.shape  # of three heads: N + R and V
         ((1, 1, 3, 5), (1, 1, 3, 5))
     """
-    kv = product(c_kv, jnp.concatenate([w_uk, w_uv], axis=1).transpose(2, 0, 1), recipe=recipe)
+    kv_b_proj = jnp.concatenate([w_uk, w_uv], axis=1).transpose(2, 0, 1)
+    kv = product(c_kv, kv_b_proj, recipe=recipe)
     k_nope, v = jnp.split(kv, [w_uk.shape[1]], axis=-1)
     return mla.join_keys(k_nope, k_rope), v
 
@@ -311,20 +315,21 @@ def round_tokens_by_group(
     """
     m = rows.shape[0]
     blocks = row_blocks(counts, m, tile)
-    here = jnp.arange(tile, dtype=jnp.int32)[None]
-    places = jnp.minimum(blocks.start[:, None] + here, m - 1)
-    # [J, tile, c]
-    tiles = jnp.where((here < blocks.left[:, None])[..., None], jnp.abs(rows[places]), 0)
-    scales = tile_scales(tiles, (tile, 1), power_of_two=power_of_two)[:, 0]
+
+    # The scales of J tiles of t rows. Rows of the next group do not count.
+    place_t = jnp.arange(tile, dtype=jnp.int32)[None]
+    places_Jt = jnp.minimum(blocks.start[:, None] + place_t, m - 1)
+    own_Jt = place_t < blocks.left[:, None]
+    tiles_Jtc = jnp.where(own_Jt[..., None], jnp.abs(rows[places_Jt]), 0)
+    scales_Jc = tile_scales(tiles_Jtc, (tile, 1), power_of_two=power_of_two)[:, 0]
+
     # A row's tile is the last that starts at or before it. Those without rows start after all rows.
     row = jnp.arange(m, dtype=jnp.int32)[:, None]
-    index = jnp.maximum((blocks.start[None] <= row).sum(axis=1, dtype=jnp.int32) - 1, 0)
-    scale = scales[index]
-    return jnp.where(
-        row < counts.sum(dtype=jnp.int32),
-        round_to_e4m3(rows.astype(jnp.float32) / scale) * scale,
-        rows,
-    )
+    started = (blocks.start[None] <= row).sum(axis=1, dtype=jnp.int32)
+    scale_mc = scales_Jc[jnp.maximum(started - 1, 0)]
+
+    rounded = round_to_e4m3(rows.astype(jnp.float32) / scale_mc) * scale_mc
+    return jnp.where(row < counts.sum(dtype=jnp.int32), rounded, rows)
 
 
 def grouped(recipe: Recipe) -> GroupedProduct:

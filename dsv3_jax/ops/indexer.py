@@ -102,16 +102,22 @@ def by_query(f: Callable, block: int, *queries: Any) -> Any:
 
     The backward pass computes each block again.
     """
-    by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), queries)
-    block = max(block, 1)
+    by_time = jax.tree.map(_swapped, queries)
     length = jax.tree.leaves(queries)[0].shape[1]
+    block = max(block, 1)
+
     if length == 1:
-        made = jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], by_time)))
+        only = jax.tree.map(lambda x: x[0], by_time)
+        made = jax.tree.map(lambda x: x[None], f(*only))
     elif length <= block:
         made = jax.vmap(f)(*by_time)
     else:
         made = jax.lax.map(jax.checkpoint(lambda x: f(*x)), by_time, batch_size=block)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), made)
+    return jax.tree.map(_swapped, made)
+
+
+def _swapped(x: Array) -> Array:
+    return x.swapaxes(0, 1)
 
 
 def divergence(
@@ -196,8 +202,11 @@ def round_rotated(x: Float[Array, "*n X"], power_of_two: bool) -> Float[Array, "
     while len(hadamard) < x.shape[-1]:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
     rotated = jnp.einsum("...x,xy->...y", x, jnp.asarray(hadamard, x.dtype))
+
     rows, scales = quantize_rows(rotated, jnp.float8_e4m3fn)
     if power_of_two:
         scales = jnp.exp2(jnp.ceil(jnp.log2(scales)))
         rows = (rotated / scales.astype(x.dtype)).astype(jnp.float8_e4m3fn)
+
+    # The rounded numbers, with the gradient of the rotated ones.
     return rotated + jax.lax.stop_gradient(dequantize_rows(rows, scales, x.dtype) - rotated)

@@ -109,10 +109,15 @@ def cached_attention(
             return stored.rows[None], jnp.zeros((0,), jnp.float32)
         return stored.rows[None], stored.scales[None]
 
-    shape = jax.ShapeDtypeStruct((*queries[0].shape[:3], values.rows.shape[-1]), queries[0].dtype)
+    # Values, the last rows, then queries and keys of each array in turn.
+    given = [*arrays(values), last]
+    for q, key in zip(queries, keys, strict=True):
+        given += [q, *arrays(key)]
+
+    width = values.rows.shape[-1]
+    shape = jax.ShapeDtypeStruct((*queries[0].shape[:3], width), queries[0].dtype)
     call = jax.ffi.ffi_call("dsv3_cached_attention", shape)
-    of_keys = [x for q, key in zip(queries, keys, strict=True) for x in (q, *arrays(key))]
-    return call(*arrays(values), last, *of_keys, scale=np.float32(scale))
+    return call(*given, scale=np.float32(scale))
 
 
 def write_rows(stored: Any, new: Any, layer: Int[Array, ""], first: Int[Array, " B"]) -> Any:
@@ -150,15 +155,13 @@ def experts_swiglu(
             these two are [0, F].
     Returns: (y, x w_gate, x w_up).
     """
-    rows, (dim, width) = gates.size, experts[0].shape[1:]
+    rows = gates.size
+    _, dim, width = experts[0].shape
+    y = jax.ShapeDtypeStruct(x.shape, x.dtype)
     kept = jax.ShapeDtypeStruct((rows if keep else 0, width), x.dtype)
-    shapes = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-        kept,
-        kept,
-        jax.ShapeDtypeStruct((rows, dim), x.dtype),
-    )
-    call = jax.ffi.ffi_call("dsv3_experts_swiglu", shapes)
+    scratch = jax.ShapeDtypeStruct((rows, dim), x.dtype)
+
+    call = jax.ffi.ffi_call("dsv3_experts_swiglu", (y, kept, kept, scratch))
     y, a, b, _ = call(x, gates, p.order, p.row, p.counts, *experts)
     return y, a, b
 
@@ -182,11 +185,13 @@ def experts_swiglu_gradients(
         frozen: the experts' gradients are not computed, and are returned empty, [0, …].
     Returns: (dx, d_gates, the gradients of the experts).
     """
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates)]
-    shapes += [
+    of_tokens = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates)]
+    of_experts = [
         jax.ShapeDtypeStruct((0 if frozen else w.shape[0], *w.shape[1:]), w.dtype) for w in experts
     ]
-    shapes.append(jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype))
+    scratch = jax.ShapeDtypeStruct((gates.size, x.shape[1]), x.dtype)
+
+    shapes = [*of_tokens, *of_experts, scratch]
     call = jax.ffi.ffi_call("dsv3_experts_swiglu_gradients", shapes)
     dx, d_gates, d_gate, d_up, d_down, _ = call(
         x, gates, p.order, p.row, p.counts, *experts, dy, *kept
