@@ -13,11 +13,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
@@ -111,6 +109,7 @@ def mesh_of(state: Any) -> Mesh | None:
     Raises: ValueError for a mesh that `make_mesh` does not make.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> mesh_of({"w": jnp.ones(2)}) is None
         True
     """
@@ -214,6 +213,7 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
     Without a mesh all arrays are on the first device.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> w = nnx.Param(jnp.ones((4, 2)), axes=("heads", None))
         >>> state_sharding(w, AbstractMesh((1, 1, 2), AXES)).get_value().spec
         P('tensor', None)
@@ -229,20 +229,22 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
 
         return jax.tree.map(of, v)
 
-    return jax.tree.map(place, state, is_leaf=_is_variable)
+    return jax.tree.map(place, state, is_leaf=is_variable)
 
 
 def names_of(v: Any) -> tuple[str | None, ...]:
     """Names of a variable's last axes; empty if it has none, or is a plain array.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> names_of(nnx.Param(jnp.ones((4, 2)), axes=("heads", None)))
         ('heads', None)
     """
-    return v.get_metadata().get("axes", ()) if _is_variable(v) else ()
+    return v.get_metadata().get("axes", ()) if is_variable(v) else ()
 
 
-def _is_variable(v: Any) -> bool:
+def is_variable(v: Any) -> bool:
+    """Whether a node of a state is a variable, which has names."""
     return isinstance(v, nnx.Variable)
 
 
@@ -260,6 +262,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     """Shard an activation as its axes' names say; no change without a mesh. Under `jax.jit`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x = jnp.ones((4, 3))
         >>> constrain(x, "batch", None) is x  # without a mesh
         True
@@ -278,56 +281,6 @@ def constrain_state(state, *, fsdp: bool = False):
     return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
 
 
-def unshard_weights(v, *, fsdp: bool, dtype: Any):
-    """Gather weights, in any structure, along "data" if fsdp shards them. Under `jax.jit`.
-
-    Routed experts stay sharded: `expert_parallel` gathers them.
-
-    They are cast to `dtype` first, except those that `model.parameters.param` marks as exact. Their
-    gradients are summed along "data" and sharded again in that dtype, then cast back: a bfloat16
-    run sums them in bfloat16. No device ever holds all of the layers' gradients. It does hold for
-    the embedding and the head: `shard_map_over_batch` takes these tables unsharded and sums their
-    gradients unsharded.
-    """
-    if not fsdp or not on_mesh():
-        return v
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def gather(v):
-        names = names_of(v)
-        if "expert" in names:
-            return v
-        exact = v.get_metadata().get("exact", False)
-
-        def of(x):
-            used = spec(names, x.shape, mesh)
-            kept = spec(names, x.shape, mesh, fsdp=True)
-            if used == kept:
-                return x
-            return _gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
-
-        return jax.tree.map(of, v)
-
-    return jax.tree.map(gather, v, is_leaf=_is_variable)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(x: Array, used: P, kept: P, dtype: Any) -> Array:
-    cast = jax.lax.with_sharding_constraint(x.astype(dtype), kept)  # cast before it is sent
-    return jax.lax.with_sharding_constraint(cast, used)
-
-
-def _gathered_fwd(x, used, kept, dtype):
-    return _gathered(x, used, kept, dtype), x[:0]
-
-
-def _gathered_bwd(used, kept, dtype, like_x, d):
-    return (jax.lax.with_sharding_constraint(d, kept).astype(like_x.dtype),)
-
-
-_gathered.defvjp(_gathered_fwd, _gathered_bwd)
-
-
 def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
     """Call `f(*replicated, *batched)` on each device's rows of the batched; once without a mesh.
 
@@ -336,6 +289,7 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
     sharded as the batched ones.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> def scaled(w, x):
         ...     return x.sum(), w * x
         >>> x = jnp.array([1.0, 3.0])
@@ -383,6 +337,7 @@ def on_shards(
             collectives, and an axis that does not shard a result may shard no array.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> rows = ("batch",)  # both arrays are sharded by rows, and the sum as x is
         >>> arrays = {"x": (jnp.array([1.0, 2.0]), rows), "y": (jnp.array([3.0, 4.0]), rows)}
         >>> on_shards(lambda x, y: {"sum": x + y}, arrays, like={"sum": "x"})

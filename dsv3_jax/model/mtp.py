@@ -208,7 +208,7 @@ def smooth_l1(x: Float[Array, "*n D"], target: Float[Array, "*n D"]) -> Float[Ar
 
 
 def unshard_head(head: Head, unshard: Callable) -> Head:
-    """A head with its weights gathered; see `mesh.sharding.unshard_weights`."""
+    """A head with its weights gathered; see `mesh.fsdp.unshard_weights`."""
     graphdef, state = nnx.split(head)
     return nnx.merge(graphdef, unshard(state))
 

@@ -88,7 +88,7 @@ def loop_layers(
         remat: see `recompute`.
         unroll: write the scan out layer by layer. Then nothing that the backward pass reads is
             copied into a stack and out again, and compile time grows with depth.
-        unshard: gathers a layer's weights in its turn, see `mesh.sharding.unshard_weights`.
+        unshard: gathers a layer's weights in its turn, see `mesh.fsdp.unshard_weights`.
     Returns: (carry, ys stacked along a leading layer axis; None without layers).
 
     Example:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig, check_inputs, check_kind
 from dsv3_jax.kernels.choose import Kernels, prepare
-from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch, unshard_weights
+from dsv3_jax.mesh.fsdp import unshard_weights
+from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context, How, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.ops.dispatch import take
 from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 from dsv3_jax.ops.varying import zeros
 
@@ -84,7 +85,7 @@ def _forward(x, gates, weights, p: SortedRows, keep: bool):
         # One SwiGLU of r rows.
         def block(carry, row, left, size):
             out, kept = carry
-            x_rD = _take(x, _slice(tokens, row, size))
+            x_rD = take(x, _slice(tokens, row, size))
             a_rF = x_rD @ w_gate
             b_rF = x_rD @ w_up
             h_rF = jax.nn.silu(a_rF) * b_rF * _slice(row_gates, row, size)[:, None]
@@ -112,7 +113,7 @@ def _bwd(saved, dy):
 
         def block(carry, row, left, size):
             dx_rows, d_gates, (dw_gate, dw_up, dw_down) = carry
-            x_rD, dy_rD = (_take(r, _slice(tokens, row, size)) for r in (x, dy))
+            x_rD, dy_rD = (take(r, _slice(tokens, row, size)) for r in (x, dy))
             a_rF, b_rF = (_slice(kept, row, size) for kept in (kept_a, kept_b))
 
             # Rows of the next expert have weight 0 in this one's matrices.
@@ -152,7 +153,7 @@ def _bwd(saved, dy):
         tuple(zeros(w.shape, w, x) for w in weights),
     )
     dx_rows, d_gates, d_weights = jax.lax.fori_loop(0, num_experts, expert, start)
-    return _gather_sum(dx_rows, p.row), _take(d_gates, p.row), d_weights, None
+    return _gather_sum(dx_rows, p.row), take(d_gates, p.row), d_weights, None
 
 
 _blocks.defvjp(_fwd, _bwd)
@@ -161,7 +162,7 @@ _blocks.defvjp(_fwd, _bwd)
 def _sorted_rows(p: SortedRows, gates: Array, pad: int) -> tuple[Array, Array]:
     """Token and gate of each sorted row, with `pad` more at the end."""
     tokens = jnp.pad(p.order // gates.shape[1], (0, pad))
-    return tokens, jnp.pad(_take(gates.reshape(-1), p.order), (0, pad))
+    return tokens, jnp.pad(take(gates.reshape(-1), p.order), (0, pad))
 
 
 def _for_blocks(start, count, sizes, body, carry):
@@ -178,14 +179,10 @@ def _for_blocks(start, count, sizes, body, carry):
     return carry
 
 
-def _take(x: Array, rows: Array) -> Array:
-    return x.at[rows].get(mode="promise_in_bounds")
-
-
 def _gather_sum(rows: Array, row: Array) -> Array:
     """Σ_k rows[row[:, k]], added up as they are fetched, so that [n, K, D] never exists."""
-    others = sum(_take(rows, row[:, k]) for k in range(1, row.shape[1]))
-    return others + _take(rows, row[:, 0])
+    others = sum(take(rows, row[:, k]) for k in range(1, row.shape[1]))
+    return others + take(rows, row[:, 0])
 
 
 def _transposed(x: Array) -> Array:
