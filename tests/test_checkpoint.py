@@ -17,7 +17,7 @@ from models import DENSE, random_model
 from runs import assert_bitwise, make_run, unhooked_cli
 
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.runs import checkpoint
+from dsv3_jax.runs import checkpoint, checksums
 from dsv3_jax.runs.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed, load_run
 from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, write_manifest
 from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
@@ -263,7 +263,7 @@ def test_a_reader_beside_a_trainer_takes_the_next_newest_checkpoint(run, monkeyp
 
 
 def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "find_damage", lambda folder: shutil.rmtree(folder) or "absent")
+    monkeypatch.setattr(checksums, "find_damage", lambda folder: shutil.rmtree(folder) or "absent")
     assert unhooked_cli().main(["runs", "check", str(run)]) == 0
     assert "step" not in capsys.readouterr().out
 
