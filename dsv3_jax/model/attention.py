@@ -114,10 +114,9 @@ class Attention(nnx.Module):
 
         Returns: (output, the context, metrics).
         """
-        if ctx.cache is not None:
-            return attend_to_cache({"k": q}, "v", ctx, self.scale), ctx, {}
-        out, metrics = attend_causally(q, ctx.rows["k"], ctx.rows["v"], ctx, self.scale)
-        return out, ctx, metrics
+        if ctx.cache is None:
+            return attend_causally(q, ctx, self.scale)
+        return attend_to_cache({"k": q}, "v", ctx, self.scale), ctx, {}
 
 
 class MLA(Attention):
@@ -193,7 +192,9 @@ class MLA(Attention):
     def attend_to_rows(
         self, q: Float[Array, "B T H K"], ctx: Context
     ) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
-        if ctx.cache is None or "latent" not in ctx.cache.parts[0]:
+        if ctx.cache is None:
+            return attend_causally(q, ctx, self.scale)
+        if "latent" not in ctx.cache.parts[0]:
             return super().attend_to_rows(q, ctx)
         latent = attend_to_cache(self.absorb(q, ctx), "latent", ctx, self.scale)
         return self.up(latent, ctx), ctx, {}
@@ -249,16 +250,15 @@ class GQA(Attention):
 
 
 def attend_causally(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    ctx: Context,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], dict[str, Array]]:
-    """`ops.attention.causal_attention`, on a mesh for each device's own sequences and heads.
+    q: Float[Array, "B T H K"], ctx: Context, scale: float
+) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
+    """Attend to the keys and values of the context's own rows.
 
-    Returns: (the result, metrics: each head's largest logit, [H], if the context watches them).
+    It is `ops.attention.causal_attention`, on a mesh for each device's own sequences and heads.
+
+    Returns: (the result, the context, metrics: each head's largest logit, [H], if it is watched).
     """
+    k, v = ctx.rows["k"], ctx.rows["v"]
     watched = "max_logit" in ctx.how.watch
     # Where devices share out query heads and cannot share out as few keys, each head gets its own.
     if not shards_alike(HEAD_AXES, q.shape, k.shape):
@@ -280,11 +280,11 @@ def attend_causally(
     like = {"out": "q"} | ({"maxima": "q"} if watched else {})
     found = on_shards(local, shards, like, has_kernel=True)
     if not watched:
-        return found["out"], {}
+        return found["out"], ctx, {}
 
     # A head's largest logit over all queries that are not padding.
     counted = jnp.where(ctx.mask[:, :, None, None], found["maxima"], -jnp.inf)
-    return found["out"], {"max_logit": counted.max((0, 1, 3))}
+    return found["out"], ctx, {"max_logit": counted.max((0, 1, 3))}
 
 
 def remember(ctx: Context) -> Context:

@@ -67,9 +67,10 @@ class Context(NamedTuple):
     # float32 []: of losses that are means over tokens; None: the number of tokens in `mask`
     divisor: Array | None = None
 
-    def run(self, op: str, *args: Any, **settings: Any) -> Any:
-        """Run an op of `ops/` by the kernel that serves it."""
-        return self.how.kernels(op, *args, **settings)
+    @property
+    def run(self) -> Kernels:
+        """Runs an op of `ops/` by the kernel that serves it: `ctx.run("product", x, w)`."""
+        return self.how.kernels
 
     def of_tokens(self, x: Array) -> Tokens:
         """x and what else belongs to its tokens, which a mesh shards together."""

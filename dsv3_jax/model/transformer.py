@@ -223,11 +223,15 @@ class Transformer(nnx.Module):
         remat = self.execution.remat if training else "none"
         unroll = training and self.trains_unrolled
 
-        def run_kind(path: str, first: int, carry: Any) -> Any:
-            def layer(block, carry, index):
+        # From layer to layer go x, the cache, and the last indexer's choice where layers share it.
+        carry: Any = self.embedding(tokens), ctx.cache, self._first_choice(tokens.shape, ctx)
+        metrics, rows = {}, {}
+        for path, first in (("dense", 0), ("sparse", cfg.num_dense_layers)):
+            replays = ctx.given is not None and path == "sparse"
+
+            def layer(block, carry, index, first=first, replays=replays):
                 x, cache, chosen = carry
-                replayed = ctx.given is not None and path == "sparse"
-                given = ctx.given[index] if replayed else None
+                given = ctx.given[index] if replays else None
                 own = dict(cache=cache, chosen=chosen, layer=first + index, given=given)
                 x, after, metrics = block(x, ctx._replace(**own))
                 if not training:  # of a step's decisions, decoding reads the experts alone
@@ -236,7 +240,7 @@ class Transformer(nnx.Module):
                 carry = x, after.cache, None if chosen is None else after.chosen
                 return carry, (metrics, {name: after.rows[name] for name in keep})
 
-            return loop_layers(
+            carry, found = loop_layers(
                 getattr(self, path),
                 layer,
                 carry,
@@ -245,16 +249,10 @@ class Transformer(nnx.Module):
                 unroll=unroll,
                 unshard=self.unshard,
             )
-
-        # From layer to layer go x, the cache, and the last indexer's choice where layers share it.
-        carry = self.embedding(tokens), ctx.cache, self._first_choice(tokens.shape, ctx)
-        carry, dense = run_kind("dense", 0, carry)
-        carry, sparse = run_kind("sparse", cfg.num_dense_layers, carry)
+            if found is not None:
+                metrics[path], rows[path] = found
         x, cache, _ = carry
-        found = {"dense": dense, "sparse": sparse}
-        found = {path: of for path, of in found.items() if of is not None}
-        metrics = {path: metrics for path, (metrics, _) in found.items()}
-        return Trunk(x, cache, metrics, {path: rows for path, (_, rows) in found.items()})
+        return Trunk(x, cache, metrics, rows)
 
     def _first_choice(self, shape: tuple[int, ...], ctx: Context) -> Array | None:
         """Where layers share the choice of an indexer, a place for it, int32 [B, T, k]."""
