@@ -90,6 +90,7 @@ def filled_caches() -> Iterator[None]:
     import jax
     import jax.numpy as jnp
 
+    from dsv3_jax.decoding import programs
     from dsv3_jax.model.cache import Cache
     from dsv3_jax.model.transformer import Transformer
 
@@ -107,12 +108,17 @@ def filled_caches() -> Iterator[None]:
         chosen = (model.cfg.num_sparse_layers, *tokens.shape, model.cfg.experts_per_token)
         return x, filled(cache, lengths), jnp.zeros(chosen, jnp.int32)
 
-    def prefill_of_old(cache, model, tokens, lengths):  # before commit 0620e6a it was the cache's
+    def prefill_of_cache(cache, model, tokens, lengths):
         return model.embedding(tokens), filled(cache, lengths)
 
-    is_old = hasattr(Cache, "prefill")
-    place, made = (Cache, prefill_of_old) if is_old else (Transformer, prefill)
-    with mock.patch.object(place, "prefill", made):
+    # Commits before 0620e6a have it in the cache, later ones in the model, the newest beside it.
+    if hasattr(Cache, "prefill"):
+        patched = mock.patch.object(Cache, "prefill", prefill_of_cache)
+    elif hasattr(Transformer, "prefill"):
+        patched = mock.patch.object(Transformer, "prefill", prefill)
+    else:
+        patched = mock.patch.object(programs, "prefill", prefill)
+    with patched:
         yield
 
 

@@ -8,7 +8,7 @@ the table in README.md.
 from experiments.lab.results import Results, write_figure
 from experiments.lab.study import RUNS_FOLDER, FollowUp, OnTask, Study
 from experiments.lab.tables import ABOVE, Column, format_number, markdown_table, mean_spread
-from experiments.lab.work import TrainedRun
+from experiments.lab.trained import TrainedRun
 
 __all__ = [
     "ABOVE",

@@ -20,7 +20,7 @@ from experiments.lab.pooling import noise_for
 from experiments.lab.results import MissingRuns, Results
 from experiments.lab.tables import Column, results_table
 from experiments.lab.tasks import Task
-from experiments.lab.work import TrainedRun
+from experiments.lab.trained import TrainedRun
 
 RUNS_FOLDER = "runs/lab"  # relative to the repository
 

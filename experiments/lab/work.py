@@ -6,10 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.host.files import write_atomic
 from experiments.lab.results import thin_curves
 from experiments.lab.tasks import Task, TaskSource
+from experiments.lab.trained import Measure, TrainedRun, read_metrics
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
 # in a run's folder: the numbers of its last evaluation, and the seconds of its training
@@ -53,65 +52,6 @@ class Job:
     def record(self) -> str:
         """The JSON file that the worker writes."""
         return self.folder + ".json"
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A finished run, the argument of a study's measure functions."""
-
-    folder: Path
-    run: RunConfig
-    # run folders of the variants named in `FollowUp.needs`, same seed
-    needed_folders: dict[str, Path]
-    numbers: dict  # the evaluation's numbers, arrays as lists; `measure` also gets "load" [L, E]
-    task: Task | None = None
-
-    @cached_property
-    def model(self):
-        """The model of the last checkpoint."""
-        from dsv3_jax.runs.checkpoint import load_run
-
-        return load_run(self.folder).model
-
-    @cached_property
-    def tokenizer(self):
-        """The run's tokenizer."""
-        from dsv3_jax.data import tokenizer
-
-        return tokenizer.load(self.run.data.tokenizer)
-
-    @cached_property
-    def corpus(self):
-        """The documents for training and validation."""
-        from dsv3_jax.data.corpus import load_corpus
-
-        return load_corpus(self.run.data)
-
-    def held_out(self, batches: int | None = None) -> list:
-        """Return validation batches, the same for all variants with the same data.
-
-        Args: batches: how many; None means the run's `eval_batches`.
-        """
-        from dsv3_jax.data.source import from_corpus
-
-        count = batches or self.run.eval_batches
-        if self.task is not None:
-            return TaskSource(self.task, self.run.data).val_batches(count)
-        return from_corpus(self.corpus, self.tokenizer, self.run.data).val_batches(count)
-
-    def metrics(self) -> list[dict]:
-        """Return the rows of the run's metrics.jsonl."""
-        return read_metrics(self.folder)
-
-
-Measure = Callable[[TrainedRun], dict]
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """Return the rows of a run's metrics.jsonl, without a last line that is not complete yet."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def run_job(job: Job, measure: Measure | None) -> int:
