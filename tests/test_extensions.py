@@ -95,7 +95,7 @@ from dsv3_jax.ops.routing import Router, Routing
 
 
 def my_hash(x, cfg):
-    ids = (x.tokens[:, None] + jnp.arange(cfg.experts_per_token)) % cfg.num_experts
+    ids = (x.tokens.ids[:, None] + jnp.arange(cfg.experts_per_token)) % cfg.num_experts
     scores = jax.nn.softmax(x.logits, axis=-1)
     return Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
 
@@ -138,10 +138,8 @@ def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(
 
     codes, out, error = said_by(train, f"{train} --import mine.py")
     assert codes == ["2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert (
-        "balance rule='drift' is not one of sign, proportional, quantile; --import NAME imports a "
-        "program" in error
-    )
+    assert "router='my_hash' is not one of sigmoid, " in error
+    assert "; --import NAME imports a program that registers more" in error
     assert read_made(tmp_path / "run")[0]["imports"] == ["mine.py"]
 
     opening = "generate run --max-new-tokens 3", "eval run --batches 1", "convert run released"

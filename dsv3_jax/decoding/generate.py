@@ -103,7 +103,7 @@ def generate_in_parts(
     Raises: ValueError as `generate`.
 
     Example:
-        >>> import dsv3_jax as ds, jax.numpy as jnp
+        >>> import dsv3_jax as ds, jax, jax.numpy as jnp
         >>> from dsv3_jax.model.transformer import abstract
         >>> cfg = ds.replace(ds.preset("tiny"), num_layers=1, mtp_depth=0)
         >>> model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract(cfg))  # all are 0
