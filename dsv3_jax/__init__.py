@@ -33,7 +33,7 @@ except PackageNotFoundError:  # read from a checkout that is not installed
 # Name: module, and what of it.
 _LATER = {
     "train": ("runs.loop", None),
-    "balance": ("training.balance", None),
+    "balance": ("training.router_bias", None),
     "register_router": ("ops.routing", "register_router"),
     "register_rule": ("ops.balance", "register_rule"),
     "evaluate": ("runs.evaluate", None),

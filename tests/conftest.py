@@ -116,7 +116,7 @@ accel low_precision dispatch""".split()
 # Examples that compile a complete model run with the long tests.
 LONG_EXAMPLES = (
     "dsv3_jax.model.transformer.Transformer",
-    "dsv3_jax.training.balance.update",
+    "dsv3_jax.training.router_bias.update",
     "dsv3_jax.runs.loop.fit",
     "dsv3_jax.decoding.generate.generate",
     "dsv3_jax.decoding.generate.generate_in_parts",

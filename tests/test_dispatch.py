@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from dsv3_jax.kernels.cpu import blocks, calls, library
+from dsv3_jax.kernels.cpu import calls, expert_loops, library
 from dsv3_jax.kernels.xla.by_row import decode_by_row
 from dsv3_jax.kernels.xla.count_by_expert import count_by_expert
 from dsv3_jax.kernels.xla.row_blocks import ROW_BLOCKS
@@ -16,7 +16,7 @@ from dsv3_jax.ops import dispatch
 from dsv3_jax.ops.sort_by_expert import sort_by_expert
 
 BACKENDS = {
-    "blocks": blocks.blocks_swiglu,
+    "blocks": expert_loops.grouped_swiglu,
     "ragged_dot": partial(dispatch.grouped_swiglu, complete=True),
     "row_blocks": partial(dispatch.grouped_swiglu, product=ROW_BLOCKS),
     "dense": dispatch.dense_swiglu,

@@ -28,7 +28,7 @@ import dsv3_jax as ds
 from dsv3_jax.chat.checkers import CHECKERS, Checker
 from dsv3_jax.config import ConfigError, DataConfig, Grpo
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.runs.answers import check_model
+from dsv3_jax.runs.answers import check_policy
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.training.loss import Part, compute_loss
@@ -130,7 +130,7 @@ def test_a_step_without_answers_moves_nothing(rng):
 def test_a_model_that_trains_with_other_experts_than_it_samples_with_is_refused(changes, said):
     run = make_run("nowhere", model=replace(MODEL, **changes), grpo=Grpo(group=2), data=CHATS)
     with pytest.raises(ConfigError, match=said):
-        check_model(run)
+        check_policy(run)
 
 
 CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")

@@ -24,7 +24,7 @@ from dsv3_jax.mesh.sharding import make_mesh
 from dsv3_jax.model.context import make_context
 from dsv3_jax.model.sparse import Indexer
 from dsv3_jax.ops.cached_attention import Stored
-from dsv3_jax.ops.indexer import choose
+from dsv3_jax.ops.indexer import index_choose
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
         indexer.k_norm.bias.set_value(jnp.asarray(w["k_norm.bias"]))
         rows = jax.jit(indexer)(jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx)
         keys, last = Stored(rows["index_key"].swapaxes(1, 2), None), positions - 100
-        ids = choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)
+        ids = index_choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)
         chosen[precision] = [[s for s in row if s >= 0] for row in ids[0].tolist()]
     scores = oracles.deepseek_index_scores(
         w, x, c_q, *(np.asarray(a[0], float) for a in (ctx.cos, ctx.sin))

@@ -196,10 +196,10 @@ def test_what_cannot_be_sharded_is_refused():
         ConfigError,
         match=r"batch_size/microbatches=4 rows are not divisible by mesh data=1,expert=8",
     ):
-        sharding.check(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=4)))
+        sharding.check_run(mesh, replace(RUN, optim=replace(RUN.optim, microbatches=4)))
     with pytest.raises(ConfigError, match="num_experts=12 is not divisible by mesh"):
-        sharding.check(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
+        sharding.check_run(mesh, replace(RUN, model=replace(MODEL, num_experts=12)))
     with pytest.raises(
         ConfigError, match="num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"
     ):
-        sharding.check(sharding.make_mesh(1, 1, 4), RUN)
+        sharding.check_run(sharding.make_mesh(1, 1, 4), RUN)

@@ -244,7 +244,7 @@ def test_unknown_names_are_refused_in_a_sentence():
     with pytest.raises(
         ConfigError, match=r"optim.name='optax:mine' is a transformation: give it by .*optimizer=tx"
     ):
-        optim.check(OptimConfig(name="optax:mine"), None)
+        optim.check_optimizer(OptimConfig(name="optax:mine"), None)
     with pytest.raises(ConfigError, match="optimizer='adam' is not an optax transformation"):
         unhooked("dsv3_jax.training.optim").check(OptimConfig(), "adam")
 

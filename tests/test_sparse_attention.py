@@ -28,7 +28,7 @@ from dsv3_jax.model.context import How, from_zero, make_context
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.sparse import DSA
 from dsv3_jax.ops.cached_attention import Stored
-from dsv3_jax.ops.indexer import choose, divergence, round_rotated
+from dsv3_jax.ops.indexer import divergence, index_choose, round_rotated
 from dsv3_jax.ops.sparse_attention import sparse_attention
 from dsv3_jax.runs import loop
 from dsv3_jax.runs.checkpoint import load_run
@@ -70,7 +70,7 @@ def test_the_choice_is_the_best_that_a_query_sees(x64, rng, dtype):
         keys, k = keys._replace(scales=jnp.asarray(scales, jnp.float32)[:, None]), k * scales
     scores, seen = index_scores(q, w, k), oracles.causal_mask(B, T, SEGMENTS)
     for most in (10**6, 80):  # all queries at once, and in blocks
-        ids = np.asarray(jax.jit(partial(choose, k=K, most=most))(q, w, keys, LAST, SEGMENTS))
+        ids = np.asarray(jax.jit(partial(index_choose, k=K, most=most))(q, w, keys, LAST, SEGMENTS))
         assert ids.dtype == np.int32
         for b, t in np.ndindex(B, T):
             want = oracles.best(scores[b, t], K, np.flatnonzero(seen[b, t]))
@@ -119,7 +119,7 @@ def test_what_the_indexer_learns_from(x64, rng):
     q, w, k = (rng.standard_normal(shape) for shape in ((B, T, N, X), (B, T, N), (B, T, X)))
     queries = [rng.standard_normal((B, T, heads, width)) for width in widths]
     keys = [rng.standard_normal((B, T, width)) for width in widths]
-    chosen = jax.jit(partial(choose, k=K))(
+    chosen = jax.jit(partial(index_choose, k=K))(
         q, w, Stored(jnp.asarray(k)[:, None], None), LAST, SEGMENTS
     )
 
@@ -171,7 +171,7 @@ def test_memory_grows_with_length_not_its_square():
         def loss(q, w, k, queries, keys):
             stored = Stored(keys[:, None], None)
             last = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (1, length))
-            ids = choose(*jax.lax.stop_gradient((q, w)), Stored(k[:, None], None), last, k=16)
+            ids = index_choose(*jax.lax.stop_gradient((q, w)), Stored(k[:, None], None), last, k=16)
             out = sparse_attention([queries[:, :, None]], [stored], stored, ids, scale=1.0).sum()
             return out + sum(
                 divergence(q, w, k, [queries], [keys], i, last, scale=1.0).sum()

@@ -196,7 +196,7 @@ def all_devices(run: Any) -> Any:
         return None
     choose.prepare(run.execution)
     mesh = sharding.make_mesh(data=count)
-    sharding.check(mesh, run)
+    sharding.check_run(mesh, run)
     print(f"training on the {count} devices here; --mesh data=1 uses one")
     return mesh
 

@@ -12,7 +12,13 @@ from rich.table import Table
 
 from dsv3_jax.cli.common import fail, parse, run_subcommand, sentence
 from dsv3_jax.host.lock import holder
-from dsv3_jax.report.metrics import LOAD_FILE, METRICS_FILE, describe_bad, parse_rows, read_rows
+from dsv3_jax.report.metrics_files import (
+    LOAD_FILE,
+    METRICS_FILE,
+    describe_bad,
+    parse_rows,
+    read_rows,
+)
 from dsv3_jax.report.progress import text_console
 from dsv3_jax.report.units import format_bytes, format_duration
 
@@ -25,7 +31,7 @@ class Check:
     """a folder that `dsv3 train` or `dsv3 convert` wrote"""
 
 
-def check_run(argv: list[str]) -> int:
+def check_folder(argv: list[str]) -> int:
     """Print a line for each checkpoint and each file of rows.
 
     Raises: ValueError if the folder holds no run, or something in it is damaged.
@@ -155,7 +161,7 @@ def _line(folder: Path) -> tuple[float, tuple[str, ...]] | None:
 
 SUBCOMMANDS = {
     "list": (list_runs, "[FOLDER]", "list the runs in a folder, by default runs/"),
-    "check": (check_run, "RUN", "compare every checkpoint of a run with its checksums"),
+    "check": (check_folder, "RUN", "compare every checkpoint of a run with its checksums"),
 }
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from dsv3_jax.kernels import low_precision
 from dsv3_jax.kernels.cpu import attention as cpu_attention
-from dsv3_jax.kernels.cpu import blocks, calls, library
+from dsv3_jax.kernels.cpu import calls, expert_loops, library
 from dsv3_jax.kernels.cpu import experts as cpu_experts
 from dsv3_jax.kernels.cpu import products as cpu_products
 from dsv3_jax.kernels.gpu import attention as gpu_attention
@@ -302,8 +302,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _xla(cached_attention.write_rows),
     ),
     "index_choose": (
-        _large_blocks(partial(indexer.choose, most=attention.LARGE_SCORES)),
-        _xla(indexer.choose),
+        _large_blocks(partial(indexer.index_choose, most=attention.LARGE_SCORES)),
+        _xla(indexer.index_choose),
     ),
     "sparse_attention": (
         _large_blocks(partial(sparse_attention.sparse_attention, most=attention.LARGE_SCORES)),
@@ -322,7 +322,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     # Experts
     "grouped_swiglu": (
         _cpp(cpu_experts.grouped_swiglu),
-        _loops(blocks.blocks_swiglu),
+        _loops(expert_loops.grouped_swiglu),
         _MEGABLOX,
         _MOSAIC,
         _MOSAIC_BUT_DW,

@@ -72,14 +72,14 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
         return Mesh(array, AXES, axis_types=kinds)
 
 
-def check(mesh: Mesh, run: RunConfig) -> None:
+def check_run(mesh: Mesh, run: RunConfig) -> None:
     """Check that a run fits the mesh.
 
     Raises: ConfigError if its batch cannot be sharded evenly, or its model does not fit.
 
     Example:
         >>> from dsv3_jax.presets import recipe
-        >>> check(make_mesh(), recipe("tiny"))  # one device fits every batch and model
+        >>> check_run(make_mesh(), recipe("tiny"))  # one device fits every batch and model
     """
     rows = run.data.batch_size // run.optim.microbatches
     if rows % math.prod(mesh.shape[axis] for axis in ROWS):

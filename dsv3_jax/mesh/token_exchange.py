@@ -61,28 +61,28 @@ def mean_reach(cfg: ModelConfig, peers: int) -> float:
     return peers * (1 - missed / all_choices)
 
 
-class Size(NamedTuple):
+class RoundSize(NamedTuple):
     """Of a round: how many tokens a device may send to a peer, and how many choices of them."""
 
     tokens: int
     choices: int
 
 
-def round_size(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> Size:
+def round_size(cfg: ModelConfig, layout: Layout, tokens: int, peers: int) -> RoundSize:
     """The first round's size: what even load needs times the slack, at most what a device can need.
 
     Example:
         >>> from dsv3_jax.presets import preset
         >>> layout = Layout(capacity_slack=1.0)
         >>> round_size(preset("v3"), layout, tokens=1000, peers=8)  # 1000 · 3.63 / 8, 1000 · 8 / 8
-        Size(tokens=454, choices=1000)
+        RoundSize(tokens=454, choices=1000)
     """
     share = layout.capacity_slack * tokens / peers
     most = most_choices(cfg.experts_per_token, cfg.num_experts // peers)
 
     slots = min(tokens, math.ceil(share * mean_reach(cfg, peers)))
     choices = min(slots * most, math.ceil(share * cfg.experts_per_token))
-    return Size(slots, max(most, choices))
+    return RoundSize(slots, max(most, choices))
 
 
 def most_choices(num_choices: int, held: int) -> int:
@@ -90,14 +90,14 @@ def most_choices(num_choices: int, held: int) -> int:
     return min(num_choices, held)
 
 
-def later_size(size: Size, most: int) -> Size:
+def later_size(size: RoundSize, most: int) -> RoundSize:
     """The size of each later round, for the little that is left: a quarter, or `most` choices.
 
     Example:
-        >>> later_size(Size(454, 1000), most=8)
-        Size(tokens=114, choices=250)
+        >>> later_size(RoundSize(454, 1000), most=8)
+        RoundSize(tokens=114, choices=250)
     """
-    return Size(-(-size.tokens // 4), max(-(-size.choices // 4), most))
+    return RoundSize(-(-size.tokens // 4), max(-(-size.choices // 4), most))
 
 
 def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
@@ -153,7 +153,7 @@ class Sent(NamedTuple):
     choices: Array  # int32 [1, P]
 
 
-def _in_round(table: PeerTable, sent: Sent, size: Size) -> tuple[Array, Sent]:
+def _in_round(table: PeerTable, sent: Sent, size: RoundSize) -> tuple[Array, Sent]:
     """(Which token a round sends where [n, P], what is sent then): the next that fit."""
     # Each token's place among those that are left, and the place of its last choice.
     token_nP = table.tokens_so_far - sent.tokens
@@ -168,7 +168,7 @@ def _in_round(table: PeerTable, sent: Sent, size: Size) -> tuple[Array, Sent]:
     return now_nP, Sent(add(sent.tokens, 1), add(sent.choices, table.choices))
 
 
-def _count_rounds(table: PeerTable, sent: Sent, size: Size) -> Array:
+def _count_rounds(table: PeerTable, sent: Sent, size: RoundSize) -> Array:
     """How many further rounds this device needs."""
 
     def is_left(carry):
@@ -275,7 +275,7 @@ def all_to_all(
     experts: Experts,
     *,
     kernels: Kernels,
-    size: Size,
+    size: RoundSize,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """Run `Kernels.grouped_swiglu` on this device's tokens and all experts, inside `shard_map`.
 
@@ -318,7 +318,13 @@ class Plan(NamedTuple):
 
 
 def _round(
-    plan: Plan, sent: Sent, size: Size, kernels: Kernels, x: Array, gates: Array, experts: Experts
+    plan: Plan,
+    sent: Sent,
+    size: RoundSize,
+    kernels: Kernels,
+    x: Array,
+    gates: Array,
+    experts: Experts,
 ) -> Array:
     """Send the tokens of a round to their experts, and add up what returns."""
     table = plan.table
@@ -379,7 +385,7 @@ def _rounds_bwd(kernels, sizes, saved, dy):
 _rounds.defvjp(_rounds_fwd, _rounds_bwd)
 
 
-def _later_rounds(add: Callable, total: Any, plan: Plan, size: Size) -> Any:
+def _later_rounds(add: Callable, total: Any, plan: Plan, size: RoundSize) -> Any:
     """Call `total = add(total, sent)` in each round after the first.
 
     Experts of another dtype are cast in each round: kept casts would be half of the program's

@@ -15,7 +15,7 @@ from dsv3_jax.model.transformer import abstract
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Counts of one model. The multi-token heads are apart, as in the reports' 671B."""
 
     total: int  # parameters without multi-token heads
@@ -28,7 +28,7 @@ class Size:
     attention_flops: int
 
 
-def size(cfg: ModelConfig, context: int | None = None) -> Size:
+def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
     """Count a model's parameters; attention FLOPs are of the length `context` (default 4,096).
 
     Example:
@@ -56,7 +56,7 @@ def size(cfg: ModelConfig, context: int | None = None) -> Size:
     v = cfg.v_head_dim
     products = 2 * cfg.num_layers * cfg.num_heads * (qk + v) * attended(cfg, context)
     scored = 2 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
-    return Size(
+    return ModelSize(
         total=counted["trunk"],
         active=round(counted["trunk"] - routed["trunk"] * idle - looked_up),
         mtp=counted["mtp"],

@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     sequence_loss: Array  # float32 []: of all sequences
 
 
-class Rows(NamedTuple):
+class RoutedRows(NamedTuple):
     """What a device finds of the rows that it routes."""
 
     expert_ids: Array  # int32 [B, T, K]
@@ -221,7 +221,7 @@ class MoE(nnx.Module):
 
     def _route_rows(
         self, run: Callable, w_router: Array, bias: Array, tokens: routing.Tokens
-    ) -> tuple[Sums, Rows]:
+    ) -> tuple[Sums, RoutedRows]:
         """Route rows; in float32 from the logits on, as the reference does."""
         cfg = self.cfg
         k = cfg.experts_per_token
@@ -236,7 +236,7 @@ class MoE(nnx.Module):
 
         # what is measured of each token
         of_tokens = self.rule.of_tokens if self.rule else None
-        found = Rows(
+        found = RoutedRows(
             expert_ids=ids,
             gates=gates,
             scores=scores,
@@ -254,7 +254,7 @@ class MoE(nnx.Module):
             loss = balance.sequence_loss(rows.scores, k, tokens.mask, tokens.given).sum()
         return Sums(load, as_varying(loss, load)), rows
 
-    def _balance_loss(self, sums: Sums, rows: Rows, ctx: Context) -> Float[Array, ""]:
+    def _balance_loss(self, sums: Sums, rows: RoutedRows, ctx: Context) -> Float[Array, ""]:
         """The weighted sum of the losses that `Balance` asks for."""
         weights = self.cfg.balance
         loss = weights.sequence_alpha * (sums.sequence_loss / len(ctx.mask))

@@ -21,7 +21,7 @@ from dsv3_jax.ops.dtypes import sum_dtype
 from dsv3_jax.ops.quantize import dequantize_rows, quantize_rows
 
 
-def choose(
+def index_choose(
     q: Float[Array, "B T I X"],
     w: Float[Array, "B T I"],
     keys: Stored,
@@ -47,7 +47,7 @@ def choose(
     Example:
         >>> q, w, last = jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1)), jnp.array([[0, 1, 2]])
         >>> keys = Stored(jnp.array([5.0, 9.0, 7.0]).reshape(1, 1, 3, 1), None)
-        >>> choose(q, w, keys, last, k=2)[0].tolist()
+        >>> index_choose(q, w, keys, last, k=2)[0].tolist()
         [[0, -1], [1, 0], [1, 2]]
     """
     rows, scales = jax.tree.map(lambda x: x[:, 0], keys)
@@ -138,9 +138,9 @@ def divergence(
 
     Args:
         queries, keys: of attention; all heads share the keys. Scores are the sum of the products.
-        ids: the tokens that both distributions are over, from `choose`; None means all that a query
-            may see.
-        last, segment_ids: as in `choose`.
+        ids: the tokens that both distributions are over, from `index_choose`; None means all that a
+            query may see.
+        last, segment_ids: as in `index_choose`.
 
     Example:
         >>> one = jnp.zeros((1, 2, 1, 1))  # equal scores on both sides

@@ -34,7 +34,7 @@ def sparse_attention(
     Args:
         queries: for each array of keys, Q queries of each of G key-value heads.
         keys, values: arrays [B, G, S, …] with a row for each token, cached or of the same text.
-        ids: from `indexer.choose`; a query's first is not -1.
+        ids: from `indexer.index_choose`; a query's first is not -1.
         scale: factor of the scores.
         most: numbers that are gathered or scored at a time.
         attend: computes `cached_attention` of the chosen rows.

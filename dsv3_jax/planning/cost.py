@@ -127,7 +127,7 @@ def train_cost(
         >>> cost.fits(16e9), cost.sent.wire  # doctest: +SKIP
         (True, 0.0)
     """
-    sharding.check(mesh, run)
+    sharding.check_run(mesh, run)
     kernels = choose_kernels(run.execution, mesh)
     fsdp = run.execution.layout.fsdp
     frozen = frozen or run.execution.compute_dtype

@@ -129,7 +129,7 @@ def _job(
         start = "any" if options.lora.rank else None
         run = replace(run, model=options.model, execution=options.execution, data=data, optim=optim)
         run = replace(run, lora=options.lora, start=start)
-        sharding.check(mesh, run)
+        sharding.check_run(mesh, run)
         cost = partial(train_cost, run, mesh, frozen=options.weight_dtype, target=options.target)
         return data.batch_size, data.seq_len, cost
 

@@ -64,7 +64,7 @@ def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint:
         other experts than it samples with.
     """
     cfg = run.grpo
-    check_model(run)
+    check_policy(run)
     checker = Checker(cfg.checker)
     room = run.data.seq_len - cfg.max_new_tokens
     short = []
@@ -93,7 +93,7 @@ def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint:
     return Tasks(text, short, checker, summary, fingerprint)
 
 
-def check_model(run: RunConfig) -> None:
+def check_policy(run: RunConfig) -> None:
     """Refuse what changes training and not the sampler: ratios would be of two policies."""
     model = run.model
     group = f"grpo group={run.grpo.group}"

@@ -6,7 +6,7 @@ those steps), tensorboard/, and two pictures, routing.png and training.png. A st
 steps:
 
     0. several processes (see `mesh.processes`) agree on one run, and its text is read
-       (`prepare`); from here the first alone prints and writes
+       (`runs.prepare`); from here the first alone prints and writes
     1. the folder is locked and claimed, or found to be this run's; another run's is refused, and
        one that another process writes to (`lock`)
     2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router
@@ -30,7 +30,7 @@ from dsv3_jax.data.batches import Batches, Source
 from dsv3_jax.host.lock import FolderLock, acquire
 from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.mesh import processes, sharding
-from dsv3_jax.report.metrics import LOAD_FILE, Metrics, Rows
+from dsv3_jax.report.metrics_files import LOAD_FILE, JsonLines, MetricsFile
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.speed import Speed
 from dsv3_jax.runs.answers import Answers
@@ -38,7 +38,14 @@ from dsv3_jax.runs.callbacks import Callback, KeepOrigin, KeepText
 from dsv3_jax.runs.chats import Chats, for_epochs, read_chats
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import check_place, claim, made_from
-from dsv3_jax.runs.prepare import FitOptions, Prepared, agree, check, kernels_of, read
+from dsv3_jax.runs.prepare import (
+    FitOptions,
+    Prepared,
+    check_devices,
+    kernels_of,
+    make_job,
+    read_inputs,
+)
 from dsv3_jax.runs.start import Start, begin, on_trunk, on_weights, open_start
 from dsv3_jax.runs.steps import Files, FitResult, NonFiniteLoss, Training
 from dsv3_jax.training.optim import Transform
@@ -166,9 +173,9 @@ def start_and_chats(
 def open_training(run: RunConfig, out: Path, options: FitOptions) -> Iterator["Training"]:
     """Prepare a run, lock its folder, and restore its last checkpoint or make a new state."""
     processes.by_first(lambda: check_place(out))
-    job = agree(run, options)
-    check(job)
-    ready = read(job, out, options)
+    job = make_job(run, options)
+    check_devices(job)
+    ready = read_inputs(job, out, options)
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
         _only_writer(ready, out) as lock,
@@ -194,8 +201,8 @@ def open_training(run: RunConfig, out: Path, options: FitOptions) -> Iterator["T
         # Rows of later steps are dropped: they will be written again.
         step = int(state.step)
         first = processes.is_first()
-        metrics = Metrics(out, step, read_only=not first)
-        loads = Rows(out / LOAD_FILE, step, read_only=not first)
+        metrics = MetricsFile(out, step, read_only=not first)
+        loads = JsonLines(out / LOAD_FILE, step, read_only=not first)
         sentences += [metrics.sentence, loads.sentence, sentence]
 
         training = Training(

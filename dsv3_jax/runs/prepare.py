@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
     start: Start | None  # to begin with. None: nothing, or a checkpoint is there
 
 
-def agree(run: RunConfig, options: FitOptions) -> Job:
+def make_job(run: RunConfig, options: FitOptions) -> Job:
     """Choose the kernels, and check that all processes train one run from and to the same step.
 
     A run that `optimizer` trains is named by it. All that follows is alike in all processes.
@@ -74,7 +74,7 @@ def agree(run: RunConfig, options: FitOptions) -> Job:
     optimizer = options.optimizer
 
     # The caller's optimizer has no name but the types of its state.
-    optim.check(run.optim, optimizer)
+    optim.check_optimizer(run.optim, optimizer)
     if optimizer is not None:
         name = optim.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
         run = replace(run, optim=replace(run.optim, name=name))
@@ -93,19 +93,19 @@ def agree(run: RunConfig, options: FitOptions) -> Job:
     return job
 
 
-def check(job: Job) -> None:
+def check_devices(job: Job) -> None:
     """Check that the devices and this host's memory can train a run.
 
     Raises: ConfigError.
     """
     if job.mesh is not None:
-        sharding.check(job.mesh, job.run)
+        sharding.check_run(job.mesh, job.run)
         processes.check_layout(job.run.execution.layout)
     if job.chosen().target.platform == "cpu":
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
-def read(job: Job, out: Path, options: FitOptions) -> Prepared:
+def read_inputs(job: Job, out: Path, options: FitOptions) -> Prepared:
     """Read the tokenizer, the text, and the run to begin with.
 
     Raises: ValueError.

@@ -18,7 +18,14 @@ import optax
 from dsv3_jax.data.batches import Batch, Batches, model_inputs
 from dsv3_jax.host.lock import FolderLock
 from dsv3_jax.mesh import processes
-from dsv3_jax.report.metrics import METRICS_FILE, Metrics, Rows, load_every, load_row, read_rows
+from dsv3_jax.report.metrics_files import (
+    METRICS_FILE,
+    JsonLines,
+    MetricsFile,
+    load_every,
+    load_row,
+    read_rows,
+)
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.run_result import draw, order2_of
 from dsv3_jax.report.speed import Speed
@@ -61,8 +68,8 @@ class Files(NamedTuple):
     folder: Path
     lock: FolderLock
     checkpoints: Checkpoints
-    metrics: Metrics
-    loads: Rows
+    metrics: MetricsFile
+    loads: JsonLines
 
 
 class Done(NamedTuple):

@@ -18,7 +18,7 @@ from dsv3_jax.data.corpus import Corpus, read_documents
 from dsv3_jax.data.packing import PackedRows, Piece
 from dsv3_jax.data.source import from_corpus
 from dsv3_jax.host.files import read_bytes
-from dsv3_jax.report.metrics import LOAD_FILE, read_rows
+from dsv3_jax.report.metrics_files import LOAD_FILE, read_rows
 from dsv3_jax.runs.open_model import measured_on, with_paths
 
 BATCHES = 16  # of a run's own held-out text; text that the user names is read to its end

@@ -263,7 +263,7 @@ class Optax:
     def update(
         self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
     ) -> tuple[nnx.State, Any]:
-        check(self.cfg, self.tx)
+        check_optimizer(self.cfg, self.tx)
         assert self.tx is not None
 
         # optax knows dicts of arrays, and no variables.
@@ -340,14 +340,14 @@ def make(
     return Optax(cfg, transformation)
 
 
-def check(cfg: OptimConfig, transformation: object) -> None:
+def check_optimizer(cfg: OptimConfig, transformation: object) -> None:
     """Check that a run has what trains it.
 
     Raises: ConfigError if it is not an optax transformation, or is missing for a run that was
         trained by one.
 
     Example:
-        >>> check(OptimConfig(), optax.sgd(1e-3)), check(OptimConfig(), None)
+        >>> check_optimizer(OptimConfig(), optax.sgd(1e-3)), check_optimizer(OptimConfig(), None)
         (None, None)
     """
     if transformation is None and cfg.name.startswith(OPTAX):

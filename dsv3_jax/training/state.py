@@ -63,7 +63,7 @@ class Job:
         return self.kernels or prepare(self.run.execution, mesh=self.mesh)
 
 
-Batch = dict[str, Array]
+DeviceBatch = dict[str, Array]
 
 
 def graph_of(job: Job) -> nnx.GraphDef:

@@ -15,11 +15,11 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.mtp import HEADS, Head, token_counts
 from dsv3_jax.ops import balance
 from dsv3_jax.training import lora, optim, qk_clip, schedules
-from dsv3_jax.training.balance import in_rows, updated_bias
 from dsv3_jax.training.loss import Losses, Part, compute_loss, over_parts, target_counts
 from dsv3_jax.training.metrics import of_load, over_layers
+from dsv3_jax.training.router_bias import in_rows, updated_bias
 from dsv3_jax.training.state import (
-    Batch,
+    DeviceBatch,
     Job,
     TrainState,
     first_nonfinite,
@@ -59,7 +59,9 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     return jax.jit(step, donate_argnums=0)
 
 
-def _step(job: Job, graph: nnx.GraphDef, state: TrainState, batch: Batch, go: Array | bool = True):
+def _step(
+    job: Job, graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, go: Array | bool = True
+):
     run = job.run
     cfg = job.run.optim
 
@@ -123,7 +125,7 @@ def _gradients(
     trained: nnx.State,
     frozen: nnx.State,
     state: TrainState,
-    batch: Batch,
+    batch: DeviceBatch,
 ) -> tuple[nnx.State, Losses]:
     """The gradient of a batch by what trains; its microbatches are read one after another."""
     run = job.run
@@ -143,7 +145,7 @@ def _gradients(
         watch += (f"index_{run.indexer_stage}",)
     weight = schedules.mtp_weight(run.optim, run.steps, state.step) if run.trunk is None else None
 
-    def losses(trained: nnx.State, batch: Batch) -> tuple[Array, Losses]:
+    def losses(trained: nnx.State, batch: DeviceBatch) -> tuple[Array, Losses]:
         model = nnx.merge(graph, lora.join(run.lora, nnx.merge_state(trained, frozen)), state.bias)
         out = compute_loss(
             model, batch, weight,
@@ -155,7 +157,7 @@ def _gradients(
         )  # fmt: skip
         return out.total, out
 
-    def add(total: nnx.State, piece: Batch) -> tuple[nnx.State, Losses]:
+    def add(total: nnx.State, piece: DeviceBatch) -> tuple[nnx.State, Losses]:
         grads, out = grad(used, piece)
         return _constrain(job, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), out
 
@@ -191,7 +193,7 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
     return jax.tree.map(cast, trained, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def first_bad_tensor(job: Job, state: TrainState, batch: Batch) -> str:
+def first_bad_tensor(job: Job, state: TrainState, batch: DeviceBatch) -> str:
     """Name the first tensor that is not finite: a parameter, else a gradient, else the loss.
 
     Example:

@@ -266,7 +266,7 @@ class Plan:
         if row["optimizer"] == "optax":
             self.options["optimizer"] = optax.lion(1e-3)
         if self.mesh is not None:
-            sharding.check(self.mesh, self.run)
+            sharding.check_run(self.mesh, self.run)
         prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
 
     @cached_property

@@ -128,7 +128,7 @@ def fits_chosen(
 def add() -> None:
     """Enter the table as "hopper"."""
     how = dict(platforms=("cuda",), dtypes=("bfloat16",), one_device=True, why_not=why_not)
-    of_indexer = partial(indexer.choose, score=index_scores)
+    of_indexer = partial(indexer.index_choose, score=index_scores)
     table.add("index_choose", table.Implementation("hopper", of_indexer, fits=fits, **how))
     of_rows = partial(sparse_attention, attend=latent_attention)
     table.add("sparse_attention", table.Implementation("hopper", of_rows, fits=fits_chosen, **how))

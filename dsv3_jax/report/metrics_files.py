@@ -22,7 +22,7 @@ _AXES = {"mtp_loss": 1, "mtp_acceptance": 1, "load": 2, "bias": 2}  # other metr
 _OBJECTS = ("kernels", "bits_per_byte_by_domain", "max_vio_by_domain")
 
 
-class Rows:
+class JsonLines:
     """A file of JSON lines, each with a "step".
 
     Args:
@@ -34,7 +34,7 @@ class Rows:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     rows = Rows(Path(folder, LOAD_FILE), after=0)
+        ...     rows = JsonLines(Path(folder, LOAD_FILE), after=0)
         ...     rows.write({"step": 1, "load": [[3, 1]]})
         ...     read_rows(Path(folder, LOAD_FILE))
         [{'step': 1, 'load': [[3, 1]]}]
@@ -86,8 +86,8 @@ def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-class Metrics(Rows):
-    """The metrics of a run's folder, also written for TensorBoard; other arguments as in `Rows`."""
+class MetricsFile(JsonLines):
+    """A run's metrics, also written for TensorBoard; other arguments as in `JsonLines`."""
 
     def __init__(self, folder: Path, after: int, *, read_only: bool = False):
         super().__init__(folder / METRICS_FILE, after, read_only=read_only)

@@ -23,7 +23,7 @@ from dsv3_jax.ops.sort_by_expert import SortedRows, sort_by_expert
 from dsv3_jax.ops.varying import zeros
 
 
-def blocks_swiglu(
+def grouped_swiglu(
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
@@ -38,7 +38,7 @@ def blocks_swiglu(
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
         >>> weights = 9 * one, one / 9, jnp.array([[[2.0]], [[5.0]]])  # of 1: 2, 5; silu(9) is 9
         >>> x, ids, gates = jnp.ones((1, 1)), jnp.array([[1, 0]]), jnp.array([[0.9, 0.1]])
-        >>> y = jax.jit(blocks_swiglu)(x, ids, gates, *weights)
+        >>> y = jax.jit(grouped_swiglu)(x, ids, gates, *weights)
         >>> round(float(y[0, 0]), 2)  # 0.9 · 5 + 0.1 · 2
         4.7
     """
