@@ -182,12 +182,15 @@ def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
     Source: DeepSeek-V2 report, section 2.1; the released code.
     """
     cfg, xp = ctx.cfg, ctx.xp
+
+    # Queries: equations 6 to 9 of the V3 report. RoPE is left to `attend`.
     if cfg.q_latent_dim:
         c_q = rms_norm(x @ p["w_dq"], p["q_norm"])
         q = xp.einsum("btq,qhx->bthx", c_q, p["w_uq"])
     else:
         q = xp.einsum("btd,dhx->bthx", x, p["w_q"])
 
+    # Keys and values: equations 1 to 5. A cache keeps the results of 1 and 3.
     c_kv, k_rope = xp.split(x @ p["w_dkv"], [cfg.kv_latent_dim], axis=-1)
     c_kv = rms_norm(c_kv, p["kv_norm"])
     k_nope = xp.einsum("btc,hnc->bthn", c_kv, p["w_uk"])
@@ -280,6 +283,7 @@ def route(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Routing:
     else:
         scores = softmax(logits, xp)
 
+    # The bias takes part in the choice alone (equation 16 of the V3 report): gates are of s.
     choice = scores
     if cfg.router in ("sigmoid", "sqrtsoftplus"):
         choice = choice + p["bias"][None, None]
@@ -426,6 +430,7 @@ def mtp_heads(
             x = rms_norm(x, head["norm"], cfg.norm_eps)
             routing.append(routed)
         else:
+            # Equations 21 and 22 of the V3 report.
             e = rms_norm(e, head["embed_norm"], cfg.norm_eps)
             x = rms_norm(x, head["hidden_norm"], cfg.norm_eps)
             x = xp.concatenate([e, x], axis=-1) @ head["w_eh"]
@@ -473,6 +478,7 @@ def balance_loss(r: Routing, xp) -> Float[Array, " B"]:
     counted_BT = r.counted / np.maximum(r.counted.sum(-1, keepdims=True), 1)
     mean_over_t = counted_BT[..., None]  # weights of a mean
 
+    # f and P: equations 18 to 20 of the V3 report. f is a count, so only P has a gradient.
     chosen_BTE = one_hot(r.expert_ids, num_experts, xp).sum(-2)
     f = num_experts / k * (chosen_BTE * mean_over_t).sum(1)
     shares_BTE = r.scores / (r.scores.sum(-1, keepdims=True) + 1e-20)

@@ -110,6 +110,8 @@ class Checker:
             raise ValueError(
                 f"{location} has answer={answer!r:.60}, not a text for grpo checker={self.name!r}"
             )
+
+        # Each checker has a condition: number needs a number, regex a valid pattern.
         try:
             self._pair()[1](answer)
         except (ValueError, re.error) as error:

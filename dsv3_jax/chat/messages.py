@@ -79,6 +79,8 @@ def _with_reasoning(message: Message) -> Message:
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     if reasoning is None:
         return message
+
+    # Templates read the reasoning by one of two names, so the message has both.
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 

@@ -71,6 +71,8 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self)
+
+        # A setting that is for other formats must keep its default.
         for name, formats in ONLY_FOR.items():
             value = getattr(self, name)
             default = type(self).__dataclass_fields__[name].default
@@ -110,6 +112,8 @@ class DataConfig:
                 bool(name) and 0 <= weights[name] < math.inf,
                 f"mixture={entry!r} is not DOMAIN=WEIGHT, a weight from 0 up",
             )
+
+        # Each domain has one weight. Only ratios count, so at least one weight is positive.
         require(len(weights) == len(self.mixture), f"mixture={self.mixture} names a domain twice")
         require(
             not weights or sum(weights.values()) > 0,

@@ -96,6 +96,8 @@ def check_fields(config: Any, prefix: str = "") -> None:
         value = getattr(config, item.name)
         hint = types[item.name]
         name = prefix + item.name
+
+        # An int is accepted for a float, as 1 for 1.0, and stored as one.
         if type(value) is int and hint in (float, float | None) and abs(value) < 2**127:
             value = float(value)
             object.__setattr__(config, item.name, value)
@@ -104,6 +106,8 @@ def check_fields(config: Any, prefix: str = "") -> None:
         bounds = _bounds_of(with_bounds[item.name])
         if bounds is not None and value is not None:
             require(_inside(value, bounds), f"{name}={_short(value)} is outside {bounds}")
+
+        # Texts are printed, and saved as UTF-8: no control codes, no lone surrogates.
         for text in value if type(value) is tuple else (value,):
             if type(text) is str and _CONTROL.search(text):
                 raise ConfigError(f"{name}={_short(text)} holds a control character")
@@ -123,6 +127,7 @@ def _bounds_of(hint: Any) -> str | None:
 
 def _inside(value: int | float, bounds: str) -> bool:
     low, high = (float(end) for end in bounds[1:-1].split(", "))
+    # Intervals as in "[0, 1)": a square bracket includes its end.
     above = low <= value if bounds[0] == "[" else low < value
     below = value <= high if bounds[-1] == "]" else value < high
     return above and below
@@ -185,6 +190,8 @@ def _matches(value, hint) -> bool:
         return isinstance(value, tuple) and all(_matches(v, args[0]) for v in value)
     if args:  # a union
         return any(_matches(value, a) for a in args)
+
+    # True is an instance of int, so plain types must be equal.
     return type(value) is hint if hint in (int, float, bool, str) else isinstance(value, hint)
 
 
@@ -240,6 +247,8 @@ def from_dict(kind, values: dict):
     """
     _check_names(kind, values)
     hints = typing.get_type_hints(kind)
+
+    # JSON has neither dataclasses nor tuples: objects and lists become them.
     made = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
@@ -260,6 +269,8 @@ def first_difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any]
     """
     for key in sorted(a.keys() | b.keys()):
         x, y = a.get(key), b.get(key)
+
+        # Objects are compared key by key, and values as JSON, where 1 is neither 1.0 nor true.
         if isinstance(x, dict) and isinstance(y, dict):
             inner = first_difference(x, y, f"{prefix}{key}.")
             if inner:

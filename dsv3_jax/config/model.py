@@ -69,6 +69,8 @@ class Balance:
 
     def __post_init__(self):
         check_fields(self, "balance ")
+
+        # Rule quantile goes the share γ of the way to its target, so γ ≤ 1.
         most = 1 if self.rule == "quantile" else math.inf
         require(
             self.bias_rate <= most,
@@ -243,6 +245,8 @@ def _check_experts(c: ModelConfig) -> None:
     chosen = f"experts_per_token={c.experts_per_token}"
     groups = c.num_groups
     require(c.num_experts % groups == 0, f"num_groups={groups} does not divide {experts}")
+
+    # A token's K experts come from the groups that it keeps, each of E / G experts.
     size = c.num_experts // groups
     require(
         c.experts_per_token <= c.groups_per_token * size,
@@ -260,7 +264,11 @@ def _check_experts(c: ModelConfig) -> None:
 
 def _check_attention(c: ModelConfig) -> None:
     count = c.num_kv_heads
+
+    # RoPE rotates pairs of features.
     require(c.rope_head_dim % 2 == 0, f"rope_head_dim={c.rope_head_dim} is odd")
+
+    # Only gqa chooses its number of key-value heads: mqa has 1, the others have H.
     require(
         (c.attention == "gqa") == bool(count),
         f"num_kv_heads={count} with attention={c.attention!r}: it is for 'gqa', which needs it",
@@ -273,6 +281,8 @@ def _check_attention(c: ModelConfig) -> None:
         c.num_heads % c.kv_heads == 0,
         f"num_kv_heads={count} does not divide num_heads={c.num_heads}",
     )
+
+    # YaRN stretches the original context by its factor, and no further.
     if c.yarn.factor != 1:
         reach = c.yarn.original_max_positions * c.yarn.factor
         require(  # YaRN counts turns by the logarithm of the base
@@ -291,6 +301,8 @@ def _check_indexer(c: ModelConfig) -> None:
     types = c.index_types
     for kind in types or ():
         require(kind in ("full", "shared"), f"index_types={kind!r} is not one of full, shared")
+
+    # Index queries [T, I, X] come from the query latent; their first R numbers are rotated.
     require(
         bool(c.q_latent_dim),
         "q_latent_dim=None with attention='dsa', which makes index queries from it; give a width",
@@ -300,10 +312,14 @@ def _check_indexer(c: ModelConfig) -> None:
         c.index_dim >= c.rope_head_dim,
         f"{width} is less than the rope_head_dim={c.rope_head_dim} that it rotates",
     )
+
+    # A Hadamard matrix, which precedes the rounding to e4m3, has a power of 2 as its size.
     require(
         c.index_precision == "none" or c.index_dim.bit_count() == 1,
         f"{width} is no power of 2, as index_precision={c.index_precision!r} needs",
     )
+
+    # A shared layer attends to what the last full layer before it chose.
     require(
         types is None or len(types) == c.num_layers,
         f"index_types={types} has not one entry for each of num_layers={c.num_layers}",

@@ -215,6 +215,8 @@ def _check_lengths(run: RunConfig) -> None:
         run.data.seq_len <= model.max_positions,
         f"{length} is more than the model's max_positions={model.max_positions}",
     )
+
+    # Head k at position i predicts token i + k + 1, so head M needs a row of M + 2 tokens.
     require(
         run.data.seq_len > model.mtp_depth + 1,
         f"{length} leaves no target for mtp_depth={model.mtp_depth}",
@@ -224,6 +226,8 @@ def _check_lengths(run: RunConfig) -> None:
 def _check_beginning(run: RunConfig) -> None:
     """Check what a run begins with, and what then trains."""
     depth = run.model.mtp_depth
+
+    # On a frozen trunk only heads train, on the text or towards the trunk's own distribution.
     require(
         run.head_loss == "ce" or run.trunk is not None,
         f"head_loss={run.head_loss!r} compares heads with a frozen trunk; trunk=None needs 'ce'",
@@ -236,6 +240,8 @@ def _check_beginning(run: RunConfig) -> None:
         not (run.trunk and run.start),
         f"a run begins with start={run.start!r} or on trunk={run.trunk!r}, not with both",
     )
+
+    # Settings for one kind of attention each: QK-clip, and the warm-up of indexers.
     attention = run.model.attention
     clip = run.optim.qk_clip
     require(
@@ -256,6 +262,8 @@ def _check_beginning(run: RunConfig) -> None:
 def _check_lora(run: RunConfig) -> None:
     rank = f"lora rank={run.lora.rank}"
     clip = run.optim.qk_clip
+
+    # Only A and B train, and W is given by start: no other stage or clip may move it.
     require(
         run.indexer_stage != "warm",
         f"{rank} is not supported with indexer_stage='warm', which trains indexers",
@@ -272,6 +280,7 @@ def _check_lora(run: RunConfig) -> None:
         f"{rank} is not supported with optim.qk_clip={clip}, which scales weights, not adapters",
     )
 
+    # Each part must name matrices of this model; an EAGLE head has a dense FFN, too.
     model = run.model
     sparse = model.num_sparse_layers + model.num_sparse_heads > 0
     there = {
@@ -291,6 +300,8 @@ def _check_grpo(run: RunConfig) -> None:
         data.format == "chat",
         f"{group} asks the prompts of chat examples; data.format={data.format!r} must be 'chat'",
     )
+
+    # A step asks batch_size / group prompts, and each answer is a row.
     require(
         data.batch_size % run.grpo.group == 0,
         f"{group} does not divide batch_size={data.batch_size}",

@@ -82,6 +82,8 @@ def _check_alignment(row: Row) -> None:
         raise ValueError(
             "a row has expert_ids without routed_tokens, the tokens that they were recorded for"
         )
+
+    # Experts belong to the token that they were recorded for; −1 fits any.
     tokens, routed = row["tokens"], row["routed_tokens"]
     wrong = np.flatnonzero((routed >= 0) & (routed != tokens))
     if not len(wrong):

@@ -117,6 +117,8 @@ class Tokenizer(abc.ABC):
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         start = 0
+
+        # The text between two names is encoded by itself: no id covers a part of a name.
         for i, part in enumerate(self._special_name.split(text)):
             end = start + len(part)
             if i % 2:  # a split by a group returns text and names in turn
@@ -173,6 +175,8 @@ class Tokenizer(abc.ABC):
             '<fim_prefix><fim_prefix>hi'
         """
         names = {i: name for name, i in self.specials.items()}
+
+        # Ids between two names are decoded together: a character may have several.
         runs = itertools.groupby(ids, names.get)
         return "".join(name * len(list(run)) if name else self.decode(run) for name, run in runs)
 

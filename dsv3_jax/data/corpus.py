@@ -142,6 +142,8 @@ def _documents_of(path: str, column: str) -> Iterator[Document]:
                 f'{location}: "{column}" is {reprlib.repr(text)}, not a string, of '
                 f"{sorted(row)!r:.200}"
             )
+
+        # The parts of a long text are documents of one domain; white space alone is none.
         for part in _split_long(text):
             empty = False
             yield Document(part, domain)

@@ -73,6 +73,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     values = read_sealed(file)
     try:
+        # The version comes first: in another one the keys may mean something else.
         version = values.pop("version")
         newest = VERSIONS[values["format"]]
         if version != newest:

@@ -70,6 +70,8 @@ class Shard:
     def __init__(self, manifest: Manifest, name: str):
         self._manifest = manifest
         self._path = manifest.folder / name
+
+        # Domains follow one another in a file; `_ends` has the number of the record after each.
         self._domains = manifest.files[name]["domains"]
         self._ends = list(itertools.accumulate(records for _, records, _ in self._domains))
 
@@ -129,6 +131,8 @@ class ShardRows:
         self._parts = parts
         self._cfg = cfg
         self._per_record = manifest.row_tokens // cfg.seq_len
+
+        # A file is opened at the first read of it, and stays open.
         self._shard = cache(partial(Shard, manifest))
 
         # The number of each part's first row. Its last record may have fewer rows than the others.

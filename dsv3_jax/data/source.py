@@ -97,6 +97,8 @@ def _training_pieces(corpus: Corpus, tokenizer: Tokenizer, cfg: DataConfig) -> I
     """Yield the training documents in a random order; for fill-in-the-middle in parts."""
     rng = np.random.default_rng(cfg.seed)
     order = rng.permutation(len(corpus.train)).tolist()
+
+    # Fill-in-the-middle cuts a document into parts; without it many are encoded at once.
     if cfg.fim_rate:
         parts = (
             (i, part)

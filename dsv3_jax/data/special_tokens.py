@@ -35,6 +35,7 @@ def named_specials(folder: Path) -> dict[str, str]:
 
     names = {}
     for role, value in said.items():
+        # A token may be an object: its name, and how text around it is treated.
         value = value.get("content") if isinstance(value, dict) else value
         if role in TOKEN_ROLES and value is not None and not isinstance(value, str):
             raise ValueError(

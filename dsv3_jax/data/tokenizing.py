@@ -293,6 +293,7 @@ def _write(
 
     def pieces(items: list[Item]) -> Iterator[Piece]:
         for item, (ids, mask) in zip(items, encoder.encode(items), strict=True):
+            # A chat example must fit in a record uncut, and have a target after its first token.
             fits = mask is None or (len(ids) <= job.row_tokens and bool(mask[1:].any()))
             used[fits] += 1
             if fits:

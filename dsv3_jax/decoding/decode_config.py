@@ -60,17 +60,22 @@ class DecodeConfig:
         not_negative = _is_number(temperature) and temperature >= 0
         is_share = top_p is None or (_is_number(top_p) and 0 < top_p <= 1)
         routing = self.return_routing
+
+        # Rows of (is it right, name, value, what it should be); the first wrong one is raised.
         for right, name, value, what in (
             (_is_int(new, 1), "max_new_tokens", new, "an int of 1 or above"),
             (_is_int(length, least), "draft_length", length, f"an int of {least} or above"),
             (_is_int(pad_to, 0), "pad_prompts_to", pad_to, "an int of 0 or above"),
             (is_seed, "seed", self.seed, "an int within [0, 2**32)"),
+            # the distribution that tokens are drawn from
             (isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling"),
             (not_negative, "temperature", temperature, "a float of 0 or above"),
             (top_k is None or _is_int(top_k, 1), "top_k", top_k, "an int of 1 or above"),
             (is_share, "top_p", top_p, "a float within (0, 1]"),
+            # the cache, and who drafts
             (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
             (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
+            # texts: how many at once, what is returned of them, and where they end
             (_is_int(self.samples, 1), "samples", self.samples, "an int of 1 or above"),
             (rows is None or _is_int(rows, 1), "batch_size", rows, "an int of 1 or above"),
             (isinstance(self.logprobs, bool), "logprobs", self.logprobs, "a bool"),
@@ -79,6 +84,8 @@ class DecodeConfig:
         ):
             if not right:
                 raise ValueError(f"{name}={value!r} is not {what}")
+
+        # A dtype that no cache has is refused, and pairs of settings that exclude each other.
         pick_dtype("float32", self.cache_dtype)
         if self.draft is not None and self.cache == "none":
             raise ValueError("cache='none' decodes without drafts; leave out draft, or cache")
@@ -105,10 +112,14 @@ class DecodeConfig:
             raise ValueError(
                 f"prompts={prompts!r} is not a list of prompts; write one prompt as [[1, 2, 3]]"
             )
+
+        # Every id must be in the vocabulary. A prompt has at least one; stop tokens may be none.
         for i, tokens in enumerate((*prompts, self.stop_tokens)):
             is_prompt = i < len(prompts)
             name = f"prompt {i}" if is_prompt else "stop_tokens"
             check_tokens(name, tokens, size, may_be_empty=not is_prompt)
+
+        # A draft is accepted by its p and q, so both models need one vocabulary.
         if other.vocab_size != size:
             raise ValueError(
                 f"vocab_size={other.vocab_size} of the draft model is not the model's {size}"
@@ -117,12 +128,16 @@ class DecodeConfig:
             raise ValueError("return_routing=True needs routed experts, and the model has none")
         if self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
+
+        # A chained head goes on beyond its depth; a parallel head drafts one token.
         as_long = cfg.head_kind.reads_tokens or self.draft_length <= depth
         if self.draft == "mtp" and not as_long:
             raise ValueError(
                 f"draft_length={self.draft_length} is more than mtp_depth={depth}: a "
                 f"{cfg.mtp_kind} head drafts one"
             )
+
+        # The prompt, the new tokens and the drafts beyond them need positions in both models.
         reach = min(cfg.max_positions, other.max_positions)
         longest = max(map(len, prompts))
         number = [*map(len, prompts)].index(longest)

@@ -111,6 +111,7 @@ class ModelDrafter(Drafter):
             one = drawn(x[:, 0], key)
             return (cache.at_lengths(cache.lengths + 1), one.tokens), one
 
+        # The pass over two tokens gives the first draft; each later one takes a pass of its own.
         one = drawn(x[:, 1], keys[0])
         (cache, _), drafts = _draw_more(
             [one], step, (cache.at_lengths(first + 2), one.tokens), keys[1:]
@@ -209,6 +210,8 @@ class ParallelDrafter(Drafter):
         caches = list(state)
         drawn = list[Drafts]()
         tokens = window(unread.text, unread.start, unread.h.shape[1])
+
+        # All heads read the trunk at position m − 1. There head k = 1 … J drafts token m + k.
         for k in range(keys.shape[0]):
             h, caches[k] = self._continue(k, tokens, unread.h, state[k].at_lengths(unread.start))
             drawn.append(draw(self.model.logits(_pick(h, unread.num_valid - 1)), keys[k], sampling))

@@ -59,9 +59,12 @@ def loglikelihood(
                 f"pair {i} has {sum(map(len, pair))} tokens, over "
                 f"max_positions={model.cfg.max_positions}"
             )
+
+    # Sorted by length, longest first, so that a batch has little padding.
     (graphdef, state), mesh = nnx.split(model), sharding.mesh_of(model)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         # few widths: each is compiled once
@@ -73,6 +76,8 @@ def loglikelihood(
             row[: sum(map(len, pairs[i]))] = [*pairs[i][0], *pairs[i][1]]
         with sharding.use_mesh(mesh):
             nats, best = jax.device_get(next_token_scores(graphdef, state, tokens))
+
+        # Entry t is about token t + 1, so a continuation begins at the context's last token.
         for row, i in enumerate(chosen):
             start = len(pairs[i][0]) - 1
             stop = sum(map(len, pairs[i])) - 1

@@ -120,6 +120,8 @@ def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array) -> Prefille
     drafter = None
     if decoder.draft:
         drafter = decoder.drafter.start(Prompt(tokens, lengths, x, width, *kind))
+
+    # Experts with the token's axes first, [P, T, Lmoe, K], as the loop keeps them.
     if ids is not None:
         kept = constrain(jnp.moveaxis(ids, 0, 2), "batch", None, None, None)
         ids = kept if config.return_routing else None
@@ -146,17 +148,22 @@ def _admit(
     """
     decoder = jax.tree.unflatten(form, leaves)
     source, texts, samples = begins
+
+    # Row b begins with prompt source[b]; the samples of a prompt share it.
     if not in_order:
         rows = jnp.maximum(source, 0)
         read = _over_rows(lambda x: x.take(rows, axis=0), lambda cache: cache.take(rows), read)
 
     new = _fresh_rows(decoder, read, row_keys(seed, texts, samples))
+
+    # The first rows make the loop. Rows without a text are done; drafters write beyond the end.
     if loop is None:
         room = decoder.capacity + max(BEYOND, decoder.draft_length + 1)
         drafter = with_slots(new.drafter, room)
         new = new._replace(cache=new.cache.with_slots(decoder.slots), drafter=drafter)
         return new._replace(done=constrain(new.done | (source < 0)))
 
+    # Later rows take the place of done ones, whose steps and acceptance still count.
     is_new = source >= 0
 
     def begin(old: Array, new: Array) -> Array:
@@ -177,6 +184,8 @@ def _fresh_rows(decoder: Decoder, read: Prefilled, keys: Array) -> Loop:
     ids = read.expert_ids
     if ids is not None:
         ids = constrain(_longer(ids, decoder.capacity), "batch", None, None, None)
+
+    # No step was run: the newest token is the prompt's last, at position lengths − 1.
     loop = Loop(
         cache=Cache([], read.lengths - 1),
         drafter=None,
@@ -191,6 +200,8 @@ def _fresh_rows(decoder: Decoder, read: Prefilled, keys: Array) -> Loop:
         logprobs=logprobs,
         expert_ids=ids,
     )
+
+    # The first token is drawn as in a step without drafts, from x at the prompt's last token.
     loop = _advance(decoder, loop, Drafts(read.tokens[:, :0], None), read.x)
     cache = read.cache.at_lengths(loop.cache.lengths)
     return loop._replace(steps=zero, drafter=read.drafter, cache=cache)
@@ -205,6 +216,8 @@ def _decode(form: Any, leaves: list, loop: Loop, until: Array) -> Loop:
 
     def goes_on(loop: Loop) -> Array:
         behind = ((loop.written < until) & ~loop.done).any()
+
+        # A step writes J + 1 slots from each length on. Without room the host grows the cache.
         slots = loop.cache.capacity if loop.cache.parts else decoder.capacity
         if slots == decoder.capacity:
             return behind
@@ -227,6 +240,7 @@ def _step(decoder: Decoder, loop: Loop) -> Loop:
         loop = _record(loop, ids, jnp.zeros_like(loop.written))
         return _advance(decoder, loop, drafts, window(x, loop.cache.lengths, 1))
 
+    # One pass over F = J + 1 tokens: the output before each draft is the target's p for it.
     tokens = jnp.concatenate([newest, drafts.tokens], axis=1)
     x, cache, ids = run_layers(model, tokens, loop.cache, weights)
     loop = _record(loop, ids, loop.cache.lengths)
@@ -235,8 +249,11 @@ def _step(decoder: Decoder, loop: Loop) -> Loop:
 
 def _draft(decoder: Decoder, loop: Loop) -> tuple[Loop, Drafts]:
     """Let the drafter read what the last step wrote, then draft."""
+    # A draft's key is of its row and its place in the text, whatever the batch holds.
     position = jnp.arange(decoder.draft_length, dtype=jnp.int32)[None]
     keys = keys_at(loop.keys[:, 1], loop.written[:, None] + position)
+
+    # The drafter has read the positions before `start`; `unread` further on is the newest token.
     start = loop.cache.lengths - loop.unread
     unread = Unread(loop.h, loop.text, loop.unread, start)
     sampling = decoder.config.sampling
@@ -293,6 +310,8 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         if logprobs is not None:
             of_tokens = _log_probabilities(config, raw, logits, tokens)
             logprobs = tuple(map(put, logprobs, of_tokens))
+
+        # Heads read J + 1 positions each step; after a prompt, one and padding.
         h = None
         if decoder.draft == "mtp":
             read = constrain(model.read_by_heads(x), "batch", None, None)
@@ -303,6 +322,7 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         accepted = (index[:, :-1] < num_accepted[:, None]) & moved[:, None]
         by_position = loop.num_accepted.at[:, : accepted.shape[1]].add(accepted.astype(jnp.int32))
 
+    # The cache keeps accepted tokens alone: slots beyond its lengths will be overwritten.
     return loop._replace(
         cache=keep_sharded(loop.cache.at_lengths(start + count)),
         h=h,

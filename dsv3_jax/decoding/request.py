@@ -140,6 +140,7 @@ class Request:
             if self.waiting[0].prompt not in self.places:
                 self._read_prompts()
 
+            # Of each row that begins: where its prompt was read, the prompt's hash, and its sample.
             begins = np.full((3, self.shapes.batch), -1, np.int32)
             while free and self.waiting and self.waiting[0].prompt in self.places:
                 row = free.popleft()
@@ -161,6 +162,8 @@ class Request:
         """Read the next prompts, as many at once as before; their width takes few values."""
         group, width = self.shapes.group, self.shapes.width
         prompts = [self.unread.popleft() for _ in range(min(group, len(self.unread)))]
+
+        # Groups after the first are padded to a power of 2; their longest prompt comes first.
         if self.loop is not None:
             power = 1 << (len(prompts[0]) - 1).bit_length()
             width = min(max(32, power), width)
@@ -173,6 +176,8 @@ class Request:
         start = time.perf_counter()
         if self.waiting:
             self._admit()
+
+        # A program ends when each row has `until` tokens or is done, or when the cache must grow.
         until = np.minimum(self.seen.written + part, self.config.max_new_tokens)
         while (~self.seen.done & (self.seen.written < until)).any():
             self._make_room()
@@ -207,6 +212,8 @@ class Request:
             made = jax.device_get(_gathered(parts))  # everywhere
         text, logprobs, expert_ids = made
         found = self.found
+
+        # Each row's new tokens; a row that is done is free for another text.
         for row, index in list(self.rows.items()):
             end = self.prompt_lengths[row] + self.seen.written[row]
             new = row, slice(self.prompt_lengths[row], end)
@@ -220,6 +227,8 @@ class Request:
             if self.seen.done[row]:
                 found.ended.append(index)
                 del self.rows[row]
+
+        # Shares over all steps of all rows. Later parts change the lists, so they are copied.
         found.acceptance = (self.seen.num_accepted.sum(0) / max(self.seen.steps.sum(), 1)).tolist()
         found.steps = self.steps
         found.cache_bytes = self.loop.cache.nbytes
@@ -245,6 +254,8 @@ def _decoder(
             raise ValueError("draft is not on the mesh of the model; load both with the same mesh")
         models.append(draft)
         draft = "model"
+
+    # Only what programs depend on: requests that differ in the rest share a compilation.
     form = DecodeConfig(
         config.max_new_tokens,
         config.sampling,
@@ -253,6 +264,7 @@ def _decoder(
         logprobs=config.logprobs,
         return_routing=config.return_routing,
     )
+
     return Decoder(
         models=tuple((model, prepare_decode(model)) for model in models),
         stops=np.asarray(config.stop_tokens, np.int32),

@@ -75,6 +75,8 @@ def _import_file(path: Path, name: str) -> None:
                 f"import={name!r} has the name of the module {path.stem!r}; rename it"
             )
         return
+
+    # As `import` does: the module is in sys.modules while it runs, and leaves if it fails.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)

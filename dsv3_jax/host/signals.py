@@ -74,6 +74,7 @@ def cpu_limit(seconds: float, late: Callable[[int, Any], None]) -> Iterator[None
     with handled(late, signal.SIGVTALRM):
         try:
             if main:
+                # The timer repeats: the code within may catch the first exception.
                 signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
             yield
         finally:

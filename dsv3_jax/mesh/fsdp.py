@@ -33,6 +33,7 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
         exact = v.get_metadata().get("exact", False)
 
         def of(x):
+            # How a layer reads it, and how it is stored: they differ along "data" alone.
             used = spec(names, x.shape, mesh)
             kept = spec(names, x.shape, mesh, fsdp=True)
             if used == kept:
@@ -51,6 +52,7 @@ def _gathered(x: Array, used: P, kept: P, dtype: Any) -> Array:
 
 
 def _gathered_fwd(x, used, kept, dtype):
+    # The backward pass reads x's dtype alone: an empty slice has it.
     return _gathered(x, used, kept, dtype), x[:0]
 
 

@@ -26,6 +26,8 @@ def process_by_rows(
     middle = (None,) * (logits.ndim - 2)
     # Sharded as the unembedding at first: else the compiler gathers its matrix, not the logits.
     logits = constrain(constrain(logits, "batch", *middle, "vocab"), "batch", *middle, None)
+
+    # Greedy decoding takes the argmax, which top-k and top-p do not change.
     if sampling.temperature == 0.0:
         return logits, sampling
     _, kept = shard_map_over_batch(

@@ -44,17 +44,22 @@ def join(address: str, count: int | None, index: int | None, devices: int | None
         raise ConfigError(
             f"cluster={address!r} is neither auto nor of the form HOST:PORT; use one of them"
         )
+
+    # JAX fixes the number of CPU devices when it starts its client, so this comes first.
     if devices is not None and count is not None:
         if count < 1 or devices % count:
             raise ConfigError(
                 f"devices={devices} of the mesh are not divisible by processes={count}; change one"
             )
         jax.config.update("jax_num_cpu_devices", devices // count)
+
+    # Wait for the others. JAX ends the process if they do not come, so this is said before.
     print(
         f"joining cluster={address!r}; JAX ends this process after {START_TIMEOUT} seconds alone",
         file=sys.stderr,
     )
     try:
+        # This adds the devices of all processes to `jax.devices`.
         jax.distributed.initialize(
             None if address == "auto" else address,
             count,
@@ -68,6 +73,7 @@ def join(address: str, count: int | None, index: int | None, devices: int | None
             "auto needs SLURM, Kubernetes, Open MPI or a TPU pod; elsewhere give "
             "--cluster HOST:PORT --processes N --process-id I"
         ) from error
+
     # programs of JAX's cache mix up two collectives' messages
     if jax.local_devices()[0].platform == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -158,6 +164,8 @@ def by_each(work: Callable[[], T]) -> T:
     except (ValueError, OSError) as error:
         gather((str(error) or type(error).__name__).encode(errors="backslashreplace"))
         raise
+
+    # Every process gathers exactly once: an empty message says that its work is done.
     errors = gather(b"")
     for i, sentence in enumerate(errors):
         if sentence:

@@ -70,6 +70,7 @@ def over_slices(sizes: Sequence[int], devices: Sequence[Any], slices: dict[int, 
         over.append(math.gcd(size, left))
         left //= over[-1]
 
+    # The axes must use up all slices, and slices must be of one size.
     if left > 1 or len(set(slices.values())) > 1:
         mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         counts = " + ".join(map(str, slices.values()))
@@ -78,6 +79,7 @@ def over_slices(sizes: Sequence[int], devices: Sequence[Any], slices: dict[int, 
             f"{counts} devices"
         )
 
+    # Each axis crosses `over` slices, and has `inside` devices in each of them.
     inside = [size // number for size, number in zip(sizes, over, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
         inside, over, devices, allow_split_physical_axes=True

@@ -56,10 +56,13 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data},expert={expert},tensor={tensor} needs {count} devices, "
             f"and there are {jax.device_count()} here"
         )
+
+    # Auto axes: the compiler chooses the shardings that no constraint names.
     sizes = (data, expert, tensor)
     kinds = (AxisType.Auto,) * len(AXES)
     devices = jax.devices()[:count]
 
+    # The network between slices (nodes, pods) is slower: "data" crosses it first.
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) > 1:
         return Mesh(over_slices(sizes, devices, slices), AXES, axis_types=kinds)
@@ -170,10 +173,12 @@ def spec(
         >>> spec(names, many, mesh, fsdp=True), spec(names, few, mesh, fsdp=True)
         (P(None, ('expert', 'data'), None, None), P(None, 'expert', 'data', None))
     """
+    # A stack's axis of layers has no name: each device has its part of every layer.
     leading = len(shape) - len(names)
     parts: list[tuple[str, ...] | None] = [None] * leading
     used: tuple[str, ...] = ()
     for name, size in zip(names, shape[leading:], strict=True):
+        # With fsdp "expert" and "dim" both want "data": the first that it divides gets it.
         wanted = _mesh_axes(name, size, mesh, fsdp)
         axes = tuple(axis for axis in wanted if axis not in used)
         used += axes
@@ -197,6 +202,8 @@ def _mesh_axes(
 ) -> tuple[str, ...]:
     """The mesh axes for a name, as many as divide `size` evenly; axes of size 1 are left out."""
     rules = FSDP_RULES if fsdp else RULES
+
+    # An axis shards what the axes before it leave, or is left out if it does not divide that.
     axes: tuple[str, ...] = ()
     parts = 1
     for axis in rules.get(name or "", ()):
@@ -220,6 +227,7 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
     """
 
     def place(v):
+        # A packed weight is two arrays, numbers and scales: the same names shard both.
         names = names_of(v)
 
         def of(x):
@@ -305,6 +313,7 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
         sums, rows = f(*args)
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
 
+    # Sums leave with no axis, as they are alike on all devices; rows leave as they came.
     in_specs = (P(),) * len(replicated) + (P(axes),) * len(batched)
     out_specs = (P(), P(axes))
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
@@ -348,6 +357,8 @@ def on_shards(
         return local(**values)
 
     mesh = jax.sharding.get_abstract_mesh()
+
+    # A spec for each array of a tree. A None has no array, and reaches `local` as it is.
     specs = {
         name: jax.tree.map(lambda x, axes=axes: spec(axes, x.shape, mesh), array)
         for name, (array, axes) in arrays.items()

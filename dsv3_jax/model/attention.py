@@ -204,11 +204,14 @@ class MLA(Attention):
     ) -> dict[str, Float[Array, "B T H _"]]:
         """The queries of latent rows."""
         q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
+
+        # q_nope · k_nope = (q_nope W_uk) · c_kv: no head's keys are formed.
         w_uk = self.w_uk[...].astype(q.dtype)
         return {"latent": ctx.run("product_by_head", q_nope, w_uk), "k_rope": q_rope}
 
     def up(self, out: Float[Array, "B T H C"], ctx: Context) -> Float[Array, "B T H V"]:
         """The values of attention's means of latents."""
+        # The mean of values is W_uv of the mean latent: no head's values are formed.
         w_uv = self.w_uv[...].astype(out.dtype)
         return ctx.run("product_by_head", out, w_uv, transposed=True)
 

@@ -30,6 +30,7 @@ class Block(nnx.Module):
 
         Returns: (x, the context for the next layer, metrics).
         """
+        # On a mesh, rows alone are sharded between the parts of a block: norms need all of D.
         y, ctx, of_attention = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
         y, metrics = self.feed_forward(self.ffn_norm(x), ctx)

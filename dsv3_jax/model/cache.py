@@ -50,6 +50,7 @@ class Cache:
     @classmethod
     def of_rows(cls, rows: Mapping[str, Float[Array, "B T _ _"]]) -> "Cache":
         """A cache of one layer, with rows as they are: each token sees those up to its own."""
+        # One layer [1, B, G, S, X] with S = T. Lengths are 0, so token t sees the slots 0 … t.
         part = {name: Stored(x.swapaxes(1, 2)[None], None) for name, x in rows.items()}
         batch = next(iter(rows.values())).shape[0]
         return cls([part], jnp.zeros((batch,), jnp.int32))
@@ -114,6 +115,8 @@ class Cache:
             name: _as_stored(rows[name].swapaxes(2, 3), like)
             for name, like in self.parts[0].items()
         }
+
+        # Part i takes the rows of its own layers: a stack has all of them, other parts one.
         each = jax.tree.leaves(self.parts[0])[0].shape[0]  # layers of a part
 
         def put(part: Any, first: int) -> Any:
@@ -188,6 +191,8 @@ def keep_sharded(cache: Cache) -> Cache:
 
 def _as_stored(x: Array, like: Stored) -> Stored:
     rows = x.astype(like.rows.dtype)
+
+    # Rows of 8 bits have a scale each. Rows that a device wants wider end in zeros.
     scales = None
     if like.scales is not None:
         rows, scales = quantize_rows(x, like.rows.dtype)

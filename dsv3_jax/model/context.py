@@ -104,6 +104,7 @@ def make_context(
         >>> ctx.cos.shape, ctx.mask  # R/2 = 8; the last token is padding
         ((1, 3, 8), Array([[ True,  True, False]], dtype=bool))
     """
+    # The angles of RoPE are computed once, for all layers.
     freqs = rope.frequencies(cfg.rope_head_dim, cfg.rope_theta, cfg.yarn)
     cos, sin = rope.cos_sin(positions, freqs, cfg.yarn)
     mask = jnp.ones(positions.shape, jnp.bool_) if segment_ids is None else segment_ids != 0

@@ -38,6 +38,8 @@ def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
         '671B parameters, 36.6B active'
     """
     context = context or min(4096, cfg.max_positions)
+
+    # The parameters of trunk and heads: all, the routed experts' alone, and the trunk's by kind.
     parts: dict[str, int] = {}
     routed = {"trunk": 0, "mtp": 0}
     counted = {"trunk": 0, "mtp": 0}
@@ -49,9 +51,14 @@ def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
         if where == "trunk":
             kind = next((kind for name, kind in KINDS.items() if name in path), "router and norms")
             parts[kind] = parts.get(kind, 0) + count
+
+    # Active: K of E experts; and not the embedding, unless it is the unembedding too.
+    # Each multi-token head multiplies with the unembedding once more.
     idle = 1 - cfg.experts_per_token / cfg.num_experts
     looked_up = cfg.vocab_size * cfg.dim if not cfg.tie_embeddings else 0
     head = cfg.vocab_size * cfg.dim * cfg.mtp_depth
+
+    # Products of one query: with keys and values that it attends to, and with all index keys.
     qk = cfg.nope_head_dim + cfg.rope_head_dim
     v = cfg.v_head_dim
     products = 2 * cfg.num_layers * cfg.num_heads * (qk + v) * attended(cfg, context)
@@ -85,6 +92,8 @@ def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
         tuple(str(k.key) for k in path if hasattr(k, "key")): math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+
+    # A stack has an indexer in every layer: count it only where the layer chooses by it.
     of = {
         "dense": cfg.has_indexer[: cfg.num_dense_layers],
         "sparse": cfg.has_indexer[cfg.num_dense_layers :],
@@ -134,6 +143,8 @@ def train_flops_per_token(
         6
     """
     counted = size(cfg)
+
+    # The trunk runs forward alone. The unembedding passes the heads' gradient on, and takes none.
     if frozen_trunk:
         return (
             2 * counted.active
@@ -143,6 +154,8 @@ def train_flops_per_token(
     active = counted.active + (counted.mtp_active if with_mtp else 0)
     if not adapted:
         return 6 * active
+
+    # Forward and the gradient on its way back, 2 each; 2 more where a matrix is adapted.
     share = cfg.experts_per_token / cfg.num_experts
     changed = sum(
         count * (share if "experts" in path else 1)

@@ -92,9 +92,13 @@ def prefill(
         model is not so deep that it takes long to compile.
     """
     ctx = make_context(model.cfg, from_zero(*tokens.shape), how=model.how("decode"), tokens=tokens)
+
+    # Prompts are read without a cache; each layer hands out the rows that the cache will keep.
     shallow = model.cfg.num_layers <= UNROLLED_PREFILL
     layers = weights if model.kernels.device.scan_copies and shallow else None
     trunk = model.run_trunk(tokens, ctx, layers, keep=tuple(cache.parts[0]))
+
+    # The dense layers' rows, then the sparse layers': [L, B, T, G, X].
     rows = jax.tree.map(lambda *kinds: jnp.concatenate(kinds), *trunk.rows.values())
     return Decoded(trunk.x, cache.fill(rows, lengths), _chosen(trunk))
 

@@ -51,6 +51,8 @@ class LayerNorm(nnx.Module):
             v[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
             for v in (self.scale, self.bias)
         )
+
+        # Once x is centred, its variance is the mean of its squares.
         wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
         return (wide * scale + bias).astype(x.dtype)

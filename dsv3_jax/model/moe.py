@@ -292,6 +292,8 @@ def check_expert_ids(
             else type(expert_ids).__name__
         )
         raise ValueError(f"{name} is {found}, not an array int32 {shape}")
+
+    # The ids themselves: experts of this layer, or −1.
     if isinstance(expert_ids, jax.core.Tracer) or not np.size(expert_ids):
         return
     ids = np.sort(np.asarray(expert_ids).reshape(-1, k), axis=-1)
@@ -300,6 +302,8 @@ def check_expert_ids(
         raise ValueError(
             f"{name} holds {wrong[0]}, which is neither one of {cfg.num_experts} experts nor -1"
         )
+
+    # A token has K different experts, or −1 alone: sorted, equal ids are neighbours.
     free = ids[:, -1] < 0
     twice = ids[((ids[:, 1:] == ids[:, :-1]).any(-1) | (ids[:, 0] < 0)) & ~free]
     if twice.size:

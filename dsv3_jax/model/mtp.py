@@ -270,6 +270,7 @@ def run_heads(
     hidden = []
     metrics = []
     for k, head in enumerate(model.mtp, start=1):
+        # Head k has T - k positions: those with a token k positions on.
         part = _context_of_head(cfg, k, tokens, ctx)
         part = part._replace(
             given=given[k - 1] if given else None,
@@ -293,6 +294,8 @@ def _context_of_head(cfg: ModelConfig, k: int, tokens: Array, ctx: Context) -> C
     read = None
     if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
         read = tokens[:, k:] if cfg.head_kind.reads_tokens else tokens[:, :short]
+
+    # Edits of gates name layers of the trunk, so heads run without them.
     return ctx._replace(
         how=replace(ctx.how, edit_gates=None),
         cos=ctx.cos[:, :short],

@@ -93,13 +93,18 @@ def draws_together(init: Callable) -> Callable:
 
     @wraps(init)
     def made(self, *args, **kwargs):
+        # Inside another module's `__init__`, that module draws for its parts.
         if _WAITS.get():
             return init(self, *args, **kwargs)
+
+        # While the modules are made, a parameter's value is a `Draw` instead of numbers.
         token = _WAITS.set(True)
         try:
             init(self, *args, **kwargs)
         finally:
             _WAITS.reset(token)
+
+        # Then one program draws all of them. Under a trace it is a part of the caller's program.
         params = [
             v
             for _, v in nnx.iter_graph(self)
@@ -192,6 +197,8 @@ class Frozen(NamedTuple):
                    [6., 8.]], dtype=float32)
         """
         w = unpacked(self.w)
+
+        # left right sums over r; the leading axes [*batch] are those that w has beside *m and *n.
         batch = tuple(range(self.left.ndim + self.right.ndim - 2 - w.ndim))
         dims = ((self.left.ndim - 1,), (len(batch),)), (batch, batch)
         change = jax.lax.dot_general(

@@ -185,6 +185,7 @@ class DSA(MLA):
                 k = self.cfg.index_topk
                 return ctx.run("index_choose", q, w, key, last, segment_ids, k=k)
 
+            # A layer without an indexer keeps the choice of the last one that has it.
             if before is None:
                 return {"ids": choose()}
             return {"ids": jax.lax.cond(chooses, choose, lambda: before)}

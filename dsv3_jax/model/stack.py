@@ -103,6 +103,8 @@ def loop_layers(
         return carry, None
     # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
     graphdef, state = nnx.split(stacked)
+
+    # Unrolled: each layer has its own arrays, and slices of the stack for those it lacks.
     if layers is not None:
         ys = []
         for index, layer in enumerate(layers):
@@ -112,6 +114,7 @@ def loop_layers(
             ys.append(y)
         return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *ys)
 
+    # Scanned: a layer's weights are gathered in its turn, inside what `remat` recomputes.
     def step(carry, xs):
         layer, index = xs
         return body(nnx.merge(graphdef, unshard(layer)), carry, index)

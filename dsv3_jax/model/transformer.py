@@ -164,6 +164,8 @@ class Transformer(nnx.Module):
         check_inputs(None, tokens=tokens, segment_ids=segment_ids, positions=positions)
         _check_ids(tokens, cfg)
         _check_experts(expert_ids, cfg, *tokens.shape)
+
+        # One context for all layers: positions, documents, and how to compute.
         positions = from_zero(*tokens.shape) if positions is None else positions
         ctx = make_context(
             cfg,
@@ -177,6 +179,7 @@ class Transformer(nnx.Module):
         given, *of_heads_given = expert_ids
         divisor, *of_heads_counts = (None,) if counts is None else counts
 
+        # The trunk; then the heads, whose h^0 is its output after the final norm or before.
         trunk = self.run_trunk(tokens, ctx._replace(given=given, divisor=divisor))
         h = self.norm(trunk.x)
         read = h if cfg.mtp_input == "normed" else trunk.x
@@ -227,9 +230,11 @@ class Transformer(nnx.Module):
         carry: Any = self.embedding(tokens), ctx.cache, self._first_choice(tokens.shape, ctx)
         metrics, rows = {}, {}
         for path, first in (("dense", 0), ("sparse", cfg.num_dense_layers)):
+            # Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
             replays = ctx.given is not None and path == "sparse"
 
             def layer(block, carry, index, first=first, replays=replays):
+                # The layer before passes these on; the experts to replay are the layer's own.
                 x, cache, chosen = carry
                 given = ctx.given[index] if replays else None
                 own = dict(cache=cache, chosen=chosen, layer=first + index, given=given)

@@ -132,6 +132,8 @@ def rule_of(cfg: ModelConfig) -> Rule | None:
                 f"rule={name!r} moves a bias, which router={cfg.router!r} does not read"
             )
         return None
+
+    # Rule quantile needs each token's (K+1)-th best score among all experts.
     limited = cfg.groups_per_token < cfg.num_groups or cfg.experts_per_token == cfg.num_experts
     if name == "quantile" and limited:
         raise ConfigError(
@@ -296,6 +298,8 @@ def gini(load: Float[Array, "*l E"]) -> Float[Array, "*l"]:
         Array(0.75, dtype=float32)
     """
     num_experts = load.shape[-1]
+
+    # Σ_i (2i − E − 1) load_i / (E Σ_i load_i), for loads in rising order.
     ordered = jnp.sort(load, axis=-1)
     ranks = 2 * jnp.arange(1, num_experts + 1, dtype=load.dtype) - num_experts - 1
     ranks = ranks.reshape((1,) * (load.ndim - 1) + (-1,))

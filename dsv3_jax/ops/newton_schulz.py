@@ -24,9 +24,11 @@ def orthogonalize(x: Float[Array, "*n I O"], *, eps: float = 1e-8) -> Float[Arra
         Array([[ 0.8,  0. ],
                [ 0. , -1.1]], dtype=float32)
     """
+    # A wide X has the smaller A. Divided by its Frobenius norm, no singular value is over 1.
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (jnp.sqrt((x * x).sum((-2, -1), keepdims=True)) + eps)
+
     first, second, third = COEFFICIENTS
     for _ in range(STEPS):
         a = x @ x.mT

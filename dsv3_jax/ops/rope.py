@@ -36,6 +36,8 @@ def frequencies(rope_dim: int, theta: float, yarn: Yarn) -> np.ndarray:
     freqs = theta ** (-pairs / rope_dim)
     if yarn.factor == 1.0:
         return freqs.astype(np.float32)
+
+    # f_i ← (r_i / factor + 1 − r_i) f_i: the ramp r is 0 for fast pairs and 1 for slow ones.
     low, high = yarn_range(rope_dim, theta, yarn)
     ramp = np.clip((np.arange(rope_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
     return (freqs / yarn.factor * ramp + freqs * (1 - ramp)).astype(np.float32)
@@ -50,6 +52,7 @@ def yarn_range(rope_dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
     """
 
     def pair_that_turns(times: float) -> float:
+        # Pair i turns L0 theta^(−2i/R) / 2π times in L0 positions. Solved for i:
         positions_a_radian = yarn.original_max_positions / (times * 2 * math.pi)
         return rope_dim * math.log(positions_a_radian) / (2 * math.log(theta))
 
@@ -126,6 +129,7 @@ def rotate(
     wide = sum_dtype(x.dtype)
     cos, sin = (factor.astype(wide) for factor in (cos, sin))
 
+    # Each pair is a + i b, multiplied by cos + i sin.
     if interleaved:
         pairs = x.reshape(*x.shape[:-1], -1, 2).astype(wide)
         a = pairs[..., 0]

@@ -31,8 +31,11 @@ def sort_by_expert(expert_ids: Int[Array, "n K"], num_experts: int) -> SortedRow
     """
     flat = expert_ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+
+    # The inverse permutation: row[order[r]] = r.
     places = jnp.arange(order.size, dtype=jnp.int32)
     row = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
+
     counts = jax.ops.segment_sum(jnp.ones(flat.shape, jnp.int32), flat, num_segments=num_experts)
     starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     return SortedRows(order, row.reshape(expert_ids.shape), counts, starts)

@@ -66,6 +66,8 @@ def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint:
     cfg = run.grpo
     check_policy(run)
     checker = Checker(cfg.checker)
+
+    # A task is asked if its prompt and the longest answer fit in a row.
     room = run.data.seq_len - cfg.max_new_tokens
     short = []
     for task in asked:
@@ -174,6 +176,8 @@ class Answers(Batches):
         text = self._tasks.text
         numbers = [self._order[first + i] for i in range(self._batch_size)]
         tasks = [self._tasks.asked[number] for number in numbers]
+
+        # The seed is of the run and its place in the prompts: a resumed run answers alike.
         found = generate(
             policy, [task.prompt.tolist() for task in tasks], cfg.max_new_tokens,
             temperature=cfg.temperature, stop_tokens=text.stop_ids, cache_dtype=cfg.cache_dtype,
@@ -186,6 +190,8 @@ class Answers(Batches):
         answers = []
         for i, new in enumerate(found.tokens):
             task = tasks[i // cfg.group]
+
+            # The checker reads the text without its stop token; the row of training keeps it.
             written = new[:-1] if new[-1] in text.stop_ids else new
             right = self._tasks.checker.check(
                 text.tokenizer.decode(written), task.record, task.location

@@ -41,6 +41,7 @@ def read_chats(
     Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be
         read. With GRPO, as `tasks_of`.
     """
+    # A run that has begun reads its own copies: its start may be gone.
     if (Path(out) / RUN_FILE).exists() and (Path(out) / TEMPLATE_FILE).exists():
         start = None
         text = with_template(load_text(out), None, run.data.template)
@@ -52,6 +53,7 @@ def read_chats(
         start = start or open_start(run.start)
         text = with_template(start.text, run.data.chat_template, run.data.template)
 
+    # With GRPO the model writes the answers: an example is a prompt, with a record to check by.
     if run.grpo.group:
         source, asked = load_tasks(run.data, text)
         tasks = tasks_of(run, text, asked, source.fingerprint)
@@ -79,6 +81,8 @@ def for_epochs(
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"epochs={epochs} is not positive")
     chats = read_chats(run, out, start, fit_rows=fit_rows)
+
+    # An epoch is as many rows as the examples fill, and a step takes B of them.
     steps = max(1, math.ceil(epochs * chats.source.rows_per_epoch() / run.data.batch_size))
     return replace(run, data=chats.source.cfg, steps=steps), chats
 

@@ -183,6 +183,8 @@ class Checkpoints:
                 f"{self._damage(steps[-1])}, and no other checkpoint in {self.folder} is whole; "
                 "move the damaged folders away to train from the start"
             )
+
+        # Later ones are set aside: training takes their steps again.
         for later in steps[steps.index(chosen) + 1 :] if chosen is not None else ():
             reason = self._damage(later) if step is None else f"training resumes from step {step}"
             aside = f"{later}.{'damaged' if step is None else 'superseded'}"

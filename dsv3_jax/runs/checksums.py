@@ -49,6 +49,7 @@ def find_damage(folder: Path) -> str:
         )
         return f"a file is not readable: {error}{remedy}"
 
+    # The first by name of the files that differ, are absent, or were added.
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             what = (
@@ -79,6 +80,8 @@ def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, l
         if name[0] != "."
     )
     names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
+
+    # Threads: neither reading nor CRC-32 holds the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         found = pool.map(
             lambda name: _size_and_crc32(folder / name, sizes and sizes.get(name, -1)), names

@@ -79,6 +79,8 @@ def evaluate(
             [x_BT[domain_BT == i].sum() for i in range(len(domains))]
             for x_BT in (nats_BT, bytes_BT)
         ]
+
+        # The sums over batches: nats, bytes and tokens; drafts; assignments.
         new = {
             "all": np.array([nats_BT.sum(), bytes_BT.sum(), found.mask.sum()]),
             "by_domain": np.array(by_domain),
@@ -115,6 +117,8 @@ def evaluate(
             result["max_vio_training_mix"] = training_mix(
                 sums["domain_load"], tokens_a_byte, training_bytes
             )
+
+    # Bits a byte of each domain that has bytes among the targets.
     if domains:
         bits = zip(domains, domain_nats / np.log(2), domain_bytes, strict=True)
         result["bits_per_byte_by_domain"] = {name: float(n / s) for name, n, s in bits if s}

@@ -82,6 +82,8 @@ def _read(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} holds no run: there is no {RUN_FILE} in it")
     values = read_json(path, _MAX_RUN)
+
+    # Another format has parameters or data positions that this version cannot read.
     if (found := values.get("format")) != FORMAT:
         reader = OLDER if found is None else "the version that wrote it"
         raise ValueError(
@@ -158,6 +160,8 @@ def claim(
     if run.data.tokenizer != "bytes":
         tokenizer.keep_copy(run.data.tokenizer, folder, words)
     run = settled(run, folder)
+
+    # The file names the tokenizer relative to the folder, which can then be moved.
     inside = replace(run, data=replace(run.data, tokenizer=Path(run.data.tokenizer).name))
     written = {"format": FORMAT, "run": to_dict(inside)}
     written |= {"kernels": kernels or {}, "made": [made] if made else [], "history": []}
@@ -186,6 +190,8 @@ def _refuse_other_files(folder: Path) -> None:
     """Check that a new run's folder is empty, but for its tokenizer. Raises: ValueError."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
+
+    # A start that is killed before it writes run.json leaves some of these.
     may_be_there = (
         LOCK_FILE,
         TOKENIZER_FILE,
@@ -206,6 +212,7 @@ def _record(folder: Path, held: RunConfig, run: RunConfig, made: dict[str, Any] 
     if made and [made] != values["made"][-1:]:
         values["made"].append(made)
 
+    # Settings that changed: both values go into the history, the new ones into the run.
     before, now = vars(held), vars(run)
     changed = {name: (before[name], now[name]) for name in MAY_CHANGE if before[name] != now[name]}
     if changed:
@@ -283,6 +290,7 @@ def _commit() -> tuple[str | None, bool | None]:
         }
         return subprocess.run(["git", *words], check=True, **how).stdout.strip()
 
+    # Only a commit that tracks this package counts: it may be installed inside another repository.
     try:
         if git("ls-files", "--", "."):
             commit = git("rev-parse", "HEAD")

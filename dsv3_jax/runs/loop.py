@@ -147,6 +147,7 @@ def fit(
         callbacks=(*kept, *callbacks),
     )  # fmt: skip
 
+    # The loop. A step is yielded once it is complete, with what follows it.
     with open_training(run, Path(out), options) as training:
         for done in training.steps():
             if done.logged:

@@ -52,6 +52,8 @@ def open_model(
     """
     if (Path(place) / RUN_FILE).is_file():
         return load_run(place, mesh, step=step, kernels=kernels)
+
+    # A released model has no run: its settings are made of its config and its tokenizer.
     model = load_model(place, mesh, step=step, dtype=dtype, kernels=kernels)
     folder = find_released(place)
     return Loaded(model, released_run(folder, model.cfg, load_text(folder)), 0)
@@ -138,6 +140,8 @@ def text_files(folder: Path) -> dict[str, Path]:
         found[f"{TEMPLATES_FOLDER}/{path.name}"] = tensor_files.file_inside(
             folder, path.name, under=TEMPLATES_FOLDER
         )
+
+    # A folder has only some of them. A link that leads nowhere is kept here, and refused below.
     found = {name: path for name, path in found.items() if os.path.lexists(path)}
     for path in found.values():
         check_regular(path, MAX_JSON)
@@ -183,8 +187,12 @@ def load_text(folder: str | Path) -> TextSettings:
     place = Path(folder)
     is_run = (place / RUN_FILE).is_file()
     place = place if is_run else find_released(folder)
+
+    # No file of text is read before all are known to be inside the folder.
     tensor_files.file_inside(place, tensor_files.CONFIG)  # an absent file passes
     names = text_files(place)
+
+    # A run names its tokenizer in run.json, and the template's variables that it trained with.
     if is_run:
         data = read_run(place).data
         return text_settings.read_settings(place, data.tokenizer, data.template)

@@ -136,6 +136,8 @@ def read_inputs(job: Job, out: Path, options: FitOptions) -> Prepared:
         raise ConfigError(
             f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it"
         )
+
+    # All processes read one text. A checker that has changed is reported, not refused.
     processes.agree({"text": source.fingerprint})
     if tasks is not None and begun and _other_checker(out, tasks.checker.fingerprint()):
         changed = f"grpo checker={run.grpo.checker!r} has changed since the last start"

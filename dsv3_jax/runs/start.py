@@ -146,6 +146,8 @@ def on_trunk(run: RunConfig, trunk: Start) -> RunConfig:
 
 def _like(run: RunConfig, other: Start) -> RunConfig:
     model, data = other.run.model, other.run.data
+
+    # Only a recipe for text that begins with a run takes its data; others take the tokenizer.
     if other.released or run.data.format != "text":
         length = min(run.data.seq_len, model.max_positions)
         data = replace(run.data, tokenizer=data.tokenizer, seq_len=length)
@@ -171,6 +173,8 @@ def check_start(run: RunConfig, start: Start) -> None:
     if different := first_difference(theirs, ours):
         key, a, b = different
         raise ConfigError(f"model.{key}={b!r} is not that of {name}={start.place!r}, {a!r}")
+
+    # The stage of its indexers, and weights that can train.
     if (was, start.run.indexer_stage, run.indexer_stage) == ("dsa", "sparse", "warm"):
         raise ConfigError(
             "indexer_stage='warm' learns from dense attention, "

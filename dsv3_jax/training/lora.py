@@ -105,6 +105,8 @@ def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
         if input_is_right:
             a, b = right_factor, left_factor
             num_inputs = math.prod(of_right)
+
+        # A draw depends on the weight's path alone, not on which others have adapters.
         own = jax.random.fold_in(key, zlib.crc32(repr(path).encode()))
         drawn = 1 / math.sqrt(num_inputs) * jax.random.normal(own, a[0], jnp.float32)
         made[NAME, *path, "a"] = nnx.Param(drawn, axes=a[1])

@@ -85,6 +85,8 @@ def as_row(step: int, found: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "loss": float(found["loss"])}
     if found["mtp_loss"].size:
         row["mtp_loss"] = [float(x) for x in found["mtp_loss"]]
+
+    # Scalars alone; `finite` is what the loop stops by.
     row |= {key: float(x) for key, x in found.items() if np.ndim(x) == 0 and key != "finite"}
 
     # Tokens that went to other devices are bytes, too.
