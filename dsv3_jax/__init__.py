@@ -2,6 +2,7 @@
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.config import (
     Balance,
@@ -28,6 +29,22 @@ try:
     __version__ = version("dsv3-jax")
 except PackageNotFoundError:  # read from a checkout that is not installed
     __version__ = "0+unknown"
+
+if TYPE_CHECKING:  # so that editors and type checkers know the names of `_LATER`
+    from dsv3_jax import data, hf, stats
+    from dsv3_jax.data import corpus, tokenizer
+    from dsv3_jax.mesh import sharding
+    from dsv3_jax.model import counting
+    from dsv3_jax.ops.balance import register_rule
+    from dsv3_jax.ops.routing import register_router
+    from dsv3_jax.report import run_plots as plots
+    from dsv3_jax.runs import evaluate
+    from dsv3_jax.runs import loop as train
+    from dsv3_jax.runs.checkpoint import load_run
+    from dsv3_jax.runs.folder import read_run
+    from dsv3_jax.runs.open_model import load_model, load_text
+    from dsv3_jax.scores.score import score_tasks
+    from dsv3_jax.training import router_bias as balance
 
 # Imported when they are first used: they bring files, pictures and checkpoints.
 # Name: module, and what of it.
@@ -56,11 +73,13 @@ __all__ = [
     "DSA", "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution",
     "Layout", "MoE", "ModelConfig", "OptimConfig", "RunConfig", "Transformer", "Yarn",
     "__version__", "generate", "loglikelihood", "preset", "recipe", "replace",
-    *_LATER,
+    "balance", "corpus", "counting", "data", "evaluate", "hf", "load_model", "load_run",
+    "load_text", "plots", "read_run", "register_router", "register_rule", "score_tasks",
+    "sharding", "stats", "tokenizer", "train",
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(
             f"module 'dsv3_jax' has no attribute {name!r}; it has {', '.join(sorted(__all__))}"

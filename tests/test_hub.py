@@ -20,7 +20,7 @@ ROWS = [
 def saved(tmp_path_factory):
     """The rows as JSONL, and as `datasets` saves them: one dataset, and one with two splits."""
     datasets = pytest.importorskip(
-        "datasets", reason="datasets is not installed: pip install 'dsv3-jax[datasets]'"
+        "datasets", reason="datasets is not installed: pip install datasets"
     )
     root = tmp_path_factory.mktemp("hub")
     (root / "rows").mkdir()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jedi
+
 import dsv3_jax
 
 ROOT = Path(dsv3_jax.__file__).parent
@@ -198,3 +200,22 @@ def test_importing_changes_no_setting_and_touches_no_device():
         [sys.executable, "-W", "error", "-c", LOOK, *names], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_editor_completes_the_names_and_their_arguments():
+    """Those that are imported when they are first used, too."""
+
+    def asked(line):
+        return jedi.Script(f"import dsv3_jax as ds\n{line}", project=jedi.Project(ROOT.parent))
+
+    assert set(dsv3_jax.__all__) - {"__version__"} <= {c.name for c in asked("ds.").complete()}
+    for call, argument in {
+        "ds.train.fit(": "stop_after",
+        "ds.load_model(": "folder",
+        "ds.hf.load(": "packed",
+        "ds.register_router(": "row",
+        "ds.score_tasks(": "shots",
+        "ds.balance.update(": "model",
+    }.items():
+        (signature,) = asked(call).get_signatures()
+        assert argument in [p.name for p in signature.params], (call, signature)

@@ -174,7 +174,7 @@ class TiktokenTokenizer(Tokenizer):
             import tiktoken
         except ImportError as error:
             raise ValueError(
-                f"tokenizer={str(file)!r} needs tiktoken: pip install 'dsv3-jax[tiktoken]'"
+                f"tokenizer={str(file)!r} needs tiktoken: pip install tiktoken"
             ) from error
 
         added = read_object(file.parent / CONFIG_FILE).get("added_tokens_decoder") or {}

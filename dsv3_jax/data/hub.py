@@ -60,7 +60,7 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("it needs datasets: pip install 'dsv3-jax[datasets]'") from error
+        raise ValueError("it needs datasets: pip install datasets") from error
 
     # A folder that `save_to_disk` wrote has all splits, or one; anything else is loaded by name.
     if any((Path(name) / file).is_file() for file in SAVED):

@@ -149,7 +149,7 @@ def parquet_rows(
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("it needs pyarrow: pip install 'dsv3-jax[parquet]'") from error
+        raise ValueError("it needs pyarrow: pip install pyarrow") from error
     with pyarrow.parquet.ParquetFile(path) as file:
         names = set(file.schema_arrow.names)
         if not names & set(needed):

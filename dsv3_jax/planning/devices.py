@@ -172,7 +172,7 @@ def _devices(target: PlannedDevices) -> list[Any]:
         layout = f"1x{nodes}x{_GPUS_A_NODE if nodes > 1 else count}"  # slices × nodes × GPUs
         described = Path(__file__).with_name(GPU_FILES[target.kind]).read_text(encoding="utf-8")
         topology = {"platform": "cuda", "target_config": described, "topology": layout}
-        compiler, extra = "JAX's CUDA plugin", "plan-gpu"
+        compiler, package = "JAX's CUDA plugin", "jax[cuda13-local]"
     else:
         # Without the first three libtpu asks the network for minutes which TPU it is on, and warns
         # that there is none. It uses no TPU here, so another process may have loaded it too.
@@ -183,13 +183,13 @@ def _devices(target: PlannedDevices) -> list[Any]:
         for name, value in offline.items():
             os.environ.setdefault(name, value)
         topology = {"platform": "tpu", "topology_name": f"{target.kind}:{target.shape}"}
-        compiler, extra = "libtpu", "plan-tpu"
+        compiler, package = "libtpu", "jax[tpu]"
 
     try:
         return topologies.get_topology_desc(**topology).devices
     except Exception as error:  # the plugins and JAX raise several types
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"target={target.text!r} needs {compiler} (pip install 'dsv3-jax[{extra}]') for a "
+            f"target={target.text!r} needs {compiler} (pip install '{package}') for a "
             f"known shape: {reason}"
         ) from error

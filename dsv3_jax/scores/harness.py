@@ -1,4 +1,4 @@
-"""A model for EleutherAI's lm-evaluation-harness: `pip install 'dsv3-jax[eval]'`."""
+"""A model for EleutherAI's lm-evaluation-harness: `pip install lm_eval`."""
 
 import itertools
 from typing import Any

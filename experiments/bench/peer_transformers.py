@@ -145,7 +145,7 @@ def _import_peer():
     except ImportError as error:
         raise ImportError(
             f"package={error.name!r} is not installed, but the peer needs it: "
-            "pip install 'dsv3-jax[parity]'"
+            "pip install torch transformers"
         ) from error
     return torch, transformers
 
