@@ -33,7 +33,7 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = [
-    "docs/*.md", "docs/**/*.md", "notebooks/*.ipynb", "experiments/README.md", "experiments/*/*.md",
+    "docs/*.md", "docs/**/*.md", "notebooks/*.ipynb", "experiments/*.md", "experiments/*/*.md",
     "experiments/scale/launch/*.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
 ]  # fmt: skip
 exclude_patterns = [
