@@ -38,6 +38,7 @@ include_patterns = [
 ]  # fmt: skip
 exclude_patterns = [
     ".*", "runs", "build", "docs/_build", "shared", "experiments/scale/plan_table.md",
+    "docs/generated/front.md",
 ]  # fmt: skip
 
 html_theme, html_title = "furo", "dsv3-jax"

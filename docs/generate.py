@@ -43,6 +43,7 @@ PARTS = {
 def write_pages(folder: Path) -> None:
     """Write all pages that are not there or have changed, so that a second build is quick."""
     pages = {
+        "front": front((ROOT / "README.md").read_text(encoding="utf-8")),
         "tables": tables(),
         "commands": commands(),
         "studies": studies(),
@@ -54,6 +55,12 @@ def write_pages(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
+
+
+def front(readme: str) -> str:
+    """The README's table of where to go, with its links as they are from docs/."""
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    return re.sub(r"\]\((?!https?:)", "](../", "\n".join(rows)) + "\n"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
