@@ -16,7 +16,7 @@ from docutils import nodes
 from sphinx import addnodes
 
 sys.path.insert(0, str(Path(__file__).parent))
-import generate  # noqa: E402
+import generate
 
 ROOT = Path(__file__).parents[1]
 generate.write_pages(ROOT / "docs/generated")

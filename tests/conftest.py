@@ -13,10 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 # Compiling takes most of the tests' time. `make test-long` sets 0: it compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # jaxlib 0.10 has an older generator of fused loops, which compiles in a third of the time.
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
-    if metadata.version("jaxlib").startswith("0.10."):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = flags + " --xla_cpu_use_fusion_emitters=false"
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and metadata.version("jaxlib").startswith(
+    "0.10."
+):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = flags + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np

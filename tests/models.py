@@ -86,7 +86,7 @@ def parameters(model: Transformer) -> dict:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
 
 
-def decode_program(
+def decode_program(  # noqa: PLR0913 - as generate
     model,
     draft=None,
     length=0,

@@ -72,7 +72,7 @@ def test_quantile_target(rng, reach):
     mask, bias = rng.uniform(0, 1, (4, 19)) < 0.8, rng.uniform(-reach, reach, 8).astype(np.float32)
     target = quantile_target(scores, mask, bias)
     np.testing.assert_array_equal(target, oracles.quantile_target(scores[mask], bias, 2))
-    np.testing.assert_array_equal(quantile_target(scores, 0 > 1 * mask, bias), bias)
+    np.testing.assert_array_equal(quantile_target(scores, 1 * mask < 0, bias), bias)
 
 
 def test_z_loss(rng):

@@ -97,11 +97,14 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(checkpoint, "write_manifest", fail)
-    with pytest.raises(
-        SaveFailed, match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;"
+    with (
+        pytest.raises(
+            SaveFailed,
+            match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;",
+        ),
+        Checkpoints(run, RUN) as checkpoints,
     ):
-        with Checkpoints(run, RUN) as checkpoints:
-            checkpoints.save(make_state(9), PLACE)
+        checkpoints.save(make_state(9), PLACE)
     assert steps_in(run) == {"4", "8"}
 
 

@@ -123,7 +123,7 @@ def until(row, stop):
 
 
 def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
-    shared = [t for t in greedy[0] if sum(t in row for row in greedy) < 3][0]
+    shared = next(t for t in greedy[0] if sum(t in row for row in greedy) < 3)
     for stop, cache in (
         (greedy[1][3], None),
         (greedy[2][0], None),

@@ -145,7 +145,7 @@ def test_what_the_indexer_learns_from(x64, rng):
         )
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
         assert np.asarray(want).max() > 0.1
-        grads = jax.jit(jax.grad(lambda *a: fast(*a).sum(), (0, 1, 2, 3)))(q, w, k, (queries, keys))  # noqa: B023
+        grads = jax.jit(jax.grad(lambda *a: fast(*a).sum(), (0, 1, 2, 3)))(q, w, k, (queries, keys))
         want = jax.jit(jax.grad(lambda *a: slow(*a, mask).sum(), (0, 1, 2)))(q, w, k)  # noqa: B023
         for a, b in zip(grads[:3], want, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())

@@ -92,7 +92,7 @@ def test_specials_have_no_bytes_and_text_cannot_contain_them(words):
 @each
 def test_names_of_specials_are_read_where_they_are_asked_for(words):
     """An id has its bytes' characters, specials their names'; text between is encoded alike."""
-    special = [name for name, i in words.specials.items() if i == words.eos_id][0]
+    special = next(name for name, i in words.specials.items() if i == words.eos_id)
     text = f"é{special}{special}日b"
     ids, spans = words.encode_with_specials(text)
     assert ids.count(words.eos_id) == 2

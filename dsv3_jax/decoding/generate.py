@@ -11,7 +11,7 @@ from dsv3_jax.ops.sampling import Sampling
 QUEUED_PART = 16  # tokens between two looks at which rows are done, while texts wait
 
 
-def generate(
+def generate(  # noqa: PLR0913 - the contract
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,

@@ -27,7 +27,7 @@ Sources = list[tuple[Entry, int]]
 _ALIGNMENT = 64  # bytes
 
 
-def load(
+def load(  # noqa: PLR0913 - what to accept, each by name
     path: str | Path,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,

@@ -63,7 +63,7 @@ def dense_swiglu(
     return jnp.einsum("nef,efd,ne->nd", jax.nn.silu(a_nEF) * b_nEF, w_down, weight_nE)
 
 
-def grouped_swiglu(
+def grouped_swiglu(  # noqa: PLR0913 - six arrays, and how
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],

@@ -120,7 +120,7 @@ def _swapped(x: Array) -> Array:
     return x.swapaxes(0, 1)
 
 
-def divergence(
+def divergence(  # noqa: PLR0913 - two distributions
     q: Float[Array, "B T I X"],
     w: Float[Array, "B T I"],
     index_keys: Float[Array, "B S X"],

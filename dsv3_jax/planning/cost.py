@@ -141,7 +141,7 @@ def train_cost(
     tokens = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
-    batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), tokens)
 
     # What a device holds before and after the step, and while it runs.
     trained, given = split_trainable(run, state.params)

@@ -57,7 +57,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def fit(
+def fit(  # noqa: PLR0913 - the contract
     run: RunConfig,
     out: str | Path,
     *,

@@ -1,5 +1,6 @@
 """Measures of routing counts: co-activation, preferred domains, information, favourite tokens."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -209,5 +210,5 @@ def favourites(
 
     return [
         [favourite(i) for i in order[start : min(start + top, stop)]]
-        for start, stop in zip(borders[:-1], borders[1:], strict=True)
+        for start, stop in itertools.pairwise(borders)
     ]

@@ -182,7 +182,7 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
     """
     run = job.run
     kernels = job.chosen()
-    rounds = run.execution.layout.fsdp and sharding.on_mesh() or kernels.device.slices_experts
+    rounds = (run.execution.layout.fsdp and sharding.on_mesh()) or kernels.device.slices_experts
     if not rounds or run.lora.rank or run.execution.precision != "none":
         return trained
 

@@ -181,7 +181,7 @@ def measured_union(expert_ids: np.ndarray, tokens: int) -> float:
         >>> measured_union(ids, tokens=2)  # 3, 3 and 4 of them
         3.3333333333333335
     """
-    layers, length, _ = expert_ids.shape
+    _layers, length, _ = expert_ids.shape
     counts = [
         len(np.unique(layer[i : i + tokens]))
         for layer in expert_ids

@@ -284,7 +284,7 @@ def plot_curves(
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
 
 
-def plot_strengths(
+def plot_strengths(  # noqa: PLR0913 - a picture
     ax: Axes,
     results: Results,
     names: Sequence[str],

@@ -81,7 +81,7 @@ def main() -> int:
         verdicts = [(row, done.get((area, json.dumps(row)), "to do")) for row in accepted + refused]
         count = Counter(verdict.split(":")[0] for _, verdict in verdicts)
         met = pairs_of(row for row, verdict in verdicts if verdict == module.DONE)
-        here = {pair for pair in pairs_of(accepted)}
+        here = set(pairs_of(accepted))
         print(f"{area}: {dict(count)}; of {len(here)} pairs that may meet, {len(met & here)} have")
         for row in (
             row for row, verdict in verdicts[: len(accepted)] if verdict.startswith("refused")

@@ -67,7 +67,7 @@ class Retrieval(Task):
         tokens, answers = np.empty(length, np.int64), np.zeros(length, bool)
         pos = known = 0
         while pos < length:
-            if known < count and times[known] <= pos or pos == length - 1:
+            if (known < count and times[known] <= pos) or pos == length - 1:
                 # A last single token holds no question: plant another key, or the last again.
                 key = order[min(known, count - 1)]
                 tokens[pos] = self._planted(key, values[key])

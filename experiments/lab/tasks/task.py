@@ -123,7 +123,7 @@ class TaskSource(Source):
         summary = f"task {task.name}: {fields}; {bits}"
         self.task: Any
         super().__init__(
-            cfg, task.domains, task.fingerprint, summary, lambda: [TaskRows(task, cfg)], lambda: []
+            cfg, task.domains, task.fingerprint, summary, lambda: [TaskRows(task, cfg)], list
         )
         object.__setattr__(self, "task", task)  # the base is frozen
 
