@@ -246,7 +246,7 @@ def test_unknown_names_are_refused_in_a_sentence():
     ):
         optim.check_optimizer(OptimConfig(name="optax:mine"), None)
     with pytest.raises(ConfigError, match="optimizer='adam' is not an optax transformation"):
-        unhooked("dsv3_jax.training.optim").check(OptimConfig(), "adam")
+        unhooked("dsv3_jax.training.optim").check_optimizer(OptimConfig(), "adam")
 
 
 @pytest.mark.rare
