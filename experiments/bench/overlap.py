@@ -93,7 +93,7 @@ def run_of(steps: int) -> RunConfig:
 
 def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
     """Seconds a step of a new run of `fit`."""
-    read, clock = loop.read, Clock()
+    read, clock = loop.read_inputs, Clock()
 
     def slowed(*args, **kwargs):
         ready = read(*args, **kwargs)
@@ -103,7 +103,7 @@ def measure(run: RunConfig, side: str, seconds: float, kind: str) -> float:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(steps, "AHEAD", ahead),
-        mock.patch.object(loop, "read", slowed),
+        mock.patch.object(loop, "read_inputs", slowed),
         mock.patch.object(
             starts, "init_state", lambda job: jax.tree.map(jnp.array, first_state(job.run))
         ),
