@@ -59,8 +59,9 @@ def write_pages(folder: Path) -> None:
 
 def front(readme: str) -> str:
     """The README's table of where to go, with its links as they are from docs/."""
-    rows = [line for line in readme.splitlines() if line.startswith("|")]
-    return re.sub(r"\]\((?!https?:)", "](../", "\n".join(rows)) + "\n"
+    rows = "\n".join(line for line in readme.splitlines() if line.startswith("|"))
+    rows = rows.replace("](notebooks/README.md)", "](docs/notebooks.md)")  # the site's list of them
+    return rows.replace("](", "](../") + "\n"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

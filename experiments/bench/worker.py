@@ -75,7 +75,7 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     )
     from dsv3_jax.kernels.choose import prepare
     from dsv3_jax.mesh.shape import parse_mesh
-    from dsv3_jax.mesh.sharding import batch_sharding, check, make_mesh, use_mesh
+    from dsv3_jax.mesh.sharding import batch_sharding, check_run, make_mesh, use_mesh
     from dsv3_jax.training.state import Job, init_state
     from dsv3_jax.training.step import make_step
 
@@ -94,7 +94,7 @@ def _trainer(args) -> tuple[dict, Callable[[str], dict]]:
     mesh = None
     if args.mesh:
         mesh = make_mesh(**parse_mesh(args.mesh))
-        check(mesh, run)
+        check_run(mesh, run)
         batch = jax.device_put(batch, batch_sharding(mesh))
     # This compiles the C++ kernels, which is not in compile_seconds.
     job = Job(run, mesh, prepare(run.execution, mesh=mesh))
