@@ -29,6 +29,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # for meshes; must be set before the first array is created
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # they are made now, so no command that a test runs asks for another number
 
 # Check the jaxtyping signature of every call, in modules that are imported after this line.
 install_import_hook("dsv3_jax", "beartype.beartype")

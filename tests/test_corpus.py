@@ -100,7 +100,7 @@ def test_parquet(tmp_path, monkeypatch):
     ):
         read(file)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"a\.parquet .* needs pyarrow.*dsv3-jax\[parquet\]"):
+    with pytest.raises(ValueError, match=r"a\.parquet .* needs pyarrow.*pip install pyarrow"):
         read(file)
 
 

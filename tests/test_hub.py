@@ -62,7 +62,7 @@ def test_the_column_of_chats_can_have_another_name(tmp_path):
 
 def test_names(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"hf:a/b .* needs datasets.*dsv3-jax\[datasets\]"):
+    with pytest.raises(ValueError, match=r"hf:a/b .* needs datasets.*pip install datasets"):
         list(read_documents(["hf:a/b"]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()

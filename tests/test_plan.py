@@ -204,6 +204,6 @@ def test_a_target_needs_its_compiler(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(
-        ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .*plan-gpu.* for cuda"
+        ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .*cuda13-local.* for cuda"
     ):
         devices.target_mesh("gpu:h100", ONE)

@@ -102,7 +102,7 @@ class Plan:
         mesh = row["mesh"].split(", ")[0]
         self.mesh = None if mesh == "none" else sharding.make_mesh(**parse_mesh(mesh))
         if self.mesh is not None:
-            sharding.check_model(self.mesh, self.run.model)
+            sharding.check_policy(self.mesh, self.run.model)
         prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
         self.draft = self.asked.pop("draft", None)
         cfg, asked = self.run.model, dict(self.asked)

@@ -10,7 +10,7 @@ from test_grouped_product import gpu_interpreter
 
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.ops.cached_attention import Stored
-from dsv3_jax.ops.indexer import choose
+from dsv3_jax.ops.indexer import index_choose
 from experiments.accel.kernels import gpu_sparse_attention as gpu
 
 pytestmark = pytest.mark.rare
@@ -27,8 +27,8 @@ def test_the_gpu_kernel_chooses_as_the_op():
     )
     args = q, w, Stored(rows, None), jnp.array([[511], [90]])
     assert gpu.fits(*args)
-    want = jax.jit(partial(choose, k=100))(*args)
+    want = jax.jit(partial(index_choose, k=100))(*args)
     with gpu_interpreter():
         np.testing.assert_array_equal(
-            jax.jit(partial(choose, k=100, score=gpu.index_scores))(*args), want
+            jax.jit(partial(index_choose, k=100, score=gpu.index_scores))(*args), want
         )
