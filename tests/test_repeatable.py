@@ -111,7 +111,7 @@ BLOCKS = 3
 )
 def test_attention_runs_forward_once_unless_everything_is_recomputed(remat):
     """Counted by the division [B, H, T, V] that ends a forward pass. A head has 15 positions."""
-    cfg = small(num_layers=5, num_dense_layers=1, mtp_depth=1)  # more layers than training unrolls
+    cfg = small(num_layers=5, num_dense_layers=1, mtp_depth=1)  # two scans: remat unrolls none
     text = step_text(cfg, Execution(remat=remat, kernels=f"xla,{DENSE}"), "cuda")
     ends = re.findall(
         rf"stablehlo\.divide .* : tensor<2x{cfg.num_heads}x1[56]x{cfg.v_head_dim}xf32>", text

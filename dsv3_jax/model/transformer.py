@@ -22,7 +22,7 @@ from dsv3_jax.model.parameters import draws_together, in_use, param
 from dsv3_jax.model.stack import loop_layers, stack
 
 # most layers that training unrolls on the CPU; see experiments/bench/README.md
-UNROLLED_IN_TRAINING = 4
+UNROLLED_IN_TRAINING = 8
 
 
 class ForwardOut(NamedTuple):
