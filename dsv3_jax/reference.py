@@ -27,6 +27,8 @@ Parameters `p` are nested dicts, named as in `model.Transformer`:
 True
 """
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +45,7 @@ class Context(NamedTuple):
     cfg: ModelConfig
     positions: Array  # int [B,T]: place of each token in its document, from 0
     segment_ids: Array  # int [B,T]: document of each token, from 1; 0 is padding
-    xp: Any = np  # array module: numpy for values, in float64; jax.numpy for gradients
+    xp: ModuleType = np  # array module: numpy for values, in float64; jax.numpy for gradients
     chosen: Array | None = None  # bool [B,T,S]: the s that t attends to, by an indexer; None: all
 
 
@@ -63,36 +65,36 @@ def layer_norm(x: Float[Array, "B T D"], p: dict, eps: float = 1e-6) -> Float[Ar
     return centred / (variance + eps) ** 0.5 * p["scale"] + p["bias"]
 
 
-def silu(z: Array, xp) -> Array:
+def silu(z: Array, xp: ModuleType) -> Array:
     """z / (1 + e^-z)"""
     return z / (1 + xp.exp(-z))
 
 
-def swiglu(x: Float[Array, "... D"], p: dict, xp) -> Float[Array, "... D"]:
+def swiglu(x: Float[Array, "... D"], p: dict, xp: ModuleType) -> Float[Array, "... D"]:
     """(silu(x W_gate) ⊙ (x W_up)) W_down"""
     gate = silu(x @ p["w_gate"], xp)
     up = x @ p["w_up"]
     return (gate * up) @ p["w_down"]
 
 
-def softmax(x: Float[Array, "*n E"], xp) -> Float[Array, "*n E"]:
+def softmax(x: Float[Array, "*n E"], xp: ModuleType) -> Float[Array, "*n E"]:
     """e^x / Σ e^x"""
     weights = xp.exp(x - x.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
-def log_sum_exp(x: Float[Array, "*n E"], xp) -> Float[Array, "*n"]:
+def log_sum_exp(x: Float[Array, "*n E"], xp: ModuleType) -> Float[Array, "*n"]:
     """ln Σ e^x"""
     largest = x.max(-1, keepdims=True)
     return xp.log(xp.exp(x - largest).sum(-1)) + largest[..., 0]
 
 
-def top_k(x: Float[Array, "*n E"], k: int, xp) -> Int[Array, "*n K"]:
+def top_k(x: Float[Array, "*n E"], k: int, xp: ModuleType) -> Int[Array, "*n K"]:
     """Indices of the k largest numbers, largest first; the lower index wins a tie."""
     return xp.argsort(-x, axis=-1, stable=True)[..., :k]
 
 
-def one_hot(ids: Int[Array, "*n"], size: int, xp) -> Float[Array, "*n size"]:
+def one_hot(ids: Int[Array, "*n"], size: int, xp: ModuleType) -> Float[Array, "*n size"]:
     """1 at each id, 0 elsewhere."""
     return xp.eye(size)[ids]
 
@@ -300,7 +302,7 @@ def route(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Routing:
     return Routing(expert_ids, gates, scores, log_sum_exp(logits, xp), ctx.segment_ids != 0)
 
 
-def in_best_groups(cfg: ModelConfig, choice: Array, xp) -> Float[Array, "B T E"]:
+def in_best_groups(cfg: ModelConfig, choice: Array, xp: ModuleType) -> Float[Array, "B T E"]:
     """The choice where its expert is in one of the token's best groups, else -∞.
 
     A group's value is the sum of its two largest c (V3), or its largest (V2).
@@ -452,7 +454,7 @@ def same_document(ctx: Context, ahead: int) -> Array:
     return (here == there) & (there != 0)
 
 
-def mean_over(mask: Array, x: Array, xp) -> Array:
+def mean_over(mask: Array, x: Array, xp: ModuleType) -> Array:
     """The mean of x where the mask is set; 0 where it is set nowhere."""
     return xp.where(mask, x, 0.0).sum() / xp.maximum(xp.where(mask, 1.0, 0.0).sum(), 1.0)
 
@@ -466,7 +468,7 @@ def cross_entropy(ctx: Context, logits: Array, tokens: Int[Array, "B T"], ahead:
     return mean_over(mask, -xp.log(of_target), xp)
 
 
-def balance_loss(r: Routing, xp) -> Float[Array, " B"]:
+def balance_loss(r: Routing, xp: ModuleType) -> Float[Array, " B"]:
     """Σ_e f_e P_e of a row, f_e = E/K · mean_t [e in expert_ids_t], P_e = mean_t s_te / Σ_e s_te.
 
     Sequence-wise loss (V3): a row is a sequence, and expert_ids are the top K of the bare scores,
@@ -499,7 +501,7 @@ def balance_of(ctx: Context, r: Routing) -> Array:
     return alpha.sequence_alpha * sequence + alpha.switch_alpha * switch + alpha.z_alpha * z
 
 
-def feature_loss(ctx: Context, out: Output, stop_gradient) -> Array:
+def feature_loss(ctx: Context, out: Output, stop_gradient: Callable[[Array], Array]) -> Array:
     """EAGLE's SmoothL1 distance from h^1 at token i to the trunk's h at token i+1, a constant."""
     xp = ctx.xp
     d = abs(out.mtp_hidden[0][:, :-1] - stop_gradient(out.hidden[:, 1:-1]))
@@ -523,7 +525,7 @@ def losses(
     p: dict,
     tokens: Int[Array, "B T"],
     mtp_weight: float,
-    stop_gradient=lambda x: x,
+    stop_gradient: Callable[[Array], Array] = lambda x: x,
 ) -> Losses:
     """All losses; λ is mtp_weight. Gradients need JAX's stop_gradient.
 

@@ -69,7 +69,7 @@ class DataConfig:
     # for shards: weights are raised to the power 1 / temperature; above 1 they are more equal
     temperature: PositiveReal = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
         # A setting that is for other formats must keep its default.

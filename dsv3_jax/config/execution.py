@@ -30,7 +30,7 @@ class Layout:
     # for all_to_all: slots and rows of the first round, over what even load needs
     capacity_slack: Annotated[float, "[1, 1000000]"] = 1.25
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "layout ")
 
 
@@ -62,7 +62,7 @@ class Execution:
     # exactly
     precision: Precision = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         require(
             re.fullmatch(r"\w+(=\w+)?(,\w+=\w+)*", self.kernels) is not None,

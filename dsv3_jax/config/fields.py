@@ -181,7 +181,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _matches(value, hint) -> bool:
+def _matches(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
     if origin is Literal:
@@ -195,7 +195,7 @@ def _matches(value, hint) -> bool:
     return type(value) is hint if hint in (int, float, bool, str) else isinstance(value, hint)
 
 
-def _spell(hint) -> str:
+def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
@@ -224,7 +224,7 @@ def _check_names(kind: type, names: Iterable[str]) -> None:
             )
 
 
-def to_dict(config) -> dict:
+def to_dict(config: Any) -> dict:
     """Turn a configuration into plain JSON values.
 
     Example:
@@ -235,7 +235,7 @@ def to_dict(config) -> dict:
     return dataclasses.asdict(config)
 
 
-def from_dict(kind, values: dict):
+def from_dict(kind: type[V], values: dict) -> V:
     """Make a configuration from plain JSON values: the inverse of `to_dict`.
 
     Raises: ConfigError naming a key that `kind` does not have, or a value that it refuses.

@@ -41,7 +41,7 @@ class Yarn:
     # weight of the temperature of all features, which scales the scores; 0 turns it off
     mscale_all_dim: Annotated[float, "[0, 100]"] = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "yarn ")
 
 
@@ -67,7 +67,7 @@ class Balance:
     rule: str = "sign"
     z_alpha: NonNegative = 0.0  # weight of the z-loss, which keeps the router's logits small
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "balance ")
 
         # Rule quantile goes the share γ of the way to its target, so γ ≤ 1.
@@ -194,7 +194,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # use the embedding table as the unembedding too
     init_std: Annotated[float, "(0, 1000]"] = 0.006  # standard deviation of the initial weights
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         _check_experts(self)
         _check_attention(self)

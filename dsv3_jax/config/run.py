@@ -69,7 +69,7 @@ class OptimConfig:
     # section 3.3.2)
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if not self.name.startswith(OPTAX):
             OPTIMIZERS[self.name]  # refuses a name that it does not have
@@ -106,7 +106,7 @@ class Lora:
     # layers, of the shared and of the routed experts, each expert by itself
     on: tuple[LoraPart, ...] = ("attention",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "lora ")
         require(
             len(self.on) > 0, "lora on=() names no matrices; use rank=0 to train without adapters"
@@ -145,7 +145,7 @@ class Grpo:
     # dtype of the sampler's cache; None is compute_dtype
     cache_dtype: CacheDtype | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "grpo ")
         require(
             self.group != 1,
@@ -188,7 +188,7 @@ class RunConfig:
     # of heads on a frozen trunk: cross-entropy on the text, or KL or TV to the trunk's law
     head_loss: HeadLoss = "ce"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         _check_lengths(self)
         _check_beginning(self)

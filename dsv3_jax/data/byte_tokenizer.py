@@ -214,7 +214,7 @@ class ByteTokenizer(Tokenizer):
         (260, 256)
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         specials = dict(zip(SPECIALS, range(256, 256 + len(SPECIALS)), strict=True))
         token_bytes = [bytes([b]) for b in range(256)] + [b""] * len(SPECIALS)
         super().__init__(token_bytes, eos_id=256, fim_ids=(257, 258, 259), specials=specials)

@@ -98,7 +98,7 @@ def _rows_of_files(
 def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield files below `root` by name, but no hidden ones, caches and folders of `skip`."""
 
-    def fail(error: OSError):
+    def fail(error: OSError) -> None:
         if error.filename != str(root) or root.exists():
             raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
 

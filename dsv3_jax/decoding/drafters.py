@@ -178,7 +178,9 @@ class ChainDrafter(Drafter):
             h = jnp.concatenate([head.last[:, None], out], axis=1)
             tokens = tokens.at[rows, count + k - 1].set(drawn[-1].tokens)
 
-        def beyond(carry: tuple[Cache, Array, Array], key: Array):
+        def beyond(
+            carry: tuple[Cache, Array, Array], key: Array
+        ) -> tuple[tuple[Cache, Array, Array], Drafts]:
             # The last head reads its own output instead of a predecessor's, one position on.
             cache, h, token = carry
             h, cache = self._continue(-1, token[:, None], h, cache)

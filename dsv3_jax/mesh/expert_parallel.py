@@ -84,7 +84,14 @@ def grouped_swiglu(
     Returns: (y, copies of a token sent to another device, mean over tokens).
     """
 
-    def meet(how: Sharded, x, ids, gates, experts, turned=None) -> tuple[Array, Array]:
+    def meet(
+        how: Sharded,
+        x: Array,
+        ids: Array,
+        gates: Array,
+        experts: Experts,
+        turned: tuple[Array, ...] | None = None,
+    ) -> tuple[Array, Array]:
         tokens = x.shape[0]
         apart = how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, tokens, how.peers) if apart else "gather"

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from dsv3_jax.mesh.sharding import is_variable, names_of, on_mesh, spec
 
 
-def unshard_weights(v, *, fsdp: bool, dtype: Any):
+def unshard_weights(v: Any, *, fsdp: bool, dtype: Any) -> Any:
     """Gather weights, in any structure, along "data" if fsdp shards them. Under `jax.jit`.
 
     Routed experts stay sharded: `expert_parallel` gathers them.
@@ -26,13 +27,13 @@ def unshard_weights(v, *, fsdp: bool, dtype: Any):
         return v
     mesh = jax.sharding.get_abstract_mesh()
 
-    def gather(v):
+    def gather(v: nnx.Variable) -> nnx.Variable:
         names = names_of(v)
         if "expert" in names:
             return v
         exact = v.get_metadata().get("exact", False)
 
-        def of(x):
+        def of(x: Array) -> Array:
             # How a layer reads it, and how it is stored: they differ along "data" alone.
             used = spec(names, x.shape, mesh)
             kept = spec(names, x.shape, mesh, fsdp=True)
@@ -51,12 +52,12 @@ def _gathered(x: Array, used: P, kept: P, dtype: Any) -> Array:
     return jax.lax.with_sharding_constraint(cast, used)
 
 
-def _gathered_fwd(x, used, kept, dtype):
+def _gathered_fwd(x: Array, used: P, kept: P, dtype: Any) -> tuple[Array, Array]:
     # The backward pass reads x's dtype alone: an empty slice has it.
     return _gathered(x, used, kept, dtype), x[:0]
 
 
-def _gathered_bwd(used, kept, dtype, like_x, d):
+def _gathered_bwd(used: P, kept: P, dtype: Any, like_x: Array, d: Array) -> tuple[Array]:
     return (jax.lax.with_sharding_constraint(d, kept).astype(like_x.dtype),)
 
 

@@ -64,7 +64,7 @@ def score_by_rows(
         (Array([[0.05, 3.05]], dtype=float32), Array([[0, 1]], dtype=int32))
     """
 
-    def score(matrix, h, wanted):
+    def score(matrix: Array, h: Array, wanted: Array) -> tuple[tuple, tuple[Array, ...]]:
         found = token_scores(
             h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), temperature=temperature
         )

@@ -266,7 +266,7 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int) -> dict[s
         return {name: make(rows, array, (size, *array.shape[1:])) for name, array in batch.items()}
 
 
-def fetch(tree, mesh: Mesh | None):
+def fetch(tree: Any, mesh: Mesh | None) -> Any:
     """Return a tree's arrays as complete NumPy arrays in every process, however they are sharded.
 
     Example:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -214,7 +214,7 @@ def _mesh_axes(
     return axes
 
 
-def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = False):
+def state_sharding(state: Any, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = False) -> Any:
     """The sharding of each array of a state, or of its shapes, in the same structure.
 
     Without a mesh all arrays are on the first device.
@@ -226,11 +226,11 @@ def state_sharding(state, mesh: Mesh | AbstractMesh | None, *, fsdp: bool = Fals
         P('tensor', None)
     """
 
-    def place(v):
+    def place(v: Any) -> Any:
         # A packed weight is two arrays, numbers and scales: the same names shard both.
         names = names_of(v)
 
-        def of(x):
+        def of(x: Any) -> Sharding:
             if mesh is None:
                 return SingleDeviceSharding(jax.devices()[0])
             return NamedSharding(mesh, spec(names, x.shape, mesh, fsdp=fsdp))
@@ -281,7 +281,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
-def constrain_state(state, *, fsdp: bool = False):
+def constrain_state(state: Any, *, fsdp: bool = False) -> Any:
     """Constrain a state, or gradients of its structure, to `state_sharding`. Under `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -289,7 +289,7 @@ def constrain_state(state, *, fsdp: bool = False):
     return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
 
 
-def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
+def shard_map_over_batch(f: Callable, replicated: Sequence, *batched: Any) -> Any:
     """Call `f(*replicated, *batched)` on each device's rows of the batched; once without a mesh.
 
     Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The
@@ -309,7 +309,7 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched) -> Any:
     if not axes:
         return f(*replicated, *batched)
 
-    def local(*args):
+    def local(*args: Any) -> tuple[Any, Any]:
         sums, rows = f(*args)
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
 

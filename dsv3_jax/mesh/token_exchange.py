@@ -171,11 +171,11 @@ def _in_round(table: PeerTable, sent: Sent, size: RoundSize) -> tuple[Array, Sen
 def _count_rounds(table: PeerTable, sent: Sent, size: RoundSize) -> Array:
     """How many further rounds this device needs."""
 
-    def is_left(carry):
+    def is_left(carry: tuple[Array, Sent]) -> Array:
         _, sent = carry
         return (sent.tokens < table.tokens_so_far[-1:]).any()
 
-    def one(carry):
+    def one(carry: tuple[Array, Sent]) -> tuple[Array, Sent]:
         rounds, sent = carry
         return rounds + 1, _in_round(table, sent, size)[1]
 
@@ -234,19 +234,19 @@ def from_slots(rows: Array, buffer: SendBuffer) -> Array:
     return others + _fetch(rows, slot[:, 0])
 
 
-def _to_slots_fwd(x, buffer):
+def _to_slots_fwd(x: Array, buffer: SendBuffer) -> tuple[Array, SendBuffer]:
     return to_slots(x, buffer), buffer
 
 
-def _to_slots_bwd(buffer, d):
+def _to_slots_bwd(buffer: SendBuffer, d: Array) -> tuple[Array, None]:
     return from_slots(d, buffer), None
 
 
-def _from_slots_fwd(rows, buffer):
+def _from_slots_fwd(rows: Array, buffer: SendBuffer) -> tuple[Array, SendBuffer]:
     return from_slots(rows, buffer), buffer
 
 
-def _from_slots_bwd(buffer, d):
+def _from_slots_bwd(buffer: SendBuffer, d: Array) -> tuple[Array, None]:
     return to_slots(d, buffer), None
 
 
@@ -353,27 +353,43 @@ def _round(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rounds(kernels, sizes, x, gates, experts, plan: Plan):
+def _rounds(
+    kernels: Kernels,
+    sizes: tuple[RoundSize, RoundSize],
+    x: Array,
+    gates: Array,
+    experts: Experts,
+    plan: Plan,
+) -> Array:
     return _rounds_fwd(kernels, sizes, x, gates, experts, plan)[0]
 
 
-def _rounds_fwd(kernels, sizes, x, gates, experts, plan):
+def _rounds_fwd(
+    kernels: Kernels,
+    sizes: tuple[RoundSize, RoundSize],
+    x: Array,
+    gates: Array,
+    experts: Experts,
+    plan: Plan,
+) -> tuple[Array, tuple]:
     # The first round keeps what its gradient needs.
     first = partial(_round, plan, plan.none, sizes[0], kernels)
     y, pull_back = jax.vjp(first, x, gates, experts)
 
-    def add_later(y, sent):
+    def add_later(y: Array, sent: Sent) -> Array:
         return y + _round(plan, sent, sizes[1], kernels, x, gates, experts)
 
     y = _later_rounds(add_later, y, plan, sizes[1])
     return y, (pull_back, x, gates, experts, plan)
 
 
-def _rounds_bwd(kernels, sizes, saved, dy):
+def _rounds_bwd(
+    kernels: Kernels, sizes: tuple[RoundSize, RoundSize], saved: tuple, dy: Array
+) -> tuple[Array, Array, Experts, None]:
     pull_back, x, gates, experts, plan = saved
 
     # The later rounds are computed again, each with its gradient.
-    def add_later(total, sent):
+    def add_later(total: tuple, sent: Sent) -> tuple:
         later = partial(_round, plan, sent, sizes[1], kernels)
         _, pull_back = jax.vjp(later, x, gates, experts)
         return jax.tree.map(jnp.add, total, pull_back(dy))
@@ -392,7 +408,7 @@ def _later_rounds(add: Callable, total: Any, plan: Plan, size: RoundSize) -> Any
     temporary memory.
     """
 
-    def one(_, carry):
+    def one(_: Array, carry: tuple[Any, Sent]) -> tuple[Any, Sent]:
         total, sent = carry
         return add(total, sent), _in_round(plan.table, sent, size)[1]
 

@@ -21,6 +21,7 @@ from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.parameters import draws_together, param
 from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import repeat_heads
+from dsv3_jax.ops.cached_attention import Stored
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
 HEAD_AXES = ("batch", None, "heads", None)  # how a mesh shards arrays with heads
@@ -294,7 +295,9 @@ def remember(ctx: Context) -> Context:
     """The context whose cache has its rows, behind each sequence's own. Lengths stay."""
     part, index = ctx.cache.place(ctx.layer)
 
-    def local(stored, rows, lengths, index) -> dict[str, Any]:
+    def local(
+        stored: dict[str, Stored], rows: dict[str, Array], lengths: Array, index: Array
+    ) -> dict[str, Any]:
         written = Cache([stored], lengths).write(rows, index, ctx.how.kernels)
         return {"stored": written.parts[0]}
 
@@ -324,7 +327,13 @@ def attend_to_cache(
     batch, length, heads, _ = next(iter(queries.values())).shape
     groups, width = ctx.rows[values].shape[2:]  # in a cache, rows may be padded
 
-    def local(stored, lengths, index, chosen, **queries) -> dict[str, Array]:
+    def local(
+        stored: dict[str, Stored],
+        lengths: Array,
+        index: Array,
+        chosen: Array | None,
+        **queries: Array,
+    ) -> dict[str, Array]:
         cache = Cache([stored], lengths)
         arrays = cache.read(index)
         to = ([arrays[name] for name in queries], arrays[values])

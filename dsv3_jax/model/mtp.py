@@ -313,7 +313,9 @@ def _run_head(
     # holds.
     graphdef, state = nnx.split(head)
 
-    def run(state, h, ctx, embedded):
+    def run(
+        state: nnx.State, h: Array, ctx: Context, embedded: Array | None
+    ) -> tuple[Array, dict[str, Any]]:
         h, _, metrics = nnx.merge(graphdef, model.unshard(state))(h, ctx, embedded)
         return h, metrics
 

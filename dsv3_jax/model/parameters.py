@@ -92,7 +92,7 @@ def draws_together(init: Callable) -> Callable:
     """Decorate a module's `__init__`: one compiled program draws all parameters in it."""
 
     @wraps(init)
-    def made(self, *args, **kwargs):
+    def made(self: nnx.Module, *args: Any, **kwargs: Any) -> None:
         # Inside another module's `__init__`, that module draws for its parts.
         if _WAITS.get():
             return init(self, *args, **kwargs)
@@ -217,7 +217,7 @@ def in_use(v: Any, dtype: Any) -> Any:
         (Array([[6.]], dtype=float32), Array([1.], dtype=float32))
     """
 
-    def of(v):
+    def of(v: Any) -> Any:
         if not isinstance(v, nnx.Variable):
             return v
         x = v.get_value()

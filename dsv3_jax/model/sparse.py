@@ -19,6 +19,7 @@ from dsv3_jax.model.context import Context, from_zero
 from dsv3_jax.model.layers import LayerNorm
 from dsv3_jax.model.parameters import param
 from dsv3_jax.ops import rope
+from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.indexer import divergence, round_rotated
 
 
@@ -176,7 +177,16 @@ class DSA(MLA):
         """
         part, index = ctx.cache.place(ctx.layer)
 
-        def local(stored, lengths, index, q, w, segment_ids, before, chooses) -> dict[str, Array]:
+        def local(
+            stored: dict[str, Stored],
+            lengths: Array,
+            index: Array,
+            q: Array,
+            w: Array,
+            segment_ids: Array | None,
+            before: Array | None,
+            chooses: Array,
+        ) -> dict[str, Array]:
             cache = Cache([stored], lengths)
             key = cache.read(index)["index_key"]
             last = cache.positions(q.shape[1])

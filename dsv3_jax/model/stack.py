@@ -1,10 +1,12 @@
 """Like layers as one, their arrays stacked along a leading axis, and the loop over them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from dsv3_jax.kernels.cpu.memory import views
 from dsv3_jax.model.parameters import unpack_all
@@ -71,13 +73,13 @@ def recompute(f: Callable, remat: str) -> Callable:
 def loop_layers(
     stacked: nnx.Module | None,
     body: Callable,
-    carry,
+    carry: Any,
     *,
     layers: list[nnx.State] | None = None,
     remat: str = "none",
     unroll: bool = False,
     unshard: Callable = lambda layer: layer,
-):
+) -> tuple[Any, Any]:
     """Run `carry, y = body(module, carry, index)` for each module of a stack in turn.
 
     Args:
@@ -115,7 +117,7 @@ def loop_layers(
         return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *ys)
 
     # Scanned: a layer's weights are gathered in its turn, inside what `remat` recomputes.
-    def step(carry, xs):
+    def step(carry: Any, xs: tuple[nnx.State, Array]) -> tuple[Any, Any]:
         layer, index = xs
         return body(nnx.merge(graphdef, unshard(layer)), carry, index)
 

@@ -231,12 +231,18 @@ class Transformer(nnx.Module):
         metrics, rows = {}, {}
         for path, first in (("dense", 0), ("sparse", cfg.num_dense_layers)):
             # Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
-            replays = ctx.given is not None and path == "sparse"
+            replays = ctx.given if path == "sparse" else None
 
-            def layer(block, carry, index, first=first, replays=replays):
+            def layer(
+                block: DenseBlock | SparseBlock,
+                carry: tuple,
+                index: Array | int,
+                first: int = first,
+                replays: Array | None = replays,
+            ) -> tuple[tuple, tuple[dict, dict]]:
                 # The layer before passes these on; the experts to replay are the layer's own.
                 x, cache, chosen = carry
-                given = ctx.given[index] if replays else None
+                given = None if replays is None else replays[index]
                 own = dict(cache=cache, chosen=chosen, layer=first + index, given=given)
                 x, after, metrics = block(x, ctx._replace(**own))
                 if not training:  # of a step's decisions, decoding reads the experts alone
@@ -285,7 +291,7 @@ class Transformer(nnx.Module):
         """Look up rows of the embedding table, in the compute dtype."""
         table = self.unshard(self.embed)[...]
 
-        def local(table, tokens):
+        def local(table: Array, tokens: Array) -> tuple[tuple, Array]:
             return (), self.kernels("embedding", table, tokens).astype(self.compute_dtype)
 
         return shard_map_over_batch(local, (table,), tokens)[1]
@@ -308,7 +314,7 @@ class Transformer(nnx.Module):
         return unshard_weights(in_use(v, dtype), fsdp=self.execution.layout.fsdp, dtype=dtype)
 
     @property
-    def compute_dtype(self):
+    def compute_dtype(self) -> np.dtype:
         return jnp.dtype(self.execution.compute_dtype)
 
 

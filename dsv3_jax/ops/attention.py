@@ -10,6 +10,7 @@ Letters, beside those of reference.py: t queries and s keys of one pair of block
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def row_maxima(
     q, k = jax.lax.stop_gradient((q, k))
     q, k, seg, block = _in_blocks(q, k, scale, segment_ids, block, large)
 
-    def visit(top_BHT, pair):
+    def visit(top_BHT: Array, pair: tuple) -> tuple[Array, None]:
         start = pair[0] * block
         largest = _scores(q, k, seg, pair, block).max(-1)
         new = jnp.maximum(_rows(top_BHT, start, block), largest)
@@ -121,7 +122,9 @@ def row_maxima(
     return top_BHT.swapaxes(1, 2)[:, :length]
 
 
-def _in_blocks(q, k, scale, segment_ids, block, large):
+def _in_blocks(
+    q: Array, k: Array, scale: float, segment_ids: Array | None, block: int | None, large: bool
+) -> tuple[Array, Array, Array, int]:
     """(Scaled queries, keys [B, H, T, K], segments [B, T], the block), padded to whole blocks."""
     batch, length, heads, _ = q.shape
     if segment_ids is None:
@@ -181,7 +184,7 @@ def _rows(x: Array, start: Array, block: int, axis: int = 2) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, block, axis)
 
 
-def _scores(q, k, seg, pair, block):
+def _scores(q: Array, k: Array, seg: Array, pair: tuple, block: int) -> Array:
     """Masked scores [B, H, t, s] of one pair of blocks, in float32 or wider."""
     i, j = (n * block for n in pair)
     q_BHtX = _rows(q, i, block)
@@ -214,18 +217,20 @@ def softmax_step(carry: tuple, s: Array, weighted: Callable[[Array], Array]) -> 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, seg, block):
+def _attend(q: Array, k: Array, v: Array, seg: Array, block: int) -> tuple[Array, Array]:
     return _attend_fwd(q, k, v, seg, block)[0]
 
 
-def _attend_fwd(q, k, v, seg, block):
+def _attend_fwd(
+    q: Array, k: Array, v: Array, seg: Array, block: int
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     shape = q.shape[:3]
     wide = sum_dtype(q.dtype)
 
-    def visit(carry, pair):
+    def visit(carry: tuple, pair: tuple) -> tuple[tuple, None]:
         i, j = (n * block for n in pair)
 
-        def weighted(p_BHts):
+        def weighted(p_BHts: Array) -> Array:
             p_BHts = p_BHts.astype(v.dtype)
             v_BHsV = _rows(v, j, block)
             return jnp.einsum("bhts,bhsv->bhtv", p_BHts, v_BHsV, preferred_element_type=wide)
@@ -250,7 +255,9 @@ def _attend_fwd(q, k, v, seg, block):
     return (out, top), (q, k, v, seg, out, lse)
 
 
-def _attend_bwd(block, saved, d_results):
+def _attend_bwd(
+    block: int, saved: tuple[Array, ...], d_results: tuple[Array, Any]
+) -> tuple[Array, Array, Array, None]:
     """With p the softmax: dv = pᵀ do, ds = p ⊙ (do vᵀ − δ), dq = ds k, dk = dsᵀ q."""
     q, k, v, seg, out, lse = saved
     d_out, _ = d_results  # the maxima take no gradient
@@ -258,7 +265,7 @@ def _attend_bwd(block, saved, d_results):
     # The softmax's own term δ, a number a row.
     delta_BHT = (d_out.astype(wide) * out.astype(wide)).sum(-1)
 
-    def visit(grads, pair):
+    def visit(grads: tuple, pair: tuple) -> tuple[tuple, None]:
         dq, dk, dv = grads
         i, j = (n * block for n in pair)
         q_BHtX = _rows(q, i, block)
@@ -272,7 +279,7 @@ def _attend_bwd(block, saved, d_results):
         dp_BHts = jnp.einsum("bhtv,bhsv->bhts", do_BHtV, v_BHsV, preferred_element_type=wide)
         ds_BHts = (p_BHts * (dp_BHts - _rows(delta_BHT, i, block)[..., None])).astype(q.dtype)
 
-        def add(total, start, equation, a, b):
+        def add(total: Array, start: Array, equation: str, a: Array, b: Array) -> Array:
             part = jnp.einsum(equation, a, b, preferred_element_type=wide)
             new = _rows(total, start, block) + part
             return jax.lax.dynamic_update_slice_in_dim(total, new, start, 2)

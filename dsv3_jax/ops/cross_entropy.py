@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.ops.dtypes import sum_dtype
 from dsv3_jax.ops.varying import as_varying, varying
+
+# of each row of logits: (the log-sum of exponentials, the maximum)
+LogSums = Callable[[Array], tuple[Array, Array]]
 
 
 def chunked_cross_entropy(
@@ -18,7 +22,7 @@ def chunked_cross_entropy(
     mask: Bool[Array, " n"],
     *,
     chunk: int = 1024,
-    log_sums: Callable[[Array], tuple[Array, Array]] | None = None,
+    log_sums: LogSums | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute the summed nats of `targets` under softmax(h w), and how many are the argmax.
 
@@ -69,7 +73,7 @@ def token_scores(
         (Array([0.05, 3.05], dtype=float32), Array([0, 1], dtype=int32))
     """
 
-    def body(_, xs):
+    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         h_cD, targets_c = xs
         logits_cW = _logits(h_cD, w) / temperature
         wanted_c = jnp.take_along_axis(logits_cW, targets_c[:, None], axis=-1)[:, 0]
@@ -109,10 +113,20 @@ def _split(x: Array, chunk: int) -> Array:
 # Chunks of c tokens: one loop computes the loss, and its gradient if there is one.
 
 
-def _forward(h, w, targets, weight, chunk, log_sums, with_grad):
+def _forward(
+    h: Array,
+    w: Array,
+    targets: Array,
+    weight: Array,
+    chunk: int,
+    log_sums: LogSums,
+    with_grad: bool,
+) -> tuple[tuple[Array, Array], tuple[Any, Array]]:
     """Return ((sum of nats, number correct), (dh in chunks, dw)), the latter by `with_grad`."""
 
-    def body(carry, xs):
+    def body(
+        carry: tuple[Array, ...], xs: tuple[Array, ...]
+    ) -> tuple[tuple[Array, ...], Array | None]:
         total, correct, dw = carry
         h_cD, targets_c, weight_c = xs
 
@@ -143,17 +157,23 @@ def _forward(h, w, targets, weight, chunk, log_sums, with_grad):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed(h, w, targets, weight, chunk, log_sums):
+def _summed(
+    h: Array, w: Array, targets: Array, weight: Array, chunk: int, log_sums: LogSums
+) -> tuple[Array, Array]:
     return _forward(h, w, targets, weight, chunk, log_sums, with_grad=False)[0]
 
 
-def _summed_fwd(h, w, targets, weight, chunk, log_sums):
+def _summed_fwd(
+    h: Array, w: Array, targets: Array, weight: Array, chunk: int, log_sums: LogSums
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     out, (dh, dw) = _forward(h, w, targets, weight, chunk, log_sums, with_grad=True)
     dh = dh.swapaxes(0, 1).reshape(-1, h.shape[1])[: h.shape[0]]
     return out, (dh, dw.astype(w.dtype), w[:0])
 
 
-def _summed_bwd(chunk, log_sums, saved, cotangents):
+def _summed_bwd(
+    chunk: int, log_sums: LogSums, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None, None]:
     dh, dw, like_w = saved
     scale = cotangents[0]  # the number of right predictions takes no gradient
     dw = dw * scale.astype(dw.dtype)

@@ -107,11 +107,27 @@ def grouped_swiglu(  # noqa: PLR0913 - six arrays, and how
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped(product, complete, x, gates, weights, turned, p: SortedRows):
+def _grouped(
+    product: GroupedProduct,
+    complete: bool,
+    x: Array,
+    gates: Array,
+    weights: tuple[Array, ...],
+    turned: tuple[Array, ...] | None,
+    p: SortedRows,
+) -> Array:
     return _forward(product, complete, x, gates, weights, p)[0]
 
 
-def _grouped_fwd(product, complete, x, gates, weights, turned, p):
+def _grouped_fwd(
+    product: GroupedProduct,
+    complete: bool,
+    x: Array,
+    gates: Array,
+    weights: tuple[Array, ...],
+    turned: tuple[Array, ...] | None,
+    p: SortedRows,
+) -> tuple[Array, tuple]:
     y, inner = _forward(product, complete, x, gates, weights, p)
     return y, (x, gates, weights, turned, p, inner)
 
@@ -135,7 +151,12 @@ def _sorted_rows(product: GroupedProduct, complete: bool, gates: Array, p: Sorte
 
 
 def _forward(
-    product, complete, x, gates, weights, p: SortedRows
+    product: GroupedProduct,
+    complete: bool,
+    x: Array,
+    gates: Array,
+    weights: tuple[Array, ...],
+    p: SortedRows,
 ) -> tuple[Array, tuple[Array, ...]]:
     """(y, what the products before silu gave)."""
     w_gate, w_up, w_down = _matrices(product, weights, x.dtype)
@@ -154,7 +175,9 @@ def _forward(
     return _sum_choices((y_mD,), p, complete), inner
 
 
-def _grouped_bwd(product, complete, saved, dy):
+def _grouped_bwd(
+    product: GroupedProduct, complete: bool, saved: tuple, dy: Array
+) -> tuple[Array, Array, tuple[Array, ...], None, None]:
     x, gates, weights, turned, p, inner = saved
     back = product.dx if turned is None else product.forward
     w_gate, w_up, w_down = _matrices(product, weights, x.dtype) if turned is None else turned
@@ -201,7 +224,7 @@ def _matrices(product: GroupedProduct, weights: tuple[Array, ...], dtype: Any) -
     return tuple(w.astype(dtype) for w in weights) if product.casts else weights
 
 
-def _rounded(values: Array, rows: _Rows, dtype) -> Array:
+def _rounded(values: Array, rows: _Rows, dtype: Any) -> Array:
     """Rows in the compute dtype; zeros in rows of no expert, whose products are undefined."""
     return _or_zero(rows.in_expert, values).astype(dtype)
 
@@ -338,7 +361,7 @@ def decode_experts(
     # One token: there is nothing to sort. An id of E reads the last expert.
     if n == 1:
 
-        def add_choice(k, y):
+        def add_choice(k: Array, y: Array) -> Array:
             return y + gates[0, k] * swiglu_of(expert_ids[0, k], x)
 
         return jax.lax.fori_loop(0, num_choices, add_choice, zeros(x.shape, x, w_gate))
@@ -357,7 +380,7 @@ def decode_experts(
     tokens = jnp.pad(p.order // num_choices, (0, rows))
     zero = jnp.zeros((), jnp.int32)
 
-    def visit(i, out):
+    def visit(i: Array, out: Array) -> Array:
         some = x[jax.lax.dynamic_slice(tokens, (first[i],), (rows,))]
         # A visit also writes rows of the next expert; the next visit overwrites them.
         return jax.lax.dynamic_update_slice(out, swiglu_of(expert[i], some), (first[i], zero))

@@ -67,12 +67,12 @@ def summed_distance(
     chunk = min(chunk, n)
     pad = ((0, -n % chunk), (0, 0))
 
-    def log_probabilities(h_cD):
+    def log_probabilities(h_cD: Array) -> Array:
         logits_cW = jnp.dot(h_cD, w, preferred_element_type=sum_dtype(h.dtype))
         return jax.nn.log_softmax(logits_cW, axis=-1)
 
     @jax.checkpoint  # the logits of a chunk are computed again, not kept
-    def of_chunk(both):
+    def of_chunk(both: tuple[Array, Array]) -> Array:
         log_q, log_p = map(log_probabilities, both)
         return distance(jax.lax.stop_gradient(log_p), log_q, kind)
 

@@ -53,7 +53,7 @@ def index_choose(
     rows, scales = jax.tree.map(lambda x: x[:, 0], keys)
     slots = rows.shape[1]
 
-    def one(q, w, last, segment):
+    def one(q: Array, w: Array, last: Array, segment: Array | None) -> Array:
         scores_BS = (score or index_scores)(q, w, rows, scales)
         scores_BS = jnp.where(scores_BS == 0, 0.0, scores_BS)  # a sort may put -0 below 0
         seen_BS = visible(slots, last, segment, segment_ids)
@@ -152,7 +152,14 @@ def divergence(  # noqa: PLR0913 - two distributions
     wide = sum_dtype(q.dtype)
     slots = index_keys.shape[1]
 
-    def one(q, w, queries, ids, last, segment):
+    def one(
+        q: Array,
+        w: Array,
+        queries: tuple[Array, ...],
+        ids: Array | None,
+        last: Array,
+        segment: Array | None,
+    ) -> Array:
         # The tokens that both distributions are over: all that are seen, or the chosen ones.
         of_indexer, of_attention = index_keys, keys
         seen_BS = visible(slots, last, segment, segment_ids)

@@ -1,5 +1,7 @@
 """Quantization of cached rows to 8 bits, with one scale a row."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -7,7 +9,7 @@ from jaxtyping import Array, Float
 from dsv3_jax.ops.dtypes import sum_dtype
 
 
-def largest(dtype) -> float:
+def largest(dtype: Any) -> float:
     """Return the largest number of an 8-bit dtype: 127 for int8, 448 for float8_e4m3fn.
 
     Example:
@@ -18,7 +20,7 @@ def largest(dtype) -> float:
     return float(jnp.iinfo(dtype).max if dtype == np.int8 else jnp.finfo(dtype).max)
 
 
-def quantize_rows(x: Float[Array, "*n X"], dtype) -> tuple[Array, Float[Array, "*n 1"]]:
+def quantize_rows(x: Float[Array, "*n X"], dtype: Any) -> tuple[Array, Float[Array, "*n 1"]]:
     """Round rows to an 8-bit dtype, after dividing each by its scale max|row| / largest(dtype).
 
     Args:
@@ -43,6 +45,6 @@ def quantize_rows(x: Float[Array, "*n X"], dtype) -> tuple[Array, Float[Array, "
     return scaled.astype(dtype), scales
 
 
-def dequantize_rows(rows: Array, scales: Float[Array, "*n 1"], dtype) -> Array:
+def dequantize_rows(rows: Array, scales: Float[Array, "*n 1"], dtype: Any) -> Array:
     """Return the rows of `quantize_rows` in `dtype`, to within half a step."""
     return rows.astype(dtype) * scales.astype(dtype)

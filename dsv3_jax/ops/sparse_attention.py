@@ -49,7 +49,7 @@ def sparse_attention(
     """
     batch, _, groups, each, _ = queries[0].shape
 
-    def one(queries, ids):
+    def one(queries: list[Array], ids: Array) -> Array:
         # Gather the rows that this query chose.
         place = jnp.maximum(ids, 0)[:, None, :, None]
         take = partial(jnp.take_along_axis, indices=place, axis=2, mode="promise_in_bounds")

@@ -8,19 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from dsv3_jax.data.batches import Batch, model_inputs
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.mesh import processes
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import balance
-from dsv3_jax.training.loss import score_tokens
+from dsv3_jax.training.loss import Scores, score_tokens
 
 MOST_DOMAINS = 32  # whose load is counted apart
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_domains"))
-def _scores(graphdef, state, batch, num_domains=0):
+def _scores(
+    graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array], num_domains: int = 0
+) -> Scores:
     return score_tokens(nnx.merge(graphdef, state), batch, num_domains)
 
 

@@ -45,7 +45,7 @@ class FitOptions:
     start: Start | None = None
     callbacks: Sequence[Callback] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for callback in self.callbacks:
             if not isinstance(callback, Callback):
                 raise ValueError(

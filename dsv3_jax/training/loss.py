@@ -212,16 +212,17 @@ def _token_losses(
         """`score(*rows, matrix)`, added up over the devices; rows are tokens."""
 
         @jax.named_scope("loss")
-        def local(matrix, *rows):
+        def local(matrix: Array, *rows: Array) -> tuple[Any, tuple]:
             return score(*(x.reshape(-1, *x.shape[2:]) for x in rows), matrix), ()
 
         return shard_map_over_batch(local, (matrix,), *rows)[0]
 
-    def cross_entropy(h, wanted, mask, matrix):
+    def cross_entropy(h: Array, wanted: Array, mask: Array, matrix: Array) -> tuple[Array, Array]:
         return model.kernels("cross_entropy", h, matrix, wanted, mask)
 
-    def distance(h, trunk, mask, matrix):
-        return summed_distance(h, trunk, matrix, mask, head_loss)
+    def distance(h: Array, trunk: Array, mask: Array, matrix: Array) -> Array:
+        # never called with head_loss="ce"
+        return summed_distance(h, trunk, matrix, mask, head_loss)  # type: ignore[arg-type]
 
     # Depth 0 is the trunk, depth k the head that predicts k tokens further on.
     nats = []

@@ -61,7 +61,7 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
 
 def _step(
     job: Job, graph: nnx.GraphDef, state: TrainState, batch: DeviceBatch, go: Array | bool = True
-):
+) -> tuple[TrainState, dict[str, Array]]:
     run = job.run
     cfg = job.run.optim
 
