@@ -5,6 +5,7 @@ pyproject.toml also makes warnings errors.
 
 import gc
 import os
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -109,12 +110,6 @@ def rng():
 # Not a test module: it imports torch and has no doctests.
 collect_ignore = ["parity/parity_reference.py", "parity/chat_reference.py"]
 
-# Processes share the test files, so the longest files run first: of CI, then of `make test`.
-LONGEST = """compiled pairs hostile_input docs mesh lora train model decode_mesh optim check lab
-loss cli plan train_step cache generate speculative warm_start cluster stats_report
-accel low_precision dispatch""".split()
-
-
 # Examples that compile a complete model run with the long tests.
 LONG_EXAMPLES = (
     "dsv3_jax.model.transformer.Transformer",
@@ -131,8 +126,7 @@ def pytest_collection_modifyitems(items):
         if item.name in LONG_EXAMPLES:
             item.add_marker(pytest.mark.long)
 
-    def position(item):
-        name = item.path.stem.removeprefix("test_")
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
-
-    items.sort(key=position)  # a stable sort: the other files keep their order
+    # Processes share the test files. Those with long tests run first, so that none works alone at
+    # the end; the sort is stable, so a file's tests stay in order.
+    long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: -long[item.path])
