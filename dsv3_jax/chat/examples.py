@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from dsv3_jax.chat.forms import as_task, is_answer, turns_of, usual
 from dsv3_jax.chat.messages import read_tools
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
@@ -41,13 +42,6 @@ KEYS = (
     "instruction", "input", "output", "text",
 )  # fmt: skip
 _STEP = 64  # of the lengths of rows
-# Other names of roles.
-ROLE_OF = {
-    "human": "user",
-    "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-    "function_call": "assistant",
-    "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -211,7 +205,7 @@ def read_example(
     """Encode a record. Args: prompts: as `DataConfig.prompts`. Raises: ValueError as `encode`."""
     ids, targets = encode(record, text, location, prompts)
     with _located(location):
-        prompt = None if record.get("answer") is None else _asked(_task(record, prompts), text)
+        prompt = None if record.get("answer") is None else _asked(as_task(record, prompts), text)
     return Example(
         np.array(ids, np.int32),
         np.array(targets, bool),
@@ -232,14 +226,14 @@ def encode(
         >>> encode({"prompt": "1+1=", "completion": "2"}, plain_settings())
         ([49, 43, 49, 61, 50, 256], [False, False, False, False, True, True])
     """
-    record = _task(record, prompts)
+    record = as_task(record, prompts)
     has = {key for key in KEYS if record.get(key) is not None}
     with _located(location):
         # A conversation, a prompt with its completion, or a document: the first that it is.
-        turns = _turns(record)
+        turns = turns_of(record)
         tools = read_tools(record.get("tools"))
         if turns is not None:
-            rendered = text.chat.render(_usual(turns, text), tools=tools, assistant_mask=True)
+            rendered = text.chat.render(usual(turns, text), tools=tools, assistant_mask=True)
             return rendered.ids, rendered.mask
         if has >= {"prompt", "completion"}:
             return _completion(record["prompt"], record["completion"], tools, text)
@@ -264,42 +258,17 @@ def _located(location: str) -> Iterator[None]:
         raise ValueError(f"{location}: {error}") from error
 
 
-def _task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
-    """A task as its prompt and a completion; others stay, and messages that end in an answer."""
-    found = (record.get(key) for key in ("prompt", "question", "messages"))
-    prompt = next((value for value in found if value is not None), None)
-    answer = record.get("answer")
-    if prompt is None or answer is None or record.get("completion") is not None:
-        return record
-
-    # A question is a turn, unless its answer shall continue its text.
-    if isinstance(prompt, str) and prompts == "turn":
-        prompt = [*_system(record), {"role": "user", "content": prompt}]
-    if not isinstance(prompt, list):
-        return {"prompt": prompt, "completion": answer}
-
-    # Messages that end in an assistant's turn have their answer already.
-    if prompt and _is_answer(prompt[-1]):
-        return record
-    turn = {"role": "assistant", "content": answer}
-    return {"prompt": prompt, "completion": [turn], "tools": record.get("tools")}
-
-
-def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role") == "assistant"
-
-
 def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
     """The ids after which a model answers a task, encoded without the answer; None for no question.
 
     For messages they are what `dsv3 chat` feeds. Of a conversation, the last answer is the one that
     is asked for.
     """
-    turns = _usual(_turns(task), text)
+    turns = usual(turns_of(task), text)
     if isinstance(turns, list):
-        asked = turns[:-1] if turns and _is_answer(turns[-1]) else turns
+        asked = turns[:-1] if turns and is_answer(turns[-1]) else turns
     else:
-        asked = _usual(task.get("prompt"), text)
+        asked = usual(task.get("prompt"), text)
 
     # Messages end with what opens an answer; a text is continued as it is.
     if isinstance(asked, list):
@@ -310,47 +279,11 @@ def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
     return None
 
 
-def _turns(record: dict[str, Any]) -> Any:
-    """Return the messages of a record that is a conversation, else None."""
-    if record.get("messages") is not None:
-        return record["messages"]
-    turns = record.get("conversations")
-    instruction, output = record.get("instruction"), record.get("output")
-    if turns is None and instruction is not None and output is not None:
-        # Alpaca's: the input follows the instruction in the user's turn.
-        asked = f"{instruction}\n{record['input']}" if record.get("input") else instruction
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
-    return [*_system(record), *turns] if isinstance(turns, list) else turns
-
-
-def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": record["system"]}] if record.get("system") else []
-
-
-def _usual(turns: Any, text: TextSettings) -> Any:
-    """Give turns the usual keys and roles. `render` says what is wrong with the others."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return turns
-    return [_usual_turn(turn, text) for turn in turns]
-
-
-def _usual_turn(turn: dict[str, Any], text: TextSettings) -> dict[str, Any]:
-    if "from" in turn:  # ShareGPT's keys
-        turn = {"role": turn["from"], "content": turn.get("value")}
-    role = ROLE_OF.get(str(turn.get("role")))
-    if role is None:
-        return turn
-    # A template may have the role of tools under the name that the turn gives.
-    if role == "tool" and text.chat.names(turn["role"]):
-        return turn
-    return turn | {"role": role}
-
-
 def _completion(
     prompt: Any, completion: Any, tools: Any, text: TextSettings
 ) -> tuple[list[int], list[bool]]:
     if isinstance(prompt, list) and isinstance(completion, list):
-        prompt, completion = _usual(prompt, text), _usual(completion, text)
+        prompt, completion = usual(prompt, text), usual(completion, text)
         whole = text.chat.render([*prompt, *completion], tools=tools, assistant_mask=True)
 
         # The turns of the prompt are no targets, even an assistant's.
