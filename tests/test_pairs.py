@@ -50,6 +50,7 @@ def scratch(root):
     return root / "pairs"
 
 
+@pytest.mark.rare
 def test_a_row_trains_resumes_and_decodes(scratch):
     """LoRA on an FP8 folder, with microbatches and recomputation."""
     assert training.check_row(training.BASES[0] | ROW, scratch) == training.DONE

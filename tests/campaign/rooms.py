@@ -198,7 +198,7 @@ SURPRISES = ["clock", "suspend", "move", "write"]
 def disturb(actions: list[str], made: Home, rng: Draws) -> Trial:
     """Disturb a command when it touches a path."""
     action = rng.turn(actions)
-    writers = [c for c in made.weighted if c.out in c.argv]
+    writers = [c for c in made.weighted if c.out in c.argv and c.code == 0]
     command = rng.turn(writers if action == "power" and writers else made.weighted)
     kinds, touched = dict[str, list[int]](), made.usual(command).touched
     for i, path in enumerate(touched):
