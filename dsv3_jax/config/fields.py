@@ -97,7 +97,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         hint = types[item.name]
         name = prefix + item.name
 
-        # An int is accepted for a float, as 1 for 1.0, and stored as one.
+        # A float field accepts an int, and stores 1 as 1.0.
         if type(value) is int and hint in (float, float | None) and abs(value) < 2**127:
             value = float(value)
             object.__setattr__(config, item.name, value)

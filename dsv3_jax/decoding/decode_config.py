@@ -129,7 +129,7 @@ class DecodeConfig:
         if self.draft == "mtp" and not depth:
             raise ValueError("draft='mtp' needs multi-token heads, and the model's mtp_depth is 0")
 
-        # A chained head goes on beyond its depth; a parallel head drafts one token.
+        # Chained heads draft beyond their depth. A parallel head drafts one token.
         as_long = cfg.head_kind.reads_tokens or self.draft_length <= depth
         if self.draft == "mtp" and not as_long:
             raise ValueError(
