@@ -13,7 +13,7 @@ from test_dispatch import value_and_gradients
 from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.table import DEVICES, Device
-from dsv3_jax.mesh import expert_parallel, sharding, token_exchange
+from dsv3_jax.mesh import expert_parallel, rounds, sharding
 from dsv3_jax.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -140,17 +140,17 @@ CASES = [
 def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, expected):
     _, peers, _ = sizes
     n = tokens // (sizes[0] * peers)
-    size = token_exchange.round_size(CFG, layout, n, peers)
-    later = token_exchange.later_size(size, token_exchange.most_choices(K, E // peers))
-    rounds = {}
+    size = rounds.round_size(CFG, layout, n, peers)
+    later = rounds.later_size(size, rounds.most_choices(K, E // peers))
+    further = {}
     for load, ids, sent in by_load(
         rng, sharded(CFG, layout, sharding.make_mesh(*sizes), backend), tokens
     ):
-        rounds[load] = count_rounds(ids, sizes[0], peers, size, later)
+        further[load] = count_rounds(ids, sizes[0], peers, size, later)
         assert sent == pytest.approx(
-            (size.tokens + rounds[load] * later.tokens) * (peers - 1) / n, rel=1e-6
+            (size.tokens + further[load] * later.tokens) * (peers - 1) / n, rel=1e-6
         ), load
-    assert rounds["even"] == 0 and (size, later, rounds["one device"]) == expected
+    assert further["even"] == 0 and (size, later, further["one device"]) == expected
 
 
 @pytest.mark.long
@@ -176,7 +176,7 @@ def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
         reach += [
             len({e // (experts // peers) for e in ids}) for ids in itertools.combinations(pool, k)
         ]
-    assert token_exchange.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
+    assert rounds.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
 
 
 def test_auto_is_the_smaller_one():
@@ -184,7 +184,7 @@ def test_auto_is_the_smaller_one():
         # Groups are ignored if one is on two devices, and if the router has none.
         grouped = small(num_experts=12, **changes)
         free = small(num_experts=12, num_groups=1, groups_per_token=1)
-        assert token_exchange.mean_reach(grouped, 4) == token_exchange.mean_reach(free, 4)
+        assert rounds.mean_reach(grouped, 4) == rounds.mean_reach(free, 4)
     pick, auto = expert_parallel.pick_expert_comm, Layout()
     assert pick(CFG, auto, 100, 8) == "all_to_all"  # 1.67 devices of 8
     every = small(num_experts=16, experts_per_token=12, num_groups=1, groups_per_token=1)

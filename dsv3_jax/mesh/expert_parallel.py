@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
+from dsv3_jax.mesh.rounds import round_size
 from dsv3_jax.mesh.sharding import row_axes, spec
-from dsv3_jax.mesh.token_exchange import Experts, all_to_all, round_size, to_local_ids
+from dsv3_jax.mesh.token_exchange import Experts, all_to_all, to_local_ids
 from dsv3_jax.ops.varying import as_varying
 
 # Names of the axes of w_gate, w_up and w_down, by which `sharding.RULES` shards them.

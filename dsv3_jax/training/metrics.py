@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.mesh.token_exchange import wire_bytes
+from dsv3_jax.mesh.rounds import wire_bytes
 from dsv3_jax.ops import balance
 
 # arrays by the block's path and by name, as `ForwardOut.metrics`

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dsv3_jax.config import Layout, replace
 from dsv3_jax.mesh import sharding
-from dsv3_jax.mesh.token_exchange import later_size, round_size
+from dsv3_jax.mesh.rounds import later_size, round_size
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.traffic import traffic

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from dsv3_jax.mesh.token_exchange import mean_reach, wire_bytes
+from dsv3_jax.mesh.rounds import mean_reach, wire_bytes
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
