@@ -60,11 +60,19 @@ def failure_of(error: BaseException) -> str:
     """Describe how a program of the user's own failed, which may be by `sys.exit`.
 
     Ctrl-C and SIGTERM are raised.
+
+    Example:
+        >>> failure_of(ValueError("no task"))
+        'ValueError: no task'
     """
     if isinstance(error, KeyboardInterrupt) or terminated.is_set():
         raise error
-    # also if its `str` fails
-    return " ".join("".join(traceback.format_exception_only(error)).split())
+    # Its `str` may fail. So may the name of its module, if its class was made without one.
+    try:
+        text = "".join(traceback.format_exception_only(error))
+    except Exception:
+        text = type(error).__name__
+    return " ".join(text.split())
 
 
 def _import_file(path: Path, name: str) -> None:
