@@ -125,7 +125,8 @@ class Kernels:
         mesh = jax.sharding.get_abstract_mesh()
         devices = 1 if mesh.empty else mesh.size
 
-        # A row that was asked for by name runs, or says why it cannot.
+        # A row that was asked for by name says why it cannot run here. If only these arguments do
+        # not fit it, the next row runs, as for all others.
         if self.target.forced(op) is not None:
             self._check(op, dtype, devices)
 

@@ -2,7 +2,8 @@
 
 A block returns its metrics by name. One rule holds for each name: a name that begins with "max_" is
 a maximum over layers, parts of a batch and devices, any other a mean. A new metric is one entry
-where its block makes it, in `model/moe.py` for a sparse one.
+where its block makes it, in `model/moe.py` for a sparse one. A block sees one part of a batch:
+a measure of the whole step's load, which is neither a mean nor a maximum, belongs in `of_load`.
 """
 
 from collections import defaultdict
