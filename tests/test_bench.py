@@ -1,15 +1,130 @@
-"""The decoding benchmark: the bytes of its bound, counted by hand."""
+"""The benchmarks on the CPU: every case at a toy size, and the bytes of a decoding step by hand."""
 
 import itertools
+import json
 import math
 
 import pytest
 from flax import nnx
-from models import small
+from models import LIGHT, small
 
+import dsv3_jax as ds
 from dsv3_jax.model.counting import distinct_experts
 from dsv3_jax.model.transformer import abstract
+from experiments.bench import cases, decode, results, train_step
 from experiments.bench.copying import decode_bytes
+
+TINY = ds.recipe("tiny")
+TOY_RUN = ds.replace(TINY, model=LIGHT, data=ds.replace(TINY.data, seq_len=8, batch_size=2))
+TOY_CASES = [
+    ("checkpoint", dict(megabytes=2, rounds=1)),
+    ("commits", dict(against=[], cells=["16x2"], rounds=2)),
+    ("pipeline", dict(megabytes=[3], read_s=0.2)),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            ("step", dict(rounds=2)),
+            ("length", dict(rounds=1)),
+            ("caches", dict(cells=["16x2", "8x1"], rounds=1)),
+            ("optimizer", dict(rounds=1)),
+            ("sampler", dict(rounds=1, samples=[2], batch_sizes=[2], prompts=2, new=4)),
+        )
+    ),
+]
+
+
+class Peer:
+    """In place of transformers: a training step takes a second, a decoding step 50 of them."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def ask(self, steps=0, batch=1, context=1, **_):
+        if steps:
+            return {"seconds": [1.0] * steps, "loss": [3.0] * steps, "peak_rss_bytes": 1}
+        sizes = {"cache_bytes": 1, "cache_bytes_per_token": 1, "peak_rss_bytes": 1}
+        return {"prefill_seconds": float(context * batch), "step_seconds": 50.0} | sizes
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """Small models, a peer that needs no torch, and a results file of the test's own."""
+    cfg = ds.replace(LIGHT, max_positions=512)
+    monkeypatch.setattr(ds, "preset", lambda name: cfg)
+    monkeypatch.setattr(train_step, "MINI", cfg)
+    monkeypatch.setattr(train_step, "LENGTHS", (8,))
+    monkeypatch.setattr(decode, "MINI", cfg)
+    monkeypatch.setattr(decode, "TOGETHER", 8)
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.delitem(decode.SIDES, "expanded")
+    for module in (train_step, decode):
+        monkeypatch.setattr(module, "start_peer", lambda *_, **__: Peer())
+    monkeypatch.delitem(cases.OPTIMIZERS, "muon")
+    monkeypatch.delitem(cases.OPTIMIZERS, "muon, qk_clip 100")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
+    results.RESULTS.write_text("{}")
+
+
+@pytest.mark.parametrize(("case", "settings"), TOY_CASES)
+def test_cases_measure_and_store_rows(case, settings, toy, monkeypatch):
+    if case == "optimizer":
+        monkeypatch.setattr(ds, "recipe", lambda name: TOY_RUN)
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    monkeypatch.setattr("sys.argv", ["cases.py", case, *words])
+    cases.main()
+    rows = results.load()[case]
+    assert all("machine" in row for row in rows.values())
+    numbers = [n for row in rows.values() for n in row.values() if isinstance(n, int | float)]
+    assert all(math.isfinite(n) and n >= 0 for n in numbers)
+    if case == "step":
+        assert rows["transformers, grouped_mm"]["tokens_per_s"] == train_step.TOKENS
+        peers = [row["against_best_peer"] for name, row in rows.items() if "transf" in name]
+        assert peers == [1, 1, 1]
+        assert rows["dsv3-jax"]["loss"][0] == pytest.approx(math.log(LIGHT.vocab_size), rel=0.1)
+    if case == "caches":
+        # the larger cell leaves out the peer's second side
+        assert len(rows) == 2 * len(decode.SIDES) - 1
+        assert rows["16x2, transformers"]["prefill_tokens_per_s"] == 1
+        assert rows["16x2, transformers"]["step_over_peer"] == 1
+        latent, int8 = (rows[f"8x1, {side}"] for side in ("latent", "latent int8"))
+        assert latent["cache_bytes_per_token"] > int8["cache_bytes_per_token"]
+    if case == "commits":
+        assert rows["16x2, this tree"]["step_over"] == 1
+    if case == "pipeline":
+        assert rows["bytes, 3 MB"]["tokens"] > 3e6  # an end of text beside the bytes
+
+
+def test_unknown_names_are_errors(monkeypatch, capsys):
+    for words, message in {
+        ("stp",): "case='stp' is not one of step, ",
+        ("step", "runs=1"): "'runs' is not a setting of step",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["cases.py", *words])
+        with pytest.raises(SystemExit):
+            cases.main()
+        assert message in capsys.readouterr().err
+
+
+def test_a_worker_reports_its_error():
+    with pytest.raises(RuntimeError, match="train_worker.py ended with code 1: seq_len=512 is"):
+        train_step.start_ours(LIGHT)
+
+
+@pytest.mark.parity
+def test_the_peer_trains_and_decodes():
+    cfg = ds.replace(ds.preset("mini"), num_layers=2, dim=64, dense_dim=64, vocab_size=64)
+    with train_step.start_peer(cfg, None) as peer:
+        first, *_ = peer.ask(steps=1, batch=1, length=8)["loss"]
+    assert first == pytest.approx(math.log(64), rel=0.1)
+    with train_step.start_peer(cfg, None, decoding=True) as peer:
+        reply = peer.ask(batch=2, context=8, new_tokens=3, prefill_chunk=4)
+    assert reply["cache_bytes"] == 2 * 10 * reply["cache_bytes_per_token"]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])

@@ -2,12 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
@@ -49,30 +45,20 @@ def decode_bytes(
 def copy_bandwidth(seconds: float = 0.5, nbytes: int = 128 << 20) -> float:
     """Measure the bytes that copying moves per second, reads plus writes, the best of several runs.
 
-    On the CPU each core copies a separate array; elsewhere the device adds 1 to one array.
+    Each core copies a separate array.
 
     Args:
         seconds: how long to repeat it.
         nbytes: bytes of an array, which must be far more than the caches hold.
     """
-    if jax.default_backend() == "cpu":
-        cores = os.cpu_count() or 1
-        sources = [np.ones(nbytes // 8) for _ in range(cores)]
-        targets = [np.zeros_like(x) for x in sources]
-        with ThreadPoolExecutor(cores) as pool:
-            best = _best_time(lambda: list(pool.map(np.copyto, targets, sources)), seconds)
-        return 2 * cores * sources[0].nbytes / best
-    x = jnp.ones((nbytes // 4,), jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    return 2 * x.nbytes / _best_time(lambda: jax.block_until_ready(add(x)), seconds)
-
-
-def _best_time(work: Callable[[], Any], seconds: float) -> float:
-    """Repeat `work` for so many seconds, after a call to warm up; return its shortest time."""
-    work()
+    cores = os.cpu_count() or 1
+    sources = [np.ones(nbytes // 8) for _ in range(cores)]
+    targets = [np.zeros_like(x) for x in sources]
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(np.copyto, targets, sources))  # to warm up
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            list(pool.map(np.copyto, targets, sources))
+            best = min(best, time.perf_counter() - start)
+    return 2 * cores * sources[0].nbytes / best
