@@ -45,7 +45,7 @@ def filled_caches() -> Iterator[None]:
     import jax
     import jax.numpy as jnp
 
-    from dsv3_jax.decoding import programs
+    from dsv3_jax.model.cache import Cache
     from dsv3_jax.model.transformer import Transformer
 
     def filled(cache, lengths):
@@ -62,9 +62,17 @@ def filled_caches() -> Iterator[None]:
         chosen = (model.cfg.num_sparse_layers, *tokens.shape, model.cfg.experts_per_token)
         return x, filled(cache, lengths), jnp.zeros(chosen, jnp.int32)
 
-    # Earlier commits have it in the model, later ones beside it.
-    owner = Transformer if hasattr(Transformer, "prefill") else programs
-    with mock.patch.object(owner, "prefill", prefill):
+    def prefill_of_cache(cache, model, tokens, lengths):
+        return model.embedding(tokens), filled(cache, lengths)
+
+    # Commits before 0620e6a have it in the cache, later ones in the model, the newest beside it.
+    if hasattr(Cache, "prefill"):
+        patched = mock.patch.object(Cache, "prefill", prefill_of_cache)
+    elif hasattr(Transformer, "prefill"):
+        patched = mock.patch.object(Transformer, "prefill", prefill)
+    else:
+        patched = mock.patch("dsv3_jax.decoding.programs.prefill", prefill)
+    with patched:
         yield
 
 
