@@ -15,24 +15,12 @@ if __name__ == "__main__":
 
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels import check_apart
-from experiments.accel.kernels import (
-    gpu_latent_attention,
-    gpu_sparse_attention,
-    hopper_fp8,
-    hopper_products,
-    tpu_latent_attention,
-)
+from experiments.accel.kernels import gpu_latent_attention
 from experiments.accel.measuring import Figure
 
 # Each enters the table by `add`.
-OWN = (
-    hopper_products,
-    hopper_fp8,
-    gpu_latent_attention,
-    gpu_sparse_attention,
-    tpu_latent_attention,
-)
-NAMES = ("hopper", "latent")  # of their rows
+OWN = (gpu_latent_attention,)
+NAMES = ("latent",)  # of their rows
 PRECISIONS = ("none", "fp8")  # other recipes round otherwise, and multiply by the same kernels
 
 
