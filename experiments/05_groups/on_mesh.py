@@ -8,7 +8,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
 
-import json
 from functools import partial
 
 import jax
@@ -22,6 +21,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.planning import devices
 from dsv3_jax.planning.traffic import traffic
 from dsv3_jax.runs.checkpoint import load_run
+from experiments import apart
 from experiments.lab.tasks import Facts, TaskSource
 
 DEVICES = 8
@@ -80,4 +80,4 @@ def copies(ids, held):
 
 if __name__ == "__main__":
     devices.fake_cpus(DEVICES)
-    print(json.dumps(measure(Path(sys.argv[1]))))
+    sys.exit(apart.answer(measure(Path(folder)) for folder in sys.argv[1:]))

@@ -1,8 +1,5 @@
 """Group-limited routing on facts: what is learnt and sent, by how many groups a token may reach."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +8,7 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.rounds import mean_reach, wire_bytes
+from experiments import apart
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
@@ -67,15 +65,10 @@ def measure(trained):
 def on_mesh(trained):
     """Run on_mesh.py in a process of its own: JAX cannot add devices to this one."""
     script = Path(__file__).with_name("on_mesh.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(trained.folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ.copy(),
-    )
-    if done.returncode:
-        raise ValueError(f"{script.name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return apart.result([sys.executable, str(script), str(trained.folder)])
+    except apart.Failed as error:
+        raise ValueError(f"{script.name} failed: {error}") from None
 
 
 def draw(results, path):

@@ -4,14 +4,14 @@ import argparse
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from experiments import apart
 from experiments.lab import overview
 from experiments.lab.bases import base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
@@ -162,9 +162,10 @@ def _job(key: Key, run: StudyRun, *, alone: bool = False) -> Job:
 
 def _backend() -> str:
     """Return the workers' JAX backend. A subprocess looks: this one takes no accelerator memory."""
-    look_up = "import jax; print(jax.default_backend())"
-    done = subprocess.run([sys.executable, "-c", look_up], capture_output=True, text=True)
-    return done.stdout.strip() or "cpu"
+    look_up = "import jax, json; print(json.dumps(jax.default_backend()))"
+    with suppress(apart.Failed):
+        return apart.result([sys.executable, "-c", look_up])
+    return "cpu"
 
 
 def _publish(study: Study, results: Results) -> None:

@@ -3,49 +3,44 @@
 python experiments/scale/compile_time.py
 """
 
+import json
 import statistics
+import sys
+import time
 from pathlib import Path
 
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-RESULTS = Path(__file__).parent / "compile_results.json"
+from dsv3_jax.host.files import write_atomic
+from dsv3_jax.mesh import sharding
+from dsv3_jax.planning import cost, devices
+from experiments import apart
+from experiments.scale.plan_table import v3_run
+
 LAYERS, ROUNDS, MESH = (8, 61), 3, dict(data=4, expert=16)
 
 
 def case(layers: int) -> dict:
     """Compile V3's training step with this many layers."""
-    import math
-    import time
-
-    from dsv3_jax.config import Layout, replace
-    from dsv3_jax.mesh import sharding
-    from dsv3_jax.planning import cost, devices
-    from dsv3_jax.presets import recipe
-
-    devices.fake_cpus(math.prod(MESH.values()))
+    devices.fake_cpus(MESH["data"] * MESH["expert"])
     mesh = sharding.make_mesh(**MESH)
-    run = recipe("v3")
-    model = replace(run.model, num_layers=layers)
-    execution = replace(run.execution, layout=Layout(fsdp=True))
-    run = replace(
-        run, model=model, execution=execution, data=replace(run.data, batch_size=mesh.size)
-    )
+    run = v3_run(dict(num_layers=layers), dict(fsdp=True), mesh.size)
     start = time.process_time()
     compiled = cost.train_cost(run, mesh)
     return {"seconds": compiled.seconds, "cpu_seconds": time.process_time() - start}
 
 
 def main() -> None:
+    path = Path(__file__).with_name("compile_results.json")
     results: dict[str, list[dict]] = {str(n): [] for n in LAYERS}
     for _ in range(ROUNDS):
         for layers in LAYERS:
-            results[str(layers)].append(process.run(__file__, layers=layers))
-            process.save(RESULTS, results)
+            results[str(layers)].append(apart.run_case(__file__, layers=layers))
+            write_atomic(path, json.dumps(results, indent=1) + "\n")
             print(layers, results[str(layers)][-1], flush=True)
     few, many = (statistics.median(r["cpu_seconds"] for r in results[str(n)]) for n in LAYERS)
     print(f"{LAYERS[1]} layers take {many / few:.2f} times the CPU seconds of {LAYERS[0]}")
 
 
 if __name__ == "__main__":
-    if not process.work(case):
-        main()
+    apart.main(case, main)

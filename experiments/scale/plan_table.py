@@ -3,10 +3,21 @@
 python experiments/scale/plan_table.py [train|decode|tpu]
 """
 
+import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from dsv3_jax.config import Layout, RunConfig, replace
+from dsv3_jax.host.files import write_atomic
+from dsv3_jax.mesh import sharding
+from dsv3_jax.planning import cost, devices
+from dsv3_jax.presets import recipe
+from experiments import apart
+from experiments.lab import markdown_table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "plan_results.json"
@@ -32,58 +43,75 @@ DECODE = [
 TPU = [
     ("v5p", "tpu:v5p:4x4x4", dict(data=4, expert=16), dict(fsdp=True, expert_comm="all_to_all"), 8)
 ]
+GROUPS = {  # the tables: title, and what tells two cases of a mesh apart
+    "train": ("Training step", "expert_comm"),
+    "decode": ("Decoding step", "batch"),
+    "tpu": ("Compiled for TPU", "layers"),
+}
+HEADER = ["held, GB", "gradients", "temporaries", "total: fits", "sent, GB", "FLOPs, s", "wire, s"]
 
 
-def case(
-    kind: str, device: str, mesh: dict, layout: dict, rows: int = 0, context: int = 4096, **more
-) -> dict:
-    """Compile one step of V3 for a mesh, and return its memory, FLOPs and traffic."""
-    import math
+def v3_run(changes: dict, layout: dict, rows: int) -> RunConfig:
+    """V3's recipe with another model, layout and batch."""
+    run = recipe("v3")
+    return replace(
+        run,
+        model=replace(run.model, **changes),
+        execution=replace(run.execution, layout=Layout(**layout)),
+        data=replace(run.data, batch_size=rows),
+    )
 
-    from dsv3_jax.config import Layout, replace
-    from dsv3_jax.mesh import sharding
-    from dsv3_jax.planning import cost, devices
-    from dsv3_jax.presets import recipe
 
-    target = more.get("target")
+def case(device: str, mesh: dict, layout: dict, **more: Any) -> dict:
+    """Compile one step of V3 for a mesh, and return its memory, FLOPs and traffic.
+
+    Args: more: of decoding `rows` and `context`; of a TPU `target` and `layers`.
+    """
+    target, sizes = more.get("target"), dict.fromkeys(sharding.AXES, 1) | mesh
     if target is None:
         devices.fake_cpus(math.prod(mesh.values()))
-    sizes = dict.fromkeys(sharding.AXES, 1) | mesh
-    device_mesh = devices.target_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
-    run = recipe("v3")
-    model = replace(run.model, num_layers=more.get("layers", run.model.num_layers))
-    execution = replace(run.execution, layout=Layout(**layout))
-    if kind == "train":
-        data = replace(run.data, batch_size=cost.batch_parts(device_mesh))
-        run = replace(run, model=model, execution=execution, data=data)
-        compiled = cost.train_cost(run, device_mesh, target=target)
+    on = devices.target_mesh(target, sizes) if target else sharding.make_mesh(**sizes)
+    changes = {"num_layers": more["layers"]} if "layers" in more else {}
+    run = v3_run(changes, layout, cost.batch_parts(on))
+    if "rows" in more:
+        compiled = cost.decode_cost(run.model, run.execution, on, more["rows"], more["context"])
     else:
-        compiled = cost.decode_cost(model, execution, device_mesh, rows, context, target=target)
-    least = compiled.least_seconds(devices.ACCELERATORS[device])
-    known = compiled.sent.known()
+        compiled = cost.train_cost(run, on, target=target)
+    sheet, known = devices.ACCELERATORS[device], compiled.sent.known()
     return {
         "held": compiled.persistent,
         "made": compiled.transient,
         "temporaries": compiled.temporaries,
         "total": compiled.total,
-        "fits": compiled.fits(devices.ACCELERATORS[device].memory),
-        "memory": devices.ACCELERATORS[device].memory,
+        "fits": compiled.fits(sheet.memory),
+        "memory": sheet.memory,
         "flops": compiled.flops,
-        "tokens_a_device": compiled.tokens / device_mesh.size,
+        "tokens_a_device": compiled.tokens / on.size,
         "sent": known.wire,
         "sent_by_kind": known.by("kind"),
         "sent_by_axes": {"+".join(axes): amount for axes, amount in known.by("axes").items()},
         "sent_a_further_turn": compiled.sent.wire - known.wire,
-        "least_seconds": least,
+        "least_seconds": compiled.least_seconds(sheet),
         "compile_seconds": compiled.seconds,
         "refused": compiled.compile_error,
     }
 
 
-def format_case(mesh: dict, layout: dict) -> str:
-    """Return mesh and layout as text, as in "data 8×expert 64, fsdp"."""
-    axes = "×".join(f"{axis} {size}" for axis, size in mesh.items())
-    return axes + (", fsdp" if layout.get("fsdp") else "")
+def cases() -> list[tuple[str, str, dict]]:
+    """Return all cases: (group, key in the results, arguments of `case`)."""
+    train = [("train", lay["expert_comm"], d, m, lay, {}) for d, m, lay in TRAIN]
+    decode = [
+        ("decode", f"{rows} sequences of {context}", d, m, {}, dict(rows=rows, context=context))
+        for d, m, rows, context in DECODE
+    ]
+    tpu = [("tpu", f"{n} layers", d, m, lay, dict(target=t, layers=n)) for d, t, m, lay, n in TPU]
+    found = []
+    for group, detail, device, mesh, layout, more in (*train, *decode, *tpu):
+        axes = "×".join(f"{axis} {size}" for axis, size in mesh.items())
+        where = axes + (", fsdp" if layout.get("fsdp") else "")
+        arguments = dict(device=device, mesh=mesh, layout=layout) | more
+        found.append((group, f"{device} | {where} | {detail}", arguments))
+    return found
 
 
 def gb(count: float) -> str:
@@ -91,70 +119,39 @@ def gb(count: float) -> str:
     return f"{count / 1e9:,.1f}"
 
 
-def rows_of(results: dict) -> str:
+def cells(r: dict) -> list[str]:
+    """Return a case's cells of the table."""
+    if "failed" in r:
+        return [r["failed"], *[""] * 6]
+    held, known = sum(r["held"].values()), sum(r["made"].values())
+    temporaries = "" if r["temporaries"] is None else gb(max(0, r["temporaries"] - known))
+    total, seconds = f"{gb(r['total'])}: {'yes' if r['fits'] else 'no'}", r["least_seconds"]
+    times = [f"{seconds['FLOPs'] + 0:.3g}", f"{seconds['wire']:.3g}"]
+    return [gb(held), gb(known), temporaries, total, gb(r["sent"]), *times]
+
+
+def tables(results: dict) -> str:
     """Return Markdown tables of all cases."""
     parts = []
-    kinds = (
-        ("train", "Training step", "expert_comm"),
-        ("decode", "Decoding step", "batch"),
-        ("tpu", "Compiled for TPU", "layers"),
-    )
-    for kind, title, detail in kinds:
-        rows = []
-        for key, r in results.get(kind, {}).items():
-            device, where, rest = key.split(" | ")
-            if "failed" in r:
-                rows.append([device, where, rest, r["failed"], *[""] * 6])
-                continue
-            held, known = sum(r["held"].values()), sum(r["made"].values())
-            temporaries = "" if r["temporaries"] is None else gb(max(0, r["temporaries"] - known))
-            fits = "yes" if r["fits"] else "no"
-            seconds = r["least_seconds"]
-            rows.append(
-                [device, where, rest, gb(held), gb(known), temporaries, f"{gb(r['total'])}: {fits}"]
-                + [gb(r["sent"]), f"{seconds['FLOPs'] + 0:.3g}", f"{seconds['wire']:.3g}"]
-            )
-        if rows:
-            head = [
-                "device",
-                "mesh",
-                detail,
-                "held, GB",
-                "gradients",
-                "temporaries",
-                "total: fits",
-                "sent, GB",
-            ]
-            parts.append(f"### {title}\n\n" + process.table(head + ["FLOPs, s", "wire, s"], rows))
+    for group, (title, detail) in GROUPS.items():
+        if rows := [[*key.split(" | "), *cells(r)] for key, r in results.get(group, {}).items()]:
+            table = markdown_table(["device", "mesh", detail, *HEADER], rows)
+            parts.append(f"### {title}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
-def main(chosen: list[str]) -> None:
-    import json
-
+def main() -> None:
+    chosen = sys.argv[1:] or list(GROUPS)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    jobs = [("train", d, m, lay, dict(kind="train")) for d, m, lay in TRAIN]
-    jobs += [("decode", d, m, {}, dict(kind="decode", rows=r, context=c)) for d, m, r, c in DECODE]
-    jobs += [("tpu", d, m, lay, dict(kind="train", target=t, layers=n)) for d, t, m, lay, n in TPU]
-    for group, device, mesh, layout, more in jobs:
-        if chosen and group not in chosen:
-            continue
-        rest = {"train": layout.get("expert_comm", ""), "tpu": f"{more.get('layers')} layers"}.get(
-            group, f"{more.get('rows')} sequences of {more.get('context')}"
-        )
-        key = f"{device} | {format_case(mesh, layout)} | {rest}"
-        results.setdefault(group, {})[key] = result = process.run(
-            __file__, device=device, mesh=mesh, layout=layout, **more
-        )
-        process.save(RESULTS, results)
-        print(
-            key,
-            result.get("failed") or f"{gb(result['total'])} GB, {gb(result['sent'])} GB sent",
-            flush=True,
-        )
-    (HERE / "plan_table.md").write_text(rows_of(results))
+    for group, key, arguments in cases():
+        if group in chosen:
+            results.setdefault(group, {})[key] = r = apart.run_case(__file__, **arguments)
+            write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
+            print(
+                key, r.get("failed") or f"{gb(r['total'])} GB, {gb(r['sent'])} GB sent", flush=True
+            )
+    (HERE / "plan_table.md").write_text(tables(results))
 
 
 if __name__ == "__main__":
-    if not process.work(case):
-        main(sys.argv[1:])
+    apart.main(case, main)

@@ -11,12 +11,21 @@ import json
 import sys
 from pathlib import Path
 
-import process
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from matplotlib.figure import Figure
+
+from dsv3_jax.host.files import write_atomic
+from dsv3_jax.mesh import sharding
+from dsv3_jax.planning import cost, devices
+from experiments import apart
+from experiments.scale.plan_table import v3_run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "weak_results.json"
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 COARSE_TO_FINE = (1, 64, 8, 2, 16, 4, 32)
+FEW_LAYERS = dict(num_layers=3, num_dense_layers=1, mtp_depth=0)
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 
 # label: (the axis that grows, layout, changes of the model)
@@ -30,21 +39,11 @@ LINES = {
 }
 
 
-def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
+def case(axis: str, count: int, layout: dict, changes: dict) -> dict:
     """Compile V3's widths in one dense and two sparse layers, with 4,096 tokens per device."""
-    from dsv3_jax.config import Layout, replace
-    from dsv3_jax.mesh import sharding
-    from dsv3_jax.planning import cost
-    from dsv3_jax.planning.devices import fake_cpus
-    from dsv3_jax.presets import recipe
-
-    fake_cpus(devices)
-    mesh = sharding.make_mesh(**{axis: devices})
-    run = recipe("v3")
-    model = replace(run.model, **(dict(num_layers=3, num_dense_layers=1, mtp_depth=0) | changes))
-    execution = replace(run.execution, layout=Layout(**layout))
-    run = replace(run, model=model, execution=execution, data=replace(run.data, batch_size=devices))
-    compiled = cost.train_cost(run, mesh)
+    devices.fake_cpus(count)
+    mesh = sharding.make_mesh(**{axis: count})
+    compiled = cost.train_cost(v3_run(FEW_LAYERS | changes, layout, count), mesh)
     known = compiled.sent.known()
     kinds = known.by("kind")
     return {
@@ -57,29 +56,22 @@ def case(axis: str, devices: int, layout: dict, changes: dict) -> dict:
     }
 
 
-def plot(results: dict) -> None:
+def draw(results: dict) -> None:
     """Draw weak.png: a panel per mesh axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
     for panel, axis in zip(panels, ("data", "expert", "tensor"), strict=True):
-        for label, (grows, _, _) in LINES.items():
-            if grows == axis:
-                sizes = [n for n in DEVICES if "sent" in results.get(label, {}).get(str(n), {})]
-                key = "sent_but_for_all_reduce" if axis == "expert" else "sent"
-                sent = [results[label][str(n)][key] / 1e9 for n in sizes]
-                name = label.partition(": ")[2] or "heads, hidden units and vocabulary sharded"
-                panel.plot(sizes, sent, marker="o", label=name)
+        for label in (label for label, (grows, *_) in LINES.items() if grows == axis):
+            found = results.get(label, {})
+            sizes = [n for n in DEVICES if "sent" in found.get(str(n), {})]
+            key = "sent_but_for_all_reduce" if axis == "expert" else "sent"
+            name = label.partition(": ")[2] or "heads, hidden units and vocabulary sharded"
+            panel.plot(sizes, [found[str(n)][key] / 1e9 for n in sizes], marker="o", label=name)
+        title = f"along {axis}" + (": tokens to their experts and back" * (axis == "expert"))
+        panel.set(title=title, xlabel="devices")
         panel.set_xscale("log", base=2)
         panel.set_xticks(DEVICES, [str(n) for n in DEVICES])
         panel.set_ylim(bottom=0)
-        panel.set_title(
-            f"along {axis}" + (": tokens to their experts and back" if axis == "expert" else "")
-        )
-        panel.set_xlabel("devices")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
     panels[0].set_ylabel("GB sent per device and step")
@@ -91,21 +83,16 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [axis for axis in ("data", "expert", "tensor") if axis in sys.argv]
     lines = {} if "--plot" in sys.argv else LINES
-    for devices in sorted(DEVICES, key=COARSE_TO_FINE.index):
+    for count in COARSE_TO_FINE:
         for label, (axis, layout, changes) in lines.items():
-            if (chosen and axis not in chosen) or str(devices) in results.get(label, {}):
+            if (chosen and axis not in chosen) or str(count) in results.get(label, {}):
                 continue
-            result = process.run(
-                __file__, axis=axis, devices=devices, layout=layout, changes=changes
-            )
-            results.setdefault(label, {})[str(devices)] = result
-            process.save(RESULTS, results)
-            print(
-                label, devices, result.get("failed") or f"{result['sent'] / 1e9:.2f} GB", flush=True
-            )
-    plot(results)
+            arguments = dict(axis=axis, count=count, layout=layout, changes=changes)
+            results.setdefault(label, {})[str(count)] = r = apart.run_case(__file__, **arguments)
+            write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
+            print(label, count, r.get("failed") or f"{r['sent'] / 1e9:.2f} GB", flush=True)
+    draw(results)
 
 
 if __name__ == "__main__":
-    if not process.work(case):
-        main()
+    apart.main(case, main)
