@@ -50,9 +50,9 @@ def replies(command: Sequence[str], seconds: float = threading.TIMEOUT_MAX) -> I
         process.stdout.close()
 
 
-def result(command: Sequence[str], seconds: float = threading.TIMEOUT_MAX) -> Any:
+def result(process: Sequence[str], seconds: float = threading.TIMEOUT_MAX) -> Any:
     """Run a process, and return what it said last. Raises: Failed, as `replies`."""
-    *_, last = replies(command, seconds)
+    *_, last = replies(process, seconds)
     return last
 
 
@@ -76,16 +76,21 @@ def sentence(error: BaseException) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + " …"
 
 
+def command(script: str, **case: Any) -> list[str]:
+    """The process for one case of a script that ends in `main`."""
+    return [sys.executable, script, "--case", json.dumps(case)]
+
+
 def run_case(script: str, **case: Any) -> Any:
-    """Run a case of a script that ends in `main`. Returns its result, or {"failed": a sentence}."""
+    """Run a case of a script. Returns its result, or {"failed": a sentence}."""
     try:
-        return result([sys.executable, script, "--case", json.dumps(case)])
+        return result(command(script, **case))
     except Failed as error:
         return {"failed": str(error)}
 
 
 def main(case: Callable[..., Any], script: Callable[[], Any]) -> None:
-    """End a script: run all of it, or in a process of `run_case` the one case."""
+    """End a script: run all of it, or in a process of `command` the one case."""
     if sys.argv[1:2] == ["--case"]:
         sys.exit(answer(case(**json.loads(text)) for text in sys.argv[2:]))
     sys.exit(script())

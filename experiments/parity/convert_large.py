@@ -7,66 +7,66 @@ package takes. Pages that a memory map has read count as resident until the map 
 """
 
 import argparse
-import json
-import subprocess
+import contextlib
+import resource
 import sys
 import tempfile
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+import jax
+import numpy as np
+
+from dsv3_jax import hf
+from dsv3_jax.config import replace
+from dsv3_jax.hf.config_writing import config_to_dict
+from dsv3_jax.hf.released_folder import BF16
+from dsv3_jax.hf.tensor_files import CONFIG, table_bytes, write_json, write_shards
+from dsv3_jax.hf.tensor_names import entries
+from dsv3_jax.presets import preset
+from experiments import apart
 
 # About 1.1e9 parameters: 4.4 GB in float32, 2.2 GB in bfloat16. Experts' stacks are the largest.
-CHANGES = dict(
-    vocab_size=32768,
-    dim=1024,
-    num_layers=10,
-    dense_dim=2816,
-    num_heads=8,
-    expert_dim=512,
-    num_experts=64,
-)
-CHANGES |= dict(mtp_depth=1, max_positions=4096)
-
+CFG = replace(
+    preset("mini"), vocab_size=32768, dim=1024, num_layers=10, dense_dim=2816, num_heads=8,
+    expert_dim=512, num_experts=64, mtp_depth=1, max_positions=4096,
+)  # fmt: skip
 STEPS = {
-    "import": "import dsv3_jax.runs.convert",
-    "load bfloat16 → float32": "hf.load(root / 'bf16', quiet=True)",
-    "load bfloat16 → bfloat16": "hf.load(root / 'bf16', dtype='bfloat16', quiet=True)",
-    "bfloat16 → FP8": "hf.convert(root / 'bf16', root / 'fp8', dtype='fp8')",
-    "FP8 → bfloat16": "hf.convert(root / 'fp8', root / 'back', dtype='bfloat16')",
-    "load FP8 → float32": "hf.load(root / 'fp8', quiet=True)",
+    "import": lambda root: hf.convert,  # it is imported when it is named
+    "load bfloat16 → float32": lambda root: hf.load(root / "bf16", quiet=True),
+    "load bfloat16 → bfloat16": lambda root: hf.load(root / "bf16", dtype="bfloat16", quiet=True),
+    "bfloat16 → FP8": lambda root: hf.convert(root / "bf16", root / "fp8", dtype="fp8"),
+    "FP8 → bfloat16": lambda root: hf.convert(root / "fp8", root / "back", dtype="bfloat16"),
+    "load FP8 → float32": lambda root: hf.load(root / "fp8", quiet=True),
 }
-WORKER = """
-import json, resource, sys, time
-from pathlib import Path
-import dsv3_jax as ds
-from dsv3_jax import hf
-import jax
-jax.devices()
-root = Path(sys.argv[1])
-start = time.perf_counter()
-{step}
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
-"""
 
 
-def make(folder: Path) -> tuple[float, float]:
-    """Write a bfloat16 folder of random weights. Returns (its GB, its largest stack in GB).
+def case(step: str, root: str) -> list[float]:
+    """Return a step's seconds, and the most memory of its process in GB."""
+    jax.devices()
+    start = time.perf_counter()
+    kept = STEPS[step](Path(root))  # what is loaded counts
+    seconds = time.perf_counter() - start
+    del kept
+    return [seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]
 
-    It writes one tensor at a time.
+
+@contextlib.contextmanager
+def synthetic_folder(description: str | None, needs: str) -> Iterator[tuple[Path, float]]:
+    """Make a bfloat16 folder of random weights, below a temporary one. Yields (it, its GB).
+
+    It writes one tensor at a time. The command line's `--root` names the temporary folder's parent.
     """
-    import numpy as np
-
-    from dsv3_jax import hf
-    from dsv3_jax.config import replace
-    from dsv3_jax.hf.config_writing import config_to_dict
-    from dsv3_jax.hf.released_folder import BF16
-    from dsv3_jax.hf.tensor_files import CONFIG, table_bytes, write_json, write_shards
-    from dsv3_jax.hf.tensor_names import entries
-    from dsv3_jax.presets import preset
-
-    cfg = replace(preset("mini"), **CHANGES)
-    table = hf.tensor_table(cfg)
-    source = {e.name: e.copy_of or e.name for e in entries(cfg)}
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--root", type=Path, help=f"the parent of the temporary folder, which needs about {needs}"
+    )
+    table = hf.tensor_table(CFG)
+    source = {e.name: e.copy_of or e.name for e in entries(CFG)}
 
     def random(name: str) -> np.ndarray:
         shape, dtype = table[name]
@@ -74,34 +74,27 @@ def make(folder: Path) -> tuple[float, float]:
         value = rng.standard_normal(shape, np.float32) * np.float32(0.02)
         return value.astype(BF16 if dtype == "bfloat16" else dtype)
 
-    folder.mkdir()
-    write_shards(folder, table, 500_000_000, map(random, table))
-    write_json(folder / CONFIG, config_to_dict(cfg))
-    stack = cfg.num_sparse_layers * cfg.num_experts * cfg.dim * cfg.expert_dim * 4
-    return table_bytes(table) / 1e9, stack / 1e9
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().root) as root:
+        folder = Path(root) / "bf16"
+        folder.mkdir()
+        write_shards(folder, table, 500_000_000, map(random, table))
+        write_json(folder / CONFIG, config_to_dict(CFG))
+        yield folder, table_bytes(table) / 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root", type=Path, help="the parent of the temporary folder, which needs about 6 GB"
-    )
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.root) as root:
-        size, stack = make(Path(root) / "bf16")
-        print(
-            f"{size:.2f} GB in bfloat16; "
-            f"the largest stacked parameter is {stack:.2f} GB in float32\n"
-        )
+    with synthetic_folder(__doc__, "6 GB") as (folder, size):
+        stack = CFG.num_sparse_layers * CFG.num_experts * CFG.dim * CFG.expert_dim * 4 / 1e9
+        print(f"{size:.2f} GB in bfloat16; ", end="")
+        print(f"the largest stacked parameter is {stack:.2f} GB in float32\n")
         print("| step | seconds | peak memory, GB |\n|---|---|---|")
         base = 0.0
-        for name, step in STEPS.items():
-            line = [sys.executable, "-c", WORKER.format(step=step), root]
-            done = subprocess.run(line, check=True, capture_output=True, text=True)
-            seconds, peak = json.loads(done.stdout.split("\n")[-2])
+        for step in STEPS:
+            case_of = dict(step=step, root=str(folder.parent))
+            seconds, peak = apart.result(apart.command(__file__, **case_of))
             base = base or peak
-            print(f"| {name} | {seconds:.1f} | {peak - base:.2f} |", flush=True)
+            print(f"| {step} | {seconds:.1f} | {peak - base:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    apart.main(case, main)

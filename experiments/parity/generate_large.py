@@ -7,37 +7,42 @@ process. Peak memory is that of the process: the package, JAX, its compiler and 
 files count too.
 """
 
-import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
-from convert_large import make
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-CASES = {"float32, the default on a CPU": [], "bfloat16": ["--dtype", "bfloat16"]}
+from dsv3_jax.data.tokenizer import byte_tokenizer_json
+from dsv3_jax.model.counting import size
+from experiments.parity.convert_large import CFG, synthetic_folder
+
+# (dtype, bytes of a number, options)
+CASES = (
+    ("float32, the default on a CPU", 4, []),
+    ("bfloat16", 2, ["--dtype", "bfloat16"]),
+)
 NEW, PROMPT = 33, "the quick brown fox " * 8
-BYTES = {"float32": 4, "bfloat16": 2}
+HEADER = (
+    "dtype in memory | parameters, GiB | peak, GiB | above the parameters | first token, s | all, s"
+)
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
     """Write a tokenizer of bytes whose further ids, which no text gives, fill the vocabulary."""
-    from dsv3_jax.data.tokenizer import byte_tokenizer_json
-
     values = json.loads(byte_tokenizer_json())
     first = len(values["model"]["vocab"]) + len(values["added_tokens"])
     values["model"]["vocab"] |= {f"Ġ{i}": i for i in range(first, size)}
     (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def measure(folder: Path, options: list[str]) -> tuple[float, float, int]:
-    """Run the command. Returns: (seconds to the first text, to the end, peak bytes of memory)."""
-    line = [sys.executable, "-m", "dsv3_jax.cli", "generate", str(folder)]
-    line += ["--temperature", "0", *options]
-    line += ["--max-new-tokens", str(NEW), "--prompt", PROMPT]
+def measure(folder: Path, options: list[str]) -> tuple[float, float, float]:
+    """Run the command. Returns: (seconds to the first text, to the end, peak GiB of memory)."""
+    line = [sys.executable, "-m", "dsv3_jax.cli", "generate", str(folder), *options]
+    line += ["--temperature", "0", "--max-new-tokens", str(NEW), "--prompt", PROMPT]
     start = time.perf_counter()
     with Popen(line, stdout=PIPE, stderr=DEVNULL) as process:
         assert process.stdout
@@ -48,38 +53,20 @@ def measure(folder: Path, options: list[str]) -> tuple[float, float, int]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(line)} ended with code {process.returncode}")
-    return first, time.perf_counter() - start, usage.ru_maxrss * 1024
+    return first, time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root", type=Path, help="the parent of the temporary folder, which needs about 2.4 GB"
-    )
-    args = parser.parse_args()
-    from dsv3_jax import hf
-    from dsv3_jax.model.counting import size
-
-    with tempfile.TemporaryDirectory(dir=args.root) as root:
-        folder = Path(root) / "model"
-        stored, _ = make(folder)
-        cfg = hf.released_folder.ReleasedFolder(folder).cfg
-        write_tokenizer(folder, cfg.vocab_size)
-        count = size(cfg).total
+    with synthetic_folder(__doc__, "2.4 GB") as (folder, stored):
+        write_tokenizer(folder, CFG.vocab_size)
+        count = size(CFG).total
         print(f"{stored:.2f} GB in bfloat16, {count / 1e9:.2f}e9 parameters\n")
-        print(
-            "| dtype in memory | parameters, GiB | peak, GiB | above the parameters "
-            "| first token, s | all, s |"
-        )
-        print("|---|---|---|---|---|---|")
-        for name, options in CASES.items():
+        print(f"| {HEADER} |\n|---|---|---|---|---|---|")
+        for name, nbytes, options in CASES:
             first, seconds, peak = measure(folder, options)
-            held, peak = count * BYTES[name.split(",")[0]] / 2**30, peak / 2**30
-            print(
-                f"| {name} | {held:.2f} | {peak:.2f} | {peak - held:.2f} "
-                f"| {first:.1f} | {seconds:.1f} |",
-                flush=True,
-            )
+            held = count * nbytes / 2**30
+            cells = (name, f"{held:.2f}", f"{peak:.2f}", f"{peak - held:.2f}")
+            print("|", " | ".join([*cells, f"{first:.1f}", f"{seconds:.1f}"]), "|", flush=True)
 
 
 if __name__ == "__main__":
