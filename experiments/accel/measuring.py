@@ -17,9 +17,10 @@ import jax
 from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.kernels import choose, table
 from experiments.accel.sizes import Sizes
+from experiments.apart import sentence
 
+BFLOAT16 = Execution(compute_dtype="bfloat16")
 MOST_BYTES = 4 << 30
-LONGEST = 300  # characters of an error in the table
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Figure:
 
 
 Part = Iterator[Figure | str]
+RAN: dict[str, str] = {}
 
 
 class Recorder(choose.Kernels):
@@ -47,9 +49,6 @@ class Recorder(choose.Kernels):
         row = super().pick(op, *arrays, **settings)
         RAN[op] = row.name
         return row
-
-
-RAN: dict[str, str] = {}
 
 
 def kernels_for(
@@ -73,22 +72,19 @@ def seconds_of(call: Callable[[], Any], seconds: float, samples: int = 5) -> flo
     The calls of a sample are queued and awaited together, so the time to start one counts only
     where the device waits for it.
     """
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    once = time.perf_counter() - start
-    count = max(1, min(200, round(seconds / samples / max(once, 1e-7))))
-    if once > seconds:  # a slow one: no more than two samples
-        samples = 2
 
-    def sample() -> float:
+    def sample(count: int) -> float:
         start = time.perf_counter()
         for _ in range(count):
             out = call()
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / count
 
-    return statistics.median(sample() for _ in range(samples))
+    sample(1)
+    once = sample(1)
+    count = max(1, min(200, round(seconds / samples / max(once, 1e-7))))
+    # a slow one: no more than two samples
+    return statistics.median(sample(count) for _ in range(2 if once > seconds else samples))
 
 
 def rate(
@@ -130,11 +126,8 @@ def by_backend(
         title = f"{label}, {name}{' (chosen)' if name == chosen else ''}"
         needed = 0 if here == "tpu" and name == "ragged_dot" else (operands or {}).get(name, 0)
         if needed > MOST_BYTES:
-            yield Figure(
-                title,
-                None,
-                why=f"not available here: it would make an operand of {needed / 1e9:.0f} GB",
-            )
+            why = f"not available here: it would make an operand of {needed / 1e9:.0f} GB"
+            yield Figure(title, None, why=why)
             continue
         yield from or_why(
             title, _by_name(op, name, partial(measure, title=title, chosen=name == chosen))
@@ -158,9 +151,3 @@ def or_why(title: str, part: Part) -> Part:
         yield Figure(title, None, why=f"not available here: {sentence(error).split('; use ')[0]}")
     except Exception as error:  # of a compiler or a library: any type
         yield Figure(title, None, why=f"failed: {sentence(error)}")
-
-
-def sentence(error: BaseException) -> str:
-    """An error's message on one line, not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else text[:LONGEST] + " …"

@@ -21,15 +21,14 @@ from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import recipe
 from dsv3_jax.training.state import Job, init_state
 from dsv3_jax.training.step import make_step
-from experiments.accel.measuring import Figure, Part, kernels_for, ran, seconds_of, sentence
+from experiments.accel.measuring import BFLOAT16, Figure, Part, kernels_for, ran, seconds_of
 from experiments.accel.random_data import draw, filled, keys, random_batch
 from experiments.accel.sizes import Sizes
+from experiments.apart import sentence
 from experiments.bench.copying import decode_bytes
 
-BFLOAT16 = Execution(compute_dtype="bfloat16")
 
-
-def is_out_of_memory(error: BaseException) -> bool:
+def does_not_fit(error: BaseException) -> bool:
     """Say whether the device ran out of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
@@ -37,9 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
     """A run of a model, computed as V2-Lite's recipe says, in bfloat16."""
     execution = replace(recipe("v2_lite").execution, compute_dtype="bfloat16")
-    return RunConfig(
-        model=cfg, execution=execution, data=DataConfig(seq_len=length, batch_size=rows)
-    )
+    data = DataConfig(seq_len=length, batch_size=rows)
+    return RunConfig(model=cfg, execution=execution, data=data)
 
 
 def step(sizes: Sizes) -> Part:
@@ -47,27 +45,24 @@ def step(sizes: Sizes) -> Part:
     rows, length = sizes.step_batch
     while True:
         try:
-            yield from _step(sizes, rows, length, first=rows == sizes.step_batch[0])
+            yield from _step(sizes, rows, length)
             return
         except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error) or rows == 1:
+            if not does_not_fit(error) or rows == 1:
                 raise
         yield f"{rows} rows do not fit; {rows // 2} are tried"
         rows //= 2
 
 
-def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
-    """Args: first: nothing was tried before, so the most memory that is counted is this step's."""
-    cfg, kernels = sizes.step, kernels_for()
+def _step(sizes: Sizes, rows: int, length: int) -> Part:
+    cfg = sizes.step
     run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
     label = f"{cfg.num_layers} layers, {rows}×{length} tokens"
     yield f"{label}: compile"
     state = jax.block_until_ready(init_state(Job(run)))
     held = sum(x.nbytes for x in jax.tree.leaves((state, batch)))
-    compiled = make_step(Job(run, kernels=kernels)).lower(state, batch).compile()
-    chosen = ran()
-    planned = held + compiled.memory_analysis().temp_size_in_bytes
-    yield f"{label}: run"
+    compiled = make_step(Job(run, kernels=kernels_for())).lower(state, batch).compile()
+    planned, chosen = held + compiled.memory_analysis().temp_size_in_bytes, ran()
 
     def steps(count: int) -> float:
         nonlocal state
@@ -78,32 +73,23 @@ def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
             raise ValueError(f"the loss {float(found['loss'])} or a gradient is not finite")
         return (time.perf_counter() - start) / count
 
+    yield f"{label}: run"
     steps(1)
-    once = steps(1)
-    took = statistics.median(steps(max(1, round(sizes.seconds / once / 2))) for _ in range(5))
+    count = max(1, round(sizes.seconds / steps(1) / 2))
+    took = statistics.median(steps(count) for _ in range(5))
     note = f"remat {run.execution.remat}"
     yield Figure(f"{label}, a step", took, "s", ran=chosen, note=note)
     yield Figure(f"{label}, speed", rows * length / took, "tokens/s")
-    flops = train_flops_per_token(cfg) * rows * length
+    rate = train_flops_per_token(cfg) * rows * length / took
+    limits = dict(against="sheet flops", bar="mfu")
     note = "MFU: 6 FLOPs a token and active parameter"
-    yield Figure(
-        f"{label}, useful work",
-        flops / took,
-        "FLOP/s",
-        against="sheet flops",
-        bar="mfu",
-        note=note,
-    )
-    yield Figure(
-        f"{label}, planned memory",
-        planned,
-        "B",
-        bound="planned memory",
-        note="state and the compiler's temporaries",
-    )
+    yield Figure(f"{label}, useful work", rate, "FLOP/s", **limits, note=note)
+    limits = dict(bound="planned memory", note="state and the compiler's temporaries")
+    yield Figure(f"{label}, planned memory", planned, "B", **limits)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if peak and first:
+    if peak and rows == sizes.step_batch[0]:  # else a larger batch, which was tried, counts too
         yield Figure(f"{label}, most memory used", peak, "B", against="planned memory")
+
     yield f"{label}: the same bits twice"
     found = []
     for _ in range(2):
@@ -112,9 +98,8 @@ def _step(sizes: Sizes, rows: int, length: int, first: bool) -> Part:
         steps(3)
         found.append(jax.device_get(sums_of_bits(state)))
     differ = int(sum(map(operator.ne, *map(jax.tree.leaves, found))))
-    yield Figure(
-        "arrays that differ after 3 steps, same seed", differ, "arrays", bar="equal", ran=chosen
-    )
+    name = "arrays that differ after 3 steps, same seed"
+    yield Figure(name, differ, "arrays", bar="equal", ran=chosen)
 
 
 @jax.jit
@@ -155,11 +140,10 @@ def _decode_at(sizes: Sizes, batches: tuple[int, ...]) -> Part:
         label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
         yield label
         try:
-            yield from _decode(
-                sizes, label, batch, nnx.merge(graph, state), partial(steps, state, weights)
-            )
+            model, run = nnx.merge(graph, state), partial(steps, state, weights)
+            yield from _decode(sizes, label, batch, model, run)
         except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
+            if not does_not_fit(error):
                 raise
             yield Figure(label, None, why=f"does not fit in memory: {sentence(error)}")
 
@@ -219,56 +203,52 @@ def drafts(sizes: Sizes) -> Part:
     cfg, rng = sizes.drafts, np.random.default_rng(0)
     yield "weights"
     model = nnx.merge(*filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16"))
-    best, reason = 0.0, ""
+    gains = []
     for batch in sizes.draft_batches:
         prompts = rng.integers(0, cfg.vocab_size, (batch, sizes.draft_prompt)).tolist()
         rates, steps, accepted = {}, {}, 0.0
-        for draft in (None, "mtp"):
-            label = f"batch {batch}, {'MTP drafts' if draft else 'no drafts'}"
+        for draft, words in {None: "no drafts", "mtp": "MTP drafts"}.items():
+            label, note = f"batch {batch}, {words}", ""
             yield label
             ran()
-            results = [
+            _, *timed = (  # the first compiles
                 generate(model, prompts, sizes.draft_tokens, temperature=1.0, draft=draft)
                 for _ in range(4)
-            ]
-            results = results[1:]  # the first compiles
-            rates[draft] = statistics.median(result.tokens_per_s for result in results)
-            steps[draft] = statistics.median(
-                result.decode_seconds / result.steps for result in results
             )
-            accepted = results[0].acceptance[0] if draft else 0.0
-            note = f"{accepted:.0%} of the drafts accepted" if draft else ""
-            yield Figure(
-                f"{cfg.num_layers} layers, {label}", rates[draft], "tokens/s", ran=ran(), note=note
-            )
-        gain = rates["mtp"] / rates[None]
-        if gain > best:
-            best = gain
-            reason = (
-                f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times "
-                f"as long, and {accepted:.0%} are accepted"
-            )
-    yield Figure("drafts over none, best batch", best, "times", bar="drafts", note=reason)
+            rates[draft] = statistics.median(run.tokens_per_s for run in timed)
+            steps[draft] = statistics.median(run.decode_seconds / run.steps for run in timed)
+            if draft:
+                accepted = timed[0].acceptance[0]
+                note = f"{accepted:.0%} of the drafts accepted"
+            name = f"{cfg.num_layers} layers, {label}"
+            yield Figure(name, rates[draft], "tokens/s", ran=ran(), note=note)
+        note = f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times "
+        gains.append(
+            (rates["mtp"] / rates[None], f"{note}as long, and {accepted:.0%} are accepted")
+        )
+    gain, note = max(gains)
+    yield Figure("drafts over none, best batch", gain, "times", bar="drafts", note=note)
 
 
 def exact(sizes: Sizes) -> Part:
     """Numbers that must be equal: greedy ids without drafts, and the bits of two runs of a seed."""
     cfg, rng = sizes.exact, np.random.default_rng(0)
+    prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (5, 17, 30)]
     # With less, two tokens about as likely may change places.
     with jax.default_matmul_precision("highest"):
         yield "greedy ids: no drafts"
         model = Transformer(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels_for("float32"))
-        prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (5, 17, 30)]
         plain = generate(model, prompts, sizes.exact_tokens).tokens
         # Its untrained head's drafts are mostly rejected; the model's own are accepted.
         for name, draft in {"MTP drafts": "mtp", "the model's own drafts": model}.items():
             yield f"greedy ids: {name}"
             found = generate(model, prompts, sizes.exact_tokens, draft=draft, draft_length=2)
-            differ = _different_ids(plain, found.tokens)
             note = f"{found.mean_accepted:.2f} tokens a step, float32"
-            yield Figure(
-                f"greedy ids that differ with {name}", differ, "ids", bar="equal", note=note
+            differ, name = (
+                _different_ids(plain, found.tokens),
+                f"greedy ids that differ with {name}",
             )
+            yield Figure(name, differ, "ids", bar="equal", note=note)
     yield "the same ids twice: sampling"
     model = Transformer(cfg, BFLOAT16, rngs=nnx.Rngs(0), kernels=kernels_for())
     first, second = (

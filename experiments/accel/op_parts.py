@@ -26,21 +26,15 @@ def bounds(sizes: Sizes) -> Part:
     def products(a, b):
         return jax.lax.fori_loop(0, repeats, lambda _, a: a @ b, a)
 
-    name, flops = f"matrix product {n}³, bfloat16", repeats * 2 * n**3
-    yield from rate(
-        name, flops, lambda: products(a, b), sizes, against="sheet flops", bound="product"
-    )
+    name, limits = f"matrix product {n}³, bfloat16", dict(against="sheet flops", bound="product")
+    yield from rate(name, repeats * 2 * n**3, lambda: products(a, b), sizes, **limits)
+
     x, add = draw(next(key), (sizes.copied,), "float32"), jax.jit(lambda x: x + 1)
-    name = f"copy of {4 * sizes.copied / 1e9:.2g} GB, read and written"
-    yield from rate(
-        name,
-        8 * sizes.copied,
-        lambda: add(x),
-        sizes,
-        unit="B/s",
-        against="sheet bytes",
-        bound="copy",
+    name, limits = (
+        f"copy of {x.nbytes / 1e9:.2g} GB, read and written",
+        dict(unit="B/s", against="sheet bytes", bound="copy"),
     )
+    yield from rate(name, 2 * x.nbytes, lambda: add(x), sizes, **limits)
 
 
 def layer(sizes: Sizes) -> Part:
@@ -54,7 +48,7 @@ def layer(sizes: Sizes) -> Part:
     shapes = nnx.eval_shape(lambda: MoE(cfg, rngs=nnx.Rngs(0)))
     graph, state = filled(shapes, cfg.init_std, "bfloat16")
     params, rest = nnx.split_state(state, nnx.Param, ...)
-    x, dy = draw(next(key), (rows, length, cfg.dim)), draw(next(key), (rows, length, cfg.dim))
+    x, dy = (draw(next(key), (rows, length, cfg.dim)) for _ in range(2))
 
     def apply(params, x):
         ctx = make_context(cfg, from_zero(rows, length), how=How(kernels_for()))
@@ -64,13 +58,10 @@ def layer(sizes: Sizes) -> Part:
     experts = cfg.experts_per_token + cfg.num_shared_experts
     flops = rows * length * (6 * experts * cfg.dim * cfg.expert_dim + 2 * cfg.dim * cfg.num_experts)
     forward, both = jax.jit(apply), jax.jit(lambda params, x, dy: jax.vjp(apply, params, x)[1](dy))
-    yield from rate(
-        f"{label}, forward", flops, lambda: forward(params, x), sizes, against="product"
-    )
+    timed = partial(rate, sizes=sizes, against="product")
+    yield from timed(f"{label}, forward", flops, lambda: forward(params, x))
     name = f"{label}, forward and backward"
-    yield from rate(
-        name, 3 * flops, lambda: both(params, x, dy), sizes, against="product", bar="layer"
-    )
+    yield from timed(name, 3 * flops, lambda: both(params, x, dy), bar="layer")
 
 
 def grouped(sizes: Sizes) -> Part:
@@ -87,6 +78,30 @@ def more_grouped(sizes: Sizes) -> Part:
         yield from _grouped(sizes, *item)
 
 
+def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part:
+    (cfg, tokens), key = of_model, keys()
+    x, dy = (draw(next(key), (tokens, cfg.dim)) for _ in range(2))
+    weights = _expert_weights(cfg, key)
+    gates, ids = _choices(next(key), tokens, cfg)
+    flops = 6 * tokens * cfg.experts_per_token * cfg.dim * cfg.expert_dim
+    # Bytes of the operand that each makes of every expert's share, where it is no kernel.
+    dense = 2 * tokens * cfg.num_experts * cfg.dim
+    operands = {"ragged_dot": dense * cfg.experts_per_token, "dense": dense}
+
+    def apply(kernels: Recorder, x, gates, weights):
+        return kernels("grouped_swiglu", x, ids, gates, *weights)
+
+    def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
+        run, timed = partial(apply, kernels), partial(rate, sizes=sizes, against="product")
+        forward, both = jax.jit(run), jax.jit(lambda dy, *args: jax.vjp(run, *args)[1](dy))
+        yield from timed(f"{title}, forward", flops, lambda: forward(x, gates, weights))
+        name = f"{title}, forward and backward"
+        yield from timed(name, 3 * flops, lambda: both(dy, x, gates, weights))
+
+    label, call = f"{name}, {tokens} tokens", partial(apply, x=x, gates=gates, weights=weights)
+    yield from by_backend("grouped_swiglu", label, call, measure, operands)
+
+
 def few_rows(sizes: Sizes) -> Part:
     """A decoding step's experts by implementation and batch: bytes of those that tokens chose."""
     cfg, key = sizes.decode, keys()
@@ -95,19 +110,17 @@ def few_rows(sizes: Sizes) -> Part:
         x = draw(next(key), (tokens, cfg.dim))
         gates, ids = _choices(next(key), tokens, cfg)
         # The number of experts that some token chose, in the mean.
-        chosen = cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
-        nbytes = chosen * 3 * cfg.dim * cfg.expert_dim * 2
+        reached = cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** tokens)
+        label = f"{tokens} tokens, {reached:.0f} of {cfg.num_experts} experts"
+        nbytes = reached * 3 * cfg.dim * cfg.expert_dim * 2
 
         def apply(kernels: Recorder, x=x, ids=ids, gates=gates):
             return kernels("decode_experts", x, ids, gates, *weights)
 
-        def measure(
-            kernels: Recorder, title: str, chosen: bool, apply=apply, x=x, nbytes=nbytes
-        ) -> Part:
+        def measure(kernels: Recorder, title: str, chosen: bool, apply=apply, x=x, work=nbytes):
             run = jax.jit(partial(apply, kernels))
-            yield from rate(title, nbytes, lambda: run(x), sizes, unit="B/s", against="copy")
+            yield from rate(title, work, lambda: run(x), sizes, unit="B/s", against="copy")
 
-        label = f"{tokens} tokens, {chosen:.0f} of {cfg.num_experts} experts"
         yield from by_backend("decode_experts", label, apply, measure)
 
 
@@ -117,41 +130,9 @@ def _expert_weights(cfg: ModelConfig, key: Iterator[Any]) -> list[jax.Array]:
 
 
 def _choices(key: Any, tokens: int, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    gates, ids = jax.lax.top_k(
-        jax.random.uniform(key, (tokens, cfg.num_experts)), cfg.experts_per_token
-    )
+    scores = jax.random.uniform(key, (tokens, cfg.num_experts))
+    gates, ids = jax.lax.top_k(scores, cfg.experts_per_token)
     return gates.astype(jnp.bfloat16), ids.astype(jnp.int32)
-
-
-def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part:
-    cfg, tokens = of_model
-    key, rows = keys(), tokens * cfg.experts_per_token
-    x, dy = draw(next(key), (tokens, cfg.dim)), draw(next(key), (tokens, cfg.dim))
-    weights = _expert_weights(cfg, key)
-    gates, ids = _choices(next(key), tokens, cfg)
-    flops = 6 * rows * cfg.dim * cfg.expert_dim
-    # Bytes of the operand that each makes of every expert's share, where it is no kernel.
-    operands = {
-        "ragged_dot": 2 * rows * cfg.num_experts * cfg.dim,
-        "dense": 2 * tokens * cfg.num_experts * cfg.dim,
-    }
-
-    def apply(kernels: Recorder, x, gates, weights):
-        return kernels("grouped_swiglu", x, ids, gates, *weights)
-
-    def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
-        forward = jax.jit(partial(apply, kernels))
-        both = jax.jit(lambda x, gates, w, dy: jax.vjp(partial(apply, kernels), x, gates, w)[1](dy))
-        yield from rate(
-            f"{title}, forward", flops, lambda: forward(x, gates, weights), sizes, against="product"
-        )
-        name = f"{title}, forward and backward"
-        yield from rate(
-            name, 3 * flops, lambda: both(x, gates, weights, dy), sizes, against="product"
-        )
-
-    label, call = f"{name}, {tokens} tokens", partial(apply, x=x, gates=gates, weights=weights)
-    yield from by_backend("grouped_swiglu", label, call, measure, operands)
 
 
 def attention(sizes: Sizes) -> Part:
@@ -159,8 +140,7 @@ def attention(sizes: Sizes) -> Part:
 
     Counted as usual: half of the square, two products forward, five backward (scores once more).
     """
-    batch, length, heads, k_dim, v_dim = sizes.attention
-    key = keys()
+    (batch, length, heads, k_dim, v_dim), key = sizes.attention, keys()
     q, k = (draw(next(key), (batch, length, heads, k_dim)) for _ in range(2))
     v, dy = (draw(next(key), (batch, length, heads, v_dim)) for _ in range(2))
     each = length // sizes.documents
@@ -179,57 +159,50 @@ def attention(sizes: Sizes) -> Part:
         forward, both = jax.jit(partial(apply, kernels)), jax.jit(gradients)
         bars = ("attention forward", "attention both") if chosen else ("", "")
         yield from timed(f"{title}, forward", one_way, lambda: forward(q, k, v), bar=bars[0])
-        yield from timed(
-            f"{title}, forward and backward", two_ways, lambda: both(q, k, v, dy), bar=bars[1]
-        )
+        name = f"{title}, forward and backward"
+        yield from timed(name, two_ways, lambda: both(q, k, v, dy), bar=bars[1])
         if chosen:
             name = f"{title}, {sizes.documents} documents a row, forward and backward"
             yield from timed(name, two_ways / sizes.documents, lambda: both(q, k, v, dy, segments))
 
     label = f"{batch}×{length}, {heads} heads of {k_dim}/{v_dim}"
-    yield from by_backend(
-        "causal_attention", label, lambda kernels: apply(kernels, q, k, v), measure
-    )
+    yield from by_backend("causal_attention", label, partial(apply, q=q, k=k, v=v), measure)
 
 
 def loss(sizes: Sizes) -> Part:
     """Cross-entropy over the vocabulary with its gradients, by implementation."""
-    tokens, dim, vocab = sizes.loss
-    key = keys()
+    (tokens, dim, vocab), key = sizes.loss, keys()
     h, w = draw(next(key), (tokens, dim)), draw(next(key), (dim, vocab), std=dim**-0.5)
     targets = jax.random.randint(next(key), (tokens,), 0, vocab, jnp.int32)
-    mask = jnp.ones((tokens,), bool)
+    mask, flops = jnp.ones((tokens,), bool), 6 * tokens * dim * vocab
 
     def apply(kernels: Recorder, h, w):
         return kernels("cross_entropy", h, w, targets, mask)[0]
 
     def measure(kernels: Recorder, title: str, chosen: bool) -> Part:
         both = jax.jit(jax.grad(partial(apply, kernels), argnums=(0, 1)))
-        yield from rate(
-            title, 6 * tokens * dim * vocab, lambda: both(h, w), sizes, against="product"
-        )
+        yield from rate(title, flops, lambda: both(h, w), sizes, against="product")
 
     label = f"{tokens} tokens, {dim}×{vocab}, with gradients"
-    yield from by_backend("cross_entropy", label, lambda kernels: apply(kernels, h, w), measure)
+    yield from by_backend("cross_entropy", label, partial(apply, h=h, w=w), measure)
 
 
 def eight_bits(sizes: Sizes) -> Part:
     """A linear layer with its gradients, by recipe of 8-bit training."""
-    tokens, dim, width = sizes.eight_bits
-    key = keys()
+    (tokens, dim, width), key = sizes.eight_bits, keys()
     x, dy = draw(next(key), (tokens, dim)), draw(next(key), (tokens, width))
     w = draw(next(key), (dim, width), "float32", dim**-0.5)
-    flops = 6 * tokens * dim * width
 
     def measure(title: str, precision: str) -> Part:
-        kernels = kernels_for(precision=precision)
+        product = partial(kernels_for(precision=precision), "product")
 
         @jax.jit
         def with_gradients(x, w, dy):
-            y, pull_back = jax.vjp(partial(kernels, "product"), x, w)
+            y, pull_back = jax.vjp(product, x, w)
             return y, *pull_back(dy)
 
-        yield from rate(title, flops, lambda: with_gradients(x, w, dy), sizes, against="product")
+        flops, call = 6 * tokens * dim * width, lambda: with_gradients(x, w, dy)
+        yield from rate(title, flops, call, sizes, against="product")
 
     for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8"):
         title = f"{tokens} tokens, {dim}×{width}, with gradients, {precision}"

@@ -12,12 +12,11 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,143 +25,126 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+import jax
+
 from dsv3_jax.cli.main import take_gpu_memory
-from dsv3_jax.config import ConfigError, did_you_mean
 from dsv3_jax.host.files import write_atomic
+from dsv3_jax.kernels import choose, verdicts
+from experiments import apart
+from experiments.accel import model_parts, op_parts
+from experiments.accel.kernels import gpu_latent_attention
+from experiments.accel.measuring import Figure, Part
+from experiments.accel.right import right
+from experiments.accel.sizes import TOY, Sizes
 from experiments.accel.table import report, write_cards
 
 # Parts by value, and seconds below which one is not begun: it would not come far.
-PARTS = {
-    "bounds": 10, "right": 60, "layer": 25, "attention": 40, "grouped": 30, "step": 40,
-    "decode": 30, "exact": 40, "few_rows": 20, "more_decode": 40, "more_grouped": 40,
-    "drafts": 60, "loss": 20, "eight_bits": 30,
-}  # fmt: skip
+PARTS: dict[str, tuple[Callable[[Sizes], Part], int]] = {
+    "bounds": (op_parts.bounds, 10),
+    "right": (right, 60),
+    "layer": (op_parts.layer, 25),
+    "attention": (op_parts.attention, 40),
+    "grouped": (op_parts.grouped, 30),
+    "step": (model_parts.step, 40),
+    "decode": (model_parts.decode, 30),
+    "exact": (model_parts.exact, 40),
+    "few_rows": (op_parts.few_rows, 20),
+    "more_decode": (model_parts.more_decode, 40),
+    "more_grouped": (op_parts.more_grouped, 40),
+    "drafts": (model_parts.drafts, 60),
+    "loss": (op_parts.loss, 20),
+    "eight_bits": (op_parts.eight_bits, 30),
+}
 # of each part: programs, and CPU seconds that compiling them takes
 COMPILING = HERE / "compile_seconds.json"
-# of the worker's environment: a later run does not compile again
+# of the parts' processes: a later run does not compile again
 SETTINGS = {
-    "TF_CPP_MIN_LOG_LEVEL": "2",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "accel-cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-# parts that need a process of their own: the most memory used is counted from its start
-FRESH = ("step",)
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 
 
-class Failed(RuntimeError):
-    """A part did not end; the message is one sentence."""
+# In a part's process
 
 
-class Worker:
-    """The process that measures: `worker.py`. One that has failed is replaced at the next part."""
-
-    def __init__(self) -> None:
-        take_gpu_memory()
-        os.environ.update({**SETTINGS, **os.environ})
-        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        self._command = sys.executable, str(HERE / "worker.py")
-        self.start()
-
-    def start(self) -> None:
-        """Begin with a new process. Raises: Failed where it finds no device."""
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        hello = self._reply()
-        if "failed" in hello:
-            self.close()
-            raise Failed(hello["failed"])
-        self.card, self.toy = hello["card"], hello["toy"]
-
-    def measure(self, part: str, seconds: float) -> Iterator[dict]:
-        """Yield what the worker says of a part. Raises: Failed, also after `seconds`."""
-        if part == "right":
-            self.close()  # the processes that check need the device
-            yield from right_figures(seconds)
-            return
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), self._process.kill()))
-        try:
-            if self._process.poll() is not None or part in FRESH:
-                self.close()
-                self.start()
-            timer.start()
-            assert self._process.stdin
-            print(part, file=self._process.stdin, flush=True)
-            while "done" not in (reply := self._reply()):
-                if "failed" in reply:
-                    raise Failed(reply["failed"])
-                yield reply
-        except (Failed, OSError) as error:
-            self.close()
-            raise Failed(
-                f"the time was over, after {seconds:.0f} s" if late.is_set() else str(error)
-            ) from None
-        finally:
-            timer.cancel()
-
-    def _reply(self) -> dict:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise Failed(
-                f"the process ended with code {self._process.returncode}; its last words are above"
-            )
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the process: it holds nothing that must be saved."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                assert pipe
-                pipe.close()
+def card() -> dict[str, Any]:
+    """The device, its driver and the versions of the packages."""
+    device = jax.devices()[0]
+    drivers = [
+        Path(name).read_text().split("\n")[0] for name in DRIVER_FILES if Path(name).exists()
+    ]
+    return {
+        "kind": device.device_kind,
+        "platform": choose.platform_of(),
+        "devices": jax.local_device_count(),
+        "memory": (device.memory_stats() or {}).get("bytes_limit"),
+        "runtime": " ".join(device.client.platform_version.split()),
+        "driver": " ".join(drivers[0].split()) if drivers else None,
+        "versions": {"python": platform.python_version(), **verdicts.versions()},
+    }
 
 
-def right_figures(seconds: float) -> Iterator[dict]:
-    """The part `right`, as the worker says a part. Raises: Failed."""
-    from experiments.accel.right import right  # here: it imports kernels
+def said_by(name: str) -> Iterator[dict]:
+    """What a part says on JAX's default device; of "card" the device."""
+    if name == "card":
+        yield card()
+        return
+    gpu_latent_attention.add()
+    yield from said(name, TOY if choose.platform_of() == "cpu" else Sizes())
 
+
+def said(name: str, sizes: Sizes) -> Iterator[dict]:
+    for found in PARTS[name][0](sizes):
+        yield {"figure": asdict(found)} if isinstance(found, Figure) else {"doing": found}
+
+
+# In the command's
+
+
+def replies_of(name: str, seconds: float) -> Iterator[Any]:
+    """What a part says, from a process of its own. Raises: Failed, also after `seconds`."""
+    if name != "right":
+        yield from apart.replies([sys.executable, __file__, "--case", name], seconds)
+        return
+    # Its own processes check, and need the device.
     end = time.perf_counter() + seconds
-    try:
-        for figure in right():
-            yield {"figure": asdict(figure)}
-            yield {"doing": f"what comes after {figure.name.split(',')[0]}"}
-            if time.perf_counter() > end:
-                raise Failed(f"the time was over, after {seconds:.0f} s")
-    except ConfigError as error:
-        raise Failed(str(error)) from None
+    for reply in said(name, Sizes()):
+        yield reply
+        if time.perf_counter() > end:
+            raise apart.Failed(f"the time was over, after {seconds:.0f} s")
 
 
-def measure(names: list[str], results: dict, path: Path, worker: Worker, deadline: float) -> None:
-    """Measure parts in order; the file is written after each figure."""
-    start = time.perf_counter()
+def measure(names: list[str], results: dict, path: Path, start: float, end: float) -> None:
+    """Measure parts in order, until the time is over; the file is written after each figure."""
     for name in names:
-        left = deadline - time.perf_counter()
-        if not results["toy"] and left < PARTS[name]:
-            text = f"skipped: {max(left, 0):.0f} s are left, and it takes {PARTS[name]} s or more"
-            results["parts"][name] = {"state": "skipped", "why": text, "figures": []}
-            say(start, f"{name}: {text}")
-        else:
-            part: dict[str, Any] = {"state": "stopped", "why": "", "figures": []}
-            results["parts"][name], doing, began = part, name, time.perf_counter()
-            say(start, f"{name}: {compiling(name)}")
-            try:
-                for reply in worker.measure(name, max(left, 1.0)):
-                    if "doing" in reply:
-                        doing = reply["doing"]
-                        say(start, f"{name}: {doing}")
-                    else:
-                        part["figures"].append(checked(reply["figure"]))
-                        save(results, path)
-                part["state"] = "done"
-            except Failed as error:
-                part |= {"state": "failed", "why": f"failed at {doing}: {error}"}
-                say(start, f"{name}: {part['why']}")
-            part["seconds"] = round(time.perf_counter() - began, 1)
+        began, least = time.perf_counter(), PARTS[name][1]
+        left = end - began
+        part: dict[str, Any] = {"state": "stopped", "why": "", "figures": []}
+        results["parts"][name] = part
+        if not results["toy"] and left < least:
+            why = f"skipped: {max(left, 0):.0f} s are left, and it takes {least} s or more"
+            part |= {"state": "skipped", "why": why}
+            say(start, f"{name}: {why}")
+            save(results, path)
+            continue
+
+        say(start, f"{name}: {compiling(name)}")
+        doing = name
+        try:
+            for reply in replies_of(name, max(left, 1.0)):
+                if "doing" in reply:
+                    doing = reply["doing"]
+                    say(start, f"{name}: {doing}")
+                else:
+                    part["figures"].append(checked(reply["figure"]))
+                    save(results, path)
+            part["state"] = "done"
+        except (apart.Failed, ValueError) as error:  # ValueError: kernels that cannot be checked
+            part |= {"state": "failed", "why": f"failed at {doing}: {error}"}
+            say(start, f"{name}: {part['why']}")
+        part["seconds"] = round(time.perf_counter() - began, 1)
         save(results, path)
 
 
@@ -171,10 +153,8 @@ def compiling(name: str) -> str:
     found = json.loads(COMPILING.read_text())["parts"].get(name)
     if found is None:
         return "not known how long it compiles"
-    return (
-        f"{found['programs']} programs take {found['seconds']:.0f} CPU s to compile, "
-        "if none is kept"
-    )
+    programs, seconds = found["programs"], found["seconds"]
+    return f"{programs} programs take {seconds:.0f} CPU s to compile, if none is kept"
 
 
 def checked(figure: dict) -> dict:
@@ -194,108 +174,87 @@ def say(start: float, text: str) -> None:
     print(f"[{time.perf_counter() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def default_path(card: dict, toy: bool) -> Path:
+def default_path(kind: str, toy: bool) -> Path:
     """Name the file for a device's results; toy sizes give no results."""
-    name = re.sub(r"[^a-z0-9]+", "-", card["kind"].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     return ROOT / "runs" / f"accel-toy-{name}.json" if toy else HERE / "results" / f"{name}.json"
 
 
-def begin(path: Path, worker: Worker, resume: bool) -> dict:
+def begin(path: Path, card: dict, resume: bool) -> dict:
     """The results so far, if they are of this device, sizes and versions; else none.
 
-    Raises: ValueError, with `resume`, for results of another device, other sizes or versions.
+    Raises: ValueError, with `resume`, for results of others.
     """
-    fresh: dict[str, Any] = {"card": worker.card, "toy": worker.toy, "parts": {}}
-    if not path.exists():
-        return fresh
-    try:
-        found = json.loads(path.read_text())
-        same = found["toy"] == worker.toy
-        same = same and all(found["card"][x] == worker.card[x] for x in ("kind", "versions"))
-        same = same and found["parts"].keys() <= PARTS.keys()
-    except (ValueError, KeyError, AttributeError, TypeError):
+    toy = card["platform"] == "cpu"
+    if path.exists():
+        with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+            found = json.loads(path.read_text())
+            same = found["toy"] == toy and found["parts"].keys() <= PARTS.keys()
+            if same and all(found["card"][key] == card[key] for key in ("kind", "versions")):
+                return found
         if resume:
+            text = "holds no results of this device, these sizes and versions"
             raise ValueError(
-                f"out={str(path)!r} holds no results of this command; name another file"
-            ) from None
-        return fresh
-    if not same and resume:
-        raise ValueError(
-            f"out={str(path)!r} is of another device, other sizes or versions; run without --resume"
-        )
-    return found if same else fresh
+                f"out={str(path)!r} {text}; run without --resume, or name another file"
+            )
+    return {"card": card, "toy": toy, "parts": {}}
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the arguments. Raises: ValueError, one sentence."""
+    """Parse and check the arguments. Bad ones end the command with code 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--parts", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=9.5, help="time for all parts; default: 9.5"
-    )
-    parser.add_argument("--resume", action="store_true", help="keep the parts that are done")
-    parser.add_argument(
-        "--out", type=Path, help="file of the results; default: results/<device>.json"
-    )
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"of {', '.join(PARTS)}; default: all")  # fmt: skip
+    add("--minutes", type=float, default=9.5, help="time for all parts; default: 9.5")
+    add("--resume", action="store_true", help="keep the parts that are done")
+    add("--out", type=Path, help="file of the results; default: results/<device>.json")
     args = parser.parse_args(argv)
-    for name in args.parts or ():
-        if name not in PARTS:
-            raise ValueError(
-                f"part {name!r} is not one of {', '.join(PARTS)}{did_you_mean(name, PARTS)}"
-            )
-    if not 0 < args.minutes < math.inf:
-        raise ValueError(f"minutes={args.minutes:g} is not a positive number")
-    if 60 * args.minutes < (shortest := min(PARTS[name] for name in args.parts or PARTS)):
-        raise ValueError(
-            f"minutes={args.minutes:g} is too short for every part: one takes {shortest} s or more"
-        )
+    shortest = min(PARTS[name][1] for name in args.parts)
+    if not shortest <= 60 * args.minutes < math.inf:
+        parser.error(f"--minutes={args.minutes:g}: a part takes {shortest} s or more")
     if args.out is not None and args.out.is_dir():
-        raise ValueError(f"out={str(args.out)!r} is a folder; name a file")
+        parser.error(f"--out={str(args.out)!r} is a folder; name a file")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    start = time.perf_counter()
-    worker = None
+    start, args = time.perf_counter(), options(argv)
+    take_gpu_memory()
+    os.environ |= SETTINGS | os.environ
     try:
-        args = options(argv)
         say(start, "starting the device")
-        worker = Worker()
-        path = args.out or default_path(worker.card, worker.toy)
-        results = begin(path, worker, args.resume)
+        found = apart.result([sys.executable, __file__, "--case", "card"])
+        path = args.out or default_path(found["kind"], found["platform"] == "cpu")
+        results = begin(path, found, args.resume)
         kept = {name for name, part in results["parts"].items() if part["state"] == "done"}
-        names = [name for name in PARTS if name in (args.parts or PARTS)]
+        names = [name for name in PARTS if name in args.parts]
         if args.resume:
             names = [name for name in names if name not in kept]
         if names and "bounds" not in kept | set(names):  # ratios need them
             names.insert(0, "bounds")
-        results["parts"] = {  # in order; those that are measured now start empty
-            name: {"state": "stopped", "why": "", "figures": []}
-            if name in names
-            else results["parts"][name]
-            for name in PARTS
-            if name in names or name in results["parts"]
-        }
-        measure(names, results, path, worker, start + 60 * args.minutes)
-        if args.out is None and not worker.toy:
+
+        # In order; those that are measured now start empty.
+        empty = {name: {"state": "stopped", "why": "", "figures": []} for name in names}
+        parts = results["parts"] | empty
+        results["parts"] = {name: parts[name] for name in PARTS if name in parts}
+        measure(names, results, path, start, start + 60 * args.minutes)
+        if args.out is None and not results["toy"]:
             write_cards(results)
         return report(results, path)
+    except apart.Failed as error:
+        print(f"run.py: no device can be used: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
-    except Failed as error:
-        print(f"run.py: no device can be used: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
-    finally:
-        if worker is not None:
-            worker.close()
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--case"]:
+        sys.exit(apart.answer(said_by(sys.argv[2])))
     sys.exit(main())

@@ -1,9 +1,9 @@
 """The table of the figures: each against its bound, and the bars that it must reach."""
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -12,32 +12,21 @@ from rich.table import Table
 from dsv3_jax.planning.devices import ACCELERATORS
 from experiments import cards
 
+H100 = "NVIDIA H100 80GB HBM3"
 # JAX's names of devices whose data sheet `dsv3 plan --device` knows
 SHEETS = {
-    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H800": "h800", "TPU v5p": "v5p", "TPU v5": "v5p",
+    H100: "h100", "NVIDIA H800": "h800", "TPU v5p": "v5p", "TPU v5": "v5p",
     "TPU v5e": "v5e", "TPU v5 lite": "v5e", "TPU v6e": "v6e", "TPU v6 lite": "v6e",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A limit that a figure must reach."""
+class Bar(NamedTuple):
+    """A limit that a figure must reach: on an H100, or everywhere, at toy sizes too."""
 
-    least: float | None = None
-    most: float | None = None
-    ratio: bool = True  # of the ratio to the figure's bound; False: of the value
-    # the only device that it is set for; None: every one, toy sizes too
-    kind: str | None = "NVIDIA H100 80GB HBM3"
-
-    def text(self, unit: str) -> str:
-        limit, sign = (self.most, "≤") if self.least is None else (self.least, "≥")
-        return f"{sign} {limit:.2f}" if self.ratio else f"{sign} {scaled(limit or 0.0, unit)}"
-
-    def is_met(self, value: float, ratio: float | None) -> bool:
-        found = ratio if self.ratio else value
-        return found is not None and (self.least or -math.inf) <= found <= (
-            math.inf if self.most is None else self.most
-        )
+    limit: float
+    of: str = "ratio"  # "ratio" to the figure's bound, or "value"
+    sign: str = "≥"
+    everywhere: bool = False
 
 
 BARS = {
@@ -45,18 +34,27 @@ BARS = {
     "attention forward": Bar(0.60),
     "attention both": Bar(0.45),
     "mfu": Bar(0.40),
-    "decode": Bar(2.0e12, ratio=False),
-    "drafts": Bar(1.4, ratio=False),
-    "equal": Bar(most=0, ratio=False, kind=None),
-    "right": Bar(most=1, ratio=False, kind=None),
+    "decode": Bar(2.0e12, "value"),
+    "drafts": Bar(1.4, "value"),
+    "equal": Bar(0, "value", "≤", everywhere=True),
+    "right": Bar(1, "value", "≤", everywhere=True),
 }
 # The bounds that a figure's `against` names: (words for the table, the bound if this is unknown)
 BOUNDS = {
-    "product": ("matrix product", None),
-    "copy": ("copy", None),
+    "product": ("matrix product", ""),
+    "copy": ("copy", ""),
     "sheet flops": ("data sheet", "product"),
-    "sheet bytes": ("data sheet", None),
-    "planned memory": ("planned", None),
+    "sheet bytes": ("data sheet", ""),
+    "planned memory": ("planned", ""),
+}
+# part → model and task of its card
+CARDS = {
+    "right": ("kernels", "conformance"),
+    "layer": ("v3", "speed"),
+    "attention": ("v3", "speed"),
+    "grouped": ("v3", "speed"),
+    "step": ("v2_lite", "speed"),
+    "decode": ("v2_lite", "speed"),
 }
 
 
@@ -71,6 +69,10 @@ class Row:
     bar: Bar | None  # None: no bar is set for this device
 
     @property
+    def unit(self) -> str:
+        return self.figure.get("unit", "")
+
+    @property
     def ratio(self) -> float | None:
         value = self.figure["value"]
         return value / self.bound if self.bound and value is not None else None
@@ -78,31 +80,40 @@ class Row:
     @property
     def missed(self) -> bool:
         """The bar was not reached, or could not be measured."""
-        value = self.figure["value"]
-        return self.bar is not None and (value is None or not self.bar.is_met(value, self.ratio))
+        if self.bar is None:
+            return False
+        found = self.ratio if self.bar.of == "ratio" else self.figure["value"]
+        over = found is not None and found - self.bar.limit
+        return found is None or (over < 0 if self.bar.sign == "≥" else over > 0)
+
+    @property
+    def verdict(self) -> str:
+        """The bar and whether it is met, as text."""
+        if self.bar is None:
+            return ""
+        of_ratio, limit = self.bar.of == "ratio", self.bar.limit
+        text = f"{limit:.2f}" if of_ratio else scaled(limit, self.unit)
+        return f"{self.bar.sign} {text} {'MISSED' if self.missed else 'met'}"
 
 
 def rows_of(results: dict) -> list[Row]:
     """Compare all figures with their bounds and bars."""
-    kind, bounds = results["card"]["kind"], {}
+    kind = results["card"]["kind"]
+    figures = [(name, f) for name, part in results["parts"].items() for f in part["figures"]]
+    bounds = {f["bound"]: f["value"] for _, f in figures if "bound" in f}
     if kind in SHEETS:
         sheet = ACCELERATORS[SHEETS[kind]]
         bounds |= {"sheet flops": sheet.flops, "sheet bytes": sheet.memory_bandwidth}
-    figures = [
-        (name, figure) for name, part in results["parts"].items() for figure in part["figures"]
-    ]
-    bounds |= {figure["bound"]: figure["value"] for _, figure in figures if "bound" in figure}
     rows = []
     for part, figure in figures:
         against = figure.get("against", "")
-        if against and against not in bounds and figure.get("bound") != BOUNDS[against][1]:
-            against = BOUNDS[against][1] or against
+        words, instead = BOUNDS.get(against, ("", ""))
+        if against not in bounds and instead and figure.get("bound") != instead:
+            words, against = BOUNDS[instead][0], instead
         bar = BARS.get(figure.get("bar", ""))
-        if bar and bar.kind is not None and (bar.kind != kind or results["toy"]):
+        if bar and not bar.everywhere and (kind != H100 or results["toy"]):
             bar = None
-        rows.append(
-            Row(part, figure, bounds.get(against), BOUNDS[against][0] if against else "", bar)
-        )
+        rows.append(Row(part, figure, bounds.get(against), words, bar))
     return rows
 
 
@@ -127,96 +138,66 @@ def table_of(rows: list[Row]) -> Table:
     """Lay the rows out, by part."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "figure", "value", "bound", "ratio", "bar"):
-        right = name in ("value", "bound", "ratio")
-        table.add_column(
-            name, justify="right" if right else "left", no_wrap=name != "figure", overflow="fold"
-        )
+        justify = "right" if name in ("value", "bound", "ratio") else "left"
+        table.add_column(name, justify=justify, no_wrap=name != "figure", overflow="fold")
     before = ""
     for row in rows:
-        figure, unit = row.figure, row.figure.get("unit", "")
-        if row.part != before and before:
+        if before and row.part != before:
             table.add_section()
-        verdict = f"{row.bar.text(unit)} {'MISSED' if row.missed else 'met'}" if row.bar else ""
-        name = figure["name"] + (f" ({figure['note']})" if "note" in figure else "")
-        if figure["value"] is None:
-            cells = (f"{name}: {figure['why']}", "–", "", "")
-        else:
-            bound = f"{scaled(row.bound, unit)} {row.bound_name}" if row.bound else ""
-            ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-            cells = (name, scaled(figure["value"], unit), bound, ratio)
-        table.add_row(row.part if row.part != before else "", *cells, verdict)
+        value, note = row.figure["value"], row.figure.get("note")
+        name = row.figure["name"] + (f" ({note})" if note else "")
+        bound = f"{scaled(row.bound, row.unit)} {row.bound_name}" if row.bound else ""
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        cells = (name, "" if value is None else scaled(value, row.unit), bound, ratio)
+        if value is None:
+            cells = (f"{name}: {row.figure['why']}", "–", "", "")
+        table.add_row(row.part if row.part != before else "", *cells, row.verdict)
         before = row.part
     return table
-
-
-CARDS = {
-    "right": ("kernels", "conformance"),
-    "layer": ("v3", "speed"),
-    "attention": ("v3", "speed"),
-    "grouped": ("v3", "speed"),
-    "step": ("v2_lite", "speed"),
-    "decode": ("v2_lite", "speed"),
-}
 
 
 def write_cards(results: dict, folder: Path = cards.FOLDER) -> None:
     """Write a device's cards, by model and task. Wrong implementations count, and are named."""
     found: dict[tuple[str, str], dict[str, float | str]] = {}
-    for row in rows_of(results):
-        value, card = row.figure["value"], CARDS.get(row.part)
-        if card and card[1] == "conformance":
-            counts = found.setdefault(
-                card, {"implementations that are wrong": 0, "that are right": 0}
-            )
-            counts["implementations that are wrong" if row.missed else "that are right"] += 1
+    counts: dict[str, float | str] = {"implementations that are wrong": 0, "that are right": 0}
+    for row in (row for row in rows_of(results) if row.part in CARDS):
+        value, name = row.figure["value"], row.figure["name"]
+        if row.part == "right":
+            found[CARDS["right"]] = counts
+            counts[list(counts)[not row.missed]] += 1
             if row.missed:
-                counts[row.figure["name"]] = row.figure.get("why") or row.figure["note"]
-        elif card and value is not None:
+                counts[name] = row.figure.get("why") or row.figure["note"]
+        elif value is not None:
             share = f", {row.ratio:.2f} of bound" if row.ratio else ""
-            text = scaled(value, row.figure.get("unit", "")) + share
-            found.setdefault(card, {})[row.figure["name"]] = text
+            found.setdefault(CARDS[row.part], {})[name] = scaled(value, row.unit) + share
+    kind, versions = results["card"]["kind"], results["card"]["versions"]
     for (model, task), figures in found.items():
         command = "python experiments/accel/run.py"
-        cards.write_card(
-            folder,
-            model,
-            task,
-            results["card"]["kind"],
-            command,
-            figures,
-            results["card"]["versions"],
-        )
+        cards.write_card(folder, model, task, kind, command, figures, versions)
 
 
 def report(results: dict, path: Path) -> int:
     """Print the table, what is missing and the verdict; return the exit code."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
-    card, rows = results["card"], rows_of(results)
-    versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
-    console.print(f"{card['kind']}, {versions}", soft_wrap=True, markup=False)
+    card, rows, parts = results["card"], rows_of(results), results["parts"]
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    say(f"{card['kind']}, " + ", ".join(f"{name} {v}" for name, v in card["versions"].items()))
     if card.get("driver"):
-        console.print(f"driver: {card['driver']}", soft_wrap=True, markup=False)
+        say(f"driver: {card['driver']}")
     console.print(table_of(rows))
-    ran = {name: part for name, part in results["parts"].items() if part["state"] != "done"}
-    for name, part in ran.items():
-        console.print(f"{name}: {part['why'] or 'stopped'}", soft_wrap=True, markup=False)
+    for name, part in parts.items():
+        if part["state"] != "done":
+            say(f"{name}: {part['why'] or 'stopped'}")
     if results["toy"]:
-        console.print(
-            "Toy sizes: these figures show that the parts work, and say nothing of speed."
-        )
-    elif not any(bar.kind == card["kind"] for bar in BARS.values()):
-        console.print(
-            f"No bars of speed are set for {card['kind']}: read the ratios.", markup=False
-        )
-    missed = [row for row in rows if row.missed]
-    for row in missed:
-        why = row.figure.get("why") or row.figure.get("note", "")
-        console.print(
-            f"MISSED: {row.figure['name']}{f' ({why})' if why else ''}",
-            soft_wrap=True,
-            markup=False,
-        )
-    console.print(f"written to {path}", soft_wrap=True, markup=False)
-    return (
-        1 if missed or any(part["state"] == "failed" for part in results["parts"].values()) else 0
-    )
+        say("Toy sizes: these figures show that the parts work, and say nothing of speed.")
+    elif card["kind"] != H100:
+        say(f"No bars of speed are set for {card['kind']}: read the ratios.")
+    missed = [row.figure for row in rows if row.missed]
+    for figure in missed:
+        why = figure.get("why") or figure.get("note", "")
+        say(f"MISSED: {figure['name']}{f' ({why})' if why else ''}")
+    say(f"written to {path}")
+    return int(bool(missed) or any(part["state"] == "failed" for part in parts.values()))

@@ -1,4 +1,4 @@
-"""The accelerator benchmark: with a worker that measures nothing, traced, and at toy sizes."""
+"""The accelerator benchmark: with parts that measure nothing, traced, and at toy sizes."""
 
 import contextlib
 import io
@@ -17,74 +17,65 @@ from dsv3_jax.config import ConfigError, replace
 from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.table import TABLE, Implementation
 from dsv3_jax.presets import recipe
-from experiments import cards
-from experiments.accel import measuring, model_parts, run, table, worker
-from experiments.accel.sizes import full, toy
+from experiments import apart, cards
+from experiments.accel import measuring, model_parts, op_parts, run, table
+from experiments.accel.sizes import TOY, Sizes
 
 ROOT = Path(__file__).parents[2]
-CARD = {"kind": "NVIDIA H100 80GB HBM3", "versions": {"jax": "0.12"}}
+
+
+def figure(name, value, unit, **more):
+    return dict(name=name, value=value, unit=unit) | more
+
+
 FIGURES = {
     "bounds": [
-        {
-            "name": "matrix product",
-            "value": 800e12,
-            "unit": "FLOP/s",
-            "against": "sheet flops",
-            "bound": "product",
-        },
-        {"name": "copy", "value": 3e12, "unit": "B/s", "against": "sheet bytes", "bound": "copy"},
+        figure("product", 800e12, "FLOP/s", against="sheet flops", bound="product"),
+        figure("copy", 3e12, "B/s", against="sheet bytes", bound="copy"),
     ],
-    "right": [
-        {
-            "name": "product=xla",
-            "value": 0.5,
-            "unit": "times",
-            "bar": "right",
-            "note": "what is wrong",
-        }
-    ],
-    "layer": [
-        {"name": "a layer", "value": 640e12, "unit": "FLOP/s", "against": "product", "bar": "layer"}
-    ],
-    "exact": [{"name": "ids that differ", "value": 0, "unit": "ids", "bar": "equal"}],
+    "right": [figure("product=xla", 0.5, "times", bar="right", note="what is wrong")],
+    "layer": [figure("a layer", 640e12, "FLOP/s", against="product", bar="layer")],
+    "exact": [figure("ids that differ", 0, "ids", bar="equal")],
 }
+
+
+class Fake:
+    """In place of the parts' processes: `figures` by part, where a text is a failure."""
+
+    def __init__(self, monkeypatch):
+        self.card = {"kind": table.H100, "platform": "cuda", "versions": {"jax": "0.12"}}
+        self.figures, self.measured = FIGURES, []
+        monkeypatch.setattr(apart, "result", lambda command: self.card)
+        monkeypatch.setattr(run, "replies_of", self.replies_of)
+        monkeypatch.setattr(run, "take_gpu_memory", lambda: None)
+        monkeypatch.setattr(run, "SETTINGS", {})
+
+    def replies_of(self, part, seconds):
+        self.measured.append(part)
+        for found in self.figures.get(part, ()):
+            if isinstance(found, str):
+                raise apart.Failed(found)
+            yield {"figure": dict(found)}
+
+    def run(self, *argv):
+        """(Exit code, the text that the command prints on both streams.)"""
+        self.measured, out = [], io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                code = run.main([str(word) for word in argv])
+            except SystemExit as exit:  # of argparse
+                code = exit.code
+        return code, out.getvalue()
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    class Worker:
-        """Answers as `run.Worker` does; `measured` lists the parts that were asked for."""
-
-        card, toy, figures = CARD, False, FIGURES
-
-        def __init__(self):
-            Worker.measured = []
-
-        def measure(self, part, seconds):
-            self.measured.append(part)
-            for figure in self.figures.get(part, ()):
-                if isinstance(figure, str):
-                    raise run.Failed(figure)
-                yield {"figure": dict(figure)}
-
-        def close(self):
-            """Nothing runs that would have to end."""
-
-    monkeypatch.setattr(run, "Worker", Worker)
-    return Worker
-
-
-def said(*argv):
-    """(Exit code, the text that the command prints on both streams.)"""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        code = run.main([str(word) for word in argv])
-    return code, out.getvalue()
+    return Fake(monkeypatch)
 
 
 def test_figures_are_judged_by_their_bars(fake, tmp_path):
-    path = tmp_path / "r.json"
-    code, printed = said("--out", path, "--parts", *FIGURES)
+    path, parts = tmp_path / "r.json", ("--parts", *FIGURES)
+    code, printed = fake.run("--out", path, *parts)
     layer = next(line for line in printed.splitlines() if "a layer" in line)
     assert code == 0 and "640 TFLOP/s" in layer and "0.80" in layer and "≥ 0.70 met" in layer
     (folder := tmp_path / "cards").mkdir()
@@ -93,50 +84,60 @@ def test_figures_are_judged_by_their_bars(fake, tmp_path):
     assert right["that are right"] == 1 and speed == {"a layer": "640 TFLOP/s, 0.80 of bound"}
     for part, value in (("layer", 1e12), ("exact", 2), ("right", 2)):
         fake.figures = FIGURES | {part: [FIGURES[part][0] | {"value": value}]}
-        code, printed = said("--out", path, "--parts", *FIGURES)
+        code, printed = fake.run("--out", path, *parts)
         assert code == 1 and printed.count("MISSED") == 2  # in the table and below it
-    fake.card, fake.figures = CARD | {"kind": "NVIDIA H200"}, FIGURES
-    code, printed = said("--out", tmp_path / "other.json", "--parts", *FIGURES)
+    fake.card, fake.figures = fake.card | {"kind": "NVIDIA H200"}, FIGURES
+    code, printed = fake.run("--out", tmp_path / "other.json", *parts)
     # Bars of speed are for one device.
     assert code == 0 and "≥" not in printed and "≤ 0 met" in printed
-    assert said("--out", path, "--resume")[0] == 2  # results of two devices are not mixed
+    assert fake.run("--out", path, "--resume")[0] == 2  # results of two devices are not mixed
 
 
 def test_a_part_that_fails_is_measured_again_on_resume(fake, tmp_path):
     path = tmp_path / "r.json"
     fake.figures = FIGURES | {"layer": [FIGURES["layer"][0], "the process ended with code -6"]}
-    code, printed = said("--out", path, "--parts", *FIGURES)
+    code, printed = fake.run("--out", path, "--parts", *FIGURES)
     assert code == 1 and "the process ended with code -6" in printed
-    assert fake.measured == list(FIGURES)
     found = json.loads(path.read_text())["parts"]
     states = {name: part["state"] for name, part in found.items()}
     assert states == dict.fromkeys(FIGURES, "done") | {"layer": "failed"}
     assert len(found["layer"]["figures"]) == 1  # what it measured before
     fake.figures = FIGURES
     for measured in (["layer"], []):
-        assert said("--out", path, "--resume", "--parts", *FIGURES)[0] == 0
+        assert fake.run("--out", path, "--resume", "--parts", *FIGURES)[0] == 0
         assert fake.measured == measured
 
 
 def test_nothing_begins_when_the_time_is_over_and_resume_goes_on(fake, tmp_path):
     path = tmp_path / "r.json"
-    code, printed = said("--out", path, "--minutes", "0.2")
+    code, printed = fake.run("--out", path, "--minutes", "0.2")
     # It says how long each program compiles.
     assert code == 0 and fake.measured == ["bounds"] and "programs take" in printed
     assert json.loads(path.read_text())["parts"]["right"]["state"] == "skipped"
-    said("--out", path, "--resume")
+    fake.run("--out", path, "--resume")
     assert fake.measured == list(run.PARTS)[1:]
 
 
 def test_bad_input_is_exit_code_2(fake, tmp_path):
-    for argv in (
-        ["--parts", "atention"],
-        ["--minutes", "nan"],
-        ["--minutes", "0.1"],
-        ["--out", tmp_path],
-    ):
-        code, printed = said(*argv)
+    bad = ["--parts", "atention"], ["--minutes", "nan"], ["--minutes", "0.1"], ["--out", tmp_path]
+    for argv in bad:
+        code, printed = fake.run(*argv)
         assert code == 2 and printed.splitlines()[-1].startswith("run.py: ")
+
+
+@pytest.mark.parametrize(
+    "program, said",
+    [
+        ("import os; print('[1]', flush=True); os._exit(3)", "ended with code 3"),
+        ("import time; print('[1]', flush=True); time.sleep(60)", "the time was over, after 3 s"),
+        ("from experiments import apart; apart.answer(x or 1 / 0 for x in ([1], 0))", "Zero"),
+    ],
+)
+def test_a_process_that_crashes_hangs_or_raises_is_one_sentence(program, said):
+    replies = apart.replies([sys.executable, "-c", program], seconds=3)
+    with pytest.raises(apart.Failed, match=said):
+        assert next(replies) == [1]
+        next(replies)
 
 
 def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
@@ -146,7 +147,7 @@ def test_each_implementation_has_a_figure_or_a_reason(monkeypatch):
         Implementation("large", lambda *_: None, fits=lambda *_: False),
     )
     monkeypatch.setitem(TABLE, "cross_entropy", (*TABLE["cross_entropy"], *rows))
-    figures = [found for found in worker.loss(toy()) if isinstance(found, measuring.Figure)]
+    figures = [found for found in op_parts.loss(TOY) if isinstance(found, measuring.Figure)]
     found = {figure.name.split("gradients, ")[1].split(" ")[0]: figure for figure in figures}
     assert "there is no such chip" in found["absent"].why
     assert found["breaks"].why == "failed: division by zero"
@@ -163,11 +164,10 @@ def test_a_part_can_be_traced_at_its_full_size(part, monkeypatch):
     for module in (measuring, model_parts):
         monkeypatch.setattr(module, "seconds_of", lambda call, *_, **__: call() is None or 1.0)
     found = []
-    jax.eval_shape(lambda: found.extend(worker.PARTS[part](full())))
+    jax.eval_shape(lambda: found.extend(run.PARTS[part][0](Sizes())))
     figures = [figure for figure in found if isinstance(figure, measuring.Figure)]
     assert any(figure.value for figure in figures)
     assert not any(figure.why.startswith("failed") for figure in figures)
-    assert run.COMPILING.exists() and part in json.loads(run.COMPILING.read_text())["parts"]
 
 
 @pytest.mark.rare
@@ -179,13 +179,11 @@ def test_every_part_yields_finite_numbers_at_toy_sizes(tmp_path):
     assert done.returncode == 0 and found["toy"], done.stdout + done.stderr
     assert list(found["parts"]) == list(run.PARTS), done.stdout + done.stderr
     for name, part in found["parts"].items():
+        whys = [figure["why"] for figure in part["figures"] if "why" in figure]
         values = [figure["value"] for figure in part["figures"] if "why" not in figure]
         assert part["state"] == "done" and values, name
         assert all(math.isfinite(v) and v >= 0 for v in values), name
-        assert all(
-            figure.get("why", "not available").startswith("not available")
-            for figure in part["figures"]
-        )
+        assert all(why.startswith("not available") for why in whys)
 
 
 @pytest.mark.long
@@ -201,9 +199,9 @@ import dsv3_jax as ds
 from dsv3_jax.cli import main
 from dsv3_jax.training.state import Job, abstract_state
 from dsv3_jax.training.step import make_step
-from experiments.accel import model_parts, random_data, run, sizes, worker
+from experiments.accel import model_parts, random_data, run, sizes
 from flax import nnx
-cfg = sizes.toy().decode
+cfg = sizes.TOY.decode
 assert len(ds.generate(ds.Transformer(cfg, rngs=nnx.Rngs(0)), [[1, 2]], 3).tokens[0]) == 3
 job = Job(model_parts.train_run(cfg, 2, 32))
 jax.eval_shape(make_step(job), abstract_state(job), random_data.random_batch(cfg, 2, 32))
@@ -222,12 +220,12 @@ sys.exit(10 * code + main.main(["runs", "check", "nowhere"]))
 
 
 def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
-    run_config = recipe("tiny")
-    assert common.all_devices(run_config) is None and capsys.readouterr().out == ""
+    tiny = recipe("tiny")
+    assert common.all_devices(tiny) is None and capsys.readouterr().out == ""
     monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
-    assert dict(common.all_devices(run_config).shape) == {"data": 8, "expert": 1, "tensor": 1}
+    assert dict(common.all_devices(tiny).shape) == {"data": 8, "expert": 1, "tensor": 1}
     assert capsys.readouterr().out == "training on the 8 devices here; --mesh data=1 uses one\n"
-    odd = replace(run_config, optim=replace(run_config.optim, microbatches=2))
+    odd = replace(tiny, optim=replace(tiny.optim, microbatches=2))
     with pytest.raises(ConfigError, match="batch_size/microbatches=4 rows"):
         common.all_devices(odd)
 
@@ -239,13 +237,7 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
 def test_make_demo_installs_what_a_device_needs(monkeypatch, accelerator, code, said):
     for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of a make that runs these tests
         monkeypatch.delenv(name, raising=False)
-    command = [
-        "make",
-        "--dry-run",
-        "demo",
-        f"ACCELERATOR={accelerator}",
-        f"PYTHON={sys.executable}",
-        "VENV=nowhere",
-    ]
+    command = ["make", "--dry-run", "demo", f"ACCELERATOR={accelerator}"]
+    command += [f"PYTHON={sys.executable}", "VENV=nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == code and said in done.stdout + done.stderr
