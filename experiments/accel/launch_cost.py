@@ -5,6 +5,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,25 +17,28 @@ FREE = {
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple",
 }  # fmt: skip
 _ELEMENTWISE = {"bitcast", "bitcast-convert", "convert", "copy", "negate", "reshape", "transpose"}
-# Operations that only move or convert numbers.
-_MOVES = _ELEMENTWISE - {"negate"} | {
-    "concatenate", "copy-start", "dynamic-slice", "dynamic-update-slice",
-    "gather", "pad", "reverse", "slice",
-}  # fmt: skip
 _SLICES = {"dynamic-slice", "gather", "slice"}
 # operation → the operand that it writes into its first
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-# Custom calls for kernels of any name.
+# Operations that only move or convert numbers.
+_MOVES = _ELEMENTWISE - {"negate"} | _SLICES | {
+    "concatenate", "copy-start", "dynamic-update-slice", "pad", "reverse",
+}  # fmt: skip
+# Custom calls for kernels of any name, and what such a kernel is called if it has none.
 _FOREIGN = {
-    "tpu_custom_call",
-    "mosaic_gpu",
-    "mosaic_gpu_v2",
-    "triton_kernel_call",
-    "__gpu$xla.gpu.triton",
-}
+    "tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton",
+}  # fmt: skip
 _UNNAMED = r"(custom-call|mpmd_map|pallas_call|mosaic_gpu\w*|core_map|run_state|custom_call)"
 _GROUPED = re.compile(r"ragged|grouped|gmm", re.IGNORECASE)
 _ATTENTION = re.compile(r"attention|flash|splash|mha", re.IGNORECASE)
+
+
+class Work(NamedTuple):
+    """FLOPs of an instruction."""
+
+    flops: float
+    wide: float  # of these, in float32 or more
+    known: bool = True
 
 
 class LaunchCost:
@@ -42,7 +46,7 @@ class LaunchCost:
 
     def __init__(self, module: Module):
         self.module = module
-        self._flops: dict[str, tuple[float, float]] = {}
+        self._inside: dict[str, Work] = {}
 
     def kernel_name(self, i: Instruction) -> str:
         """The name of a custom call's kernel."""
@@ -58,103 +62,87 @@ class LaunchCost:
 
     # FLOPs
 
-    def _inside(self, computation: str) -> tuple[float, float]:
-        """FLOPs of a fused computation: (all, those in float32 or more)."""
-        if computation not in self._flops:
-            parts = [
-                self.work(computation, i) for i in self.module.computations[computation].values()
-            ]
-            totals = sum((p[0] for p in parts), 0.0), sum((p[1] for p in parts), 0.0)
-            self._flops[computation] = totals
-        return self._flops[computation]
-
-    def work(self, computation: str, i: Instruction) -> tuple[float, float, bool]:
-        """(FLOPs of an instruction, those in float32 or more, whether they are known)."""
+    def work(self, computation: str, i: Instruction) -> Work:
+        """Count an instruction's FLOPs; those of a call are all that it calls."""
         if i.opcode in CALLS:
-            return *self._inside(i.called("calls", "to_apply")[0]), True
-        if i.opcode == "custom-call":
-            flops = self._kernel_flops(computation, i)
-            wide = self._is_wide(computation, i) and call_target(i).startswith("__cublas")
-            return flops or 0.0, (flops or 0.0) if wide else 0.0, flops is not None
-        flops = 0.0
+            inner = i.called("calls", "to_apply")[0]
+            if inner not in self._inside:
+                parts = [self.work(inner, x) for x in self.module.computations[inner].values()]
+                flops, wide = (sum((p[n] for p in parts), 0.0) for n in range(2))
+                self._inside[inner] = Work(flops, wide)
+            return self._inside[inner]
+
+        flops: float | None = 0.0
         if i.opcode == "dot":
-            contracted = self._contracted(computation, i, numbers(i, "lhs_contracting_dims"))
-            flops = 2.0 * i.arrays[0].size * contracted
+            axes = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", i.rest)
+            flops = self._product_flops(computation, i, axes[1] if axes else "")
         elif i.opcode == "convolution":
             flops = self._convolution_flops(computation, i)
-        return flops, flops if self._is_wide(computation, i) else 0.0, True
+        elif i.opcode == "custom-call":
+            flops = self._kernel_flops(computation, i)
+        if flops is None:
+            return Work(0.0, 0.0, known=False)
+        first = self.module.operand(computation, i, 0)
+        wide = first is not None and any(a.nbytes >= 4 * a.size for a in first.arrays[:1])
+        if i.opcode == "custom-call" and not call_target(i).startswith("__cublas"):
+            wide = False
+        return Work(flops, flops if wide else 0.0)
 
     def _shape(self, computation: str, i: Instruction, index: int) -> ResultArray:
         operand = self.module.operand(computation, i, index)
         assert operand is not None, f"{i.name} has no operand {index}"
         return operand.arrays[0]
 
-    def _is_wide(self, computation: str, i: Instruction) -> bool:
-        operand = self.module.operand(computation, i, 0)
-        return (
-            operand is not None
-            and bool(operand.arrays)
-            and operand.arrays[0].nbytes >= 4 * operand.arrays[0].size
-        )
-
-    def _contracted(self, computation: str, i: Instruction, axes: tuple[int, ...]) -> int:
+    def _product_flops(self, computation: str, i: Instruction, axes: str) -> float:
+        """Args: axes: the contracted ones of the first operand, as the text has them."""
         dims = self._shape(computation, i, 0).dims
-        return math.prod(dims[axis] for axis in axes)
+        return 2.0 * i.arrays[0].size * math.prod(dims[int(n)] for n in re.findall(r"\d+", axes))
 
     def _convolution_flops(self, computation: str, i: Instruction) -> float:
         """A TPU's products are convolutions; batches are windows, mostly of padding."""
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes(i))
         assert labels is not None, f"{i.name} has no dim_labels"
+        arrays = [self._shape(computation, i, n) for n in range(2)] + i.arrays[:1]
         left, right, out = (
-            s.dims
-            for s in (self._shape(computation, i, 0), self._shape(computation, i, 1), i.arrays[0])
+            dict(zip(letters, array.dims, strict=True))
+            for letters, array in zip(labels.groups(), arrays, strict=True)
         )
-        where = [{letter: place for place, letter in enumerate(labels[n])} for n in (1, 2, 3)]
         groups = re.search(r"batch_group_count=(\d+)", attributes(i))
-        batch = left[where[0]["b"]] // (int(groups[1]) if groups else 1)
-        flops = 2.0 * batch * right[where[1]["i"]] * right[where[1]["o"]]
-        window = _window(attributes(i))
-        for n, letter in enumerate(sorted(x for x in where[0] if x.isdigit())):
-            sizes = (left[where[0][letter]], right[where[1][letter]], out[where[2][letter]])
-            flops *= _places(*sizes, {name: values[n] for name, values in window.items()})
+        batch = left["b"] // (int(groups[1]) if groups else 1)
+        flops = 2.0 * batch * right["i"] * right["o"]
+        text = re.search(r"window=\{([^}]*)\}", attributes(i))
+        window = dict(word.split("=") for word in text[1].split()) if text else {}
+        for n, axis in enumerate(sorted(filter(str.isdigit, left))):
+            flops *= _places(left[axis], right[axis], out[axis], window, n)
         return flops
 
     def _kernel_flops(self, computation: str, i: Instruction) -> float | None:
         """FLOPs of a kernel: by its own estimate, by its operands, or None if neither tells."""
-        if match := re.search(
-            r"cost_estimate.{0,20}?flops\W*?(?:22)?\W*?:\W*?(\d+)", attributes(i)
-        ):
+        text = attributes(i)
+        if match := re.search(r"cost_estimate.{0,20}?flops\W*?(?:22)?\W*?:\W*?(\d+)", text):
             return float(match[1])
         if call_target(i).startswith("__cublas"):
-            axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', attributes(i))
-            if axes is None:
-                return None
-            numbers_of_axes = tuple(int(n) for n in re.findall(r"\d+", axes[1]))
-            contracted = self._contracted(computation, i, numbers_of_axes)
-            return 2.0 * i.arrays[0].size * contracted
+            axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', text)
+            return self._product_flops(computation, i, axes[1]) if axes else None
         name = self.kernel_name(i)
-        operands = [self.module.computations[computation].get(name) for name in i.operands]
-        arrays = [
-            o.arrays[0] for o in operands if o is not None and o.arrays and is_float(o.arrays[0])
-        ]
+        operands = [self.module.computations[computation].get(x) for x in i.operands]
+        arrays = [o.arrays[0] for o in operands if o is not None and o.arrays]
+        arrays = [a for a in arrays if is_float(a)]
         if _GROUPED.search(name):
             return _grouped_flops(arrays, i.arrays)
-        if (flops := _scaled_flops(arrays, i.arrays)) is not None:
-            return flops
         return _attention_flops(arrays, i.arrays) if _ATTENTION.search(name) else None
 
     # Bytes
 
     def traffic(self, computation: str, i: Instruction) -> float:
         """Bytes that a launch reads and writes in memory."""
-        if match := re.search(
-            r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)", attributes(i)
-        ):
+        estimate = r"cost_estimate.{0,200}?bytes_accessed\W*?(?:22)?\W*?:\W*?(\d+)"
+        if match := re.search(estimate, attributes(i)):
             # What is on the chip needs no memory.
             return min(float(match[1]), self._whole(computation, i))
         # (result, operand, context); a TPU's prefetch has one of them on the chip
         if i.opcode == "copy-start":
-            return sum((a.nbytes for a in i.arrays[:2] if not on_chip(a)), 0.0)
+            return _off_chip(i.arrays[:2])
         # ((operands), result, context)
         if i.opcode.removesuffix("-start") in _SLICES and i.opcode not in _SLICES:
             part = i.arrays[len(i.operands)]
@@ -162,80 +150,73 @@ class LaunchCost:
         # (operands, results, …), or results alone
         if i.opcode.endswith("-start") and "fusion" not in i.opcode:
             arrays = i.arrays[: 2 * len(i.operands)]
-            times = 2 if len(arrays) == len(i.operands) else 1
-            return sum((a.nbytes for a in arrays), 0.0) * times
+            return _bytes_of(arrays) * (2 if len(arrays) == len(i.operands) else 1)
         if i.opcode in _SLICES:
-            return 2 * result_bytes(i)
+            return 2 * _bytes_of(i.arrays)
         if i.opcode in _UPDATES:
             return 2 * self._shape(computation, i, _UPDATES[i.opcode]).nbytes
         if i.opcode not in CALLS:
             return self._whole(computation, i)
+
         inner = i.called("calls")[0]
-        inside = self.module.computations[inner].values()
-        parameters = {int(p.operands[0]): p for p in inside if p.opcode == "parameter"}
         total = self._written(inner, self.module.root(inner), i)
+        parameters = self._parameters(inner)
         for n, name in enumerate(i.operands):
             operand = self.module.computations[computation].get(name)
             if (
                 operand is not None
                 and n in parameters
-                and not (operand.arrays and on_chip(operand.arrays[0]))
+                and not any(map(on_chip, operand.arrays[:1]))
             ):
                 total += self._read(inner, parameters[n])
         return total
 
+    def _parameters(self, computation: str) -> dict[int, Instruction]:
+        inside = self.module.computations[computation].values()
+        return {int(p.operands[0]): p for p in inside if p.opcode == "parameter"}
+
     def _whole(self, computation: str, i: Instruction) -> float:
-        operands = (
-            self.module.computations[computation].get(name) for name in dict.fromkeys(i.operands)
-        )
-        arrays = [a for o in operands if o is not None for a in o.arrays]
-        return sum((a.nbytes for a in [*arrays, *i.arrays] if not on_chip(a)), 0.0)
+        """Bytes of all operands, each once, and of all results."""
+        operands = map(self.module.computations[computation].get, dict.fromkeys(i.operands))
+        return _off_chip([a for o in operands if o is not None for a in o.arrays] + i.arrays)
 
     def _read(self, computation: str, i: Instruction) -> float:
         """Bytes that a fused computation reads of an array: a slice's part; in place, none."""
-        total = 0.0
+        whole, total = _bytes_of(i.arrays), 0.0
         for user in self.module.users(computation).get(i.name, []):
             first = user.operands[0] == i.name
+            sliced = user.opcode in _SLICES and first
             if user.opcode in _UPDATES and first:
                 continue
-            sliced = user.opcode in _SLICES and first
             if sliced or user.opcode in _ELEMENTWISE:  # the result may be sliced further
-                total += (
-                    self._read(computation, user)
-                    if not user.root
-                    else result_bytes(user if sliced else i)
-                )
+                if user.root:
+                    total += _bytes_of(user.arrays) if sliced else whole
+                else:
+                    total += self._read(computation, user)
             elif user.opcode == "fusion":
                 inner = user.called("calls")[0]
-                for p in self.module.computations[inner].values():
-                    if p.opcode == "parameter" and user.operands[int(p.operands[0])] == i.name:
-                        total += self._read(inner, p)
+                for n, p in self._parameters(inner).items():
+                    total += self._read(inner, p) if user.operands[n] == i.name else 0.0
             elif user.opcode == "tuple":  # handed on; a slice of it, or what is converted, is read
-                total += 0.0 if i.opcode in ("parameter", "bitcast") else result_bytes(i)
+                total += 0.0 if i.opcode in ("parameter", "bitcast") else whole
             else:
-                return result_bytes(i)
-        return min(total, result_bytes(i))
+                return whole
+        return min(total, whole)
 
     def _written(self, computation: str, i: Instruction, launch: Instruction) -> float:
         """Bytes of a fused computation's result that are written: in place, the update's."""
-        if i.opcode == "tuple":
-            parts = (self.module.computations[computation].get(name) for name in i.operands)
-            return sum((self._written(computation, p, launch) for p in parts if p is not None), 0.0)
         if i.opcode in _UPDATES:
             return self._shape(computation, i, _UPDATES[i.opcode]).nbytes
         if i.opcode == "parameter":
             return 0.0
-        if i.opcode == "bitcast":
-            operand = self.module.operand(computation, i, 0)
-            return (
-                self._written(computation, operand, launch)
-                if operand is not None
-                else result_bytes(i)
-            )
         if i.opcode == "fusion":
             inner = i.called("calls")[0]
             return self._written(inner, self.module.root(inner), launch)
-        return 0.0 if launch.arrays and all(on_chip(a) for a in launch.arrays) else result_bytes(i)
+        if i.opcode in ("tuple", "bitcast"):
+            parts = map(self.module.computations[computation].get, i.operands)
+            found = [self._written(computation, p, launch) for p in parts if p is not None]
+            return sum(found, 0.0) if found or i.opcode == "tuple" else _bytes_of(i.arrays)
+        return 0.0 if launch.arrays and all(map(on_chip, launch.arrays)) else _bytes_of(i.arrays)
 
     def moved(self, computation: str, i: Instruction) -> float:
         """Bytes that a launch writes if it only moves or converts numbers, else 0.
@@ -243,14 +224,14 @@ class LaunchCost:
         A TPU's compiler moves arrays into its own memory and back, ahead of their use; this does
         not count.
         """
-        if not self._only_moves(i) or any(on_chip(a) for a in i.arrays[:2]):
+        if not self._only_moves(i) or any(map(on_chip, i.arrays[:2])):
             return 0.0
         if i.opcode in CALLS:
             inner = i.called("calls", "to_apply")[0]
             return self._written(inner, self.module.root(inner), i)
-        return (
-            i.arrays[0].nbytes if i.opcode.endswith("-start") else self._written(computation, i, i)
-        )
+        if i.opcode.endswith("-start"):
+            return i.arrays[0].nbytes
+        return self._written(computation, i, i)
 
     def _only_moves(self, i: Instruction) -> bool:
         """Say whether a launch, and all that is fused into it, only moves or converts numbers."""
@@ -259,7 +240,7 @@ class LaunchCost:
         inside = self.module.computations[i.called("calls", "to_apply")[0]].values()
         # Scalars are indices.
         work = [x for x in inside if x.opcode not in FREE and x.arrays and x.arrays[0].dims]
-        return bool(work) and all(self._only_moves(x) for x in work)
+        return bool(work) and all(map(self._only_moves, work))
 
 
 def attributes(i: Instruction) -> str:
@@ -267,15 +248,12 @@ def attributes(i: Instruction) -> str:
     return re.sub(r'("(?:body|module)\\?"?\s*[:=]\s*\\?")[^"]{200,}', r"\1", i.rest)
 
 
-def numbers(i: Instruction, attribute: str) -> tuple[int, ...]:
-    """The numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
-    match = re.search(r"\b" + attribute + r"=\{([\d,]*)\}", i.rest)
-    return tuple(int(n) for n in match[1].split(",") if n) if match else ()
-
-
-def result_bytes(i: Instruction) -> float:
-    """Bytes of an instruction's result."""
-    return sum((a.nbytes for a in i.arrays), 0.0)
+def call_target(i: Instruction) -> str:
+    """The name by which the compiler knows a custom call; "" for other instructions."""
+    if not i.opcode.startswith("custom-call"):
+        return ""
+    match = re.search(r'custom_call_target="([^"]*)"', attributes(i))
+    return match[1] if match else ""
 
 
 def is_float(a: ResultArray) -> bool:
@@ -286,6 +264,14 @@ def is_float(a: ResultArray) -> bool:
 def on_chip(a: ResultArray) -> bool:
     """Say whether an array is in a TPU's own memory (space 1 of a tiled layout), not in HBM."""
     return "T(" in a.layout and re.search(r"S\([1-9]", a.layout) is not None
+
+
+def _bytes_of(arrays: list[ResultArray]) -> float:
+    return sum((a.nbytes for a in arrays), 0.0)
+
+
+def _off_chip(arrays: list[ResultArray]) -> float:
+    return _bytes_of([a for a in arrays if not on_chip(a)])
 
 
 def function_of(module: Module, i: Instruction) -> str:
@@ -299,17 +285,8 @@ def function_of(module: Module, i: Instruction) -> str:
 
     frame = re.search(r"stack_frame_id=(\d+)", i.rest)
     place = row("StackFrames", frame[1] if frame else "", r"file_location_id=(\d+)")
-    return row(
-        "FunctionNames", row("FileLocations", place, r"function_name_id=(\d+)"), r'"?([^"]*)"?'
-    )
-
-
-def call_target(i: Instruction) -> str:
-    """The name by which the compiler knows a custom call."""
-    if not i.opcode.startswith("custom-call"):
-        return ""
-    match = re.search(r'custom_call_target="([^"]*)"', attributes(i))
-    return match[1] if match else ""
+    function = row("FileLocations", place, r"function_name_id=(\d+)")
+    return row("FunctionNames", function, r'"?([^"]*)"?')
 
 
 def _grouped_flops(operands: list[ResultArray], results: list[ResultArray]) -> float:
@@ -326,19 +303,6 @@ def _grouped_flops(operands: list[ResultArray], results: list[ResultArray]) -> f
     return 2.0 * out[-1] * rows[0].size
 
 
-def _scaled_flops(operands: list[ResultArray], results: list[ResultArray]) -> float | None:
-    """FLOPs of a product of scaled 8-bit matrices, [M, K], [N, K] → [M, N]; None for others."""
-    matrices = [a.dims for a in operands if a.nbytes == a.size]
-    if (
-        len(matrices) != 2
-        or any(len(dims) != 2 for dims in matrices)
-        or matrices[0][1] != matrices[1][1]
-    ):
-        return None
-    (m, k), (n, _) = matrices
-    return 2.0 * m * n * k if results[0].dims == (m, n) else None
-
-
 def _attention_flops(operands: list[ResultArray], results: list[ResultArray]) -> float | None:
     """FLOPs of causal attention over q, k and v, or of its gradient; None for other operands.
 
@@ -353,36 +317,24 @@ def _attention_flops(operands: list[ResultArray], results: list[ResultArray]) ->
     pairs = q.size / key * max(k.dims[-3:-1]) / 2
     if not any(a.dims[:-1] == q.dims[:-1] and a.dims[-1] == value for a in matrices[3:]):
         return 2.0 * pairs * (key + value)  # scores and output
-    sizes = [q.dims, k.dims, v.dims]
     # Where the output's gradient is there: d_q, d_k and d_v, or all three.
-    count = sum(a.dims in sizes for a in results)
+    count = sum(a.dims in [x.dims for x in (q, k, v)] for a in results)
     width = {1: 2 * key + value, 2: 2 * key + 2 * value}.get(count, 3 * key + 2 * value)
     return 2.0 * pairs * width
 
 
-def _window(attributes: str) -> dict[str, list[int]]:
-    """Read a convolution's window: `size=8 stride=7 pad=0_0 lhs_dilate=8`, one for each axis."""
-    text = re.search(r"window=\{([^}]*)\}", attributes)
-    words = dict(word.split("=") for word in text[1].split()) if text else {}
-    axes = len(words["size"].split("x")) if "size" in words else 0
-    window = {}
-    for name, default in (
-        ("stride", "1"),
-        ("lhs_dilate", "1"),
-        ("rhs_dilate", "1"),
-        ("pad", "0_0"),
-    ):
-        values = words.get(name, "x".join([default] * axes)).split("x") if axes else []
-        window[name] = [int(v.split("_")[0]) for v in values]
-    return window
+def _places(left: int, kernel: int, out: int, window: dict[str, str], axis: int) -> int:
+    """Count pairs of a result's and a kernel's place along an axis that meet no padding.
 
+    Args: window: a convolution's, as the text has it: `size=8x1 stride=7x1 pad=0_0x0_0`.
+    """
 
-def _places(left: int, kernel: int, out: int, window: dict[str, int]) -> int:
-    """Count pairs of a result's and a kernel's place along an axis that meet no padding."""
-    start = np.arange(out, dtype=np.int64) * window["stride"] - window["pad"]
-    count = 0
+    def of(name: str, default: int) -> int:
+        return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
+
+    start = np.arange(out, dtype=np.int64) * of("stride", 1) - of("pad", 0)
+    step, apart, count = of("lhs_dilate", 1), of("rhs_dilate", 1), 0
     for k in range(kernel):
-        place = start + k * window["rhs_dilate"]
-        step = window["lhs_dilate"]
+        place = start + k * apart
         count += int(np.sum((place >= 0) & (place % step == 0) & (place < left * step)))
     return count

@@ -21,12 +21,13 @@ there, and a GPU's cache holds nothing.
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.accel`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import jax
 
@@ -37,8 +38,8 @@ from dsv3_jax.planning.plan import cost_lines, device_of, jobs_of, print_row
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 from experiments.accel.launch_cost import FREE, LaunchCost, attributes, call_target, is_float
 
-# Custom calls that run nothing.
 COPIES_SHOWN = 3  # of a program's, the largest
+# Custom calls that run nothing.
 _NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 
 
@@ -93,15 +94,14 @@ class Program:
         """Bytes read and written in memory."""
         return sum((launch.nbytes * launch.runs for launch in self.all_launches), 0.0)
 
-    def kernels(self) -> dict[str, int]:
+    def kernels(self) -> Counter[str]:
         """Return how often each kernel runs that the compiler does not see into, by name."""
-        return _count((x.kind, x.runs) for x in self.all_launches if x.is_kernel)
+        return _runs((x.kind, x.runs) for x in self.all_launches if x.is_kernel)
 
-    def unknown_work(self) -> dict[str, int]:
+    def unknown_work(self) -> Counter[str]:
         """Return the kernels among these whose FLOPs are not known, and count as 0."""
-        return _count(
-            (x.kind, x.runs) for x in self.all_launches if x.is_kernel and not x.is_estimated
-        )
+        kernels = (x for x in self.all_launches if x.is_kernel)
+        return _runs((x.kind, x.runs) for x in kernels if not x.is_estimated)
 
     def copies(self) -> list[Launch]:
         """Return the launches that only move or convert numbers, the largest result first."""
@@ -122,6 +122,13 @@ class Program:
         return total[0], total[1]
 
 
+def _runs(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for name, runs in pairs:
+        total[name] += runs
+    return total
+
+
 def read_program(program: jax.stages.Compiled | str) -> Program:
     """Read what a compiled program runs.
 
@@ -135,8 +142,7 @@ def read_program(program: jax.stages.Compiled | str) -> Program:
         2048.0
     """
     module = Module(program)
-    launches, loops = _Reader(module).launches(module.entry)
-    return Program(tuple(launches), tuple(loops))
+    return _Reader(module).read(module.entry)
 
 
 class Addition(NamedTuple):
@@ -151,26 +157,15 @@ class Addition(NamedTuple):
 
 def additions(program: jax.stages.Compiled | str) -> list[Addition]:
     """Find the scatters of a program that add floating-point numbers, each once."""
-    module = Module(program)
-    found = []
-    for instructions in module.computations.values():
-        for i in instructions.values():
-            if i.opcode == "scatter" and any(is_float(a) for a in i.arrays):
-                combined = module.computations[i.called("to_apply")[0]].values()
-                if "add" in {c.opcode for c in combined}:
-                    narrow = any(is_float(a) and a.nbytes < 4 * a.size for a in i.arrays)
-                    unique = "unique_indices=true" in attributes(i)
-                    found.append(
-                        Addition(source_of(i) or i.name, i.arrays[0].dtype, narrow, unique)
-                    )
+    module, found = Module(program), []
+    scatters = (i for c in module.computations.values() for i in c.values())
+    for i in (i for i in scatters if i.opcode == "scatter" and any(map(is_float, i.arrays))):
+        combined = module.computations[i.called("to_apply")[0]].values()
+        if "add" in {c.opcode for c in combined}:
+            narrow = any(is_float(a) and a.nbytes < 4 * a.size for a in i.arrays)
+            unique = "unique_indices=true" in attributes(i)
+            found.append(Addition(source_of(i) or i.name, i.arrays[0].dtype, narrow, unique))
     return found
-
-
-def _count(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for name, runs in pairs:
-        total[name] = total.get(name, 0) + runs
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def source_of(i: Instruction) -> str:
@@ -185,63 +180,51 @@ class _Reader:
     def __init__(self, module: Module):
         self.module = module
         self.cost = LaunchCost(module)
-        self._launches: dict[str, tuple[list[Launch], list[str]]] = {}
+        self._read: dict[str, Program] = {}
 
-    def launches(self, computation: str) -> tuple[list[Launch], list[str]]:
-        """Return what a computation and those that it calls launch, and loops of unknown length."""
-        if computation not in self._launches:
-            launches: list[Launch] = []
-            loops: list[str] = []
-            for instruction in self.module.computations[computation].values():
-                found, unknown = self._parts(computation, instruction)
-                launches += found
-                loops += unknown
-            self._launches[computation] = launches, loops
-        return self._launches[computation]
+    def read(self, computation: str) -> Program:
+        """Return what a computation and those that it calls launch."""
+        if computation not in self._read:
+            instructions = self.module.computations[computation].values()
+            parts = [self._part(computation, i) for i in instructions]
+            self._read[computation] = Program(
+                tuple(x for part in parts for x in part.all_launches),
+                tuple(x for part in parts for x in part.unknown_loops),
+            )
+        return self._read[computation]
 
-    def _parts(self, computation: str, i: Instruction) -> tuple[list[Launch], list[str]]:
+    def _part(self, computation: str, i: Instruction) -> Program:
         if i.opcode == "while":
-            launches, loops = self.launches(i.called("body")[0])
-            trips = self.module.trip_count(computation, i)
-            if trips is None:
-                # The host or the device decides in each iteration.
-                tests, _ = self.launches(i.called("condition")[0])
-                all_of_them = [replace(x, known=False) for x in [*launches, *tests]]
-                return all_of_them, [*loops, source_of(i) or i.name]
-            return [replace(x, runs=x.runs * trips) for x in launches], loops
+            body, trips = self.read(i.called("body")[0]), self.module.trip_count(computation, i)
+            if trips is not None:
+                launches = tuple(replace(x, runs=x.runs * trips) for x in body.all_launches)
+                return Program(launches, body.unknown_loops)
+            # The host or the device decides in each iteration.
+            tests = self.read(i.called("condition")[0]).all_launches
+            launches = tuple(replace(x, known=False) for x in body.all_launches + tests)
+            return Program(launches, (*body.unknown_loops, source_of(i) or i.name))
         if i.opcode == "conditional":
             names = i.called("branch_computations", "true_computation", "false_computation")
-            branches = [self.launches(name) for name in names]
-            return max(
-                branches, key=lambda branch: sum((x.flops + x.nbytes) * x.runs for x in branch[0])
-            )
+            return max(map(self.read, names), key=lambda branch: branch.flops + branch.nbytes)
         if i.opcode in CALLS and "fusion" not in i.opcode:
-            return self.launches(i.called("calls", "to_apply")[0])
-        if (
-            i.opcode in FREE
-            or i.opcode.endswith(("-done", "-update"))
-            or call_target(i) in _NO_KERNELS
-        ):
-            return [], []
-        if all(not a.dims and "T(" in a.layout for a in i.arrays) and i.opcode not in CALLS:
-            return [], []  # a scalar of a TPU, which its scalar unit computes on the way
-        return [self._launch(computation, i)], []
+            return self.read(i.called("calls", "to_apply")[0])
+        # a scalar of a TPU, which its scalar unit computes on the way
+        scalar = all(not a.dims and "T(" in a.layout for a in i.arrays) and i.opcode not in CALLS
+        waits = i.opcode in FREE or i.opcode.endswith(("-done", "-update"))
+        if waits or scalar or call_target(i) in _NO_KERNELS:
+            return Program((), ())
+        return Program((self._launch(computation, i),), ())
 
     def _kernel(self, computation: str, i: Instruction) -> tuple[str, Instruction] | None:
         """The kernel that a launch is, or has in a fusion, and the computation that calls it."""
         if i.opcode.startswith("custom-call"):
             return None if call_target(i) in _NO_KERNELS else (computation, i)
         inside = i.called("calls", "to_apply") if i.opcode in CALLS else []
-        found = (
-            self._kernel(name, x)
-            for name in inside
-            for x in self.module.computations[name].values()
-        )
-        return next(filter(None, found), None)
+        within = ((name, x) for name in inside for x in self.module.computations[name].values())
+        return next(filter(None, (self._kernel(*x) for x in within)), None)
 
     def _launch(self, computation: str, i: Instruction) -> Launch:
-        kernel = self._kernel(computation, i)
-        flops, wide, known = self.cost.work(computation, i)
+        kernel, work = self._kernel(computation, i), self.cost.work(computation, i)
         cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', attributes(i))
         return Launch(
             name=i.name,
@@ -249,13 +232,13 @@ class _Reader:
             source=source_of(i),
             runs=1,
             known=True,
-            flops=flops,
-            wide_flops=wide,
+            flops=work.flops,
+            wide_flops=work.wide,
             nbytes=self.cost.traffic(computation, i),
             cycles=int(cycles[1]) if cycles else 0,
             moved=self.cost.moved(computation, i),
             is_kernel=kernel is not None,
-            is_estimated=self.cost.work(*kernel)[2] if kernel else known,
+            is_estimated=(self.cost.work(*kernel) if kernel else work).known,
         )
 
 
@@ -263,61 +246,47 @@ def describe_program(
     program: Program, formula: float, device: Accelerator | None
 ) -> list[tuple[str, str]]:
     """Return the lines of what a target's program runs; `formula`: the FLOPs of the step."""
-    work = (
-        f"{format_count(program.flops)}FLOP of products and kernels, "
-        f"{program.flops / formula:.3g} × the formula"
-    )
+    times = f"{program.flops / formula:.3g} × the formula"
+    work = f"{format_count(program.flops)}FLOP of products and kernels, {times}"
     if unknown := program.unknown_work():
         work += f"; unknown, and counted as 0: {_list_counts(unknown)}"
+    kernels = _list_counts(program.kernels()) or "none that the compiler does not see into"
+    loops = ", ".join(dict.fromkeys(map(_short, program.unknown_loops)))
+    loops = f"{len(program.unknown_loops)}, each counted once: {loops}" if loops else "none"
     lines = [
         ("  the program computes", work),
         ("  moves", f"{format_bytes(program.nbytes)} in memory"),
         ("  launches", f"{program.launches:,} in a step"),
-        (
-            "  kernels",
-            _list_counts(program.kernels()) or "none that the compiler does not see into",
-        ),
+        ("  kernels", kernels),
+        ("  loops of unknown length", loops),
     ]
-    names = dict.fromkeys(_short(name) for name in program.unknown_loops)
-    loops = (
-        f"{len(program.unknown_loops)}, each counted once: {', '.join(names)}" if names else "none"
-    )
-    lines.append(("  loops of unknown length", loops))
-    copies: dict[tuple[str, str], int] = {}
+    copies: dict[str, int] = {}
     for copy in program.copies():
-        key = format_bytes(copy.moved), _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
-        copies[key] = copies.get(key, 0) + copy.runs
-    lines += [
-        ("  copies", f"{runs} × {size}: {name}")
-        for (size, name), runs in list(copies.items())[:COPIES_SHOWN]
-    ]
+        name = _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
+        text = f"{format_bytes(copy.moved)}: {name}"
+        copies[text] = copies.get(text, 0) + copy.runs
+    shown = list(copies.items())[:COPIES_SHOWN]
+    lines += [("  copies", f"{runs} × {text}") for text, runs in shown]
     if device is not None:
         compute, memory = program.roofline(device)
         bound = "FLOPs" if compute >= memory else "memory"
         parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
-        lines.append(
-            (
-                "  the program's roofline",
-                f"{format_seconds(compute + memory)}, mostly {bound}: {parts}",
-            )
-        )
+        total = f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"
+        lines.append(("  the program's roofline", total))
         if device.clock:
             least = format_seconds(sum(program.roofline(device, use_cycles=False)))
             lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
     return lines
 
 
-def _list_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} × {runs:,}" for name, runs in counts.items())
+def _list_counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} × {runs:,}" for name, runs in counts.most_common())
 
 
 def _short(source: str) -> str:
     """Return the last parts of an operation's name, without those that JAX adds."""
-    parts = [
-        p
-        for p in source.split("/")
-        if not re.fullmatch(r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond", p)
-    ]
+    added = r"jit\(.*\)|eval_jaxpr|body|closed_call|while|cond"
+    parts = [part for part in source.split("/") if not re.fullmatch(added, part)]
     return "/".join(parts[-2:]) or source
 
 
