@@ -18,14 +18,6 @@ def _as_users_compile():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def compiled(function, *shapes) -> jax.stages.Compiled:
-    return jax.jit(function).lower(*shapes).compile()
-
-
-def read(function, *shapes):
-    return read_program(compiled(function, *shapes))
-
-
 def test_loops_multiply_and_unknown_ones_count_once():
     def inner(x, w):
         return jnp.tanh(x @ w), None
@@ -34,7 +26,8 @@ def test_loops_multiply_and_unknown_ones_count_once():
         x = jax.lax.scan(inner, x, w)[0]
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ w[0]), x)
 
-    program = read(until, S((N, D), jnp.float32), S((3, D, D), jnp.float32))
+    args = S((N, D), jnp.float32), S((3, D, D), jnp.float32)
+    program = read_program(jax.jit(until).lower(*args).compile())
     assert program.flops == 4 * 2 * N * D * D and len(program.unknown_loops) == 1
     assert any(launch.flops and not launch.known for launch in program.all_launches)
 
@@ -54,9 +47,13 @@ StackFrames
 
 """
 
-GPU = (
-    HEAD
-    + """
+
+def text(computations: str) -> str:
+    """A program; a backslash joins lines."""
+    return HEAD + computations.replace("\\\n", "")
+
+
+GPU = r"""
 %limit (p: (s32[], bf16[6,32,32])) -> pred[] {
   %p = (s32[], bf16[6,32,32]{2,1,0}) parameter(0)
   %i = s32[] get-tuple-element(%p), index=0
@@ -99,7 +96,7 @@ fusion-start(%w, %i.3), kind=kLoop, calls=%slice, metadata={op_name="jit(f)/whil
   %w.3 = bf16[6,32,32]{2,1,0} parameter(2)
   ROOT %mpmd_map.1 = bf16[64,32]{1,0} custom-call(%g.1, %x.1, %w.3), \
 custom_call_target="mosaic_gpu_v2", \
-metadata={op_name="jit(f)/mpmd_map" stack_frame_id=9}, backend_config={module = "ML\\22"}
+metadata={op_name="jit(f)/mpmd_map" stack_frame_id=9}, backend_config={module = "ML\22"}
 }
 
 ENTRY %main (x: bf16[64,32], w: bf16[6,32,32], g: s32[6]) -> bf16[64,32] {
@@ -113,18 +110,17 @@ ENTRY %main (x: bf16[64,32], w: bf16[6,32,32], g: s32[6]) -> bf16[64,32] {
   %fused = bf16[64,32]{1,0} fusion(%g, %x, %w.2), kind=kCustom, calls=%sliced
   %mine.2 = bf16[64,32]{1,0} custom-call(%fused), custom_call_target="mosaic_gpu_v2", \
 backend_config={cost_estimate_json = \
-"{\\22flops\\22: 123, \\22transcendentals\\22: 0, \\22bytes_accessed\\22: 456}"}
+"{\22flops\22: 123, \22transcendentals\22: 0, \22bytes_accessed\22: 456}"}
   %gemm = (bf16[64,32]{1,0}, s8[1024]{0}) custom-call(%mine.2, %w.2), \
 custom_call_target="__cublas$lt$matmul", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
   ROOT %out = bf16[64,32]{1,0} get-tuple-element(%gemm), index=0
 }
-""".replace("\\\n", "")
-)
+"""
 
 
 def test_a_gpus_program():
-    program = read_program(GPU)
+    program = read_program(text(GPU))
     product = 2 * 64 * 32 * 32  # of a grouped kernel, each row with one expert, and of cuBLAS
     assert program.flops == product + 123 + product
     assert program.kernels() == {"ragged_dot": 1, "mine": 1, "__cublas$lt$matmul": 1}
@@ -134,15 +130,13 @@ def test_a_gpus_program():
     # The loop begins at 2.
     assert (copy.moved, copy.runs, copy.source) == (matrix, 4, "jit(f)/while/body/take")
     assert copy.nbytes == 2 * matrix + 4  # a slice of the stack is read, and its index
-    update = next(x for x in program.all_launches if x.name == "next")
-    assert update.nbytes == 2 * matrix + 4 and not update.moved  # in place
-    assert next(x for x in program.all_launches if x.name == "mine.2").nbytes == 456
+    by_name = {x.name: x for x in program.all_launches}
+    assert by_name["next"].nbytes == 2 * matrix + 4 and not by_name["next"].moved  # in place
+    assert by_name["mine.2"].nbytes == 456
     assert program.launches == 4 * 3 + 3
 
 
-PICKED = (
-    HEAD
-    + """
+PICKED = r"""
 %pick (a: bf16[6,8,32], i: s32[2]) -> f32[2,32] {
   %a = bf16[6,8,32]{2,1,0} parameter(0)
   %i = s32[2]{0} parameter(1)
@@ -158,44 +152,32 @@ ENTRY %main (a: bf16[6,8,32], i: s32[2]) -> f32[2,32] {
   %i.1 = s32[2]{0} parameter(1)
   ROOT %picked = f32[2,32]{1,0} fusion(%a.1, %i.1), kind=kLoop, calls=%pick
 }
-""".replace("\\\n", "")
-)
-
-
-def test_rows_of_one_layer_of_a_stack_are_all_that_is_read():
-    (launch,) = read_program(PICKED).all_launches
-    assert launch.nbytes == 2 * 32 * 2 + 2 * 4 + 2 * 32 * 4  # rows, indices, result
-
-
-PREFETCH = (
-    HEAD
-    + """
+"""
+PREFETCH = r"""
 ENTRY %main (a: s8[4096]) -> s8[1024] {
   %a = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)
   %begin = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) \
 slice-start(%a), slice={[0:1024]}
   ROOT %end = s8[1024]{0:T(1024)(128)(4,1)S(1)} slice-done(%begin)
 }
-""".replace("\\\n", "")
-)
+"""
 
 
-def test_a_tpus_prefetch_reads_its_slice_alone():
-    (launch,) = read_program(PREFETCH).all_launches
-    assert launch.nbytes == 1024  # it is written to the chip's own memory, not of all 4,096
+def test_slices_alone_are_read():
+    """Rows of one layer of a stack; of a TPU's prefetch what it writes to its own memory."""
+    (launch,) = read_program(text(PICKED)).all_launches
+    assert launch.nbytes == 2 * 32 * 2 + 2 * 4 + 2 * 32 * 4  # rows, indices, result
+    (launch,) = read_program(text(PREFETCH)).all_launches
+    assert launch.nbytes == 1024
 
 
 def test_additions_are_found_with_their_dtype_and_order():
-    def add(x, ids, rows):
-        return x.at[ids].add(rows)
+    def found(dtype, update):
+        args = S((N, D), dtype), S((5,), jnp.int32), S((5, D), dtype)
+        return [a[1:] for a in additions(jax.jit(update).lower(*args).as_text(dialect="hlo"))]
 
-    ids, narrow, wide = S((5,), jnp.int32), S((5, D), jnp.bfloat16), S((5, D), jnp.float32)
-    lowered = jax.jit(add).lower(S((N, D), jnp.bfloat16), ids, narrow)
-    assert [a[1:] for a in additions(lowered.as_text(dialect="hlo"))] == [("bf16", True, False)]
-    lowered = jax.jit(lambda x, ids, rows: x.at[ids].add(rows, unique_indices=True))
-    lowered = lowered.lower(S((N, D), jnp.float32), ids, wide)
-    assert [a[1:] for a in additions(lowered.as_text(dialect="hlo"))] == [("f32", False, True)]
-    lowered = jax.jit(lambda x, ids, rows: x.at[ids].set(rows)).lower(
-        S((N, D), jnp.bfloat16), ids, narrow
-    )
-    assert additions(lowered.as_text(dialect="hlo")) == []
+    narrow = found(jnp.bfloat16, lambda x, ids, rows: x.at[ids].add(rows))
+    assert narrow == [("bf16", True, False)]
+    unique = found(jnp.float32, lambda x, ids, rows: x.at[ids].add(rows, unique_indices=True))
+    assert unique == [("f32", False, True)]
+    assert found(jnp.bfloat16, lambda x, ids, rows: x.at[ids].set(rows)) == []
