@@ -27,7 +27,12 @@ def replies(command: Sequence[str], seconds: float = threading.TIMEOUT_MAX) -> I
     late = threading.Event()
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
     timer.daemon = True
     timer.start()
     assert process.stdout
