@@ -21,9 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import jax
 
@@ -38,6 +36,8 @@ from experiments.accel.right import right
 from experiments.accel.sizes import TOY, Sizes
 from experiments.accel.table import report, write_cards
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 # Parts by value, and seconds below which one is not begun: it would not come far.
 PARTS: dict[str, tuple[Callable[[Sizes], Part], int]] = {
     "bounds": (op_parts.bounds, 10),
