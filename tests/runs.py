@@ -32,28 +32,12 @@ from dsv3_jax.training.state import Job, TrainState, init_optimizer
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to
 # compile fast.
 MODEL = ModelConfig(
-    vocab_size=260,
-    dim=8,
-    num_layers=2,
-    num_dense_layers=0,
-    dense_dim=10,
-    num_heads=2,
-    q_latent_dim=None,
-    kv_latent_dim=5,
-    nope_head_dim=4,
-    rope_head_dim=2,
-    v_head_dim=3,
-    num_experts=8,
-    experts_per_token=2,
-    num_shared_experts=1,
-    expert_dim=6,
-    num_groups=2,
-    groups_per_token=1,
-    balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2),
-    max_positions=64,
-    mtp_depth=1,
-    init_std=0.2,
-)
+    vocab_size=260, dim=8, num_layers=2, num_dense_layers=0, dense_dim=10, num_heads=2,
+    q_latent_dim=None, kv_latent_dim=5, nope_head_dim=4, rope_head_dim=2, v_head_dim=3,
+    num_experts=8, experts_per_token=2, num_shared_experts=1, expert_dim=6,
+    num_groups=2, groups_per_token=1, balance=Balance(bias_rate=1e-2, sequence_alpha=1e-2),
+    max_positions=64, mtp_depth=1, init_std=0.2,
+)  # fmt: skip
 STEPS = 12
 CLOCK = ("tokens_per_s", "mfu")  # of a row
 HERE = Path(__file__).parents[1]
@@ -79,26 +63,17 @@ def write_text(folder: Path) -> str:
     for i in range(40):
         path = folder / ("code" if i % 2 else "prose") / f"{i:02d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"{i} " + " ".join(rng.choice(words, size=rng.integers(3, 40))), encoding="utf-8"
-        )
+        text = " ".join(rng.choice(words, size=rng.integers(3, 40)))
+        path.write_text(f"{i} {text}", encoding="utf-8")
     return str(folder)
 
 
 def make_run(text: str, **changes) -> RunConfig:
     """A run on `text`; only another model, execution, optimizer or `steps` compiles a new step."""
-    run = RunConfig(
-        model=MODEL,
-        execution=DENSE,
-        data=DataConfig(paths=(text,), seq_len=16, batch_size=4, val_fraction=0.3),
-        optim=OptimConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2),
-        steps=STEPS,
-        eval_every=6,
-        eval_batches=2,
-        save_every=4,
-        keep=2,
-        log_every=1,
-    )
+    data = DataConfig(paths=(text,), seq_len=16, batch_size=4, val_fraction=0.3)
+    optim = OptimConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2)
+    often = {"eval_every": 6, "eval_batches": 2, "save_every": 4, "keep": 2, "log_every": 1}
+    run = RunConfig(MODEL, execution=DENSE, data=data, optim=optim, steps=STEPS, **often)
     return replace(run, **changes)
 
 
@@ -153,6 +128,11 @@ def finished(root: Path) -> Finished:
     return Finished(make_run(str(text)), folder, *pickle.loads(kept.read_bytes()))
 
 
+def refused(sentence: str) -> contextlib.AbstractContextManager:
+    """Expect a ValueError with these words, a regular expression."""
+    return pytest.raises(ValueError, match=sentence)
+
+
 def said_by(function, *args) -> tuple[object, str]:
     """(The result of `function`, the text that it prints.)"""
     out = io.StringIO()
@@ -163,10 +143,8 @@ def said_by(function, *args) -> tuple[object, str]:
 
 # `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the
 # order-2 baseline.
-SECONDS = {
-    place: getattr(*place)
-    for place in ((speed, "gemm_flops"), (steps, "draw"), (steps, "order2_of"))
-}
+PLACES = ((speed, "gemm_flops"), (steps, "draw"), (steps, "order2_of"))
+SECONDS = {place: getattr(*place) for place in PLACES}
 SPEND_NO_SECONDS = """
 from dsv3_jax.report import speed
 from dsv3_jax.runs import steps
@@ -244,9 +222,8 @@ def unhooked(module: str, name: str | None = None):
     Args: name: to be imported by. None means a name of its own.
     """
     name = name or f"unhooked_{module.replace('.', '_')}"
-    spec = importlib.util.spec_from_file_location(
-        name, HERE.joinpath(*module.split(".")).with_suffix(".py")
-    )
+    file = HERE.joinpath(*module.split(".")).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(name, file)
     made = importlib.util.module_from_spec(spec)
     sys.modules[name] = made  # dataclasses look up their annotations there
     spec.loader.exec_module(made)
@@ -256,9 +233,8 @@ def unhooked(module: str, name: str | None = None):
 def unhooked_config():
     """The package dsv3_jax.config, as `unhooked` makes a module."""
     name = "dsv3_jax.config"
-    kept = {
-        key: sys.modules.pop(key) for key in list(sys.modules) if f"{key}.".startswith(f"{name}.")
-    }
+    names = [key for key in sys.modules if f"{key}.".startswith(f"{name}.")]
+    kept = {key: sys.modules.pop(key) for key in names}
     finders = list(sys.meta_path)
     sys.meta_path[:] = [x for x in finders if not type(x).__module__.startswith("jaxtyping")]
     try:
@@ -278,10 +254,8 @@ def rows_of(folder: Path) -> list[dict]:
 def assert_bitwise(left, right) -> None:
     """Two trees have the same structure, and every leaf the same bytes (NaN equals NaN)."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True
-    ):
+    paths = jax.tree_util.tree_leaves_with_path(left)
+    for (path, a), b in zip(paths, jax.tree.leaves(right), strict=True):
         a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), (
-            jax.tree_util.keystr(path)
-        )
+        one, two = (a.dtype, a.shape, a.tobytes()), (b.dtype, b.shape, b.tobytes())
+        assert one == two, jax.tree_util.keystr(path)

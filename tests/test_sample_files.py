@@ -12,11 +12,8 @@ from dsv3_jax.cli.sample import write_samples
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.decoding import generate
 
-RECORDS = [
-    {"prompt": "def f", "answer": [1.5, "é"]},
-    {"prompt": "x"},
-    {"id": 7, "prompt": "for in range(9)"},
-]
+RECORDS = [{"prompt": "def f", "answer": [1.5, "é"]}, {"prompt": "x"}]
+RECORDS += [{"id": 7, "prompt": "for in range(9)"}]
 BROKEN = {
     "[1]": "bad.jsonl, line 2, is not an object",
     '{"prompt": ""}': "bad.jsonl, line 2: \"prompt\" is '', not a text",
@@ -57,18 +54,15 @@ def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     code, whole, err = sample("in.jsonl", "whole.jsonl", *how)
     assert code == 0 and "6 texts; " in err and whole[0]["text"] != whole[1]["text"]
     for row, line in enumerate(whole):
-        assert line | RECORDS[row // 2] == line
-        assert line["sample"] == row % 2
-        assert line["logprob"] < -1
-        assert line["tokens"] == 24 or line["ended"]
+        assert line | RECORDS[row // 2] == line and line["sample"] == row % 2
+        assert line["logprob"] < -1 and (line["tokens"] == 24 or line["ended"])
     part, how = tmp_path / "out.jsonl.part", (*how, "--batch-size", 2)
     assert sample("in.jsonl", "out.jsonl", *how, parts=3)[:2] == (130, [])
     kept = part.read_bytes()
     assert 1 < kept.count(b"\n") < 7
     part.write_bytes(kept + b'{"row": 5, "li')  # killed while it wrote
     code, lines, err = sample("in.jsonl", "out.jsonl", *how, "--seed", 1)
-    assert (code, lines) == (2, [])
-    assert "seed=1 is not the 0 that" in err
+    assert (code, lines) == (2, []) and "seed=1 is not the 0 that" in err
     assert part.read_bytes().startswith(kept)
     code, lines, _ = sample("in.jsonl", "out.jsonl", *how)
     assert code == 0 and not part.exists()
@@ -104,21 +98,14 @@ def swapped(words: str) -> str:
     return json.dumps(values)
 
 
+OTHER = b'{"row": 1, "line": {"a": 1}}'
 DAMAGE = {
-    "a letter is changed": lambda lines: [
-        lines[0],
-        lines[1].replace(b'"text": "1', b'"text": "9'),
-        *lines[2:],
-    ],
-    "zeros after a loss of power": lambda lines: [lines[0], b"\0" * 40, *lines[2:]],
-    "two lines are one": lambda lines: [lines[0], lines[1] + b" " + lines[2], *lines[3:]],
-    "a line of somebody else": lambda lines: [
-        lines[0],
-        b'{"row": 1, "line": {"a": 1}}',
-        *lines[2:],
-    ],
-    "a carriage return": lambda lines: [lines[0], lines[1] + b"\r", *lines[2:]],
-    "a line stands twice": lambda lines: [*lines, lines[-1]],
+    "a letter is changed": lambda a, b, *rest: [a, b.replace(b'"text": "1', b'"text": "9'), *rest],
+    "zeros after a loss of power": lambda a, b, *rest: [a, b"\0" * 40, *rest],
+    "two lines are one": lambda a, b, c, *rest: [a, b + b" " + c, *rest],
+    "a line of somebody else": lambda a, b, *rest: [a, OTHER, *rest],
+    "a carriage return": lambda a, b, *rest: [a, b + b"\r", *rest],
+    "a line stands twice": lambda *lines: [*lines, lines[-1]],
 }
 
 
@@ -147,7 +134,7 @@ def test_a_damaged_line_is_sampled_again(tmp_path, monkeypatch, capsys, damage):
         write("out.jsonl", stop=5)
     part = tmp_path / "out.jsonl.part"
     head, *lines = part.read_bytes().splitlines()
-    part.write_bytes(b"\n".join([head, *damage(lines), b'1234 {"row": 5, "li']))
+    part.write_bytes(b"\n".join([head, *damage(*lines), b'1234 {"row": 5, "li']))
     assert write("out.jsonl") == whole
     twice = damage is DAMAGE["a line stands twice"]
     assert drawn[-1] == 5 and (len(drawn) == 1) == twice and len(drawn) <= 3
