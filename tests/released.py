@@ -50,10 +50,8 @@ class Cell:
         return "fp8" if fp8 else self.config.get("text_config", self.config)["torch_dtype"]
 
 
-GRID = {
-    name: Cell(name, config)
-    for name, config in json.loads((GOLDEN / "folders.json").read_text()).items()
-}
+FOLDERS = json.loads((GOLDEN / "folders.json").read_text())
+GRID = {name: Cell(name, config) for name, config in FOLDERS.items()}
 INT4 = GRID["Kimi K2-Thinking"].config["quantization_config"]
 # numbers of a weight with one scale
 _INT4_GROUP = INT4["config_groups"]["group_0"]["weights"]["group_size"]
@@ -110,11 +108,8 @@ def packed_int4(weight: np.ndarray) -> dict[str, np.ndarray]:
     numbers = numbers.reshape(rows, columns) + 8
     words = np.pad(numbers.astype(np.uint32), ((0, 0), (0, -columns % 8))).reshape(rows, -1, 8)
     packed = np.bitwise_or.reduce(words << _SHIFTS, axis=-1)
-    return {
-        "_packed": packed.view(np.int32),
-        "_scale": scales,
-        "_shape": np.array(weight.shape, np.int32),
-    }
+    shape = np.array(weight.shape, np.int32)
+    return {"_packed": packed.view(np.int32), "_scale": scales, "_shape": shape}
 
 
 def without_int4(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -133,28 +128,18 @@ def without_int4(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @cache
 def stored(cell: Cell) -> dict[str, np.ndarray]:
     """Make the tensors of a cell's file in its dtype, by DeepSeek's names."""
-    if cell.name == "Kimi K2-Thinking":
-        arrays = {}
-        for name, value in tensors(cell.cfg).items():
-            routed = ".experts." in name
-            arrays |= (
-                {name + k: v for k, v in packed_int4(value).items()} if routed else {name: value}
-            )
-        return arrays
-    if cell.file != "fp8":
-        dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-        dtype = dtypes[cell.file]
-        return {
-            k: v if "correction_bias" in k else v.astype(dtype)
-            for k, v in tensors(cell.cfg).items()
-        }
     arrays = {}
-    linear = {e.name for e in entries(cell.cfg) if e.quantized}
+    linear = {e.name for e in entries(cell.cfg) if e.quantized and cell.file == "fp8"}
+    dtype = {"float32": np.float32, "float16": np.float16}.get(cell.file, ml_dtypes.bfloat16)
+    kimi = cell.name == "Kimi K2-Thinking"
     for name, value in tensors(cell.cfg).items():
-        if name in linear:
+        if kimi and ".experts." in name:
+            arrays |= {name + suffix: part for suffix, part in packed_int4(value).items()}
+        elif name in linear:
             arrays[name], arrays[name + "_scale_inv"] = quantized(value)
         else:
-            arrays[name] = value if "correction_bias" in name else value.astype(ml_dtypes.bfloat16)
+            kept = kimi or "correction_bias" in name
+            arrays[name] = value if kept else value.astype(dtype)
     return arrays
 
 
@@ -164,11 +149,8 @@ def as_labelled(cell: Cell) -> dict[str, np.ndarray]:
     if cell.name == "Moonlight":
         powers = np.arange(0, cfg.rope_head_dim, 2) / cfg.rope_head_dim
         inv_freq = (1 / cfg.rope_theta**powers).astype(np.float32)
-        layers = range(cfg.num_layers)
-        arrays |= {
-            f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq.copy()
-            for layer in layers
-        }
+        for layer in range(cfg.num_layers):
+            arrays[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = inv_freq.copy()
     if cell.name == "Kimi K2.5":
         arrays = {f"language_model.{name}": value for name, value in arrays.items()}
         ones = np.ones((2, 2), np.float32)
@@ -195,12 +177,8 @@ def _outputs(graphdef, state, batch):
     model = nnx.merge(graphdef, state)
     out = model(batch["tokens"])
     none = jnp.zeros((0, BATCH, LENGTH, 1), jnp.int32)  # of a model without sparse layers
-    return (
-        out.logits,
-        out.mtp_logits,
-        out.routing.expert_ids if out.routing else none,
-        [r.expert_ids for r in out.mtp_routing],
-    )
+    ids, heads = out.routing.expert_ids if out.routing else none, out.mtp_routing
+    return out.logits, out.mtp_logits, ids, [head.expert_ids for head in heads]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -217,19 +195,15 @@ def ours(model, *, gradients: bool = True, greedy: bool = True) -> dict[str, np.
     cfg = replace(model.cfg, balance=Balance(0.0, 0.0, 0.0))
     model = nnx.merge(nnx.split(abstract(cfg, model.execution, model.kernels))[0], nnx.state(model))
     one = jnp.ones((BATCH, LENGTH), jnp.int32)
-    batch = {
-        "tokens": jnp.asarray(tokens(cfg)),
-        "segment_ids": one,
-        "positions": jnp.cumsum(one, axis=1) - 1,
-    }
+    positions = jnp.cumsum(one, axis=1) - 1
+    batch = {"tokens": jnp.asarray(tokens(cfg)), "segment_ids": one, "positions": positions}
     logits, mtp, ids, mtp_ids = jax.tree.map(np.asarray, _outputs(*nnx.split(model), batch))
     results = {"logits": logits, "expert_ids": np.sort(ids, axis=-1)}
     for k in range(model.cfg.mtp_depth):
         results |= {f"mtp_logits.{k}": mtp[k], f"mtp_expert_ids.{k}": np.sort(mtp_ids[k], axis=-1)}
     if greedy:
-        results["greedy"] = np.array(
-            generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens, np.int32
-        )
+        greedy_ids = generate(model, tokens(model.cfg)[:, :8].tolist(), NEW).tokens
+        results["greedy"] = np.array(greedy_ids, np.int32)
     if gradients:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         loss, grads = _gradients(graphdef, params, rest, batch)

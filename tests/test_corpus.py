@@ -3,12 +3,14 @@
 import datetime
 import decimal
 import json
-import os
 import re
 import sys
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from runs import refused
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import load_corpus, read_documents
@@ -16,9 +18,8 @@ from dsv3_jax.data.text_files import rows_of_path
 
 
 def read(*paths, **settings):
-    corpus = load_corpus(
-        DataConfig(paths=tuple(map(str, paths)), **{"val_fraction": 0.5, **settings})
-    )
+    settings = {"paths": tuple(map(str, paths)), "val_fraction": 0.5} | settings
+    corpus = load_corpus(DataConfig(**settings))
     return corpus, sorted(corpus.train + corpus.val)
 
 
@@ -51,56 +52,32 @@ def test_folder_of_files(tmp_path):
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
-        (
-            "a.jsonl",
-            b'{"text": "a\\ud800"}\n',
-            "a.jsonl, line 1, is not JSON: .* holds half a surrogate pair",
-        ),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', "a.jsonl, line 1, .* holds half a surrogate pair"),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 in all"),
         ("b.txt", b"", "path='.*a.txt' does not exist"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         read(tmp_path / name.replace("b", "a"))
 
 
-def test_folders_that_the_system_lists_only_to_some_depth(tmp_path, monkeypatch):
-    """`os.walk` calls itself before Python 3.12."""
-
-    def walk(top, **_):
-        raise RecursionError
-
-    monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(
-        ValueError, match=f"path='{tmp_path}' has too many folders within each other"
-    ):
-        read(tmp_path)
-
-
 def test_parquet(tmp_path, monkeypatch):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["p1", "p2"], "domain": ["web", None], "n": [1, 2]}), file)
     assert read(file)[1] == [("p1", "web"), ("p2", "parquet")]
     pq.write_table(pa.table({"body": ["p1"]}), file)
-    with pytest.raises(
-        ValueError, match=r"a\.parquet cannot be read .* no column 'text' among \['body'\]"
-    ):
+    with refused(r"a\.parquet cannot be read .* no column 'text' among \['body'\]"):
         read(file)
     pq.write_table(pa.table({"text": ["p1", None]}), file)
-    with pytest.raises(ValueError, match=r'a\.parquet, row 2: "text" is None'):
+    with refused(r'a\.parquet, row 2: "text" is None'):
         read(file)
     file.write_bytes(b"PAR1")
-    with pytest.raises(
-        ValueError, match=r"a\.parquet cannot be read after row 0: Parquet file size is 4 bytes"
-    ):
+    with refused(r"a\.parquet cannot be read after row 0: Parquet file size is 4 bytes"):
         read(file)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"a\.parquet .* needs pyarrow.*pip install pyarrow"):
+    with refused(r"a\.parquet .* needs pyarrow.*pip install pyarrow"):
         read(file)
 
 
@@ -110,43 +87,36 @@ def test_a_file_that_is_deleted_while_its_folder_is_read(tmp_path):
     documents = read_documents([str(tmp_path)])
     next(documents)
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"b\.jsonl cannot be read: No such file"):
+    with refused(r"b\.jsonl cannot be read: No such file"):
         next(documents)
 
 
 NO_JSON = {
-    "a time": lambda pa: datetime.datetime(2026, 1, 2),
-    "bytes": lambda pa: b"ab",
-    "a decimal": lambda pa: decimal.Decimal("1.5"),
-    "a duration": lambda pa: datetime.timedelta(1),
-    "a time that Python lacks": lambda pa: pa.scalar(2**62, pa.timestamp("ms")),
-    "no UTF-8": lambda pa: pa.array([b"\xff"]).view(pa.string())[0],
+    "a time": datetime.datetime(2026, 1, 2),
+    "bytes": b"ab",
+    "a decimal": decimal.Decimal("1.5"),
+    "a duration": datetime.timedelta(1),
+    "a time that Python lacks": pa.scalar(2**62, pa.timestamp("ms")),
+    "no UTF-8": pa.array([b"\xff"]).view(pa.string())[0],
 }
 
 
-@pytest.mark.parametrize("name", NO_JSON)
-def test_values_of_parquet_that_are_not_of_json(tmp_path, name):
+@pytest.mark.parametrize("value", NO_JSON.values(), ids=NO_JSON)
+def test_values_of_parquet_that_are_not_of_json(tmp_path, value):
     """As a text, as a domain, and in a message: a sentence that names file and row."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    bad = pa.array([NO_JSON[name](pa)])
+    bad = pa.array([value])
     messages = pa.StructArray.from_arrays([pa.array(["user"]), bad], ["role", "more"])
     chats = pa.ListArray.from_arrays([0, 1], messages)
     for columns in ({"text": bad}, {"text": ["a"], "domain": bad}, {"messages": chats}):
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-        with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0: "):
+        with refused(r"a\.parquet cannot be read after row 0: "):
             list(rows_of_path(str(tmp_path), list(columns), chats="messages" in columns))
 
 
 def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch):
     """A dictionary makes 64 MB, or as well gigabytes, of a file of kilobytes."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(
-        pa.table({"text": ["x" * 2**20] * 64}), tmp_path / "a.parquet", compression="zstd"
-    )
+    table = pa.table({"text": ["x" * 2**20] * 64})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
     tracemalloc.start()
     assert sum(1 for _ in rows_of_path(str(tmp_path), ["text"])) == 64
@@ -154,17 +124,12 @@ def test_rows_of_megabytes_are_decoded_one_after_the_other(tmp_path, monkeypatch
     tracemalloc.stop()
     assert peak < 2**24
     monkeypatch.setattr("dsv3_jax.data.text_files._MAX_LINE_BYTES", 10**6)
-    with pytest.raises(
-        ValueError, match=r"a\.parquet cannot be read after row 0: .* more than 1,000,000"
-    ):
+    with refused(r"a\.parquet cannot be read after row 0: .* more than 1,000,000"):
         next(rows_of_path(str(tmp_path), ["text"]))
 
 
 def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
     """Parquet's footer has no checksum: each place that may be the number is changed by one bit."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), file)
     data, refused = file.read_bytes(), 0
@@ -205,8 +170,6 @@ def test_default_corpus_has_its_domains():
     assert corpus == load_corpus(DataConfig(max_documents=200))
     assert len(corpus.train) + len(corpus.val) == 200
     assert corpus.domains == ("code", "tests", "C", "English")
-    sizes = corpus.sizes()
-    assert sum(map(sum, sizes.values())) == sum(
-        len(d.text.encode()) for d in corpus.train + corpus.val
-    )
+    sizes, documents = corpus.sizes(), corpus.train + corpus.val
+    assert sum(map(sum, sizes.values())) == sum(len(d.text.encode()) for d in documents)
     assert all(train > 0 for train, _ in sizes.values())

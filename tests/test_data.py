@@ -36,16 +36,13 @@ def make_corpus(train=30, val=12):
 def sources(tmp_path_factory):
     """A source of each kind."""
     root = tmp_path_factory.mktemp("data")
-    lines = [
-        {"prompt": f"{i}+1=", "completion": "x" * (i % 9), "domain": "ab"[i % 2]} for i in range(80)
-    ]
-    (root / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    lines = [{"text": f"{i}: {'xyz' * (i % 25)}", "domain": "ab"[i % 2]} for i in range(40)]
-    (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    job = Tokenize(
-        (str(root / "text.jsonl"),), root / "shards", "bytes", row_tokens=32, val_fraction=0.2
-    )
-    tokenize(replace(job, shard_mb=0.0004))
+    chats = [{"prompt": f"{i}+1=", "completion": "x" * (i % 9)} for i in range(80)]
+    texts = [{"text": f"{i}: {'xyz' * (i % 25)}"} for i in range(40)]
+    for name, lines in (("chats", chats), ("text", texts)):
+        lines = [line | {"domain": "ab"[i % 2]} for i, line in enumerate(lines)]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    size = {"row_tokens": 32, "val_fraction": 0.2, "shard_mb": 0.0004}
+    tokenize(job := Tokenize((str(root / "text.jsonl"),), root / "shards", "bytes", **size))
     shards = replace(CFG, paths=(str(job.out),), format="shards")
     chats = replace(CFG, paths=(str(root / "chats.jsonl"),), format="chat", val_fraction=0.3)
     return {
@@ -127,15 +124,15 @@ def test_rows_are_the_oracles_in_a_new_order_each_pass(sources):
     stream = [(t, int(i)) for i in order for t in [*corpus.train[i].text.encode(), EOS]]
     stream += [(0, 0)] * (-len(stream) % 16)
     expected = Counter(tuple(stream[i : i + 16]) for i in range(0, len(stream), 16))
-    rows = [
-        tuple(zip(batch["tokens"][0].tolist(), batch["documents"][0].tolist(), strict=True))
-        for batch in epoch(source, 2)
-    ]
+
+    def rows_of(source):
+        pairs = ((x["tokens"][0].tolist(), x["documents"][0].tolist()) for x in epoch(source, 2))
+        return [tuple(zip(*pair, strict=True)) for pair in pairs]
+
+    rows, other = rows_of(source), rows_of(from_corpus(corpus, BYTES, replace(CFG, seed=4)))
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert Counter(first) == Counter(second) == expected and first != second
-    assert epoch(from_corpus(corpus, BYTES, replace(CFG, seed=4)))[0]["tokens"].tolist() != [
-        [t for t, _ in first[0]]
-    ]
+    assert other[0] != first[0]
 
 
 def test_joined_documents_differ_only_in_segment_ids_and_positions():
@@ -156,16 +153,14 @@ def unfold(ids):
 
 
 def test_fill_in_the_middle_keeps_the_text_and_the_rate():
-    corpus = Corpus(
-        tuple(Document(f"{i:04d}é" + "x" * (i % 40), "a") for i in range(400)), (), ("a",), ""
-    )
+    documents = tuple(Document(f"{i:04d}é" + "x" * (i % 40), "a") for i in range(400))
+    corpus = Corpus(documents, (), ("a",), "")
     for rate in (0.3, 1.0):
         source = from_corpus(corpus, BYTES, replace(CFG, seq_len=64, fim_rate=rate))
         order = source.train()[0]
         stream = np.concatenate([order[i]["tokens"] for i in range(len(order))])
-        documents = [
-            part.tolist() for part in np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]
-        ]
+        parts = np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]
+        documents = [part.tolist() for part in parts]
         assert Counter(map(unfold, documents)) == Counter(d.text for d in corpus.train)
         share = np.mean([ids[0] == PREFIX for ids in documents])
         assert abs(share - rate) <= 5 * (rate * (1 - rate) / 400) ** 0.5  # five standard deviations
@@ -180,15 +175,11 @@ def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources):
     corpus, cfg = make_corpus(), replace(CFG, seq_len=8, batch_size=2, fim_rate=1.0)
     everything = from_corpus(corpus, BYTES, cfg).val_batches(1000)
     assert_same(everything, from_corpus(corpus, BYTES, replace(cfg, seed=9)).val_batches(1000))
-    tokens, real, numbers = (
-        np.concatenate([b[k] for b in everything]) for k in ("tokens", "segment_ids", "documents")
-    )
+    names = ("tokens", "segment_ids", "documents")
+    tokens, real, numbers = (np.concatenate([b[name] for b in everything]) for name in names)
     for i, document in enumerate(corpus.val):
-        assert sorted(tokens[(real > 0) & (numbers == i)].tolist()) == sorted(
-            [*document.text.encode(), EOS]
-        )
-    texts = tuple(Document(f"{chr(97 + i)}" * 100, "a") for i in range(6))
-    source = from_corpus(
-        Corpus((), texts, ("a",), ""), BYTES, replace(CFG, seq_len=4, batch_size=6)
-    )
+        found = tokens[(real > 0) & (numbers == i)].tolist()
+        assert sorted(found) == sorted([*document.text.encode(), EOS])
+    texts = Corpus((), tuple(Document(x * 100, "a") for x in "abcdef"), ("a",), "")
+    source = from_corpus(texts, BYTES, replace(CFG, seq_len=4, batch_size=6))
     assert {chr(c) for c in source.val_batches(1)[0]["tokens"][:, 0]} == set("abcdef")

@@ -115,12 +115,7 @@ def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (path / "old").read_text() == "old"
-    left = [
-        name
-        for folder in (tmp_path, path)
-        for name in names(folder)
-        if name not in ("folder", "old")
-    ]
+    left = [name for name in names(tmp_path) + names(path) if name not in ("folder", "old")]
     assert len(left) == 2 and all(name.startswith(".") and name.endswith(PART) for name in left)
     write_atomic(path / "old", "new content")
     assert (path / "old").read_text() == "new content"
@@ -134,16 +129,10 @@ class Disk:
 
     def __init__(self, root: Path, patch):
         self.root, self.content, self.names = root, {}, {}
-        calls = {
-            "fsync": self.keep,
-            "rename": self.appear,
-            "replace": self.appear,
-            "unlink": self.go,
-        }
-        for module, name, look in [
-            *((os, *pair) for pair in calls.items()),
-            (shutil, "rmtree", self.go),
-        ]:
+        looks = {"fsync": self.keep, "rename": self.appear, "replace": self.appear}
+        looks |= {"unlink": self.go, "rmtree": self.go}
+        for name, look in looks.items():
+            module = shutil if name == "rmtree" else os
             patch.setattr(module, name, partial(self.call, look, getattr(module, name)))
 
     @staticmethod
@@ -155,9 +144,8 @@ class Disk:
     def keep(self, descriptor):
         status = os.fstat(descriptor)
         if os.path.isdir(descriptor):
-            self.names[status.st_ino] = {
-                entry.name: entry.inode() for entry in os.scandir(descriptor)
-            }
+            entries = os.scandir(descriptor)
+            self.names[status.st_ino] = {entry.name: entry.inode() for entry in entries}
         else:
             self.content[status.st_ino] = status.st_mtime_ns
 
@@ -177,10 +165,8 @@ class Disk:
     def passes(self, path: Path) -> bool:
         """Whether the path is one that a process uses while it writes, and nobody reads."""
         parts = path.relative_to(self.root).parts
-        return any(
-            part[0] == "." or part.endswith((PART, ".lock", ".deleted")) or "tmp" in part
-            for part in parts
-        )
+        ends = (PART, ".lock", ".deleted")
+        return any(part[0] == "." or part.endswith(ends) or "tmp" in part for part in parts)
 
     def lost(self, top: Path) -> list[Path]:
         found = []
@@ -213,9 +199,8 @@ def write_checkpoint(folder, number, _):
 def write_texts(folder, number, patch):
     patch.setattr(sample, "complete", lambda *_: iter([(0, [72], [-1.0])]))
     text = SimpleNamespace(tokenizer=ByteTokenizer(), stop_ids=(0,))
-    sample.write_samples(
-        None, text, [{"prompt": "x"}], [[1]], DecodeConfig(1), folder / f"{number}.jsonl", {}
-    )
+    config, out = DecodeConfig(1), folder / f"{number}.jsonl"
+    sample.write_samples(None, text, [{"prompt": "x"}], [[1]], config, out, {})
 
 
 def write_tokens(folder, number, _):
@@ -224,9 +209,10 @@ def write_tokens(folder, number, _):
     tokenize(Tokenize((str(source),), folder / "shards", val_fraction=0.3, row_tokens=16))
 
 
-@pytest.mark.parametrize(
-    "write", [write_file, write_released, write_checkpoint, write_texts, write_tokens]
-)
+WRITERS = [write_file, write_released, write_checkpoint, write_texts, write_tokens]
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_what_was_written_outlives_a_loss_of_power(tmp_path, monkeypatch, write):
     """Nothing is replaced or deleted before its replacement is synced, and in the end all is."""
     for name in ("checkpoints", "shards"):

@@ -30,14 +30,11 @@ def test_heatmap_draws_load_over_mean(tmp_path, rng):
     for got, counts in zip(drawn, (load, code, c), strict=True):
         # float64 rounding
         np.testing.assert_allclose(got * counts.sum(-1, keepdims=True), counts * 8.0, rtol=1e-12)
-    norms = {
-        (ax.images[0].norm.vmin, ax.images[0].norm.vcenter, ax.images[0].norm.vmax)
-        for ax in figure.axes[:3]
-    }
+    norms = [ax.images[0].norm for ax in figure.axes[:3]]
+    norms = {(norm.vmin, norm.vcenter, norm.vmax) for norm in norms}
     assert len(norms) == 1 and norms.pop()[:2] == (0.0, 1.0)  # one scale for all, white is even
-    assert figure.axes[0].get_title() == run_plots.load_finding(
-        load, ["layer 0", "layer 1", "layer 2"]
-    )
+    layers = ["layer 0", "layer 1", "layer 2"]
+    assert figure.axes[0].get_title() == run_plots.load_finding(load, layers)
     peaks = load.max(-1) / load.mean(-1) - 1
     assert texts(figure.axes[0]) == ["MaxVio", *(f"{p:.2f}" for p in peaks)]
     width, height = png_size(tmp_path / "a" / "load.png")
@@ -57,13 +54,8 @@ def test_curves_draw_each_metric_at_its_steps(tmp_path):
     metrics = [
         {"step": 10, "loss": 5.0, "lr": 1e-4, "max_vio": 2.0, "tokens_per_s": 10.0},
         {"step": 20, "loss": 4.0, "lr": 2e-4, "max_vio": 1.0, "tokens_per_s": 11.0},
-        {
-            "step": 20,
-            "val_loss": 4.5,
-            "val_bits_per_byte": 3.0,
-            "max_vio_global": 0.5,
-            "mtp_acceptance": None,
-        },
+        {"step": 20, "val_loss": 4.5, "val_bits_per_byte": 3.0, "max_vio_global": 0.5},
+        {"step": 20, "mtp_acceptance": None},
         {"step": 10, "loss": 5.5},  # a resumed run repeats the step
     ]
     figure = run_plots.training_curves(metrics, tmp_path / "run.png")

@@ -46,9 +46,8 @@ def chosen(rows: TokenRows, experts: int = E) -> np.ndarray:
 def mutual(counts: np.ndarray) -> float:
     """Σ p log2(p / (p_a p_b)) of a table of counts [a, b]."""
     p = counts / counts.sum()
-    return sum(
-        x * np.log2(x / (p[a].sum() * p[:, b].sum())) for (a, b), x in np.ndenumerate(p) if x
-    )
+    chance = np.outer(p.sum(1), p.sum(0))
+    return (p[p > 0] * np.log2(p[p > 0] / chance[p > 0])).sum()
 
 
 def test_information_equals_the_definitions(rng):
@@ -59,9 +58,8 @@ def test_information_equals_the_definitions(rng):
         given = sum(table[:, t].sum() / table.sum() * mutual(table[:, t]) for t in range(9))
         want = mutual(table.sum(2)), mutual(table.sum(1)), given
         parts = (found.token, found.domain, found.domain_given_token)
-        np.testing.assert_allclose(
-            [p.bits[layer] + p.chance[layer] for p in parts], want, rtol=1e-9
-        )
+        sums = [part.bits[layer] + part.chance[layer] for part in parts]
+        np.testing.assert_allclose(sums, want, rtol=1e-9)
         assert mutual_information(table.sum(1).T[:, None])[0] == pytest.approx(want[1], rel=1e-9)
         load = taken.sum(0) / taken.sum()
         assert found.entropy[layer] == pytest.approx(-(load * np.log2(load)).sum())
@@ -69,9 +67,8 @@ def test_information_equals_the_definitions(rng):
 
 def test_independent_choices_give_no_information(rng):
     """Even where most tokens occur once or twice, and the plug-in estimate is above one bit."""
-    found = information(
-        random_rows(rng, n=3000, tokens=2000, documents=60), E, 2, draws=10, resamples=50
-    )
+    rows = random_rows(rng, n=3000, tokens=2000, documents=60)
+    found = information(rows, E, 2, draws=10, resamples=50)
     for part in (found.token, found.domain, found.domain_given_token):
         assert (np.abs(part.bits) < 0.02).all()
         assert ((part.low < 0.01) & (part.high > -0.01)).all()
@@ -82,9 +79,8 @@ def test_intervals_resample_documents(rng):
     """Documents that differ make the interval wide: its width is the spread over documents."""
     # one expert a document
     experts, document = rng.integers(0, 4, 30), np.repeat(np.arange(30), 200)
-    rows = rows_of(experts[document][None, :, None], document)._replace(
-        domain=(document % 2).astype(np.int32)
-    )
+    rows = rows_of(experts[document][None, :, None], document)
+    rows = rows._replace(domain=(document % 2).astype(np.int32))
     wide, plain = information(rows, 4, 2, draws=5, resamples=100).domain, []
     for _ in range(200):
         picked, load = rng.integers(0, 30, 30), np.zeros((2, 4))
@@ -102,16 +98,11 @@ def test_transitions_repeats_and_heads_equal_the_definitions(rng):
     pairs = np.einsum("lna,lnb->lab", taken[:-1], taken[1:])
     np.testing.assert_array_equal(flow.transitions(rows, E), pairs)
     for lifts, table in zip(flow.transition_lift(pairs), pairs, strict=True):
-        np.testing.assert_allclose(
-            lifts, table * table.sum() / np.outer(table.sum(1), table.sum(0))
-        )
+        chance = np.outer(table.sum(1), table.sum(0)) / table.sum()
+        np.testing.assert_allclose(lifts, table / chance)
     found = flow.repeats(rows, E)
-    near = (
-        (np.diff(rows.document) == 0)
-        & (np.diff(rows.segment) == 0)
-        & rows.counted[:, 1:]
-        & rows.counted[:, :-1]
-    )
+    near = (np.diff(rows.document) == 0) & (np.diff(rows.segment) == 0)
+    near = near & rows.counted[:, 1:] & rows.counted[:, :-1]
     same = (taken[:, 1:] * taken[:, :-1]).sum(-1) * near
     np.testing.assert_allclose(found.share, same.sum(1) / (K * near.sum(1)))
     p = taken.sum(1) / taken.sum((1, 2))[:, None]
@@ -121,9 +112,8 @@ def test_transitions_repeats_and_heads_equal_the_definitions(rng):
     two = (taken[1:] * rows.counted[2][:, None]).astype(float)
     loads = two.sum(1)
     assert head.same_expert_number == pytest.approx((two[0] * two[1]).sum() / loads[0].sum())
-    assert head.by_chance[0] == pytest.approx(
-        K * (loads[0] @ loads[1]) / (loads[0].sum() * loads[1].sum())
-    )
+    chance = K * (loads[0] @ loads[1]) / (loads[0].sum() * loads[1].sum())
+    assert head.by_chance[0] == pytest.approx(chance)
     assert head.load_correlation[0] == pytest.approx(np.corrcoef(loads)[0, 1])
 
 
@@ -132,9 +122,8 @@ def test_matched_experts_share_the_most_choices(rng):
     rows, others = random_rows(rng, experts=5), random_rows(rng, experts=5)
     found = match_experts(rows, others, 5)
     shared = np.einsum("lna,lnb->lab", chosen(rows, 5), chosen(others, 5))
-    of_one = [
-        [table[range(5), p].sum() for p in itertools.permutations(range(5))] for table in shared
-    ]
+    maps = list(itertools.permutations(range(5)))
+    of_one = [[table[range(5), one].sum() for one in maps] for table in shared]
     total = K * rows.counted.sum(1)
     np.testing.assert_allclose(found.shared, np.max(of_one, axis=1) / total)
     of_match = [t[range(5), m].sum() for t, m in zip(shared, found.match, strict=True)]
@@ -160,9 +149,8 @@ def test_a_muted_expert_is_one_without_weights():
         nll = []
         for batch in BATCHES:
             tokens, segment = batch["tokens"], batch["segment_ids"]
-            log_p = np.asarray(
-                jax.nn.log_softmax(forward(model, tokens, segment, batch["positions"]).logits)
-            )
+            logits = forward(model, tokens, segment, batch["positions"]).logits
+            log_p = np.asarray(jax.nn.log_softmax(logits))
             given = np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], -1)[..., 0]
             nll += (-given[(segment[:, 1:] > 0) & (segment[:, 1:] == segment[:, :-1])]).tolist()
         loss = found.loss if layer is None else found.without[layer, expert]

@@ -31,48 +31,36 @@ V3, KIMI, GLM, STRICT = (
     for name in ("v3", "kimi", "glm", "strict")
 )
 
-USER = {"role": "user", "content": "hello world"}
-ANSWER = {"role": "assistant", "content": "the end"}
+
+def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content} | more
+
+
+USER, ANSWER = message("user", "hello world"), message("assistant", "the end")
 CALL = {"role": "assistant", "content": None,
         "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}]}  # fmt: skip
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "system": [
-        {"role": "system", "content": "the system é"},
-        {"role": "user", "content": "1+1 is?"},
-    ],
+    "system": [message("system", "the system é"), message("user", "1+1 is?")],
     "two turns": [
         USER,
         ANSWER,
-        {"role": "user", "content": " 日本語 🚀\n"},
-        {"role": "assistant", "content": "🚀 ok \n"},
+        message("user", " 日本語 🚀\n"),
+        message("assistant", "🚀 ok \n"),
     ],
     "thoughts": [
         USER,
-        {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "why"},
+        message("assistant", "<think>a</think>b", reasoning_content="why"),
         USER,
-        {"role": "assistant", "content": "c", "reasoning": "how\n"},
+        message("assistant", "c", reasoning="how\n"),
     ],
     "names in a message": [
-        {
-            "role": "user",
-            "content": "a<｜end▁of▁sentence｜><｜User｜>b</s> <s><|im_end|>c<|user|> <think>d",
-        },
-        {"role": "assistant", "content": "<｜Assistant｜>[EOS]e<|im_end|>"},
+        message("user", "a<｜end▁of▁sentence｜><｜User｜>b</s> <s><|im_end|>c<|user|> <think>d"),
+        message("assistant", "<｜Assistant｜>[EOS]e<|im_end|>"),
     ],
-    "tools": [USER, CALL, {"role": "tool", "content": "2"}, ANSWER],
-    "parts": [
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": " world"}],
-        }
-    ],
+    "tools": [USER, CALL, message("tool", "2"), ANSWER],
+    "parts": [message("user", [{"type": "text", "text": text} for text in ("hello", " world")])],
     "two users": [USER, USER],
-    "controls": [
-        USER,
-        {"role": "assistant", "content": "skip"},
-        {"role": "user", "content": "stop"},
-        ANSWER,
-    ],
+    "controls": [USER, message("assistant", "skip"), message("user", "stop"), ANSWER],
 }
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "é", "a": 1}}}]
 PROMPTS = (
@@ -201,11 +189,8 @@ def write_text_files(folder: Path, text: Text) -> Path:
     def by_id(values: dict[str, Any]) -> dict[str, Any]:
         if (named := values.get("eos_token_id")) is None:
             return values
-        ids = (
-            inner.token_to_id(named)
-            if isinstance(named, str)
-            else [inner.token_to_id(name) for name in named]
-        )
+        one = isinstance(named, str)
+        ids = inner.token_to_id(named) if one else [*map(inner.token_to_id, named)]
         return values | {"eos_token_id": ids}
 
     files = {
