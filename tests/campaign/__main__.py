@@ -12,19 +12,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.campaign.fuzz import Draws, Home, attempt
+from tests.campaign.judging import Draws, Home, attempt
 from tests.campaign.rooms import ROOMS
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--minutes", type=float, default=10.0, help="beside the making of good files")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="rooms")
-parser.add_argument(
-    "--commands", nargs="+", default=[""], help="only commands that begin with one of these texts"
-)
-parser.add_argument(
-    "--trial", nargs="+", type=int, help="repeat this trial, or the trials between two"
-)
+parser.add_argument("--commands", nargs="+", default=[""], help="which begin with these texts")
+parser.add_argument("--trial", nargs="+", type=int, help="this trial, or those from one to another")
 args = parser.parse_args()
 table, stopped = Counter[tuple[str, str]](), list[int]()
 # SIGTERM ends the trial, then the table is printed

@@ -1,12 +1,11 @@
 """A process that has imported the package forks a child for each command: a trial costs no import.
 
-Requests and answers are lines of JSON. {"argv": …} starts a child, and answers its process id.
-{"poll": id} answers [exit code or -signal, CPU seconds], or null while the child runs.
+Requests and answers are lines of JSON. A request is a command's words, folder and streams, its
+limits, and what disturbs it. The answer comes at its end, see `watched`.
 """
 
 import contextlib
 import errno
-import fcntl
 import gc
 import importlib
 import json
@@ -16,8 +15,8 @@ import resource
 import shutil
 import signal
 import sys
-import termios
 import time
+from pathlib import Path
 
 # if these objects ended, they would close a child's streams
 KEPT = sys.stdin, sys.stdout, sys.stderr
@@ -25,25 +24,56 @@ WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir
 
 
 def serve() -> dict:
-    """Import all, without threads, which a fork would lose; answer; return one in its child."""
+    """Import all, without threads, which a fork would lose; answer; return a request in a child."""
     for module in pkgutil.walk_packages(importlib.import_module("dsv3_jax").__path__, "dsv3_jax."):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module.name) if not module.name.endswith("__main__") else None
+        if not module.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module.name)
     exec(sys.argv[1], {})
     gc.freeze()  # children neither look at nor copy what was imported
-    answer: object = None
-    while print(json.dumps(answer), flush=True) or (line := sys.stdin.readline()):
+    print(json.dumps("ready"), flush=True)
+    while line := sys.stdin.readline():
         request = json.loads(line)
-        if "poll" in request:
-            pid, status, usage = os.wait4(request["poll"], os.WNOHANG)
-            answer = (
-                [os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime]
-                if pid
-                else None
-            )
-        elif (answer := os.fork()) == 0:
+        if (pid := os.fork()) == 0:
             return request
+        print(json.dumps(watched(pid, request)), flush=True)
     os._exit(0)
+
+
+def watched(pid: int, request: dict) -> list:
+    """Wait for a command's end, or kill it after some seconds.
+
+    Returns: [exit code or -signal, CPU seconds, bytes of memory, whether it waited for too long,
+    the number of processes that outlive it by some seconds].
+    """
+    begin, hangs = time.monotonic(), False
+    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+        time.sleep(0.02)
+        seconds = time.monotonic() - begin
+        hangs = seconds > 100 + 3 * request["limit"]
+        if hangs or seconds > request["kill"]:
+            os.kill(pid, signal.SIGKILL)
+        elif request.get("action") == "SIGSTOP":
+            os.kill(pid, signal.SIGCONT)  # it resumes
+    polls = 60
+    while (left := living(pid)) and (polls := polls - 1):
+        time.sleep(0.1)
+    for one in left:
+        os.kill(one, signal.SIGKILL)
+    used = ended[2]
+    cpu, memory = used.ru_utime + used.ru_stime, used.ru_maxrss << 10
+    return [os.waitstatus_to_exitcode(ended[1]), cpu, memory, hangs, len(left)]
+
+
+def living(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_session) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def become(request: dict) -> None:
@@ -53,47 +83,26 @@ def become(request: dict) -> None:
     for number, name in ((2, "stderr"), (1, "stdout"), (0, "stdin")):
         os.close(number)
         stream = None
-        if request["streams"][number] is not None:
+        if (path := request["streams"][number]) is not None:
             # the new descriptor is `number`
-            os.open(
-                request["streams"][number], os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY
-            )
-            errors = "backslashreplace" if number == 2 else "strict"
-            stream = open(
-                number, "rww"[number], -1 if number < 2 else 1, "utf-8", errors, closefd=False
-            )
+            os.open(path, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+            how = {"errors": "backslashreplace", "buffering": 1} if number == 2 else {}
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False, **how)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    for name, value in request.get("ulimits", {}).items():
+    limits = {"CPU": int(request["limit"]) + 1} | request.get("ulimits", {})
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, resource.RLIM_INFINITY))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if request.get("nobody"):
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    if request.get("action") == "suspend":
-        wait_as_a_shell()
     sys.argv = ["dsv3", *request["argv"]]
 
 
-def wait_as_a_shell() -> None:
-    """Return in a child, the terminal's foreground job; continue it soon after it is stopped."""
-    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    if job := os.fork():
-        while os.WIFSTOPPED(status := os.waitpid(job, os.WUNTRACED)[1]):
-            os.tcsetpgrp(1, os.getpgrp())
-            time.sleep(0.2)
-            os.tcsetpgrp(1, job)
-            os.killpg(job, signal.SIGCONT)
-        os._exit(os.waitstatus_to_exitcode(status) & 255)
-    os.setpgid(0, 0)
-    os.tcsetpgrp(1, os.getpid())
-    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
-
-
-def watch(request: dict) -> None:  # noqa: C901 - one hook in another
-    """List the paths that Python touches and the files it syncs; disturb the command at one."""
+def watch(request: dict) -> None:
+    """List the paths that Python touches, and disturb the command at one of them."""
     log = os.open(request.get("log", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     seen = 0
 
@@ -105,42 +114,29 @@ def watch(request: dict) -> None:  # noqa: C901 - one hook in another
                 seen += 1
                 os.write(log, os.fsencode(os.path.relpath(path, request["folder"]) + "\n"))
                 if seen == request.get("at"):
-                    with contextlib.suppress(
-                        FileExistsError, FileNotFoundError, NotADirectoryError
-                    ):
-                        act(request["action"], path)
+                    act(request, Path(path))
 
-    def act(action: str, path: str) -> None:
-        top = os.path.join(
-            request["folder"], os.path.relpath(path, request["folder"]).split(os.sep)[0]
-        )
-        if action.startswith("SIG"):
-            os.kill(os.getpid(), getattr(signal, action))
-        elif action == "suspend":
-            os.killpg(0, signal.SIGTSTP)  # what a terminal does for Ctrl-Z
-        elif action == "clock":
-            now = time.time
-            time.time = lambda: now() + request["jump"]
-        elif action == "move":
-            os.rename(top, request["folder"] + "/moved")
-        elif action == "write":
-            shutil.copyfile(request["written"], path)  # while the command reads it
-        elif action == "link":
-            # not in the command's own folder
-            os.symlink(os.environ["CANARY"], path if "-checkpoint-tmp/" not in path else "")
-        elif action == "delete":
-            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-        else:
-            raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)), path)
-
-    def sync(number: int) -> None:
-        really(number)
-        status = os.fstat(number)
-        os.write(log, b"synced %d %d\n" % (status.st_ino, status.st_size))
-
-    if "synced" in request:
-        really, os.fsync, os.fdatasync = os.fsync, sync, sync
     sys.addaudithook(hook)
+
+
+def act(request: dict, path: Path) -> None:
+    """Disturb this command, which touches `path`."""
+    folder, action = Path(request["folder"]), request["action"]
+    if action.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, action))
+    elif action.startswith("E"):
+        number = getattr(errno, action)
+        raise OSError(number, os.strerror(number), str(path))
+    elif action == "clock":
+        now = time.time
+        time.time = lambda: now() + request["jump"]
+    with contextlib.suppress(FileExistsError, FileNotFoundError, NotADirectoryError):
+        if action == "write":  # while the command reads it
+            shutil.copyfile(folder / "written", path)
+        elif action == "link" and "-checkpoint-tmp" not in str(path):  # its own folder
+            path.symlink_to(os.environ["CANARY"])
+        elif action == "delete":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
