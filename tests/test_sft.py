@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
-from runs import MODEL, rows_of, said_by, unhooked_cli
+from runs import MODEL, refused, rows_of, said_by, unhooked_cli
 
 import dsv3_jax as ds
 from dsv3_jax import hf, reference
@@ -80,64 +80,43 @@ def test_records_of_other_forms_are_the_same_conversation():
     ):
         assert encode(record, PLAIN) == encode({"messages": HELLO}, PLAIN), record
     call, seen = {"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}
-    turns = (
-        ("system", "s"),
-        ("user", "hi"),
-        ("assistant", "add(1)"),
-        ("tool", "2"),
-        ("assistant", "hey"),
-    )
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert encode({"system": "s", "conversations": [human, call, seen, gpt]}, PLAIN) == encode(
-        {"messages": messages}, PLAIN
-    )
+    turns = "system: s, user: hi, assistant: add(1), tool: 2, assistant: hey".split(", ")
+    pairs = [turn.split(": ") for turn in turns]
+    record = {"system": "s", "conversations": [human, call, seen, gpt]}
+    same = {"messages": [{"role": role, "content": content} for role, content in pairs]}
+    assert encode(record, PLAIN) == encode(same, PLAIN)
     assert targets_of({"instruction": "add", "input": "1 2", "output": "3"})[0] == "3"
 
 
 def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(tmp_path):
-    records = [
-        {"text": "x" * 100},
-        {"messages": HELLO[:1]},
-        *({"messages": chat(i)} for i in range(9)),
-    ]
+    records = [{"messages": chat(i)} for i in range(9)]
+    records += [{"text": "x" * 100}, {"messages": HELLO[:1]}]
     cfg = DataConfig(paths=(write(tmp_path, records),), format="chat", seq_len=64, val_fraction=0.3)
     examples = load_examples(cfg, PLAIN)
     assert examples.domains == ("chats",) and examples.rows_per_epoch() > 0
     assert "left out: 1 longer than seq_len=64, 1 without an assistant's turn" in examples.summary
-    train, held_out = (
-        int(n) for n in re.findall(r"(\d+) (?:to train on|held out)", examples.summary)
-    )
+    train, held_out = map(int, re.findall(r"(\d+) (?:to train on|held out)", examples.summary))
     assert train + held_out == 9 and held_out
-    with pytest.raises(
-        ValueError, match="give no example to train on; left out: 11 longer than seq_len=4"
-    ):
+    with refused("give no example to train on; left out: 11 longer than seq_len=4"):
         load_examples(replace(cfg, seq_len=4), PLAIN)
     write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
-    with pytest.raises(
-        ValueError, match=r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"
-    ):
+    with refused(r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
         load_examples(cfg, PLAIN)
+    pair, turn = {"prompt": "a", "chosen": "b"}, {"from": 5, "value": "hi"}
     for record, sentence in (
-        (
-            {"prompt": "a", "chosen": "b"},
-            " has chosen, prompt; give it messages, conversations, prompt and ",
-        ),
-        (
-            {"conversations": [{"from": 5, "value": "hi"}]},
-            ": message 0 has role=5; give one of system, user",
-        ),
+        (pair, " has chosen, prompt; give it messages, conversations, prompt and "),
+        ({"conversations": [turn]}, ": message 0 has role=5; give one of system, user"),
     ):
         write(tmp_path, [{"text": "a"}, record])
-        with pytest.raises(ValueError, match=f"line 2{sentence}"):
+        with refused(f"line 2{sentence}"):
             load_examples(cfg, PLAIN)
 
 
 def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
     """The smallest multiple of 64 that holds 99 % of them, at most the context."""
     records = [{"messages": chat(i)} for i in range(199)]
-    cfg = DataConfig(
-        paths=(write(tmp_path, [*records, {"text": "x" * 100}]),), format="chat", val_fraction=0.3
-    )
+    file = write(tmp_path, [*records, {"text": "x" * 100}])
+    cfg = DataConfig(paths=(file,), format="chat", val_fraction=0.3)
     source = load_examples(cfg, PLAIN, 4096)
     assert source.cfg.seq_len == 64 and "left out: 1 longer than seq_len=64" in source.summary
     assert f" {source.rows_per_epoch()} rows of 64: one pass takes " in source.summary
@@ -218,17 +197,13 @@ def test_a_run_learns_its_answers(tuned, base):
     losses = [row["loss"] for row in rows_of(out) if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
     run = read_run(out)
-    assert (
-        run.steps
-        == len(losses)
-        == int(np.ceil(6 * float(said.split("one pass takes ")[1].split()[0])))
-    )
+    one_pass = float(said.split("one pass takes ")[1].split()[0])
+    assert run.steps == len(losses) == int(np.ceil(6 * one_pass))
     assert run.data.format == "chat" and run.optim.bias_freeze == 0
     before, after = (nnx.state(m, RouterBias) for m in (hf.load(base[0]), load_run(out).model))
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    code, said = said_by(
-        unhooked_cli().main, argv[: argv.index("--epochs")] + argv[argv.index("--epochs") + 2 :]
-    )
+    at = argv.index("--epochs")
+    code, said = said_by(unhooked_cli().main, argv[:at] + argv[at + 2 :])
     assert code == 0 and f"resumed from the checkpoint of step {run.steps}" in said, said
     text, (ids, mask) = load_text(out), encode({"messages": chat(5)}, PLAIN)
     prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
@@ -238,10 +213,8 @@ def test_a_run_learns_its_answers(tuned, base):
 @pytest.mark.long
 def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tmp_path):
     """Released → SFT → SFT, and released → text: dtype, BOS and the ids that end a text stay."""
-    again = [
-        {str(base[0]): str(tuned[0]), str(tuned[0]): str(tmp_path / "chats")}.get(word, word)
-        for word in tuned[2]
-    ]
+    other = {str(base[0]): str(tuned[0]), str(tuned[0]): str(tmp_path / "chats")}
+    again = [other.get(word, word) for word in tuned[2]]
     again[again.index("--epochs") : again.index("--epochs") + 2] = ["--steps", "1"]
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"to be or not to be {name}. " * 9)
@@ -257,8 +230,7 @@ def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tm
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["sft", "sft --lora.rank 2", "grpo --grpo.group 4 --grpo.max-new-tokens 4"],
+    "words", ["sft", "sft --lora.rank 2", "grpo --grpo.group 4 --grpo.max-new-tokens 4"]
 )
 def test_a_start_is_opened_once(base, tmp_path, monkeypatch, capsys, words):
     """From the command's options to its weights: its tokenizer is parsed once, and its headers."""

@@ -7,6 +7,7 @@ processes share the work by --part 1/2 and 2/2; the command without it counts wh
 
 import argparse
 import json
+import math
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from pathlib import Path
 import jax
 
 from tests.pairs import decoding, training
-from tests.pairs.covering import Row, cover, pairs_of
+from tests.pairs.covering import Row, cover, pairs_of, refusal
 
 AREAS = {"training": training, "decoding": decoding}
 
@@ -25,10 +26,8 @@ AREAS = {"training": training, "decoding": decoding}
 def said(area: str, row: Row) -> str:
     """What is not usual in a row."""
     usual = {name: next(iter(values)) for name, values in AREAS[area].FACTORS.items()}
-    return (
-        ", ".join(f"{name}={value!r}" for name, value in row.items() if value != usual[name])
-        or "all usual"
-    )
+    unusual = [f"{name}={value!r}" for name, value in row.items() if value != usual[name]]
+    return ", ".join(unusual) or "all usual"
 
 
 def verdict_of(area: str, row: Row, scratch: Path) -> str:
@@ -42,15 +41,12 @@ def verdict_of(area: str, row: Row, scratch: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
     parser.add_argument("--only", choices=list(AREAS), nargs="+", default=list(AREAS))
     parser.add_argument("--having", default="", help="only rows whose line has this text")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no row after so many"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after them")
     parser.add_argument("--part", default="1/1", help="2/3: every third row, from the second on")
     args, begun = parser.parse_args(), time.monotonic()
     part, parts = map(int, args.part.split("/"))
@@ -65,8 +61,8 @@ def main() -> int:
     for area in args.only:
         module, scratch = AREAS[area], (args.out / f"scratch-{part}").absolute()
         module.write_data(scratch)
-        refusal = partial(module.refusal, scratch=scratch)
-        accepted, refused = cover(module.FACTORS, module.BASES, refusal)
+        refused_by = partial(refusal, partial(module.Plan, scratch=scratch))
+        accepted, refused = cover(module.FACTORS, module.BASES, refused_by)
         for row in (accepted + refused)[part - 1 :: parts]:
             key, text = (area, json.dumps(row)), said(area, row)
             if args.having not in text or not done.get(key, "FAULT").startswith("FAULT"):
@@ -83,10 +79,9 @@ def main() -> int:
         met = pairs_of(row for row, verdict in verdicts if verdict == module.DONE)
         here = set(pairs_of(accepted))
         print(f"{area}: {dict(count)}; of {len(here)} pairs that may meet, {len(met & here)} have")
-        for row in (
-            row for row, verdict in verdicts[: len(accepted)] if verdict.startswith("refused")
-        ):
-            print(f"  refused later than it was expected: {said(area, row)}")
+        for row, verdict in verdicts[: len(accepted)]:
+            if verdict.startswith("refused"):
+                print(f"  refused later than it was expected: {said(area, row)}")
         faults += count["FAULT"]
     return int(faults > 0)
 

@@ -13,7 +13,6 @@ has float32. In bfloat16 numbers are not compared, a sampled text may be another
 token another one about as likely.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import sharding
-from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.ops.sampling import Sampling
 
 from . import training
-from .covering import Row
-from .training import changed, check_near, refused, texts_apart
+from .covering import Row, refusal
+from .training import changed, check_near, named, texts_apart
 
 DONE = "decoded"
 PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [5, 9]]
@@ -62,11 +60,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "p 0.7": {"temperature": 1.0, "top_p": 0.7},
     },
     "samples": {"1": {}, "3": {"samples": 3}},
-    "cache": {"default": {}, **{kind: {"cache": kind} for kind in ("latent", "expanded", "none")}},
-    "cache dtype": {
-        "default": {},
-        **{name: {"cache_dtype": name} for name in ("float32", "bfloat16", "int8", "float8_e4m3")},
-    },
+    "cache": {"default": {}} | named("cache", "latent expanded none"),
+    "cache dtype": {"default": {}} | named("cache_dtype", "float32 bfloat16 int8 float8_e4m3"),
     "batch": {"all": {}, "1": {"batch_size": 1}, "2": {"batch_size": 2}},
     "log p": {"no": {}, "yes": {"logprobs": True}},
     "routing": {"no": {}, "yes": {"return_routing": True}},
@@ -80,27 +75,24 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
 OF_MODEL = [name for name in FACTORS if name in training.FACTORS]
 _FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
 BASES = [
-    _FIRST | beside
-    for beside in (
-        {},
-        {"sampling": "0.8"},
-        {"heads": "deepseek"},
-        {"attention": "mha"},
-        {"heads": "medusa"},
-    )
-] + [_FIRST | {"sampling": "0.8", "heads": "deepseek"}]
+    _FIRST,
+    _FIRST | {"sampling": "0.8"},
+    _FIRST | {"heads": "deepseek"},
+    _FIRST | {"attention": "mha"},
+    _FIRST | {"heads": "medusa"},
+    _FIRST | {"sampling": "0.8", "heads": "deepseek"},
+]
 
 
 class Plan:
     """A row as the package sees it. Raises: ValueError where the package refuses it."""
 
-    def __init__(self, row: Row):
+    def __init__(self, row: Row, scratch: Path | None = None):
         of_run, self.asked = {}, {}
         for name, value in row.items():
             (of_run if name in OF_MODEL else self.asked).update(FACTORS[name][value])
         self.run: RunConfig = changed(training.RUN, of_run)
-        mesh = row["mesh"].split(", ")[0]
-        self.mesh = None if mesh == "none" else sharding.make_mesh(**parse_mesh(mesh))
+        self.mesh = training.mesh_of(row)
         if self.mesh is not None:
             sharding.check_policy(self.mesh, self.run.model)
         prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
@@ -122,20 +114,6 @@ class Plan:
         return self.run.execution.compute_dtype == "float32"
 
 
-def refusal(row: Row, scratch: Path | None = None) -> str | None:
-    """The sentence by which the package refuses a row; None where it accepts it."""
-    return _refusal(tuple(row.items()))
-
-
-@cache
-def _refusal(items: tuple[tuple[str, str], ...]) -> str | None:
-    try:
-        Plan(dict(items))
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def write_data(scratch: Path) -> None:
     """Nothing is read from files."""
 
@@ -153,10 +131,9 @@ def model_of(plan: Plan, *, placed: bool, seed: int = 0, **changes: Any) -> Any:
 
 def check_row(row: Row, scratch: Path | None = None) -> str:
     """Do one row. Returns and raises as `training.check_row`, "decoded" in place of "trained"."""
-    try:
-        plan = Plan(row)
-    except ValueError as error:
-        return refused(error)
+    if sentence := refusal(Plan, row):
+        return f"refused: {sentence}"
+    plan = Plan(row)
     model, alone = (model_of(plan, placed=placed) for placed in (True, False))
     draft, draft_alone = plan.draft, plan.draft
     if plan.draft == "model":  # much like the model, so that some of its drafts are right

@@ -23,7 +23,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.open_model import measured_on
 
-from .covering import Row
+from .covering import Row, refusal
 
 TIGHT, WIDE = 1e-3, 0.1  # of a metric's size
 # metrics that count nothing
@@ -68,19 +68,12 @@ MODEL = ModelConfig(
 # AdamW's eps is large: the rounding of gradients near 0 does not become whole steps of either sign.
 OPTIM = ds.OptimConfig(learning_rate=3e-2, final_learning_rate=3e-3, warmup_steps=1, eps=0.1)
 DATA = ds.DataConfig(seq_len=32, batch_size=8, val_fraction=0.3)
-RUN = RunConfig(
-    MODEL,
-    data=DATA,
-    optim=OPTIM,
-    steps=STEPS,
-    eval_every=STEPS,
-    eval_batches=1,
-    save_every=2,
-    log_every=1,
-)
+EVERY = dict(steps=STEPS, eval_every=STEPS, eval_batches=1, save_every=2, log_every=1)
+RUN = RunConfig(MODEL, data=DATA, optim=OPTIM, **EVERY)
 
 CHATS = {"data.format": "chat", "data.chat_template": "plain"}
 GRPO = CHATS | {"grpo.group": 4, "grpo.max_new_tokens": 4, "grpo.checker": "regex"}
+KL = GRPO | {"grpo.kl": 0.1}
 DSA = {
     "model.attention": "dsa",
     "model.index_heads": 2,
@@ -89,6 +82,22 @@ DSA = {
 }
 SHARED = DSA | {"model.index_types": ("full", "shared"), "model.index_precision": "fp8"}
 GROUPS = {"model.num_groups": 2, "model.groups_per_token": 1}
+ALL = ("attention", "dense", "shared", "routed")
+SWITCH = {"model.balance.switch_alpha": 1e-2, "model.balance.z_alpha": 1e-2}
+ALONE = {"model.balance.sequence_alpha": 0.0}
+FSDP, COMM = {"execution.layout.fsdp": True}, "execution.layout.expert_comm"
+
+
+def named(setting: str, values: str) -> dict[str, dict[str, Any]]:
+    """A factor whose values are one setting's, by name; the first is the default."""
+    return {name: {setting: name} for name in values.split()}
+
+
+def without(names: str) -> dict[str, dict[str, Any]]:
+    """Values that `Plan` knows by name, and that change no setting."""
+    return {name: {} for name in names.split()}
+
+
 # Factor → value → what it changes of RUN. A setting that matters only beside another has its name.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "how": {
@@ -96,28 +105,21 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "shards": {"data.format": "shards"},
         "chats": CHATS,
         "GRPO": GRPO,
-        "GRPO, KL": GRPO | {"grpo.kl": 0.1, "grpo.form": "constant_length"},
-        "GRPO, KL at 0.7": GRPO
-        | {"grpo.kl": 0.1, "grpo.temperature": 0.7, "grpo.cache_dtype": "float32"},
+        "GRPO, KL": KL | {"grpo.form": "constant_length"},
+        "GRPO, KL at 0.7": KL | {"grpo.temperature": 0.7, "grpo.cache_dtype": "float32"},
         "GRPO at 0.7, no replay": GRPO | {"grpo.temperature": 0.7, "grpo.replay": False},
         "warm-up": {"indexer_stage": "warm"},
     },
     "start": {
-        "none": {},
-        "run": {},
-        "trunk": {},
+        **without("none run trunk float32 bfloat16 FP8 int4"),
         "trunk, KL": {"head_loss": "kl"},
         "trunk, TV": {"head_loss": "tv"},
-        "float32": {},
-        "bfloat16": {},
-        "FP8": {},
-        "int4": {},
     },
     "lora": {
         "none": {},
         "attention": {"lora.rank": 2},
         "experts": {"lora.rank": 2, "lora.on": ("shared", "routed")},
-        "all": {"lora.rank": 2, "lora.on": ("attention", "dense", "shared", "routed")},
+        "all": {"lora.rank": 2, "lora.on": ALL},
     },
     "attention": {
         "mla": {},
@@ -142,22 +144,12 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "sigmoid in groups": GROUPS,
         "sigmoid, proportional": {"model.balance.rule": "proportional"},
         "sigmoid, quantile": {"model.balance.rule": "quantile", "model.balance.bias_rate": 0.5},
-        "sqrtsoftplus": {"model.router": "sqrtsoftplus"},
         "softmax": {"model.router": "softmax", "model.normalize_gates": False},
-        "topk": {"model.router": "topk"},
         "dense": {"model.router": "dense", "model.experts_per_token": 8},
-        "hash": {"model.router": "hash"},
+        **named("model.router", "sqrtsoftplus topk hash"),
     },
     "capacity": {"none": {}, "1": {"model.capacity_factor": 1.0}},
-    "losses": {
-        "sequence": {},
-        "Switch, z": {
-            "model.balance.switch_alpha": 1e-2,
-            "model.balance.z_alpha": 1e-2,
-            "model.balance.sequence_alpha": 0.0,
-        },
-        "bias alone": {"model.balance.sequence_alpha": 0.0},
-    },
+    "losses": {"sequence": {}, "Switch, z": SWITCH | ALONE, "bias alone": ALONE},
     "tied": {"no": {}, "yes": {"model.tie_embeddings": True}},
     "positions": {
         "plain": {},
@@ -165,34 +157,21 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "halves": {"model.rope_interleaved": False},
     },
     "optimizer": {
-        "adamw": {},
+        **without("adamw optax"),
         "bfloat16 means": {"optim.moments_dtype": "bfloat16"},
         "muon": {"optim.name": "muon"},
-        "optax": {},
     },
     "QK-clip": {"none": {}, "0.1": {"optim.qk_clip": 0.1}},
     "microbatches": {"1": {}, "2": {"optim.microbatches": 2}},
     "mesh": {
-        "none": {},
-        "data=2": {},
-        "data=2, FSDP": {"execution.layout.fsdp": True},
-        "expert=2": {
-            "execution.layout.expert_comm": "all_to_all",
-            "execution.layout.capacity_slack": 1.0,
-        },
-        "tensor=2": {},
-        "data=2,expert=2": {
-            "execution.layout.fsdp": True,
-            "execution.layout.expert_comm": "gather",
-        },
+        **without("none data=2 tensor=2"),
+        "data=2, FSDP": FSDP,
+        "expert=2": {COMM: "all_to_all", "execution.layout.capacity_slack": 1.0},
+        "data=2,expert=2": FSDP | {COMM: "gather"},
     },
-    "dtype": {"float32": {}, "bfloat16": {"execution.compute_dtype": "bfloat16"}},
-    "precision": {
-        name: {"execution.precision": name} for name in ("none", "fp8", "fp8_ue8m0", "mxfp8")
-    },
-    "remat": {
-        name: {"execution.remat": name} for name in ("none", "dots", "queries", "attention", "full")
-    },
+    "dtype": named("execution.compute_dtype", "float32 bfloat16"),
+    "precision": named("execution.precision", "none fp8 fp8_ue8m0 mxfp8"),
+    "remat": named("execution.remat", "none dots queries attention full"),
     "kernels": {
         "auto": {},
         "XLA": {"execution.kernels": "xla"},
@@ -202,21 +181,21 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
 # Rows beside which two values are tried, until the package accepts them.
 _FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
 BASES = [
-    _FIRST | beside
+    _FIRST | dict(pair.split("=") for pair in beside.split("; "))
     for beside in (
-        {"start": "run"},
-        {"start": "none"},
-        {"start": "run", "heads": "deepseek"},
-        {"start": "trunk", "heads": "medusa"},
-        {"start": "trunk", "heads": "deepseek"},
-        {"start": "run", "how": "GRPO"},
-        {"start": "run", "attention": "dsa"},
-        {"start": "run", "attention": "dsa", "how": "warm-up"},
-        {"start": "float32"},
-        {"start": "float32", "how": "GRPO"},
-        {"start": "float32", "attention": "dsa"},
-        {"start": "int4", "lora": "attention"},
-        {"start": "int4", "lora": "attention", "how": "GRPO"},
+        "start=run",
+        "start=none",
+        "start=run; heads=deepseek",
+        "start=trunk; heads=medusa",
+        "start=trunk; heads=deepseek",
+        "start=run; how=GRPO",
+        "start=run; attention=dsa",
+        "start=run; attention=dsa; how=warm-up",
+        "start=float32",
+        "start=float32; how=GRPO",
+        "start=float32; attention=dsa",
+        "start=int4; lora=attention",
+        "start=int4; lora=attention; how=GRPO",
     )
 ]
 DONE = "trained"
@@ -233,6 +212,12 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
             inner = inner[folder]
         inner[key] = value
     return from_dict(type(config), values)
+
+
+def mesh_of(row: Row) -> Any:
+    """The devices of a row; None means one."""
+    mesh = row["mesh"].split(", ")[0]
+    return None if mesh == "none" else sharding.make_mesh(**parse_mesh(mesh))
 
 
 class Plan:
@@ -260,8 +245,7 @@ class Plan:
         if self.run.grpo.group:
             check_policy(self.run)
         self.check_start()
-        mesh = row["mesh"].split(", ")[0]
-        self.mesh = None if mesh == "none" else sharding.make_mesh(**parse_mesh(mesh))
+        self.mesh = mesh_of(row)
         self.options: dict[str, Any] = {"mesh": self.mesh, "quiet": True, "report": False}
         if row["optimizer"] == "optax":
             self.options["optimizer"] = optax.lion(1e-3)
@@ -285,13 +269,8 @@ class Plan:
         """config.json of a released start."""
         dtype = "float32" if self.kind == "float32" else "bfloat16"
         config = config_to_dict(self.start_model, fp8=self.kind == "FP8", dtype=dtype)
-        if self.kind == "int4":
-            config |= {
-                "model_type": "kimi_k2",
-                "torch_dtype": "float32",
-                "quantization_config": INT4,
-            }
-        return config
+        kimi = {"model_type": "kimi_k2", "torch_dtype": "float32", "quantization_config": INT4}
+        return config | (kimi if self.kind == "int4" else {})
 
     def check_start(self) -> None:
         """Refuse a start that this run cannot begin with, or that has no released format."""
@@ -299,16 +278,11 @@ class Plan:
             return
         released = self.kind in RELEASED
         model = hf.config_from_dict(self.config) if released else self.start_model
-        theirs = replace(
-            RUN, model=model, data=replace(RUN.data, tokenizer=self.run.data.tokenizer)
-        )
+        data = replace(RUN.data, tokenizer=self.run.data.tokenizer)
+        theirs = replace(RUN, model=model, data=data)
+        four_bits, weights = self.kind == "int4", lambda job: None
         start = starts.Start(
-            "start",
-            theirs,
-            plain_settings(),
-            released,
-            lambda job: None,
-            four_bits=self.kind == "int4",
+            "start", theirs, plain_settings(), released, weights, four_bits=four_bits
         )
         starts.check_start(self.run, start)
 
@@ -354,11 +328,8 @@ def write_data(scratch: Path) -> None:
     text.mkdir()
     write_text(text)
     chat = [{"role": "user", "content": "$?"}, {"role": "assistant", "content": "$"}]
-    for name, record in (
-        ("chats", {"messages": chat}),
-        # a random model's answers are partly right
-        ("GRPO", {"prompt": "$+1=", "answer": "[\x00-\x3f]"}),
-    ):
+    task = {"prompt": "$+1=", "answer": "[\x00-\x3f]"}  # a random model is partly right
+    for name, record in {"chats": {"messages": chat}, "GRPO": task}.items():
         (scratch / name).mkdir()
         lines = (json.dumps(record).replace("$", str(i)) for i in range(48))
         (scratch / name / "rows.jsonl").write_text("\n".join(lines))
@@ -369,30 +340,15 @@ def write_data(scratch: Path) -> None:
     (scratch / "tokenizer.json").write_text(byte_tokenizer_json())
 
 
-def refusal(row: Row, scratch: Path) -> str | None:
-    """The sentence by which the package refuses a row, without computing; None if it accepts it."""
-    return _refusal(tuple(row.items()), scratch)
-
-
-@cache
-def _refusal(items: tuple[tuple[str, str], ...], scratch: Path) -> str | None:
-    try:
-        Plan(dict(items), scratch)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def check_row(row: Row, scratch: Path) -> str:
     """Do one row.
 
     Returns: "trained", or "refused: " and the sentence.
     Raises: AssertionError where two results differ, and whatever else goes wrong.
     """
-    try:
-        plan = Plan(row, scratch)
-    except ValueError as error:
-        return refused(error)
+    if sentence := refusal(Plan, row, scratch):
+        return f"refused: {sentence}"
+    plan = Plan(row, scratch)
     shutil.rmtree(plan.folder, ignore_errors=True)
     plan.folder.mkdir(parents=True)
     plan.write_start()
@@ -402,7 +358,7 @@ def check_row(row: Row, scratch: Path) -> str:
     except ValueError as error:
         if out.exists():
             raise AssertionError(f"refused after the run had begun: {error}") from error
-        return refused(error)
+        return f"refused: {error}"
     if not result.finished:
         raise KeyboardInterrupt  # a signal stopped it
     _check_resumed(plan)
@@ -414,17 +370,10 @@ def check_row(row: Row, scratch: Path) -> str:
     return "trained"
 
 
-def refused(error: ValueError) -> str:
-    sentence = str(error)
-    assert sentence and "\n" not in sentence, f"no sentence: {sentence!r}"
-    return f"refused: {sentence}"
-
-
 def _state(plan: Plan, name: str) -> Any:
-    folder = plan.folder / name
-    with Checkpoints(
-        folder, read_run(folder), read_only=True, optimizer=plan.options.get("optimizer")
-    ) as checkpoints:
+    folder, optimizer = plan.folder / name, plan.options.get("optimizer")
+    run = read_run(folder)
+    with Checkpoints(folder, run, read_only=True, optimizer=optimizer) as checkpoints:
         return checkpoints.restore()
 
 
@@ -449,15 +398,9 @@ def _check_plain(plan: Plan) -> None:
         named = a.keys() & b.keys() - {"mismatch", "max_mismatch"}  # a mesh has measures of its own
         for key in sorted(named if _exact(plan) else named & SMOOTH):
             x, y = np.asarray(a[key], np.float64), np.asarray(b[key], np.float64)
-            size = (
-                max(1.0, np.abs(y).max(initial=0))
-                if key in ("loss", "mtp_loss")
-                else np.abs(y).max(initial=1e-3)
-            )
-            bound = TIGHT if _exact(plan) else WIDE
-            assert np.abs(x - y).max(initial=0) <= bound * size, (
-                f"step {a['step']}: {key}={x}, plain {y}"
-            )
+            size = np.abs(y).max(initial=1.0 if key in ("loss", "mtp_loss") else 1e-3)
+            apart, bound = np.abs(x - y).max(initial=0), TIGHT if _exact(plan) else WIDE
+            assert apart <= bound * size, f"step {a['step']}: {key}={x}, plain {y}"
 
 
 def _check_policy(plan: Plan) -> None:
@@ -477,9 +420,8 @@ def _check_loaded(plan: Plan, result: Any) -> None:
     wanted = result.evaluation["val_loss"]
     # A start in 8 or 16 bits that is frozen takes its adapters in these bits.
     bound = TIGHT if _exact(plan) and plan.kind not in ("bfloat16", "FP8", "int4") else WIDE
-    assert abs(found["val_loss"] - wanted) <= bound * wanted, (
-        f"val_loss={found['val_loss']}, of the run {wanted}"
-    )
+    apart = abs(found["val_loss"] - wanted)
+    assert apart <= bound * wanted, f"val_loss={found['val_loss']}, of the run {wanted}"
 
 
 PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31]]
@@ -516,10 +458,8 @@ def texts_apart(
         return 0.0
     at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
     assert at is not None and not exact, f"{prompt} → {found}, alone {wanted}"
-    logits = np.asarray(
-        forward(in_compute_dtype(model), jnp.array([prompt + wanted[:at]])).logits[0, -1],
-        np.float64,
-    )
+    out = forward(in_compute_dtype(model), jnp.array([prompt + wanted[:at]]))
+    logits = np.asarray(out.logits[0, -1], np.float64)
     apart = abs(logits[found[at]] - logits[wanted[at]]) / logits.std()
     assert math.isfinite(apart), f"{prompt} → {found}, alone {wanted}: {apart:.2g} apart"
     return apart
