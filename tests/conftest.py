@@ -52,9 +52,8 @@ def _no_work_is_done_twice(tmp_path_factory):
     from runs import compiled_programs, spend_no_seconds
 
     spend_no_seconds()
-    jax.config.update(
-        "jax_compilation_cache_dir", str(compiled_programs(tmp_path_factory.getbasetemp()))
-    )
+    folder = compiled_programs(tmp_path_factory.getbasetemp())
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # it reads its settings only once

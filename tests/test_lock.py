@@ -57,25 +57,21 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
         lock.check()
 
 
-@pytest.mark.parametrize(
-    "number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EIO]
-)
-def test_where_locks_fail_a_living_writer_is_not_robbed(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("name", ["EOPNOTSUPP", "EINVAL", "ENOSYS", "ENOLCK", "EIO"])
+def test_where_locks_fail_a_living_writer_is_not_robbed(tmp_path, monkeypatch, name):
     """Nobody knows if it lives. Without locks the first is admitted; their errors are named."""
 
     def fail(*_):
-        raise OSError(number, "it fails")
+        raise OSError(getattr(errno, name), "it fails")
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    if number in (errno.ENOLCK, errno.EIO):
+    if name in ("ENOLCK", "EIO"):
         with pytest.raises(OSError, match=f"it fails: '{tmp_path / LOCK_FILE}'"), acquire(tmp_path):
             pass
         return
     with acquire(tmp_path) as lock:
-        with (
-            pytest.raises(FolderInUse, match=f"is of process {os.getpid()} .* delete it"),
-            acquire(tmp_path),
-        ):
+        sentence = f"is of process {os.getpid()} .* delete it"
+        with pytest.raises(FolderInUse, match=sentence), acquire(tmp_path):
             pass
         lock.check()
     assert list(tmp_path.iterdir()) == []
@@ -95,9 +91,11 @@ def take_over(folder):
     (folder / LOCK_FILE).write_text("{}")
 
 
-@pytest.mark.parametrize(
-    "change", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved")), take_over]
-)
+def move(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, move, take_over])
 def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path, change):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -109,16 +107,15 @@ def test_a_folder_that_is_moved_deleted_or_taken_over_is_noticed(tmp_path, chang
     assert [path.name for path in folder.glob("*")] == ([LOCK_FILE] if change is take_over else [])
 
 
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    lock = tmp_path / LOCK_FILE
+    for make, sentence in (
         (os.mkfifo, f"{LOCK_FILE} is not a file"),
         (lambda path: path.symlink_to(path.with_name("mine")), "symbolic links"),
-    ],
-)
-def test_what_is_no_file_is_refused_at_once(tmp_path, make, sentence):
-    (tmp_path / "mine").write_text("precious")
-    make(tmp_path / LOCK_FILE)
-    with pytest.raises((OSError, ValueError), match=sentence), acquire(tmp_path):
-        pass
-    assert holder(tmp_path) == "" and (tmp_path / "mine").read_text() == "precious"
+    ):
+        lock.unlink(missing_ok=True)
+        make(lock)
+        with pytest.raises((OSError, ValueError), match=sentence), acquire(tmp_path):
+            pass
+        assert holder(tmp_path) == "" and (tmp_path / "mine").read_text() == "precious"

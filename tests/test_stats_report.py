@@ -44,9 +44,8 @@ def test_a_text_is_a_sentence_or_a_file(tmp_path):
 def test_loads_of_wrong_types_are_no_rows(tmp_path):
     loads = [{"load": [[1, 2]], "bias": [[0, 0.5]]}, {"load": [[1, 2, 3]]}, {"load": [[1.5, 2]]}]
     loads += [{"load": [[1, 2]], "bias": bias} for bias in ([["0.5", 1.0]], [[0, 1.5]])]
-    (tmp_path / "load.jsonl").write_text(
-        "".join(json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads))
-    )
+    lines = (json.dumps({"step": i} | x) + "\n" for i, x in enumerate(loads))
+    (tmp_path / "load.jsonl").write_text("".join(lines))
     log = read_load(tmp_path)
     assert log.steps.tolist() == [0, 4] and log.load.tolist() == [[[1, 2]]] * 2
     assert log.bias.tolist() == [[[0, 0.5]], [[0, 1.5]]]
@@ -56,8 +55,12 @@ def test_loads_of_wrong_types_are_no_rows(tmp_path):
 def reported(whole, tmp_path_factory):
     """A report with everything: its folder, its numbers, the table of tokens, the printed text."""
     out, folder = io.StringIO(), tmp_path_factory.mktemp("report")
-    argv = [str(whole.folder), "--batches", "2", "--draws", "20", "--text", TEXT]
-    argv += ["--worth", "--devices", "4"]
+    argv = [
+        str(whole.folder),
+        *"--batches 2 --draws 20 --worth --devices 4".split(),
+        "--text",
+        TEXT,
+    ]
     argv += ["--against", f"{whole.folder}:8", "--out", str(folder / "out")]
     with contextlib.redirect_stdout(out):
         assert unhooked_cli().main(["stats", *argv, "--tokens", str(folder / "tokens.npz")]) == 0
@@ -74,9 +77,8 @@ def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printe
     assert (numbers["step"], numbers["layers"]) == (12, ["layer 0", "layer 1", "MTP 1"])
     assert (numbers["specialisation"]["draws"], numbers["specialisation"]["seed"]) == (20, 0)
     load = np.array(numbers["load"])
-    np.testing.assert_array_equal(
-        np.sum([numbers["load_by_domain"][d] for d in numbers["domains"]], axis=0), load
-    )
+    by_domain = [numbers["load_by_domain"][domain] for domain in numbers["domains"]]
+    np.testing.assert_array_equal(np.sum(by_domain, axis=0), load)
     np.testing.assert_array_equal([np.diag(pairs) for pairs in numbers["coactivation"]], load)
     # six digits
     np.testing.assert_allclose(numbers["max_vio"], load.max(-1) / load.mean(-1) - 1, rtol=1e-5)
@@ -84,10 +86,8 @@ def test_the_numbers_agree_with_each_other_with_the_page_and_with_what_is_printe
     assert numbers["devices"] == {"count": 4, "load": load.reshape(3, 4, 2).sum(-1).tolist()}
     for layer, vio in zip(numbers["layers"], numbers["max_vio"], strict=True):
         assert re.search(rf"{layer} +MaxVio {vio:.2f}", output)
-    assert (
-        f"{max(numbers['tokens']):,} tokens of {sum(numbers['documents'].values())} documents"
-        in output
-    )
+    documents = sum(numbers["documents"].values())
+    assert f"{max(numbers['tokens']):,} tokens of {documents} documents" in output
     assert str(folder / "index.html") in output
     assert np.isfinite(numbers["worth"]["without"][:2]).all()
     assert numbers["worth"]["without"][2] == [None] * 8
@@ -99,24 +99,12 @@ def test_the_header_agrees_with_eval(whole, reported):
     model, config, step = open_model(whole.folder)
     batches = reading.open_text(config.data, whole.folder, TOKENIZER, batches=2)
     measured = evaluate(model, batches.batches, TOKENIZER, batches.domains, mix=batches.mix)
-    names = {
-        "loss": "val_loss",
-        "bits_per_byte": "val_bits_per_byte",
-        "max_vio_training_mix": "max_vio_training_mix",
-    }
-    for name, metric in names.items():
+    for name in ("loss", "bits_per_byte", "max_vio_training_mix"):
+        metric = name if name.startswith("max") else f"val_{name}"
         assert header[name] == pytest.approx(measured[metric], rel=1e-5)
-    assert (header["step"], header["steps"], header["tokens_seen"]) == (
-        step,
-        12,
-        12 * 4 * 16,
-    )
-    assert step == 12
-    assert (header["parameters"], header["router"], header["preset"]) == (
-        size(MODEL).total,
-        "sigmoid",
-        None,
-    )
+    assert (header["step"], header["steps"], header["tokens_seen"]) == (step, 12, 12 * 4 * 16)
+    made_of = (header["parameters"], header["router"], header["preset"])
+    assert step == 12 and made_of == (size(MODEL).total, "sigmoid", None)
 
 
 @pytest.mark.long
@@ -128,11 +116,9 @@ def test_the_users_text_is_shown_and_not_counted(whole, reported):
     model, config, _ = open_model(whole.folder)
     rows = tokens(model, reading.own_batches(TEXT, TOKENIZER, config.data), ())
     for layer in range(2):
-        for t, (experts, gates) in enumerate(
-            zip(first["experts"][layer], first["gates"][layer], strict=True)
-        ):
-            assert set(experts) == set(rows.expert_ids[layer, t].tolist())
-            assert gates == sorted(gates, reverse=True)
+        of_layer = first["experts"][layer], first["gates"][layer], rows.expert_ids[layer].tolist()
+        for experts, gates, ids in zip(*of_layer, strict=True):
+            assert set(experts) == set(ids) and gates == sorted(gates, reverse=True)
     written = np.load(folder.parent / "tokens.npz")
     assert written["counted"].sum() == sum(numbers["tokens"]) + rows.counted.sum()
     assert written["layers"].tolist() == numbers["layers"]
@@ -144,9 +130,8 @@ def test_the_users_text_is_shown_and_not_counted(whole, reported):
 def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(whole, reported):
     _, numbers, _ = reported
     batches = reading.open_text(whole.run.data, whole.folder, TOKENIZER, batches=2).batches
-    shares = agreement(
-        *(tokens(open_model(whole.folder, step=step)[0], batches, ()) for step in (12, 8))
-    )
+    models = [open_model(whole.folder, step=step)[0] for step in (12, 8)]
+    shares = agreement(*(tokens(model, batches, ()) for model in models))
     assert numbers["saturation"]["steps"] == [8, 12]
     np.testing.assert_allclose(numbers["saturation"]["share"], [shares, [1, 1, 1]], rtol=1e-5)
     other = numbers["against"]
@@ -156,9 +141,8 @@ def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(whole, repor
     log = read_load(whole.folder)
     vio = {row["step"]: row["max_vio"] for row in rows_of(whole.folder) if "max_vio" in row}
     assert log.steps.tolist() == sorted(vio)
-    np.testing.assert_allclose(
-        np.mean(numbers["over_time"]["max_vio"], axis=-1), list(vio.values()), rtol=1e-5
-    )
+    means = np.mean(numbers["over_time"]["max_vio"], axis=-1)
+    np.testing.assert_allclose(means, list(vio.values()), rtol=1e-5)
     # The bias of a row is the one after its step: the last is the checkpoint's, and each moves by
     # the row's load.
     bias, history = numbers["bias"], numbers["bias"]["history"]
@@ -211,9 +195,8 @@ def test_the_page_needs_no_other_file_and_holds_the_numbers():
     assert "default-src 'none'" in page and "'unsafe-inline'; script-src 'sha256-" in page
     # text goes into the page as text alone
     scripts = "".join((WEB / name).read_text() for name in SCRIPTS)
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|</", scripts
-    )
+    markup = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|</"
+    assert not re.search(markup, scripts)
     data = data_of(page)
     del data["colours"]
     assert data == json.loads(json.dumps(numbers))
@@ -225,12 +208,8 @@ def test_text_never_becomes_markup():
     assert page.count("</script>") == 2
     assert f"<h1>Where tokens go: {escape(HOSTILE)}, step 400</h1>" in page
     data = data_of(page)
-    assert (
-        data["domains"][0]
-        == data["texts"][0]["tokens"][0]
-        == data["favourites"][0][0][0][1]
-        == HOSTILE
-    )
+    names = data["domains"][0], data["texts"][0]["tokens"][0], data["favourites"][0][0][0][1]
+    assert {*names} == {HOSTILE}
 
 
 @pytest.mark.long

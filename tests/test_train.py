@@ -10,7 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import CLOCK, SECONDS, STEPS, assert_bitwise, flags, rows_of, said_by, unhooked_cli
+from runs import (
+    CLOCK,
+    SECONDS,
+    STEPS,
+    assert_bitwise,
+    flags,
+    refused,
+    rows_of,
+    said_by,
+    unhooked_cli,
+)
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.data import tokenizer
@@ -66,19 +76,15 @@ def test_a_run_folder_holds_what_it_should(whole):
     rows = rows_of(whole.folder)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
-    assert all(
-        np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in rows if "loss" in row
-    )
+    steps = [row for row in rows if "loss" in row]
+    assert all(np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in steps)
     assert rows[0]["loss"] > rows[-1]["val_loss"]  # it learns
     assert {path.name for path in (whole.folder / "checkpoints").iterdir()} == {"8", "12"}  # keep=2
     for name in ("routing.png", "training.png"):
         assert (whole.folder / name).read_bytes().startswith(PNG)
-    assert whole.fitted.finished
-    assert whole.fitted.step == STEPS
-    assert whole.fitted.resumed_from is None
-    assert (
-        f", against {whole.fitted.order2_bits_per_byte:.3f} of an order-2 byte model" in whole.said
-    )
+    fitted = whole.fitted
+    assert (fitted.finished, fitted.step, fitted.resumed_from) == (True, STEPS, None)
+    assert f", against {fitted.order2_bits_per_byte:.3f} of an order-2 byte model" in whole.said
 
 
 def test_tensorboard_holds_the_same_scalars(whole):
@@ -98,10 +104,8 @@ def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
     """Twice, and without a report; rows of metrics after the checkpoint, or cut, are dropped."""
     first, said = stopped
     assert (first.step, first.finished, first.resumed_from) == (BEGUN, False, None)
-    assert "stopped and saved at step 5" in said
-    assert " tokens/s" in said
-    assert "MFU" in whole.said
-    assert "MFU" not in said
+    assert "stopped and saved at step 5" in said and " tokens/s" in said
+    assert "MFU" in whole.said and "MFU" not in said
     with (begun / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
     second = loop.fit(whole.run, begun, stop_after=7, quiet=True, report=False)
@@ -119,9 +123,8 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     (folder / "checkpoints" / "12" / "data" / "metadata").write_text("{}")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text(
-        "\n".join([*lines[:2], "", "12", "{}", '{"step', *lines[2:]]) + "\n"
-    )
+    lines[2:2] = "", "12", "{}", '{"step'
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     result, said = said_by(loop.fit, whole.run, folder)
     assert result.resumed_from == 8
     assert "the checkpoint of step 12 is kept as 12.damaged: file=" in said
@@ -158,14 +161,11 @@ def change_steps(patch, before, after) -> None:
     patch.setattr(steps, "_compiled_step", make)
 
 
+NAN = np.float32("nan")
 SPOILED = {
     "parameter head": lambda state: (state.params, "head", 1e30),
-    "router bias sparse.moe.bias": lambda state: (
-        state.bias["sparse"]["moe"],
-        "bias",
-        np.float32("nan"),
-    ),
-    "an optimizer state": lambda state: (state.opt.mu, "head", np.float32("nan")),
+    "router bias sparse.moe.bias": lambda state: (state.bias["sparse"]["moe"], "bias", NAN),
+    "an optimizer state": lambda state: (state.opt.mu, "head", NAN),
 }
 
 
@@ -191,9 +191,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch, capf
 
     def spoil(state):
         if len(steps) == 3:
-            state.params["head"] = state.params["head"].replace(
-                state.params["head"][...].at[0, 0].set(np.inf)
-            )
+            head = state.params["head"]
+            state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
 
     with monkeypatch.context() as patch:
         change_steps(patch, spoil, lambda state: steps.append(int(state.step)))
@@ -220,9 +219,8 @@ def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "__next__", read)
         patch.setattr(steps, "AHEAD", {"cpu": ahead})
-        assert (
-            train_by_command(whole.run, begun, capfd) == "dsv3: shard 'a' is damaged in record 82"
-        )
+        said = train_by_command(whole.run, begun, capfd)
+    assert said == "dsv3: shard 'a' is damaged in record 82"
     assert rows_of(begun) == rows_of(whole.folder)[:8]  # 7 steps, and an evaluation
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
@@ -262,14 +260,8 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
     first, broken, second = Recorder(), Recorder(breaks_at=7), Recorder()
     with pytest.raises(KeyError, match="no connection to the tracker"):
         loop.fit(whole.run, begun, quiet=True, callbacks=[broken, first])
-    want = [
-        ("start", 5),
-        ("step", 6),
-        ("evaluation", 6),
-        ("step", 7),
-        ("step", 8),
-        ("checkpoint", 8),
-    ]
+    want = [("start", 5), ("step", 6), ("evaluation", 6), ("step", 7)]
+    want += [("step", 8), ("checkpoint", 8)]
     assert first.calls == want and broken.calls == want[:4]
     assert loop.fit(whole.run, begun, quiet=True, callbacks=[second]).resumed_from == 8
     assert second.calls[:2] == [("start", 8), ("step", 9)]
@@ -281,10 +273,7 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
 def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
     stop = Recorder(breaks_at=6, how=lambda: signal.raise_signal(signal.SIGTERM))
     stopped = loop.fit(whole.run, begun, quiet=True, callbacks=[stop])
-    assert (stopped.step, stopped.finished) == (
-        7,
-        False,
-    )
+    assert (stopped.step, stopped.finished) == (7, False)
     assert "stopping when this step" in capfd.readouterr().err
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
@@ -295,9 +284,8 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     """It names what is inside it by name, text by place. Another tokenizer is another run."""
     text, there = Path(whole.run.data.paths[0]), tmp_path / "elsewhere"
     monkeypatch.chdir(text.parent)
-    data = replace(
-        whole.run.data, paths=("text",), tokenizer=str(tmp_path / "words" / TOKENIZER_FILE)
-    )
+    words = str(tmp_path / "words" / TOKENIZER_FILE)
+    data = replace(whole.run.data, paths=("text",), tokenizer=words)
     # the specials first: no id means what a byte's does
     tokenizer.train_bpe(["no merges"], 260, data.tokenizer)
     run = replace(whole.run, data=data)
@@ -312,22 +300,18 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     renamed = tokenizer.load("renamed/tokenizer.json")
     assert renamed.encode("a") != tokenizer.ByteTokenizer().encode("a")
     before = sorted(moved.rglob("*"))
-    with pytest.raises(
-        ValueError, match=r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"
-    ):
-        loop.fit(
-            replace(read_run(moved), data=replace(read_run(moved).data, tokenizer="bytes")),
-            moved,
-            quiet=True,
-        )
+
+    def reading_by(name):
+        return replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=name))
+
+    with refused(r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"):
+        loop.fit(reading_by("bytes"), moved, quiet=True)
     assert sorted(moved.rglob("*")) == before
     # the same ids are the same tokenizer
-    copy = str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))
-    claim(moved, replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=copy)))
+    claim(moved, reading_by(str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))))
     run = replace(run, data=replace(data, paths=(f"{text}/../text",)))  # another spelling
-    assert (
-        loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False).resumed_from == BEGUN
-    )
+    again = loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False)
+    assert again.resumed_from == BEGUN
 
 
 @pytest.mark.long
