@@ -12,17 +12,10 @@ from typing import Any
 
 import pytest
 
-NAMES = (
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
-    "chrome-headless-shell",
-)
+NAMES = "chromium-browser google-chrome google-chrome-stable chrome chrome-headless-shell".split()
 PATIENCE = 60.0  # seconds, for a start and for each answer, on a busy machine
-EXECUTABLE = next(
-    filter(None, map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))), None
-)
+FOUND = map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))
+EXECUTABLE = next(filter(None, FOUND), None)
 needs_browser = pytest.mark.skipif(
     EXECUTABLE is None, reason="no Chromium or Chrome on the path (or in $CHROMIUM)"
 )
@@ -42,11 +35,7 @@ class Browser:
             *("--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={self._folder.name}", "about:blank"),
         ]
-        quiet = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.DEVNULL,
-            "stderr": subprocess.DEVNULL,
-        }
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         self._process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), **quiet)
         os.close(to_browser)
         os.close(from_browser)
@@ -86,13 +75,8 @@ class Browser:
         """Open a file in a window of this width, and wait until it has drawn."""
         self.errors.clear()
         self.requests.clear()
-        self.send(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=900,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
+        window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.send("Emulation.setDeviceMetricsOverride", **window)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.send("Emulation.setEmulatedMedia", features=[scheme, still])
@@ -147,12 +131,9 @@ class Browser:
             f"(b => [b.left, b.top, b.width, b.height])({element}.getBoundingClientRect())"
         )
         at = {"x": left + (x or width / 2), "y": top + (y or height / 2), "clickCount": 1}
-        for kind, button in (
-            ("mouseMoved", "none"),
-            ("mousePressed", "left"),
-            ("mouseReleased", "left"),
-        ):
-            self.send("Input.dispatchMouseEvent", type=kind, button=button, **at)
+        for kind in ("Moved", "Pressed", "Released"):
+            button = "none" if kind == "Moved" else "left"
+            self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", button=button, **at)
         self.settle()
 
     def press(self, *keys: str) -> None:

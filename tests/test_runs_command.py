@@ -45,11 +45,7 @@ def test_runs_are_listed_the_last_changed_first(folder, capsys):
     assert code == 0 and [line[0] for line in lines] == ["run", "first", "group/[b]", "new"]
     assert lines[1][1:5] == ["12/12", "finished", "-2.000", "1,234"]
     assert lines[2][1:4] == ["5/12", "training", "5.000"]
-    assert lines[3][1:4] == [
-        "0/12",
-        "not",
-        "begun",
-    ]
+    assert lines[3][1:4] == ["0/12", "not", "begun"]
     assert err.startswith("dsv3: passed over: ")
     assert "run.json is not JSON" in err
     assert len(err.splitlines()) == 1

@@ -117,10 +117,8 @@ def test_the_slider_and_the_texts(tiny):
     tiny.press("ArrowRight")
     assert tiny.text("#layer-name") == "layer 2"
     assert firsts() == [chosen[0] for chosen in texts[0]["experts"][1]]
-    tiny.run(
-        "[...document.querySelectorAll('#texts-charts button')]"
-        ".find(b => b.textContent === 'next ›').click()"
-    )
+    buttons = "[...document.querySelectorAll('#texts-charts button')]"
+    tiny.run(f"{buttons}.find(b => b.textContent === 'next ›').click()")
     tiny.settle()
     assert firsts() == [chosen[0] for chosen in texts[1]["experts"][1]]
     tiny.run("document.querySelector('.tokens').focus()")
@@ -135,17 +133,10 @@ def test_the_slider_and_the_texts(tiny):
 
 def test_search_and_the_sorted_table(tiny):
     tiny.type("#search", "e")
-    found = tiny.run(
-        "[...document.querySelectorAll('#found tbody tr')]"
-        ".map(r => [...r.cells].map(c => c.textContent))"
-    )
-    rows = [
-        row
-        for layer in NUMBERS["favourites"]
-        for of_expert in layer
-        for row in of_expert
-        if row[1] == "e"
-    ]
+    found = "[...document.querySelectorAll('#found tbody tr')]"
+    found = tiny.run(f"{found}.map(r => [...r.cells].map(c => c.textContent))")
+    rows = [row for layer in NUMBERS["favourites"] for expert in layer for row in expert]
+    rows = [row for row in rows if row[1] == "e"]
     assert len(found) == min(50, len(rows)) > 5 and all(cells[0] == "e" for cells in found)
     bits = sorted((row[4] for row in rows), reverse=True)
     np.testing.assert_allclose([float(cells[5]) for cells in found], bits[:50], atol=6e-5)
