@@ -50,7 +50,6 @@ STUDY = Study(
         Column("MaxVio", "max_vio_global", 2),
     ),
     facts={
-        "0.023": "(0.055 - 0.009) / 2",
         "0.252, 0.059": "published: 2.060 − 1.808 and 1.867 − 1.808",
         "0.054, 0.047": "recipe 1, which results.json does not hold",
     },

@@ -11,7 +11,7 @@ from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs.evaluate import evaluate
 from experiments.lab import Column, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.measuring import late_mean
 
 
@@ -73,6 +73,7 @@ def words(results):
 
 
 UNBALANCED = "capacity 1.25, no balance"
+ASSIGNMENTS = 100_000  # of held-out text, at least
 
 
 def costs(text, variant):
@@ -100,9 +101,9 @@ STUDY = Study(
             "balance lowers the dropped share at capacity 1.25",
             "capacity 1.25",
             UNBALANCED,
-            lambda numbers: 100 * numbers["dropped_held_out"],
-            unit="points",
-            digits=1,
+            logit("dropped_held_out", ASSIGNMENTS, 1.0),
+            unit="logits",
+            digits=2,
         ),
         costs("a capacity of the mean load costs loss", "capacity 1"),
         costs("a capacity of 1.25 costs loss", "capacity 1.25"),

@@ -19,7 +19,7 @@ from experiments.lab import (
     mean_spread,
     write_figure,
 )
-from experiments.lab.claims import Claim
+from experiments.lab.claims import Claim, logit
 from experiments.lab.results import MissingRuns
 
 EAGLE, MEDUSA = "EAGLE, frozen trunk", "Medusa, frozen trunk"
@@ -291,9 +291,8 @@ def acceptance_words(results):
 
 
 def accepted(text, variant, against):
-    return Claim(
-        text, variant, against, lambda n: 100 * n["accepted"][0], "higher", unit="points", digits=0
-    )
+    key = logit("accepted/0", PROMPTS, 1.0)
+    return Claim(text, variant, against, key, "higher", unit="logits", digits=2)
 
 
 def faster(text, variant, published):

@@ -13,8 +13,7 @@ from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.stats.cache_quality import cache_quality
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
-from experiments.lab.claims import Claim, Stake, noise_within, table_of
-from experiments.lab.statistics import against_constant
+from experiments.lab.claims import Claim, Stake
 
 EXACT = CACHE_DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}
@@ -112,15 +111,6 @@ def table(results):
     return markdown_table([*header, "same most likely token, %"], rows)
 
 
-def half_interval(results, variant, key):
-    """Return half of the 95 % interval of a variant's mean, as claims use it; 0 for one seed."""
-    try:
-        noise = noise_within(results)(key)
-        return against_constant(table_of(results, key)[variant], 0.0, noise).half
-    except ValueError:
-        return 0.0
-
-
 def bits_of(dtype):
     of_type = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3": 8}
     return of_type.get(dtype) or int(dtype.split()[0])
@@ -140,7 +130,10 @@ def draw(results, path):
         ]
         x = np.array([bits_of(dtype) for _, _, dtype, *_ in rows]) + 0.06 * (i - 1)
         y = np.array([changed.mean() for *_, changed in rows])
-        half = [half_interval(results, variant, change(kind, dtype)) for _, _, dtype, *_ in rows]
+        half = [
+            drawing.half_interval(results, variant, 0.0, change(kind, dtype))
+            for _, _, dtype, *_ in rows
+        ]
         face = "white" if (variant, kind) == ("MLA", "expanded") else None
         ax.errorbar(
             x, y, half, fmt="o-", color=drawing.colour_of(results, variant), markerfacecolor=face,

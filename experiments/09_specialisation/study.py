@@ -214,7 +214,6 @@ STUDY = Study(
         "domains": Stake(
             "documents' domains shuffled",
             lambda results: results.values(BIAS, "excess_mean"),
-            "excess_mean",
             "bits",
         )
     },

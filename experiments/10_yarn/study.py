@@ -381,7 +381,6 @@ STUDY = Study(
             lambda results: (
                 results.values("L", lambda n: float(np.mean(n["own"]["home"]))) - planted.CHANCE
             ),
-            lambda n: float(np.mean(n["own"]["home"])),
             "of keys",
         )
     },

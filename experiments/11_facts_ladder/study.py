@@ -62,6 +62,7 @@ STUDY = Study(
     },
     facts={
         "0.037": "3.6753 - 3.6385",
+        "5e-3": "a rate",
         "0.17, 2.5e-3": "trials on seed 100",
         "800, 2.3, 1,500": "runs at twice the rate, which results.json does not hold",
     },

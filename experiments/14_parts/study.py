@@ -14,8 +14,7 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops import routing
 from dsv3_jax.training.loss import score_tokens
 from experiments.lab import Study, drawing, markdown_table
-from experiments.lab.claims import Claim
-from experiments.lab.statistics import pool
+from experiments.lab.claims import Claim, Stake
 from experiments.lab.tables import mean_spread
 
 TOP_OFF = (1, 2, 4, 8)  # experts with the highest scores that a token may not use
@@ -145,12 +144,6 @@ def cost(name):
     return lambda numbers: numbers["cost"][name]
 
 
-def noise(results):
-    """Pool the noise of costs over all that is taken away: each is a variant of the same runs."""
-    costs = {name: dict(enumerate(results.values("base", cost(name)))) for name in names(results)}
-    return lambda key, compared=(): pool([costs])
-
-
 def table(results):
     rows = [
         [LABELS.get(name, name), mean_spread(results.values("base", cost(name)), 4, sign=True)]
@@ -178,8 +171,11 @@ def draw(results, path):
     drawing.draw_claims(path, results, words, linear=0.01)
 
 
-def claim(text, name, **more):
-    return Claim(text, "base", 0.0, cost(name), "higher", **more)
+def claim(text, name, stake="context", **more):
+    return Claim(text, "base", 0.0, cost(name), "higher", stake=stake, **more)
+
+
+NO_CONTEXT = "context of 2 tokens at most"
 
 
 STUDY = Study(
@@ -191,7 +187,6 @@ STUDY = Study(
     variants=variants,
     seeds=10,
     measure=measure,
-    noise=noise,
     table=table,
     draw=draw,
     claims=(
@@ -206,9 +201,15 @@ STUDY = Study(
         claim("each token's best expert is needed", "top 1 off"),
         claim("one routed expert fewer costs loss", "one routed expert fewer"),
         claim("half as many routed experts cost loss", "half as many routed experts"),
-        claim("context beyond one token is needed", "context of 2 tokens at most"),
+        claim("context beyond one token is needed", NO_CONTEXT, stake=""),
         claim("context beyond 32 tokens is needed", "context of 32 tokens at most"),
     ),
+    stakes={
+        "context": Stake(
+            "no context but the token before",
+            lambda results: results.values("base", cost(NO_CONTEXT)),
+        )
+    },
     facts={
         "0.606": "published: 2.414 − 1.808",
     },

@@ -5,8 +5,7 @@ from matplotlib.figure import Figure
 
 from dsv3_jax.config import Execution, replace
 from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
-from experiments.lab.claims import Claim, noise_within
-from experiments.lab.statistics import interval_factor
+from experiments.lab.claims import Claim
 
 EXACT = "float32"
 EXECUTIONS = {
@@ -86,15 +85,9 @@ def change(results, variant, key):
     return results.paired(variant, EXACT, percent(key))
 
 
-def interval(results, key):
-    """Half the width of a difference's 95 % interval, from the noise that all variants share."""
-    try:
-        noise = noise_within(results)(percent(key))
-    except ValueError:  # one seed
-        return np.nan
-    if not noise.dof:
-        return np.nan
-    return interval_factor(noise.dof) * noise.sd * np.sqrt(2 / len(results.seeds()))
+def interval(results, variant, key):
+    """Half of the 95 % interval of a difference to float32."""
+    return drawing.half_interval(results, variant, EXACT, percent(key))
 
 
 def table(results):
@@ -108,7 +101,7 @@ def table(results):
         error = 100 * results.values(EXACT, f"gradient_error/{variant}")
         for key in ("val_loss", "late_loss"):
             mean = np.array([results.difference(variant, EXACT, percent(key))])
-            row.append(f"{mean_spread(mean, 3, sign=True)} ± {interval(results, key):.3f}")
+            row.append(f"{mean_spread(mean, 3, sign=True)} ± {interval(results, variant, key):.3f}")
         rows.append([*row, mean_spread(error, 2)])
     header = [
         "variant",
@@ -140,7 +133,7 @@ def draw(results, path):
             right.errorbar(
                 [values.mean()],
                 [y],
-                xerr=[interval(results, key)],
+                xerr=[interval(results, name, key)],
                 color=f"C{i}",
                 linewidth=2,
                 capsize=4,

@@ -212,7 +212,6 @@ STUDY = Study(
         "logits": Stake(
             "logits above the threshold",
             lambda results: results.values(MUON, log_logit) - np.log(THRESHOLD),
-            log_logit,
             "ln logit",
             2,
         ),

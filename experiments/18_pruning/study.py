@@ -193,7 +193,6 @@ STUDY = Study(
         "experts": Stake(
             "half the experts, at random",
             lambda results: results.values(BIAS, cost(CHANCE, 0.5)),
-            cost(CHANCE, 0.5),
         )
     },
 )

@@ -55,10 +55,23 @@ STUDY = Study(
     measure=lambda trained: {"rate": trained.run.optim.learning_rate},
     draw=draw,
     claims=tuple(
-        Claim(f"{text}, at {size} width", name_of(first, size), name_of(second, size), stake=stake)
-        for text, first, second, stake in (
-            ("MLA has a lower loss than MHA with more parameters", "MLA", "MHA", "context"),
-            ("a module lowers the next token's loss", "MLA with a module", "MLA", ""),
+        Claim(
+            f"{text}, at {size} width",
+            name_of(first, size),
+            name_of(second, size),
+            expect=expect,
+            stake=stake,
+        )
+        for text, first, second, expect, stake in (
+            (
+                "MLA has a lower loss than MHA with more parameters",
+                "MLA",
+                "MHA",
+                "lower",
+                "context",
+            ),
+            # The papers expect no direction: more tokens ahead cost small models.
+            ("a module lowers the next token's loss", "MLA with a module", "MLA", "none", ""),
         )
         for size in FACTORS
     ),

@@ -7,7 +7,7 @@ from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, format_number, write_figure
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
-from experiments.lab.statistics import compare, pool
+from experiments.lab.statistics import estimate
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Names
 
@@ -45,13 +45,10 @@ def seconds(results, variant):
 
 def table(results):
     """The columns, and differences in ln seconds with intervals: a step with heads takes longer."""
-    logs = {
-        name: dict(zip(results.seeds(), np.log(seconds(results, name)), strict=True))
-        for name in results.variants
-    }
-    noise, sentences = pool([logs]), []
+    logs = {name: np.log(seconds(results, name)) for name in results.variants}
+    sentences = []
     for name in (MODULE, PARALLEL):
-        found = compare(logs[name], logs[PLAIN], noise)
+        found = estimate((logs[name] - logs[PLAIN]).tolist())
         mean, low, high = (format_number(x, 2, sign=True) for x in (found.mean, *found.interval))
         share = f"{100 * np.exp(found.mean):.0f} % of the seconds"
         sentences.append(

@@ -30,7 +30,7 @@ from experiments.lab import (
     mean_spread,
     write_figure,
 )
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.tasks import Retrieval
 
 FACTOR = 4
@@ -568,11 +568,13 @@ def text_claim(text, k, kind, against, expect="lower", **more):
     )
 
 
-def keys_claim(text, against, expect="higher", **more):
+def keys_claim(text, against, key="final/keys", expect="equal", **more):
     variant = sparse("keys", CHOICES["keys"][1], "long")
-    return Claim(
-        text, variant, against, "final/keys", expect, unit="points", digits=1, stake="reach", **more
-    )
+    return Claim(text, variant, against, key, expect, stake="reach", **more)
+
+
+FAR_KEYS = ROWS * len(DEPTHS)  # questions at 4L of a run
+MASSES = 10_000  # tokens whose attention is looked at, at least
 
 
 def chosen_mass(numbers):
@@ -583,9 +585,9 @@ def chosen_mass(numbers):
 
 
 def beyond_latest(numbers):
-    """How much more of that mass it is than in the latest k tokens."""
-    chosen, ((_, shares),) = chosen_mass(numbers), numbers["recall"].items()
-    return chosen - 100 * shares["latest"]
+    """How much more of that mass it is than in the latest k tokens, in logits."""
+    chosen, ((_, shares),) = logit(chosen_mass, MASSES)(numbers), numbers["recall"].items()
+    return chosen - logit("latest", MASSES, 1.0)(shares)
 
 
 def cost_of(name, key, scale):
@@ -627,10 +629,10 @@ STUDY = Study(
             f"k {K}: after a long warm-up more of dense attention's mass is chosen than after none",
             sparse("text", K, "long"),
             sparse("text", K, "no"),
-            chosen_mass,
+            logit(chosen_mass, MASSES),
             "higher",
-            unit="points",
-            digits=1,
+            unit="logits",
+            digits=2,
         ),
         Claim(
             f"k {K}: the choice has more of that mass than the latest {K} tokens",
@@ -638,30 +640,34 @@ STUDY = Study(
             0.0,
             beyond_latest,
             "higher",
-            unit="points",
-            digits=1,
+            unit="logits",
+            digits=2,
         ),
         keys_claim(
             f"k {CHOICES['keys'][1]} finds as many keys at 4L as dense attention, within 5 points",
             dense("keys", more=True),
-            "equal",
             margin=5.0,
+            unit="points",
+            digits=1,
+            questions=FAR_KEYS,
         ),
         keys_claim(
             "a long warm-up finds more keys at 4L than none",
             sparse("keys", CHOICES["keys"][1], "no"),
+            logit("final/keys", FAR_KEYS),
+            "higher",
+            unit="logits",
+            digits=2,
         ),
     ),
     stakes={
         "choice": Stake(
             f"{K} tokens at random, of dense attention's",
             cost_of("text", "loss", 1.0),
-            "final/text",
         ),
         "reach": Stake(
             f"{CHOICES['keys'][1]} tokens at random: keys at 4L",
             cost_of("keys", "far", -100.0),
-            "final/keys",
             "points",
             1,
         ),
@@ -670,6 +676,7 @@ STUDY = Study(
         "1,000, 15,000": "published",
         "160 steps, 240 steps": "settings",
         "0.026": "1.9494 - 1.9233",
+        "768": "64 questions of 4 distances for each of three seeds",
         "0.010": "1.9336 - 1.9233",
         "0.022": "1.9618 - 1.9394",
     },

@@ -28,6 +28,7 @@ from experiments.lab.matching import FACTORS, scaled
 STEPS = 180
 # As in 21_sizes.
 WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
+CHOICES = 60_000  # that a pass makes, at least
 ROWS, BATCH = 64, 32  # held-out rows that are read; rows that a pass reads at once
 EDGES = 10.0 ** np.arange(-5, 0.1, 0.5)  # of the gap between the K-th and the next score
 
@@ -495,6 +496,7 @@ STUDY = Study(
             BATCHES,
             "choices",
             "lower",
+            questions=CHOICES,
         ),
         share_claim(
             f"half of bfloat16's changes have a gap below {NEAR:g}",
@@ -532,7 +534,6 @@ STUDY = Study(
             lambda results: results.values(
                 BASE, lambda numbers: numbers["shifted"] - numbers["loss"]
             ),
-            "loss",
         )
     },
 )

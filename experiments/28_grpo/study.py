@@ -21,7 +21,7 @@ from experiments.lab import (
     mean_spread,
     write_figure,
 )
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.results import lookup
 
 BEFORE = "before"
@@ -32,6 +32,7 @@ SIZES = {"text": 4000, "tasks": 4000, "asked": 1000}
 STEPS, NEW = 150, 4  # of GRPO; tokens of an answer, at most
 EOS = 256
 HOW = ("likeliest", "likeliest, carry", "sampled", "sampled, carry")
+CARRIES = 444  # questions with a carry
 EVERY = 10  # steps that a point of a curve is the mean of
 
 
@@ -204,8 +205,9 @@ def draw(results, path):
         right,
         results,
         names,
-        "right/likeliest",
+        logit("right/likeliest", SIZES["asked"]),
         ["0.4", *(f"C{i}" for i in range(len(KINDS)) for _ in "ab")],
+        shown=lambda logits: 100 / (1 + np.exp(-logits)),
     )
     drawing.style_axes(right, "1,000 other sums, likeliest answer", "% right, 95 % interval", "")
     right.set_yticks(range(len(names)), names, fontsize=8)
@@ -219,10 +221,8 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def points(
-    text, variant, against, expect="higher", margin=0.0, stake="gain", key="right/likeliest"
-):
-    return Claim(text, variant, against, key, expect, margin, "points", 1, stake)
+def gain(text, key, questions):
+    return Claim(text, FIRST, BEFORE, logit(key, questions), "higher", unit="logits", digits=2)
 
 
 def log_mismatch(numbers):
@@ -233,12 +233,17 @@ def log_mismatch(numbers):
 def replay_claims(kind):
     replay, free = name_of(kind, True), name_of(kind, False)
     return (
-        points(
+        Claim(
             f"{kind}: with replay as many are right as without, within 5 points",
             replay,
             free,
+            "right/likeliest",
             "equal",
-            5.0,
+            margin=5.0,
+            unit="points",
+            digits=1,
+            stake="gain",
+            questions=SIZES["asked"],
         ),
         Claim(
             f"{kind}: replay lowers the mismatch",
@@ -270,14 +275,8 @@ STUDY = Study(
     table=table,
     draw=draw,
     claims=(
-        points("more sums are right after GRPO than before", FIRST, BEFORE, stake=""),
-        points(
-            "more sums with a carry are right after GRPO than before",
-            FIRST,
-            BEFORE,
-            stake="",
-            key=CARRY,
-        ),
+        gain("more sums are right after GRPO than before", "right/likeliest", SIZES["asked"]),
+        gain("more sums with a carry are right after GRPO than before", CARRY, CARRIES),
         *(claim for kind in KINDS for claim in replay_claims(kind)),
         Claim(
             "GRPO leaves MaxVio as it was, within 0.2",
@@ -293,10 +292,9 @@ STUDY = Study(
     stakes={
         "gain": Stake(
             "no GRPO at all, of sums with a carry",
-            lambda results: results.paired(FIRST, BEFORE, CARRY),
-            CARRY,
-            "points",
-            1,
+            lambda results: results.paired(FIRST, BEFORE, logit(CARRY, CARRIES)),
+            "logits",
+            2,
         )
     },
     facts={

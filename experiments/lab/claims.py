@@ -11,15 +11,18 @@ from experiments.lab.statistics import (
     Difference,
     Noise,
     Table,
-    against_constant,
-    compare,
+    estimate,
     holm,
+    paired,
     pool,
+    share_bound,
     smallest_visible,
 )
 from experiments.lab.tables import format_number, markdown_table
 
-STAKE = 3  # least cost of taking a study's subject away, in units of the noise of a run
+LOSS = "val_loss"  # the number that all studies of a recipe have
+LOSS_PRIOR, PRIOR = 40, 5  # d0 of the loss and of other numbers, see `statistics`
+FEW = 8  # degrees of freedom; a claim with fewer is named below its table
 
 Answer = Literal["yes", "no", "too small to tell here", "no verdict"]
 
@@ -31,9 +34,12 @@ class Claim:
     Attributes:
         text: the claim, as a sentence that "yes" agrees to.
         against: another variant, or a constant such as a chance level.
-        key: the number, see `Results.values`.
-        expect: what the papers lead to expect.
+        key: the number, see `Results.values`. Differences of shares are in logits, see `logit`.
+        expect: what the papers lead to expect. "none": they expect no direction, so the claim's
+            text is what a lower number means.
         margin: for "equal": the largest difference that counts as equal.
+        questions: of a share in points: that it rests on, in a run. Then half of the interval is
+            at least what these questions tell if none is wrong, see `share_bound`.
         stake: the name of the manipulation check that the claim needs, in `Study.stakes`. "" means
             that the claim is about the subject itself.
         published: the papers' difference in the same unit, if there is one.
@@ -43,12 +49,13 @@ class Claim:
     variant: str
     against: str | float
     key: Key = "val_loss"
-    expect: Literal["lower", "higher", "equal"] = "lower"
+    expect: Literal["lower", "higher", "equal", "none"] = "lower"
     margin: float = 0.0
     unit: str = "nats"
     digits: int = 3
     stake: str = ""
     published: float | None = None
+    questions: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,11 @@ class Stake:
 
     Attributes:
         text: what is taken away, as in "routed experts off".
-        cost: (results) → the cost by seed. An empty array means that it is not measured.
-        key: the number that the cost is in; its noise is the yardstick.
+        cost: (results) → the cost by seed, paired. An empty array means that it is not measured.
     """
 
     text: str
     cost: Callable[[Results], np.ndarray]
-    key: Key = "val_loss"
     unit: str = "nats"
     digits: int = 3
 
@@ -85,13 +90,12 @@ class Check:
     """A manipulation check's outcome."""
 
     stake: Stake
-    cost: float | None  # None: not measured
-    noise: float
+    cost: Difference | None  # None: not measured, or from one seed
 
     @property
     def passed(self) -> bool:
-        """Whether the cost is at least STAKE times the noise."""
-        return self.cost is not None and self.cost >= STAKE * self.noise
+        """Whether the cost's own 95 % interval is above 0."""
+        return self.cost is not None and self.cost.interval[0] > 0
 
     @property
     def sentence(self) -> str:
@@ -102,13 +106,13 @@ class Check:
                 f"Manipulation check, {stake.text}: not measured, "
                 "so claims that need it get no verdict."
             )
-        cost, noise = (format_number(x, digits) for x in (self.cost, self.noise))
+        cost, low, high = (format_number(x, digits) for x in (self.cost.mean, *self.cost.interval))
         outcome = "passed"
         if not self.passed:
-            outcome = f"below {STAKE} × the noise, so claims that need it get no verdict"
+            outcome = "not above 0, so claims that need it get no verdict"
         return (
-            f"Manipulation check, {stake.text}: costs {cost} {stake.unit}, "
-            f"noise of a run {noise}: {outcome}."
+            f"Manipulation check, {stake.text}: costs {cost} ({low} to {high}) {stake.unit}, "
+            f"n = {self.cost.seeds}: {outcome}."
         )
 
 
@@ -128,44 +132,66 @@ def table_of(results: Results, key: Key) -> Table:
     return {variant: numbers for variant, numbers in table.items() if numbers}
 
 
-def distinct(table: Table) -> Table:
+def distinct(table: Table, compared: Sequence[str] = ()) -> Table:
     """Leave out variants whose numbers are another's, as heads on one trunk: they are one run."""
     kept: dict[str, Mapping[int, float]] = {}
-    for variant, numbers in table.items():
-        if numbers not in kept.values():
-            kept[variant] = numbers
+    for variant in (*compared, *table):
+        if variant in compared or table[variant] not in kept.values():
+            kept[variant] = table[variant]
     return kept
 
 
 def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] = ()) -> Table:
-    """Leave out what counts runs more than once: variants that continue one parent are near copies.
+    """Return the variants whose differences are of the kind of the compared ones.
 
-    Two of them that are compared differ less than two independent runs, so their noise is that of
-    such variants alone. Else one variant of each parent counts: the compared one, or the first.
+    Variants that continue one parent, or are measured on it, are near copies. Two of them have
+    their parent's other children for their kind, and relatives of two generations have none. All
+    others have one variant of each family: the compared one, or the first.
 
-    Args: begun: variant → its parent, whose weights it begins with.
+    Args: begun: variant → its parent.
 
-    >>> table, begun = {"a": {}, "b": {}, "c": {}, "d": {}}, {"b": "a", "c": "a", "d": "a"}
+    >>> table, begun = {"a": {}, "b": {}, "c": {}, "d": {}}, {"b": "a", "c": "a", "d": "c"}
     >>> [list(independent(table, begun, pair)) for pair in (("b", "c"), ("c", "a"), ())]
-    [['b', 'c', 'd'], ['a', 'c'], ['a', 'b']]
+    [['b', 'c'], ['c', 'a'], ['a']]
     """
-    parents = {begun.get(variant) for variant in compared}
-    if len(compared) == 2 and len(parents) == 1 and None not in parents:
-        return {
-            variant: numbers for variant, numbers in table.items() if begun.get(variant) in parents
-        }
 
-    chosen: dict[tuple[str, bool], str] = {}  # the variant that counts
+    def root(variant: str) -> str:
+        return root(begun[variant]) if variant in begun else variant
+
+    if len(compared) == 2 and root(compared[0]) == root(compared[1]):
+        parent = begun.get(compared[0])
+        siblings = parent is not None and begun.get(compared[1]) == parent
+        kind = [v for v in table if siblings and begun.get(v) == parent]
+        return {variant: table[variant] for variant in kind or compared}
+
+    chosen: dict[str, str] = {}  # the variant that counts for a family
     for variant in (*compared, *table):
-        chosen.setdefault((begun.get(variant, variant), variant in begun), variant)
-    return {variant: numbers for variant, numbers in table.items() if variant in chosen.values()}
+        chosen.setdefault(root(variant), variant)
+    return {variant: table[variant] for variant in chosen.values()}
+
+
+def logit(key: Key, questions: int, whole: float = 100.0) -> Callable[[Mapping], float]:
+    """Return a function of a run's numbers: ln(right / wrong), each with half a question more.
+
+    Args: key: the share, of `whole`; questions: that it rests on.
+
+    >>> [round(logit("x", 1000)({"x": share}), 2) for share in (50.0, 90.0, 100.0)]
+    [0.0, 2.19, 7.6]
+    """
+
+    def found(numbers: Mapping) -> float:
+        share = float(lookup(numbers, key)) / whole
+        return float(np.log((share * questions + 0.5) / ((1 - share) * questions + 0.5)))
+
+    return found
 
 
 def noise_within(results: Results) -> NoiseOf:
     """Return a function that pools a number's noise over the variants of one study."""
 
     def noise(key: Key, compared: Sequence[str] = ()) -> Noise:
-        return pool([independent(distinct(table_of(results, key)), results.begun, compared)])
+        table = distinct(table_of(results, key), compared)
+        return pool([independent(table, results.begun, compared)], compared)
 
     return noise
 
@@ -177,10 +203,7 @@ def judge(
 
     Returns: verdicts in the claims' order, and the manipulation checks.
     """
-    checks = {}
-    for name, stake in stakes.items():
-        needing = [_compared(claim) for claim in claims if claim.stake == name]
-        checks[name] = _check(stake, results, noise_of, needing[0] if needing else ())
+    checks = {name: _check(stake, results) for name, stake in stakes.items()}
     judged: list[tuple[Claim, Difference]] = []
     for claim in claims:
         table = table_of(results, claim.key)
@@ -188,10 +211,10 @@ def judge(
         if any(name not in table for name in needed):
             continue
         try:
-            judged.append((claim, _difference(claim, table, noise_of(claim.key, _compared(claim)))))
+            judged.append((claim, difference_of(claim, table, noise_of)))
         except ValueError:  # too few seeds
             continue
-    adjusted = holm([found.p for _, found in judged])
+    adjusted = holm([found.p(claim.margin) for claim, found in judged])
     verdicts = []
     for (claim, found), p in zip(judged, adjusted, strict=True):
         visible = smallest_visible(found.error, found.dof, len(judged))
@@ -202,54 +225,49 @@ def judge(
     return verdicts, list(checks.values())
 
 
-def _compared(claim: Claim) -> tuple[str, ...]:
-    return (claim.variant, claim.against) if isinstance(claim.against, str) else (claim.variant,)
+def difference_of(claim: Claim, table: Table, noise_of: NoiseOf) -> Difference:
+    """Return a claim's difference, whose variance is shrunk to that of its kind.
 
-
-def _difference(claim: Claim, table: Table, noise: Noise) -> Difference:
+    Raises: ValueError for too few seeds.
+    """
     if isinstance(claim.against, str):
-        return compare(table[claim.variant], table[claim.against], noise)
-    return against_constant(table[claim.variant], claim.against, noise)
+        noise = noise_of(claim.key, (claim.variant, claim.against))
+        differences = paired(table[claim.variant], table[claim.against])
+        variance, dof = 2 * noise.sd**2, noise.dof
+    else:
+        noise = noise_of(claim.key, (claim.variant,))
+        differences = [value - claim.against for value in table[claim.variant].values()]
+        variance, dof = noise.within_sd**2, noise.within_dof
+    prior = LOSS_PRIOR if claim.key == LOSS else PRIOR
+    asked = claim.questions * len(differences)
+    least = 100 * share_bound(asked) if asked else 0.0
+    return estimate(differences, variance, dof, prior, least)
 
 
 def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
     """Return yes or no where the difference tells, else "too small to tell here".
 
-    A difference in the expected direction is a yes if it is significant after the correction, one
-    in the other direction a no. For "equal" the 95 % interval decides: yes within the margin, no
-    outside of it.
+    A difference in the expected direction is a yes if its corrected p is below 0.05, one in the
+    other direction a no. For "equal" the p is that of a difference of `margin`: a yes is within the
+    margin, a no beyond it.
     """
-    low, high = found.interval
-    if claim.expect == "equal":
-        if -claim.margin <= low and high <= claim.margin:
-            return "yes"
-        outside = low > claim.margin or high < -claim.margin
-        return "no" if outside and adjusted_p < 0.05 else "too small to tell here"
     if adjusted_p >= 0.05:
         return "too small to tell here"
-    return "yes" if (found.mean < 0) == (claim.expect == "lower") else "no"
+    if claim.expect == "equal":
+        return "yes" if abs(found.mean) < claim.margin else "no"
+    return "yes" if (found.mean > 0) == (claim.expect == "higher") else "no"
 
 
-def _check(stake: Stake, results: Results, noise_of: NoiseOf, compared: Sequence[str]) -> Check:
-    """Check by the noise of the variants that claims compare.
-
-    The first of them is enough to know the kind.
-    """
+def _check(stake: Stake, results: Results) -> Check:
+    """Check by the paired cost's own interval."""
     try:
-        cost = stake.cost(results)
-    except (KeyError, IndexError):
-        cost = np.zeros(0)
-    try:
-        noise = noise_of(stake.key, compared).sd
-    except ValueError:
-        noise = float("nan")
-    if np.isnan(noise):  # one variant, or one seed
-        return Check(stake, None, noise)
-    return Check(stake, float(np.mean(cost)) if len(cost) else None, noise)
+        return Check(stake, estimate(stake.cost(results).tolist()))
+    except (KeyError, IndexError, ValueError):
+        return Check(stake, None)
 
 
 def verdict_table(verdicts: Sequence[Verdict], checks: Sequence[Check]) -> str:
-    """Return Markdown: a row for each claim, and a sentence for each manipulation check."""
+    """Return Markdown: a row for each claim, sentences on manipulation checks and few seeds."""
     rows = []
     for v in verdicts:
         digits = v.claim.digits
@@ -260,14 +278,20 @@ def verdict_table(verdicts: Sequence[Verdict], checks: Sequence[Check]) -> str:
             [
                 v.claim.text,
                 f"{mean} ({low} to {high}) {v.claim.unit}".strip(),
-                str(v.difference.seeds),
+                f"{v.difference.seeds} ({int(v.difference.dof + 1e-9)})",
                 format_p(v.adjusted_p),
                 format_number(v.visible, digits),
                 f"**{v.answer}**",
             ]
         )
-    header = ["claim", "difference (95 % interval)", "seeds", "p (Holm)", "visible here", "verdict"]
-    return "\n\n".join([markdown_table(header, rows), *(check.sentence for check in checks)])
+    header = ["claim", "difference (95 % interval)", "seeds (d.o.f.)"]
+    header += ["p (Holm)", "visible here", "verdict"]
+    sentences = [check.sentence for check in checks]
+    if few := sum(v.difference.dof < FEW for v in verdicts):
+        sentences.append(
+            f"{few} of {len(verdicts)} claims rest on fewer than {FEW} degrees of freedom (d.o.f.)."
+        )
+    return "\n\n".join([markdown_table(header, rows), *sentences])
 
 
 def format_p(p: float) -> str:
@@ -290,7 +314,7 @@ def as_json(verdict: Verdict) -> dict:
     def turned(difference: float) -> float:
         if claim.expect == "equal":
             return claim.margin - abs(difference)
-        return -difference if claim.expect == "lower" else difference
+        return difference if claim.expect == "higher" else -difference
 
     return {
         "claim": claim.text,

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.lab.claims import Verdict, noise_within, table_of
+from experiments.lab.claims import Claim, Verdict, difference_of, noise_within, table_of
 from experiments.lab.results import Key, MissingRuns, Results, write_figure
-from experiments.lab.statistics import Noise, compare, interval_factor
+from experiments.lab.statistics import estimate, interval_factor
 from experiments.lab.tables import format_number
 
 
@@ -132,16 +132,15 @@ def plot_differences(
 ) -> None:
     """Plot variants' differences to the first one: a dot per seed, the mean with its 95 % interval.
 
-    The interval is that of the noise that the study's claims are judged by.
+    The interval is that of a claim.
 
     Args: published: the papers' differences, by variant.
     """
     first, *others = results.variants
-    noise, table = _noise(results, key), table_of(results, key)
     for row, variant in enumerate(others):
         if not _share_seeds(results, variant):
             continue
-        half = compare(table[variant], table[first], noise).half if noise else 0.0
+        half = half_interval(results, variant, first, key)
         plot_row(ax, results.paired(variant, first, key), row, half, colour_of(results, variant))
         value = (published or {}).get(variant)
         if value is not None:
@@ -205,30 +204,34 @@ def plot_row(
     )
 
 
-def half_intervals(results: Results, names: Sequence[str], key: Key) -> np.ndarray:
-    """Return half of the 95 % interval of variants' means over seeds; 0 where no noise is known.
+def half_interval(results: Results, variant: str, against: str | float, key: Key) -> float:
+    """Return half of the 95 % interval of a difference, as a claim has it; 0 for one seed."""
+    noise, table = results.noise or noise_within(results), table_of(results, key)
+    try:
+        return difference_of(Claim("", variant, against, key), table, noise).half
+    except ValueError:
+        return 0.0
 
-    The noise is that of the study's claims. Seeds' common effect is left out, as in differences.
+
+def half_intervals(results: Results, names: Sequence[str], key: Key) -> np.ndarray:
+    """Return half of the 95 % interval of variants' means over seeds; 0 for one seed.
+
+    Seeds' common effect is left out, as in differences, where independent runs tell it. Else an
+    interval is that of the variant's own seeds.
     """
-    noise = _noise(results, key)
-    if noise is None:
-        return np.zeros(len(names))
-    counts = [len(results.records(name)) for name in names]
-    return noise.sd * interval_factor(noise.dof) / np.sqrt(counts)
+    noise = (results.noise or noise_within(results))(key)
+    if noise.dof > 0:
+        counts = [len(results.records(name)) for name in names]
+        return noise.sd * interval_factor(noise.dof) / np.sqrt(counts)
+    table = table_of(results, key)
+    return np.array(
+        [estimate(list(table[name].values())).half if len(table[name]) > 1 else 0 for name in names]
+    )
 
 
 def _share_seeds(results: Results, variant: str) -> bool:
     """Whether a variant and the first one have a seed in common."""
     return bool(results.common_seeds(variant, results.variants[0]))
-
-
-def _noise(results: Results, key: Key) -> Noise | None:
-    """Return the noise that claims are judged by, or None for one seed or one variant."""
-    try:
-        noise = (results.noise or noise_within(results))(key)
-    except ValueError:
-        return None
-    return noise if noise.dof else None
 
 
 COLOURS = {  # of variants that several studies have, by how their names begin

@@ -27,7 +27,7 @@ def unknown_bits(numbers: Mapping[str, Any]) -> float:
 
 # Claims and manipulation checks about these bits.
 bits_claim = partial(Claim, key=unknown_bits, unit="bits", digits=2)
-bits_stake = partial(Stake, key=unknown_bits, unit="bits", digits=2)
+bits_stake = partial(Stake, unit="bits", digits=2)
 
 
 def late_mean(key: str) -> Callable[[Results, str], np.ndarray]:

@@ -37,9 +37,9 @@ STUDY = Study(
     variants=variants,
     columns=(Column("validation loss", "val_loss", 4, paired=True),),
     draw=draw,
-    # What the papers lead to expect. Claims are judged by the noise of all variants of the recipe.
+    # What the papers lead to expect. Their noise is shrunk to that of the recipe.
     claims=(Claim("half the rate has a lower loss", "half the rate", "as it is", stake="rate"),),
-    # What taking the subject away costs: below 3 × the noise there is no verdict.
+    # What taking the subject away costs: if that is not above 0, there is no verdict.
     stakes={
         "rate": Stake(
             "hardly any learning",

@@ -3,21 +3,24 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from experiments.lab.claims import NoiseOf, noise_within
+from experiments.lab.claims import LOSS, NoiseOf, noise_within
 from experiments.lab.results import Key, Results
 from experiments.lab.statistics import Noise, Table, pool
 
-POOLED = "val_loss"
 
-
-def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collection[int]) -> Noise:
+def recipe_noise(
+    all_results: Sequence[Results],
+    base: str | None,
+    steps: Collection[int],
+    without: Sequence[str] = (),
+) -> Noise:
     """Pool the validation loss's noise over studies with one base and one of these step counts.
 
     Runs that studies share count once: runs of one seed with equal losses are one run, whatever
     settings a later version has added. Each version of the recipe, and each number of steps, has
     its own seed effects.
 
-    Raises: ValueError if no degree of freedom is left.
+    Args: without: the compared variants of the first of these studies, see `pool`.
     """
     tables: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     seen: set[tuple[str, float]] = set()
@@ -26,7 +29,7 @@ def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collec
             continue
         for variant, seeds in results.runs.items():
             for seed, record in seeds.items():
-                loss = record["numbers"].get(POOLED)
+                loss = record["numbers"].get(LOSS)
                 if record["steps"] not in steps or loss is None or (seed, loss) in seen:
                     continue
                 seen.add((seed, loss))
@@ -34,7 +37,7 @@ def recipe_noise(all_results: Sequence[Results], base: str | None, steps: Collec
                 losses = table.setdefault(f"{results.path.parent.name}: {variant}", {})
                 losses[int(seed)] = float(loss)
     independent: list[Table] = list(tables.values())
-    return pool(independent)
+    return pool(independent, [f"{all_results[0].path.parent.name}: {name}" for name in without])
 
 
 def siblings(experiments: Path) -> list[Results]:
@@ -45,12 +48,12 @@ def siblings(experiments: Path) -> list[Results]:
 def noise_for(results: Results, experiments: Path) -> NoiseOf:
     """Return each number's noise: of the validation loss over the recipe, else over this study."""
     within = noise_within(results)
+    others = [r for r in siblings(experiments) if r.path != results.path]
 
     def noise(key: Key, compared: Sequence[str] = ()) -> Noise:
-        if key != POOLED:
+        if key != LOSS:
             return within(key, compared)
         steps = {r["steps"] for name in results.variants for r in results.records(name)}
-        others = [r for r in siblings(experiments) if r.path != results.path]
-        return recipe_noise([results, *others], results.about.get("base"), steps)
+        return recipe_noise([results, *others], results.about.get("base"), steps, compared)
 
     return noise

@@ -50,7 +50,7 @@ class Results:
         runs: what is shown: results of the asked identities, or all while there are none of these.
         names: hash `keys` of records → names of their settings.
         is_current: whether `runs` are of the identities that `select` was asked for.
-        begun: variant → the one whose run it continues, where it begins with its weights.
+        begun: variant → the one whose run it continues, or whose frozen trunk it has.
         noise, verdicts: what `Study.judge` judged by, and found; pictures show them.
     """
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from dsv3_jax.config import RunConfig, replace
 from experiments.lab import drawing
 from experiments.lab.bases import base_run
-from experiments.lab.claims import Check, Claim, NoiseOf, Stake, Verdict, judge
+from experiments.lab.claims import Check, Claim, Stake, Verdict, judge
 from experiments.lab.fingerprints import Identity, changed, identify
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import MissingRuns, Results
@@ -78,8 +78,6 @@ class Study:
     table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
     draw: Callable[[Results, Path], None] = drawing.draw_verdicts
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
-    # pools noise otherwise than over variants, see `claims.judge`
-    noise: Callable[[Results], NoiseOf] | None = None
     # manipulation checks that claims refer to by name
     stakes: Mapping[str, Stake] = field(default_factory=dict)
     # Numbers of README.md that its tables lack → an expression of numbers that they have, a
@@ -127,22 +125,21 @@ class Study:
         return runs
 
     def begun(self) -> dict[str, str]:
-        """Return variant → the one whose run it continues, where it begins with its weights."""
-        found = {}
+        """Return variant → the one whose run it continues, or whose frozen trunk it has."""
+        found: dict[str, str] = {}
         for name, variant in self.variants(base_run(self.base, [], RUNS_FOLDER)).items():
             if isinstance(variant, FollowUp):
                 made = variant.run(*variant.needs)  # names in place of folders
-                start = (made.run if isinstance(made, OnTask) else made).start
-                if start in variant.needs:
-                    found[name] = start
+                run = made.run if isinstance(made, OnTask) else made
+                for parent in variant.needs:
+                    if parent in (run.start, run.trunk):
+                        found[name] = parent
         return found
 
     def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:
         """Judge the study's claims on its results, which keep noise and verdicts for pictures."""
         results.begun = self.begun()
-        results.noise = (
-            self.noise(results) if self.noise else noise_for(results, self.folder.parent)
-        )
+        results.noise = noise_for(results, self.folder.parent)
         results.verdicts, checks = judge(results, self.claims, self.stakes, results.noise)
         return results.verdicts, checks
 

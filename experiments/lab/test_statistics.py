@@ -21,18 +21,13 @@ from experiments.lab.fingerprints import RECIPE
 from experiments.lab.pooling import noise_for, recipe_noise
 from experiments.lab.statistics import (
     Difference,
-    Noise,
-    against_constant,
-    compare,
+    estimate,
     holm,
     pool,
+    share_bound,
     smallest_visible,
 )
 from experiments.lab.study import load
-
-NOISE = Noise(
-    sd=0.0141, dof=58, seed_sd=0.013, within_sd=0.019, within_dof=60, variants=30, runs=90
-)
 
 
 def test_the_residual_is_that_of_two_way_analysis_of_variance():
@@ -49,18 +44,39 @@ def test_the_residual_is_that_of_two_way_analysis_of_variance():
     assert found.within_sd == pytest.approx(np.sqrt(y.var(1, ddof=1).mean()))
 
 
+def test_a_pool_without_a_pair_is_that_of_what_is_left():
+    """For two seeds a residual is half a difference of differences, so three variants by hand."""
+    table = {"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.1}, "c": {0: 0.0, 1: 1.3}}
+    found = pool([table], ("a", "b"))
+    other = (1.0 + 0.6) / 2 - 1.3  # how c moves against the mean of a and b
+    # Its variance is 2 (σ² + σ² / 2): two seeds, and a mean of two has half of the variance.
+    assert found.dof == 1 and found.sd == pytest.approx(abs(other) / np.sqrt(3))
+    assert found.within_dof == 1 and found.within_sd == pytest.approx(1.3 / np.sqrt(2))
+
+
 def test_a_difference_by_hand():
-    found = compare({0: 1.0, 1: 1.2, 5: 9.0}, {0: 1.01, 1: 1.23, 2: 0.0}, NOISE)
-    error = 0.0141 * np.sqrt(2 / 2)
-    assert found.seeds == 2 and found.mean == pytest.approx(-0.02)
+    """Two numbers of variance 0.02, shrunk to one of 0.01 by a weight of 1 / (1/40 + 1/60) = 24."""
+    found = estimate([0.1, 0.3], variance=0.01, dof=60, prior=40)
+    error = np.sqrt((24 * 0.01 + 0.02) / 25 / 2)
+    assert found.seeds == 2 and found.mean == pytest.approx(0.2)
+    assert found.dof == pytest.approx(25)
     assert found.error == pytest.approx(error)
-    assert found.half == pytest.approx(stats.t.ppf(0.975, 58) * error)
-    assert found.p == pytest.approx(2 * stats.t.sf(0.02 / error, 58)) and found.p > 0.1
-    with pytest.raises(ValueError, match=r"seeds=\[0\] and \[1\]"):
-        compare({0: 1.0}, {1: 1.0}, NOISE)
-    # Against a constant, the seeds' effects count as noise.
-    half = stats.t.ppf(0.975, 60) * 0.019 / np.sqrt(2)
-    assert against_constant({0: 1.0, 1: 1.2}, 2.0, NOISE).half == pytest.approx(half)
+    assert found.half == pytest.approx(stats.t.ppf(0.975, 25) * error)
+    assert found.p() == pytest.approx(2 * stats.t.sf(0.2 / error, 25))
+    assert found.p(margin=0.5) == pytest.approx(2 * stats.t.sf(0.3 / error, 25))
+    # From eight seeds on, and without a pool, the variance is the numbers' own.
+    for numbers in ([0.1, 0.3, 0.2] * 3, [0.1, 0.3, 0.2]):
+        found = estimate(numbers, 1e6, 60 if len(numbers) > 3 else 0, prior=40)
+        assert found.error == pytest.approx(stats.sem(numbers))
+        assert found.dof == len(numbers) - 1
+    with pytest.raises(ValueError, match="differences=1 leave no degree of freedom"):
+        estimate([0.1])
+
+
+def test_no_wrong_answer_bounds_a_share():
+    """Of 100 questions none is wrong in 5 % of cases, if the share of wrong ones is the bound."""
+    assert (1 - share_bound(100)) ** 100 == pytest.approx(0.05)
+    assert estimate([0.0, 0.0, 0.0], least=0.4).half == pytest.approx(0.4)
 
 
 def test_holm_by_hand():
@@ -81,12 +97,13 @@ def test_the_answer_to_a_claim():
         ("lower", 3, 0.01, "no"),
         ("higher", 3, 0.01, "yes"),
         ("lower", -3, 0.06, "too small to tell here"),
-        ("equal", 0.5, 0.6, "yes"),  # −0.5 … 1.5 is within 2
-        ("equal", 1.5, 0.01, "too small to tell here"),  # 0.5 … 2.5 is neither within nor outside
+        ("none", -3, 0.01, "yes"),
+        ("equal", 0.5, 0.01, "yes"),
+        ("equal", 0.5, 0.06, "too small to tell here"),
         ("equal", -3.5, 0.01, "no"),
     ):
         claim = Claim("x", "a", "b", expect=expect, margin=2.0)
-        assert answer_to(claim, Difference(mean, 1.0, 0.5, 3, 0.5, 50), p) == answer
+        assert answer_to(claim, Difference(mean, 1.0, 3, 0.5, 50), p) == answer
 
 
 def fill(path, table, **about):
@@ -99,7 +116,7 @@ def fill(path, table, **about):
 
 
 def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
-    """A large difference is not judged if taking the subject away costs less than 3 × the noise."""
+    """A large difference is not judged if what the subject is worth is not told from 0."""
     table = {
         "base": [3.0, 3.1, 3.2],
         "better": [2.5, 2.6, 2.71],
@@ -121,7 +138,9 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
     answers = {v.claim.text: v.answer for v in verdicts}
     assert answers == {"small": "no verdict", "large": "yes", "": "yes", "worse": "no"}
     assert [check.passed for check in checks] == [False, True]
-    assert "| **no verdict** |" in verdict_table(verdicts, checks)
+    table = verdict_table(verdicts, checks)
+    assert "| **no verdict** |" in table
+    assert "4 of 4 claims rest on fewer than 8 degrees of freedom" in table
     kept = as_json(verdicts[1])
     # The sign is turned: lower is good.
     assert kept["difference"] == pytest.approx(0.4967, abs=1e-4) and kept["answer"] == "yes"
