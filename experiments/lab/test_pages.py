@@ -18,6 +18,7 @@ UNIT = r"(?:\s?(?:%|nats|bits|points|steps|ms|MiB|times)(?!\w))?"
 MEAN = rf"({NUMBER}){UNIT} \(({NUMBER}) to ({NUMBER}){UNIT}"  # with its interval
 RANGE = rf"\(({NUMBER}) to ({NUMBER}){UNIT}[),]"
 SPREAD = rf"({NUMBER}) ± ({NUMBER})"
+SAID = rf"({NUMBER})(?!\s?±)[^\d().;:|]{{0,40}}\(({NUMBER}) to ({NUMBER})"  # words may be between
 # No measurement: code, addresses, versions, and numbers that are names.
 NAMES = (
     r"`[^`]*`|arxiv \d{4}\.\d{5}|\]\([^)]*\)|\d+\.\d+\.\d+"
@@ -55,6 +56,12 @@ def intervals(tables: str) -> list[tuple[Printed, Printed]]:
         low, high = (float(end.replace("−", "-").replace(",", "")) for end in ends)
         pairs.append((parse(mean), ((high - low) / 2, parse(mean)[1])))
     return pairs + [(second, first) for first, second in pairs]
+
+
+def with_interval(tables: str) -> list[tuple[Printed, Printed, Printed]]:
+    """Return what tables print as a mean with its interval, turned to the other sign too."""
+    found = [(parse(a), parse(b), parse(c)) for a, b, c in re.findall(MEAN, tables)]
+    return found + [(mean, high, low) for mean, low, high in found]
 
 
 def is_fact(text: str, unit: str, facts: Facts, tables: str, results: Results) -> bool:
@@ -104,6 +111,15 @@ def unexplained(
             if not known and not any(is_fact(one, "", facts, block, results) for one in said):
                 missing.append(" and ".join(said))
 
+        # A mean and its interval are of one row.
+        rows = with_interval(block)
+        for said in re.findall(SAID, text):
+            known = any(
+                all(says(one, *other) for one, other in zip(said, row, strict=True)) for row in rows
+            )
+            if not known:
+                missing.append("{} ({} to {})".format(*said))
+
         printed = [parse(number) for number in re.findall(NUMBER, block)]
         for number, unit in measured(text, is_verdict):
             known = any(says(number, *one) for one in printed)
@@ -137,7 +153,12 @@ def test_a_changed_digit_is_found():
     table, none = "| a | −0.080 (−0.104 to −0.057) nats | 50.2 |", Results(HERE / "none")
     for prose, facts, missing in (
         ("It is 0.08 nats (0.057 to 0.104) below, 50 %.", {}, []),
-        ("It is 0.08 nats (0.057 to 0.103) below, 51 %.", {}, ["0.057 and 0.103", "0.103", "51 %"]),
+        (
+            "It is 0.08 nats (0.057 to 0.103) below, 51 %.",
+            {},
+            ["0.057 and 0.103", "0.08 (0.057 to 0.103)", "0.103", "51 %"],
+        ),
+        ("It is 0.05 nats (0.057 to 0.104).", {"0.05": "a guess"}, ["0.05 (0.057 to 0.104)"]),
         ("Half of it is 0.04 ± 0.01.", {"0.04": "0.080 / 2", "0.01": "a guess"}, []),
         ("Half of it is 0.04.", {"0.04": "0.081 / 2"}, ["0.04"]),
     ):
