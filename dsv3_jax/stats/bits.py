@@ -10,8 +10,18 @@ Counts of a finite text show information where there is none. Chance is measured
 a formula: Miller and Madow's correction needs many occurrences of each token, and most tokens of a
 large vocabulary are rare. For the token, the occurrences' expert sets are shuffled among all
 positions. For the domain, the domains are shuffled among the documents, because the tokens of one
-document are alike whatever its domain. The mean of the shuffles is taken off. It is what
-independence gives, so an estimate of a strong dependence is a little too low, and never too high.
+document are alike whatever its domain. The mean of the shuffles is taken off.
+
+Given the token, that alone would take off too much where domains have words of their own: shuffled
+domains divide each token's occurrences into more parts than the real ones do, and more parts show
+more. So experts are shuffled within tokens, too, which leaves no information beyond the token.
+Each division's own chance, real or shuffled, is taken off first. With I the plug-in measure and ~
+such experts:
+
+    bits = (I(real) − I~(real)) − (I(shuffled) − I~(shuffled))
+
+Chance is what independence gives, so an estimate of a strong dependence is a little too low: 0.098
+of 0.107 bits on documents from a known process. There, shuffled domains alone left −0.16 of 0.
 
 Intervals resample documents: tokens of one document are not independent. A resample repeats
 documents, and so its own plug-in information is too high. The interval is therefore the estimate ±
@@ -28,6 +38,7 @@ from dsv3_jax.stats.token_rows import TokenRows
 
 NAMES = ("token", "domain", "domain_given_token")
 WIDE = 1.96  # standard deviations of a 95 % interval
+WITHIN = 4  # shuffles of experts within tokens: each averages over many tokens
 CELLS = 2**24  # numbers in memory at once
 
 
@@ -100,8 +111,17 @@ def information(
 
         # Chance: for the token by shuffled occurrences, for the domain by shuffled documents.
         by_shuffle = np.mean([counts.shuffled_tokens(rng) for _ in range(draws)])
-        once = np.ones((len(documents), draws))
-        chance = np.array([by_shuffle, *counts.measure(once, shuffled, num_domains)[1:].mean(-1)])
+        once = np.ones((len(documents), draws + 1))
+        all_domains = np.concatenate([domain_of[:, None], shuffled], axis=1)
+        by_domain, given = counts.measure(once, all_domains, num_domains)[1:, 1:].mean(-1)
+
+        # What each division of a token's occurrences shows where only the token tells.
+        within = [
+            counts.within_tokens(rng).measure(once, all_domains, num_domains)[2]
+            for _ in range(min(WITHIN, draws))
+        ]
+        real, *of_shuffled = np.mean(within, axis=0)
+        chance = np.array([by_shuffle, by_domain, given + real - np.mean(of_shuffled)])
 
         # The interval: how far the measures of resampled documents lie apart.
         repeated = np.repeat(domain_of[:, None], resamples, 1)
@@ -139,6 +159,7 @@ class _Counts:
     ):
         self._token = token
         self._ids = ids
+        self._document = document
         self._num_experts = num_experts
 
         # A cell is a pair (token, expert) that occurs: one row of the matrix.
@@ -185,6 +206,15 @@ class _Counts:
                 h_token_expert + h_domain_token - h_all - h_token,
             ]
         )
+
+    def within_tokens(self, rng: np.random.Generator) -> "_Counts":
+        """The counts after the expert sets of each token's occurrences were shuffled."""
+        drawn = rng.permutation(len(self._token))
+        sources = drawn[np.argsort(self._token[drawn], kind="stable")]  # random within a token
+        ids = np.empty_like(self._ids)
+        ids[np.argsort(self._token, kind="stable")] = self._ids[sources]
+        documents = self._by_document.shape[1]
+        return _Counts(self._token, ids, self._document, self._num_experts, documents)
 
     def shuffled_tokens(self, rng: np.random.Generator) -> float:
         """I(expert; token) after the occurrences' expert sets were shuffled."""

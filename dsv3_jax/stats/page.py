@@ -31,6 +31,7 @@ SCRIPTS = (
     "core.js", "maps.js", "lines.js", "layers.js", "experts.js", "texts.js", "panel.js",
     "table.js", "main.js",
 )  # fmt: skip
+FEW_DOCUMENTS = 20  # with fewer, percentiles of resamples cover less than 95 %
 COLOURS = {"light": (MIDDLE, BELOW, ABOVE), "dark": (DARK_MIDDLE, DARK_BELOW, DARK_ABOVE)}
 
 
@@ -143,12 +144,17 @@ def _worth_finding(worth: Mapping[str, Any], layers: Sequence[str]) -> str:
 
     # An interval around 0 says that the expert may be worth nothing.
     low, high = np.array(worth["low"], np.float64), np.array(worth["high"], np.float64)
-    undecided = ((low <= 0) & (high >= 0)).sum()
-    return (
+    undecided, count = ((low <= 0) & (high >= 0)).sum(), np.isfinite(delta).sum()
+    found = (
         f"Without expert {expert} of {layers[int(layer)]} the loss of {worth['loss']:.3f} nats is "
-        f"{delta[layer, expert]:.4f} higher, the most of all; for {undecided:,} of "
-        f"{np.isfinite(delta).sum():,} experts the interval holds 0."
+        f"{delta[layer, expert]:.4f} higher, the largest of {count:,} and so partly luck. "
+        f"For {undecided:,} of {count:,} experts the interval holds 0; if no expert were worth "
+        f"anything, 2.5% ({0.025 * count:,.1f}) would lie above 0 by chance."
     )
+    documents = worth.get("documents", FEW_DOCUMENTS)
+    if documents < FEW_DOCUMENTS:
+        found += f" The intervals are percentiles of {documents} documents, and may be too narrow."
+    return found
 
 
 def _against_finding(
