@@ -83,40 +83,10 @@ def best(values, count, among=None):
     return sorted(among, key=lambda i: (-values[i], i))[:count]
 
 
-def allowed_experts(choice, cfg):
-    """Return the experts in one token's best groups; choice f64[E] is the biased score."""
-    members = np.split(np.arange(len(choice)), cfg.num_groups)
-    summed = 2 if cfg.group_score == "top2_sum" else 1
-    kept = best([sum(sorted(choice[m])[-summed:]) for m in members], cfg.groups_per_token)
-    return [int(e) for g in kept for e in members[g]]
-
-
 def softmax_probs(row):
     """Return the softmax of one row."""
     weights = np.exp(row - row.max())
     return weights / weights.sum()
-
-
-SCORES = {
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
-}
-
-
-def route(logits, bias, cfg):
-    """Return (expert_ids [n,K], gates [n,K], scores [n,E]) of a router that reads only logits."""
-    found, grouped = [], cfg.router in (*SCORES, "softmax")
-    for row in np.asarray(logits, np.float64):
-        s = SCORES.get(cfg.router, softmax_probs)(row)
-        choice = s + np.asarray(bias, np.float64) if cfg.router in SCORES else s
-        chosen = best(
-            choice, cfg.experts_per_token, allowed_experts(choice, cfg) if grouped else None
-        )
-        g = s[chosen]
-        if cfg.normalize_gates or not grouped:
-            g = g / (g.sum() + 1e-20)
-        found.append((chosen, g * (cfg.routed_scale if grouped else 1), s))
-    return tuple(np.array(x) for x in zip(*found, strict=True))
 
 
 def hash_route(tokens, num_experts, k):
