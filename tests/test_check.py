@@ -175,7 +175,8 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
     "two_rows": ("cuda", "swiglu", 2, nullcontext),
 }
 
-IN_CI = ("mosaic", "splash", "by_product", "one_product", "in_place", "two_rows")
+# "mosaic" takes a minute: its interpreter also looks for races of threads.
+IN_CI = ("splash", "by_product", "one_product", "in_place", "two_rows")
 
 
 @pytest.mark.parametrize(
