@@ -53,6 +53,10 @@ HEADS = {
 }
 
 
+# Sparse attention, as a change of a small configuration.
+INDEXED = dict(attention="dsa", q_latent_dim=7, index_heads=2, index_dim=6, index_topk=5)
+
+
 def small(**changes) -> ModelConfig:
     return replace(SMALL, **changes)
 
@@ -83,7 +87,7 @@ def random_model(
 
 def parameters(model: Transformer) -> dict:
     """All variables of a model in float64, as the nested dicts that `dsv3_jax.reference` reads."""
-    return jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model)))
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), arrays_of(model))
 
 
 def decode_program(  # noqa: PLR0913 - as generate
@@ -113,6 +117,16 @@ def decode_program(  # noqa: PLR0913 - as generate
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     begins, admit = jax.ShapeDtypeStruct((3, batch), jnp.int32), partial(made.admit, in_order=True)
     return made, leaves, jax.eval_shape(admit, leaves, None, read, begins, seed)
+
+
+def flat(params: nnx.State) -> dict[tuple, np.ndarray]:
+    """The arrays of a state by path."""
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(params)}
+
+
+def arrays_of(model: Transformer) -> dict:
+    """All variables of a model as nested dicts."""
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:

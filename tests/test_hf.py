@@ -13,7 +13,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import random_model, small
+from models import arrays_of, random_model, small
 from released import GRID, differences, golden, ours, probed, stored, without_int4, write_folder
 from runs import assert_bitwise
 from safetensors.numpy import load_file, save_file
@@ -31,10 +31,6 @@ from dsv3_jax.ops.indexer import index_choose
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("released")
     return {name: write_folder(root / str(i), cell) for i, (name, cell) in enumerate(GRID.items())}
-
-
-def state_of(model):
-    return nnx.to_pure_dict(nnx.state(model))
 
 
 # parity
@@ -129,7 +125,7 @@ def test_a_model_survives_saving_and_loading_bitwise(tmp_path):
         len(shard) == 1 or sum(x.nbytes for x in shard.values()) <= 20_000 for shard in shards
     )
     loaded = hf.load(tmp_path / "out")
-    assert_bitwise(state_of(model), state_of(loaded))
+    assert_bitwise(arrays_of(model), arrays_of(loaded))
     assert loaded.cfg == replace(model.cfg, balance=loaded.cfg.balance)
 
 
@@ -141,18 +137,18 @@ def test_a_wrapped_model_is_read_by_the_names_that_transformers_saves(folders, t
         tmp_path / "saved" / SINGLE,
     )
     assert_bitwise(
-        *(state_of(hf.load(folder)) for folder in (folders["Kimi K2.5"], tmp_path / "saved"))
+        *(arrays_of(hf.load(folder)) for folder in (folders["Kimi K2.5"], tmp_path / "saved"))
     )
 
 
 def test_a_mesh_changes_no_number(folders, tmp_path):
     mesh = make_mesh(2, 4)
     model, alone = hf.load(folders["groups"], mesh=mesh), hf.load(folders["groups"])
-    assert_bitwise(state_of(model), state_of(alone))
+    assert_bitwise(arrays_of(model), arrays_of(alone))
     w_gate = model.sparse.moe.experts.w_gate[...]
     assert w_gate.addressable_shards[0].data.shape[1] == GRID["groups"].cfg.num_experts // 4
     hf.save(model, tmp_path / "out")
-    assert_bitwise(state_of(hf.load(tmp_path / "out")), state_of(alone))
+    assert_bitwise(arrays_of(hf.load(tmp_path / "out")), arrays_of(alone))
 
 
 def test_a_host_reads_only_its_shards(folders):
@@ -181,13 +177,13 @@ def test_bfloat16_parameters(folders):
     model, wide = (hf.load(folders["bfloat16 file"], dtype=d) for d in (jnp.bfloat16, jnp.float32))
     assert model.execution.compute_dtype == "bfloat16" and model.embed[...].dtype == jnp.bfloat16
     assert model.sparse.moe.w_router[...].dtype == model.sparse.moe.bias[...].dtype == jnp.float32
-    as_float32 = jax.tree.map(lambda a: np.asarray(a, np.float32), state_of(model))
-    assert_bitwise(as_float32, jax.tree.map(np.asarray, state_of(wide)))
+    as_float32 = jax.tree.map(lambda a: np.asarray(a, np.float32), arrays_of(model))
+    assert_bitwise(as_float32, jax.tree.map(np.asarray, arrays_of(wide)))
     with pytest.raises(ValueError, match="dtype=float16"):
         hf.load(folders["bfloat16 file"], dtype=jnp.float16)
 
 
 def test_without_mtp(folders):
-    full, short = state_of(hf.load(folders["groups"])), hf.load(folders["groups"], mtp=False)
+    full, short = arrays_of(hf.load(folders["groups"])), hf.load(folders["groups"], mtp=False)
     assert short.cfg.mtp_depth == 0 and len(short.mtp) == 0
-    assert_bitwise({k: v for k, v in full.items() if k != "mtp"}, state_of(short))
+    assert_bitwise({k: v for k, v in full.items() if k != "mtp"}, arrays_of(short))

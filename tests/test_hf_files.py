@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_model, small
+from models import arrays_of, random_model, small
 from runs import assert_bitwise, new_state, unhooked_cli
 from safetensors.numpy import save_file
 
@@ -31,10 +31,6 @@ SHARD = "model-00002-of-00003.safetensors"
 O_PROJ, UP = (
     f"model.layers.1.{name}.weight" for name in ("self_attn.o_proj", "mlp.experts.2.up_proj")
 )
-
-
-def state_of(model):
-    return nnx.to_pure_dict(nnx.state(model))
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +163,9 @@ def test_convert_there_and_back(good, model, tmp_path, capsys):
     assert "a run at step 0, its tokenizer tokenizer.json" in capsys.readouterr().out
     loaded, run, step = load_run(tmp_path / "run")
     assert step == 0 and run.model == replace(CFG, balance=run.model.balance, init_std=CFG.init_std)
-    assert_bitwise(state_of(loaded), state_of(model))
+    assert_bitwise(arrays_of(loaded), arrays_of(model))
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
-    assert_bitwise(state_of(hf.load(tmp_path / "back")), state_of(model))
+    assert_bitwise(arrays_of(hf.load(tmp_path / "back")), arrays_of(model))
     back, tokenizer = (place / "tokenizer.json" for place in (tmp_path / "back", good))
     assert back.read_bytes() == tokenizer.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
@@ -183,7 +179,7 @@ def test_convert_between_dtypes(good, tmp_path):
     assert "quantization_config" not in json.loads(
         (tmp_path / "float32" / "config.json").read_text()
     )
-    assert_bitwise(*(state_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
+    assert_bitwise(*(arrays_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
     contents = (
         {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again")
     )
@@ -249,7 +245,7 @@ def cached(good, tmp_path, monkeypatch):
 
 
 def test_a_hub_cache_is_read_by_path_and_by_id(cached, good, monkeypatch):
-    assert_bitwise(*(state_of(hf.load(place)) for place in ("deep/small", good)))
+    assert_bitwise(*(arrays_of(hf.load(place)) for place in ("deep/small", good)))
     for place in (cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).template is None  # "rag" is another
     with pytest.raises(

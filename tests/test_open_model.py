@@ -4,8 +4,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from flax import nnx
-from models import random_model, small
+from models import arrays_of, random_model, small
 from runs import assert_bitwise
 
 from dsv3_jax import hf
@@ -28,14 +27,10 @@ def folder(model, tmp_path_factory):
     return path
 
 
-def arrays(model):
-    return nnx.to_pure_dict(nnx.state(model))
-
-
 def test_it_opens_as_a_run_does(folder, model):
     """Step 0, float32 on a CPU, and its own tokenizer. A draft has no multi-token heads."""
     opened, run, step = open_model(folder, kernels="xla")
-    assert_bitwise(arrays(opened), arrays(model))
+    assert_bitwise(arrays_of(opened), arrays_of(model))
     assert (step, run.data.tokenizer, run.model) == (0, str(folder / "tokenizer.json"), opened.cfg)
     assert opened.kernels.target.kernels == "xla" and opened.execution.compute_dtype == "float32"
     draft = open_draft(folder, load_text(folder).tokenizer)
@@ -59,4 +54,4 @@ def test_text_needs_a_tokenizer_and_weights_do_not(folder, model, tmp_path):
             match="has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$",
         ):
             read(tmp_path / "model")
-    assert_bitwise(arrays(load_model(tmp_path / "model")), arrays(model))
+    assert_bitwise(arrays_of(load_model(tmp_path / "model")), arrays_of(model))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from models import small
+from models import flat, small
 from runs import MODEL, assert_bitwise, make_run, rows_of, unhooked, write_text
 
 import dsv3_jax as ds
@@ -35,10 +35,6 @@ def shapes_of(**changes) -> nnx.State:
 def noise_like(params: nnx.State, seed: int) -> nnx.State:
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
-
-
-def flat(params: nnx.State) -> dict:
-    return {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(params)}
 
 
 @pytest.mark.parametrize(
