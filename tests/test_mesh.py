@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from models import DENSE
+from models import DENSE, INDEXED
 from runs import MODEL, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, ConfigError, Execution, Layout, OptimConfig
@@ -15,8 +15,8 @@ from dsv3_jax.mesh.shape import format_mesh, parse_mesh
 from dsv3_jax.training.state import Job, model_of
 from dsv3_jax.training.step import make_step
 
-HEAD = replace(MODEL, num_layers=1)
-PLAIN = replace(HEAD, mtp_depth=0)  # compiles in half of the time
+PLAIN = replace(MODEL, num_layers=1, mtp_depth=0)
+HEAD = replace(MODEL, num_layers=1, num_dense_layers=1)  # its experts are in the head's block
 B, T = 16, 12
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
 RUN = make_run("nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1))
@@ -62,10 +62,14 @@ CASES = {  # (data, expert, tensor), model, microbatches, execution
         Execution(layout=replace(GATHER, fsdp=True)),
     ),
 }
-INDEXED = replace(PLAIN, q_latent_dim=7, attention="dsa", index_heads=2, index_dim=6, index_topk=5)
 FURTHER = {  # the first one also reports the largest logit
     "8,1,1 fsdp microbatches": ((8, 1, 1), PLAIN, 2, Execution(layout=Layout(fsdp=True))),
-    "2,2,2 sparse attention": ((2, 2, 2), INDEXED, 1, Execution(layout=replace(GATHER, fsdp=True))),
+    "2,2,2 sparse attention": (
+        (2, 2, 2),
+        replace(PLAIN, **INDEXED),
+        1,
+        Execution(layout=replace(GATHER, fsdp=True)),
+    ),
     "2,2,2 all_to_all fsdp": ((2, 2, 2), PLAIN, 1, Execution(layout=replace(ROUNDS, fsdp=True))),
     "1,2,2 dense microbatches": ((1, 2, 2), PLAIN, 2, replace(DENSE, layout=GATHER)),
     "2,2,1 microbatches": ((2, 2, 1), PLAIN, 2, Execution(layout=GATHER)),
