@@ -18,6 +18,7 @@ from dsv3_jax.decoding.generate import generate, generate_in_parts
 from dsv3_jax.decoding.request import _pad
 from dsv3_jax.kernels import table
 from dsv3_jax.model import decode, transformer
+from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import Sampling
 
@@ -51,6 +52,14 @@ def teacher_logits(model, prompts, new):
     ]
 
 
+def assert_teacher_forced(model, tokens):
+    """The tokens after PROMPTS are the forward pass's best."""
+    # a model that repeats one token could not fail
+    assert len({token for row in tokens for token in row}) > 5
+    for logits, row in zip(teacher_logits(model, PROMPTS, tokens), tokens, strict=True):
+        assert logits.argmax(-1).tolist() == row
+
+
 @pytest.fixture(scope="module")
 def greedy(model):
     return generate(model, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens
@@ -59,12 +68,24 @@ def greedy(model):
 def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy):
     """And each prompt alone gives the same."""
     assert [len(row) for row in greedy] == [NEW] * 3 and not any(UNUSED in row for row in greedy)
-    # a model that repeats one token could not fail
-    assert len({*greedy[0], *greedy[1], *greedy[2]}) > 5
-    for logits, row in zip(teacher_logits(model, PROMPTS, greedy), greedy, strict=True):
-        assert logits.argmax(-1).tolist() == row
+    assert_teacher_forced(model, greedy)
     for prompt, row in zip(PROMPTS[:2], greedy, strict=False):
         assert generate(model, [prompt], NEW, stop_tokens=[UNUSED]).tokens == [row]
+
+
+def test_every_cache_gives_the_same_tokens(model, greedy):
+    for kind in ("expanded", "none"):
+        got = generate(model, PROMPTS, NEW, stop_tokens=[UNUSED], cache=kind)
+        assert got.tokens == greedy, kind
+        a_token = 0 if kind == "none" else bytes_per_token(CFG, kind, jnp.float32)
+        assert (got.cache_bytes_per_token, got.cache_bytes) == (a_token, 3 * 64 * a_token)
+        assert got.steps == NEW - 1
+
+
+def test_a_baseline_decodes_the_tokens_of_its_forward():
+    cfg = replace(LIGHT, num_heads=4, attention="gqa", qk_norm=True, num_kv_heads=2)
+    model = random_model(cfg, execution=DENSE)
+    assert_teacher_forced(model, generate(model, PROMPTS, NEW).tokens)
 
 
 @pytest.mark.rare
@@ -124,13 +145,8 @@ def until(row, stop):
 
 def test_a_stop_token_ends_its_row_and_no_other(model, greedy):
     shared = next(t for t in greedy[0] if sum(t in row for row in greedy) < 3)
-    for stop, cache in (
-        (greedy[1][3], None),
-        (greedy[2][0], None),
-        (shared, None),
-        (shared, "none"),
-    ):
-        got = generate(model, PROMPTS, NEW, stop_tokens=[stop], cache=cache)
+    for stop in (greedy[1][3], greedy[2][0], shared):
+        got = generate(model, PROMPTS, NEW, stop_tokens=[stop])
         assert got.tokens == [until(row, stop) for row in greedy]
         assert got.steps == max(map(len, got.tokens)) - 1  # the first token is prefill's
     assert any(len(until(row, shared)) == NEW for row in greedy)
