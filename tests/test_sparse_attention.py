@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, random_model, small
+from models import DENSE, INDEXED, flat, random_model, small
 from runs import (
     MODEL,
     assert_bitwise,
@@ -18,6 +18,7 @@ from runs import (
     unhooked_cli,
     write_text,
 )
+from test_generate import PROMPTS
 
 import dsv3_jax as ds
 from dsv3_jax.config import ConfigError, replace
@@ -30,9 +31,8 @@ from dsv3_jax.model.sparse import DSA
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.indexer import divergence, index_choose, round_rotated
 from dsv3_jax.ops.sparse_attention import sparse_attention
-from dsv3_jax.runs import loop
-from dsv3_jax.runs.checkpoint import load_run
-from dsv3_jax.runs.folder import read_run
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.state import Job, model_of
 from dsv3_jax.training.step import make_step
@@ -44,11 +44,9 @@ LAST = np.array([np.arange(T, dtype=np.int32)] * B)
 
 
 def index_scores(q, w, k):
-    """[B, T, S], by loops."""
-    scores = np.zeros((B, T, T))
-    for b, t, s, i in np.ndindex(B, T, T, N):
-        scores[b, t, s] += w[b, t, i] * N**-0.5 * max(q[b, t, i] @ k[b, s] * X**-0.5, 0)
-    return scores
+    """[B, T, S]: the equation of `reference.choose`."""
+    products = jnp.einsum("btix,bsx->btis", q, k) * X**-0.5
+    return jnp.einsum("bti,btis->bts", w * N**-0.5, jnp.maximum(products, 0))
 
 
 def chosen_mask(ids):
@@ -68,7 +66,7 @@ def test_the_choice_is_the_best_that_a_query_sees(x64, rng, dtype):
     if dtype:
         scales = 2.0 ** rng.integers(-1, 2, (B, T, 1))
         keys, k = keys._replace(scales=jnp.asarray(scales, jnp.float32)[:, None]), k * scales
-    scores, seen = index_scores(q, w, k), oracles.causal_mask(B, T, SEGMENTS)
+    scores, seen = np.asarray(index_scores(q, w, k)), oracles.causal_mask(B, T, SEGMENTS)
     for most in (10**6, 80):  # all queries at once, and in blocks
         ids = np.asarray(jax.jit(partial(index_choose, k=K, most=most))(q, w, keys, LAST, SEGMENTS))
         assert ids.dtype == np.int32
@@ -128,11 +126,7 @@ def test_what_the_indexer_learns_from(x64, rng):
             "bthx,bsx->bhts", jnp.concatenate(queries, -1), jnp.concatenate(keys, -1)
         )
         p = jax.nn.softmax(jnp.where(mask[:, None], 0.4 * products, -1e30), -1).sum(1) / heads
-        s = (
-            jnp.einsum("bti,btis->bts", w, jnp.maximum(jnp.einsum("btix,bsx->btis", q, k), 0))
-            * (N * X) ** -0.5
-        )
-        log_q = jax.nn.log_softmax(jnp.where(mask, s, -1e30), -1)
+        log_q = jax.nn.log_softmax(jnp.where(mask, index_scores(q, w, k), -1e30), -1)
         return jnp.where(mask, p * (jnp.log(jnp.where(mask, p, 1)) - log_q), 0).sum(-1)
 
     for ids, mask in ((None, seen), (chosen, chosen_mask(chosen))):
@@ -195,7 +189,12 @@ def test_memory_grows_with_length_not_its_square():
 
 CFG = small(attention="dsa", index_heads=2, index_dim=9, index_topk=7)
 SHARED = replace(
-    CFG, num_layers=2, index_types=("full", "shared"), index_interleaved=True, mtp_depth=1
+    CFG,
+    num_layers=2,
+    num_dense_layers=2,
+    index_types=("full", "shared"),
+    index_interleaved=True,
+    mtp_depth=1,
 )
 
 
@@ -233,15 +232,14 @@ def test_the_module_is_the_same_with_every_cache_and_dense_where_k_is_large(x64,
 def test_decoding_gives_the_tokens_of_the_forward():
     """With every cache and draft, in ragged batches; the second layer shares the first's choice."""
     model = random_model(SHARED, execution=DENSE)
-    prompts = [[5], [8, 1, 30, 2, 2], [3 * i % 37 for i in range(40)]]
-    want = generate(model, prompts, 10, cache="none").tokens
+    want = generate(model, PROMPTS, 10, cache="none").tokens
     # a model that repeats one token could not fail
     assert len({t for row in want for t in row}) > 5
     for how in (
         {"cache": "expanded", "draft": "lookup", "draft_length": 3},
         {"draft": "mtp", "draft_length": 2},
     ):
-        assert generate(model, prompts, 10, **how).tokens == want, how
+        assert generate(model, PROMPTS, 10, **how).tokens == want, how
     assert bytes_per_token(SHARED, "latent", jnp.dtype("int8")) == 2 * (10 + 4 + 9 + 3 * 4)
 
 
@@ -260,11 +258,10 @@ def test_an_indexer_that_cannot_be_is_refused(words, changes):
         replace(CFG, **changes)
 
 
-INDEX = dict(attention="dsa", index_heads=2, index_dim=6, index_topk=5)
 MLA_RUN = make_run(
     "nowhere", model=replace(MODEL, num_layers=1, num_dense_layers=1, q_latent_dim=7)
 )
-DSA_RUN = replace(MLA_RUN, model=replace(MLA_RUN.model, **INDEX), start="nowhere")
+DSA_RUN = replace(MLA_RUN, model=replace(MLA_RUN.model, **INDEXED), start="nowhere")
 BATCH = packed_batch(
     np.random.default_rng(0), np.sort(np.random.default_rng(1).integers(1, 3, (4, 16)), axis=1)
 )
@@ -272,9 +269,9 @@ BATCH = packed_batch(
 
 def split(params):
     """(The indexers' parameters, all others), by path."""
-    flat = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(params)}
-    indexers = {path: x for path, x in flat.items() if "indexer" in path}
-    return indexers, {path: x for path, x in flat.items() if path not in indexers}
+    arrays = flat(params)
+    indexers = {path: x for path, x in arrays.items() if "indexer" in path}
+    return indexers, {path: x for path, x in arrays.items() if path not in indexers}
 
 
 @pytest.mark.long
@@ -323,15 +320,14 @@ def test_the_indexers_loss_is_detached():
 def test_two_commands_make_a_trained_run_sparse(tmp_path, capfd):
     main = unhooked_cli().main
     dense, warm, sparse = (tmp_path / name for name in ("dense", "warm", "sparse"))
-    loop.fit(
-        replace(
-            MLA_RUN, data=replace(MLA_RUN.data, paths=(write_text(tmp_path / "text"),)), steps=2
-        ),
-        dense,
-        quiet=True,
-    )
+    data = replace(MLA_RUN.data, paths=(write_text(tmp_path / "text"),))
+    run = claim(dense, replace(MLA_RUN, data=data, model=replace(MLA_RUN.model, mtp_depth=0)))
+    with Checkpoints(dense, run) as checkpoints:
+        checkpoints.save(fresh_state(run, 2), {}, wait=True)
     index = [
-        word for name, x in INDEX.items() for word in (f"--model.{name.replace('_', '-')}", str(x))
+        word
+        for name, x in INDEXED.items()
+        for word in (f"--model.{name.replace('_', '-')}", str(x))
     ]
     warm_up = ["--indexer-stage", "warm", "--steps", "2"]
     assert main(["train", "tiny", f"--out={warm}", "--start", str(dense), *index, *warm_up]) == 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from models import INDEXED
 from runs import MODEL, STEPS, assert_bitwise, fresh_state, make_run, packed_batch
 
 from dsv3_jax.config import Balance, DataConfig, Grpo, OptimConfig
@@ -73,15 +74,7 @@ def test_microbatches_are_the_whole_batch(run, parts):
 
 
 LAYER = replace(MODEL, num_layers=1, mtp_depth=0, balance=Balance(sequence_alpha=0.0))
-SPARSE = replace(
-    LAYER,
-    num_dense_layers=1,
-    q_latent_dim=7,
-    attention="dsa",
-    index_heads=2,
-    index_dim=6,
-    index_topk=5,
-)
+DENSE_LAYER = replace(LAYER, num_dense_layers=1)
 ANSWERS = {
     "data": DataConfig(seq_len=T, batch_size=B, format="chat"),
     "grpo": Grpo(group=2, kl=0.5),
@@ -89,16 +82,20 @@ ANSWERS = {
 # Each run's gradient is mostly that of one term of the loss.
 TERMS = {
     "z-loss": {"model": replace(LAYER, mtp_depth=1, balance=Balance(z_alpha=1.0))},
-    "indexers": {"model": SPARSE, "start": "nowhere", "indexer_stage": "warm"},
+    "indexers": {
+        "model": replace(DENSE_LAYER, **INDEXED),
+        "start": "nowhere",
+        "indexer_stage": "warm",
+    },
     "sequence-wise loss": {"model": replace(LAYER, balance=Balance(sequence_alpha=100.0))},
     "heads": {
-        "model": replace(LAYER, mtp_depth=1, mtp_kind="eagle"),
+        "model": replace(DENSE_LAYER, mtp_depth=1, mtp_kind="eagle"),
         "trunk": "nowhere",
         "head_loss": "kl",
     },
-    "answers": {"model": LAYER, **ANSWERS},
+    "answers": {"model": DENSE_LAYER, **ANSWERS},
     "answers of constant length": {
-        "model": LAYER,
+        "model": DENSE_LAYER,
         **ANSWERS,
         "grpo": Grpo(group=2, form="constant_length", kl=0.5),
     },
@@ -141,8 +138,12 @@ def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
         )
 
 
-@pytest.mark.parametrize("attention", ["mla", pytest.param("dsa", marks=pytest.mark.rare)])
-def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, attention):
+@pytest.mark.parametrize(
+    ("changes", "clip"),
+    [({}, 0.01), pytest.param(INDEXED, None, marks=pytest.mark.rare)],
+    ids=["mla", "dsa"],
+)
+def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, changes, clip):
     """cuDNN's kernel takes no segments. Padding after a document changes no number of the step."""
     given, pick = [], choose.Kernels.pick
 
@@ -153,11 +154,7 @@ def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, atte
         return pick(self, op, *args, **settings)
 
     monkeypatch.setattr(choose.Kernels, "pick", record)
-    index = (
-        dict(q_latent_dim=7, index_heads=2, index_dim=6, index_topk=5) if attention == "dsa" else {}
-    )
-    clip = 0.01 if attention == "mla" else None
-    model = replace(MODEL, attention=attention, num_layers=1, **index)
+    model = replace(MODEL, num_layers=1, num_dense_layers=1, **changes)
     run = replace(RUN, model=model, optim=replace(RUN.optim, qk_clip=clip))
     joined = replace(run, data=replace(run.data, separate_documents=False))
     lengths = np.array([T, 9, T, 3])
