@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_model
+from models import DENSE, random_model
 from released import GRID, write_folder
 from runs import MODEL, assert_bitwise, make_run, packed_batch
 
 import dsv3_jax as ds
 from dsv3_jax.chat.text_settings import plain_settings
-from dsv3_jax.config import ConfigError, Execution, Layout, Lora, RunConfig
+from dsv3_jax.config import ConfigError, Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.loading import load
 from dsv3_jax.mesh import sharding
@@ -29,7 +29,7 @@ from dsv3_jax.training.state import Job, TrainState, split_trainable
 from dsv3_jax.training.step import make_step
 
 CFG = replace(MODEL, mtp_depth=0)
-HOW = {"float32": Execution(), "bfloat16": Execution(compute_dtype="bfloat16", remat="full")}
+HOW = {"float32": DENSE, "bfloat16": replace(DENSE, compute_dtype="bfloat16", remat="full")}
 KIMI = GRID["Kimi K2-Thinking"]  # its experts have 4 bits, and all else is float32
 
 
@@ -155,8 +155,7 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
     else:
         write_folder(place, KIMI)
     without_tokenizer(monkeypatch)
-    how = replace(HOW["bfloat16"], kernels="grouped_swiglu=dense")
-    run = replace(run_from(str(place), "bfloat16"), model=cfg, execution=how)
+    run = replace(run_from(str(place), "bfloat16"), model=cfg)
     claim(tmp_path / "run", run)
     state = begin(run)
     experts = state.params["sparse"]["moe"]["experts"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import parameters, random_model, small
+from models import DENSE, flat, parameters, random_model, small
 from runs import MODEL, assert_bitwise, make_run, new_state, packed_batch, write_text
 
 from dsv3_jax import reference
@@ -63,10 +63,6 @@ def matrices(params: dict, on: tuple[str, ...]) -> list[tuple]:
     return [
         path for path in params if path[-1] in PRODUCTS and any(PARTS[part] in path for part in on)
     ]
-
-
-def flat(params: nnx.State) -> dict:
-    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(params)}
 
 
 def state_of(run: RunConfig, step: int = 0) -> TrainState:
@@ -137,7 +133,7 @@ def test_a_step_follows_the_gradient_of_the_merged_model(rng):
 
     Weights stay, and the router bias moves.
     """
-    run = replace(RUN, execution=Execution(kernels="xla,grouped_swiglu=ragged_dot", remat="dots"))
+    run = replace(RUN, execution=replace(DENSE, remat="dots"))
     old, (new, metrics) = state_of(run), make_step(Job(run))(state_of(run), batch_of())
     before, after, mean = flat(old.params), flat(new.params), flat(new.opt.mu)
     assert mean.keys() == {path for path in before if path[0] == "lora"}
@@ -239,8 +235,10 @@ def test_the_policy_has_what_adapters_change_in_the_compute_dtype():
 @pytest.mark.long
 def test_a_step_on_a_mesh_is_a_single_devices():
     """Each of the mesh's axes shards some of the adapters."""
-    layout, model = Layout(fsdp=True), replace(CFG, num_layers=2, num_heads=4, mtp_depth=0)
-    run = replace(RUN, model=model, execution=Execution(layout=layout))
+    model = small(num_layers=1, num_dense_layers=0, num_heads=4)
+    execution = replace(DENSE, layout=Layout(fsdp=True))
+    on = ("attention", "shared", "routed")
+    run = replace(RUN, model=model, execution=execution, lora=Lora(RANK, ALPHA, on))
     want, metrics = jax.device_get(make_step(Job(run))(state_of(run), batch_of()))
     mesh, state = sharding.make_mesh(2, 2, 2), state_of(run)
     with jax.set_mesh(mesh):

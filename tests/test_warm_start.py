@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from models import flat
 from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
 from runs import write_text as text_in
 
@@ -20,7 +21,7 @@ from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.start import on_trunk, on_weights
 from dsv3_jax.training.state import Job
-from dsv3_jax.training.step import first_bad_tensor, make_step
+from dsv3_jax.training.step import make_step
 
 pytestmark = pytest.mark.long
 
@@ -75,13 +76,9 @@ def begin(run, mesh=None):
 
 def cut(state) -> tuple[dict, dict]:
     """(heads, trunk) of parameters and biases, by name."""
-    flat = {
-        path: np.asarray(v[...])
-        for s in (state.params, state.bias)
-        for path, v in nnx.to_flat_state(s)
-    }
-    heads = {path: a for path, a in flat.items() if path[0] == "mtp"}
-    return heads, {path: a for path, a in flat.items() if path[0] != "mtp"}
+    arrays = flat(state.params) | flat(state.bias)
+    heads = {path: a for path, a in arrays.items() if path[0] == "mtp"}
+    return heads, {path: a for path, a in arrays.items() if path[0] != "mtp"}
 
 
 def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
@@ -148,8 +145,10 @@ def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# dense layers of the trunk's one
-@pytest.mark.parametrize(("kind", "dense"), [("deepseek", 0), ("eagle", 1)])
+# dense layers of the trunk's one; test_loss has EAGLE's loss of the head alone
+@pytest.mark.parametrize(
+    ("kind", "dense"), [("deepseek", 0), pytest.param("eagle", 1, marks=pytest.mark.rare)]
+)
 def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
     run = run_on(trunk, mtp_kind=kind, mtp_depth=1, num_dense_layers=dense)
     step, state, rows = make_step(Job(run)), fresh_state(run), []
@@ -161,6 +160,7 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
     for _ in range(3):
         state, metrics = step(state, batch)
         rows.append(jax.device_get(metrics))
+    assert all(row["finite"] for row in rows)
     assert rows[-1]["loss"] == rows[0]["loss"]  # the trunk's own
     assert (rows[-1]["mtp_loss"] < rows[0]["mtp_loss"]).all()
     if kind == "eagle":
@@ -174,7 +174,6 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
                 load = row["load"][1 - dense + path[1]]
                 before = before + np.float32(1e-2) * np.sign(load.mean() - load)
             np.testing.assert_array_equal(after[path], before)
-    assert first_bad_tensor(Job(run), state, batch) == "the loss"  # all is finite
 
 
 def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path, capfd):
