@@ -135,14 +135,14 @@ def test_invalid_settings_are_refused():
 
 @pytest.mark.long
 def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
-    """Saved from a mesh of "data" and "expert", restored without one and on three: same bits."""
+    """Saved from a mesh of "data" and "expert", restored without one and on another: same bits."""
     sharded_run = replace(run, execution=replace(run.execution, layout=Layout(fsdp=True)))
     state, data_state = fresh_state(run, step=3), {"piece": 5, "offset": 7}
     mesh = sharding.make_mesh(2, 4, 1)
     with Checkpoints(tmp_path, sharded_run) as checkpoints:
         shardings = sharding.state_sharding(state, mesh, fsdp=True)
         checkpoints.save(jax.device_put(state, shardings), data_state, wait=True)
-    for sizes in (None, (8, 1, 1), (1, 4, 2)):
+    for sizes in (None, (1, 4, 2)):
         mesh = sizes and sharding.make_mesh(*sizes)
         with Checkpoints(tmp_path, sharded_run) as checkpoints:
             restored, restored_data_state = checkpoints.restore(mesh)

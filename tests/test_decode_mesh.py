@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 # "tensor" divides heads and vocabulary; an expert's matrix is larger than all that a step sends.
 CFG = small(
-    num_layers=2, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1
+    num_layers=1, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1
 )
 NEW = 8
 LENGTHS = (1, 5, 40, 3, 9, 2, 21, 4)
@@ -71,13 +71,14 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes, rows, settings, layout):
 def test_sparse_attention_on_a_mesh():
     """One layer chooses, the other one shares the choice."""
     index = dict(index_heads=3, index_dim=9, index_topk=7, index_types=("full", "shared"))
-    cfg, mesh = replace(CFG, attention="dsa", **index), sharding.make_mesh(2, 2, 2)
+    cfg = replace(CFG, num_layers=2, num_dense_layers=2, attention="dsa", **index)
+    mesh = sharding.make_mesh(2, 2, 2)
     want = generate(model_of(cfg), PROMPTS, NEW).tokens
     assert generate(model_of(cfg, mesh), PROMPTS, NEW, **DRAFTED).tokens == want != alone(8)
 
 
 def test_a_draft_model_is_on_the_mesh():
-    mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, num_layers=1, mtp_depth=0)
+    mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, mtp_depth=0)
     got = generate(
         model_of(mesh=mesh), PROMPTS[:2], NEW, draft=model_of(cfg, mesh, seed=1), draft_length=2
     )

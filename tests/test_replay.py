@@ -20,7 +20,7 @@ from dsv3_jax.ops.routing import Tokens
 from dsv3_jax.ops.sampling import processed_logits
 from dsv3_jax.training.loss import compute_loss
 
-CFG = small(mtp_depth=1)
+CFG = small(num_layers=2, num_dense_layers=0, mtp_depth=1)
 OTHERS = {"hash": dict(router="hash")}
 
 
@@ -52,7 +52,7 @@ def test_own_ids_change_nothing_and_given_ids_take_their_own_scores(rng, router)
 @pytest.fixture(scope="module")
 def passes():
     """(Model, its inputs, a function of expert ids for trunk and heads, a free pass)."""
-    model, rng = random_model(CFG), np.random.default_rng(0)
+    model, rng = random_model(CFG, execution=DENSE), np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(0, 4, (2, 24)), axis=1), CFG.vocab_size)
 
     @jax.jit
@@ -128,7 +128,12 @@ def light():
 
 
 @pytest.mark.parametrize(
-    "how", ["plain", *(pytest.param(how, marks=pytest.mark.long) for how in ("mtp", "int8"))]
+    "how",
+    [
+        "plain",
+        pytest.param("mtp", marks=pytest.mark.long),
+        pytest.param("int8", marks=pytest.mark.rare),
+    ],
 )
 def test_what_decoding_recorded_is_the_teacher_forced_pass(light, how):
     """Log-probabilities to 1e-5, experts exactly; an int8 cache rounds keys to 1 in 254."""
