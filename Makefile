@@ -20,7 +20,9 @@ endif
 FIND_DEVICE := $(if $(ACCELERATOR),@$(BIN)/python -c 'import jax; print(*jax.devices()); \
   exit(jax.default_backend() == "cpu" and "ACCELERATOR=$(ACCELERATOR): JAX finds no device but the CPU")')
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# What one run of the tests compiled, the next one finds.
+JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/programs
+PYTEST := JAX_COMPILATION_CACHE_DIR=$(JAX_COMPILATION_CACHE_DIR) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,routing.py cross_entropy.py kernels.py \
   attention.py::test_expanded_equals_absorbed \
@@ -52,11 +54,11 @@ environment: $(VENV)/.with-test ## install what the tests need, and run nothing
 everything: $(VENV)/.with-test,plan-gpu,plan-tpu,docs,release ## install what .ci/run needs
 	@touch $(addprefix $(VENV)/.with-,base test docs release)
 compilers: $(VENV)/.with-test,plan-gpu,plan-tpu ## install compilers for GPUs and TPUs (360 MB), for the long tests
-test: $(VENV)/.with-test ## run the fast tests: three minutes; PYTEST_ARGS='-k router' for some of them
+test: $(VENV)/.with-test ## run the fast tests: some minutes, later runs half of it; PYTEST_ARGS='-k router' for some
 	$(PYTEST) -m "not long and not rare and not parity" $(PYTEST_ARGS)
 test-core: $(VENV)/.with-test-core ## the tests that an older Python must pass
 	$(PYTEST) -m "not long and not rare and not parity" $(CORE) $(PYTEST_ARGS)
-test-long: $(VENV)/.with-test ## run the long tests: meshes, several processes, all drafts, notebooks
+test-long: $(VENV)/.with-test ## run the long tests: meshes, several processes, drafts, three notebooks
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "long and not rare and not parity" $(PYTEST_ARGS)
 test-all: $(VENV)/.with-test ## run all of them, the rare ones too, which CI leaves out
 	$(PYTEST) -m "not parity" $(PYTEST_ARGS)

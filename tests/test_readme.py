@@ -52,7 +52,7 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", ["AGENTS.md", "CONTRIBUTING.md"])
 def test_what_contributors_read_names_files_and_commands_that_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 60
+    assert len(text.splitlines()) <= 65
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     words = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     named = re.findall(r"`([\w./]*/[\w./]*|\w+\.(?:py|md|toml|txt|json))`", text)
