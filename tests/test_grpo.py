@@ -221,7 +221,7 @@ CASES = {
     "temperature": ("head", f"--grpo.temperature 0.7 --execution.compute-dtype bfloat16 {NOT}"),
     "start's biases": ("bfloat16", f"{LORA} routed --grpo.kl 0.1 {NOT} {' '.join(MOVE_BIASES)}"),
 }
-RARE = "4 bits, attention", "4 bits, routed"
+RARE = "bfloat16, all", "fp8, attention", "4 bits, attention", "4 bits, routed"
 
 
 @pytest.mark.long
