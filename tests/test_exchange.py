@@ -153,6 +153,27 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, exp
     assert further["even"] == 0 and (size, later, further["one device"]) == expected
 
 
+def test_rounds_send_each_token_once_where_it_must_go(rng):
+    """Round after round, until nothing is left; no round holds more than its size."""
+    peers, size = 4, rounds.RoundSize(tokens=5, choices=6)
+    table = rounds.peer_table(choices("random", rng, 24), E // peers, peers)
+    none = jnp.zeros((1, peers), jnp.int32)
+    left, sent = rounds.count_rounds(table, rounds.Sent(none, none), size), rounds.Sent(none, none)
+    times = np.zeros((24, peers), int)
+    for _ in range(left):
+        now, sent = rounds.in_round(table, sent, size)
+        assert now.sum(0).max() <= size.tokens
+        assert jnp.where(now, table.choices, 0).sum(0).max() <= size.choices
+        times += np.asarray(now)
+    assert left > 2 and (times == np.asarray(table.choices > 0)).all()
+
+
+def test_parts_of_hidden_units_are_added_where_tokens_are_gathered(rng):
+    layout = Layout(expert_comm="gather")
+    run = sharded(CFG, layout, sharding.make_mesh(1, 2, 2), "ragged_dot")
+    assert [load for load, *_ in by_load(rng, run, 8)] == list(LOADS)
+
+
 @pytest.mark.long
 def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
     monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
