@@ -62,3 +62,8 @@ def test_greedy_text_is_that_of_plain_decoding():
     plain = generate(model, prompts, 48, stop_tokens=[7])
     assert drafted.tokens == plain.tokens
     assert 0 < drafted.acceptance[3] <= drafted.acceptance[0] < 1 and drafted.steps < plain.steps
+
+    # A step writes the drafts that it accepts and one token of the model's own. All rows are alike.
+    alike = generate(model, prompts[3:] * 4, 48, draft="lookup", draft_length=4, stop_tokens=[0])
+    assert len(alike.tokens[0]) == 48 and alike.acceptance[0] > 0.2
+    assert 47 <= alike.steps * alike.mean_accepted <= 47 + 4  # the last step's may be cut
