@@ -209,7 +209,8 @@ def draw(results, path):
         ["0.4", *(f"C{i}" for i in range(len(KINDS)) for _ in "ab")],
         shown=lambda logits: 100 / (1 + np.exp(-logits)),
     )
-    drawing.style_axes(right, "1,000 other sums, likeliest answer", "% right; mean, 95 % interval in logits", "")
+    title, unit = "1,000 other sums, likeliest answer", "% right; mean, 95 % interval in logits"
+    drawing.style_axes(right, title, unit, "")
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.invert_yaxis()
 
