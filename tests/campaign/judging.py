@@ -210,7 +210,8 @@ def faults_of(made: Home, trial: Trial, answer: Answer) -> set[str]:
     faults |= {"followed"} & set(left)
     if left and code != -9:
         faults.add("half-written")
-    if code == 0 and not all(map(is_json, (trial.folder / trial.out).rglob("*.json*"))):
+    written = filter(Path.is_file, (trial.folder / trial.out).rglob("*.json*"))  # no pipes
+    if code == 0 and not all(map(is_json, written)):
         faults.add("silent")
     return faults
 
