@@ -305,7 +305,7 @@ def errors_of(folder, rng, like=None):
 
 @cache
 def visible(dof, count):
-    """Return the shift in standard errors that is told in 4 of 5 cases."""
+    """Return the shift in standard errors that is seen in 4 of 5 cases."""
     critical = stats.t.ppf(1 - ALPHA / count / 2, dof)
     return optimize.brentq(lambda shift: stats.nct.sf(critical, dof, shift) - 0.8, 0.1, 60)
 
@@ -314,7 +314,7 @@ def visible(dof, count):
 def test_false_verdicts_and_power_at_the_stored_noise():
     """Without a true difference at most 6 % of studies have a yes or a no; "visible here" is seen.
 
-    The noise is the stored one as far as few seeds can tell it, and alike for all pairs of a kind.
+    The noise is the stored one as far as few seeds show it, and alike for all pairs of a kind.
     Measured: 2.8 % on average, 5.1 % at most; a power of 0.80 to 0.84 in the mean of a study.
     Were three seeds' own covariance the truth, it would be 7 %, and 24 % in study 02. They cannot
     tell that.

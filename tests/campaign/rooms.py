@@ -126,6 +126,8 @@ def names(made: Home, rng: Draws) -> Trial:
     elif new.exists() or word == command.out:
         trial.out = name if word == command.out else trial.out
         trial.argv = [f"./{name}" if x == word else x for x in command.argv]
+        # a run notes its start's name
+        trial.same = "--start" not in command.argv
     return trial
 
 
