@@ -160,7 +160,8 @@ STUDY = Study("Why?", "x", variants, base="facts",
 def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     """The real worker: SIGTERM stops it, finished runs are kept, the command makes the rest."""
     shutil.copytree(HERE / "experiments" / "lab", tmp_path / "experiments" / "lab")
-    (tmp_path / "experiments" / "__init__.py").touch()
+    for name in ("__init__.py", "apart.py"):
+        shutil.copy(HERE / "experiments" / name, tmp_path / "experiments")
     folder = tmp_path / "experiments" / "01_one"
     folder.mkdir()
     (folder / "study.py").write_text(REAL)
