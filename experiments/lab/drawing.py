@@ -1,12 +1,14 @@
 """Plots that several studies share. `draw_…` writes a picture; the others add to axes."""
 
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 
 from experiments.lab.claims import Claim, Verdict, difference_of, noise_within, table_of
 from experiments.lab.results import Key, MissingRuns, Results, write_figure
@@ -64,6 +66,109 @@ def change(
 ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no verdict": "0.75"}
 
 
+# of the picture of claims and variants: inches of its width and of rows with labels of 8 points
+WIDTH, CLAIM_INCHES, VARIANT_INCHES = 9.0, 0.42, 0.3
+
+
+def claims_and_variants(
+    key: Key | None = "val_loss",
+    label: str = "validation loss, nats",
+    text: Callable[[Results], str] | None = None,
+    *,
+    only: Collection[str] = (),
+    shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ticks: Sequence[float] = (),
+    linear: float | None = None,
+) -> Callable[[Results, Path], None]:
+    """Return a study's `draw`: its claims, beside one number by variant.
+
+    Claims have their differences, 95 % intervals, answers and published values, one axis a unit.
+    Variants have a dot a seed, and the mean with its 95 % interval.
+
+    Args:
+        key: the number of the variants. None means claims alone.
+        label: the number's name and unit.
+        text: results → the title, which says the answer. None, and missing runs, mean the question.
+        only: the variants to show. Default: all.
+        shown: from the number to its axis, as np.exp where `key` is a logarithm.
+        ticks: make the variants' axis logarithmic, with these ticks.
+        linear: claims' differences beyond it are on a logarithmic axis, so that intervals of small
+            and large ones are seen.
+    """
+
+    def draw(results: Results, path: Path) -> None:
+        question = results.about["question"]
+        title = question if text is None else answer(lambda: text(results), question)
+        names = [name for name in results.variants if not only or name in only]
+        if key is not None:
+            names = [name for name in names if name in table_of(results, key)]
+        verdicts: Sequence[Verdict] = results.verdicts
+        height = max(
+            CLAIM_INCHES * len(verdicts) + 0.5 * len({v.claim.unit for v in verdicts}),
+            0 if key is None else VARIANT_INCHES * len(names) + 0.5,
+        )
+        figure = Figure(figsize=(WIDTH, max(height, 1.0) + 0.9), layout="constrained")
+        figure.suptitle(textwrap.fill(title, 100), fontsize=11)
+        # Claims have the longer names.
+        ratios = (1,) if key is None else (5, 4)
+        parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+        _plot_claims(parts[0], verdicts, linear)
+        if key is not None:
+            ax = parts[1].add_subplot()
+            if ticks:
+                make_logarithmic(ax, "x", ticks)
+            colours = [colour_of(results, name) for name in names]
+            plot_rows(ax, results, names, key, colours, shown=shown)
+            style_axes(ax, "", f"{textwrap.fill(label, 38)}\ndots: seeds, bars: 95 % interval", "")
+            _name_rows(ax, names, 24)
+        write_figure(figure, path)
+
+    return draw
+
+
+def _plot_claims(figure: FigureBase, verdicts: Sequence[Verdict], linear: float | None) -> None:
+    """Plot claims in rows, with an axis for each unit, and the legend of their answers."""
+    by_unit: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        by_unit.setdefault(verdict.claim.unit, []).append(verdict)
+    if not by_unit:
+        return
+    rows = [len(some) for some in by_unit.values()]
+    axes = figure.subplots(len(rows), height_ratios=rows, squeeze=False)[:, 0]
+    for ax, (unit, some) in zip(axes, by_unit.items(), strict=True):
+        if linear is not None:
+            ax.set_xscale("symlog", linthresh=linear)
+            ax.xaxis.set_major_formatter("{x:g}")
+        for row, v in enumerate(some):
+            colour = ANSWER_COLOURS[v.answer]
+            ax.plot(v.difference.interval, [row, row], color=colour, linewidth=2)
+            ax.plot([v.difference.mean], [row], "o", color=colour, markersize=6)
+            if v.claim.published is not None:
+                ax.plot([v.claim.published], [row], "D", color="black", fillstyle="none")
+        ax.axvline(0, color="0.5", linewidth=0.8)
+        style_axes(ax, "", f"difference, {unit}" if unit else "difference", "")
+        _name_rows(ax, [v.claim.text for v in some], 42)
+    marks = [
+        Line2D([], [], marker="o", color=ANSWER_COLOURS[given], label=given)
+        for given in dict.fromkeys(v.answer for v in verdicts)
+    ]
+    if any(v.claim.published is not None for v in verdicts):
+        marks.append(
+            Line2D([], [], marker="D", color="black", fillstyle="none", ls="", label="published")
+        )
+    figure.legend(handles=marks, frameon=False, fontsize=9, ncols=5, loc="outside lower left")
+
+
+def _name_rows(ax: Axes, names: Sequence[str], width: int) -> None:
+    """Name the rows 0, 1, … from the top, in lines of at most `width` characters."""
+    ax.set_yticks(range(len(names)), [textwrap.fill(name, width) for name in names])
+    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    ax.tick_params(labelsize=8)
+    ax.xaxis.label.set_fontsize(9)
+    if ax.get_xscale() == "linear":
+        ax.locator_params("x", nbins=5)
+
+
 def draw_claims(
     path: Path,
     results: Results,
@@ -115,11 +220,6 @@ def draw_claims(
             loc="outside lower center",
         )
     write_figure(figure, path)
-
-
-def draw_verdicts(results: Results, path: Path) -> None:
-    """Write a picture of a study's claims under its question: see `draw_claims`."""
-    draw_claims(path, results, lambda: results.about["question"])
 
 
 def plot_differences(

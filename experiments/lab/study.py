@@ -76,7 +76,7 @@ class Study:
     # the same for timings: one run at a time, on all cores
     measure_alone: Callable[[TrainedRun], dict] | None = None
     table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
-    draw: Callable[[Results, Path], None] = drawing.draw_verdicts
+    draw: Callable[[Results, Path], None] = drawing.claims_and_variants()
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
     # manipulation checks that claims refer to by name
     stakes: Mapping[str, Stake] = field(default_factory=dict)
