@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.claims import Claim
-from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
+from experiments.lab.measuring import BITS, bits_stake, formed, log_formed, unknown_bits
 from experiments.lab.tasks import Chains
 
 TOKENS = Chains()  # the last token chooses what follows
@@ -52,16 +52,9 @@ def variants(base):
 
 
 def measure(trained):
-    """`formed`: the step at which half of what the order is worth is learnt.
-
-    The other half is as far from the bits of a model that looks back one token less. A run that
-    never learns it has its own number of steps.
-    """
-    task = trained.task
-    half = (task.bits_of_order(task.order - 1) + task.best_bits) / 2
     return {
-        "formed": first_below(trained, half),
-        "above": trained.numbers["val_loss"] * BITS - task.best_bits,
+        "formed": formed(trained),
+        "above": trained.numbers["val_loss"] * BITS - trained.task.best_bits,
     }
 
 

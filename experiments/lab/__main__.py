@@ -1,7 +1,8 @@
-"""The lab's commands: run studies, or begin a new one.
+"""The lab's commands: run studies, begin a new one, or let a recipe compete.
 
 python -m experiments.lab run 21 03      # studies by number; all: every study
 python -m experiments.lab new my_question
+python -m experiments.lab board my_recipe
 """
 
 import argparse
@@ -9,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.lab import new, overview, running
+from experiments.lab import board, new, overview, running
 from experiments.lab.study import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
@@ -26,6 +27,10 @@ def main(argv: list[str], experiments: Path = EXPERIMENTS) -> int:
             folder = new.make(options.name, experiments)
             print(f"wrote {folder}; try: python -m experiments.lab run {folder.name[:2]} --short")
             return 0
+        if options.command == "board":
+            return board.compete(
+                options.recipe, experiments, short=options.short, workers=options.workers
+            )
         return _run(options, experiments)
     except (ValueError, OSError) as error:
         print(f"lab: {' '.join(str(error).split())}", file=sys.stderr)
@@ -71,13 +76,23 @@ def _stored(study) -> bytes:
 
 def _parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="python -m experiments.lab", description="Run studies, or begin a new one."
+        prog="python -m experiments.lab",
+        description="Run studies, begin a new one, or let a recipe compete.",
     )
     commands = root.add_subparsers(dest="command", required=True)
     make = commands.add_parser(
         "new", help="make a folder for a study of your own, which runs as it is"
     )
     make.add_argument("name", help="a short word, as my_question")
+    text = "Train experiments/board/RECIPE.py beside the best of each of its tracks."
+    race = commands.add_parser("board", help=text, description=text, allow_abbrev=False)
+    race.add_argument("recipe", metavar="RECIPE", help="a file's name without .py, as two_of_16")
+    race.add_argument(
+        "--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator"
+    )
+    race.add_argument(
+        "--short", action="store_true", help="run a few steps in a temporary folder, as a check"
+    )
     text = "Train and measure the runs that results.json lacks, then write tables and pictures."
     parser = commands.add_parser("run", help=text, description=text, allow_abbrev=False)
     parser.add_argument(

@@ -59,6 +59,16 @@ def first_below(trained: Any, bits: float) -> int:
     return rows[below[0] + WINDOW - 1][0] if len(below) else trained.run.steps
 
 
+def formed(trained: Any) -> int:
+    """Return the step at which half of what a chain's order is worth is learnt.
+
+    The other half is as far from the bits of a model that looks back one token less. A run that
+    never learns it has its own number of steps.
+    """
+    task = trained.task
+    return first_below(trained, (task.bits_of_order(task.order - 1) + task.best_bits) / 2)
+
+
 def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """Return the experts of each token, int32 [L, B, T, K] of the sparse layers."""
     graphdef, state = nnx.split(model)

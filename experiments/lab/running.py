@@ -37,7 +37,7 @@ def run(study: Study, options: argparse.Namespace) -> int:
             return 0
         failures = []
         if missing and not options.redraw:
-            failures = _run_missing(study, runs, missing, results, options.workers)
+            failures = run_missing(study, runs, missing, results, options.workers)
             results.select({key: run.identity for key, run in runs.items()})
         if results.runs:
             _publish(study, results)
@@ -101,7 +101,7 @@ def _asked(study: Study, options: argparse.Namespace):
         yield results, runs, wanted
 
 
-def _run_missing(
+def run_missing(
     study: Study,
     runs: dict[Key, StudyRun],
     missing: set[Key],
