@@ -127,7 +127,7 @@ def names(made: Home, rng: Draws) -> Trial:
         trial.out = name if word == command.out else trial.out
         trial.argv = [f"./{name}" if x == word else x for x in command.argv]
         # a run notes its start's name
-        trial.same = "--start" not in command.argv
+        trial.same = trial.again = "--start" not in command.argv
     return trial
 
 
