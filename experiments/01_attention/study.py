@@ -1,10 +1,7 @@
 """MLA against MHA, GQA and MQA: validation loss and cache bytes per token, at equal parameters."""
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim
 from experiments.lab.matching import matched
 from experiments.lab.parts import part
@@ -30,47 +27,9 @@ def variants(base):
 HALF = ("MHA", "MHA, QK-norm", "GQA", "MQA")
 
 
-def cache_bytes(results, variant):
-    return results.records(variant)[0]["parameters"]["cache_bytes"]
-
-
-def draw(results, path):
-    """Draw the loss against the bytes of a cached token: dots are seeds, a circle their mean."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    ax, sizes = figure.add_subplot(), []
-    halves = drawing.half_intervals(results, results.variants, "val_loss")
-    for variant, half in zip(results.variants, halves, strict=True):
-        size, losses = cache_bytes(results, variant), results.values(variant, "val_loss")
-        x, colour = size * 1.03 ** sizes.count(size), drawing.colour_of(results, variant)
-        ax.plot(np.full(len(losses), x), losses, ".", color=colour, alpha=0.6)
-        ax.errorbar(
-            [x],
-            [losses.mean()],
-            [half],
-            fmt="o",
-            color=colour,
-            markersize=9,
-            capsize=4,
-            label=variant,
-        )
-        sizes.append(size)
-    title = drawing.answer(lambda: words(results), "Loss by cache size")
-    drawing.style_axes(
-        ax, title, "cache, bytes per token", "validation loss, nats; bars: 95 % interval"
-    )
-    drawing.make_logarithmic(ax, "x", sorted(set(sizes)))
-    figure.legend(
-        *ax.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        ncols=4,
-        loc="outside lower center",
-    )
-    write_figure(figure, path)
-
-
 def words(results):
-    share = cache_bytes(results, "MLA") / cache_bytes(results, "MHA")
+    mla, mha = (results.records(name)[0]["parameters"]["cache_bytes"] for name in ("MLA", "MHA"))
+    share = mla / mha
     return f"{drawing.against(results, 'MLA', 'MHA')}, with {100 * share:.0f} % of its cache"
 
 
@@ -89,7 +48,7 @@ STUDY = Study(
         Column("validation loss", "val_loss", 4, paired=True),
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(text=words),
     claims=(
         claim("MLA has a lower loss than MHA", "MLA", "MHA"),
         claim("MLA has a lower loss than MHA with QK-norm", "MLA", "MHA, QK-norm"),

@@ -14,11 +14,8 @@ def claim(text, variant, against, published=None):
     return Claim(text, variant, against, stake="experts", published=published)
 
 
-def draw(results, path):
-    def words():
-        return f"The finest experts against dense: {drawing.change(results, FINE_4, DENSE)} nats"
-
-    drawing.draw_claims(path, results, words)
+def words(results):
+    return f"The finest experts against dense: {drawing.change(results, FINE_4, DENSE)} nats"
 
 
 STUDY = Study(
@@ -28,7 +25,7 @@ STUDY = Study(
         "every rung of the ladder helps"
     ),
     variants=variants,
-    draw=draw,
+    draw=drawing.claims_and_variants(text=words),
     claims=(
         claim("one expert of eight is better than dense", SWITCH, DENSE, -0.179),
         claim("two of sixteen are better than one of eight", GSHARD, SWITCH, -0.014),

@@ -3,11 +3,10 @@
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.moe import RouterBias
-from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.measuring import late_mean
 
@@ -39,7 +38,6 @@ RULES = {  # rule → the strengths that it is tried at, by variant
 }
 # The sequence-wise α is DeepSeek-V3's.
 BOTH = {"loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4)}
-SHOWN = ("none", SWITCH, SEQUENCE, BIAS, PROPORTIONAL, "quantile, γ 0.1")  # over training
 
 
 def variants(base):
@@ -69,11 +67,6 @@ def in_domains(numbers):
     return float(np.mean(list(numbers["max_vio_by_domain"].values())))
 
 
-def log_in_domains(numbers):
-    """Return ln of MaxVio of a domain: its noise is then alike in balanced and unbalanced runs."""
-    return float(np.log(in_domains(numbers)))
-
-
 def log_max_vio(numbers):
     """Return ln MaxVio of the training mix: its noise is then alike in balanced and other runs."""
     return float(np.log(numbers["max_vio_training_mix"]))
@@ -84,86 +77,14 @@ def apart(numbers):
     return float(np.log(in_domains(numbers) / numbers["max_vio_training_mix"]))
 
 
-TICKS = (0.2, 0.5, 1, 2, 5)
-
-
-def draw(results, path):
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for rule, names in rules(results).items():
-        for name in names:
-            if name not in SHOWN:
-                continue
-            steps, values = results.curve(name, "max_vio")
-            left.plot(steps, values.mean(0), color=COLOURS[rule], linewidth=1.4)
-            left.fill_between(
-                steps, values.min(0), values.max(0), color=COLOURS[rule], alpha=0.15, linewidth=0
-            )
-    title = drawing.answer(
-        lambda: even_words(results), "MaxVio of a step's tokens, at a middle strength"
+def words(results):
+    found = [
+        results.values(name, "max_vio_training_mix").mean() for name in (BIAS, BASELINE, SEQUENCE)
+    ]
+    text = (
+        "MaxVio is {:.2f} with the bias, {:.2f} and {:.2f} with losses at their published weights"
     )
-    drawing.style_axes(
-        left, title, "step; shaded: seeds", "MaxVio of a step's tokens, at a middle strength"
-    )
-    plot_rules(middle, results, "val_loss")
-    title = drawing.answer(
-        lambda: f"No balance against the bias: {drawing.change(results, 'none', BIAS)} nats",
-        "What balance costs: loss by MaxVio",
-    )
-    drawing.style_axes(
-        middle, title, "MaxVio of the training mix", "nats per token; bars: 95 % interval"
-    )
-    plot_rules(right, results, log_in_domains, shown=np.exp)
-    title = drawing.answer(lambda: domain_words(results), "Balance of the mix and within domains")
-    drawing.style_axes(
-        right, title, "MaxVio of the training mix", "MaxVio of a domain, mean; bars: 95 % interval"
-    )
-    for ax, which in ((left, "y"), (middle, "x"), (right, "x"), (right, "y")):
-        drawing.make_logarithmic(ax, which, TICKS)
-    low, high = right.get_xlim()
-    right.plot([low, high], [low, high], ":", color="0.5", linewidth=0.8)
-    figure.legend(
-        *middle.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        ncols=6,
-        loc="outside lower center",
-    )
-    write_figure(figure, path)
-
-
-def even_words(results):
-    ends = [late_max_vio(results, name).mean() for name in (BIAS, "none")]
-    return "MaxVio ends at {:.1f} with the bias, at {:.1f} without balance".format(*ends)
-
-
-def domain_words(results):
-    """Say how uneven a domain is, as a multiple of the mix; geometric means over seeds."""
-    times = [np.exp(results.values(name, apart).mean()) for name in (BIAS, SEQUENCE)]
-    words = (
-        "A domain's MaxVio: {:.1f} × the mix's with the bias,\n{:.1f} × with a sequence-wise loss"
-    )
-    return words.format(*times)
-
-
-COLOURS = {"no balance": "0.3"} | {rule: f"C{i}" for i, rule in enumerate(RULES)}
-
-
-def rules(results):
-    """Return rule → its variants with results, weakest first."""
-    names = {"no balance": ("none",)}
-    names |= {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
-    return {
-        rule: [name for name in found if name in results.variants] for rule, found in names.items()
-    }
-
-
-def plot_rules(ax, results, key, **how):
-    for rule, names in rules(results).items():
-        if names:
-            drawing.plot_strengths(
-                ax, results, names, "max_vio_training_mix", key, COLOURS[rule], rule, **how
-            )
+    return text.format(*found)
 
 
 def balance(
@@ -195,7 +116,13 @@ STUDY = Study(
         Column("MaxVio of a step, last fifth", late_max_vio, 2),
         Column("range of biases", "bias_range", 3),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        log_max_vio,
+        "MaxVio of the training mix",
+        words,
+        shown=np.exp,
+        ticks=(0.2, 0.5, 1, 2, 5),
+    ),
     claims=(
         balance(
             "the bias balances better than its paper's auxiliary loss",

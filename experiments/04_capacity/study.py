@@ -5,13 +5,12 @@ from functools import partial
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs.evaluate import evaluate
-from experiments.lab import Column, Study, drawing, write_figure
-from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab import Column, Study, drawing
+from experiments.lab.claims import Claim, Stake, logit, percent_of
 from experiments.lab.measuring import late_mean
 
 
@@ -52,19 +51,6 @@ def dropped_share(graphdef, state, tokens, segment_ids):
 dropped_in_training = late_mean("dropped")  # share of assignments
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    title = drawing.answer(lambda: words(results), "Drops over training")
-    drawing.plot_curves(left, results, "dropped", title, "dropped share of assignments")
-    title = drawing.answer(
-        lambda: f"Drops without balance: {drawing.change(results, UNBALANCED, 'no drop')} nats",
-        "What drops cost",
-    )
-    drawing.plot_differences(right, results, "val_loss", title, "nats per token")
-    write_figure(figure, path)
-
-
 def words(results):
     shares = [
         100 * dropped_in_training(results, name).mean() for name in ("capacity 1.25", UNBALANCED)
@@ -73,7 +59,7 @@ def words(results):
 
 
 UNBALANCED = "capacity 1.25, no balance"
-ASSIGNMENTS = 100_000  # of held-out text, at least
+DROPPED = logit("dropped_held_out", 100_000, 1.0)  # assignments of held-out text, at least
 
 
 def costs(text, variant):
@@ -95,13 +81,19 @@ STUDY = Study(
         Column("validation loss without capacity limit", "val_loss_no_drop", 4),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        DROPPED,
+        "dropped of held-out text, %",
+        words,
+        shown=percent_of,
+        ticks=(0.001, 0.1, 1, 10, 100),
+    ),
     claims=(
         Claim(
             "balance lowers the dropped share at capacity 1.25",
             "capacity 1.25",
             UNBALANCED,
-            logit("dropped_held_out", ASSIGNMENTS, 1.0),
+            DROPPED,
             unit="logits",
             digits=2,
         ),

@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.rounds import mean_reach, wire_bytes
 from experiments import apart
-from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
 
@@ -71,55 +70,6 @@ def on_mesh(trained):
         raise ValueError(f"{script.name} failed: {error}") from None
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = [name for name in results.variants if len(results.values(name, "mesh_bytes"))]
-    for name, half in zip(names, drawing.half_intervals(results, names, unknown_bits), strict=True):
-        colour = drawing.colour_of(results, name)
-        sent, bits = results.values(name, "mesh_bytes"), results.values(name, unknown_bits)
-        left.plot(sent, bits, ".", color=colour, alpha=0.6)
-        left.errorbar(
-            [sent.mean()],
-            [bits.mean()],
-            yerr=[half],
-            fmt="o",
-            color=colour,
-            markersize=8,
-            capsize=4,
-            label=name,
-        )
-    title = drawing.answer(lambda: words(results), "Facts against traffic")
-    label = "bits of a fact unknown, of 6; bars: 95 % interval"
-    drawing.style_axes(left, title, "bytes sent per token and layer, 8 devices", label)
-    left.set_xlim(left=0)
-    left.legend(frameon=False, fontsize=9)
-    place = np.arange(len(names))
-    for shift, (key, label, colour) in enumerate(
-        [
-            ("mesh_bytes", "sent by all_to_all", "C0"),
-            ("mesh_least_bytes", "needed: copies of tokens", "C2"),
-        ]
-    ):
-        values, x = [results.values(name, key) for name in names], place + 0.38 * shift - 0.19
-        right.bar(x, [v.mean() for v in values], 0.36, color=colour, label=label)
-        for at, of_seeds in zip(x, values, strict=True):
-            right.plot(np.full(len(of_seeds), at), of_seeds, ".", color="0.2", markersize=4)
-    ratios = [
-        (results.values(n, "mesh_bytes") / results.values(n, "mesh_least_bytes")).mean()
-        for n in names
-    ]
-    title = ""
-    if ratios:
-        title = f"Empty slots: {min(ratios):.1f} to {max(ratios):.1f} times the bytes needed"
-    drawing.style_axes(
-        right, title, "groups that a token may reach; dots: seeds", "bytes per token and layer"
-    )
-    right.set_xticks(place, [name.split()[0] for name in names])
-    right.legend(frameon=False, fontsize=9)
-    write_figure(figure, path)
-
-
 def words(results):
     cost = results.difference(name_of(4), NO_LIMIT, unknown_bits)
     few, all_of_them = (
@@ -153,7 +103,7 @@ STUDY = Study(
         Column("of these needed", "mesh_least_bytes", 0),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(unknown_bits, "bits of a fact unknown, of 6", words),
     claims=tuple(equal(kept) for kept in KEPT[1:-1]),
     stakes={
         "reach": bits_stake(

@@ -3,7 +3,6 @@
 import statistics
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.decoding.generate import generate
@@ -17,16 +16,16 @@ from experiments.lab import (
     format_number,
     markdown_table,
     mean_spread,
-    write_figure,
 )
-from experiments.lab.claims import Claim, logit
+from experiments.lab.claims import Claim, logit, percent_of
 from experiments.lab.results import MissingRuns
 
 EAGLE, MEDUSA = "EAGLE, frozen trunk", "Medusa, frozen trunk"
 PROMPTS = 32
 BATCH = 8
 ROUNDS = 3
-FACES = {1: None, BATCH: "white"}  # of a batch's marks; None means filled
+FIRST = logit("accepted/0", PROMPTS, 1.0)
+FASTER = "speed/1/times_plain/1"
 
 
 def variants(base):
@@ -221,85 +220,23 @@ def table(results):
     return "\n\n".join([*tables, notes])
 
 
-def draw(results, path):
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    best, most = dict.fromkeys(FACES, 0.0), 0.0
-    for i, variant in enumerate(drafters(results)):
-        color = f"C{i}"
-        accepted = results.values(variant, "accepted") * 100
-        position = np.arange(1, accepted.shape[1] + 1)
-        left.plot(position, accepted.mean(0), "o-", color=color, markersize=4, label=variant)
-        left.fill_between(
-            position, accepted.min(0), accepted.max(0), color=color, alpha=0.15, linewidth=0
-        )
-        rows = list(by_length(results, variant))
-        most = max(most, *(tokens.mean() for _, tokens, _ in rows))
-        tried = [length for length, *_ in rows]
-        middle.plot(
-            tried, [tokens.mean() for _, tokens, _ in rows], "o-", color=color, markersize=4
-        )
-        middle.plot(tried, [gain.mean() for *_, gain in rows], "o:", color=color, markersize=4)
-        for batch, face in FACES.items():
-            keys = [f"speed/{batch}/times_plain/{length}" for length in tried]
-            gains = [results.values(variant, key).mean() for key in keys]
-            half = [drawing.half_intervals(results, [variant], key)[0] for key in keys]
-            best[batch] = max(best[batch], *gains)
-            right.errorbar(
-                tried, gains, yerr=half, fmt="s-", color=color, markersize=5,
-                markerfacecolor=face or color, linewidth=1, elinewidth=0.8, capsize=2,
-            )  # fmt: skip
-    # The report's second token: 85 to 90 % accepted, and 1.8 times as fast.
-    left.errorbar(
-        [1],
-        [87.5],
-        yerr=[2.5],
-        fmt="D",
-        color="black",
-        fillstyle="none",
-        capsize=3,
-        label="published: V3",
-    )
-    middle.plot(
-        [1], [1.8], "D", color="black", fillstyle="none", linestyle="none", label="published: V3"
-    )
-    title = drawing.answer(lambda: acceptance_words(results), "Accepted drafts")
-    drawing.style_axes(left, title, "position in the draft; shaded: seeds", "% of steps")
-    title = f"At most × {most:.1f} with free drafts,\nif a step over them costs a plain step"
-    drawing.style_axes(middle, title, "drafts per step", "× plain decoding")
-    title = "Measured: at most × {:.2f} at batch 1,\n× {:.2f} at batch {}".format(
-        *best.values(), BATCH
-    )
-    drawing.style_axes(right, title, "drafts per step; bars: 95 % interval", "× plain decoding")
-    left.set_ylim(0, 100)
-    left.legend(frameon=False, fontsize=8)
-    # Lines tell costs apart, in the middle; squares tell batches apart, at the right.
-    for line, label in (("-", "drafts are free"), (":", "drafts cost their parameters")):
-        middle.plot([], [], line, color="0.4", label=label)
-    for batch, face in FACES.items():
-        right.plot([], [], "s", color="0.4", markerfacecolor=face or "0.4", label=f"batch {batch}")
-    for ax in (middle, right):
-        ax.axhline(1, color="0.5", linewidth=0.8)
-        ax.set_ylim(bottom=0)
-        ax.legend(frameon=False, fontsize=8)
-    write_figure(figure, path)
-
-
-def acceptance_words(results):
+def words(results):
     eagle, medusa = (100 * results.values(name, "accepted/0").mean() for name in (EAGLE, MEDUSA))
-    return f"First drafts accepted: {eagle:.0f} % of EAGLE's,\n{medusa:.0f} % of Medusa's"
+    fastest = max(results.values(name, FASTER).mean() for name in drafters(results))
+    return (
+        f"First drafts accepted: {eagle:.0f} % of EAGLE's, {medusa:.0f} % of Medusa's; "
+        f"at most × {fastest:.2f} of plain decoding"
+    )
 
 
 def accepted(text, variant, against):
-    key = logit("accepted/0", PROMPTS, 1.0)
-    return Claim(text, variant, against, key, "higher", unit="logits", digits=2)
+    return Claim(text, variant, against, FIRST, "higher", unit="logits", digits=2)
 
 
 def faster(text, variant, published):
     """Claim that one draft is faster than plain decoding at batch 1, where both cost × 1."""
-    key = "speed/1/times_plain/1"
     return Claim(
-        text, variant, 1.0, key, "higher", unit="× plain − 1", digits=2, published=published
+        text, variant, 1.0, FASTER, "higher", unit="× plain − 1", digits=2, published=published
     )
 
 
@@ -313,7 +250,7 @@ STUDY = Study(
     measure=measure,
     measure_alone=measure_alone,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(FIRST, "first drafts accepted, %", words, shown=percent_of),
     claims=(
         accepted(
             "EAGLE's first draft is accepted more often than MTP's", EAGLE, "MTP, frozen trunk"

@@ -5,14 +5,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.stats.cache_quality import cache_quality
-from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import Study, drawing, markdown_table, mean_spread
 from experiments.lab.claims import Claim, Stake
 
 EXACT = CACHE_DTYPES[0]  # float32
@@ -111,53 +109,17 @@ def table(results):
     return markdown_table([*header, "same most likely token, %"], rows)
 
 
-def bits_of(dtype):
-    of_type = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3": 8}
-    return of_type.get(dtype) or int(dtype.split()[0])
+def words(results):
+    costs = {bits: results.values("MLA", change("latent", f"{bits} bits")).mean() for bits in BITS}
+    fewest = min((bits for bits in BITS if abs(costs[bits]) <= MARGIN), default="more than 7")
+    return f"MLA's latent keeps its loss within {MARGIN} nats down to {fewest} bits a number"
 
 
-def draw(results, path):
-    """Draw the change of the loss by bits of a number; a line for each cache."""
-    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
-    ax = figure.add_subplot()
-    lines = dict.fromkeys((variant, kind) for variant, kind, *_ in cells(results))
-    fewest = None
-    for i, (variant, kind) in enumerate(lines):
-        rows = [
-            r
-            for r in cells(results)
-            if r[:2] == (variant, kind) and r[2] not in (EXACT, "float8_e4m3")
-        ]
-        x = np.array([bits_of(dtype) for _, _, dtype, *_ in rows]) + 0.06 * (i - 1)
-        y = np.array([changed.mean() for *_, changed in rows])
-        half = [
-            drawing.half_interval(results, variant, 0.0, change(kind, dtype))
-            for _, _, dtype, *_ in rows
-        ]
-        face = "white" if (variant, kind) == ("MLA", "expanded") else None
-        ax.errorbar(
-            x, y, half, fmt="o-", color=drawing.colour_of(results, variant), markerfacecolor=face,
-            markersize=5, capsize=3, label=f"{variant}, {kind}",
-        )  # fmt: skip
-        if kind == "latent":
-            fewest = min(
-                (bits_of(d) for _, _, d, _, c in rows if abs(c.mean()) <= MARGIN), default=None
-            )
-    ax.axvline(6, color="black", linestyle=":", linewidth=1, label="published: 6 bits on average")
-    ax.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0, label=f"within {MARGIN} nats")
-    ax.set_yscale("symlog", linthresh=MARGIN)
-    answer = "" if fewest is None else f": the latent keeps its loss down to {fewest} bits"
-    label = "loss against the exact cache, nats per token"
-    drawing.style_axes(
-        ax, f"Loss by bits of a cached number{answer}", "bits; bars: 95 % interval", label
-    )
-    ax.set_xscale("log", base=2)
-    ticks = sorted({bits_of(dtype) for _, _, dtype, *_ in cells(results) if dtype != EXACT})
-    ax.set_xticks(ticks, [str(t) for t in ticks])
-    ax.minorticks_off()
-    ax.invert_xaxis()
-    ax.legend(frameon=False, fontsize=9)
-    write_figure(figure, path)
+ROWS = {
+    f"{name}, {dtype}": ("MLA", change(kind, dtype))
+    for kind, name in (("latent", "latent"), ("expanded", "keys and values"))
+    for dtype in ("int8", *(f"{bits} bits" for bits in BITS[1:]))
+}
 
 
 def keeps(dtype):
@@ -193,7 +155,9 @@ STUDY = Study(
     variants=variants,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        ROWS, "MLA's loss against the exact cache, nats per token", words, linear=0.01
+    ),
     claims=(
         keeps("int8"),
         keeps("6 bits"),

@@ -136,10 +136,6 @@ def windows_of(batch, window):
     return {"segment_ids": segments, "positions": positions.astype(np.int32)}
 
 
-def names(results):
-    return list(results.records(results.variants[0])[0]["numbers"]["cost"])
-
-
 def cost(name):
     return lambda numbers: numbers["cost"][name]
 
@@ -147,7 +143,7 @@ def cost(name):
 def table(results):
     rows = [
         [LABELS.get(name, name), mean_spread(results.values("base", cost(name)), 4, sign=True)]
-        for name in names(results)
+        for name in results.records("base")[0]["numbers"]["cost"]
     ]
     return markdown_table(["taken away", "cost, nats per token"], rows)
 
@@ -160,15 +156,16 @@ LABELS = {  # of windows, whose second half is scored
 }
 
 
-def draw(results, path):
-    def words():
-        routed, shared = (
-            results.values("base", cost(f"{part} off")).mean()
-            for part in ("routed experts", "shared expert")
-        )
-        return f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
+def words(results):
+    routed, shared = (
+        results.values("base", cost(f"{part} off")).mean()
+        for part in ("routed experts", "shared expert")
+    )
+    return f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
 
-    drawing.draw_claims(path, results, words, linear=0.01)
+
+MORE = ("top 2 off", "top 4 off", "top 8 off", *LABELS)  # beside what the claims show
+ROWS = {LABELS.get(name, name): ("base", cost(name)) for name in MORE}
 
 
 def claim(text, name, stake="context", **more):
@@ -188,7 +185,7 @@ STUDY = Study(
     seeds=10,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(ROWS, "cost, nats per token", words, linear=0.01),
     claims=(
         claim(
             "the shared expert does what one more routed expert cannot",

@@ -1,10 +1,9 @@
 """Training in 8 bits: losses of bfloat16, two kinds of FP8, and MXFP8 against float32."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import Execution, replace
-from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import Study, drawing, markdown_table, mean_spread
 from experiments.lab.claims import Claim
 
 EXACT = "float32"
@@ -80,11 +79,6 @@ def percent(key):
     return lambda numbers: 100 * np.log(numbers[key])
 
 
-def change(results, variant, key):
-    """Each seed's difference to float32, in percent."""
-    return results.paired(variant, EXACT, percent(key))
-
-
 def interval(results, variant, key):
     """Half of the 95 % interval of a difference to float32."""
     return drawing.half_interval(results, variant, EXACT, percent(key))
@@ -114,67 +108,17 @@ def table(results):
     )
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    seeds = results.seeds_of(EXACT)
-    names = [name for name in results.variants if name != EXACT and results.seeds_of(name) == seeds]
-    for i, name in enumerate(names):
-        steps, values = results.curve(name, "loss")
-        exact = results.curve(EXACT, "loss")[1]
-        away = 100 * (values - exact) / exact
-        left.plot(steps, away.mean(0), color=f"C{i}", label=name, linewidth=1.4)
-        left.fill_between(steps, away.min(0), away.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
-        for j, (key, mark) in enumerate((("val_loss", "o"), ("late_loss", "s"))):
-            values, y = change(results, name, key), i + 0.3 * (j - 0.5)
-            right.plot(
-                values, np.full(len(values), y), mark, color=f"C{i}", alpha=0.6, markersize=5
-            )
-            right.errorbar(
-                [values.mean()],
-                [y],
-                xerr=[interval(results, name, key)],
-                color=f"C{i}",
-                linewidth=2,
-                capsize=4,
-            )
-            right.plot([values.mean()], [y], mark, color=f"C{i}", markersize=9, fillstyle="none")
-    for ax, line in ((left, left.axhline), (right, right.axvline)):
-        line(0, color="0.5", linewidth=0.8)
-        for side in (-BOUND, BOUND):
-            line(side, color="0.3", linewidth=0.8, linestyle="--")
-        ax.plot(
-            [],
-            [],
-            color="0.3",
-            linewidth=0.8,
-            linestyle="--",
-            label=f"±{BOUND} %, the report's bound",
-        )
-    right.plot([], [], "o", color="0.4", fillstyle="none", label="validation")
-    right.plot([], [], "s", color="0.4", fillstyle="none", label="training, last quarter")
-    title = drawing.answer(
-        lambda: words(results, "late_loss", "Training"), "Training loss against float32"
-    )
-    drawing.style_axes(left, title, "step", "%: mean of the seeds, shaded from min to max")
-    title = drawing.answer(
-        lambda: words(results, "val_loss", "Validation"), "Loss at the end against float32"
-    )
-    drawing.style_axes(
-        right, title, "% of float32's loss: a dot is a seed, a bar the 95 % interval", ""
-    )
-    right.set_yticks(range(len(names)), names)
-    right.set_ylim(len(names) - 0.4, -1.1)  # space for the legend
-    left.legend(frameon=False, fontsize=8, ncols=2)
-    # With a frame, so that no line runs through its text.
-    right.legend(framealpha=1, edgecolor="none", fontsize=8, ncols=2)
-    write_figure(figure, path)
+def words(results):
+    change = drawing.change(results, "fp8", EXACT, percent("val_loss"), 2)
+    error = 100 * results.values(EXACT, "gradient_error/fp8").mean()
+    return f"FP8 changes the loss by {change} %, and a gradient by {error:.0f} % of its length"
 
 
-def words(results, key, what):
-    name = "fp8"
-    change = drawing.change(results, name, EXACT, percent(key), 2)
-    return f"{what} loss with FP8: {change} % of float32's"
+ROWS = {
+    name: (EXACT, lambda numbers, name=name: 100 * numbers["gradient_error"][name])
+    for name in EXECUTIONS
+    if name != EXACT
+}
 
 
 def keeps(variant, key, what):
@@ -192,7 +136,7 @@ STUDY = Study(
     seeds=6,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(ROWS, "error of a gradient, % of its length", words),
     claims=tuple(
         keeps(variant, key, what)
         for key, what in (("late_loss", "training loss"), ("val_loss", "validation loss"))

@@ -1,10 +1,9 @@
 """AdamW against Muon and Muon with QK-clip: steps to a loss, and heads' largest logits."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim, Stake
 
 ADAMW, MUON, CLIPPED, FREE = "AdamW", "Muon", "Muon + QK-clip", "AdamW + QK-clip"
@@ -93,51 +92,15 @@ def log_logit(numbers):
     return float(np.log(numbers["max_logit"]))
 
 
-def draw(results, path):
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    words = drawing.answer(lambda: loss_words(results), "Validation loss by steps")
-    drawing.plot_curves(left, results, "val_loss", words, "validation loss, nats per token")
-    for variant in results.variants:
-        heads = np.stack(
-            [np.sort(np.ravel(h))[::-1] for h in results.values(variant, "head_logits")]
-        )
-        colour = drawing.colour_of(results, variant)
-        right.plot(
-            range(1, heads.shape[1] + 1),
-            heads.mean(0),
-            "o-",
-            color=colour,
-            label=variant,
-            markersize=4,
-        )
-        right.fill_between(
-            range(1, heads.shape[1] + 1),
-            heads.min(0),
-            heads.max(0),
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-        )
-    right.axhline(THRESHOLD, color="0.4", linewidth=0.8, linestyle="--")
-    words = drawing.answer(lambda: logit_words(results), "The largest logits")
-    label = "heads of all layers, largest first; shaded: seeds"
-    drawing.style_axes(right, words, label, "largest attention logit on held-out text")
-    right.legend(frameon=False, fontsize=8)
-    write_figure(figure, path)
-
-
-def logit_words(results):
-    tops = [results.values(name, "max_logit").mean() for name in (MUON, ADAMW, CLIPPED)]
-    words = "The largest logit is {:.0f} with Muon, {:.0f} with AdamW, {:.0f} clipped at {:g}"
-    return words.format(*tops, THRESHOLD)
-
-
-def loss_words(results):
+def words(results):
     share = steps_to(results, MUON)
     if np.isnan(share).any():
         return "Muon does not reach AdamW's loss in every seed"
-    return f"Muon is at AdamW's loss after {100 * share.mean():.0f} % of the steps"
+    free, clipped = (results.values(name, "max_logit").mean() for name in (MUON, CLIPPED))
+    return (
+        f"Muon is at AdamW's loss after {100 * share.mean():.0f} % of the steps; "
+        f"QK-clip takes its largest logit from {free:.0f} to {clipped:.0f}"
+    )
 
 
 STUDY = Study(
@@ -156,7 +119,7 @@ STUDY = Study(
         Column("largest logit of a head", "max_logit", 1),
         Column("MaxVio, validation set", "max_vio_global", 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(text=words),
     claims=(
         Claim(
             "Muon has a lower loss than AdamW after as many steps", MUON, ADAMW, stake="training"

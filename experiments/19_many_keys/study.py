@@ -2,12 +2,9 @@
 
 import math
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import elements_per_token
-from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim
 from experiments.lab.matching import matched
 from experiments.lab.measuring import BITS, bits_stake, unknown_bits
@@ -74,24 +71,6 @@ def log_steps(numbers):
     return math.log(numbers["steps_to_half"])
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 0.9 + 0.34 * len(results.variants)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    names = sorted(results.variants, key=lambda name: -results.values(name, "cached")[0])
-    drawing.make_logarithmic(right, "x", (100, 200, 400, 600))
-    colours = [drawing.colour_of(results, name) for name in names]
-    drawing.plot_rows(left, results, names, unknown_bits, colours)
-    drawing.plot_rows(right, results, names, log_steps, colours, shown=np.exp)
-    labels = [f"{name}: {results.values(name, 'cached')[0]:.0f} numbers" for name in names]
-    left.set_yticks(range(len(names)), labels, fontsize=9)
-    left.invert_yaxis()
-    title = f"Recall of {TASK.planted} keys needs a row of {fewest_numbers(results)} numbers"
-    drawing.style_axes(left, title, "bits of a value unknown, of 2; bars: 95 % interval", "")
-    title = drawing.answer(lambda: step_words(results), "Steps to half of the bits")
-    drawing.style_axes(right, title, "steps to half of the bits; 600: never", "")
-    write_figure(figure, path)
-
-
 def fewest_numbers(results):
     """Return the size of the smallest row with which no more than MARGIN bits are unknown."""
     known = [
@@ -101,9 +80,8 @@ def fewest_numbers(results):
     return f"{min(rows):.0f}" if known else f"more than {max(rows):.0f}"
 
 
-def step_words(results):
-    steps = [np.exp(results.values(name, log_steps).mean()) for name in (MLA, MHA)]
-    return "Half is known after {:.0f} steps of MLA, {:.0f} of MHA".format(*steps)
+def words(results):
+    return f"Recall of {TASK.planted} keys needs a row of {fewest_numbers(results)} numbers"
 
 
 def claim(text, variant, against, expect="higher", key=unknown_bits, unit="bits", **more):
@@ -132,7 +110,7 @@ STUDY = Study(
         Column("bits unknown, of 2", "val_loss", 2, scale=BITS, paired=True, against=(MHA,)),
         Column("steps to half of the bits", "steps_to_half", 0),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(unknown_bits, "bits of a value unknown, of 2", words),
     claims=(
         same("MLA recalls as much as MHA", MLA, MHA),
         same("a row of 8 + 4 numbers recalls as much as one of 32 + 16", row(8, 4), MLA),

@@ -1,11 +1,10 @@
 """Rules of balancing where the right division is known: 16 domains apart, 16 experts."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
-from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
 from experiments.lab.tasks import Domains
@@ -66,65 +65,10 @@ def measure(trained):
     }
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = {"no balance": ("none",)}
-    names |= {rule: tuple(by_strength) for rule, by_strength in RULES.items()}
-    for rule, strengths in names.items():
-        colour = drawing.colour_of(results, strengths[0])
-        for ax, key in ((left, unknown_bits), (right, "information")):
-            line(ax, results, strengths, key, colour, rule)
-        line(
-            right,
-            results,
-            [name + ONE_DOMAIN for name in strengths],
-            "information",
-            colour,
-            "",
-            filled=False,
-        )
-    right.scatter(
-        [], [], 60, facecolors="none", edgecolors="0.3", label="training batches of one domain"
-    )
-    title = drawing.answer(lambda: cost_words(results), "What balance costs")
-    drawing.style_axes(
-        left, title, "MaxVio", "bits of an answer unknown, of 7.8; bars: 95 % interval"
-    )
-    title = drawing.answer(lambda: words(results), "What an expert tells of the domain")
-    drawing.style_axes(right, title, "MaxVio", "I(expert; domain), bits of 4; bars: 95 % interval")
-    for ax in (left, right):
-        drawing.make_logarithmic(ax, "x", (0.1, 0.2, 0.5, 1))
-    right.set_ylim(bottom=0)
-    figure.legend(
-        *right.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        ncols=5,
-        loc="outside lower center",
-    )
-    write_figure(figure, path)
-
-
-def cost_words(results):
-    change = drawing.change(results, STRONG, BIAS, unknown_bits, 2)
-    return f"The strongest sequence-wise loss against the bias: {change} bits"
-
-
 def words(results):
     bits = [results.values(name, "information").mean() for name in (BIAS, BATCH, STRONG)]
-    words = (
-        "Experts tell {:.2f} bits of the domain with the bias,\n"
-        "{:.2f} batch-wise, {:.2f} sequence-wise"
-    )
-    return words.format(*bits)
-
-
-def line(ax, results, names, key, colour, label, **more):
-    found = [name for name in names if name in results.variants]
-    if not found:
-        return
-    drawing.plot_strengths(ax, results, found, "max_vio_global", key, colour, label, **more)
+    of_rules = "{:.2f} bits of the domain with the bias, {:.2f} batch-wise, {:.2f} sequence-wise"
+    return f"Experts tell {of_rules.format(*bits)}"
 
 
 def fewer(text, variant, against, expect="lower"):
@@ -148,7 +92,7 @@ STUDY = Study(
         Column("bits of the expert", "entropy", 2),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants("information", "I(expert; domain), bits of 4", words),
     claims=(
         divides("the bias divides the domains more than a sequence-wise loss", BIAS, SEQUENCE),
         divides(

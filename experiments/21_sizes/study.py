@@ -29,10 +29,6 @@ def variants(base):
     return runs
 
 
-def draw(results, path):
-    drawing.draw_claims(path, results, lambda: words(results))
-
-
 def words(results):
     leads = [
         drawing.change(results, name_of("MLA", size), name_of("MHA", size)) for size in FACTORS
@@ -53,7 +49,7 @@ STUDY = Study(
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
     measure=lambda trained: {"rate": trained.run.optim.learning_rate},
-    draw=draw,
+    draw=drawing.claims_and_variants(text=words),
     claims=tuple(
         Claim(
             f"{text}, at {size} width",

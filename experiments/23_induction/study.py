@@ -1,13 +1,11 @@
 """When induction forms: by the optimizer, and with multi-token heads."""
 
 import itertools
-import math
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, bits_stake, formed, log_formed, unknown_bits
 from experiments.lab.tasks import Chains
@@ -58,45 +56,9 @@ def measure(trained):
     }
 
 
-def log_above(numbers):
-    """Return ln of the bits above the optimum."""
-    return math.log(max(numbers["above"], 1e-4))
-
-
-def draw(results, path):
-    figure = Figure(figsize=(11, 0.9 + 0.36 * len(results.variants)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    drawing.make_logarithmic(left, "x", (100, 200, 400))
-    drawing.make_logarithmic(right, "x", (0.02, 0.05, 0.1))
-    colours = ["C1" if name.startswith(MUON) else "C0" for name in results.variants]
-    drawing.plot_rows(left, results, results.variants, log_formed, colours, shown=np.exp)
-    drawing.plot_rows(right, results, results.variants, log_above, colours, shown=np.exp)
-    left.set_yticks(range(len(results.variants)), results.variants, fontsize=9)
-    left.invert_yaxis()
-    title = drawing.answer(lambda: words(results, "formed", STEPS), "When induction forms")
-    drawing.style_axes(
-        left,
-        title,
-        "step at which half of it is learnt\nbars: geometric mean with its 95 % interval",
-        "",
-    )
-    title = drawing.answer(lambda: words(results, "above", LEFT), "What is left at the end")
-    drawing.style_axes(
-        right,
-        title,
-        "bits a token above the optimum\nbars: geometric mean with its 95 % interval",
-        "",
-    )
-    write_figure(figure, path)
-
-
-STEPS = "Induction forms after {:.0f} steps of Muon, {:.0f} of AdamW"
-LEFT = "Muon ends {:.3f} bits above the optimum, AdamW {:.3f}"
-
-
-def words(results, key, text):
-    """Say the means of Muon and AdamW."""
-    return text.format(*(results.values(name, key).mean() for name in (MUON, ADAMW)))
+def words(results):
+    muon, adamw = (results.values(name, "formed").mean() for name in (MUON, ADAMW))
+    return f"Induction forms after {muon:.0f} steps of Muon, {adamw:.0f} of AdamW"
 
 
 def sooner(text, variant, against):
@@ -115,7 +77,9 @@ STUDY = Study(
         Column("step at which half is learnt", "formed", 0),
         Column("bits above the optimum", "above", 3, paired=True, against=(MUON,)),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        log_formed, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400)
+    ),
     claims=(
         *(
             sooner(f"Muon finds induction sooner than AdamW{size}", MUON + size, ADAMW + size)

@@ -1,10 +1,9 @@
 """Two-token names: whether multi-token heads bring their induction forward."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing, format_number, write_figure
+from experiments.lab import Column, OnTask, Study, drawing, format_number
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
 from experiments.lab.statistics import estimate
@@ -57,39 +56,9 @@ def table(results):
     return "\n\n".join([results_table(results, COLUMNS), *sentences])
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    drawing.make_logarithmic(left, "x", (100, 200, 400, 800))
-    colours = [drawing.colour_of(results, name) for name in results.variants]
-    drawing.plot_rows(left, results, results.variants, log_formed, colours, shown=np.exp)
-    for name, colour in zip(results.variants, colours, strict=True):
-        steps, losses = results.curve(name, "loss")
-        for loss in losses:
-            right.plot(steps, loss * BITS, color=colour, alpha=0.5, linewidth=1)
-        right.plot([], [], color=colour, label=name)
-    left.set_yticks(range(len(results.variants)), results.variants, fontsize=9)
-    left.set_ylim(len(results.variants) - 0.5, -0.5)
-    title = drawing.answer(lambda: step_words(results), "When names form")
-    drawing.style_axes(left, title, "step at which half is learnt; bars: 95 % interval", "")
-    right.axhline(TASK.best_bits, color="0.5", linewidth=0.8)
-    right.axhline(TASK.bits_without_pairs, color="0.5", linewidth=0.8, linestyle="--")
-    title = drawing.answer(lambda: latest_words(results), "Each seed's loss")
-    label = "step; grey lines: without pairs, and the optimum"
-    drawing.style_axes(right, title, label, "each seed's loss, bits a token")
-    right.set_ylim(TASK.best_bits - 0.05, TASK.bits_without_pairs + 0.5)
-    right.legend(frameon=False)
-    write_figure(figure, path)
-
-
-def step_words(results):
+def words(results):
     share = np.exp(results.difference(MODULE, PLAIN, log_formed))
     return f"With a module, names form in {100 * share:.0f} % of the steps"
-
-
-def latest_words(results):
-    latest = [results.values(name, "formed").max() for name in (MODULE, PLAIN)]
-    return "The last seed finds them at step {:,.0f} with a module, {:,.0f} without".format(*latest)
 
 
 def sooner(text, variant):
@@ -113,7 +82,9 @@ STUDY = Study(
     measure=measure,
     columns=COLUMNS,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        log_formed, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400, 800)
+    ),
     claims=(
         sooner("a module brings names forward", MODULE),
         sooner("two parallel heads bring names forward", PARALLEL),

@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
@@ -19,9 +18,8 @@ from experiments.lab import (
     format_number,
     markdown_table,
     mean_spread,
-    write_figure,
 )
-from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab.claims import Claim, Stake, logit, percent_of
 from experiments.lab.results import lookup
 
 BEFORE = "before"
@@ -33,7 +31,6 @@ STEPS, NEW = 150, 4  # of GRPO; tokens of an answer, at most
 EOS = 256
 HOW = ("likeliest", "likeliest, carry", "sampled", "sampled, carry")
 CARRIES = 444  # questions with a carry
-EVERY = 10  # steps that a point of a curve is the mean of
 
 
 def name_of(kind, replay):
@@ -99,7 +96,6 @@ def measure(trained):
     numbers = {
         "right": {how: 100 * rate for how, rate in accuracy(model).items()},
         "max_vio": max_vio,
-        "curve": {},
     }
     if BEFORE in trained.needed_folders:
         _, before = routed(load_run(trained.needed_folders[BEFORE]).model)
@@ -107,11 +103,7 @@ def measure(trained):
         numbers["changed"] = 100 - 100 * float(kept.mean())
         rows = [row for row in trained.metrics() if "mismatch" in row]
         for name in ("mismatch", "max_mismatch", "clipped", "skipped", "reward"):
-            values = np.array([row[name] for row in rows])
-            numbers[name] = float(values.mean())
-            numbers["curve"][name] = [
-                float(part.mean()) for part in np.split(values, range(EVERY, len(values), EVERY))
-            ]
+            numbers[name] = float(np.mean([row[name] for row in rows]))
     return numbers
 
 
@@ -177,49 +169,9 @@ def by_seed(results):
     return markdown_table([*header, "with a carry: before, %", "after, %", "difference"], rows)
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11.0, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for i, kind in enumerate(KINDS):
-        for replay, line in ((True, "-"), (False, ":")):
-            name = name_of(kind, replay)
-            for ax, key, scale in ((left, "reward", 100), (middle, "mismatch", 1)):
-                records = results.records(name)
-                curves = [record["numbers"]["curve"][key] for record in records]
-                curves = scale * np.array(curves)
-                ax.plot(
-                    EVERY * (np.arange(curves.shape[1]) + 0.5),
-                    curves.mean(0),
-                    line,
-                    color=f"C{i}",
-                    label=name,
-                )
-    drawing.style_axes(left, "right answers, sampled", "step", "%, mean of three seeds")
-    drawing.style_axes(
-        middle, "sampler and trainer differ", "step", "mean of |ln π − ln π_old|, nats"
-    )
-    middle.set_yscale("log")
-    left.legend(frameon=False, fontsize=7)
-    names = list(results.variants)
-    drawing.plot_rows(
-        right,
-        results,
-        names,
-        logit("right/likeliest", SIZES["asked"]),
-        ["0.4", *(f"C{i}" for i in range(len(KINDS)) for _ in "ab")],
-        shown=lambda logits: 100 / (1 + np.exp(-logits)),
-    )
-    title, unit = "1,000 other sums, likeliest answer", "% right; mean, 95 % interval in logits"
-    drawing.style_axes(right, title, unit, "")
-    right.set_yticks(range(len(names)), names, fontsize=8)
-    right.invert_yaxis()
-
-    def text():
-        gain = results.difference(name_of("float32", True), BEFORE, "right/likeliest")
-        return f"GRPO: {format_number(gain, 0, sign=True)} points of right sums"
-
-    figure.suptitle(drawing.answer(text, results.about["question"]))
-    write_figure(figure, path)
+def words(results):
+    gain = results.difference(FIRST, BEFORE, "right/likeliest")
+    return f"GRPO: {format_number(gain, 0, sign=True)} points of right sums"
 
 
 def gain(text, key, questions):
@@ -274,7 +226,12 @@ STUDY = Study(
     prepare=prepare,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        logit("right/likeliest", SIZES["asked"]),
+        "right sums, likeliest answer, %",
+        words,
+        shown=percent_of,
+    ),
     claims=(
         gain("more sums are right after GRPO than before", "right/likeliest", SIZES["asked"]),
         gain("more sums with a carry are right after GRPO than before", CARRY, CARRIES),

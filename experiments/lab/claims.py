@@ -186,6 +186,15 @@ def logit(key: Key, questions: int, whole: float = 100.0) -> Callable[[Mapping],
     return found
 
 
+def percent_of(logits: np.ndarray) -> np.ndarray:
+    """Return the shares, in percent, that logits are of.
+
+    >>> percent_of(np.array([0.0])).tolist()
+    [50.0]
+    """
+    return 100 / (1 + np.exp(-logits))
+
+
 def noise_within(results: Results) -> NoiseOf:
     """Return a function that pools a number's noise over the variants of one study."""
 

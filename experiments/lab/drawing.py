@@ -71,11 +71,10 @@ WIDTH, CLAIM_INCHES, VARIANT_INCHES = 9.0, 0.42, 0.3
 
 
 def claims_and_variants(
-    key: Key | None = "val_loss",
-    label: str = "validation loss, nats",
+    key: Key | Mapping[str, tuple[str, Key]] | None = "val_loss",
+    label: str = "validation loss, nats per token",
     text: Callable[[Results], str] | None = None,
     *,
-    only: Collection[str] = (),
     shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ticks: Sequence[float] = (),
     linear: float | None = None,
@@ -86,44 +85,54 @@ def claims_and_variants(
     Variants have a dot a seed, and the mean with its 95 % interval.
 
     Args:
-        key: the number of the variants. None means claims alone.
+        key: the number of the variants; or rows of other numbers, name → (variant, number). None
+            means claims alone.
         label: the number's name and unit.
         text: results → the title, which says the answer. None, and missing runs, mean the question.
-        only: the variants to show. Default: all.
         shown: from the number to its axis, as np.exp where `key` is a logarithm.
         ticks: make the variants' axis logarithmic, with these ticks.
-        linear: claims' differences beyond it are on a logarithmic axis, so that intervals of small
-            and large ones are seen.
+        linear: axes are linear up to here, and logarithmic beyond it, so that intervals of small
+            and large numbers are seen.
     """
 
     def draw(results: Results, path: Path) -> None:
         question = results.about["question"]
         title = question if text is None else answer(lambda: text(results), question)
-        names = [name for name in results.variants if not only or name in only]
-        if key is not None:
-            names = [name for name in names if name in table_of(results, key)]
+        rows = _rows(results, key)
         verdicts: Sequence[Verdict] = results.verdicts
         height = max(
             CLAIM_INCHES * len(verdicts) + 0.5 * len({v.claim.unit for v in verdicts}),
-            0 if key is None else VARIANT_INCHES * len(names) + 0.5,
+            VARIANT_INCHES * len(rows) + 0.5,
         )
-        figure = Figure(figsize=(WIDTH, max(height, 1.0) + 0.9), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height + 0.9), layout="constrained")
         figure.suptitle(textwrap.fill(title, 100), fontsize=11)
         # Claims have the longer names.
-        ratios = (1,) if key is None else (5, 4)
+        ratios = (5, 4) if rows else (1,)
         parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
         _plot_claims(parts[0], verdicts, linear)
-        if key is not None:
+        if rows:
             ax = parts[1].add_subplot()
             if ticks:
                 make_logarithmic(ax, "x", ticks)
-            colours = [colour_of(results, name) for name in names]
-            plot_rows(ax, results, names, key, colours, shown=shown)
+            for row, (variant, number) in enumerate(rows.values()):
+                half = half_interval(results, variant, 0.0, number)
+                values, colour = results.values(variant, number), colour_of(results, variant)
+                plot_row(ax, values, row, half, colour, shown)
             style_axes(ax, "", f"{textwrap.fill(label, 38)}\ndots: seeds, bars: 95 % interval", "")
-            _name_rows(ax, names, 24)
+            _finish_rows(ax, list(rows), 24, linear)
         write_figure(figure, path)
 
     return draw
+
+
+def _rows(
+    results: Results, key: Key | Mapping[str, tuple[str, Key]] | None
+) -> dict[str, tuple[str, Key]]:
+    """Return name → (variant, number) of the rows that have results."""
+    if key is None:
+        return {}
+    named = key if isinstance(key, Mapping) else {name: (name, key) for name in results.variants}
+    return {name: row for name, row in named.items() if row[0] in table_of(results, row[1])}
 
 
 def _plot_claims(figure: FigureBase, verdicts: Sequence[Verdict], linear: float | None) -> None:
@@ -136,9 +145,6 @@ def _plot_claims(figure: FigureBase, verdicts: Sequence[Verdict], linear: float 
     rows = [len(some) for some in by_unit.values()]
     axes = figure.subplots(len(rows), height_ratios=rows, squeeze=False)[:, 0]
     for ax, (unit, some) in zip(axes, by_unit.items(), strict=True):
-        if linear is not None:
-            ax.set_xscale("symlog", linthresh=linear)
-            ax.xaxis.set_major_formatter("{x:g}")
         for row, v in enumerate(some):
             colour = ANSWER_COLOURS[v.answer]
             ax.plot(v.difference.interval, [row, row], color=colour, linewidth=2)
@@ -147,7 +153,7 @@ def _plot_claims(figure: FigureBase, verdicts: Sequence[Verdict], linear: float 
                 ax.plot([v.claim.published], [row], "D", color="black", fillstyle="none")
         ax.axvline(0, color="0.5", linewidth=0.8)
         style_axes(ax, "", f"difference, {unit}" if unit else "difference", "")
-        _name_rows(ax, [v.claim.text for v in some], 42)
+        _finish_rows(ax, [v.claim.text for v in some], 42, linear)
     marks = [
         Line2D([], [], marker="o", color=ANSWER_COLOURS[given], label=given)
         for given in dict.fromkeys(v.answer for v in verdicts)
@@ -159,13 +165,20 @@ def _plot_claims(figure: FigureBase, verdicts: Sequence[Verdict], linear: float 
     figure.legend(handles=marks, frameon=False, fontsize=9, ncols=5, loc="outside lower left")
 
 
-def _name_rows(ax: Axes, names: Sequence[str], width: int) -> None:
-    """Name the rows 0, 1, … from the top, in lines of at most `width` characters."""
+def _finish_rows(ax: Axes, names: Sequence[str], width: int, linear: float | None) -> None:
+    """Name the rows 0, 1, … from the top, in lines of at most `width` characters.
+
+    Args: linear: see `claims_and_variants`; for an axis that reaches three times as far.
+    """
     ax.set_yticks(range(len(names)), [textwrap.fill(name, width) for name in names])
     ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
     ax.tick_params(labelsize=8)
     ax.xaxis.label.set_fontsize(9)
-    if ax.get_xscale() == "linear":
+    if linear is not None and max(np.abs(ax.get_xlim())) > 3 * linear:
+        ax.set_xscale("symlog", linthresh=linear)
+        ax.autoscale(axis="x")
+        ax.xaxis.set_major_formatter("{x:g}")
+    elif ax.get_xscale() == "linear":
         ax.locator_params("x", nbins=5)
 
 
@@ -192,6 +205,7 @@ def draw_claims(
     ax = figure.add_subplot()
     if linear is not None:
         ax.set_xscale("symlog", linthresh=linear)
+        ax.autoscale(axis="x")
     units = {v.claim.unit for v in verdicts}
     for row, v in enumerate(verdicts):
         low, high = v.difference.interval
