@@ -1,4 +1,4 @@
-"""Multi-token prediction: its effect on the next token's loss, and the acceptance of its drafts."""
+"""Multi-token prediction: heads and their loss's weight λ; the next token's loss, and drafts."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,11 +6,17 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import train_flops_per_token
 from experiments.lab import Column, Study, drawing, write_figure
-from experiments.lab.claims import Claim, logit
+from experiments.lab.claims import Claim, Stake, logit
 
+# The first three have V3's weights: λ 0.3, then 0.1.
 OFF, ONE, LONGER = "off", "DeepSeek, depth 1", "off, with the FLOPs of depth 1"
 TWO, META = "DeepSeek, depth 2", "Meta, 2 heads"
-DRAFTS = 10_000  # that second drafts are counted over, at least
+WEIGHTS = (0.1, 0.3, 1.0)
+DRAFTS = 10_000  # that are counted at each position, at least
+
+
+def constantly(weight):
+    return f"depth 1, λ {weight} throughout"
 
 
 def variants(base):
@@ -21,10 +27,17 @@ def variants(base):
         TWO: replace(off, mtp_depth=2),
         META: replace(off, mtp_depth=2, mtp_kind="meta"),
     }
+    runs = {name: replace(base, model=model) for name, model in models.items()}
     ratio = train_flops_per_token(models[ONE]) / train_flops_per_token(off)
     steps = round(ratio * base.steps)
     longer = replace(base, model=off, steps=steps, eval_every=max(steps, base.eval_every))
-    return {name: replace(base, model=model) for name, model in models.items()} | {LONGER: longer}
+    weighed = {
+        constantly(x): replace(
+            runs[ONE], optim=replace(base.optim, mtp_weight=x, mtp_final_weight=x)
+        )
+        for x in WEIGHTS
+    }
+    return runs | {LONGER: longer} | weighed
 
 
 def measure(trained):
@@ -41,43 +54,38 @@ def tokens_per_step(results, variant):
     return 1 + np.cumprod(acceptance, axis=1).sum(axis=1)
 
 
+def accepted(position):
+    """Return a function of a run's numbers: the accepted share of drafts at a position, %."""
+    return lambda numbers: 100 * numbers["mtp_acceptance"][position]
+
+
+FIRST, SECOND = (logit(accepted(position), DRAFTS) for position in (0, 1))
+
+
 def draw(results, path):
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     title = drawing.answer(lambda: loss_words(results), "Validation loss of the next token")
     published = {
         claim.variant: claim.published for claim in STUDY.claims if claim.published is not None
     }
     drawing.plot_differences(left, results, "val_loss", title, "nats per token", published)
-    for position in (0, 1):
-        names = [
-            name
-            for name in results.variants
-            if results.values(name, "mtp_acceptance").shape[1] > position
-        ]
-        halves = drawing.half_intervals(results, names, accepted(position)) if names else []
-        for name, half in zip(names, halves, strict=True):
-            colour = drawing.colour_of(results, name)
-            shares = results.values(name, accepted(position))
-            x = position + 0.2 * (results.variants.index(name) - (len(results.variants) - 1) / 2)
-            label = name if position == 0 else None
-            right.bar([x], [shares.mean()], 0.18, color=colour, alpha=0.6, label=label)
-            right.plot(np.full(len(shares), x), shares, ".", color="0.2", markersize=5)
-            right.errorbar([x], [shares.mean()], yerr=[half], color="0.2", linewidth=1.2, capsize=4)
+    # A chain's and parallel heads' second drafts are rows of their own.
+    heads = [name for name in results.variants if results.values(name, "mtp_acceptance").size]
+    chains = [name for name in heads if results.values(name, "mtp_acceptance").shape[1] > 1]
+    rows = [(name, 0) for name in heads] + [(name, 1) for name in chains]
+    for i, (name, position) in enumerate(rows):
+        (half,) = drawing.half_intervals(results, [name], accepted(position))
+        colour = drawing.colour_of(results, name)
+        drawing.plot_row(right, results.values(name, accepted(position)), i, half, colour)
     title = drawing.answer(lambda: draft_words(results), "Accepted drafts on held-out text")
-    drawing.style_axes(
-        right, title, "dots: seeds, bars: 95 % interval", "%, if the drafts before were accepted"
+    label = "%, if the drafts before were accepted\ndots: seeds, bars: 95 % interval"
+    drawing.style_axes(right, title, label, "")
+    right.set_yticks(
+        range(len(rows)), [name + ", second draft" * position for name, position in rows]
     )
-    right.set_ylim(0, 100)
-    right.set_xticks([0, 1], ["first draft", "second draft"])
-    if right.containers:
-        right.legend(frameon=False, fontsize=8)
+    right.set(ylim=(max(len(rows), 1) - 0.5, -0.5), xlim=(0, 100))
     write_figure(figure, path)
-
-
-def accepted(position):
-    """Return a function of a run's numbers: the accepted share of drafts at a position, %."""
-    return lambda numbers: 100 * numbers["mtp_acceptance"][position]
 
 
 def loss_words(results):
@@ -91,14 +99,18 @@ def draft_words(results):
     return words.format(*shares)
 
 
+def drafts(text, variant, against, key, expect="higher", stake=""):
+    return Claim(text, variant, against, key, expect, unit="logits", digits=2, stake=stake)
+
+
 STUDY = Study(
     question=(
         "Does predicting several tokens ahead lower the loss of the next token, "
-        "and how many drafts are accepted?"
+        "how many drafts are accepted, and how much should the heads' loss weigh?"
     ),
     published=(
         "equal bits per byte (0.729, 0.729; 0.658, 0.657) and gains on tasks at scale; "
-        "small models can lose"
+        "small models can lose; λ 0.3, then 0.1 (V3), with no comparison"
     ),
     variants=variants,
     seeds_of={OFF: 10, ONE: 10},
@@ -106,7 +118,6 @@ STUDY = Study(
     columns=(
         Column("training MFLOPs per token", "train_flops", 2, scale=1e-6),
         Column("validation loss", "val_loss", 4, paired=True),
-        Column("bits per byte", "val_bits_per_byte", 4),
         Column("first draft accepted, %", "mtp_acceptance/0", 1, scale=100.0),
         Column("second draft accepted if the first was, %", "mtp_acceptance/1", 1, scale=100.0),
         Column("tokens per step", tokens_per_step, 2),
@@ -118,19 +129,38 @@ STUDY = Study(
         Claim("two modules lower the next token's loss", TWO, OFF, expect="none"),
         Claim("Meta's heads lower the next token's loss", META, OFF, expect="none"),
         Claim("one module lowers it more than longer training with its FLOPs", ONE, LONGER),
-        Claim(
+        drafts(
             "a chain's second draft is accepted more often than a parallel head's",
             TWO,
             META,
-            logit(accepted(1), DRAFTS),
-            "higher",
-            unit="logits",
-            digits=2,
+            SECOND,
+        ),
+        Claim("λ of 1 gives a higher loss than V3's", constantly(1.0), ONE, expect="higher"),
+        Claim(
+            "λ of 0.1 throughout gives a higher loss than V3's",
+            constantly(0.1),
+            ONE,
+            expect="higher",
+        ),
+        drafts("λ of 1 has more drafts accepted", constantly(1.0), ONE, FIRST, stake="module"),
+        drafts(
+            "λ of 0.1 throughout has fewer drafts accepted",
+            constantly(0.1),
+            ONE,
+            FIRST,
+            "lower",
+            "module",
         ),
     ),
+    stakes={
+        "module": Stake(
+            "no module, no draft", lambda results: results.values(ONE, accepted(0)), "points", 1
+        )
+    },
     facts={
         "0.3": "a weight, and published sizes",
         "90 %": "published",
         "0.040": "recipe 1, which results.json does not hold",
+        "67 %": "the schedule",
     },
 )
