@@ -1,11 +1,10 @@
 """Multi-token prediction: heads and their loss's weight λ; the next token's loss, and drafts."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import train_flops_per_token
-from experiments.lab import Column, Study, drawing, write_figure
+from experiments.lab import Column, Study, drawing
 from experiments.lab.claims import Claim, Stake, logit
 
 # The first three have V3's weights: λ 0.3, then 0.1.
@@ -62,41 +61,13 @@ def accepted(position):
 FIRST, SECOND = (logit(accepted(position), DRAFTS) for position in (0, 1))
 
 
-def draw(results, path):
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    title = drawing.answer(lambda: loss_words(results), "Validation loss of the next token")
-    published = {
-        claim.variant: claim.published for claim in STUDY.claims if claim.published is not None
-    }
-    drawing.plot_differences(left, results, "val_loss", title, "nats per token", published)
-    # A chain's and parallel heads' second drafts are rows of their own.
-    heads = [name for name in results.variants if results.values(name, "mtp_acceptance").size]
-    chains = [name for name in heads if results.values(name, "mtp_acceptance").shape[1] > 1]
-    rows = [(name, 0) for name in heads] + [(name, 1) for name in chains]
-    for i, (name, position) in enumerate(rows):
-        (half,) = drawing.half_intervals(results, [name], accepted(position))
-        colour = drawing.colour_of(results, name)
-        drawing.plot_row(right, results.values(name, accepted(position)), i, half, colour)
-    title = drawing.answer(lambda: draft_words(results), "Accepted drafts on held-out text")
-    label = "%, if the drafts before were accepted\ndots: seeds, bars: 95 % interval"
-    drawing.style_axes(right, title, label, "")
-    right.set_yticks(
-        range(len(rows)), [name + ", second draft" * position for name, position in rows]
-    )
-    right.set(ylim=(max(len(rows), 1) - 0.5, -0.5), xlim=(0, 100))
-    write_figure(figure, path)
-
-
-def loss_words(results):
+def words(results):
     changes = (drawing.change(results, name, OFF) for name in (ONE, LONGER))
-    return "One module: {} nats;\nmore steps with its FLOPs: {}".format(*changes)
-
-
-def draft_words(results):
-    shares = [results.values(name, accepted(1)).mean() for name in (TWO, META)]
-    words = "Second drafts accepted: {:.0f} % of a chain's,\n{:.0f} % of parallel heads'"
-    return words.format(*shares)
+    shares = (results.values(name, accepted(1)).mean() for name in (TWO, META))
+    return (
+        "One module: {} nats; more steps with its FLOPs: {}. "
+        "Second drafts accepted: {:.0f} % of a chain's, {:.0f} % of parallel heads'"
+    ).format(*changes, *shares)
 
 
 def drafts(text, variant, against, key, expect="higher", stake=""):
@@ -122,7 +93,7 @@ STUDY = Study(
         Column("second draft accepted if the first was, %", "mtp_acceptance/1", 1, scale=100.0),
         Column("tokens per step", tokens_per_step, 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(text=words),
     claims=(
         # The papers expect no direction: equal at scale, worse in small models.
         Claim("one module lowers the next token's loss", ONE, OFF, expect="none", published=0.0),
