@@ -61,6 +61,8 @@ BAD = {
     "chat {run}": "{run} has no chat template",
     "data tokenize --out {new}": "argument PATHS is missing",
     "convert {run} {text}": "{text} exists and is not an empty folder",
+    "convert {run} {new} --parts 2": "parts=2 is for a mixture; give --experts too",
+    "convert {run} {new} --experts 3": "experts=3 is not 2, 3, … times the num_experts=",
     "tokenizer {one} --paths {text}": "out='{one}' exists already",
     "tokenizer {new} --paths {text} --vocab-size 100": "vocab_size=100",
 }

@@ -40,7 +40,7 @@ COMMANDS = {
     "chat": ("MODEL", "talk with a model that has a chat template"),
     "convert": (
         "FOLDER OUT",
-        "convert released weights (Hugging Face format) into a run, a run into them, or a dtype",
+        "convert released weights (Hugging Face format) to a run and back, or a model to a mixture",
     ),
     "runs": (
         "[list FOLDER]",

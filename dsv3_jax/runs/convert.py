@@ -1,5 +1,6 @@
-"""`dsv3 convert`: a released folder to a run, a run to a released folder, or another dtype."""
+"""`dsv3 convert`: a released folder to a run and back, another dtype, or a mixture of experts."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.chat import text_settings
+from dsv3_jax.config import RunConfig
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
@@ -20,10 +22,11 @@ from dsv3_jax.hf.loading import load
 from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.hf.tensor_names import tensor_table
 from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, released_parts, write_released
-from dsv3_jax.host.files import atomic_folder, read_bytes
+from dsv3_jax.host.files import atomic_folder, read_bytes, write_atomic
 from dsv3_jax.host.signals import STOP, deferred
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model.upcycle import Upcycling, upcycle
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, check_place, claim
 from dsv3_jax.runs.open_model import (
@@ -40,7 +43,7 @@ ORIGIN = "released_config.json"  # in a run: config.json of the released folder 
 DType = Literal["float32", "bfloat16", "fp8"]
 
 
-def convert(
+def convert(  # noqa: PLR0913 - what to accept, each by name
     source: str | Path,
     out: str | Path,
     *,
@@ -50,10 +53,11 @@ def convert(
     allow_nonfinite: bool = False,
     allow_unknown_keys: bool = False,
     quiet: bool = False,
+    upcycling: Upcycling | None = None,
 ) -> str:
     """Convert a run to a released folder, or such a folder to a run or another dtype.
 
-    A failure leaves no folder.
+    With `upcycling`, either becomes a run of a mixture of experts. A failure leaves no folder.
 
     Args:
         source: a run folder or a released folder.
@@ -63,6 +67,8 @@ def convert(
             written in the dtype of the released folder that it was made of, else in its
             embedding's.
         mtp, allow_nonfinite, allow_unknown_keys, quiet: as `save` and `load`.
+        upcycling: the experts of a mixture to make, see `model.upcycle`. Its run is at step 0, for
+            `dsv3 train PRESET --start OUT`. It has the text of a run that it is made of.
     Returns: a sentence about the new folder.
     Raises: ValueError (ConfigError) as `load`, `save` and `checkpoint.load_run`.
 
@@ -88,7 +94,14 @@ def convert(
             "mtp=False is not supported for a run, which is written with its MTP layers; leave it "
             "out"
         )
+    if upcycling is not None and dtype is not None:
+        raise ValueError(
+            f"dtype={dtype!r} is for released weights, and a mixture that is made is a run; "
+            "leave it out"
+        )
     tensor_files.check_new(out, 0)
+    if from_run and upcycling is not None:
+        return _upcycle_run(source, out, step, upcycling)
     if from_run:
         return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
     accept: dict[str, Any] = {
@@ -98,7 +111,10 @@ def convert(
     }
     if dtype is None:
         check_place(out.resolve())
-        return _released_to_run(source, out, load(source, jnp.float32, quiet=quiet, **accept))
+        model = load(source, jnp.float32, quiet=quiet, **accept)
+        if upcycling is not None:
+            model = upcycle(model, upcycling)
+        return _released_to_run(source, out, model)
     return _released_to_dtype(ReleasedFolder(source, **accept), out, dtype, quiet)
 
 
@@ -163,8 +179,44 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
 
 
 def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
-    """Convert to a run at step 0 with a new optimizer state, as other commands read it."""
+    """Convert to a run at step 0, with the files of its text."""
     run = released_run(source, model.cfg, load_text(source))
+    text_files(source)  # none is a link out of the folder
+
+    def copy_text(folder: Path) -> None:
+        keep_origin(source, folder)
+        text_settings.copy_to_run(source, folder)
+
+    run = _write_run(out, run, model, copy_text)
+    return f"{out}: a run at step 0, its tokenizer {Path(run.data.tokenizer).name}"
+
+
+def _upcycle_run(source: Path, out: Path, step: int | None, how: Upcycling) -> str:
+    """Make a run at step 0 out of a run's checkpoint, with its text and the files of that."""
+    check_place(out.resolve())
+    model, run, step = load_run(source, step=step, kernels="auto", widen=True)
+    made = upcycle(model, how)
+    files = {name: file for name, file in text_files(source).items() if name != TOKENIZER_FILE}
+
+    def copy_text(folder: Path) -> None:
+        keep_origin(source, folder)
+        for name, file in files.items():
+            if not (folder / name).exists():
+                write_atomic(folder / name, read_bytes(file))
+
+    run = RunConfig(made.cfg, data=run.data, execution=run.execution)
+    _write_run(out, run, made, copy_text)
+    cfg = made.cfg
+    return (
+        f"{out}: a run at step 0, made of the checkpoint of step {step}, with "
+        f"{cfg.experts_per_token} of {cfg.num_experts} experts a token"
+    )
+
+
+def _write_run(
+    out: Path, run: RunConfig, model: Transformer, copy_text: Callable[[Path], None]
+) -> RunConfig:
+    """Write a run at step 0 with a new optimizer state, as other commands read it."""
     params = nnx.state(model, nnx.Param)
     bias = nnx.state(model, RouterBias)
     # numpy's zeros take no memory until they are touched
@@ -173,13 +225,11 @@ def _released_to_run(source: Path, out: Path, model: Transformer) -> str:
     tensor_files.check_new(out, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     with atomic_folder(out) as folder:
         run = claim(folder, run)
-        text_files(source)  # none is a link out of the folder
-        keep_origin(source, folder)
-        text_settings.copy_to_run(source, folder)
+        copy_text(folder)
         # Orbax writes in threads: they would go on while the folder is deleted.
         with deferred(*STOP), Checkpoints(folder, run) as checkpoints:
             checkpoints.save(state, {}, wait=True)
-    return f"{out}: a run at step 0, its tokenizer {Path(run.data.tokenizer).name}"
+    return run
 
 
 def keep_origin(source: Path, run: str | Path) -> None:

@@ -1,0 +1,224 @@
+"""Upcycling: a mixture made of a dense model computes the same, and begins with what was asked."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import LIGHT, flat, random_model, small
+from runs import assert_bitwise, fresh_state, make_run, refused, unhooked_cli
+from runs import write_text as text_in
+
+import dsv3_jax as ds
+from dsv3_jax.model.upcycle import NOISE, Upcycling, redraw, upcycle, upcycled_config
+from dsv3_jax.runs import loop
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.folder import claim
+from dsv3_jax.runs.start import on_weights, open_start
+
+DENSE = small(num_layers=2, num_dense_layers=2)
+MIXTURE = replace(LIGHT, mtp_depth=1)
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 37, (2, 9)), jnp.int32)
+
+
+def upcycled(cfg, experts, **how):
+    return upcycle(random_model(cfg), Upcycling(experts, **how))
+
+
+def arrays_of(model):
+    """All variables of a model by path."""
+    return flat(nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("how", "width", "scale"),
+    [
+        (Upcycling(4), 20, 1.0),
+        (Upcycling(12, parts=4), 5, 4.0),
+        (Upcycling(6, parts=2, experts_per_token=2), 10, 2.0),
+    ],
+    ids=["copies", "quarters", "one copy of halves"],
+)
+def test_a_mixture_begins_as_the_dense_model(how, width, scale):
+    """Its logits are equal to rounding, and a token's experts are all parts of some copies."""
+    dense = random_model(DENSE)
+    mixture = upcycle(dense, how)
+    cfg = mixture.cfg
+    assert cfg == upcycled_config(DENSE, how)
+    assert (cfg.num_dense_layers, cfg.expert_dim, cfg.routed_scale) == (0, width, scale)
+    found, wanted = mixture(TOKENS), dense(TOKENS).logits
+    # some tens of roundings of 6e-8 of values as large as a logit
+    np.testing.assert_allclose(found.logits, wanted, rtol=0, atol=2e-6 * abs(wanted).max())
+
+    copies = how.experts // how.parts
+    part, copy = np.divmod(np.sort(found.routing.expert_ids, axis=-1), copies)
+    chosen = cfg.experts_per_token // how.parts
+    assert (part == np.repeat(np.arange(how.parts), chosen)).all()
+    assert (copy.reshape(*copy.shape[:-1], how.parts, chosen) == copy[..., None, :chosen]).all()
+    # Tokens do not all use the same copies.
+    assert len(np.unique(copy)) == copies
+
+
+def test_copies_have_their_part_of_the_hidden_units():
+    """Expert p · m + j is part p, bitwise; all that is not feed-forward is as it was."""
+    old, new = (arrays_of(model) for model in (random_model(DENSE), upcycled(DENSE, 12, parts=4)))
+    for name, axis in (("w_gate", 2), ("w_up", 2), ("w_down", 1)):
+        experts = new["sparse", "moe", "experts", name]
+        for e in range(12):
+            part = np.split(old["dense", "ffn", name], 4, axis)[e // 3]
+            assert (experts[:, e] == part).all()
+    kept = {("sparse", *path[1:]): x for path, x in old.items() if path[0] == "dense"}
+    kept |= {path: x for path, x in old.items() if path[0] != "dense"}
+    for path, x in kept.items():
+        assert "ffn" in path or (new[path] == x).all()
+    assert not new["sparse", "moe", "bias"].any()
+
+
+def test_more_experts_of_a_mixture_are_copies_with_their_router_rows():
+    """Sent to any copy of its old experts, a token gets the old output, up to the router's noise.
+
+    Heads too. Without the noise the copies of an expert have one row of the router.
+    """
+    old = random_model(MIXTURE)
+    new = upcycle(old, Upcycling(24))
+    assert new.cfg == replace(MIXTURE, num_experts=24)
+    wanted = old(TOKENS)
+    copy = np.arange(3, dtype=np.int32)  # of a token's first, second and third expert
+    trunk, *heads = [
+        jnp.asarray(3 * np.asarray(r.expert_ids) + copy)
+        for r in (wanted.routing, *wanted.mtp_routing)
+    ]
+    found = new(TOKENS, expert_ids=trunk, mtp_expert_ids=heads)
+    for a, b in (
+        (found.logits, wanted.logits),
+        (found.mtp_logits[0], wanted.mtp_logits[0]),
+    ):
+        assert 0 < abs(a - b).max() < 5 * NOISE * abs(b).max()
+
+    before, after = arrays_of(old), arrays_of(new)
+    for at in (("sparse", "moe"), ("mtp", 0, "block", "moe")):
+        for name in ("w_gate", "w_up", "w_down"):
+            experts = after[*at, "experts", name]
+            assert (experts == np.repeat(before[*at, "experts", name], 3, axis=-3)).all()
+        assert (after[*at, "bias"] == np.repeat(before[*at, "bias"], 3, axis=-1)).all()
+        noise = after[*at, "w_router"] - np.repeat(before[*at, "w_router"], 3, axis=-1)
+        # of 16 · 24 numbers or more: five standard errors of a deviation
+        assert abs(noise.std() / before[*at, "w_router"].std() / NOISE - 1) < 5 / np.sqrt(2 * 384)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 1.0])
+def test_as_many_hidden_units_are_drawn_anew_as_asked(rng, share):
+    """The same units of an expert's three matrices; all others are bitwise as they were.
+
+    A unit's new weights have the mean and the deviation of those that they replace.
+    """
+    lead, dim, width = (2, 3), 200, 10
+    shapes = {"w_gate": (dim, width), "w_up": (dim, width), "w_down": (width, dim)}
+    old = [
+        (1 + i + (2 + i) * rng.standard_normal((*lead, *shape))).astype(np.float32)
+        for i, shape in enumerate(shapes.values())
+    ]
+    new = [np.asarray(x) for x in redraw(*map(jnp.asarray, old), share, jax.random.key(0))]
+    units = [[np.swapaxes(x, -1, -2) if i < 2 else x for i, x in enumerate(x)] for x in (old, new)]
+    seen = set()
+    for at in np.ndindex(lead):
+        changed = [(a[at] != b[at]) for a, b in zip(*units, strict=True)]
+        chosen = changed[0].any(axis=1)
+        assert chosen.sum() == round(share * width)
+        seen.add(tuple(chosen))
+        for one, a, b in zip(changed, *units, strict=True):
+            assert (one == chosen[:, None]).all()
+            was, drawn = a[at][chosen], b[at][chosen]
+            error = 5 / np.sqrt(was.size)  # five standard errors, in deviations
+            assert abs(drawn.mean() - was.mean()) < error * was.std()
+            assert abs(drawn.std() - was.std()) < error * was.std()
+    assert share == 1 or len(seen) > 1  # experts differ in their units
+
+
+def test_units_are_drawn_by_the_seed():
+    one, same, other = (arrays_of(upcycled(DENSE, 4, redrawn=0.5, seed=s)) for s in (0, 0, 1))
+    assert_bitwise(one, same)
+    path = ("sparse", "moe", "experts", "w_gate")
+    assert (one[path] != other[path]).any()
+    dense = arrays_of(random_model(DENSE))["dense", "ffn", "w_gate"]
+    assert (one[path] == dense[:, None]).all(axis=-2).sum() == 2 * 4 * 10  # layers, experts, units
+
+
+@pytest.fixture
+def dense_run(tmp_path):
+    """A run folder of a dense model with a checkpoint of step 7."""
+    run = make_run(text_in(tmp_path / "text"))
+    model = replace(run.model, num_layers=1, num_dense_layers=1, mtp_depth=0)
+    run = claim(tmp_path / "run", replace(run, model=model))
+    with Checkpoints(tmp_path / "run", run) as checkpoints:
+        checkpoints.save(fresh_state(run, 7), {}, wait=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.long
+def test_the_command_makes_a_run_that_trains_on(dense_run, tmp_path, capsys):
+    """From a run and from a released folder; a run's text goes with it."""
+    out = tmp_path / "mixture"
+    argv = ["convert", str(dense_run), str(out), "--experts", "8", "--parts", "2"]
+    assert unhooked_cli().main(argv) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "made of the checkpoint of step 7, with 4 of 8 experts a token" in said
+    made, dense = load_run(out), load_run(dense_run)
+    assert made.step == 0 and made.run.data == dense.run.data
+    tokens = TOKENS % made.run.model.vocab_size
+    wanted = dense.model(tokens).logits
+    np.testing.assert_allclose(
+        made.model(tokens).logits, wanted, rtol=0, atol=2e-6 * abs(wanted).max()
+    )
+
+    recipe = replace(make_run(""), steps=2, eval_every=2, save_every=2)
+    run = on_weights(recipe, open_start(str(out)))
+    assert run.model == made.run.model and run.data == dense.run.data
+    assert loop.fit(run, tmp_path / "further", quiet=True, report=False).step == 2
+
+    ds.hf.convert(dense_run, tmp_path / "released", quiet=True)
+    how = Upcycling(8, parts=2)
+    ds.hf.convert(tmp_path / "released", tmp_path / "again", quiet=True, upcycling=how)
+    assert_bitwise(arrays_of(ds.load_model(tmp_path / "again")), arrays_of(made.model))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "how", "sentence"),
+    [
+        (DENSE, dict(experts=4, parts=3), "parts=3 does not divide dense_dim=20"),
+        (DENSE, dict(experts=6, parts=4), "parts=4 does not divide experts=6"),
+        (
+            DENSE,
+            dict(experts=8, parts=4, experts_per_token=6),
+            "parts=4 does not divide experts_per_token=6",
+        ),
+        (
+            DENSE,
+            dict(experts=4, experts_per_token=5),
+            "experts=4 is fewer than experts_per_token=5",
+        ),
+        (DENSE, dict(experts=4, experts_per_token=1), "experts_per_token=1 has a gate of 1"),
+        (DENSE, dict(experts=4, redrawn=0.01), "redrawn=0.01 is none of an expert's 20 hidden"),
+        (replace(DENSE, mtp_depth=1), dict(experts=4), "heads of mtp_kind='deepseek' have experts"),
+        (MIXTURE, dict(experts=12), "experts=12 is not 2, 3, … times the num_experts=8"),
+        (MIXTURE, dict(experts=8), "experts=8 is not 2, 3, … times the num_experts=8"),
+        (MIXTURE, dict(experts=16, parts=2), "parts=2 divides dense layers"),
+        (
+            MIXTURE,
+            dict(experts=16, experts_per_token=4),
+            "experts_per_token=4 is not the 3 that the model keeps",
+        ),
+        (replace(MIXTURE, router="hash"), dict(experts=16), "router='hash' is not supported"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(cfg, how, sentence):
+    with refused(sentence):
+        upcycled(cfg, **how)
+
+
+def test_a_mixture_is_no_released_folder(dense_run, tmp_path):
+    with refused("dtype='bfloat16' is for released weights"):
+        ds.hf.convert(dense_run, tmp_path / "out", dtype="bfloat16", upcycling=Upcycling(4))
+    assert not (tmp_path / "out").exists()
