@@ -94,6 +94,17 @@ def test_a_field_outside_its_interval_or_of_another_type_is_refused():
         ),
         (DataConfig, dict(batch_size=2**20, seq_len=2**12), "batch_size=1048576 seq_len=4096"),
         (OptimConfig, dict(name="moun"), "name='moun' adamw muon"),
+        (OptimConfig, dict(name="muon", base_width=8), "base_width=8 'adamw' 'muon'"),
+        (
+            run,
+            dict(model=model(tie_embeddings=True), optim=OptimConfig(base_width=8)),
+            "optim.base_width=8 tie_embeddings=False True",
+        ),
+        (
+            run,
+            dict(lora=Lora(rank=2), start="here", optim=OptimConfig(base_width=8)),
+            "optim.base_width=8 rank=0 2",
+        ),
         (run, dict(optim=OptimConfig(microbatches=3)), "microbatches=3 batch_size=16"),
         (run, dict(data=DataConfig(seq_len=129)), "seq_len=129 max_positions=128"),
         (run, dict(model=model(mtp_depth=2), data=DataConfig(seq_len=3)), "seq_len=3 mtp_depth=2"),

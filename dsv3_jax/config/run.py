@@ -56,6 +56,9 @@ class OptimConfig:
     muon_beta: Annotated[float, "[0, 1)"] = 0.95  # decay of Muon's mean of gradients
     eps: PositiveReal = 1e-8  # epsilon of AdamW's division
     weight_decay: NonNegative = 0.1  # weight decay of matrices; the scales of norms have none
+    # muP: the width (model.dim) that init_std and learning_rate were chosen for; in a wider model
+    # matrices begin smaller and have a lower rate (training/mup.py). None: the same at each width
+    base_width: Positive | None = None
     # largest norm of the whole gradient; a larger gradient is scaled down
     clip_norm: PositiveReal = 1.0
     # QK-clip: after a step, weights of heads whose largest attention logit was above it are scaled
@@ -73,6 +76,10 @@ class OptimConfig:
         check_fields(self)
         if not self.name.startswith(OPTAX):
             OPTIMIZERS[self.name]  # refuses a name that it does not have
+        require(
+            self.base_width is None or self.name == "adamw",
+            f"base_width={self.base_width} is for name='adamw', not {self.name!r}",
+        )
         # A bfloat16 has 8 bits: a step of less than 2^-9 of a mean is rounded away, and a mean
         # could not decay.
         most = 0.99 if self.moments_dtype == "bfloat16" else 1
@@ -192,6 +199,13 @@ class RunConfig:
         check_fields(self)
         _check_lengths(self)
         _check_beginning(self)
+        base = self.optim.base_width
+        tied, rank = self.model.tie_embeddings, self.lora.rank
+        require(
+            base is None or not (tied or rank),
+            f"optim.base_width={base} needs tie_embeddings=False and lora rank=0, "
+            f"not {tied} and {rank}",
+        )
         if self.lora.rank:
             _check_lora(self)
         if self.grpo.group:

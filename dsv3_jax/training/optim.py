@@ -24,6 +24,7 @@ from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.ops.newton_schulz import orthogonalize
+from dsv3_jax.training import mup
 from dsv3_jax.training.lora import sides
 from dsv3_jax.training.schedules import learning_rate
 
@@ -61,6 +62,7 @@ class AdamW:
     cfg: OptimConfig
     steps: int  # length of the run, for the schedule
     kernels: Kernels
+    growth: float = 1.0  # of the width, by which muP scales rates; see `mup`
 
     def init(self, params: nnx.State) -> Any:
         def zeros() -> nnx.State:
@@ -96,12 +98,17 @@ class AdamW:
             cfg.weight_decay if v.get_metadata().get("decay", True) else 0.0 for v in variables
         ]
 
+        # muP divides rates, but not what weight decay takes off.
+        shares = [mup.factors(v, self.growth)[1] for v in variables]
+        by_share = {share: numbers.at[3].multiply(share) for share in set(shares) - {1.0}}
+        by_share[1.0] = numbers
+
         # One kernel an array: it reads and writes each of the four once.
         settings: dict[str, Any] = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
         arrays = map(jax.tree.leaves, (params, state.mu, state.nu, grads))
         new = [
-            self.kernels("optimizer", *of_leaf, numbers, **settings, decay=decay)
-            for *of_leaf, decay in zip(*arrays, decays, strict=True)
+            self.kernels("optimizer", *of_leaf, by_share[share], **settings, decay=decay / share)
+            for *of_leaf, decay, share in zip(*arrays, decays, shares, strict=True)
         ]
         structure = jax.tree.structure(params)
         p, mu, nu = (jax.tree.unflatten(structure, [x[i] for x in new]) for i in range(3))
@@ -314,7 +321,11 @@ MAKERS = {"adamw": AdamW, "muon": Muon}
 
 
 def make(
-    cfg: OptimConfig, steps: int, kernels: Kernels = XLA, transformation: Transform = None
+    cfg: OptimConfig,
+    steps: int,
+    kernels: Kernels = XLA,
+    transformation: Transform = None,
+    growth: float = 1.0,
 ) -> AdamW | Optax:
     """Make the optimizer of a run.
 
@@ -323,6 +334,7 @@ def make(
         kernels: run AdamW's update.
         transformation: takes the place of `cfg.name`. Clipping and steps that are not taken stay
             `cfg`'s and the step's; learning rate, schedule and weight decay are its own.
+        growth: from `mup.growth`.
     Without the transformation of a run that one trains, the state is empty, and an update raises
     ConfigError.
 
@@ -336,7 +348,7 @@ def make(
         Array([0.5], dtype=float32)
     """
     if transformation is None and cfg.name in MAKERS:
-        return MAKERS[cfg.name](cfg, steps, kernels)
+        return MAKERS[cfg.name](cfg, steps, kernels, growth)
     return Optax(cfg, transformation)
 
 

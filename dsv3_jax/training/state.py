@@ -25,7 +25,7 @@ from dsv3_jax.kernels.cpu.draws import compile_lightly
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.training import lora, optim
+from dsv3_jax.training import lora, mup, optim
 
 
 @partial(
@@ -122,7 +122,8 @@ def _make_state(job: Job, key: Array, params: nnx.State, bias: nnx.State) -> Tra
     model = Transformer(job.run.model, rngs=nnx.Rngs(key), kernels=optim.XLA)
 
     # Adapters are made for the weights that they will change.
-    params = nnx.merge_state(nnx.state(model, nnx.Param), params)
+    drawn = mup.scale_initial(nnx.state(model, nnx.Param), mup.growth(job.run))
+    params = nnx.merge_state(drawn, params)
     params = nnx.merge_state(params, lora.init(job.run.lora, params, key))
 
     bias = nnx.merge_state(nnx.state(model, RouterBias), bias)

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.mtp import HEADS, Head, token_counts
 from dsv3_jax.ops import balance
-from dsv3_jax.training import lora, optim, qk_clip, schedules
+from dsv3_jax.training import lora, mup, optim, qk_clip, schedules
 from dsv3_jax.training.loss import Losses, Part, compute_loss, over_parts, target_counts
 from dsv3_jax.training.metrics import of_load, over_layers
 from dsv3_jax.training.router_bias import in_rows, updated_bias
@@ -73,8 +73,8 @@ def _step(
     moves = finite & batch["loss_mask"].any() if run.grpo.group else finite
 
     # The weights: the optimizer, then QK-clip.
-    move = optim.make(cfg, run.steps, job.chosen(), job.optimizer).update
-    params, opt = move(state.step, trained, state.opt, grads, norm, moves)
+    optimizer = optim.make(cfg, run.steps, job.chosen(), job.optimizer, mup.growth(run))
+    params, opt = optimizer.update(state.step, trained, state.opt, grads, norm, moves)
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
         params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, moves)
