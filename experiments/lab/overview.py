@@ -33,6 +33,11 @@ def folders(experiments: Path) -> list[Path]:
     return sorted(path.parent for path in experiments.glob("[0-9][0-9]_*/study.py"))
 
 
+def with_results(experiments: Path) -> list[Path]:
+    """Return the folders of the studies that have been run."""
+    return [folder for folder in folders(experiments) if (folder / "results.json").exists()]
+
+
 def title(folder: Path) -> str:
     """Return the question of a study: the first line of its README.md."""
     page = folder / "README.md"

@@ -19,7 +19,7 @@ from scipy import optimize, stats
 from experiments.lab import overview
 from experiments.lab.study import load
 
-FOLDERS = overview.folders(HERE / "experiments")
+FOLDERS = overview.with_results(HERE / "experiments")
 LIKE = {"loss": 40, "other": 5}  # degrees of freedom: how alike the variances of pairs are
 DRAWS = 4_000
 ALPHA = 0.05

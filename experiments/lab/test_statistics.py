@@ -177,9 +177,18 @@ def test_runs_that_continue_from_one_parent_are_not_independent(tmp_path):
     assert found[1].difference.half < 1
 
 
+def test_a_study_without_results_claims_nothing_yet():
+    """Its claims are fixed before its runs. The page says so, and has no table."""
+    experiments = HERE / "experiments"
+    for folder in set(overview.folders(experiments)) - set(overview.with_results(experiments)):
+        page = (folder / "README.md").read_text()
+        assert page.partition("## Verdict")[2].lstrip().startswith("Not run yet."), folder.name
+        assert "<!-- results -->\n<!-- /results -->" in page and load(folder).claims, folder.name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "folder", overview.folders(HERE / "experiments"), ids=lambda folder: folder.name
+    "folder", overview.with_results(HERE / "experiments"), ids=lambda folder: folder.name
 )
 def test_every_study_is_complete(folder, monkeypatch, tmp_path):
     """Variants are valid, short ones too. results.json has all runs, and the same verdicts."""

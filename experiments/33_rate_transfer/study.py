@@ -1,0 +1,240 @@
+"""The best learning rate at half and at double width: AdamW, muP and Muon, dense and mixture."""
+
+import json
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from experiments.lab import (
+    FollowUp,
+    Study,
+    drawing,
+    format_number,
+    markdown_table,
+    mean_spread,
+    write_figure,
+)
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.matching import FACTORS, scaled
+from experiments.lab.rates import best_rate, cost_of_four
+from experiments.lab.work import EVALUATION
+
+# Those of 21: heads' own widths and the number of experts stay.
+WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
+DENSE, MIXTURE = "dense", "mixture"
+ADAMW, MUP, MUON = "AdamW", "muP", "Muon"
+HALF, DOUBLE = "half", "double"
+# With muP the half-wide model is AdamW's: its width is the base's.
+CELLS = (
+    *((kind, *of) for kind in (DENSE, MIXTURE) for of in ((ADAMW, HALF), (ADAMW, DOUBLE))),
+    *((kind, MUP, DOUBLE) for kind in (DENSE, MIXTURE)),
+    *((MIXTURE, MUON, size) for size in (HALF, DOUBLE)),
+)
+TIMES = (0.25, 0.5, 2.0, 4.0, 1.0)  # the base recipe's rate; the last run measures all five
+LOG_GROWTH = math.log(FACTORS[DOUBLE] / FACTORS[HALF])
+LEAST = 0.05  # nats that a rate of four times the best should cost
+
+
+def cell_of(kind, arm, size):
+    return f"{kind}, {arm}, {size} width"
+
+
+def variants(base):
+    """Five runs a cell. The one at the middle rate follows the others, to measure the best rate."""
+    runs, steps = {}, max(base.steps * 19 // 50, 2)
+    for kind, arm, size in CELLS:
+        run = scaled(base, FACTORS[size], WIDTHS)
+        if kind == DENSE:
+            run = replace(run, model=replace(run.model, num_dense_layers=run.model.num_layers))
+        others = []
+        for times in TIMES:
+            rate = times * base.optim.learning_rate
+            optim = replace(base.optim, learning_rate=rate, final_learning_rate=rate / 20)
+            if arm == MUP:
+                optim = replace(optim, base_width=round(base.model.dim * FACTORS[HALF]))
+            elif arm == MUON:
+                optim = replace(optim, name="muon")
+            made = replace(run, optim=optim, steps=steps, eval_every=steps, save_every=steps)
+            name = cell_of(kind, arm, size)
+            if times == 1:
+                runs[name] = FollowUp(tuple(others), lambda *_, made=made: made)
+            else:
+                others.append(f"{name}, rate {rate:g}")
+                runs[others[-1]] = made
+    return runs
+
+
+def measure(trained):
+    """Of the run at the middle rate: all five `losses`, and ln of the cell's best rate.
+
+    `four`: what four times the best of the five rates costs, or a quarter of it.
+    """
+    if not trained.needed_folders:
+        return {}
+    losses = {trained.run.optim.learning_rate: trained.numbers["val_loss"]}
+    for name, folder in trained.needed_folders.items():
+        numbers, _ = json.loads((folder / EVALUATION).read_text())
+        losses[float(name.rpartition(" ")[2])] = numbers["val_loss"]
+    rates = sorted(losses)
+    found = [losses[rate] for rate in rates]
+    best = best_rate(rates, found)
+    return {
+        "rates": rates,
+        "losses": found,
+        "log_rate": best.log_rate,
+        "curvature": best.curvature,
+        "inside": best.inside,
+        "four": cost_of_four(rates, found),
+        "dim": trained.run.model.dim,
+    }
+
+
+def exponent(numbers):
+    """A number whose difference between the widths is the slope of ln rate on ln width."""
+    return numbers["log_rate"] / LOG_GROWTH
+
+
+def product(numbers):
+    """The same of ln (rate × width): 0 if the best rate is divided by the width."""
+    return (numbers["log_rate"] + math.log(numbers["dim"])) / LOG_GROWTH
+
+
+# The tables and the picture
+
+
+def half_of(kind, arm):
+    """Return the cell at half width that an arm's rate comes from."""
+    return cell_of(kind, ADAMW if arm == MUP else arm, HALF)
+
+
+def table(results):
+    rates = results.values(cell_of(*CELLS[0]), "rates")[0]
+    header = ["model", "parameters (active)", *(f"loss at {rate:g}" for rate in rates)]
+    header += ["best rate, × 1e-3", "four times or a quarter costs"]
+    rows = []
+    for cell in CELLS:
+        name = cell_of(*cell)
+        size = results.records(name)[0]["parameters"]
+        best = 1e3 * np.exp(results.values(name, "log_rate"))
+        rows.append(
+            [
+                name,
+                f"{size['total']:,} ({size['active']:,})",
+                *(mean_spread(losses) for losses in results.values(name, "losses").T),
+                mean_spread(best, 2) + ("" if results.values(name, "inside").all() else ", an end"),
+                mean_spread(results.values(name, "four")),
+            ]
+        )
+    header_of_rules = ["rule for double width", "slope of the best rate on ln width", "it costs"]
+    return markdown_table(header, rows) + "\n\n" + markdown_table(header_of_rules, rules(results))
+
+
+def rules(results):
+    """Return rows: what the rate that a rule takes from half width costs at double width.
+
+    It is read off the fitted parabola.
+    """
+    rows = []
+    for kind, arm, size in CELLS:
+        if size == HALF:
+            continue
+        pair = cell_of(kind, arm, size), half_of(kind, arm)
+        slopes = results.paired(*pair, exponent)
+        curvature = results.values(pair[0], "curvature")
+        for rule, wanted in (("one rate", 0), ("÷ width", -1))[: 1 + (arm == ADAMW)]:
+            cost = curvature * ((slopes - wanted) * LOG_GROWTH) ** 2
+            names = [f"{kind}, {arm}, {rule}", mean_spread(slopes, 2, sign=True)]
+            rows.append([*names, mean_spread(cost)])
+    return rows
+
+
+COLOURS = {ADAMW: "C0", MUP: "C1", MUON: "C2"}
+
+
+def draw(results, path):
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for ax, kind in zip(figure.subplots(1, 2, sharey=True), (DENSE, MIXTURE), strict=True):
+        drawing.make_logarithmic(ax, "x", results.values(cell_of(*CELLS[0]), "rates")[0])
+        for cell in CELLS:
+            if cell[0] == kind:
+                draw_cell(ax, results, *cell)
+        unit = "learning rate; bars: the best one, 95 % interval"
+        drawing.style_axes(ax, words(results, kind), unit, "validation loss, nats")
+        ax.legend(frameon=False, fontsize=9)
+        lowest = min(results.values(cell_of(*c), "losses").min() for c in CELLS)
+        ax.set_ylim(lowest - 0.1, lowest + 1.1)  # broken runs are above
+    write_figure(figure, path)
+
+
+def draw_cell(ax, results, kind, arm, size):
+    name, colour = cell_of(kind, arm, size), COLOURS[arm]
+    losses = results.values(name, "losses")
+    line = "--" if size == HALF else "-"
+    rates = results.values(name, "rates")[0]
+    ax.plot(rates, losses.mean(0), f"o{line}", color=colour, label=f"{arm}, {size} width", ms=4)
+    middle = results.values(name, "log_rate").mean()
+    width = drawing.half_interval(results, name, 0.0, "log_rate")
+    ends = np.exp([middle - width, middle + width])
+    place = np.nanmin(losses.mean(0)) - 0.03
+    ax.plot(ends, [place, place], color=colour, linewidth=2)
+    ax.plot([np.exp(middle)], [place], "|", color=colour, markersize=12, markeredgewidth=2)
+
+
+def words(results, kind):
+    slopes = [
+        f"{arm} {format_number(slope(results, kind, arm), 2, sign=True)}"
+        for arm in (ADAMW, MUP, MUON)
+        if (kind, arm, DOUBLE) in CELLS
+    ]
+    return f"{kind}, slope of ln best rate on ln width:\n{', '.join(slopes)}"
+
+
+def slope(results, kind, arm):
+    return results.difference(cell_of(kind, arm, DOUBLE), half_of(kind, arm), exponent)
+
+
+def claim(text, kind, arm, key, expect):
+    """A claim of the slope; of an equality, that it is nearer to one rule than to the other."""
+    names = cell_of(kind, arm, DOUBLE), half_of(kind, arm)
+    margin = 0.5 if expect == "equal" else 0.0
+    return Claim(text, *names, key, expect, margin, unit="", digits=2, stake=kind)
+
+
+def stake(kind):
+    """The check of a kind, by model and seed."""
+
+    def cost(results):
+        names = [cell_of(*cell) for cell in CELLS if cell[0] == kind]
+        return np.concatenate([results.values(name, "four") for name in names]) - LEAST
+
+    return Stake(f"{kind}: four times the best rate or a quarter of it, beyond {LEAST} nats", cost)
+
+
+STUDY = Study(
+    question="Does one learning rate serve all widths: for AdamW, muP and Muon, dense and mixture?",
+    published=(
+        "with muP the best rate stays, without it falls with width (arXiv 2203.03466); "
+        "so for mixtures, but for finer experts (2508.09752)"
+    ),
+    variants=variants,
+    seeds=2,
+    measure=measure,
+    table=table,
+    draw=draw,
+    claims=(
+        claim("the best rate falls with width, dense", DENSE, ADAMW, exponent, "lower"),
+        claim("the best rate falls with width, mixture", MIXTURE, ADAMW, exponent, "lower"),
+        claim("the best rate × the width stays, mixture", MIXTURE, ADAMW, product, "equal"),
+        claim("with muP the best rate stays, dense", DENSE, MUP, exponent, "equal"),
+        claim("with muP the best rate stays, mixture", MIXTURE, MUP, exponent, "equal"),
+        claim("with Muon the best rate stays, mixture", MIXTURE, MUON, exponent, "equal"),
+    ),
+    stakes={kind: stake(kind) for kind in (DENSE, MIXTURE)},
+    facts={
+        "0.2": "published",
+        "6e-3": "the base recipe's rate",
+        "0.05, 0.5": "bounds of the check and of the claims, fixed before the runs",
+    },
+)
