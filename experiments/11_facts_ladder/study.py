@@ -1,66 +1,139 @@
-"""DeepSeekMoE's ladder on 16,384 facts to store, more than the dense model can."""
+"""DeepSeekMoE's ladder on more facts than a dense model can store, at three sizes; and drops."""
 
-from dsv3_jax.config import replace
-from experiments.lab import ABOVE, Column, OnTask, Study, drawing
+from dsv3_jax.config import Balance, replace
+from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
-from experiments.lab.measuring import BITS, bits_claim, bits_stake, unknown_bits
+from experiments.lab.matching import FACTORS, scaled
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, late_mean, unknown_bits
+from experiments.lab.tables import results_table
 from experiments.lab.tasks import Facts
+
+# The number of experts stays.
+WIDTHS = (
+    "dim",
+    "dense_dim",
+    "kv_latent_dim",
+    "nope_head_dim",
+    "rope_head_dim",
+    "v_head_dim",
+    "expert_dim",
+)
+# First tokens, and second ones; the ids end at 192.
+FACTS = {"half": 64, "base": 128, "double": 192}
+AT_EACH_SIZE = (DENSE, GSHARD, SHARED, FINE_4)
+
+NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+CAPPED, UNBALANCED = "1 + 3 of 31, capacity 1.25", "1 + 3 of 31, no balance"
+CAPPED_UNBALANCED = f"{CAPPED}, no balance"
+
+
+def name_of(kind, size):
+    return kind if size == "base" else f"{kind}; {size} width"
 
 
 def variants(base):
-    return {
-        name: OnTask(Facts(), replace(base, model=model))
-        for name, model in ladder(base.model).items()
-    }
+    runs = {}
+    for size in ("base", "half", "double"):
+        run = scaled(base, FACTORS[size], WIDTHS)
+        task = Facts(firsts=FACTS[size], seconds=FACTS[size])
+        models = ladder(run.model)
+        if size == "base":
+            fine = models[FINE_2]
+            models |= {
+                CAPPED: replace(fine, capacity_factor=1.25),
+                CAPPED_UNBALANCED: replace(fine, capacity_factor=1.25, balance=NO_BALANCE),
+                UNBALANCED: replace(fine, balance=NO_BALANCE),
+            }
+        for kind, model in models.items():
+            if size == "base" or kind in AT_EACH_SIZE:
+                runs[name_of(kind, size)] = OnTask(task, replace(run, model=model))
+    return runs
 
 
-def claim(text, variant, against):
-    return bits_claim(text, variant, against, stake="facts")
+def at(size):
+    """Return a function (results, variant) → bits unknown at a size, by seed."""
+    return lambda results, kind: results.values(name_of(kind, size), unknown_bits)
 
 
-def draw(results, path):
-    below = "Bits of a fact still unknown, lower is better"
-    drawing.draw_claims(path, results, lambda: words(results), below=below)
+def table(results):
+    """Return a row for each kind of experts, with its bits at all sizes."""
+    kinds = [name for name in results.variants if "; " not in name]
+    return results_table(results, COLUMNS, kinds)
+
+
+COLUMNS = (
+    Column("bits unknown, of 6", "val_loss", 2, scale=BITS, against=(GSHARD,)),
+    Column("at half width", at("half"), 2),
+    Column("at double width", at("double"), 2),
+    Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
+    Column("MaxVio", "max_vio_global", 2),
+)
+
+
+def claim(text, variant, against, expect="lower", size="base"):
+    names = name_of(variant, size), name_of(against, size)
+    return bits_claim(text, *names, expect=expect, stake=size)
+
+
+def by_size(text, variant, against):
+    return tuple(claim(f"{text}, at {size} width", variant, against, size=size) for size in FACTORS)
+
+
+def stake(size):
+    names = name_of(DENSE, size), name_of(GSHARD, size)
+    return bits_stake(
+        f"no routed expert: dense, at {size} width",
+        lambda results: results.paired(*names, unknown_bits),
+    )
+
+
+def shared_at(size):
+    return name_of(SHARED, size), name_of(GSHARD, size)
 
 
 def words(results):
-    pairs = (SWITCH, DENSE), (SHARED, GSHARD), (FINE_4, GSHARD)
-    changes = (drawing.change(results, *pair, unknown_bits, 2) for pair in pairs)
-    words = (
-        "One expert of eight against dense: {} bits; "
-        "1 + 1 of 15 against 2 of 16: {}; 1 + 7 of 63: {}"
-    )
-    return words.format(*changes)
+    pairs = [(name_of(FINE_4, size), name_of(GSHARD, size)) for size in FACTORS]
+    pairs += [(CAPPED_UNBALANCED, UNBALANCED), (CAPPED, FINE_2)]
+    changes = [drawing.change(results, *pair, unknown_bits, 2) for pair in pairs]
+    return (
+        "Bits unknown by 1 + 7 of 63 experts against 2 of 16: {} at half, {} at base, {} at double "
+        "width. Drops without balance: {}; with it: {}"
+    ).format(*changes)
 
+
+SHOWN = [
+    *(DENSE, SWITCH, GSHARD, SHARED, FINE_2, FINE_4, CAPPED, CAPPED_UNBALANCED, UNBALANCED),
+    *(name_of(kind, size) for size in ("half", "double") for kind in (GSHARD, SHARED, FINE_4)),
+]
 
 STUDY = Study(
-    question="Do shared and finer experts store more facts at equal total and active parameters?",
+    question=(
+        "Do shared and finer experts store more facts at equal total and active parameters, "
+        "and what do dropped tokens cost?"
+    ),
     published=(
         "dense 2.060, Switch 1.881, GShard 1.867, DeepSeekMoE 1.808 (2B, Pile); "
-        "every rung of the ladder helps"
+        "every rung of the ladder helps; DeepSeek-V3 drops no token"
     ),
     variants=variants,
     base="facts",
-    columns=(
-        Column("bits unknown, of 6", "val_loss", 2, scale=BITS, paired=True, against=(ABOVE,)),
-        Column("MaxVio", "max_vio_global", 2),
+    columns=COLUMNS,
+    table=table,
+    draw=drawing.claims_and_variants(
+        unknown_bits, "bits of a fact still unknown, of 6", words, only=SHOWN
     ),
-    draw=draw,
     claims=(
-        claim("one expert of eight stores more than dense", SWITCH, DENSE),
         claim("two of sixteen store more than one of eight", GSHARD, SWITCH),
         claim("a shared expert stores more than none", SHARED, GSHARD),
-        claim("1 + 3 of 31 store more than 1 + 1 of 15", FINE_2, SHARED),
-        claim("1 + 7 of 63 store more than 1 + 3 of 31", FINE_4, FINE_2),
-        claim("the finest, 1 + 7 of 63, store more than dense", FINE_4, DENSE),
-        claim("the finest store more than two of sixteen", FINE_4, GSHARD),
+        *by_size("1 + 7 of 63 store more than 2 of 16", FINE_4, GSHARD),
+        claim("drops without balance cost facts", CAPPED_UNBALANCED, UNBALANCED, "higher"),
+        claim("drops with balance cost facts", CAPPED, FINE_2, "higher"),
     ),
-    stakes={
-        "facts": bits_stake(
-            "no routed expert: dense", lambda results: results.paired(DENSE, SWITCH, unknown_bits)
-        )
-    },
+    stakes={size: stake(size) for size in FACTORS},
     facts={
+        "0.31": lambda results: results.difference(*shared_at("half"), unknown_bits),
+        "0.78": lambda results: results.difference(*shared_at("double"), unknown_bits),
+        "0.42": lambda results: results.difference(CAPPED_UNBALANCED, CAPPED, unknown_bits),
         "0.037": "3.6753 - 3.6385",
         "5e-3": "a rate",
         "0.17, 2.5e-3": "trials on seed 100",

@@ -43,15 +43,15 @@ class Column:
     against: tuple[str, ...] = ()
 
 
-def results_table(results: Results, columns: Sequence[Column]) -> str:
-    """Return a Markdown table with a row for each variant."""
+def results_table(results: Results, columns: Sequence[Column], names: Sequence[str] = ()) -> str:
+    """Return a Markdown table with a row for each variant. Args: names: of these; default: all."""
     header = ["variant", "parameters (active)", "cache bytes per token"]
     for column in columns:
         header.append(column.title)
         for name in _references(column):
             header.append(f"against {name or results.variants[0]}, paired")
     rows = []
-    for variant in results.variants:
+    for variant in names or results.variants:
         size = results.records(variant)[0]["parameters"]
         row = [variant, f"{size['total']:,} ({size['active']:,})", f"{size['cache_bytes']:,}"]
         for column in columns:
