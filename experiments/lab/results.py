@@ -49,6 +49,7 @@ class Results:
         stored: all that results.json holds, one record for a variant and seed.
         runs: what is shown: results of the asked identities, or all while there are none of these.
         names: hash `keys` of records → names of their settings.
+        not_run: the variants that `select` was asked for and that have no result.
         is_current: whether `runs` are of the identities that `select` was asked for.
         begun: variant → the one whose run it continues, or whose frozen trunk it has.
         noise, verdicts: what `Study.judge` judged by, and found; pictures show them.
@@ -63,6 +64,7 @@ class Results:
             keys: names.split() for keys, names in values.pop("settings", {}).items()
         }
         self.runs = self.stored
+        self.not_run: list[str] = []
         self.is_current = False
         self.about = values | dict(about or {})
         self.begun: Mapping[str, str] = {}
@@ -97,6 +99,7 @@ class Results:
         for (name, seed), identity in asked.items():
             if self.has(name, seed, identity):
                 runs[name][str(seed)] = self.stored[name][str(seed)]
+        self.not_run = [name for name, seeds in runs.items() if not seeds]
         runs = {name: seeds for name, seeds in runs.items() if seeds}
         self.is_current = bool(runs)
         self.runs = runs or self.stored

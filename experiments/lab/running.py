@@ -193,6 +193,8 @@ def _publish(study: Study, results: Results) -> None:
             " These are not of the present configuration and text "
             f"(recipe {RECIPE}); run the study again."
         )
+    elif results.not_run:
+        caption += " Not run yet: " + ", ".join(f'"{name}"' for name in results.not_run) + "."
     if results.path.parent == study.folder:
         replace_block(study.folder / "README.md", f"{text}\n\n{caption}")
         overview.write(study.folder.parent)

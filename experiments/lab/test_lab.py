@@ -91,6 +91,7 @@ def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
     assert "| the second is lower | +0.250 (" in page
     assert "trained at commit 0123abc. Machine: " in page
+    assert f'Recipe {RECIPE}. Not run yet: "bad", "heads".\n' in page
     assert "\nold\n" not in page
     assert page.startswith("# A question?") and page.endswith("It does.\n")
     assert (lab.folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
@@ -103,6 +104,7 @@ def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     assert made == [job for s in (0, 1) for job in (f"bad {s} []", f"heads {s} ['bad']")]
     assert lab.results().variants == ["first", "second", "bad", "heads"]
     assert lab.results().seeds() == [0, 1]
+    assert "Not run yet" not in (lab.folder / "README.md").read_text()
     assert lab("--seeds", "0", "1") == (0, [])
     (lab.folder / "study.py").write_text(STUDY.replace("steps=8", "steps=80"))
     assert lab("--seeds", "0") == (0, ["bad 0 []", "heads 0 ['bad']"])

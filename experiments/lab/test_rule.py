@@ -185,10 +185,15 @@ def holm(p):
 
 
 def judged(folder):
-    """Return for each claim of a study (claim, kind, grid, the recipe's noise of the loss)."""
+    """Return for each claim (claim, kind, grid, the recipe's noise of the loss).
+
+    Claims without runs are left out. test_statistics sees that a page names these variants.
+    """
     study, runs, begun = stored(folder)
     found = []
     for claim in study.claims:
+        if {name for name in (claim.variant, claim.against) if isinstance(name, str)} - set(runs):
+            continue
         names, grid = grid_of(runs, claim.key)
         kind = of_its_kind(claim, names, grid, begun)
         loss = None
