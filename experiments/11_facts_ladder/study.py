@@ -2,7 +2,17 @@
 
 from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing
-from experiments.lab.ladder import DENSE, FINE_2, FINE_4, GSHARD, SHARED, SWITCH, ladder
+from experiments.lab.ladder import (
+    DENSE,
+    FINE_2,
+    FINE_4,
+    GSHARD,
+    SHARED,
+    SWITCH,
+    UNSHARED_2,
+    UNSHARED_4,
+    ladder,
+)
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.measuring import BITS, bits_claim, bits_stake, late_mean, unknown_bits
 from experiments.lab.tables import results_table
@@ -20,7 +30,7 @@ WIDTHS = (
 )
 # First tokens, and second ones; the ids end at 192.
 FACTS = {"half": 64, "base": 128, "double": 192}
-AT_EACH_SIZE = (DENSE, GSHARD, SHARED, FINE_4)
+AT_EACH_SIZE = (DENSE, GSHARD, SHARED, FINE_4, UNSHARED_2, UNSHARED_4)
 
 NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 CAPPED, UNBALANCED = "1 + 3 of 31, capacity 1.25", "1 + 3 of 31, no balance"
@@ -36,7 +46,7 @@ def variants(base):
     for size in ("base", "half", "double"):
         run = scaled(base, FACTORS[size], WIDTHS)
         task = Facts(firsts=FACTS[size], seconds=FACTS[size])
-        models = ladder(run.model)
+        models = ladder(run.model, unshared=True)
         if size == "base":
             fine = models[FINE_2]
             models |= {
@@ -101,10 +111,12 @@ def words(results):
     ).format(*changes)
 
 
-SHOWN = [
-    *(DENSE, SWITCH, GSHARD, SHARED, FINE_2, FINE_4, CAPPED, CAPPED_UNBALANCED, UNBALANCED),
-    *(name_of(kind, size) for size in ("half", "double") for kind in (GSHARD, SHARED, FINE_4)),
-]
+SHOWN = (
+    *(DENSE, SWITCH, GSHARD, SHARED, FINE_2, FINE_4, UNSHARED_2, UNSHARED_4),
+    *(CAPPED, CAPPED_UNBALANCED, UNBALANCED),
+    *(f"{k}; {s} width" for s in ("half", "double") for k in (GSHARD, SHARED, FINE_4, UNSHARED_4)),
+)
+
 
 STUDY = Study(
     question=(
@@ -126,6 +138,7 @@ STUDY = Study(
         claim("two of sixteen store more than one of eight", GSHARD, SWITCH),
         claim("a shared expert stores more than none", SHARED, GSHARD),
         *by_size("1 + 7 of 63 store more than 2 of 16", FINE_4, GSHARD),
+        *by_size("8 of 64 store more than 2 of 16, none shared", UNSHARED_4, GSHARD),
         claim("drops without balance cost facts", CAPPED_UNBALANCED, UNBALANCED, "higher"),
         claim("drops with balance cost facts", CAPPED, FINE_2, "higher"),
     ),
