@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import Balance, Execution, replace
 from dsv3_jax.kernels.choose import prepare
@@ -21,7 +20,7 @@ from dsv3_jax.model.decode import make_cache, prepare_decode
 from dsv3_jax.model.moe import NEAR
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops import routing
-from experiments.lab import Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import Study, drawing, markdown_table, mean_spread
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 
@@ -30,7 +29,6 @@ STEPS = 180
 WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 CHOICES = 60_000  # that a pass makes, at least
 ROWS, BATCH = 64, 32  # held-out rows that are read; rows that a pass reads at once
-EDGES = 10.0 ** np.arange(-5, 0.1, 0.5)  # of the gap between the K-th and the next score
 
 
 class Pass(NamedTuple):
@@ -38,33 +36,23 @@ class Pass(NamedTuple):
 
     compute_dtype: str = "float32"
     precision: str = "none"
-    # tokens read at a time through a cache; None means a forward pass over all
-    step: int | None = None
-    cache: str = "latent"
+    decodes: bool = False  # a token at a time through a cache
     cache_dtype: str | None = None
     batch: int = BATCH
 
 
 FORWARD, FORWARD_16 = Pass(), Pass("bfloat16")
-DECODE, DECODE_16 = FORWARD._replace(step=1), FORWARD_16._replace(step=1)
+DECODE, DECODE_16 = Pass(decodes=True), Pass("bfloat16", decodes=True)
 ENGINES, BFLOAT16 = "cached decoding / full forward, bfloat16", "bfloat16 / float32, forward"
 BATCHES, INT8, FP8 = "batch 1 / 32, float32", "int8 / float32 cache", "FP8 / float32, forward"
-ALL = "bfloat16 decoding, int8 cache / float32 forward"
 # (the pass whose experts are replayed, the one that replays them)
 PAIRS = {
-    "the same pass again, bfloat16": (FORWARD_16, FORWARD_16),
     "cached decoding / full forward, float32": (DECODE, FORWARD),
     BATCHES: (DECODE._replace(batch=1), DECODE),
-    "expanded / absorbed, float32": (DECODE._replace(cache="expanded"), DECODE),
-    "steps of 3 drafts / plain, float32": (DECODE._replace(step=4), DECODE),
     ENGINES: (DECODE_16, FORWARD_16),
-    "batch 1 / 32, bfloat16": (DECODE_16._replace(batch=1), DECODE_16),
-    "expanded / absorbed, bfloat16": (DECODE_16._replace(cache="expanded"), DECODE_16),
-    "steps of 3 drafts / plain, bfloat16": (DECODE_16._replace(step=4), DECODE_16),
     BFLOAT16: (FORWARD_16, FORWARD),
     INT8: (DECODE._replace(cache_dtype="int8"), DECODE),
     FP8: (FORWARD_16._replace(precision="fp8"), FORWARD),
-    ALL: (DECODE_16._replace(cache_dtype="int8"), FORWARD),
 }
 BASE, SOFTMAX, GROUPS = "base width", "base width, softmax", "base width, 4 of 8 groups"
 
@@ -91,8 +79,7 @@ def variants(base):
 def measure(trained):
     """By pair: % of choices, routers (a token in a layer), tokens that change; how far log p moves.
 
-    `gaps`: routers by bin of the gap. "by_gap": those that change. "near": % of these with a gap
-    below NEAR.
+    "near": % of routers that change with a gap below NEAR.
     """
     model, tokens = trained.model, rows_of(trained)
     cfg = model.cfg
@@ -111,7 +98,6 @@ def measure(trained):
     return {
         "loss": float(-exact.log_p.mean()),
         "shifted": float(-shifted.log_p.mean()),  # each token has its neighbour's experts
-        "gaps": np.histogram(gap, EDGES)[0],
         "pairs": pairs,
     }
 
@@ -161,7 +147,7 @@ def read(model, how, tokens, given):
 def _read(graphdef, state, tokens, given, *, how):
     """Read batches one after the other: tokens [n, B, T], given [n, L, B, T, K]."""
     model = nnx.merge(graphdef, state)
-    through = forward if how.step is None else partial(decode, how=how)
+    through = partial(decode, how=how) if how.decodes else forward
 
     def one(part):
         h, expert_ids, scores = through(model, *part)
@@ -179,31 +165,21 @@ def forward(model, tokens, given):
 
 
 def decode(model, tokens, given, *, how):
-    """Read `how.step` tokens at a time through a cache, as decoding with accepted drafts does."""
+    """Read a token at a time through a cache."""
     batch, length = tokens.shape
     weights, dtype = prepare_decode(model), pick_dtype(model.compute_dtype, how.cache_dtype)
 
-    def by_step(x, axis):
-        """[…, T, …] → [T / step, …, step, …]."""
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, how.step, *x.shape[axis + 1 :]), axis, 0)
-
     def step(cache, part):
-        tokens, given = part
-        ctx = make_context(
-            model.cfg,
-            cache.positions(how.step),
-            how=model.how("decode"),
-            tokens=tokens,
-            cache=cache,
-        )
+        tokens, given = part[0][:, None], part[1][:, :, None]
+        call = model.how("decode")
+        ctx = make_context(model.cfg, cache.positions(1), how=call, tokens=tokens, cache=cache)
         trunk = model.run_trunk(tokens, ctx._replace(given=given), weights)
-        cache, ids = trunk.cache, trunk.metrics["sparse"]["expert_ids"]
-        return cache.at_lengths(cache.lengths + how.step), (model.norm(trunk.x), ids)
+        ids = trunk.metrics["sparse"]["expert_ids"]
+        return trunk.cache.at_lengths(cache.lengths + 1), (model.norm(trunk.x)[:, 0], ids)
 
-    start = make_cache(model, batch, length, how.cache, dtype)
-    _, (h, expert_ids) = jax.lax.scan(step, start, (by_step(tokens, 1), by_step(given, 2)))
-    h, expert_ids = (jnp.moveaxis(x, 0, axis) for x, axis in ((h, 1), (expert_ids, 2)))
-    return h.reshape(batch, length, -1), expert_ids.reshape(given.shape), None
+    start = make_cache(model, batch, length, "latent", dtype)
+    _, (h, expert_ids) = jax.lax.scan(step, start, (tokens.T, jnp.moveaxis(given, 2, 0)))
+    return jnp.moveaxis(h, 0, 1), jnp.moveaxis(expert_ids, 0, 2).reshape(given.shape), None
 
 
 def gaps(model, scores):
@@ -232,7 +208,6 @@ def compare(own, again, other, gap):
         "routers": 100 * float(routers.mean()),
         "tokens": 100 * float(moved.mean()),
         "near": 100 * float((gap[routers] < NEAR).mean()) if moved.any() else None,
-        "by_gap": np.histogram(gap[routers], EDGES)[0],
     }
     for name, one in (("", own), ("replayed_", again)):
         away = np.abs(one.log_p - other.log_p)
@@ -259,7 +234,7 @@ def divergence(log_p, log_q):
     return total / len(log_p)
 
 
-# The table and the picture
+# The table and the title
 
 
 def of(pair, key):
@@ -267,174 +242,65 @@ def of(pair, key):
     return lambda numbers: numbers["pairs"][pair][key]
 
 
-def short(results, variant, pair, key):
-    """The mean over seeds that have the number, in two significant digits; of "max" the largest."""
-    numbers = [record["numbers"]["pairs"][pair].get(key) for record in results.records(variant)]
+def short(results, pair, key):
+    """The mean over seeds that have the number, in two digits; of "max" the largest."""
+    numbers = [record["numbers"]["pairs"][pair].get(key) for record in results.records(BASE)]
     values = np.array([number for number in numbers if number is not None])
     return f"{values.max() if 'max' in key else values.mean():.2g}" if len(values) else "–"
 
 
-SHARES = {"choices": "choices, %", "routers": "routers, %", "tokens": "tokens, %"}
-DISTANCES = {"mean": "log p moves by", "moved": "at tokens that change", "max": "at most"}
+DISTANCES = {
+    "kl": "KL, nats",
+    "mean": "log p moves by",
+    "moved": "at tokens that change",
+    "max": "at most",
+}
 
 
 def table(results):
-    heads, keys = [*SHARES.values()], []
-    for key, text in DISTANCES.items():
-        heads += [text, "replayed"]
-        keys += [key, f"replayed_{key}"]
-    every = [*SHARES, *keys, "kl", "replayed_kl"]  # KL was measured of the base width alone
-    rows = [[pair, *(short(results, BASE, pair, key) for key in every)] for pair in PAIRS]
-    parts = [markdown_table([f"{BASE}, sigmoid", *heads, "KL, nats", "replayed"], rows)]
-    for pair in (ENGINES, BFLOAT16):
-        rows = []
-        for variant in results.variants:
-            shares = [mean_spread(results.values(variant, of(pair, key)), 2) for key in SHARES]
-            rows.append([variant, *shares, *(short(results, variant, pair, key) for key in keys)])
-        parts.append(markdown_table([pair, *heads], rows))
-    shares = {
-        "kl": "of the KL",
-        "mean": "of the mean",
-        "moved": "at tokens that change",
-        "max": "of the largest",
-    }
+    """The pairs at the base width, then what other widths and routers change."""
+    header = [f"{BASE}, sigmoid", "choices, %", "routers, %", "tokens, %", *DISTANCES.values()]
     rows = []
-    for pair in (ENGINES, BFLOAT16, INT8, FP8):
-        left = (results.values(BASE, kept_by_replay(key, pair)) for key in shares)
-        rows.append([pair, *(mean_spread(values, 0) for values in left)])
-    parts.append(markdown_table([f"{BASE}: left with replay, %", *shares.values()], rows))
-    return "\n\n".join([*parts, COLUMNS])
+    for pair in PAIRS:
+        row = [pair, *(short(results, pair, key) for key in ("choices", "routers", "tokens"))]
+        changes = results.values(BASE, of(pair, "choices")).all()  # in every seed
+        for key in DISTANCES:
+            cell = f"{short(results, pair, key)}, {short(results, pair, f'replayed_{key}')}"
+            if changes:
+                left = mean_spread(results.values(BASE, kept_by_replay(key, pair)), 0)
+                cell += f" ({left} %)"
+            row.append(cell)
+        rows.append(row)
+    found = markdown_table(header, rows)
+    return "\n\n".join([found, COLUMNS, *(others(results, pair) for pair in (ENGINES, BFLOAT16))])
+
+
+def others(results, pair):
+    """Say the share of choices that each width and router changes."""
+    shares = (
+        f"{name} {mean_spread(results.values(name, of(pair, 'choices')), 2)}"
+        for name in results.variants
+    )
+    return f"Choices that change, %, {pair}: {'; '.join(shares)}."
 
 
 COLUMNS = (
     "A router is a token in a layer; it changes if one of its K experts does. "
-    "Log p is that of a next token, in nats. "
-    "It moves by its absolute difference, in the mean over tokens and seeds; "
-    '"at most" is the largest. '
-    "KL is that of all next tokens, from the first pass, whose experts are replayed, "
-    "to the second one."
+    "KL is that of all next tokens, of the first pass, whose experts are replayed, to the second. "
+    "Log p is that of a next token, in nats. It moves by its absolute difference, in the mean over "
+    'tokens and seeds; "at most" is the largest. '
+    "Each is given without replay, with it, and what is left."
 )
-SHOWN = {ENGINES: "C0", BFLOAT16: "C2", INT8: "C1", FP8: "C3"}
-LEAST = 1e-3  # %, where the picture's axis of shares ends
-
-
-def draw(results, path):
-    figure = Figure(figsize=(14, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    draw_shares(axes[0, 0], results)
-    draw_gaps(axes[0, 1], results)
-    draw_distances(axes[1, 0], results)
-    draw_variants(axes[1, 1], results)
-    figure.suptitle(drawing.answer(lambda: words(results), results.about["question"]), fontsize=12)
-    write_figure(figure, path)
 
 
 def words(results):
     share, left = (
-        results.values(BASE, x).mean() for x in (of(ENGINES, "routers"), kept_by_replay("moved"))
+        results.values(BASE, x).mean() for x in (of(ENGINES, "routers"), kept_by_replay("kl"))
     )
     return (
-        f"In bfloat16, decoding and the full forward differ in {share:.2g} % of the routers. "
-        f"With replay, {left:.0f} % of the difference is left at these tokens"
+        f"In bfloat16, decoding and the full forward differ in {share:.2g} % of routers; "
+        f"replay leaves {left:.0f} % of their KL"
     )
-
-
-def draw_shares(ax, results):
-    ax.set_xscale("log")
-    for key, marker, colour in (("routers", "o", "C0"), ("tokens", "s", "C1")):
-        for row, pair in enumerate(PAIRS):
-            values = np.maximum(results.values(BASE, of(pair, key)), LEAST)
-            ax.plot(
-                values,
-                np.full(len(values), row),
-                marker,
-                color=colour,
-                alpha=0.6,
-                label=None if row else key,
-            )
-    for share, colour in ((10, "C0"), (94, "C1")):
-        ax.axvline(share, color=colour, linestyle=":", linewidth=1.2)
-    ax.plot([], [], ":", color="0.4", label="published: 10 % and 94 %")
-    ax.set_yticks(range(len(PAIRS)), PAIRS, fontsize=8)
-    ax.set_ylim(len(PAIRS) - 0.5, -0.5)
-    drawing.style_axes(
-        ax, "Routers, and tokens in any layer, that change", f"%; at {LEAST:g}: that or less", ""
-    )
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
-
-
-def draw_gaps(ax, results):
-    middles = np.sqrt(EDGES[1:] * EDGES[:-1])
-    counts = results.values(BASE, "gaps").sum(0)
-    for pair, colour in SHOWN.items():
-        share = 100 * results.values(BASE, of(pair, "by_gap")).sum(0) / np.maximum(counts, 1)
-        ax.plot(
-            middles[counts > 0], share[counts > 0], "o-", color=colour, label=pair, markersize=4
-        )
-    ax.bar(
-        EDGES[:-1],
-        100 * counts / counts.sum(),
-        np.diff(EDGES),
-        align="edge",
-        color="0.9",
-        label="of all routers",
-    )
-    ax.axvline(NEAR, color="0.4", linestyle=":", linewidth=1, label=f"gap {NEAR:g}")
-    ax.set_xscale("log")
-    drawing.style_axes(
-        ax, "A router changes where its choice was close", "gap of the K-th to the next score", "%"
-    )
-    ax.legend(frameon=False, fontsize=8)
-
-
-def draw_distances(ax, results):
-    """Open: routers choose, filled: experts replayed."""
-    ax.set_xscale("log")
-    for key, colour, label in (
-        ("mean", "C0", "mean"),
-        ("moved", "C1", "tokens that change"),
-        ("max", "C3", "largest"),
-    ):
-        for name, face in ((key, "none"), (f"replayed_{key}", colour)):
-            values = np.array([results.values(BASE, of(pair, name)) for pair in PAIRS], float)
-            values[values == 0] = np.nan  # not on this axis
-            ax.plot(
-                values,
-                range(len(PAIRS)),
-                "o",
-                color=colour,
-                markerfacecolor=face,
-                markersize=5,
-                alpha=0.8,
-            )
-        ax.plot([], [], "o", color=colour, label=label)
-    ax.plot([], [], "o", color="0.4", markerfacecolor="none", label="open: routers choose")
-    ax.set_yticks(range(len(PAIRS)), PAIRS, fontsize=8)
-    ax.set_ylim(len(PAIRS) - 0.5, -0.5)
-    drawing.style_axes(
-        ax, "How far log p of the same tokens moves", "nats; filled: with replay", ""
-    )
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
-
-
-def draw_variants(ax, results):
-    names = results.variants
-    for pair, offset in ((ENGINES, -0.12), (BFLOAT16, 0.12)):
-        key = of(pair, "choices")
-        halves = drawing.half_intervals(results, names, key)
-        for row, (name, half) in enumerate(zip(names, halves, strict=True)):
-            drawing.plot_row(ax, results.values(name, key), row + offset, half, SHOWN[pair])
-        ax.plot([], [], "o-", color=SHOWN[pair], label=pair)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -1.2)  # space for the legend
-    ax.set_xlim(left=0)
-    drawing.style_axes(
-        ax,
-        "By size and by router",
-        "% of choices that change; dots: seeds, bars: 95 % interval",
-        "",
-    )
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 # The claims
@@ -478,7 +344,12 @@ STUDY = Study(
     variants=variants,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        {pair: (BASE, of(pair, "routers")) for pair in PAIRS},
+        "routers that change, %",
+        words,
+        linear=1.0,
+    ),
     # Written before any result.
     claims=(
         share_claim(
@@ -526,7 +397,6 @@ STUDY = Study(
         "84 %": lambda results: taken_by_replay(results, "moved").min(),
         "9 %": lambda results: taken_by_replay(results, "mean").min(),
         "23 %": lambda results: taken_by_replay(results, "mean").max(),
-        "0.0003": "an edge of the bins: 10 to the power of −3.5",
     },
     stakes={
         "experts": Stake(

@@ -105,7 +105,7 @@ def claims_and_variants(
             VARIANT_INCHES * len(rows) + 0.5,
         )
         figure = Figure(figsize=(WIDTH, height + 0.9), layout="constrained")
-        figure.suptitle(textwrap.fill(title, 100), fontsize=11)
+        figure.suptitle(textwrap.fill(title, 110), fontsize=11)
         # Claims have the longer names.
         ratios = (5, 4) if rows else (1,)
         parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
@@ -170,7 +170,9 @@ def _finish_rows(ax: Axes, names: Sequence[str], width: int, linear: float | Non
 
     Args: linear: see `claims_and_variants`; for an axis that reaches three times as far.
     """
-    ax.set_yticks(range(len(names)), [textwrap.fill(name, width) for name in names])
+    ax.set_yticks(
+        range(len(names)), [textwrap.fill(name, width, break_on_hyphens=False) for name in names]
+    )
     ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
     ax.tick_params(labelsize=8)
     ax.xaxis.label.set_fontsize(9)
