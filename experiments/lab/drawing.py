@@ -1,9 +1,9 @@
 """Plots that several studies share. `draw_…` writes a picture; the others add to axes."""
 
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 
 from experiments.lab.claims import Claim, Verdict, difference_of, noise_within, table_of
 from experiments.lab.results import Key, MissingRuns, Results, write_figure
-from experiments.lab.statistics import estimate, interval_factor
 from experiments.lab.tables import format_number
 
 
@@ -184,108 +183,6 @@ def _finish_rows(ax: Axes, names: Sequence[str], width: int, linear: float | Non
         ax.locator_params("x", nbins=5)
 
 
-def draw_claims(
-    path: Path,
-    results: Results,
-    text: Callable[[], str],
-    *,
-    below: str = "",
-    linear: float | None = None,
-) -> None:
-    """Write a picture of a study's claims: differences, 95 % intervals, and published values.
-
-    The title is `text()`, or the question where runs are missing.
-
-    Args:
-        below: a second line of the title.
-        linear: differences beyond it are on a logarithmic axis, so that intervals of small and
-            large ones are seen.
-    """
-    verdicts: Sequence[Verdict] = results.verdicts
-    title = f"{answer(text, results.about['question'])}\n{below}".strip()
-    figure = Figure(figsize=(9.0, 1.6 + 0.4 * max(len(verdicts), 1)), layout="constrained")
-    ax = figure.add_subplot()
-    if linear is not None:
-        ax.set_xscale("symlog", linthresh=linear)
-        ax.autoscale(axis="x")
-    units = {v.claim.unit for v in verdicts}
-    for row, v in enumerate(verdicts):
-        low, high = v.difference.interval
-        colour = ANSWER_COLOURS[v.answer]
-        ax.plot([low, high], [row, row], color=colour, linewidth=2)
-        ax.plot([v.difference.mean], [row], "o", color=colour, markersize=7)
-        if v.claim.published is not None:
-            ax.plot([v.claim.published], [row], "D", color="black", markersize=5, fillstyle="none")
-    if any(v.claim.published is not None for v in verdicts):
-        ax.plot([], [], "D", color="black", fillstyle="none", linestyle="none", label="published")
-    for given in dict.fromkeys(v.answer for v in verdicts):
-        ax.plot([], [], "o-", color=ANSWER_COLOURS[given], label=given)
-    unit = ", " + units.pop() if len(units) == 1 else ""
-    style_axes(ax, "", f"difference with its 95 % interval{unit}", "")
-    # As wide as the picture: the claims leave the axes little room.
-    figure.suptitle(title, fontsize=11)
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set_yticks(range(len(verdicts)), [v.claim.text for v in verdicts], fontsize=9)
-    ax.invert_yaxis()
-    if verdicts:
-        figure.legend(
-            *ax.get_legend_handles_labels(),
-            frameon=False,
-            fontsize=9,
-            ncols=5,
-            loc="outside lower center",
-        )
-    write_figure(figure, path)
-
-
-def plot_differences(
-    ax: Axes,
-    results: Results,
-    key: str,
-    title: str,
-    unit: str,
-    published: Mapping[str, float] | None = None,
-) -> None:
-    """Plot variants' differences to the first one: a dot per seed, the mean with its 95 % interval.
-
-    The interval is that of a claim.
-
-    Args: published: the papers' differences, by variant.
-    """
-    first, *others = results.variants
-    for row, variant in enumerate(others):
-        if not _share_seeds(results, variant):
-            continue
-        half = half_interval(results, variant, first, key)
-        plot_row(ax, results.paired(variant, first, key), row, half, colour_of(results, variant))
-        value = (published or {}).get(variant)
-        if value is not None:
-            ax.plot(
-                [value],
-                [row],
-                "D",
-                color="black",
-                markersize=6,
-                fillstyle="none",
-                label="published",
-            )
-    style_axes(ax, title, f"difference to {first}, {unit}\ndots: seeds, bars: 95 % interval", "")
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set_yticks(range(len(others)), others)
-    ax.set_ylim(max(len(others), 1) - 0.5, -0.5)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=8)
-
-
-def plot_rows(
-    ax: Axes, results: Results, names: Sequence[str], key: Key, colours: Sequence[str], **how: Any
-) -> None:
-    """Plot variants in rows: a dot per seed, the mean with its 95 % interval. See `plot_row`."""
-    halves = half_intervals(results, names, key)
-    for row, (name, half) in enumerate(zip(names, halves, strict=True)):
-        plot_row(ax, results.values(name, key), row, half, colours[row], **how)
-
-
 def plot_row(
     ax: Axes,
     values: np.ndarray,
@@ -329,27 +226,6 @@ def half_interval(results: Results, variant: str, against: str | float, key: Key
         return 0.0
 
 
-def half_intervals(results: Results, names: Sequence[str], key: Key) -> np.ndarray:
-    """Return half of the 95 % interval of variants' means over seeds; 0 for one seed.
-
-    Seeds' common effect is left out, as in differences, where independent runs tell it. Else an
-    interval is that of the variant's own seeds.
-    """
-    noise = (results.noise or noise_within(results))(key)
-    if noise.dof > 0:
-        counts = [len(results.records(name)) for name in names]
-        return noise.sd * interval_factor(noise.dof) / np.sqrt(counts)
-    table = table_of(results, key)
-    return np.array(
-        [estimate(list(table[name].values())).half if len(table[name]) > 1 else 0 for name in names]
-    )
-
-
-def _share_seeds(results: Results, variant: str) -> bool:
-    """Whether a variant and the first one have a seed in common."""
-    return bool(results.common_seeds(variant, results.variants[0]))
-
-
 COLOURS = {  # of variants that several studies have, by how their names begin
     "none": "0.3",
     "loss-free + ": "C5",
@@ -378,31 +254,6 @@ def colour_of(results: Results, variant: str) -> str:
     return named or f"C{results.variants.index(variant) % 10}"
 
 
-def plot_curves(
-    ax: Axes,
-    results: Results,
-    name: str,
-    title: str,
-    unit: str,
-    only: Collection[str] | None = None,
-) -> None:
-    """Plot a metric over training steps by variant: mean over seeds, shaded from least to most.
-
-    Args: name: of the curve. only: the variants to plot; None means all.
-    """
-    for variant in results.variants:
-        if only is not None and variant not in only:
-            continue
-        steps, values = results.curve(variant, name)
-        colour = colour_of(results, variant)
-        ax.plot(steps, values.mean(0), label=variant, color=colour, linewidth=1.4)
-        ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-    style_axes(ax, title, "step; shaded: seeds", unit)
-    bottom, top = ax.get_ylim()
-    ax.set_ylim(top=top + 0.3 * (top - bottom))  # space for the legend above the curves
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
-
-
 def plot_strengths(  # noqa: PLR0913 - a picture
     ax: Axes,
     results: Results,
@@ -424,7 +275,8 @@ def plot_strengths(  # noqa: PLR0913 - a picture
     places, heights = (
         np.array([results.values(name, key).mean() for name in names]) for key in (x, y)
     )
-    half, middle = half_intervals(results, names, y), shown(heights)
+    half = np.array([half_interval(results, name, 0.0, y) for name in names])
+    middle = shown(heights)
     ax.plot(places, middle, "-", color=colour, linewidth=1.2)
     ends = [middle - shown(heights - half), shown(heights + half) - middle]
     ax.errorbar(places, middle, yerr=ends, fmt="none", color=colour, alpha=0.35, linewidth=1)

@@ -1,17 +1,57 @@
-"""The page of all studies, experiments/README.md: a table of their verdicts."""
+"""The page of all studies, experiments/README.md: a table and a picture of their verdicts."""
 
 import re
 from pathlib import Path
 
-from experiments.lab.results import BEGIN, Results, replace_block
-from experiments.lab.tables import markdown_table
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.lab.drawing import ANSWER_COLOURS, style_axes
+from experiments.lab.results import BEGIN, Results, replace_block, write_figure
+from experiments.lab.tables import format_number, markdown_table
+
+MOST = 30.0  # halves of an interval that are told apart in the picture
 
 
 def write(experiments: Path) -> None:
-    """Rewrite the table of README.md, if the file exists and has the markers."""
+    """Rewrite the table of README.md and verdicts.png, if the file exists and has the markers."""
     page = experiments / "README.md"
     if page.exists() and BEGIN in page.read_text():
         replace_block(page, overview_table(experiments))
+        draw(experiments)
+
+
+def draw(experiments: Path) -> None:
+    """Write verdicts.png: a row a study, a dot a claim.
+
+    The axis is a claim's difference over half of its 95 % interval. Right of 0 is what the papers
+    lead to expect.
+    """
+    done = [folder for folder in folders(experiments) if (folder / "results.json").exists()]
+    figure = Figure(figsize=(9.0, 1.2 + 0.2 * len(done)), layout="constrained")
+    ax = figure.add_subplot()
+    ax.axvspan(-1, 1, color="0.94", zorder=0)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    for row, folder in enumerate(done):
+        for verdict in Results(folder / "results.json").about.get("verdicts", ()):
+            if verdict["half"]:
+                place = np.clip(verdict["difference"] / verdict["half"], -MOST, MOST)
+                colour = ANSWER_COLOURS[verdict["answer"]]
+                ax.plot([place], [row], "o", color=colour, markersize=6, alpha=0.75, mew=0)
+    unit = "difference / half of its 95 % interval; right of 0: as the papers lead to expect"
+    style_axes(ax, "", unit, "")
+    ax.set_xscale("symlog", linthresh=3.0)
+    ticks = (-MOST, -10, -3, -1, 0, 1, 3, 10, MOST)
+    ax.set_xticks(ticks, [format_number(tick, 0) for tick in ticks])
+    ax.set_yticks(range(len(done)), [folder.name.replace("_", " ") for folder in done], fontsize=8)
+    ax.set_ylim(len(done) - 0.5, -0.5)
+    marks = [
+        Line2D([], [], marker="o", ls="", color=colour, label=answer)
+        for answer, colour in ANSWER_COLOURS.items()
+    ]
+    figure.legend(handles=marks, frameon=False, fontsize=9, ncols=4, loc="outside upper center")
+    write_figure(figure, experiments / "verdicts.png")
 
 
 def overview_table(experiments: Path) -> str:
