@@ -61,11 +61,11 @@ def overview_table(experiments: Path) -> str:
         link = f"[{folder.name.replace('_', ' ')}]({folder.name}/README.md)"
         path = folder / "results.json"
         if not path.exists():
-            rows.append([link, title(folder), "not run yet", ""])
+            rows.append([link, title(folder), "not run yet"])
             continue
         results = Results(path)
-        rows.append([link, results.about["question"], verdict(folder), str(results.recipe)])
-    return markdown_table(["study", "question", "verdict", "recipe"], rows)
+        rows.append([link, results.about["question"], verdict(folder)])
+    return markdown_table(["study", "question", "verdict"], rows)
 
 
 def folders(experiments: Path) -> list[Path]:
