@@ -126,8 +126,8 @@ def names(made: Home, rng: Draws) -> Trial:
     elif new.exists() or word == command.out:
         trial.out = name if word == command.out else trial.out
         trial.argv = [f"./{name}" if x == word else x for x in command.argv]
-        # a run notes its start's name
-        trial.same = trial.again = "--start" not in command.argv
+        # a result may have the name of what it was made of
+        trial.same = trial.again = word == command.out
     return trial
 
 
