@@ -28,32 +28,90 @@ import dsv3_jax as ds
 from dsv3_jax.chat.checkers import CHECKERS, Checker
 from dsv3_jax.config import ConfigError, DataConfig, Grpo
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.runs.answers import check_policy
+from dsv3_jax.hf.fp8 import dequantize, quantize
+from dsv3_jax.runs.answers import Answers, check_policy
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.training.loss import Part, compute_loss
-from dsv3_jax.training.policy import policy_loss
+from dsv3_jax.training.policy import advantages, policy_loss
+from dsv3_jax.training.rounding import rounded
 from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
 ONE_LAYER = replace(MODEL, num_layers=1, mtp_depth=0)
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_formula(rng):
-    """Token by token in float64, clipped on both sides, with the KL divergence."""
-    cfg, shape = Grpo(clip_low=0.1, clip_high=0.3, kl=0.2), (3, 7)
+@pytest.mark.parametrize("outside", ["clip", "mask"])
+def test_the_loss_and_its_gradient_are_those_of_the_formula(rng, outside):
+    """Token by token in float64, clipped or masked on both sides, with the KL divergence."""
+    cfg, shape = Grpo(clip_low=0.1, clip_high=0.3, kl=0.2, outside=outside), (3, 7)
     new, old, start, gains = rng.normal(0, 0.4, (4, *shape))
-    mask, loss, slope = rng.random(shape) < 0.7, 0.0, np.zeros(shape)
+    mask, loss, slope, out = rng.random(shape) < 0.7, 0.0, np.zeros(shape), 0
     for i in zip(*np.nonzero(mask), strict=True):
         ratio, away = np.exp(new[i] - old[i]), np.exp(start[i] - new[i])
         clipped = min(max(ratio, 0.9), 1.3)
-        loss += 0.2 * (away - np.log(away) - 1) - min(ratio * gains[i], clipped * gains[i])
         inside = ratio * gains[i] <= clipped * gains[i]
+        gain = min(ratio * gains[i], clipped * gains[i])
+        if outside == "mask":
+            inside = 0.9 <= ratio <= 1.3
+            gain = ratio * gains[i] if inside else 0.0
+        loss += 0.2 * (away - np.log(away) - 1) - gain
         slope[i] = 0.2 * (1 - away) - (ratio * gains[i] if inside else 0)
-    args = [*map(jnp.float32, (old, start, gains)), jnp.asarray(mask)]
-    found, grad = jax.value_and_grad(lambda new: policy_loss(new, *args, cfg)[0])(jnp.float32(new))
+        out += not inside
+    args = [*map(jnp.float32, (old, start, gains)), jnp.asarray(mask), cfg]
+    loss_of = jax.value_and_grad(lambda new: policy_loss(new, *args), has_aux=True)
+    (found, measures), grad = loss_of(jnp.float32(new))
     np.testing.assert_allclose(found, loss, rtol=1e-5)
     np.testing.assert_allclose(grad, slope, atol=1e-6)
+    assert measures["clipped"] == out
+
+
+def test_the_samplers_kl_is_that_of_the_distributions(rng):
+    """A sampler with even odds takes each token as often: the mean over all is KL(π_old ‖ π)."""
+    log_p = jax.nn.log_softmax(jnp.float32(rng.normal(0, 1, (1, 50))))
+    even, mask = jnp.full((1, 50), -np.log(50)), jnp.ones((1, 50), bool)
+    found = policy_loss(log_p, even, None, 0 * even, mask, Grpo())[1]["sampler_kl"] / 50
+    np.testing.assert_allclose(found, (even - log_p).mean(), rtol=1e-5)
+
+
+def test_right_answers_alone_teach_alike():
+    """A group whose answers are all right then teaches, too."""
+    rewards = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    assert (advantages(rewards, "right") == rewards).all()
+    assert advantages(rewards).any(1).tolist() == [True, False, False]
+
+
+MATRIX_OF = {  # one layer's matrix [inputs, outputs] of a weight, of an expert's last one
+    "w_q": lambda w: w[0].reshape(w.shape[1], -1),
+    "w_o": lambda w: w[0].reshape(-1, w.shape[-1]),
+    "w_uk": lambda w: w[0].reshape(-1, w.shape[-1]).T,
+    "w_gate": lambda w: w[0].reshape(-1, *w.shape[-2:])[-1],
+}
+
+
+def test_a_samplers_weights_are_rounded_as_in_released_folders():
+    """FP8 as these are written, 4 bits group by group; embedding, head, router and norms stay."""
+    wide = replace(ONE_LAYER, dim=160, num_heads=3, expert_dim=40, kv_latent_dim=70)
+    params = nnx.state(random_model(wide), nnx.Param)
+    kinds = "bfloat16", "fp8", "int4", "int3"
+    by_kind = [nnx.to_flat_state(rounded(params, kind)) for kind in kinds]
+    stayed = set()
+    for (path, v), *made in zip(nnx.to_flat_state(params), *by_kind, strict=True):
+        w, bfloat16, *others = (np.asarray(x[...]) for x in (v, *(x for _, x in made)))
+        if (bfloat16 == w).all():
+            assert all((x == w).all() for x in others), path
+            stayed.add(path[-1])
+        if path[-1] not in MATRIX_OF:
+            continue
+        np.testing.assert_array_equal(bfloat16, w.astype(jnp.bfloat16).astype(np.float32))
+        w, fp8, *few = map(MATRIX_OF[path[-1]], (w, *others))
+        np.testing.assert_allclose(fp8, dequantize(*quantize(w)), rtol=1e-6)
+        for i in range(0, len(w), 32):
+            for x, most in zip(few, (7, 3), strict=True):
+                scale = np.abs(w[i : i + 32]).max(0) / most
+                wanted = np.round(w[i : i + 32] / scale)
+                np.testing.assert_allclose(x[i : i + 32] / scale, wanted, atol=1e-4)
+    assert stayed == {"embed", "head", "w_router", "scale"}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +167,11 @@ def test_a_step_without_answers_moves_nothing(rng):
     after, metrics = step(state, jax.tree.map(jnp.zeros_like, batch))
     assert (metrics["loss"], metrics["grad_norm"], metrics["finite"], after.step) == (0, 0, True, 2)
     assert_bitwise(replace(after, step=before.step), before)
+
+
+def test_checkpoints_lie_between_batches_of_answers():
+    with pytest.raises(ConfigError, match="grpo updates=3 does not divide steps=4"):
+        make_run("nowhere", grpo=Grpo(group=2, updates=3), data=CHATS, steps=4)
 
 
 def test_a_model_that_trains_with_other_experts_than_it_samples_with_is_refused():
@@ -174,6 +237,31 @@ def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resum
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
     assert "checker='judge:even' has changed since the last start" in said
     assert "as the model sees it: 'user\\n0+1=<eos>\\nassistant\\n'" in said
+
+
+@pytest.mark.long
+def test_a_batch_of_answers_is_used_for_several_updates_and_a_run_stops_after_the_last(
+    ready, monkeypatch
+):
+    """Asked to stop after the first of two, it stops after both, and resumes bitwise."""
+    (root, argv), states, steps, answered = ready, [], [], Answers._answered
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.setattr(
+        Answers, "_answered", lambda self: steps.append(int(self.state.step)) or answered(self)
+    )
+    words = "--grpo.checker judge:odd --grpo.updates 2 --grpo.sampler-weights int4 --log-every 1"
+    code, said = said_by(unhooked_cli().main, [*argv, *words.split(), "--out", str(root / "two")])
+    assert code == 0, said
+    run = read_run(root / "two")
+    assert ds.train.fit(run, root / "parts", stop_after=1, quiet=True).step == 2
+    assert ds.train.fit(run, root / "parts", quiet=True).resumed_from == 2
+    assert steps == [0, 2, 0, 2]
+    for out in (root / "two", root / "parts"):
+        with Checkpoints(out, run, read_only=True) as checkpoints:
+            states.append(checkpoints.restore())
+    assert_bitwise(*states)
+    first = rows_of(root / "two")[0]
+    assert first["sampler_kl"] > 1e-6, first  # by the rounding: there was no update yet
 
 
 @pytest.mark.rare

@@ -125,8 +125,10 @@ class Lora:
 class Grpo:
     """Reinforcement learning by GRPO: the model learns from the better of its own answers.
 
-    Sources: GRPO arXiv 2402.03300; token_mean and two clips DAPO, arXiv 2503.14476; constant_length
-    arXiv 2503.20783.
+    Sources: GRPO and several updates arXiv 2402.03300; token_mean and two clips DAPO, arXiv
+    2503.14476; constant_length arXiv 2503.20783; mask IcePop, arXiv 2510.18855; right answers alone
+    RAFT, arXiv 2304.06767, with ratios as RAFT++, arXiv 2504.11343; rounded weights of the sampler
+    FlashRL (Liu, Yao et al., 2025).
 
     Example:
         >>> Grpo(group=8, checker="number").form
@@ -141,8 +143,15 @@ class Grpo:
     max_new_tokens: Positive = 256  # tokens of an answer, at most
     # of sampling; ratios and KL are of the distribution that was sampled from
     temperature: PositiveReal = 1.0
+    # answers that are better than the rest of their group, and less of the worse ones; or right
+    # answers alone, each as much (rejection sampling)
+    learn_from: Literal["better", "right"] = "better"
     clip_low: Share = 0.2  # ratios of new to old probabilities below 1 minus this teach nothing
     clip_high: NonNegative = 0.2  # ratios above 1 plus this teach nothing
+    # clip stops a token that has moved so far in the direction of its advantage; mask leaves out
+    # every token beyond these ratios, whichever its advantage
+    outside: Literal["clip", "mask"] = "clip"
+    updates: Positive = 1  # steps that each batch of answers is used for
     # weight of the KL divergence from start (beta); without LoRA it keeps start in memory, too
     kl: NonNegative = 0.0
     # token_mean is the mean over all tokens of answers; constant_length divides their sum by the
@@ -151,6 +160,9 @@ class Grpo:
     replay: bool = True  # train with the experts that the sampler chose
     # dtype of the sampler's cache; None is compute_dtype
     cache_dtype: CacheDtype | None = None
+    # what the sampler's matrices of attention and feed-forward layers are rounded to: fp8 has a
+    # scale for 128 x 128 numbers, int4 and int3 one for 32 inputs. None is what trains
+    sampler_weights: Literal["bfloat16", "fp8", "int4", "int3"] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "grpo ")
@@ -324,3 +336,10 @@ def _check_grpo(run: RunConfig) -> None:
         run.indexer_stage != "warm",
         f"{group} is not supported with indexer_stage='warm', which trains indexers",
     )
+
+    # Checkpoints lie between two batches of answers: a run that resumes has none of them.
+    for name in ("steps", "save_every"):
+        require(
+            getattr(run, name) % run.grpo.updates == 0,
+            f"grpo updates={run.grpo.updates} does not divide {name}={getattr(run, name)}",
+        )

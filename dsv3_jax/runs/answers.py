@@ -3,7 +3,8 @@
 See `training.policy`. A step takes the next prompts in the run's order, and a group of answers to
 each. A group whose answers are all right or all wrong teaches nothing: it is skipped, and its rows
 are padding. If all groups of a step are, the next prompts are asked, `ROUNDS` times at most; after
-that the step has no answers, and moves no weight.
+that the step has no answers, and moves no weight. With several updates the next steps use the same
+batch.
 
 An answer depends on the model, the run's seed, its prompt and the step's place in the order of
 prompts. So a run that resumes writes the same answers, and its position is that place.
@@ -27,6 +28,7 @@ from dsv3_jax.decoding.likelihood import next_token_scores
 from dsv3_jax.runs.start import Start, open_start
 from dsv3_jax.training import lora
 from dsv3_jax.training.policy import advantages
+from dsv3_jax.training.rounding import rounded
 from dsv3_jax.training.state import Job, TrainState, graph_of
 
 ROUNDS = 8  # times that a step asks prompts, at most
@@ -130,12 +132,23 @@ class Answers(Batches):
         self._run = run
         self._tasks = tasks
         self._start = start
+        self._batch: Batch | None = None
+        self._uses = 0  # steps that the batch is still to be used for
 
     @cached_property
     def _graph(self) -> nnx.GraphDef:
         return graph_of(self._job)
 
     def __next__(self) -> Batch:
+        if not self._uses:
+            self._batch = self._answered()
+            self._uses = self._run.grpo.updates
+        self._uses -= 1
+        assert self._batch is not None
+        return self._batch
+
+    def _answered(self) -> Batch:
+        """Ask the next prompts."""
         with jax.transfer_guard("allow"):
             # Ask until a group teaches something.
             policy = self._policy()
@@ -144,11 +157,12 @@ class Answers(Batches):
             for _ in range(ROUNDS):
                 groups += (new := self._asked(policy, row))
                 row += self._batch_size
-                if any(map(_teaches, new)):
+                if any(self._gains(group).any() for group in new):
                     break
 
             # KL is to the log probabilities of the model that the run began with.
-            batch = self._stacked([group for group in groups if _teaches(group)])
+            teaching = [group for group in groups if self._gains(group).any()]
+            batch = self._stacked(teaching)
             if self._run.grpo.kl:
                 nats, _ = next_token_scores(
                     *self._near(), batch["tokens"], self._run.grpo.temperature
@@ -159,15 +173,17 @@ class Answers(Batches):
         answers = [answer for group in groups for answer in group]
         self.metrics = {
             "reward": float(np.mean([answer.reward for answer in answers])),
-            "skipped": 1 - sum(map(_teaches, groups)) / len(groups),
+            "skipped": 1 - len(teaching) / len(groups),
             "answer_length": float(np.mean([len(answer.logprobs) for answer in answers])),
         }
         return batch
 
     def _policy(self) -> Any:
-        """The model as it is now, in its compute dtype."""
+        """The model as it is now, in its compute dtype, or with rounded weights."""
         dtype = self._run.execution.compute_dtype
         weights = lora.policy(self._run.lora, self.state.params, dtype)
+        if kind := self._run.grpo.sampler_weights:
+            weights = rounded(weights, kind)
         return nnx.merge(self._graph, weights, self.state.bias)
 
     def _asked(self, policy: Any, first: int) -> list[list[Answer]]:
@@ -210,11 +226,11 @@ class Answers(Batches):
 
     def _stacked(self, groups: list[list[Answer]]) -> Batch:
         """The batch of some groups; rows that are left are padding."""
-        # An advantage is relative to the group's other answers.
-        rewards = np.array([[answer.reward for answer in group] for group in groups])
-        gains = advantages(rewards.reshape(-1, self._run.grpo.group)).ravel()
-        answers = [answer for group in groups for answer in group]
-        rows = [self._row_of(answer, gain) for answer, gain in zip(answers, gains, strict=True)]
+        rows = [
+            self._row_of(answer, gain)
+            for group in groups
+            for answer, gain in zip(group, self._gains(group), strict=True)
+        ]
 
         # All batches have one shape, so that the step is compiled once.
         empty = Answer(0, np.zeros(0, np.int32), 0, [], None, 0.0)
@@ -268,6 +284,7 @@ class Answers(Batches):
         start = self._start or open_start(self._run.start)
         return nnx.split(start.load(self._job)[0])
 
-
-def _teaches(group: list[Answer]) -> bool:
-    return len({answer.reward for answer in group}) > 1
+    def _gains(self, group: list[Answer]) -> np.ndarray:
+        """The advantages of a group; one that teaches nothing has only zeros."""
+        rewards = np.array([[answer.reward for answer in group]])
+        return advantages(rewards, self._run.grpo.learn_from)[0]

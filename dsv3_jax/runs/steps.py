@@ -191,9 +191,12 @@ class Training:
         logged = step % run.log_every == 0
 
         # Several processes wait for the step when they ask.
-        self.stopped = step == self.options.stop_after
+        updates = run.grpo.updates
+        after = self.options.stop_after
+        self.stopped = after is not None and step - updates < after <= step
         if ask_often or logged or jax.process_count() == 1:
             self.stopped |= processes.any_of(self.asked.is_set())
+        self.stopped &= step % updates == 0  # no checkpoint holds a batch of answers
 
         logged |= last or self.stopped or step == 1
         evaluates = last or step % run.eval_every == 0

@@ -8,16 +8,21 @@ over the group's standard deviation. Each token t of an answer i has
     kl_t    = π_start(t) / π(t) − ln(π_start(t) / π(t)) − 1
     L       = Σ_t (β · kl_t − gain_t) / N
 
-where π_old is what the sampler computed. Each batch of answers is used for one step, so ratios
-would be 1 if sampler and trainer computed alike. Their mismatch is measured: the mean of |ln
-ratio_t|, and its maximum. All π are of the distribution that was sampled from, so logits are
-divided by its temperature.
+where π_old is what the sampler computed. At a batch's first update, ratios would be 1 if sampler
+and trainer computed alike. Their mismatch is measured: the mean of |ln ratio_t|, its maximum, and
+KL(π_old ‖ π), the mean of ratio_t − 1 − ln ratio_t. All π are of the distribution that was sampled
+from, so logits are divided by its temperature.
 
-Source: DeepSeekMath, arXiv 2402.03300, section 4.1.
+With outside="mask", gain_t is ratio_t · A_i from 1 − clip_low to 1 + clip_high, and 0 elsewhere,
+for advantages of either sign. With learn_from="right", A_i is the reward itself, 1 or 0.
+
+Source: DeepSeekMath, arXiv 2402.03300, section 4.1; the mask is IcePop's, arXiv 2510.18855; right
+answers alone RAFT's, arXiv 2304.06767, with ratios as in arXiv 2504.11343.
 Departs from it: N is the number of tokens in all answers of the batch (DAPO, arXiv 2503.14476), or
 with the form constant_length the number that they could have (arXiv 2503.20783). The paper takes
-the mean over each answer first, which makes wrong answers longer. There is no older policy than the
-one that starts the step.
+the mean over each answer first, which makes wrong answers longer. The only older policy is the
+sampler: IcePop masks by trainer and sampler as they were before the batch's first update, and clips
+by what updates have moved since.
 """
 
 import jax.numpy as jnp
@@ -30,13 +35,21 @@ EPS = 1e-6  # of the division by a group's standard deviation
 MOST = 20.0  # of ln ratio: beyond it only the sign of the advantage decides, and exp would overflow
 
 
-def advantages(rewards: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
-    """Compare each answer with its group. Args: rewards: of G answers to each of P prompts.
+def advantages(
+    rewards: Float[np.ndarray, "P G"], learn_from: str = "better"
+) -> Float[np.ndarray, "P G"]:
+    """Compare each answer with its group.
+
+    Args:
+        rewards: of G answers to each of P prompts.
+        learn_from: as in `Grpo`; "right" returns the rewards.
 
     Example:
         >>> advantages(np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).round(3).tolist()
         [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    if learn_from == "right":
+        return rewards
     apart = rewards - rewards.mean(axis=1, keepdims=True)
     return apart / (rewards.std(axis=1, keepdims=True) + EPS)
 
@@ -56,8 +69,8 @@ def policy_loss(
             there is no KL.
         gains: A, the advantage of the answer that each token is of.
         mask: tokens of answers.
-    Returns: (the sum; sums of the measures "mismatch", "clipped" and "kl", and the maximum
-        "max_mismatch").
+    Returns: (the sum; sums of the measures "mismatch", "sampler_kl", "clipped" and "kl", and the
+        maximum "max_mismatch").
 
     Example:
         >>> one = jnp.ones((1, 1))
@@ -66,19 +79,28 @@ def policy_loss(
         >>> float(loss), float(found["clipped"])  # twice as likely as it was: it counts 1.25 times
         (-1.25, 1.0)
     """
-    # Clipping takes the gain where a token has moved far enough, so its gradient is 0 there.
+    # Clipping takes the gain where a token has moved far enough, so its gradient is 0 there. A mask
+    # takes the gains of tokens that would move back, too.
     apart = jnp.where(mask, logprobs - old, 0.0)
     ratio = jnp.exp(jnp.minimum(apart, MOST))
     free = ratio * gains
-    clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * gains
-    loss = -jnp.where(mask, jnp.minimum(free, clipped), 0.0).sum()
+    low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
+    if cfg.outside == "mask":
+        left_out = (ratio < low) | (ratio > high)
+        gain = jnp.where(left_out, 0.0, free)
+    else:
+        clipped = jnp.clip(ratio, low, high) * gains
+        left_out = clipped < free
+        gain = jnp.minimum(free, clipped)
+    loss = -jnp.where(mask, gain, 0.0).sum()
 
     # Sampler and trainer differ by rounding, and by more if one of them is wrong.
     size = jnp.abs(apart)
     found = {
         "mismatch": size.sum(),
         "max_mismatch": size.max(),
-        "clipped": jnp.where(mask, clipped < free, False).sum(dtype=jnp.float32),
+        "sampler_kl": (jnp.expm1(jnp.minimum(apart, MOST)) - apart).sum(),
+        "clipped": jnp.where(mask, left_out, False).sum(dtype=jnp.float32),
     }
 
     # KL to the start, by an estimate that is never negative.

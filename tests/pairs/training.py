@@ -74,6 +74,7 @@ RUN = RunConfig(MODEL, data=DATA, optim=OPTIM, **EVERY)
 CHATS = {"data.format": "chat", "data.chat_template": "plain"}
 GRPO = CHATS | {"grpo.group": 4, "grpo.max_new_tokens": 4, "grpo.checker": "regex"}
 KL = GRPO | {"grpo.kl": 0.1}
+MISMATCH = {"mismatch", "max_mismatch", "sampler_kl"}
 DSA = {
     "model.attention": "dsa",
     "model.index_heads": 2,
@@ -395,7 +396,7 @@ def _check_plain(plan: Plan) -> None:
     ds.train.fit(plan.plain(), plan.folder / "plain", stop_after=2, **plan.options | {"mesh": None})
     got, want = (rows_of(plan.folder / name)[:2] for name in ("whole", "plain"))
     for a, b in zip(got, want, strict=True):
-        named = a.keys() & b.keys() - {"mismatch", "max_mismatch"}  # a mesh has measures of its own
+        named = a.keys() & b.keys() - MISMATCH  # a mesh has measures of its own
         for key in sorted(named if _exact(plan) else named & SMOOTH):
             x, y = np.asarray(a[key], np.float64), np.asarray(b[key], np.float64)
             size = np.abs(y).max(initial=1.0 if key in ("loss", "mtp_loss") else 1e-3)
