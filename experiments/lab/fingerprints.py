@@ -80,7 +80,8 @@ def identify(
     Args:
         root: the folder that relative paths refer to.
         task: data in place of the run's text.
-        needed: run folders that the run starts from → a hash of what they are.
+        needed: run folders that the run starts from → a hash of what they are. A start may also
+            be a folder inside one of them, which `Study.make_start` makes.
     """
     data = run.data
     is_made = data.tokenizer == "bytes" or (root / data.tokenizer).exists()
@@ -105,8 +106,20 @@ def settings_of(
     }
     values["data"]["tokenizer"] = Path(run.data.tokenizer).name
     for name in ("trunk", "start"):
-        values[name] = (needed or {}).get(values[name], values[name])
+        values[name] = _of_needed(values[name], needed or {})
     return _flat(json.loads(json.dumps(values))) | {"task": task and task.to_dict()}
+
+
+def _of_needed(place: str | None, needed: Mapping[str, str]) -> str | None:
+    """Return a start's name with the hash of the needed run in place of its folder.
+
+    >>> _of_needed("runs/lab/1/copies", {"runs/lab/1": "ab"}), _of_needed("runs/demo", {})
+    ('ab/copies', 'runs/demo')
+    """
+    for folder, name in needed.items():
+        if place is not None and f"{place}/".startswith(f"{folder}/"):
+            return name + place.removeprefix(folder)
+    return place
 
 
 def changed(run: RunConfig, needed: Mapping[str, str]) -> str:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from scipy.optimize import linear_sum_assignment
 
 from dsv3_jax.model.transformer import Transformer
 from experiments.lab.claims import Claim, Stake
@@ -67,6 +69,25 @@ def formed(trained: Any) -> int:
     """
     task = trained.task
     return first_below(trained, (task.bits_of_order(task.order - 1) + task.best_bits) / 2)
+
+
+def alike(model: Transformer) -> float:
+    """Return how alike the routed experts are: 1 if all have the same hidden units.
+
+    A hidden unit is its weights in w_gate, w_up and w_down. Units of two experts of a layer are
+    matched one to one, so that the sum of their cosines is largest. The result is the mean cosine
+    of matched units, over all pairs of experts and all layers.
+    """
+    experts = model.sparse.moe.experts
+    ways = [np.asarray(w[...], np.float64) for w in (experts.w_gate, experts.w_up, experts.w_down)]
+    units = np.concatenate([ways[0].swapaxes(2, 3), ways[1].swapaxes(2, 3), ways[2]], axis=-1)
+    units /= np.linalg.norm(units, axis=-1, keepdims=True)  # [L, E, F, 3 D]
+    found = []
+    for layer in units:
+        for one, other in combinations(layer, 2):
+            cosines = one @ other.T
+            found.append(cosines[linear_sum_assignment(cosines, maximize=True)].mean())
+    return float(np.mean(found))
 
 
 def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:

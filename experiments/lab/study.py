@@ -71,6 +71,9 @@ class Study:
     columns: Sequence[Column] = (Column("validation loss", "val_loss", 4, paired=True),)
     # (base, repository) → None: writes files that runs read
     prepare: Callable[[RunConfig, Path], None] | None = None
+    # (run) → None: makes the folder that the run's `start` names, in its worker. It is inside the
+    # run folder of one of `FollowUp.needs`, and its name says all that it is made with
+    make_start: Callable[[RunConfig], None] | None = None
     # more numbers of a run: name → number, list or dict
     measure: Callable[[TrainedRun], dict] | None = None
     # the same for timings: one run at a time, on all cores
@@ -132,7 +135,8 @@ class Study:
                 made = variant.run(*variant.needs)  # names in place of folders
                 run = made.run if isinstance(made, OnTask) else made
                 for parent in variant.needs:
-                    if parent in (run.start, run.trunk):
+                    places = (f"{place}/" for place in (run.start, run.trunk))
+                    if any(place.startswith(f"{parent}/") for place in places):
                         found[name] = parent
         return found
 

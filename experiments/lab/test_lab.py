@@ -1,11 +1,14 @@
 """The lab's commands: which runs they make, what options do and workers write, what counts."""
 
+import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +16,10 @@ from runs import HERE, environment
 
 from dsv3_jax.config import Layout, replace
 from dsv3_jax.presets import recipe
-from experiments.lab import Column, Results, fingerprints, mean_spread, running
+from experiments.lab import Column, Results, fingerprints, mean_spread, running, work
 from experiments.lab.__main__ import main
 from experiments.lab.fingerprints import RECIPE, identify, settings_of
+from experiments.lab.measuring import alike
 from experiments.lab.study import load
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Facts
@@ -197,6 +201,60 @@ def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     assert record["curves"]["loss"][0][-1] == record["steps"] == 40
 
 
+def test_a_start_is_made_before_a_run_and_belongs_to_the_run_that_it_is_made_of(
+    lab, tmp_path, capsys
+):
+    made = []
+
+    def make_start(run):
+        made.append(run.start)
+        raise ValueError(f"start={run.start!r} cannot be made")
+
+    start = str(tmp_path / "parent" / "made")
+    for run in (recipe("lab"), replace(recipe("lab"), start=start)):
+        job = work.Job("a", 0, replace(run, data=replace(run.data, paths=("absent",))), "run", {})
+        with contextlib.chdir(tmp_path):
+            assert work.do(job, None, make_start) == 1
+    assert made == [start] and capsys.readouterr().err.endswith("/made' cannot be made\n")
+
+    inside = STUDY.replace("trunk=trunk)", "trunk=trunk + '/made')")
+    (lab.folder / "study.py").write_text(inside)
+    assert load(lab.folder).begun() == {"heads": "bad"}
+
+
+@pytest.mark.parametrize("units", [2, 3])
+def test_experts_are_as_alike_as_their_best_matching(units):
+    """By trying every order of the units. Copies with their units in other orders are alike."""
+    rng = np.random.default_rng(0)
+    shapes = {"w_gate": (2, 3, 5, units), "w_up": (2, 3, 5, units), "w_down": (2, 3, units, 5)}
+    drawn = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    vectors = np.concatenate(
+        [drawn["w_gate"].swapaxes(2, 3), drawn["w_up"].swapaxes(2, 3), drawn["w_down"]], axis=-1
+    )
+    vectors /= np.sqrt((vectors**2).sum(-1, keepdims=True))
+    best = [
+        max(
+            np.mean([layer[e][i] @ layer[f][j] for i, j in enumerate(order)])
+            for order in itertools.permutations(range(units))
+        )
+        for layer in vectors
+        for e in range(3)
+        for f in range(e)
+    ]
+    assert alike(model_of_experts(drawn)) == pytest.approx(np.mean(best), rel=1e-9)
+
+    order = rng.permutation(units)
+    for name, w in drawn.items():
+        w[:, 1] = w[:, 0].take(order, axis=1 if name == "w_down" else 2)
+        w[:, 2] = w[:, 0]
+    assert alike(model_of_experts(drawn)) == pytest.approx(1)
+
+
+def model_of_experts(weights):
+    experts = SimpleNamespace(**weights)
+    return SimpleNamespace(sparse=SimpleNamespace(moe=SimpleNamespace(experts=experts)))
+
+
 def settings_hash(*arguments):
     return str(sorted(settings_of(*arguments).items(), key=str))
 
@@ -218,6 +276,9 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
     started = replace(run, start="runs/lab/abc")
     x, y = (settings_hash(started, None, {"runs/lab/abc": of_start}) for of_start in "xy")
     assert x != y
+    inside = replace(run, start="runs/lab/abc/made")  # by `Study.make_start`
+    found = {settings_hash(inside, None, {"runs/lab/abc": of_start}) for of_start in "xy"}
+    assert len(found | {x, y}) == 4
     again = [
         fingerprints.changed(replace(run, start=folder), {folder: "x"})
         for folder in ("runs/lab/a", "runs/lab/b")

@@ -63,6 +63,16 @@ def test_facts_are_a_fixed_table_and_held_out_rows_are_all_of_it():
     assert len(held) == 32 and len({tuple(row) for row in held.tolist()}) == 32
 
 
+def test_fewer_first_tokens_are_the_first_facts_of_the_same_table():
+    """Facts of A/2 first tokens are rows of the facts of A, as 31's two phases need it."""
+    every, half = Facts(), Facts(firsts=64)
+    np.testing.assert_array_equal(half.table, every.table[:64])
+    held = {tuple(row) for row in every.held_out(2**14).tokens.tolist()}
+    assert {tuple(row) for row in half.held_out(2**14).tokens.tolist()} == {
+        row for row in held if row[0] < 64
+    }
+
+
 def test_a_question_repeats_the_planted_value():
     task = SMALL[1]
     for tokens, answers in zip(*answers_of(task)[:2], strict=True):

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -54,10 +55,14 @@ class Job:
         return self.folder + ".json"
 
 
-def run_job(job: Job, measure: Measure | None) -> int:
+def run_job(
+    job: Job, measure: Measure | None, make_start: Callable[[RunConfig], None] | None = None
+) -> int:
     """Train and measure one run, and write its record. Returns the exit code.
 
-    Args: measure: the study's `measure`, or its `measure_alone` for a job with `alone`.
+    Args:
+        measure: the study's `measure`, or its `measure_alone` for a job with `alone`.
+        make_start: the study's.
     """
     run, folder, record = job.run, Path(job.folder), Path(job.record)
     needed = {name: Path(path) for name, path in job.needed_folders.items()}
@@ -68,6 +73,9 @@ def run_job(job: Job, measure: Measure | None) -> int:
     else:
         with _locked(folder):
             finished = any(row.get("step") == run.steps for row in read_metrics(folder))
+            if make_start is not None and run.start is not None and not finished:
+                with _locked(Path(run.start)):  # other runs begin with the same one
+                    make_start(run)
             trained = _train(run, folder, job.task)
         if trained is None:
             return STOPPED
@@ -180,16 +188,19 @@ def serve(pipe: Connection, folder: Path, cores: tuple[int, ...]) -> None:
             with open(job.log, "w") as log:
                 os.dup2(log.fileno(), sys.stdout.fileno())
                 os.dup2(log.fileno(), sys.stderr.fileno())
-            code = do(job, study.measure_alone if job.alone else study.measure)
+            measure = study.measure_alone if job.alone else study.measure
+            code = do(job, measure, study.make_start)
             sys.stdout.flush()
             gc.collect()  # a model's parts refer to one another
             pipe.send(code)
 
 
-def do(job: Job, measure: Measure | None) -> int:
+def do(
+    job: Job, measure: Measure | None, make_start: Callable[[RunConfig], None] | None = None
+) -> int:
     """Do one job. Returns its exit code. An error is one sentence, the last line of stderr."""
     try:
-        return run_job(job, measure)
+        return run_job(job, measure, make_start)
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1

@@ -1,0 +1,234 @@
+"""Ways to make a mixture of a dense run, at three budgets, against one from scratch."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import replace
+from dsv3_jax.model.upcycle import Upcycling, upcycled_config
+from dsv3_jax.runs.convert import convert
+from experiments.lab import (
+    RUNS_FOLDER,
+    FollowUp,
+    OnTask,
+    Study,
+    drawing,
+    format_number,
+    markdown_table,
+    mean_spread,
+)
+from experiments.lab.bases import base_run, make_tokenizer, short_run
+from experiments.lab.claims import Claim
+from experiments.lab.measuring import BITS, alike, bits_claim, bits_stake
+from experiments.lab.tasks import Facts
+
+FACTS = Facts()
+FIRST_HALF = Facts(firsts=FACTS.firsts // 2)  # of the same table: its rows are the first ones
+DENSE, SMALL = "dense, first half", "2 of 8 narrow, first half"
+FURTHER, SCRATCH = "dense further", "from scratch"
+COPIES, DRAWN, GROUPS = "copies", "half drawn anew", "virtual groups"
+GROWN, SCRATCH_32 = "8 → 32 narrow", "32 narrow from scratch"
+# What is made of a run, by variant.
+WAYS = {
+    COPIES: Upcycling(8),
+    DRAWN: Upcycling(8, redrawn=0.5),
+    GROUPS: Upcycling(32, parts=4),
+    GROWN: Upcycling(32),
+}
+BUDGETS = {"× ½": 0.5, "× 1": 1, "× 2": 2}  # of the base's steps
+MOST = (FURTHER, COPIES, DRAWN, SCRATCH)  # with all budgets
+ONCE = (GROUPS, GROWN, SCRATCH_32)
+TEXT_DENSE = "text: dense"
+TEXT = (COPIES, SCRATCH)
+TEXT_BUDGETS = ("× ½", "× 1")
+
+
+def place_of(parent, how):
+    """The folder of a mixture that is made of a run. It says how; the seed is the run's."""
+    return f"{parent}/upcycled-{how.experts}-{how.parts}-{how.redrawn}"
+
+
+def make_start(run):
+    """Make the mixture that a run starts with, of the run whose folder it is in."""
+    place = Path(run.start)
+    for how in WAYS.values():
+        if place_of(place.parent, how) == str(place) and not place.exists():
+            convert(place.parent, place, quiet=True, upcycling=replace(how, seed=run.seed))
+
+
+def lasting(run, budget):
+    steps = max(round(run.steps * BUDGETS[budget]), 1)
+    return replace(run, steps=steps, eval_every=steps, save_every=steps)
+
+
+def variants(base):
+    dense = replace(base.model, num_dense_layers=base.model.num_layers)
+    narrow = replace(
+        base.model, num_experts=8, experts_per_token=2, num_shared_experts=0, expert_dim=8
+    )
+    found = {
+        DENSE: OnTask(FIRST_HALF, replace(base, model=dense)),
+        SMALL: OnTask(FIRST_HALF, replace(base, model=narrow)),
+    }
+    pairs = [(way, budget) for budget in BUDGETS for way in MOST]
+    for way, budget in (*pairs, *((way, "× 1") for way in ONCE)):
+        one = partial(on_facts, lasting(base, budget), dense, narrow, way)
+        parent = SMALL if way == GROWN else DENSE
+        scratch = way in (SCRATCH, SCRATCH_32)
+        found[f"{way}, {budget}"] = one(None) if scratch else FollowUp((parent,), one)
+    return found | on_text(base)
+
+
+def on_facts(run, dense, narrow, way, parent):
+    """A run on all facts that begins with what `way` makes of a parent; None is from scratch."""
+    before = narrow if way in (GROWN, SCRATCH_32) else dense
+    how = WAYS.get({SCRATCH: COPIES, SCRATCH_32: GROWN}.get(way, way))
+    return OnTask(FACTS, begun(run, before, how, parent))
+
+
+def begun(run, before, how, parent):
+    model = before if how is None else upcycled_config(before, how)
+    start = parent if parent is None or how is None else place_of(parent, how)
+    return replace(run, model=model, start=start)
+
+
+def on_text(base):
+    """The dense model of the text's recipe, copies of it, and the same from scratch."""
+    run = text_run(base)
+    dense = replace(run.model, num_dense_layers=run.model.num_layers, dense_dim=128)
+    found = {TEXT_DENSE: replace(run, model=dense)}
+    for budget in TEXT_BUDGETS:
+        one = partial(begun, lasting(run, budget), dense, WAYS[COPIES])
+        found[f"text: {COPIES}, {budget}"] = FollowUp((TEXT_DENSE,), one)
+        found[f"text: {SCRATCH}, {budget}"] = one(None)
+    return found
+
+
+def text_run(base):
+    """The recipe for text; with few steps where the base has few."""
+    return short_run("lab") if base.steps < 100 else base_run("lab", [], RUNS_FOLDER)
+
+
+def prepare(base, root):
+    make_tokenizer(text_run(base), root)
+
+
+def measure(trained):
+    """Facts: bits unknown of all, and of each half; how alike experts are. Text: its loss."""
+    if trained.task is None:
+        return {"nats": trained.numbers["val_loss"]}
+    tokens = jnp.asarray(FACTS.held_out(FACTS.firsts * FACTS.seconds).tokens)
+    bits = np.asarray(bits_of_answers(*nnx.split(trained.model), tokens))
+    old = np.asarray(tokens[:, 0]) < FIRST_HALF.firsts
+    numbers = {"first": float(bits[old].mean()), "second": float(bits[~old].mean())}
+    if trained.task == FACTS:
+        numbers["bits"] = trained.numbers["val_loss"] * BITS
+    if trained.model.cfg.num_sparse_layers:
+        numbers["alike"] = alike(trained.model)
+    return numbers
+
+
+@partial(jax.jit, static_argnums=0)
+def bits_of_answers(graph, state, tokens):
+    logits = nnx.merge(graph, state)(tokens).logits[:, 1]
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 2:], axis=-1)
+    return -BITS * chosen[:, 0]
+
+
+def table(results):
+    rows = []
+    for name in results.variants:
+        record = results.records(name)[0]
+        size, row = record["parameters"], [name]
+        row += [f"{size['total']:,} ({size['active']:,})", f"{record['steps']:,}"]
+        for key, digits in (
+            ("bits", 2),
+            ("first", 2),
+            ("second", 2),
+            ("alike", 2),
+            ("nats", 3),
+        ):
+            measured = key in record["numbers"]
+            row.append(mean_spread(results.values(name, key), digits) if measured else "")
+        rows.append(row)
+    header = ["variant", "parameters (active)", "steps", "bits unknown, of 6", "of the first half"]
+    header += ["of the second half", "likeness of experts", "validation loss of text, nats"]
+    return markdown_table(header, rows)
+
+
+def words(results):
+    found = (
+        format_number(
+            results.difference(f"{COPIES}, {budget}", f"{SCRATCH}, {budget}", "bits"), 2, sign=True
+        )
+        for budget in BUDGETS
+    )
+    return "Copies against from scratch: {}, {} and {} bits at × ½, × 1 and × 2".format(*found)
+
+
+def claim(text, variant, against):
+    return bits_claim(text, variant, against, key="bits", stake="experts")
+
+
+HALF, ONE, TWO = BUDGETS
+STUDY = Study(
+    question="From a dense run, when does a mixture from scratch overtake an upcycled one?",
+    published=(
+        "copies lead at first, train more slowly than from scratch and stay alike; with half of "
+        "their units drawn anew they do not (2502.19261)"
+    ),
+    variants=variants,
+    base="facts",
+    prepare=prepare,
+    make_start=make_start,
+    measure=measure,
+    table=table,
+    draw=drawing.claims_and_variants("bits", "facts: bits unknown, of 6", words),
+    claims=(
+        claim(
+            "at half the budget copies store more than from scratch",
+            f"{COPIES}, {HALF}",
+            f"{SCRATCH}, {HALF}",
+        ),
+        claim(
+            "at twice the budget from scratch stores more than copies",
+            f"{SCRATCH}, {TWO}",
+            f"{COPIES}, {TWO}",
+        ),
+        claim(
+            "at twice the budget half drawn anew stores more than copies",
+            f"{DRAWN}, {TWO}",
+            f"{COPIES}, {TWO}",
+        ),
+        Claim(
+            "at twice the budget copies are more alike than experts from scratch",
+            f"{COPIES}, {TWO}",
+            f"{SCRATCH}, {TWO}",
+            "alike",
+            "higher",
+            unit="",
+            digits=2,
+        ),
+        claim(
+            "8 → 32 narrow experts store more than 32 from scratch",
+            f"{GROWN}, {ONE}",
+            f"{SCRATCH_32}, {ONE}",
+        ),
+        Claim(
+            "on text, at half the budget, copies have a lower loss than from scratch",
+            f"text: {COPIES}, {HALF}",
+            f"text: {SCRATCH}, {HALF}",
+            "nats",
+        ),
+    ),
+    stakes={
+        "experts": bits_stake(
+            "no experts: dense further against from scratch, × 1",
+            lambda results: results.paired(f"{FURTHER}, {ONE}", f"{SCRATCH}, {ONE}", "bits"),
+        )
+    },
+)
