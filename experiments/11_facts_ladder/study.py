@@ -132,7 +132,7 @@ STUDY = Study(
     columns=COLUMNS,
     table=table,
     draw=drawing.claims_and_variants(
-        unknown_bits, "bits of a fact still unknown, of 6", words, only=SHOWN
+        {name: (name, unknown_bits) for name in SHOWN}, "bits of a fact still unknown, of 6", words
     ),
     claims=(
         claim("two of sixteen store more than one of eight", GSHARD, SWITCH),
