@@ -1,86 +1,163 @@
-"""YaRN on one-hop retrieval: a model trained at L answers questions up to 16L away.
+"""YaRN: a model trained at L finds keys up to 16L away, and reads text of 4L.
 
-L is the base's row length.
+L is the base's row length: that of the recipe "retrieval" for keys, of "lab" for text.
 """
 
+import textwrap
 from functools import partial
 
 import jax
 import numpy as np
+import planted
 from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.cross_entropy import token_scores
 from experiments.lab import (
+    RUNS_FOLDER,
     FollowUp,
     OnTask,
     Study,
     drawing,
+    format_number,
     markdown_table,
     mean_spread,
     write_figure,
 )
+from experiments.lab.bases import base_run, short_run
 from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.tasks import Retrieval
 
-FACTOR = 16
-CONTEXTS = (1, 2, 4, 8, 16)  # lengths of rows, in units of L
-DEPTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # distance of the key, in units of the row
-ROWS = 64  # questions for each length and depth
+FACTOR = {"keys": 16, "text": 4}
 BATCH_TOKENS = 16384
+
+# Keys: lengths of rows in units of L, distances of the key in units of the row, and questions for
+# each of both.
+LENGTHS = (1, 2, 4, 8, 16)
+DEPTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+ROWS = 64
+
+# Text: tokens of a row that are read, in units of L. Its last L/2 are scored.
+CONTEXTS = (3 / 4, 1, 3 / 2, 2, 3, 4)
+LEAST_DOCUMENTS = 100
+VAL_FRACTION = 0.15
 
 
 def variants(base):
-    length, lr = base.data.seq_len, base.optim.learning_rate / 3
-    model = replace(base.model, max_positions=FACTOR * length, yarn=Yarn())
-    extended = replace(model, yarn=yarn_of(length))
-    short = replace(base, model=model)
-    # A tenth more steps, with as many tokens each.
-    long_rows = replace(
-        base.data, seq_len=FACTOR * length, batch_size=max(base.data.batch_size // FACTOR, 1)
+    keys = replace(base, model=replace(base.model, max_positions=16 * base.data.seq_len))
+    text = text_base(base)
+    text = replace(
+        text,
+        model=replace(
+            text.model,
+            vocab_size=260,
+            rope_head_dim=16,
+            mtp_depth=0,
+            max_positions=4 * text.data.seq_len,
+        ),
+        # More is held out than of other text, so that LEAST_DOCUMENTS fill a row of 4L.
+        data=replace(
+            text.data,
+            paths=(corpus_of(text),),
+            tokenizer="bytes",
+            val_fraction=VAL_FRACTION,
+            max_documents=None,
+        ),
+        steps=2 * text.steps,
+    )
+    return of("keys", keys, 2) | of("text", text, 10)
+
+
+def text_base(base):
+    """Return the recipe of text, as short as the base is."""
+    is_short = base.steps == short_run("retrieval").steps
+    return short_run("lab") if is_short else base_run("lab", [], RUNS_FOLDER)
+
+
+def of(kind, short, warmup):
+    """Return the variants of one kind: trained at L, a tenth more steps on longer rows, or these.
+
+    All steps have as many tokens.
+    """
+    factor, length, rate = FACTOR[kind], short.data.seq_len, short.optim.learning_rate / 3
+
+    def on(run):
+        return run if kind == "text" else OnTask(Retrieval(tokens=run.data.seq_len), run)
+
+    short = replace(short, model=replace(short.model, yarn=Yarn()))
+    rows = replace(
+        short.data, seq_len=factor * length, batch_size=max(short.data.batch_size // factor, 1)
     )
     optim = replace(
-        base.optim, learning_rate=lr, final_learning_rate=min(lr, base.optim.final_learning_rate)
+        short.optim,
+        learning_rate=rate,
+        final_learning_rate=min(rate, short.optim.final_learning_rate),
+        warmup_steps=warmup,
     )
-    more = replace(
-        short, data=long_rows, steps=max(base.steps // 10, 2), optim=replace(optim, warmup_steps=2)
-    )
-    long = Retrieval(tokens=FACTOR * length)
+    more = replace(short, data=rows, steps=max(short.steps // 10, 2), optim=optim)
+    extended = replace(more, model=replace(short.model, yarn=yarn_of(length, factor)))
+    first = f"{kind}: L"
     return {
-        "L": OnTask(Retrieval(tokens=length), short),
-        "L, then 16L": FollowUp(("L",), lambda folder: OnTask(long, replace(more, start=folder))),
-        "L, then 16L with YaRN": FollowUp(
-            ("L",), lambda folder: OnTask(long, replace(more, model=extended, start=folder))
+        first: on(short),
+        f"{first}, then {factor}L": FollowUp((first,), lambda f: on(replace(more, start=f))),
+        f"{first}, then {factor}L with YaRN": FollowUp(
+            (first,), lambda f: on(replace(extended, start=f))
         ),
-        "16L": OnTask(long, replace(short, data=long_rows, steps=short.steps + more.steps)),
+        f"{kind}: {factor}L": on(replace(short, data=rows, steps=short.steps + more.steps)),
     }
 
 
-def yarn_of(length):
-    return Yarn(factor=float(FACTOR), original_max_positions=length)
+def corpus_of(text):
+    """Return the path of the training text, relative to the repository."""
+    return f"{RUNS_FOLDER}/keys-{4 * text.data.seq_len}.jsonl"
+
+
+def prepare(base, root):
+    text = text_base(base)
+    planted.write_corpus(root / corpus_of(text), 4 * text.data.seq_len)
+
+
+def yarn_of(length, factor):
+    return Yarn(factor=float(factor), original_max_positions=length)
+
+
+# What is measured
 
 
 def measure(trained):
-    """Measure the retrieved share [lengths][depths]: own, and with YaRN alone after L."""
-    length = trained.run.model.max_positions // FACTOR
-    numbers = {"length": length, "own": retrieved(trained.model, trained.task, length)}
+    """Measure a model as it is, and one that was trained at L also with YaRN alone.
+
+    `found` is the retrieved share [lengths][depths]; `loss` is that of the text by context.
+    """
+    kind = "text" if trained.task is None else "keys"
+    length = trained.run.model.max_positions // FACTOR[kind]
+    models = {"own": trained.model}
     if trained.run.data.seq_len == length:
-        cfg = replace(trained.run.model, yarn=yarn_of(length))
-        model = Transformer(cfg, trained.run.execution, rngs=nnx.Rngs(0))
-        nnx.update(model, nnx.state(trained.model))
-        numbers["yarn"] = retrieved(model, trained.task, length)
-    return numbers
+        cfg = replace(trained.run.model, yarn=yarn_of(length, FACTOR[kind]))
+        models["yarn"] = Transformer(cfg, trained.run.execution, rngs=nnx.Rngs(0))
+        nnx.update(models["yarn"], nnx.state(trained.model))
+    if kind == "keys":
+        read = partial(retrieved, trained.task, length)
+        return {"length": length, "found": {how: read(model) for how, model in models.items()}}
+    rows = held_out_rows(trained.corpus.val, trained.tokenizer, FACTOR[kind] * length)
+    scored = ~np.isin(rows[:, -length // 2 :], trained.tokenizer.encode_array(planted.PLANTED))
+    return {
+        "length": length,
+        "documents": len(rows),
+        "loss": {how: losses(model, rows, scored, length) for how, model in models.items()},
+    }
 
 
-def retrieved(model, task, length):
+def retrieved(task, length, model):
     """Return the share of right answers by length of the row and depth of the key, as lists."""
     return [
         [
             share(model, task.questions(c * length, max(round(d * c * length), 2), ROWS).tokens)
             for d in DEPTHS
         ]
-        for c in CONTEXTS
+        for c in LENGTHS
     ]
 
 
@@ -98,19 +175,44 @@ def last_choice(graphdef, state, tokens):
     return (model.forward_hidden(tokens).h[:, -2] @ model.head_matrix()).argmax(-1)
 
 
-# The table and the picture
+def held_out_rows(documents, tokenizer, length):
+    """Cut one row from each held-out document of at least `length` tokens: its last ones.
 
-LINES = {  # line: (variant, how it is evaluated)
-    "trained at L, unchanged": ("L", "own"),
-    "trained at L, YaRN, no more steps": ("L", "yarn"),
-    "more steps at 16L, no YaRN": ("L, then 16L", "own"),
-    "more steps at 16L with YaRN": ("L, then 16L with YaRN", "own"),
-    "trained at 16L from the start": ("16L", "own"),
-}
+    Raises: ValueError for fewer than LEAST_DOCUMENTS rows: a loss by position is that of the
+        documents that have it.
+    """
+    texts = (tokenizer.encode_array(document.text) for document in documents)
+    rows = [tokens[-length:] for tokens in texts if len(tokens) >= length]
+    if len(rows) < LEAST_DOCUMENTS:
+        raise ValueError(
+            f"rows={len(rows)} from held-out documents of at least {length} tokens are fewer than "
+            f"{LEAST_DOCUMENTS}; use a smaller data.seq_len or a larger data.val_fraction"
+        )
+    return np.stack(rows)
 
 
-def shown(results):
-    return [(line, *row) for line, row in LINES.items() if row[0] in results.variants]
+def losses(model, rows, scored, length):
+    """Return the mean nats of the same last tokens, which are scored, with more and more before."""
+    graphdef, state = nnx.split(model)
+    found = []
+    for context in CONTEXTS:
+        tokens = rows[:, -round(context * length) :]
+        parts = [nats(graphdef, state, tokens[i : i + 16]) for i in range(0, len(tokens), 16)]
+        last = np.concatenate(parts)[:, -scored.shape[1] :]
+        found.append(float((last * scored).sum() / scored.sum()))
+    return found
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def nats(graphdef, state, tokens):
+    """Return the nats of each next token, [rows, T − 1]."""
+    model = nnx.merge(graphdef, state)
+    h, targets = model.forward_hidden(tokens).h[:, :-1], tokens[:, 1:]
+    scores = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), targets.reshape(-1))
+    return scores[0].reshape(targets.shape)
+
+
+# Numbers of a run
 
 
 def beyond(how):
@@ -119,7 +221,7 @@ def beyond(how):
     def mean(numbers):
         far = [
             share
-            for c, row in zip(CONTEXTS, numbers[how], strict=True)
+            for c, row in zip(LENGTHS, numbers["found"][how], strict=True)
             for d, share in zip(DEPTHS, row, strict=True)
             if c * d > 1
         ]
@@ -130,95 +232,151 @@ def beyond(how):
 
 def within(how):
     """Return a function of a run's numbers: the retrieved share, in %, in rows of L."""
-    return lambda numbers: 100 * float(np.mean(numbers[how][0]))
+    return lambda numbers: 100 * float(np.mean(numbers["found"][how][0]))
+
+
+def far_logit(how):
+    return logit(beyond(how), ROWS * sum(c * d > 1 for c in LENGTHS for d in DEPTHS))
+
+
+def gain(key):
+    """Return a function: how much more YaRN alone has of a number than the unchanged model."""
+    return lambda numbers: key("yarn")(numbers) - key("own")(numbers)
+
+
+def loss_within(how):
+    """Return a function of a run's numbers: the mean loss of contexts of at most L."""
+    return lambda numbers: float(np.mean(numbers["loss"][how][: sum(c <= 1 for c in CONTEXTS)]))
+
+
+def loss_beyond(how):
+    """Return a function of a run's numbers: the mean loss of contexts of more than L."""
+    return lambda numbers: float(np.mean(numbers["loss"][how][sum(c <= 1 for c in CONTEXTS) :]))
+
+
+def loss_of_extended(numbers):
+    """Return the loss beyond L of a model that trained there.
+
+    Raises: KeyError for one that did not: its seeds differ ten times as much, and so its noise.
+    """
+    if "yarn" in numbers["loss"]:
+        raise KeyError("own")
+    return loss_beyond("own")(numbers)
+
+
+# The table and the picture
+
+LINES = {  # line: (how a variant's name goes on after its kind, how it is evaluated)
+    "trained at L, unchanged": ("L", "own"),
+    "trained at L, YaRN, no more steps": ("L", "yarn"),
+    "more steps on long rows, no YaRN": ("L, then {}L", "own"),
+    "more steps on long rows with YaRN": ("L, then {}L with YaRN", "own"),
+    "trained on long rows from the start": ("{}L", "own"),
+}
+
+
+def shown(results, kind):
+    """Return (line, variant, how it is evaluated) for the variants with results."""
+    names = ((line, f"{kind}: {n.format(FACTOR[kind])}", how) for line, (n, how) in LINES.items())
+    return [row for row in names if row[1] in results.variants]
 
 
 def table(results):
-    header = [
-        "",
-        "found in rows of L, %",
-        *(f"rows of {c}L" for c in CONTEXTS[1:]),
-        "farther than L, %",
-    ]
+    header = ["", "text: loss within L", "beyond L", "keys: found in rows of L, %"]
+    header += [*(f"of {c}L" for c in LENGTHS[1:]), "farther than L, %"]
     rows = []
-    for line, variant, how in shown(results):
-        shares = results.values(variant, lambda n, how=how: [np.mean(row) for row in n[how]])
-        by_length = 100 * shares
-        farther = mean_spread(results.values(variant, beyond(how)), 1)
-        rows.append([line, *(mean_spread(x, 1) for x in by_length.T), farther])
-    return markdown_table(header, rows) + f"\n\nChance finds {100 / Retrieval().values:.1f} %."
+    for (line, keys, how), (_, text, _) in zip(
+        shown(results, "keys"), shown(results, "text"), strict=True
+    ):
+        losses = [results.values(text, key(how)) for key in (loss_within, loss_beyond)]
+        shares = results.values(keys, lambda n, how=how: [np.mean(x) for x in n["found"][how]])
+        farther = results.values(keys, beyond(how))
+        cells = [mean_spread(x, 3) for x in losses]
+        rows.append([line, *cells, *(mean_spread(x, 1) for x in (*(100 * shares.T), farther))])
+    documents = results.values("text: L", "documents").min()
+    return (
+        f"{markdown_table(header, rows)}\n\nLoss in nats per byte of text, of {documents:.0f} "
+        f"documents. Long rows are 4L of text, and 16L of keys. "
+        f"Chance finds {100 / Retrieval().values:.1f} %."
+    )
 
 
 def draw(results, path):
-    """Draw a heat map for each line: length of the row by depth of the key, mean over seeds."""
-    lines = shown(results)
-    figure = Figure(figsize=(2.5 * len(lines) + 1.2, 3.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(lines), sharey=True))
+    """Draw a heat map of keys for each line, and the loss of the text by context."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.05))
+    lines = shown(results, "keys")
+    axes = np.atleast_1d(above.subplots(1, len(lines), sharey=True))
     for ax, (line, variant, how) in zip(axes, lines, strict=True):
-        share = 100 * results.values(variant, how).mean(0)  # [lengths, depths]
+        share = 100 * results.values(variant, f"found/{how}").mean(0)  # [lengths, depths]
         image = ax.imshow(share.T, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="lower")
         for i, j in np.ndindex(share.shape):
-            ax.text(
-                i,
-                j,
-                f"{share[i, j]:.0f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if share[i, j] < 60 else "black",
-            )
-        ax.set_title(line.replace(", ", ",\n", 1), fontsize=9)
-        ax.set_xticks(range(len(CONTEXTS)), [f"{c}L" if c > 1 else "L" for c in CONTEXTS])
+            colour = "white" if share[i, j] < 60 else "black"
+            style = dict(ha="center", va="center", fontsize=8, color=colour)
+            ax.text(i, j, f"{share[i, j]:.0f}", **style)
+        ax.set_title(textwrap.fill(line, 22), fontsize=9)
+        ax.set_xticks(range(len(LENGTHS)), [f"{c}L" if c > 1 else "L" for c in LENGTHS])
         ax.set_xlabel("tokens in the row")
     axes[0].set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
     axes[0].set_ylabel("distance to the key, of the row")
-    figure.colorbar(image, ax=axes, label="keys found, %")
-    title = drawing.answer(lambda: words(results), "Keys found")
-    figure.suptitle(f"{title} (mean over {len(results.seeds())} seeds)", fontsize=11)
+    above.colorbar(image, ax=axes, label="keys found, %")
+
+    ax = below.add_subplot()
+    for i, (line, variant, how) in enumerate(shown(results, "text")):
+        values = results.values(variant, f"loss/{how}")
+        style = dict(color=f"C{i}", markersize=4, linewidth=1.4)
+        ax.plot(CONTEXTS, values.mean(0), "o-", label=line, **style)
+        ax.fill_between(CONTEXTS, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
+    drawing.style_axes(ax, "", "bytes of text that are read, in L; shaded: seeds", "nats per byte")
+    ax.axvline(1, color="0.5", linewidth=0.8)
+    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    title = drawing.answer(lambda: words(results), results.about["question"])
+    figure.suptitle(title, fontsize=11)
     write_figure(figure, path)
 
 
 def words(results):
-    unchanged, yarn = (results.values("L", beyond(how)).mean() for how in ("own", "yarn"))
+    unchanged, yarn = (results.values("keys: L", beyond(how)).mean() for how in ("own", "yarn"))
+    more = [
+        np.mean(results.values("text: L", loss_beyond(how)))
+        - np.mean(results.values("text: L", loss_within(how)))
+        for how in ("own", "yarn")
+    ]
     return (
-        f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, "
-        f"the unchanged model {unchanged:.0f} %"
+        f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model "
+        f"{unchanged:.0f} %\nText beyond L: {format_number(more[1], 2, sign=True)} nats with YaRN "
+        f"alone, {format_number(more[0], 2, sign=True)} unchanged"
     )
 
 
-def claim(text, variant, against, key, **more):
-    return Claim(
-        text, variant, against, key, "higher", unit="logits", digits=2, stake="keys", **more
-    )
-
-
-def far_logit(how):
-    return logit(beyond(how), ROWS * sum(c * d > 1 for c in CONTEXTS for d in DEPTHS))
+def on_keys(text, variant, against, key):
+    return Claim(text, variant, against, key, "higher", unit="logits", digits=2, stake="keys")
 
 
 STUDY = Study(
-    question="Does YaRN let a model find keys at up to 16 times its training length?",
+    question="Does YaRN extend a model to 4 and to 16 times its training length?",
     published=(
         "4K → 128K in two short phases, every needle found (V3 report, figure 8); "
         "99 % of passkeys (YaRN)"
     ),
     variants=variants,
     base="retrieval",
+    prepare=prepare,
     measure=measure,
     table=table,
     draw=draw,
     claims=(
-        claim(
+        on_keys(
             "YaRN without more steps finds more far keys than nothing",
-            "L",
+            "keys: L",
             0.0,
-            lambda n: far_logit("yarn")(n) - far_logit("own")(n),
+            gain(far_logit),
         ),
         Claim(
             "YaRN without more steps keeps near keys, within 2 points",
-            "L",
+            "keys: L",
             0.0,
-            lambda n: within("yarn")(n) - within("own")(n),
+            gain(within),
             "equal",
             margin=2.0,
             unit="points",
@@ -226,23 +384,43 @@ STUDY = Study(
             stake="keys",
             questions=ROWS * len(DEPTHS),
         ),
-        claim(
+        on_keys(
             "after a tenth more steps, YaRN finds more far keys than none",
-            "L, then 16L with YaRN",
-            "L, then 16L",
+            "keys: L, then 16L with YaRN",
+            "keys: L, then 16L",
             far_logit("own"),
         ),
-        claim(
+        on_keys(
             "a tenth more steps with YaRN find more than 16L from the start",
-            "L, then 16L with YaRN",
-            "16L",
+            "keys: L, then 16L with YaRN",
+            "keys: 16L",
             far_logit("own"),
+        ),
+        Claim(
+            "text beyond L: YaRN without more steps has a lower loss than nothing",
+            "text: L",
+            0.0,
+            gain(loss_beyond),
+        ),
+        Claim(
+            "text beyond L: more steps with YaRN have a lower loss than without",
+            "text: L, then 4L with YaRN",
+            "text: L, then 4L",
+            loss_of_extended,
+        ),
+        Claim(
+            "text beyond L: more steps with YaRN have a lower loss than 4L from the start",
+            "text: L, then 4L with YaRN",
+            "text: 4L",
+            loss_of_extended,
         ),
     ),
     stakes={
         "keys": Stake(
             "no reach: far keys, against near keys",
-            lambda results: results.values("L", within("own")) - results.values("L", beyond("own")),
+            lambda results: (
+                results.values("keys: L", within("own")) - results.values("keys: L", beyond("own"))
+            ),
             "points",
             1,
         )
@@ -252,5 +430,9 @@ STUDY = Study(
         "13 points": "99.9 - 86.7",
         "768, 0.4 %": "64 questions of 4 distances for each of three seeds; 3 / 768 of them",
         "176 steps": "a setting: 160 and a tenth more",
+        "0.91": "2.529 - 1.615",
+        "0.15": "1.761 - 1.615",
+        "3.14": lambda results: results.values("text: L", "loss/own")[:, -1].mean(),
+        "1.73": lambda results: results.values("text: L, then 4L", "loss/own")[:, -1].mean(),
     },
 )

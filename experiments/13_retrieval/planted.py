@@ -1,12 +1,11 @@
-"""Text with planted keys, and rows that ask for their values: a retrieval task for small models.
+"""The text whose loss is measured: the default corpus in lower case, with keys planted in it.
 
 A document has three keys, `?`, `!` and `@`. Each key has one value per document, one of twelve
-characters: if `?C` occurs once, `C` follows each later `?`. The other text is the default corpus in
-lower case, without these characters.
+characters: if `?C` occurs once, `C` follows each later `?`. No model of this size finds the values,
+and keys and values are not scored. They stay because the stored runs were trained on this text.
 """
 
 import json
-import re
 import string
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from dsv3_jax.host.files import write_atomic
 SIGNS = string.ascii_uppercase + string.digits
 VALUES = {key: SIGNS[12 * i : 12 * (i + 1)] for i, key in enumerate("?!@")}
 PLANTED = "".join(VALUES) + SIGNS
-CHANCE = 1 / 12
 DOCUMENTS = 2000
-# The least number of characters from a key to its next occurrence; the largest is the reach, 4L.
+# The least number of characters from a key to its next occurrence; the largest is the reach.
 NEAREST = 4
 ROWS_LONG = 4  # largest length of a document's text before keys are planted, in reaches
 
@@ -31,41 +29,18 @@ def plain(text: str) -> str:
     return "".join(char for char in text.lower() if char.isascii() and char not in PLANTED)
 
 
-def without_keys(text: str) -> str:
-    """Return a document without its planted keys and values."""
-    return re.sub(f"[{''.join(VALUES)}][{SIGNS}]", "", text)
-
-
-def with_keys(text: str, rng: np.random.Generator, reach: int, but: str = "") -> str:
-    """Return `text` with keys and their values planted, except the keys in `but`.
+def with_keys(text: str, rng: np.random.Generator, reach: int) -> str:
+    """Return `text` with keys and their values planted.
 
     The distance from a key to its next occurrence is NEAREST to `reach` characters, log-uniform.
     """
     pairs = [""] * len(text)  # what to insert before each character
     for key, values in VALUES.items():
         pair, pos = key + rng.choice(list(values)), rng.uniform(0, NEAREST)
-        while key not in but and pos < len(text):
+        while pos < len(text):
             pairs[int(pos)] += pair
             pos += np.exp(rng.uniform(*np.log((NEAREST, reach))))
     return "".join(pair + char for pair, char in zip(pairs, text, strict=True))
-
-
-def question(text: str, length: int, distance: int, rng: np.random.Generator, reach: int) -> str:
-    """Return a row of `length` characters that ends with a key and its value.
-
-    The pair occurs once more, about `distance` characters earlier. The exact position avoids
-    cutting another pair. The other keys occur throughout the row.
-
-    Args: text: without keys, of at least `length` characters.
-    """
-    key = rng.choice(list(VALUES))
-    pair = key + rng.choice(list(VALUES[key]))
-    row = with_keys(text[:length], rng, reach, but=key)[: length - 2]
-    if row[-1] in VALUES:  # the cut removed its value
-        row = row[:-1] + " "
-    free = [i for i in range(len(row) - 1) if not set(row[i : i + 2]) & set(PLANTED)]
-    pos = min(free, key=lambda i: abs(i - (length - 2 - distance)))
-    return row[:pos] + pair + row[pos + 2 :] + pair
 
 
 def write_corpus(path: Path, reach: int, seed: int = 0) -> None:
