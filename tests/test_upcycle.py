@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import LIGHT, flat, random_model, small
+from models import INDEXED, LIGHT, flat, random_model, small
 from runs import assert_bitwise, fresh_state, make_run, refused, unhooked_cli
 from runs import write_text as text_in
 
@@ -62,18 +62,28 @@ def test_a_mixture_begins_as_the_dense_model(how, width, scale):
 
 
 def test_copies_have_their_part_of_the_hidden_units():
-    """Expert p · m + j is part p, bitwise; all that is not feed-forward is as it was."""
+    """Expert p · m + j is part p, bitwise."""
     old, new = (arrays_of(model) for model in (random_model(DENSE), upcycled(DENSE, 12, parts=4)))
     for name, axis in (("w_gate", 2), ("w_up", 2), ("w_down", 1)):
         experts = new["sparse", "moe", "experts", name]
         for e in range(12):
             part = np.split(old["dense", "ffn", name], 4, axis)[e // 3]
             assert (experts[:, e] == part).all()
-    kept = {("sparse", *path[1:]): x for path, x in old.items() if path[0] == "dense"}
-    kept |= {path: x for path, x in old.items() if path[0] != "dense"}
-    for path, x in kept.items():
-        assert "ffn" in path or (new[path] == x).all()
     assert not new["sparse", "moe", "bias"].any()
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_all_but_experts_and_routers_is_as_it_was(cfg):
+    cfg = replace(cfg, **INDEXED)  # an indexer has a bias of another kind
+    old, new = arrays_of(random_model(cfg)), arrays_of(upcycled(cfg, 16))
+    if cfg.num_dense_layers:
+        old = {("sparse", *path[1:]) if path[0] == "dense" else path: x for path, x in old.items()}
+    routed = {("moe", "w_router"), ("moe", "bias")}
+    kept = {path for path in new if "experts" not in path and path[-2:] not in routed}
+    assert any("indexer" in path and path[-1] == "bias" for path in kept)
+    for path in kept:
+        assert (new[path] == old[path]).all() and new[path].shape == old[path].shape, path
+    assert {path for path in old if "ffn" not in path} - new.keys() == set()
 
 
 def test_more_experts_of_a_mixture_are_copies_with_their_router_rows():

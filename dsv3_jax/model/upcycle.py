@@ -162,15 +162,17 @@ def upcycle(model: Transformer, how: Upcycling) -> Transformer:
             x = old[*path[:-3], "ffn", name] if from_dense else old[path]
             x = _divided(x, how.parts, -2 if name == "w_down" else -1) if from_dense else x
             x = jnp.repeat(x, how.experts // x.shape[-3], axis=-3)
-        elif name == "w_router" and from_dense:
+        elif path[-2:] == ("moe", "w_router") and from_dense:
             x = jnp.tile(v[..., : how.experts // how.parts], how.parts)
-        elif name == "w_router":
+        elif path[-2:] == ("moe", "w_router"):
             x = jnp.repeat(old[path], how.experts // old[path].shape[-1], axis=-1)
             x += NOISE * old[path].std() / cfg.init_std * v[...]
-        elif name == "bias" and not from_dense:
+        elif path[-2:] == ("moe", "bias") and from_dense:
+            continue  # 0, as of any new router
+        elif path[-2:] == ("moe", "bias"):
             x = jnp.repeat(old[path], how.experts // old[path].shape[-1], axis=-1)
         else:
-            x = old.get(path, v[...])  # a new router's bias is 0
+            x = old[path]
         new[path] = v.replace(x)
 
     # The experts of all layers, and those of each head, are three matrices.
