@@ -18,11 +18,11 @@ TINY = ds.recipe("tiny")
 TOY_RUN = ds.replace(TINY, model=LIGHT, data=ds.replace(TINY.data, seq_len=8, batch_size=2))
 TOY_CASES = [
     ("checkpoint", dict(megabytes=2, rounds=1)),
-    pytest.param("step", dict(rounds=2), marks=pytest.mark.long),
     pytest.param("commits", dict(against=[], cells=["16x2"], rounds=2), marks=pytest.mark.long),
     *(
         pytest.param(*case, marks=pytest.mark.rare)
         for case in (
+            ("step", dict(rounds=2)),
             ("length", dict(rounds=1)),
             ("caches", dict(cells=["16x2", "8x1"], rounds=1)),
             ("optimizer", dict(rounds=1)),

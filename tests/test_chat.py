@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import SMALL, random_model
+from models import LIGHT, random_model
 from runs import make_run, refused, unhooked, unhooked_cli
 from texts import (
     ANSWER,
@@ -237,9 +237,9 @@ def test_add_bos_token_adds_bos(tmp_path):
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
-    """A released folder: random weights with an MTP layer, 96 positions, Kimi's text files."""
+    """A released folder: a random layer and an MTP layer, 160 positions, Kimi's text files."""
     folder = tmp_path_factory.mktemp("talker") / "model"
-    cfg = replace(SMALL, vocab_size=320, mtp_depth=1, max_positions=160, init_std=0.2)
+    cfg = replace(LIGHT, vocab_size=320, mtp_depth=1, max_positions=160, init_std=0.2)
     ds.hf.save(random_model(cfg), folder, quiet=True)
     return write_text_files(folder, TEXTS["Kimi"])
 
@@ -256,10 +256,10 @@ def dsv3(monkeypatch, capsys):
     return run
 
 
-def greedy(folder, messages, max_new_tokens):
+def greedy(folder, messages, max_new_tokens, how="add_generation_prompt"):
     """The answer to a conversation, by the library."""
     text, model = load_text(folder), ds.load_model(folder)
-    ids = text.chat.render(messages, add_generation_prompt=True).ids
+    ids = text.chat.render(messages, **{how: True}).ids
     (tokens,) = ds.generate(model, [ids], max_new_tokens, stop_tokens=text.stop_ids).tokens
     return text.tokenizer.decode(t for t in tokens if t not in text.stop_ids)
 
@@ -286,10 +286,9 @@ def test_chat_continues_the_conversation(dsv3, talker):
     assert "fills the context of 160; /reset" in err
     assert "a turn of several lines: end a line with" in err
     begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the"}]
-    ids = load_text(talker).chat.render(begun, continue_final_message=True).ids
-    (tokens,) = ds.generate(ds.load_model(talker), [ids], 9).tokens
+    rest = greedy(talker, begun, 9, "continue_final_message")
     code, out, _ = dsv3("chat", talker, *GREEDY, "--prefill", "the", lines="hello\n")
-    assert (code, out) == (0, "the" + load_text(talker).tokenizer.decode(tokens) + "\n")
+    assert (code, out) == (0, f"the{rest}\n")
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "R1, thinking", "R1"])

@@ -34,7 +34,7 @@ def test_every_op_has_cases():
 
 
 def checker(folder, op: str, rows: str) -> list[str]:
-    """The command of a process that checks one op, of which `rows` (in Python) are the first."""
+    """The command of a process that checks one op: `rows`, in Python, against plain XLA."""
     (folder / "checker.py").write_text(f"""
 import os, sys, time
 import jax
@@ -43,9 +43,10 @@ from dsv3_jax.kernels.table import Implementation
 from dsv3_jax.ops import dispatch, products
 
 {rows}
+reference = [row for row in table.TABLE[{op!r}] if row.name in ("dense", "xla")]
 for op in [op for op in table.TABLE if op != {op!r}]:
     del table.TABLE[op]
-table.TABLE[{op!r}] = (*ROWS, *table.TABLE[{op!r}])
+table.TABLE[{op!r}] = (*ROWS, *reference)
 sys.exit(check_apart.main())
 """)
     return [sys.executable, str(folder / "checker.py")]
@@ -58,7 +59,7 @@ def one_percent(w):  # the identity, of which expert 1's gradient is 1 % too lar
 one_percent.defvjp(lambda w: (w, None), lambda _, d: (d.at[1].multiply(1.01),))
 def wrong(x, ids, gates, w_gate, w_up, w_down):
     return dispatch.grouped_swiglu(x, ids, gates, w_gate, w_up, one_percent(w_down))
-ROWS = [Implementation("bad", wrong, dtypes=("float32",))]
+ROWS = [Implementation("bad", wrong, fits=lambda *arrays, **settings: True)]
 """
 
 
@@ -74,7 +75,6 @@ def test_one_percent_in_one_small_expert_is_found_and_left_out(
     assert main.main(["info", "tiny", "--check"]) == 1
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "WRONG: gradient of w_down[1] is 1.0" in lines.pop("grouped_swiglu=bad")
-    assert not [line for name, line in lines.items() if "=" in name and " right: " not in line]
     bad = Implementation("bad", dispatch.grouped_swiglu, dtypes=("float32",))
     monkeypatch.setitem(table.TABLE, "grouped_swiglu", (bad, *table.TABLE["grouped_swiglu"]))
     kernels = prepare()
@@ -121,12 +121,12 @@ def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(
     """So has one that ends its process. Each verdict is on disk when the next kernel begins."""
     command, kept = checker(tmp_path_factory.mktemp("checker"), "exact_product", HANGS), []
     found = {}
-    for verdict in check_apart.check_and_keep(Execution(), command=command, seconds=20.0):
+    for verdict in check_apart.check_and_keep(Execution(), command=command, seconds=10.0):
         found[verdict.name.removeprefix("exact_product=")] = verdict.wrong
         kept.append(dict(prepare().wrong))
         assert kept[-1].get(verdict.name, "") == verdict.wrong
     assert found.pop("ends") == "it ended with code 3; its last words are above"
-    assert found.pop("hangs") == "it did not end in 20 s"
+    assert found.pop("hangs") == "it did not end in 10 s"
     assert found.pop("lost").startswith("RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS")
     assert "good" in found and not any(found.values())
     assert all(earlier.items() <= later.items() for earlier, later in itertools.pairwise(kept))
@@ -176,7 +176,7 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
 }
 
 # "mosaic" takes a minute: its interpreter also looks for races of threads.
-IN_CI = ("splash", "by_product", "one_product", "in_place", "two_rows")
+IN_CI = ("by_product", "one_product", "in_place", "two_rows")
 
 
 @pytest.mark.parametrize(

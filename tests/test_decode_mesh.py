@@ -68,15 +68,18 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes, rows, settings, layout):
     assert len({token for row in got.tokens for token in row}) > 2
 
 
+@pytest.mark.rare
 def test_sparse_attention_on_a_mesh():
     """One layer chooses, the other one shares the choice."""
     index = dict(index_heads=3, index_dim=9, index_topk=7, index_types=("full", "shared"))
     cfg = replace(CFG, num_layers=2, num_dense_layers=2, attention="dsa", **index)
     mesh = sharding.make_mesh(2, 2, 2)
     want = generate(model_of(cfg), PROMPTS, NEW).tokens
-    assert generate(model_of(cfg, mesh), PROMPTS, NEW, **DRAFTED).tokens == want != alone(8)
+    assert generate(model_of(cfg, mesh), PROMPTS, NEW, **DRAFTED).tokens == want
+    assert len({token for row in want for token in row}) > 2
 
 
+@pytest.mark.rare  # the cases above have a mesh, and test_speculative a draft model
 def test_a_draft_model_is_on_the_mesh():
     mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, mtp_depth=0)
     got = generate(

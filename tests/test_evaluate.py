@@ -106,6 +106,7 @@ def vio(load):
     return np.mean([row.max() / row.mean() - 1 for row in load])
 
 
+@pytest.mark.long
 def test_measures_are_the_slow_loops():
     # with this seed some drafts of each depth are right
     model = random_model(CFG, seed=3, execution=DENSE)

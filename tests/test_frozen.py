@@ -75,7 +75,8 @@ def not_routers(params: nnx.State, part: str = "") -> set[tuple]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("on", ["lora", "trunk"])
+# packed weights, below, are frozen beside adapters
+@pytest.mark.parametrize("on", [pytest.param("lora", marks=pytest.mark.rare), "trunk"])
 def test_a_step_gives_the_digits_of_float32_weights(folder, on):
     """Bitwise, since each use casts to one dtype; with remat frozen stacks are not in float32."""
     run = run_from(folder, "bfloat16", on)

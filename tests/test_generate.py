@@ -73,6 +73,7 @@ def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy)
         assert generate(model, [prompt], NEW, stop_tokens=[UNUSED]).tokens == [row]
 
 
+@pytest.mark.long
 def test_every_cache_gives_the_same_tokens(model, greedy):
     for kind in ("expanded", "none"):
         got = generate(model, PROMPTS, NEW, stop_tokens=[UNUSED], cache=kind)
@@ -177,6 +178,7 @@ def test_the_seed_fixes_the_draws(light):
     assert last.tokens == one
 
 
+@pytest.mark.long
 def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
     read = []
@@ -196,9 +198,9 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     for name in ("logprobs", "model_logprobs", "expert_ids"):
         for got, row in zip(getattr(queued, name), rows, strict=True):
             np.testing.assert_allclose(got, getattr(whole, name)[row], rtol=0, atol=1e-5)
-    config = DecodeConfig(
-        24, Sampling(**DRAWN), samples=3, batch_size=4, stop_tokens=(4, 9), logprobs=True
-    )
+    # as asked above, so it compiles nothing
+    asked = dict(samples=3, batch_size=4, stop_tokens=(4, 9), logprobs=True, return_routing=True)
+    config = DecodeConfig(24, Sampling(**DRAWN), **asked)
     *_, rest = generate_in_parts(light, prompts, config, skip={0, 1, 2, 5, 7})
     assert rest.tokens == [
         [] if i in {0, 1, 2, 5, 7} else row for i, row in enumerate(whole.tokens)

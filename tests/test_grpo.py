@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, random_model
+from models import random_model
 from released import GRID, write_folder
 from runs import (
     MODEL,
     assert_bitwise,
-    finished,
     fresh_state,
     make_run,
     packed_batch,
     rows_of,
     said_by,
     unhooked_cli,
+    write_text,
 )
 
 import dsv3_jax as ds
@@ -31,7 +31,7 @@ from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.fp8 import dequantize, quantize
 from dsv3_jax.runs.answers import Answers, check_policy
 from dsv3_jax.runs.checkpoint import Checkpoints
-from dsv3_jax.runs.folder import read_run
+from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.training.loss import Part, compute_loss
 from dsv3_jax.training.policy import advantages, policy_loss
 from dsv3_jax.training.rounding import rounded
@@ -39,6 +39,7 @@ from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
 ONE_LAYER = replace(MODEL, num_layers=1, mtp_depth=0)
+DENSE_LAYER = replace(ONE_LAYER, num_dense_layers=1)  # compiles fastest
 
 
 @pytest.mark.parametrize("outside", ["clip", "mask"])
@@ -120,7 +121,7 @@ def test_a_samplers_weights_are_rounded_as_in_released_folders():
 def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or the most they have."""
     settings = Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
-    graph, params, rest = nnx.split(random_model(ONE_LAYER, execution=DENSE), nnx.Param, ...)
+    graph, params, rest = nnx.split(random_model(DENSE_LAYER), nnx.Param, ...)
     batch = packed_batch(rng, np.ones((4, 12), np.int32))
     batch["loss_mask"] = mask = jnp.arange(12)[None] >= jnp.array([[3], [5], [8], [11]])
     batch["advantages"] = gains = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(mask))
@@ -154,6 +155,7 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     assert measures["max_mismatch"] < 1e-5 and measures["clipped"] == 0
 
 
+@pytest.mark.long
 def test_a_step_without_answers_moves_nothing(rng):
     """Neither by the means of the step before nor by weight decay; it counts as a step."""
     run = make_run("nowhere", model=ONE_LAYER, grpo=Grpo(group=2), data=CHATS)
@@ -202,10 +204,13 @@ def asked(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ready(asked, tmp_path_factory):
-    """The same with a run as START."""
-    root, argv = asked
-    return root, [*argv, "--start", str(finished(tmp_path_factory.getbasetemp()).folder)]
+def ready(asked):
+    """The same with a run of one layer as START."""
+    (root, argv), start = asked, asked[0] / "start"
+    run = claim(start, make_run(write_text(root / "text"), model=ONE_LAYER))
+    with Checkpoints(start, run) as checkpoints:
+        checkpoints.save(fresh_state(run, 7), {}, wait=True)
+    return root, [*argv, "--start", str(start)]
 
 
 @pytest.mark.long
@@ -291,8 +296,7 @@ def write_start(folder, kind):
         wide = replace(ONE_LAYER, dim=256, init_std=0.05)
         ds.hf.save(random_model(wide), folder, fp8=True, quiet=True)
     elif kind == "head":
-        dense = random_model(replace(ONE_LAYER, num_dense_layers=1))
-        ds.hf.save(zeroed(dense), folder, quiet=True)
+        ds.hf.save(zeroed(random_model(DENSE_LAYER)), folder, quiet=True)
     else:
         ds.hf.save(random_model(ONE_LAYER), folder, dtype=kind, quiet=True)
 
@@ -309,12 +313,12 @@ CASES = {
     "temperature": ("head", f"--grpo.temperature 0.7 --execution.compute-dtype bfloat16 {NOT}"),
     "start's biases": ("bfloat16", f"{LORA} routed --grpo.kl 0.1 {NOT} {' '.join(MOVE_BIASES)}"),
 }
-RARE = "bfloat16, all", "fp8, attention", "4 bits, attention", "4 bits, routed"
+IN_CI = "temperature"  # the run above has adapters, KL and biases; test_frozen packed weights
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.rare if name in RARE else ()) for name in CASES]
+    "case", [pytest.param(name, marks=[pytest.mark.rare] * (name != IN_CI)) for name in CASES]
 )
 def test_a_released_start_is_sampled_as_it_is_trained_by_public_names(
     asked, tmp_path, monkeypatch, case

@@ -181,6 +181,7 @@ def trained(root) -> tuple[Path, RunConfig]:
     return folder, run
 
 
+@pytest.mark.long
 def test_a_run_adds_new_adapters_to_its_start(trained):
     """Also to a LoRA run's merged weights."""
     folder, run = trained
@@ -203,6 +204,7 @@ def pack(w: np.ndarray) -> tuple[Packed, np.ndarray]:
     return packed, np.float32(numbers * 0.125)
 
 
+@pytest.mark.long
 def test_the_policy_has_what_adapters_change_in_the_compute_dtype():
     """From bfloat16 and from 4 bits; what has no adapter is not copied, and stays packed."""
     run = replace(
@@ -232,7 +234,7 @@ def test_the_policy_has_what_adapters_change_in_the_compute_dtype():
         )
 
 
-@pytest.mark.long
+@pytest.mark.rare  # test_mesh has a step of all weights
 def test_a_step_on_a_mesh_is_a_single_devices():
     """Each of the mesh's axes shards some of the adapters."""
     model = small(num_layers=1, num_dense_layers=0, num_heads=4)

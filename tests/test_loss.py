@@ -53,9 +53,12 @@ EAGLE = dict(
 @pytest.mark.parametrize(
     "changes, kernels, remat",
     [
-        (TIED, "cpu", "none"),
+        pytest.param(TIED, "cpu", "none", marks=pytest.mark.long),
         pytest.param(
-            dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "queries", marks=pytest.mark.long
+            dict(num_layers=2, mtp_depth=1),
+            "xla,grouped_swiglu=ragged_dot",
+            "queries",
+            marks=pytest.mark.long,
         ),
         pytest.param(EAGLE, "auto,grouped_swiglu=dense", "full", marks=pytest.mark.long),
     ],

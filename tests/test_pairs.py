@@ -56,7 +56,7 @@ def test_a_row_trains_resumes_and_decodes(scratch):
     assert training.check_row(training.BASES[0] | ROW, scratch) == training.DONE
 
 
-@pytest.mark.long
+@pytest.mark.rare
 @pytest.mark.parametrize("row", DECODING.values(), ids=DECODING)
 def test_a_row_decodes(row):
     assert decoding.check_row(decoding.BASES[0] | row) == decoding.DONE

@@ -51,21 +51,23 @@ def test_own_ids_change_nothing_and_given_ids_take_their_own_scores(rng, router)
 
 @pytest.fixture(scope="module")
 def passes():
-    """(Model, its inputs, a function of expert ids for trunk and heads, a free pass)."""
+    """(Model, its inputs, a function of expert ids for trunk and head, a free pass)."""
     model, rng = random_model(CFG, execution=DENSE), np.random.default_rng(0)
     batch = packed_batch(rng, np.sort(rng.integers(0, 4, (2, 24)), axis=1), CFG.vocab_size)
 
     @jax.jit
-    def run(model, expert_ids, mtp_expert_ids):
-        return model(**batch, expert_ids=expert_ids, mtp_expert_ids=mtp_expert_ids)
+    def run(model, expert_ids, of_head):
+        ids = () if of_head is None else [of_head]
+        return model(**batch, expert_ids=expert_ids, mtp_expert_ids=ids)
 
-    return model, batch, run, run(model, None, ())
+    return model, batch, run, run(model, None, None)
 
 
 def test_replaying_a_pass_changes_no_bit(passes):
     """With documents and a head. A free V3 loss counts top scores without bias: it alone moves."""
     model, _, run, free = passes
-    again = run(model, free.routing.expert_ids, [r.expert_ids for r in free.mtp_routing])
+    (of_head,) = (r.expert_ids for r in free.mtp_routing)
+    again = run(model, free.routing.expert_ids, of_head)
     without = [
         [r._replace(balance_loss=0) for r in (out.routing, *out.mtp_routing)]
         for out in (free, again)
@@ -73,13 +75,14 @@ def test_replaying_a_pass_changes_no_bit(passes):
     chex.assert_trees_all_equal(
         (again.logits, again.mtp_logits, without[1]), (free.logits, free.mtp_logits, without[0])
     )
-    chex.assert_trees_all_equal(run(model, jnp.full_like(free.routing.expert_ids, -1), ()), free)
+    none = [jnp.full_like(ids, -1) for ids in (free.routing.expert_ids, of_head)]
+    chex.assert_trees_all_equal(run(model, *none), free)
 
 
 def test_given_experts_are_counted_and_train_the_router(passes):
     model, batch, run, free = passes
     shifted = jnp.roll(free.routing.expert_ids, 1, axis=2)
-    out = run(model, shifted, ())
+    out = run(model, shifted, jnp.full_like(free.mtp_routing[0].expert_ids, -1))
     np.testing.assert_array_equal(out.routing.expert_ids, shifted)
     mask = batch["segment_ids"] != 0
     np.testing.assert_array_equal(

@@ -202,6 +202,7 @@ def test_sampled_speculation_follows_the_model(scheme):
 SAMPLED = dict(draft="mtp", draft_length=2, temperature=1.0, top_k=20, samples=2)
 
 
+@pytest.mark.rare  # test_generate refills rows without drafts, and test_replay with them
 @pytest.mark.parametrize("settings", [SAMPLED, dict(cache="none")], ids=["mtp", "none"])
 def test_refilled_rows_give_the_text_of_a_whole_batch(settings):
     """A drafter's state begins anew with each text."""
@@ -228,6 +229,7 @@ def three_tokens(model, prompt, how):
 # Requests
 
 
+@pytest.mark.rare  # a draft model is one of the cells above
 def test_a_draft_model_may_be_of_another_kind_and_shorter():
     """Its positions end before those that the prompts are padded to."""
     model = random_model(small(num_layers=1, num_dense_layers=1))
@@ -268,7 +270,7 @@ def test_drafts_that_do_not_fit_are_refused():
             check(target, draft, length)
 
 
-@pytest.mark.parametrize("scheme", ["model", "deepseek"])
+@pytest.mark.parametrize("scheme", [pytest.param("model", marks=pytest.mark.rare), "deepseek"])
 def test_speculation_copies_no_cache(whole_compiles, scheme):
     cfg = small(
         num_layers=1, num_dense_layers=1, **(dict(mtp_depth=2) if scheme == "deepseek" else {})

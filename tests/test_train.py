@@ -118,6 +118,7 @@ def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
     assert third.order2_bits_per_byte is None and not list(begun.glob("*.png"))
 
 
+@pytest.mark.long
 def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole, tmp_path):
     """It resumes from the checkpoint before, and keeps later rows; then from a given step."""
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
@@ -170,7 +171,8 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(
-    "what", [*list(SPOILED)[:2], pytest.param("an optimizer state", marks=pytest.mark.long)]
+    "what",
+    [pytest.param(what, marks=[pytest.mark.long] * (what != "parameter head")) for what in SPOILED],
 )
 def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch, capfd):
     def spoil(state):

@@ -79,15 +79,16 @@ ANSWERS = {
     "data": DataConfig(seq_len=T, batch_size=B, format="chat"),
     "grpo": Grpo(group=2, kl=0.5),
 }
-# Each run's gradient is mostly that of one term of the loss.
+# Each run's gradient is mostly that of the named terms of the loss.
 TERMS = {
-    "z-loss": {"model": replace(LAYER, mtp_depth=1, balance=Balance(z_alpha=1.0))},
+    "z-loss and sequence-wise loss": {
+        "model": replace(LAYER, mtp_depth=1, balance=Balance(z_alpha=1.0, sequence_alpha=100.0))
+    },
     "indexers": {
         "model": replace(DENSE_LAYER, **INDEXED),
         "start": "nowhere",
         "indexer_stage": "warm",
     },
-    "sequence-wise loss": {"model": replace(LAYER, balance=Balance(sequence_alpha=100.0))},
     "heads": {
         "model": replace(DENSE_LAYER, mtp_depth=1, mtp_kind="eagle"),
         "trunk": "nowhere",
@@ -100,11 +101,12 @@ TERMS = {
         "grpo": Grpo(group=2, form="constant_length", kl=0.5),
     },
 }
-FAST = "z-loss", "indexers"
+RARE = "answers of constant length"  # test_grpo has its number of tokens
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "term", [t if t in FAST else pytest.param(t, marks=pytest.mark.long) for t in TERMS]
+    "term", [pytest.param(t, marks=[pytest.mark.rare] * (t == RARE)) for t in TERMS]
 )
 def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
     """Four parts of 16, 13, 16 and 4 tokens; the indexers' metric is the mean over tokens, too."""
@@ -138,6 +140,7 @@ def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "clip"),
     [({}, 0.01), pytest.param(INDEXED, None, marks=pytest.mark.rare)],
@@ -224,15 +227,15 @@ def test_the_bias_is_frozen_at_the_end(step):
 
 
 @pytest.mark.long
-def test_what_is_not_finite_stops_the_step_and_is_named(step):
+def test_what_is_not_finite_stops_the_step_and_is_named():
     """A parameter; or a gradient, where parameters are finite but products of them overflow."""
-    huge, bad = fresh_state(RUN), fresh_state(RUN, step=3)
+    step, huge, bad = make_step(Job(LIGHT)), fresh_state(LIGHT), fresh_state(LIGHT, step=3)
     huge = replace(huge, params=jax.tree.map(lambda x: 1e17 * x, huge.params))
-    router = bad.params["sparse"]["moe"]["w_router"]
-    bad.params["sparse"]["moe"]["w_router"] = router.replace(router[...].at[0, 1, 2].set(np.nan))
-    for state, name in ((bad, "parameter sparse.moe.w_router"), (huge, "gradient of ")):
+    w_up = bad.params["dense"]["ffn"]["w_up"]
+    bad.params["dense"]["ffn"]["w_up"] = w_up.replace(w_up[...].at[0, 1, 2].set(np.nan))
+    for state, name in ((bad, "parameter dense.ffn.w_up"), (huge, "gradient of ")):
         before = copied(state)
         after, metrics = step(state, make_batch())
         assert not bool(metrics["finite"])
         assert_bitwise(after, before)
-        assert first_bad_tensor(Job(RUN), after, make_batch()).startswith(name)
+        assert first_bad_tensor(Job(LIGHT), after, make_batch()).startswith(name)

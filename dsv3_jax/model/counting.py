@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -84,6 +85,7 @@ def attended(cfg: ModelConfig, context: int) -> int:
     return min(context, cfg.index_topk) if cfg.attention == "dsa" else context
 
 
+@lru_cache(maxsize=64)  # tables, plans and studies ask for the same models again and again
 def _counts(cfg: ModelConfig) -> dict[tuple[str, ...], int]:
     """Count each array's parameters, by path, without indexers that share another's choice."""
     # Named kernels, because the default ones start the device and compile the C++.
