@@ -58,7 +58,6 @@ class Results:
     def __init__(self, path: Path, about: Mapping | None = None):
         self.path = path
         values = json.loads(path.read_text()) if path.exists() else {}
-        values.pop("others", None)  # of older recipes, by earlier versions
         self.stored: dict[str, dict[str, dict]] = values.pop("runs", {})
         self.names: dict[str, list[str]] = {
             keys: names.split() for keys, names in values.pop("settings", {}).items()

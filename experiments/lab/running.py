@@ -182,10 +182,9 @@ def _publish(study: Study, results: Results) -> None:
         drawn = str(picture)
     except MissingRuns as missing:
         drawn = f"No picture: {missing}."
-    what = "trained" if results.recipe and results.recipe > 1 else "measured"
     caption = (
         f"Seeds {', '.join(map(str, results.seeds()))}: mean ± sample standard deviation."
-        f" Run on {results.provenance('date')}, {what} at commit {results.provenance('commit')}."
+        f" Run on {results.provenance('date')}, trained at commit {results.provenance('commit')}."
         f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
     )
     if not results.is_current:
