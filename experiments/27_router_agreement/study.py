@@ -311,12 +311,6 @@ def kept_by_replay(key, pair=ENGINES):
     return lambda numbers: 100 * of(pair, f"replayed_{key}")(numbers) / of(pair, key)(numbers)
 
 
-def taken_by_replay(results, key):
-    """% of the two engines' distance that replay takes away, of every run."""
-    kept = [results.values(variant, kept_by_replay(key)) for variant in results.variants]
-    return 100 - np.concatenate(kept)
-
-
 def share_claim(text, against, pair, key, expect="higher", **more):
     return Claim(text, BASE, against, of(pair, key), expect, unit="points", **more)
 
@@ -394,9 +388,6 @@ STUDY = Study(
     facts={
         "82 %": lambda results: results.values(BASE, of(BFLOAT16, "near")).mean(),
         "56 %": lambda results: results.values(GROUPS, of(BFLOAT16, "near")).mean(),
-        "84 %": lambda results: taken_by_replay(results, "moved").min(),
-        "9 %": lambda results: taken_by_replay(results, "mean").min(),
-        "23 %": lambda results: taken_by_replay(results, "mean").max(),
     },
     stakes={
         "experts": Stake(

@@ -74,7 +74,6 @@ def claims_and_variants(
     label: str = "validation loss, nats per token",
     text: Callable[[Results], str] | None = None,
     *,
-    only: Sequence[str] = (),
     shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ticks: Sequence[float] = (),
     linear: float | None = None,
@@ -89,7 +88,6 @@ def claims_and_variants(
             means claims alone.
         label: the number's name and unit.
         text: results → the title, which says the answer. None, and missing runs, mean the question.
-        only: the rows to show. Default: all.
         shown: from the number to its axis, as np.exp where `key` is a logarithm.
         ticks: make the variants' axis logarithmic, with these ticks.
         linear: axes are linear up to here, and logarithmic beyond it, so that intervals of small
@@ -99,7 +97,7 @@ def claims_and_variants(
     def draw(results: Results, path: Path) -> None:
         question = results.about["question"]
         title = question if text is None else answer(lambda: text(results), question)
-        rows = _rows(results, key, only)
+        rows = _rows(results, key)
         verdicts: Sequence[Verdict] = results.verdicts
         height = max(
             CLAIM_INCHES * len(verdicts) + 0.5 * len({v.claim.unit for v in verdicts}),
@@ -127,14 +125,13 @@ def claims_and_variants(
 
 
 def _rows(
-    results: Results, key: Key | Mapping[str, tuple[str, Key]] | None, only: Sequence[str]
+    results: Results, key: Key | Mapping[str, tuple[str, Key]] | None
 ) -> dict[str, tuple[str, Key]]:
     """Return name → (variant, number) of the rows that have results."""
     if key is None:
         return {}
     named = key if isinstance(key, Mapping) else {name: (name, key) for name in results.variants}
-    shown = {name: row for name, row in named.items() if not only or name in only}
-    return {name: row for name, row in shown.items() if row[0] in table_of(results, row[1])}
+    return {name: row for name, row in named.items() if row[0] in table_of(results, row[1])}
 
 
 def _plot_claims(figure: FigureBase, verdicts: Sequence[Verdict], linear: float | None) -> None:
