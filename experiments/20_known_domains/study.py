@@ -6,7 +6,7 @@ from dsv3_jax import stats
 from dsv3_jax.config import Balance, replace
 from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.claims import Claim
-from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
+from experiments.lab.measuring import BITS, asked_load, bits_claim, bits_stake, unknown_bits
 from experiments.lab.tasks import Domains
 
 MIXED = Domains(count=16, words=224)
@@ -49,15 +49,9 @@ def variants(base):
 
 def measure(trained):
     """Measure I(expert; domain) of the asked tokens x, and the bits of the expert itself."""
-    cfg = trained.run.model
-    if not cfg.num_sparse_layers:
+    if not trained.run.model.num_sparse_layers:
         return {}
-    counts = np.zeros((MIXED.count, cfg.num_experts))
-    for batch in trained.held_out():
-        ids = expert_ids(trained.model, batch)
-        asked = batch["loss_mask"][:, 1:]  # x comes before its answer
-        chosen = np.asarray(ids)[0, :, :-1, 0]
-        np.add.at(counts, (batch["domains"][:, :-1][asked], chosen[asked]), 1)
+    counts = asked_load(trained)
     load = counts.sum(0) / counts.sum()
     return {
         "information": float(stats.mutual_information(counts)),

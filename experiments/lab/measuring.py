@@ -90,6 +90,51 @@ def alike(model: Transformer) -> float:
     return float(np.mean(found))
 
 
+def steps_until(values: np.ndarray, bound: float, window: int = WINDOW) -> int:
+    """Return the first step, from 1, from which `window` values are at most `bound` in their mean.
+
+    If there is none, return the number of values.
+
+    >>> steps_until(np.array([3.0, 2.0, 1.0, 1.0, 1.0]), bound=1.5, window=2)
+    2
+    """
+    if len(values) < window:
+        return len(values)
+    means = np.convolve(values, np.ones(window) / window, "valid")
+    below = np.flatnonzero(means <= bound)
+    return int(below[0]) + 1 if len(below) else len(values)
+
+
+def overflow(load: np.ndarray, factor: float) -> np.ndarray:
+    """Return the share of assignments that experts with a capacity would drop, [...].
+
+    Args:
+        load: assignments of a step by expert, [..., E].
+        factor: capacity of an expert, over its even share.
+
+    >>> overflow(np.array([[6, 2, 2, 2], [3, 3, 3, 3]]), factor=1.25).round(3).tolist()
+    [0.167, 0.0]
+    """
+    total = load.sum(-1, keepdims=True)
+    capacity = np.ceil(factor * total / load.shape[-1])
+    return np.maximum(load - capacity, 0).sum(-1) / total[..., 0]
+
+
+def asked_load(trained: Any) -> np.ndarray:
+    """Return the load of the tokens before each answer, by domain, [domains, E].
+
+    It is that of held-out rows, in the first sparse layer, for one expert a token.
+
+    Args: trained: what a study's `measure` is given; its task has domains.
+    """
+    counts = np.zeros((trained.task.count, trained.run.model.num_experts))
+    for batch in trained.held_out():
+        asked = batch["loss_mask"][:, 1:]
+        chosen = expert_ids(trained.model, batch)[0, :, :-1, 0]
+        np.add.at(counts, (batch["domains"][:, :-1][asked], chosen[asked]), 1)
+    return counts
+
+
 def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """Return the experts of each token, int32 [L, B, T, K] of the sparse layers."""
     graphdef, state = nnx.split(model)

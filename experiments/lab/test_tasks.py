@@ -15,6 +15,7 @@ from experiments.lab.tasks import (
     ManyKeys,
     Names,
     Retrieval,
+    ShiftingDomains,
     TaskSource,
     from_dict,
 )
@@ -26,6 +27,7 @@ SMALL = [
     Names(names=3, tokens=24),
     Domains(count=2, words=8, pairs=4, noise=0.25),
     Chains(states=3, order=2, tokens=20),
+    ShiftingDomains(count=8, words=8, pairs=4, even=3, favoured=2, share=0.75, block=2),
 ]
 
 
@@ -93,3 +95,50 @@ def test_domains_have_maps_of_their_own_and_noise_of_known_entropy():
     # The optimum is the entropy of the distribution that this share says: one right answer, seven
     # even wrong ones.
     assert task.best_bits == pytest.approx(-q * math.log2(q) - (1 - q) * math.log2((1 - q) / 7))
+
+
+def test_the_mix_of_domains_shifts_at_a_batch_and_again_after_each_block():
+    task, count = SMALL[6], 4000
+    high, low, even = 0.375, 0.25 / 6, 1 / 8
+    wanted = {
+        0: [even] * 8,
+        2: [even] * 8,
+        3: [high, high, low, low, low, low, low, low],
+        4: [high, high, low, low, low, low, low, low],
+        5: [low, low, high, high, low, low, low, low],
+        10: [low, low, low, low, low, low, high, high],
+        11: [high, high, low, low, low, low, low, low],
+    }
+    for batch, shares in wanted.items():
+        rows = task.sample_at(batch, np.random.default_rng(batch), count)
+        found = np.bincount(rows.domains[:, 0], minlength=8) / count
+        np.testing.assert_allclose(found, shares, atol=5 * math.sqrt(high / count))
+        x, y = rows.tokens[:, 1::2], rows.tokens[:, 2::2]
+        np.testing.assert_array_equal(y, task.maps[rows.domains[:, :1], x])
+        assert (rows.tokens[:, 0] == 8 + rows.domains[:, 0]).all()
+    still = replace(task, block=None)
+    np.testing.assert_array_equal(still.mix(99), task.mix(3))
+    held = np.bincount(task.held_out(count).domains[:, 0], minlength=8) / count
+    np.testing.assert_allclose(held, even, atol=5 * math.sqrt(even / count))
+
+
+def test_the_mix_of_a_training_step_is_that_of_its_batch():
+    """Where a batch has one domain, its number is that of the block, also after a resume."""
+    task = replace(SMALL[6], favoured=1, share=1.0, even=2, block=1)
+    batches = TaskSource(task, DataConfig(seq_len=task.length, batch_size=64)).train_batches()
+    seen = [set(next(batches)["domains"].ravel().tolist()) for _ in range(5)]
+    assert seen[:2] == [set(range(8))] * 2 and seen[2:] == [{0}, {1}, {2}]
+    batches.set_state(batches.get_state() | {"row": 64 * 9})
+    assert set(next(batches)["domains"].ravel().tolist()) == {7}
+
+
+def test_a_shift_that_is_none_is_one_sentence():
+    for changes, sentence in (
+        ({"favoured": 8}, "favoured=8 is not 1 … 7 domains"),
+        ({"share": 1.5}, "share=1.5 is not in"),
+        ({"block": 0}, "block=0 "),
+        ({"even": -1}, "even=-1 "),
+        ({"together": True}, "together=True "),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            replace(SMALL[6], **changes)

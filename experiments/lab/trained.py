@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from dsv3_jax.config import RunConfig
 from experiments.lab.tasks import Task, TaskSource
 
@@ -57,6 +59,12 @@ class TrainedRun:
     def metrics(self) -> list[dict]:
         """Return the rows of the run's metrics.jsonl."""
         return read_metrics(self.folder)
+
+    def loads(self) -> np.ndarray:
+        """Return each expert's load in the steps of load.jsonl, [steps, L, E]."""
+        from dsv3_jax.report.metrics_files import LOAD_FILE, read_rows
+
+        return np.array([row["load"] for row in read_rows(self.folder / LOAD_FILE)])
 
 
 Measure = Callable[[TrainedRun], dict]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.lab.tasks.chains import Chains
-from experiments.lab.tasks.domains import Domains
+from experiments.lab.tasks.domains import Domains, ShiftingDomains
 from experiments.lab.tasks.facts import Facts
 from experiments.lab.tasks.many_keys import ManyKeys
 from experiments.lab.tasks.names import Names
@@ -11,7 +11,7 @@ from experiments.lab.tasks.retrieval import Retrieval
 from experiments.lab.tasks.task import Task, TaskSource
 
 TASKS: dict[str, Any] = {
-    cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains, Chains)
+    cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains, ShiftingDomains, Chains)
 }
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ManyKeys",
     "Names",
     "Retrieval",
+    "ShiftingDomains",
     "Task",
     "TaskSource",
     "from_dict",

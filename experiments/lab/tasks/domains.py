@@ -70,7 +70,11 @@ class Domains(Task):
 
     def sample(self, rng: np.random.Generator, count: int) -> Rows:
         domain = rng.integers(self.count, size=1 if self.together else count)
-        domain = np.broadcast_to(domain[:, None], (count, 1))
+        return self.rows(rng, np.broadcast_to(domain, (count,)))
+
+    def rows(self, rng: np.random.Generator, domains: np.ndarray) -> Rows:
+        """Draw a row of each given domain, int [n]."""
+        count, domain = len(domains), domains[:, None]
         x = rng.integers(self.words, size=(count, self.pairs))
         y = self.maps[domain, x]
         y = np.where(rng.random(y.shape) < self.noise, rng.integers(self.words, size=y.shape), y)
@@ -80,3 +84,56 @@ class Domains(Task):
         return rows_of(
             tokens, np.broadcast_to((place > 0) & (place % 2 == 0), tokens.shape), domain
         )
+
+
+@dataclass(frozen=True)
+class ShiftingDomains(Domains):
+    """The same domains in training batches whose mix changes after some batches.
+
+    p_d = 1/D in each of the first `even` batches. Then F favoured domains have the share s, evenly,
+    and the others have the rest. They are the first F, and after each `block` batches the next F.
+    """
+
+    name = "shifting domains"
+
+    even: int = 400  # batches before the mix changes
+    favoured: int = 4  # F, domains at a time
+    share: float = 0.5  # s, of the favoured domains together
+    block: int | None = None  # batches with the same favoured domains; None: they do not change
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.together:
+            raise ValueError("together=True leaves no mix to shift; use favoured=1 and share=1")
+        if not 0 < self.favoured < self.count:
+            raise ValueError(f"favoured={self.favoured} is not 1 … {self.count - 1} domains")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share={self.share} is not in [0, 1]")
+        if self.even < 0:
+            raise ValueError(f"even={self.even} is no number of batches from 0")
+        if self.block is not None and self.block < 1:
+            raise ValueError(
+                f"block={self.block} is no number of batches; it is 1 or more, or None"
+            )
+
+    def mix(self, batch: int) -> np.ndarray:
+        """Return p [D], the share of each domain in a training batch, which counts from 0."""
+        if batch < self.even:
+            return np.full(self.count, 1 / self.count)
+        turn = 0 if self.block is None else (batch - self.even) // self.block
+        favoured = (turn * self.favoured + np.arange(self.favoured)) % self.count
+        p = np.full(self.count, (1 - self.share) / (self.count - self.favoured))
+        p[favoured] = self.share / self.favoured
+        return p
+
+    def sample_at(self, batch: int, rng: np.random.Generator, count: int) -> Rows:
+        return self.rows(rng, rng.choice(self.count, size=count, p=self.mix(batch)))
+
+    def sample(self, rng: np.random.Generator, count: int) -> Rows:
+        """Draw rows of the first batch after the change."""
+        return self.sample_at(self.even, rng, count)
+
+    def held_out(self, count: int) -> Rows:
+        """Return rows of all domains evenly."""
+        rng = np.random.default_rng(HELD_OUT)
+        return self.rows(rng, rng.integers(self.count, size=count))

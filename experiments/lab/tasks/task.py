@@ -61,6 +61,10 @@ class Task:
         """Draw rows."""
         raise NotImplementedError
 
+    def sample_at(self, batch: int, rng: np.random.Generator, count: int) -> Rows:
+        """Draw the rows of a training batch, which counts from 0. Default: all are alike."""
+        return self.sample(rng, count)
+
     def held_out(self, count: int) -> Rows:
         """Return rows to measure on, the same in each call."""
         return self.sample(np.random.default_rng(HELD_OUT), count)
@@ -149,7 +153,7 @@ class TaskRows:
         self._task, self._cfg = task, cfg
 
         def draw(i):
-            return task.sample(np.random.default_rng([cfg.seed, i]), cfg.batch_size)
+            return task.sample_at(i, np.random.default_rng([cfg.seed, i]), cfg.batch_size)
 
         self._draw = lru_cache(maxsize=1)(draw)
 

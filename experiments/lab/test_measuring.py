@@ -1,0 +1,38 @@
+"""Measures of runs against slow, obvious forms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.ops.balance import load
+from dsv3_jax.ops.dispatch import capacity_swiglu
+from experiments.lab.measuring import overflow, steps_until
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.25, 2.0])
+def test_overflow_is_what_experts_with_a_capacity_drop(factor):
+    """37 tokens of 2 choices leave no whole even share of 5 experts."""
+    num_experts, rng = 5, np.random.default_rng(0)
+    ids = jnp.array(np.minimum(rng.integers(num_experts + 4, size=(37, 2)), num_experts - 1))
+    weights = [jnp.ones((num_experts, 1, 1))] * 3
+    run = jax.jit(partial(capacity_swiglu, factor=factor))
+    _, dropped = run(jnp.ones((37, 1)), ids, jnp.ones((37, 2)), *weights)
+    found = overflow(np.asarray(load(ids, num_experts)), factor)
+    assert dropped > 0 and found == pytest.approx(float(dropped), abs=1e-6)
+
+
+def test_steps_until_by_looking_at_each_step():
+    rng, found = np.random.default_rng(0), set()
+    for bound in (0.1, 0.4, 0.5, 0.6):
+        values = rng.random(40)
+        wanted = len(values)
+        for step in reversed(range(len(values) - 2)):
+            if sum(values[step : step + 3]) / 3 <= bound:
+                wanted = step + 1
+        assert steps_until(values, bound, window=3) == wanted
+        found.add(wanted)
+    assert len(found) > 2 and 40 in found
+    assert steps_until(np.zeros(2), 1.0, window=3) == 2  # no window is complete
