@@ -1,0 +1,240 @@
+"""Rules of balancing when the mix of domains changes: how fast the load is even again."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_jax import stats
+from dsv3_jax.config import Balance, replace
+from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import BITS, asked_load, bits_claim, overflow, steps_until
+from experiments.lab.tasks import ShiftingDomains
+
+NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+SIGN, FAST_SIGN, PROPORTIONAL = "sign, γ 1e-3", "sign, γ 1e-2", "proportional, γ 1e-2"
+QUANTILE, FULL_QUANTILE = "quantile, γ 0.1", "quantile, γ 1"
+SWITCH, EIGHTHS = "Switch loss, batch", "Switch loss, eighths of it"
+SEQUENCE = "sequence-wise loss"
+RULES = {
+    "none": NONE,
+    SIGN: replace(NONE, bias_rate=1e-3),
+    FAST_SIGN: replace(NONE, bias_rate=1e-2),
+    PROPORTIONAL: replace(NONE, bias_rate=1e-2, rule="proportional"),
+    QUANTILE: replace(NONE, bias_rate=0.1, rule="quantile"),
+    FULL_QUANTILE: replace(NONE, bias_rate=1.0, rule="quantile"),
+    SWITCH: replace(NONE, switch_alpha=1e-1),
+    EIGHTHS: replace(NONE, switch_alpha=1e-1),
+    SEQUENCE: replace(NONE, sequence_alpha=1e-1),
+}
+COLOURS = dict(zip(RULES, ("0.3", "C0", "C9", "C1", "C2", "C8", "C3", "C6", "C4"), strict=True))
+PARTS = 8  # microbatches of EIGHTHS, each with its own Switch loss
+BLOCKS, CAPACITY = ", blocks of one domain", ", capacity 1.25"
+IN_BLOCKS = ("none", SIGN, FAST_SIGN, FULL_QUANTILE, SWITCH)
+WITH_CAPACITY = ("none", SIGN, FULL_QUANTILE)
+FACTOR = 1.25  # of the capacity
+
+AROUND = 100  # steps before and after the change that means are over
+BOUND = 0.5  # the load is even again if five steps have this MaxVio in their mean
+SHOWN, STRIDE = (-50, 150), 5  # steps of the picture, and how many a point is the mean of
+
+
+def variants(base):
+    even = base.steps // 2
+    task = ShiftingDomains(count=16, words=224, pairs=16, even=even, favoured=2, share=0.9)
+    blocks = replace(task, favoured=1, share=1.0, block=max(even // 16, 1))
+    # As many tokens a step as the base recipe has; each step logs its load.
+    base = replace(
+        base,
+        model=replace(base.model, max_positions=64),
+        data=replace(base.data, seq_len=task.length, batch_size=base.data.batch_size // 2),
+        log_every=1,
+    )
+
+    def run(name, factor=None):
+        model = replace(base.model, balance=RULES[name], capacity_factor=factor)
+        parts = PARTS if name == EIGHTHS else 1
+        return replace(base, model=model, optim=replace(base.optim, microbatches=parts))
+
+    return (
+        {name: OnTask(task, run(name)) for name in RULES}
+        | {name + BLOCKS: OnTask(blocks, run(name)) for name in IN_BLOCKS}
+        | {name + CAPACITY: OnTask(task, run(name, FACTOR)) for name in WITH_CAPACITY}
+    )
+
+
+def measure(trained):
+    """Measure the load around the change, and what the model knows at the end.
+
+    `before`, `after`: MaxVio of a step, mean of the 100 steps before or after the change. `back`:
+    steps until the load is even again; a run in which it never is has all that are left. `dropped`:
+    % of the assignments that experts with a capacity would drop, mean of the 100 steps after.
+    `new_bits`: bits unknown of an answer, in the mix after the change.
+    """
+    task, loads = trained.task, trained.loads()[:, 0]  # of the one layer
+    vio = loads.max(-1) / loads.mean(-1) - 1
+    dropped = 100 * overflow(loads, FACTOR)
+    near = slice(task.even, task.even + AROUND)
+    numbers = {
+        "before": float(vio[max(task.even - AROUND, 0) : task.even].mean()),
+        "after": float(vio[near].mean()),
+        "dropped": float(dropped[near].mean()),
+        "vio": [float(vio[i : i + STRIDE].mean()) for i in starts(task.even, len(vio))],
+        "information": float(stats.mutual_information(asked_load(trained))),
+    }
+    if task.block is not None:  # the mix changes again and again
+        return numbers
+
+    bits = trained.numbers["bits_per_byte_by_domain"]  # a word is a byte
+    mix = dict(zip(task.domains, task.mix(task.even), strict=True))
+    numbers["new_bits"] = float(sum(mix[name] * bits[name] for name in bits))
+    if trained.run.model.balance != NONE:
+        numbers["back"] = steps_until(vio[task.even :], BOUND)
+    return numbers
+
+
+def starts(even, steps):
+    """Return the steps, from 0, at which the points of the picture begin."""
+    first, last = (even + shown for shown in SHOWN)
+    return [i for i in range(first, last, STRIDE) if 0 <= i <= steps - STRIDE]
+
+
+def log_back(numbers):
+    """Return ln of the steps until the load is even again."""
+    return math.log(numbers["back"])
+
+
+def log_dropped(numbers):
+    """Return ln of the % that a capacity would drop: its noise is then alike in all rules."""
+    return math.log(max(numbers["dropped"], 1e-3))
+
+
+def log_rise(numbers):
+    """Return ln of MaxVio after the change over that before."""
+    return math.log(numbers["after"] / numbers["before"])
+
+
+def draw(results, path):
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    names = [name for name in RULES if name in results.variants]
+    drawing.make_logarithmic(right, "x", (0.5, 1, 2, 5, 10, 20))
+    for row, name in enumerate(names):
+        curves, colour = results.values(name, "vio"), COLOURS[name]
+        steps = SHOWN[0] + STRIDE * (np.arange(curves.shape[1]) + 0.5)
+        left.plot(steps, curves.mean(0), color=colour, label=name, linewidth=1.4)
+        half = drawing.half_interval(results, name, 0.0, log_dropped)
+        drawing.plot_row(right, results.values(name, log_dropped), row, half, colour, np.exp)
+    left.axvline(0, color="0.5", linewidth=0.8)
+    left.axhline(BOUND, color="0.5", linewidth=0.8, linestyle=":")
+    drawing.style_axes(left, "", "step after the change", "MaxVio of a step, mean over seeds")
+    left.set_ylim(bottom=0)
+    label = f"% beyond a capacity of {FACTOR}, {AROUND} steps after it"
+    drawing.style_axes(right, "", f"{label}\ndots: seeds, bars: 95 % interval", "")
+    right.set_yticks(range(len(names)), names, fontsize=8)
+    right.invert_yaxis()
+    title = drawing.answer(lambda: words(results), results.about["question"])
+    figure.suptitle(title, fontsize=11)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=5,
+        loc="outside lower center",
+    )
+    write_figure(figure, path)
+
+
+def words(results):
+    """Say the geometric means of the steps."""
+    quantile, sign = (
+        np.exp(results.values(name, log_back).mean()) for name in (FULL_QUANTILE, SIGN)
+    )
+    return f"Even again after {quantile:.0f} steps with quantile γ 1, {sign:.0f} with sign γ 1e-3"
+
+
+def drops_less(text, variant, against, stake="change"):
+    return Claim(text, variant, against, log_dropped, unit="ln %", digits=2, stake=stake)
+
+
+def rise(text, variant):
+    """Return the check that a variant without balance is less even after the change."""
+    return Stake(
+        text, lambda results: results.values(variant, log_rise), unit="ln MaxVio", digits=2
+    )
+
+
+STUDY = Study(
+    question="Which rule of balance follows a change of the data, and what does it drop meanwhile?",
+    published=(
+        "none of a change of the mix; loss-free balance moves by γ a step (arXiv 2408.15664), "
+        "quantile balancing needs no γ (J. Su; Marin 32B-A5B)"
+    ),
+    variants=variants,
+    base="domains",
+    seeds=5,
+    seeds_of={"none": 8},
+    measure=measure,
+    columns=(
+        Column("MaxVio before", "before", 2),
+        Column("MaxVio after", "after", 2),
+        Column("steps until even", "back", 0),
+        Column("beyond capacity, %", "dropped", 2),
+        Column("bits unknown, new mix", "new_bits", 3),
+        Column("bits unknown, even mix", "val_loss", 2, scale=BITS),
+        Column("I(expert; domain), bits", "information", 2),
+    ),
+    draw=draw,
+    claims=(
+        Claim(
+            "the load is even again sooner by quantile, γ 1, than by sign, γ 1e-3",
+            FULL_QUANTILE,
+            SIGN,
+            log_back,
+            unit="ln steps",
+            digits=2,
+            stake="change",
+        ),
+        drops_less(
+            "quantile, γ 1, would drop fewer than sign, γ 1e-2, after the change",
+            FULL_QUANTILE,
+            FAST_SIGN,
+        ),
+        drops_less(
+            "sign, γ 1e-3, would drop fewer than a Switch loss after the change", SIGN, SWITCH
+        ),
+        drops_less(
+            "in blocks of one domain, quantile, γ 1, would drop fewer than sign, γ 1e-3",
+            FULL_QUANTILE + BLOCKS,
+            SIGN + BLOCKS,
+            stake="blocks",
+        ),
+        bits_claim(
+            "without balance, a capacity costs bits of the new mix",
+            "none" + CAPACITY,
+            "none",
+            key="new_bits",
+            expect="higher",
+            digits=3,
+            stake="change",
+        ),
+        Claim(
+            "a Switch loss over the batch divides the domains more than over eighths of it",
+            SWITCH,
+            EIGHTHS,
+            "information",
+            "higher",
+            unit="bits",
+            digits=2,
+        ),
+    ),
+    stakes={
+        "change": rise("the change of the mix, without balance", "none"),
+        "blocks": rise("blocks of one domain, without balance", "none" + BLOCKS),
+    },
+    facts={
+        "90 %, 0.1, 0.5, 1.25": "settings",
+        "0.86, 0.92": "single runs with seed 100",
+    },
+)
