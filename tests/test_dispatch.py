@@ -70,7 +70,7 @@ def assert_equal(got, want, atol=1e-10):
     [
         ("two take all", {}),
         # rows of an expert span blocks, and end inside one
-        ("uneven", dict(n=700, d=3, f=2, num_experts=3)),
+        pytest.param("uneven", dict(n=700, d=3, f=2, num_experts=3), marks=pytest.mark.long),
     ],
     ids=["two take all", "many rows"],
 )

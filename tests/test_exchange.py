@@ -112,6 +112,7 @@ CASES = [
         "ragged_dot",
         Layout(expert_comm="all_to_all"),
         ((1, 2), (1, 2), 0),
+        marks=pytest.mark.long,
         id="one token a device",
     ),
     pytest.param(

@@ -42,7 +42,13 @@ SHORT = {"groups", "DeepSeek-V3.2, FP8 file", "Kimi K2-Thinking", *DEEP}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in SHORT else pytest.mark.rare) for n in GRID]
+    "name",
+    [
+        pytest.param(
+            n, marks=pytest.mark.long if n in DEEP else [pytest.mark.rare] * (n not in SHORT)
+        )
+        for n in GRID
+    ],
 )
 def test_transformers_numbers(folders, name):
     gradients, greedy = (DEEP.get(name) == what for what in ("gradients", "greedy"))

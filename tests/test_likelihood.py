@@ -10,6 +10,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.transformer import abstract
 
 
+@pytest.mark.long
 def test_pairs_of_any_lengths_are_the_teacher_forced_pass():
     """Batches by length keep the pairs' order; nothing is dropped: a score is of its pair."""
     rng, model = np.random.default_rng(0), random_model(LIGHT)

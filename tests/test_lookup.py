@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from models import DENSE, LIGHT, random_model, tokens_of
 
 from dsv3_jax.decoding.drafters import Unread, make_drafter
@@ -54,6 +55,7 @@ def test_drafts_are_those_of_a_search_by_hand(rng):
         newest += rng.integers(1, count + 2, size=9).astype(np.int32)
 
 
+@pytest.mark.long
 def test_greedy_text_is_that_of_plain_decoding():
     """Ragged prompts; some of them, and all texts after a while, repeat themselves."""
     model = random_model(LIGHT, execution=DENSE)

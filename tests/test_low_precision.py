@@ -242,6 +242,7 @@ def test_the_door_gives_8_bits_to_linear_layers_only(name):
             assert {row.precision for row in target.rows(op)} == {name}
 
 
+@pytest.mark.long
 def test_the_head_is_exact_and_decoding_does_without():
     """Logits of the same hidden states are equal bit by bit, and so is every generated token."""
     low = random_model(LIGHT, execution=IN_FP8)

@@ -272,6 +272,7 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
     assert kept == rows_of(begun)[BEGUN:] and rows_of(begun) == rows_of(whole.folder)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
     stop = Recorder(breaks_at=6, how=lambda: signal.raise_signal(signal.SIGTERM))
     stopped = loop.fit(whole.run, begun, quiet=True, callbacks=[stop])
