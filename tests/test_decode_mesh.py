@@ -75,8 +75,7 @@ def test_sparse_attention_on_a_mesh():
     cfg = replace(CFG, num_layers=2, num_dense_layers=2, attention="dsa", **index)
     mesh = sharding.make_mesh(2, 2, 2)
     want = generate(model_of(cfg), PROMPTS, NEW).tokens
-    assert generate(model_of(cfg, mesh), PROMPTS, NEW, **DRAFTED).tokens == want
-    assert len({token for row in want for token in row}) > 2
+    assert generate(model_of(cfg, mesh), PROMPTS, NEW, **DRAFTED).tokens == want != alone(8)
 
 
 @pytest.mark.rare  # the cases above have a mesh, and test_speculative a draft model

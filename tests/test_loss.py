@@ -55,10 +55,7 @@ EAGLE = dict(
     [
         pytest.param(TIED, "cpu", "none", marks=pytest.mark.long),
         pytest.param(
-            dict(num_layers=2, mtp_depth=1),
-            "xla,grouped_swiglu=ragged_dot",
-            "queries",
-            marks=pytest.mark.long,
+            dict(mtp_depth=1), "xla,grouped_swiglu=ragged_dot", "queries", marks=pytest.mark.long
         ),
         pytest.param(EAGLE, "auto,grouped_swiglu=dense", "full", marks=pytest.mark.long),
     ],
