@@ -18,7 +18,7 @@ from experiments.lab import (
 )
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
-from experiments.lab.rates import best_rate, cost_of_four
+from experiments.lab.rates import best_rate
 from experiments.lab.work import EVALUATION
 
 # Those of 21: heads' own widths and the number of experts stay.
@@ -32,7 +32,7 @@ CELLS = (
     *((kind, MUP, DOUBLE) for kind in (DENSE, MIXTURE)),
     *((MIXTURE, MUON, size) for size in (HALF, DOUBLE)),
 )
-TIMES = (0.25, 0.5, 2.0, 4.0, 1.0)  # the base recipe's rate; the last run measures all five
+TIMES = (0.35, 0.7, 2.8, 5.6, 1.4)  # the base recipe's rate; the last run measures all five
 LOG_GROWTH = math.log(FACTORS[DOUBLE] / FACTORS[HALF])
 LEAST = 0.05  # nats that a rate of four times the best should cost
 
@@ -58,7 +58,7 @@ def variants(base):
                 optim = replace(optim, name="muon")
             made = replace(run, optim=optim, steps=steps, eval_every=steps, save_every=steps)
             name = cell_of(kind, arm, size)
-            if times == 1:
+            if times == TIMES[-1]:
                 runs[name] = FollowUp(tuple(others), lambda *_, made=made: made)
             else:
                 others.append(f"{name}, rate {rate:g}")
@@ -69,7 +69,7 @@ def variants(base):
 def measure(trained):
     """Of the run at the middle rate: all five `losses`, and ln of the cell's best rate.
 
-    `four`: what four times the best of the five rates costs, or a quarter of it.
+    `four`: what four times the best rate costs, or a quarter of it, by the parabola.
     """
     if not trained.needed_folders:
         return {}
@@ -86,7 +86,7 @@ def measure(trained):
         "log_rate": best.log_rate,
         "curvature": best.curvature,
         "inside": best.inside,
-        "four": cost_of_four(rates, found),
+        "four": best.cost(4),
         "dim": trained.run.model.dim,
     }
 
@@ -112,7 +112,7 @@ def half_of(kind, arm):
 def table(results):
     rates = results.values(cell_of(*CELLS[0]), "rates")[0]
     header = ["model", "parameters (active)", *(f"loss at {rate:g}" for rate in rates)]
-    header += ["best rate, × 1e-3", "four times or a quarter costs"]
+    header += ["best rate, × 1e-3", "four times that costs"]
     rows = []
     for cell in CELLS:
         name = cell_of(*cell)
@@ -209,7 +209,7 @@ def stake(kind):
         names = [cell_of(*cell) for cell in CELLS if cell[0] == kind]
         return np.concatenate([results.values(name, "four") for name in names]) - LEAST
 
-    return Stake(f"{kind}: four times the best rate or a quarter of it, beyond {LEAST} nats", cost)
+    return Stake(f"{kind}, four times the best rate, less {LEAST} nats", cost)
 
 
 STUDY = Study(
@@ -234,7 +234,8 @@ STUDY = Study(
     stakes={kind: stake(kind) for kind in (DENSE, MIXTURE)},
     facts={
         "0.2": "published",
-        "6e-3": "the base recipe's rate",
+        "8.4e-3, 2.1e-3, 3.36e-2": "1.4 times the base recipe's rate, over and times 4",
+        "4.373, 4.151, 4.176, 4.040, 4.041, 3e-3, 1.2e-2, 2.4e-2": "trials on seed 100",
         "0.05, 0.5": "bounds of the check and of the claims, fixed before the runs",
     },
 )

@@ -12,7 +12,6 @@ counts.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -25,13 +24,17 @@ class Best:
 
     Attributes:
         log_rate: v. Where it is not between the smallest and the largest rate, the nearer of these.
-        curvature: a, nats per ln². A factor of 2 from the best rate costs a (ln 2)² = 0.48 a.
+        curvature: a, nats per ln².
         inside: whether the vertex is between the smallest and the largest rate.
     """
 
     log_rate: float
     curvature: float
     inside: bool
+
+    def cost(self, factor: float) -> float:
+        """Return the nats that a rate of `factor` times the best costs, by the parabola."""
+        return self.curvature * math.log(factor) ** 2
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> Best:
@@ -56,22 +59,3 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> Best:
     vertex = centre - b / (2 * a)
     inside = bool(x.min() <= vertex <= x.max())
     return Best(float(np.clip(vertex, x.min(), x.max())), float(a), inside)
-
-
-def cost_of_four(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Return what four times the best rate of the grid costs, or a quarter: the mean, if both ran.
-
-    Args: rates: ascending, by a factor of 2.
-
-    Raises: ValueError for other rates, or fewer than three.
-
-    >>> round(cost_of_four([1, 2, 4, 8, 16], [3.6, 3.2, 3.1, 3.3, 3.8]), 2)  # 0.5 and 0.7
-    0.6
-    """
-    twice = [math.isclose(second, 2 * first) for first, second in pairwise(rates)]
-    if len(rates) < 3 or not all(twice):
-        raise ValueError(f"rates={list(rates)} are not three or more, each twice the one before")
-    y = np.array(losses, np.float64)
-    at = int(np.nanargmin(y))
-    far = [y[i] for i in (at - 2, at + 2) if 0 <= i < len(y)]
-    return float(np.mean(far) - y[at])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from experiments.lab.rates import NEAR, best_rate, cost_of_four
+from experiments.lab.rates import NEAR, best_rate
 
 RATES = 6e-3 * 2.0 ** np.arange(-2, 3)
 X = np.log(RATES)
@@ -21,6 +21,8 @@ def test_the_vertex_of_a_parabola_is_exact(away):
     best = best_rate(RATES, parabola(v))
     assert best.inside and best.log_rate == pytest.approx(v)
     assert best.curvature == pytest.approx(0.1)
+    at = best.log_rate + np.log([4, 0.25])
+    assert 0.1 * (at - v) ** 2 == pytest.approx([best.cost(4), best.cost(0.25)])
 
 
 def test_the_fit_is_the_minimum_of_weighted_squares():
@@ -65,10 +67,3 @@ def test_a_vertex_outside_the_grid_is_its_end():
         assert not best.inside and best.log_rate == X[end]
     with pytest.raises(ValueError, match="have 2 numbers"):
         best_rate(RATES, [3.0, 3.1, np.nan, np.inf, np.nan])
-
-
-def test_the_cost_of_four_by_hand():
-    assert cost_of_four(RATES, [3.1, 3.0, 3.2, 3.6, 4.0]) == pytest.approx(0.6)  # 3.6 alone
-    assert cost_of_four(RATES, [3.4, 3.1, 3.0, 3.2, 3.8]) == pytest.approx(0.6)  # 0.4 and 0.8
-    with pytest.raises(ValueError, match="each twice the one before"):
-        cost_of_four([1.0, 3.0, 9.0], [1, 2, 3])
