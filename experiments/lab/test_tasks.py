@@ -17,11 +17,13 @@ from experiments.lab.tasks import (
     Retrieval,
     ShiftingDomains,
     TaskSource,
+    TwoHops,
     from_dict,
 )
 
 SMALL = [
     Facts(firsts=8, seconds=4, bits=2),
+    TwoHops(entities=8, maps=4),
     Retrieval(tokens=24, keys=4, values=4),
     ManyKeys(planted=4, keys=8, values=4),
     Names(names=3, tokens=24),
@@ -75,8 +77,39 @@ def test_fewer_first_tokens_are_the_first_facts_of_the_same_table():
     }
 
 
+def test_two_hops_follow_from_single_maps_and_held_out_triples_are_not_trained():
+    """By dictionaries: they learn single maps from training rows, and follow one, then the other.
+
+    So they answer each held-out triple: the optimum is 0 bits.
+    """
+    task, blank = SMALL[1], 3 * 8 + 2 * 4
+    rows, held = answers_of(task, 4000), task.held_out(999)
+    maps, seen = ({}, {}), set()
+    for row, asked, kind in zip(
+        rows.tokens.tolist(), rows.answers, rows.domains[:, 0], strict=True
+    ):
+        (place,) = np.flatnonzero(asked)
+        if kind < 2:
+            assert maps[kind].setdefault(tuple(row[place - 2 : place]), row[place]) == row[place]
+            assert row[3 if kind == 0 else 0] == blank
+        else:
+            assert place == 3
+            seen.add(tuple(row[:3]))
+    for learnt in maps:  # each is a permutation of 8 entities
+        assert len(learnt) == len({(key[1], value) for key, value in learnt.items()}) == 4 * 8
+
+    kinds, tokens = held.domains[:, 0], held.tokens
+    assert np.bincount(kinds).tolist() == [250, 250, 250, 249]
+    for a, i, j, c in tokens[kinds >= 2].tolist():
+        assert maps[1][maps[0][a, i], j] == c
+    unseen = {tuple(row[:3]) for row in tokens[kinds == 3].tolist()}
+    assert len(unseen) == 128 / 8 and len(seen) == 128 - 128 / 8 and not unseen & seen
+    with pytest.raises(ValueError, match="unseen=0 holds 0 of 128 triples out"):
+        replace(task, unseen=0)
+
+
 def test_a_question_repeats_the_planted_value():
-    task = SMALL[1]
+    task = SMALL[2]
     for tokens, answers in zip(*answers_of(task)[:2], strict=True):
         for pos in np.flatnonzero(answers):
             pair = (tokens[pos - 1] - 16) * 4 + tokens[pos] - 20
@@ -86,7 +119,7 @@ def test_a_question_repeats_the_planted_value():
 
 
 def test_domains_have_maps_of_their_own_and_noise_of_known_entropy():
-    task = SMALL[4]
+    task = SMALL[5]
     rows = answers_of(task, 5000)
     domain, x, y = rows.domains[:, :1], rows.tokens[:, 1::2], rows.tokens[:, 2::2]
     assert (rows.tokens[:, :1] == 8 + domain).all() and task.domains == ("domain 0", "domain 1")

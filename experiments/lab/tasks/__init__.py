@@ -9,10 +9,10 @@ from experiments.lab.tasks.many_keys import ManyKeys
 from experiments.lab.tasks.names import Names
 from experiments.lab.tasks.retrieval import Retrieval
 from experiments.lab.tasks.task import Task, TaskSource
+from experiments.lab.tasks.two_hops import TwoHops
 
-TASKS: dict[str, Any] = {
-    cls.name: cls for cls in (Facts, Retrieval, ManyKeys, Names, Domains, ShiftingDomains, Chains)
-}
+_KINDS = (Facts, TwoHops, Retrieval, ManyKeys, Names, Domains, ShiftingDomains, Chains)
+TASKS: dict[str, Any] = {cls.name: cls for cls in _KINDS}
 
 __all__ = [
     "TASKS",
@@ -25,6 +25,7 @@ __all__ = [
     "ShiftingDomains",
     "Task",
     "TaskSource",
+    "TwoHops",
     "from_dict",
 ]
 

@@ -1,0 +1,249 @@
+"""Experts against dense layers, at equal FLOPs and at equal parameters: facts, and two hops."""
+
+import json
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_jax.config import replace
+from dsv3_jax.model.counting import size
+from experiments.lab import Column, FollowUp, OnTask, Study, drawing, format_number, write_figure
+from experiments.lab.claims import Claim
+from experiments.lab.measuring import bits_stake
+from experiments.lab.results import lookup
+from experiments.lab.tasks import Facts, TwoHops
+from experiments.lab.work import EVALUATION
+
+FACTS, HOPS = "facts", "two hops"
+TASKS = {FACTS: Facts(), HOPS: TwoHops()}
+# A task's unknown bits: of all facts, of held-out triples. Each has its own noise.
+BITS = {
+    FACTS: "bits_per_byte_by_domain/facts",
+    HOPS: "bits_per_byte_by_domain/held out",
+}
+CHOSEN, WIDTH = 2, 16  # experts of a token, and the columns of each
+EXPERTS = (8, 16, 32, 64, 128)
+EQUAL = 32  # experts that "dense by total" has the columns of
+BY_FLOPS, BY_TOTAL, BY_BOTH = "dense by FLOPs", "dense by total", "dense by total, equal FLOPs"
+STEPS = {FACTS: 1, HOPS: 0.35}  # of the base recipe's 2,000
+BUDGETS = {"half budget": 0.5, "": 1, "double budget": 2}
+
+
+def of(experts):
+    return f"{experts} experts"
+
+
+def name_of(task, kind, budget=""):
+    return f"{task}: {kind}" + (f", {budget}" if budget else "")
+
+
+MIXTURE, MOST = of(EQUAL), of(EXPERTS[-1])
+PAIR = (MIXTURE, BY_FLOPS)  # at all budgets
+
+OTHER_BUDGETS = [
+    name_of(task, kind, budget) for task in TASKS for kind in PAIR for budget in BUDGETS if budget
+]
+
+
+def models(cfg):
+    """Return the kinds of models. None has a shared expert, and routers are not counted.
+
+    "Dense by FLOPs" has the columns that a token uses, and "dense by total" those of 32 experts.
+    """
+    cfg = replace(cfg, num_shared_experts=0, normalize_gates=False)
+
+    def dense(columns):
+        return replace(cfg, num_dense_layers=cfg.num_layers, dense_dim=columns)
+
+    mixtures = {
+        of(n): replace(cfg, num_experts=n, experts_per_token=CHOSEN, expert_dim=WIDTH)
+        for n in EXPERTS
+    }
+    return {BY_FLOPS: dense(CHOSEN * WIDTH), BY_TOTAL: dense(EQUAL * WIDTH)} | mixtures
+
+
+def variants(base):
+    kinds = models(base.model)
+    rate = 1.2e-2  # that of 23 and 25
+    muon = replace(base.optim, name="muon", learning_rate=rate, final_learning_rate=rate / 20)
+    active = {kind: size(model).active for kind, model in kinds.items()}
+    made = {}
+    for name, task in TASKS.items():
+
+        def run(kind, budget, name=name, task=task):
+            steps = max(round(budget * STEPS[name] * base.steps), 2)
+            one = replace(
+                base,
+                model=kinds[kind],
+                data=replace(base.data, seq_len=task.length),
+                optim=muon if name == HOPS else base.optim,
+                steps=steps,
+                eval_every=steps,
+                save_every=min(base.save_every, steps),
+            )
+            return OnTask(task, one)
+
+        made |= {name_of(name, kind): run(kind, 1) for kind in kinds}
+        made[name_of(name, BY_BOTH)] = run(BY_TOTAL, active[MIXTURE] / active[BY_TOTAL])
+
+        # The last run of a series has the slope over all of it, so it needs the others.
+        fewer = tuple(name_of(name, of(n)) for n in EXPERTS[:-1])
+        made[name_of(name, MOST)] = after(fewer, run(MOST, 1))
+        for kind in PAIR:
+            half, _, double = (name_of(name, kind, budget) for budget in BUDGETS)
+            made[half] = run(kind, 0.5)
+            made[double] = after((half,), run(kind, 2))
+    return made
+
+
+def after(others, one):
+    """Return a run that reads the results of others; it does not start from them."""
+    return FollowUp(others, lambda *folders: one)
+
+
+def measure(trained):
+    """Measure slopes of the unknown bits, where this run is the last of a series.
+
+    `doubling`: bits for each doubling of the experts. `third`: the same, a third of it for facts.
+    `growth`: bits for each factor e of the budget. Over × ½, 1 and 2 it rests on the ends alone, as
+    the middle of evenly spaced places has no weight in a least-squares slope.
+    """
+    cfg, task = trained.run.model, trained.task.name
+    found = {"experts": cfg.num_experts} if cfg.num_sparse_layers else {}
+    before = [json.loads((f / EVALUATION).read_text())[0] for f in trained.needed_folders.values()]
+    key = BITS[FACTS if task == Facts.name else HOPS]
+    bits = [lookup(numbers, key) for numbers in (*before, trained.numbers)]
+    if len(bits) == 2:
+        found["growth"] = (bits[1] - bits[0]) / math.log(4)
+    elif len(bits) > 2:
+        found["doubling"] = float(np.polyfit(np.log2(EXPERTS), bits, 1)[0])
+        found["third"] = found["doubling"] / (3 if task == Facts.name else 1)
+    return found
+
+
+def draw(results, path):
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawing.make_logarithmic(left, "x", EXPERTS)
+    drawing.make_logarithmic(right, "x", tuple(BUDGETS.values()))
+    for task, colour in ((FACTS, "C0"), (HOPS, "C1")):
+        names = there(results, [name_of(task, of(n)) for n in EXPERTS])
+        if names:
+            drawing.plot_strengths(left, results, names, "experts", BITS[task], colour, task)
+        for kind, line in ((BY_FLOPS, ":"), (BY_TOTAL, "--"), (BY_BOTH, "-.")):
+            for name in there(results, [name_of(task, kind)]):
+                mean = results.values(name, BITS[task]).mean()
+                left.axhline(mean, color=colour, linestyle=line, linewidth=1, label=name)
+        plot_gains(right, results, task, colour)
+    title = drawing.answer(lambda: say_doublings(results), "What more experts know")
+    label = "experts, two for a token; bars: 95 % interval"
+    drawing.style_axes(left, title, label, "bits unknown, of 6 (facts) and 4 (held-out triples)")
+    title = drawing.answer(lambda: say_growth(results), "What experts gain, by budget")
+    label = "budget; bars: 95 % interval"
+    drawing.style_axes(right, title, label, "bits that dense by FLOPs leaves more than 32 experts")
+    right.axhline(0, color="0.5", linewidth=0.8)
+    for ax in (left, right):
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
+    write_figure(figure, path)
+
+
+def there(results, names):
+    return [name for name in names if name in results.variants]
+
+
+def plot_gains(ax, results, task, colour):
+    """Plot what dense by FLOPs leaves more than 32 experts, by budget, with claims' intervals."""
+    places, gains, halves = [], [], []
+    for budget, share in BUDGETS.items():
+        pair = [name_of(task, kind, budget) for kind in PAIR[::-1]]
+        if there(results, pair) == pair:
+            places.append(share)
+            gains.append(results.difference(*pair, BITS[task]))
+            halves.append(drawing.half_interval(results, *pair, BITS[task]))
+    if places:
+        ax.errorbar(places, gains, halves, fmt="o-", color=colour, capsize=3, label=task)
+
+
+def say_doublings(results):
+    slopes = [results.values(name_of(task, MOST), "doubling").mean() for task in TASKS]
+    facts, hops = (format_number(slope, 2, sign=True) for slope in slopes)
+    return f"Each doubling of the experts:\n{facts} bits of facts unknown, {hops} of two hops"
+
+
+def say_growth(results):
+    pairs = [[name_of(task, kind, "double budget") for kind in PAIR[::-1]] for task in TASKS]
+    facts, hops = (drawing.change(results, *pair, "growth", 2) for pair in pairs)
+    return f"By ln FLOPs, the gain of 32 experts over dense\ngrows by {facts} and {hops} bits"
+
+
+def claim(text, task, variant, against, expect="lower"):
+    names = name_of(task, variant), name_of(task, against)
+    return Claim(text, *names, BITS[task], expect, unit="bits", digits=2, stake=task)
+
+
+def slopes_claim(text, names, key, expect, unit, stake):
+    return Claim(text, *names, key, expect, unit=unit, digits=2, stake=stake)
+
+
+STUDY = Study(
+    question="What do more experts buy: facts, or steps of reasoning?",
+    published=(
+        "memory grows with total parameters, reasoning does not (arXiv 2508.18672); "
+        "at equal total and FLOPs, a fifth active beats dense (2506.12119)"
+    ),
+    variants=variants,
+    base="facts",
+    seeds=5,  # two hops form suddenly, at steps that differ by seed
+    seeds_of=dict.fromkeys(OTHER_BUDGETS, 3),
+    measure=measure,
+    columns=(
+        Column("facts unknown, of 6 bits", BITS[FACTS], 2),
+        Column("held-out triples, of 4", BITS[HOPS], 2),
+        Column("seen triples", "bits_per_byte_by_domain/seen", 2),
+        Column("first maps", "bits_per_byte_by_domain/first map", 2),
+        Column("second maps", "bits_per_byte_by_domain/second map", 2),
+        Column("bits a doubling", "doubling", 2),
+        Column("bits by ln FLOPs", "growth", 2),
+        Column("MaxVio", "max_vio_global", 2),
+    ),
+    draw=draw,
+    claims=(
+        claim("facts: 32 experts store more than 8", FACTS, MIXTURE, of(8)),
+        claim("facts: 128 experts store more than 32", FACTS, MOST, MIXTURE),
+        slopes_claim(
+            "a doubling of the experts gains two hops less than a third of what it gains facts",
+            [name_of(task, MOST) for task in (HOPS, FACTS)],
+            "third",
+            "higher",
+            "bits",
+            HOPS,
+        ),
+        claim("two hops: at equal total, 32 experts know less", HOPS, MIXTURE, BY_TOTAL, "higher"),
+        claim("facts: at equal total and FLOPs, 32 experts store more", FACTS, MIXTURE, BY_BOTH),
+        slopes_claim(
+            "facts: what 32 experts gain over dense grows with the budget",
+            [name_of(FACTS, kind, "double budget") for kind in PAIR],
+            "growth",
+            "lower",
+            "bits by ln FLOPs",
+            FACTS,
+        ),
+    ),
+    facts={"3.61, 0.50, 3.60, 0.005": "trials on seeds 100 and 101"},
+    stakes={
+        FACTS: bits_stake(
+            "no experts: dense by FLOPs, beyond 2 bits",
+            lambda results: (
+                results.paired(*(name_of(FACTS, kind) for kind in PAIR[::-1]), BITS[FACTS]) - 2
+            ),
+        ),
+        HOPS: bits_stake(
+            "no second step: chance, against dense by total",
+            lambda results: (
+                TASKS[HOPS].chance_bits - results.values(name_of(HOPS, BY_TOTAL), BITS[HOPS])
+            ),
+        ),
+    },
+)
