@@ -143,9 +143,8 @@ def draw(results, path):
     label = "budget; bars: 95 % interval"
     drawing.style_axes(right, title, label, "bits that dense by FLOPs leaves more than 32 experts")
     right.axhline(0, color="0.5", linewidth=0.8)
-    for ax in (left, right):
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
+    marks = left.get_legend_handles_labels()
+    figure.legend(*marks, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     write_figure(figure, path)
 
 

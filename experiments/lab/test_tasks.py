@@ -131,7 +131,7 @@ def test_domains_have_maps_of_their_own_and_noise_of_known_entropy():
 
 
 def test_the_mix_of_domains_shifts_at_a_batch_and_again_after_each_block():
-    task, count = SMALL[6], 4000
+    task, count = SMALL[7], 4000
     high, low, even = 0.375, 0.25 / 6, 1 / 8
     wanted = {
         0: [even] * 8,
@@ -157,7 +157,7 @@ def test_the_mix_of_domains_shifts_at_a_batch_and_again_after_each_block():
 
 def test_the_mix_of_a_training_step_is_that_of_its_batch():
     """Where a batch has one domain, its number is that of the block, also after a resume."""
-    task = replace(SMALL[6], favoured=1, share=1.0, even=2, block=1)
+    task = replace(SMALL[7], favoured=1, share=1.0, even=2, block=1)
     batches = TaskSource(task, DataConfig(seq_len=task.length, batch_size=64)).train_batches()
     seen = [set(next(batches)["domains"].ravel().tolist()) for _ in range(5)]
     assert seen[:2] == [set(range(8))] * 2 and seen[2:] == [{0}, {1}, {2}]
@@ -174,4 +174,4 @@ def test_a_shift_that_is_none_is_one_sentence():
         ({"together": True}, "together=True "),
     ):
         with pytest.raises(ValueError, match=sentence):
-            replace(SMALL[6], **changes)
+            replace(SMALL[7], **changes)
