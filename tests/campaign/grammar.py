@@ -20,8 +20,6 @@ HOSTILE = tomllib.loads(Path(__file__).with_name("hostile.toml").read_text())
 NUMBERS = [json.loads(text) for text in HOSTILE["values"]]
 TEXTS = [*HOSTILE["texts"], *HOSTILE["escapes"], "\ud800", "é" * 300, "x" * 10_000]
 LONG = ["a" * 10**6, "a b\n" * 10**6, "9" * 5000, "e\u0301" * 10**5]
-NAMES = [*HOSTILE["names"], *HOSTILE["escapes"], "\udcff"]  # of files; not all are UTF-8
-LONG_NAMES = ["n" * 200, "é" * 128, "/".join(["d"] * 400), "/".join(["n" * 200] * 19)]
 GROWN = [f"{grown}{{{{ {use} }}}}" for grown in HOSTILE["grown"] for use in HOSTILE["uses"]]
 BLOCKS = [*HOSTILE["blocks"], *(block.replace(" v =", " w =") + block for block in GROWN)]
 DEPTHS = [64, 300, 600, 930, 1000, 200_000]  # Python's recursion ends at some hundreds

@@ -4,17 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
-import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import runs
 
@@ -30,23 +28,16 @@ class Trial:
     folder: Path
     command: Command
     argv: list[str]
-    stdin: bytes | None = b""
-    # "out", "err" → a path, "head" (a reader that leaves), "terminal", or None (closed)
-    streams: dict[str, str | None] = field(default_factory=dict)
-    request: dict[str, Any] = field(default_factory=dict)  # more words for the server
+    stdin: bytes = b""
+    log: str = os.devnull  # where the paths that it touches are listed
     limit: float = LIMIT_S
     kills: Sequence[float] = (float("inf"),)  # seconds: it runs again after each
-    out: str = "out"  # what it writes
     name: str = ""  # in the table
     what: str = ""  # what was changed
     path: Path | None = None  # the changed path, which a sentence names
-    codes: Sequence[int] = (0, 2)  # exit codes that are good. Empty means all of them
+    codes: Sequence[int] = (0, 2)  # exit codes that are good
     same: bool = False  # if it ends well, its result is the usual one
-    again: bool = False  # undisturbed, it then ends well, or refuses what was changed
-    early: bool = False  # what is refused is refused before much work
-    changed: dict[Path, bytes] = field(default_factory=dict)  # may lead to another result
-    # what is done before it runs again; returns what fell short
-    between: Callable[[], set[str]] = set
+    again: bool = False  # undisturbed, it then ends well
 
 
 class Answer(NamedTuple):
@@ -63,14 +54,10 @@ class Server:
     """The process of server.py, and the watch over the children that it forks."""
 
     def __init__(self, scratch: Path):
-        self.scratch, self.canary = scratch, scratch / "canary"
+        self.scratch = scratch
         (scratch / "tmp").mkdir(parents=True)
-        (scratch / "tmp").chmod(0o777)  # also for a user who may not write elsewhere
-        self.canary.write_text("sings")
         environment = runs.environment(scratch) | {
             "TMPDIR": str(scratch / "tmp"),
-            "CANARY": str(self.canary),
-            "TERM": "xterm",
             "COLUMNS": "120",
             "PYTHONWARNINGS": "ignore",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -83,60 +70,31 @@ class Server:
 
     def run(self, trial: Trial, kill_after: float = float("inf")) -> Answer:
         """Run a command to its end, or kill it after some seconds."""
-        (self.scratch / "in").write_bytes(trial.stdin or b"")
-        streams = [None if trial.stdin is None else str(self.scratch / "in")]
-        with contextlib.ExitStack() as ends:
-            seen = {}
-            for name in ("out", "err"):
-                path = trial.streams.get(name, str(self.scratch / name))
-                (self.scratch / name).write_bytes(b"")
-                if path in ("head", "terminal"):
-                    path, seen[name] = ends.enter_context(reader(path))
-                streams.append(path)
-            request = {
-                "argv": trial.argv,
-                "folder": str(trial.folder),
-                "streams": streams,
-                "limit": trial.limit,
-                "kill": kill_after,
-            }
-            self.process.stdin.write(json.dumps(request | trial.request) + "\n")
-            self.process.stdin.flush()
-            code, cpu, memory, hangs, left = json.loads(self.process.stdout.readline())
-        texts = (seen.get(name, (self.scratch / name).read_bytes()) for name in ("out", "err"))
-        out, err = (bytes(text).decode(errors="replace") for text in texts)
+        streams = [self.scratch / name for name in ("in", "out", "err")]
+        for path, content in zip(streams, (trial.stdin, b"", b""), strict=True):
+            path.write_bytes(content)
+        request = {
+            "argv": trial.argv,
+            "folder": str(trial.folder),
+            "streams": list(map(str, streams)),
+            "log": trial.log,
+            "limit": trial.limit,
+            "kill": kill_after,
+        }
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        code, cpu, memory, hangs, left = json.loads(self.process.stdout.readline())
+        out, err = (path.read_text(errors="replace") for path in streams[1:])
         faults = {"hangs": hangs or code == -signal.SIGXCPU, "memory": memory > 2 << 30}
         faults["processes"] = left > 0
         return Answer(code, out, err, cpu, {name for name, is_so in faults.items() if is_so})
 
     def leftovers(self) -> list[str]:
-        """Names of deleted temporary files outside the folder; "followed" if a link was."""
-        found = [path.name for path in (self.scratch / "tmp").iterdir()]
-        for path in (self.scratch / "tmp").iterdir():
+        """Names of deleted temporary files outside the folder."""
+        found = list((self.scratch / "tmp").iterdir())
+        for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found += ["followed"] if self.canary.read_text(errors="replace") != "sings" else []
-        self.canary.write_text("sings")
-        return found
-
-
-@contextlib.contextmanager
-def reader(kind: str):
-    """A terminal, or a pipe whose reader leaves after one piece: (its path, what it was sent)."""
-    here, end = pty.openpty() if kind == "terminal" else os.pipe()
-    seen = bytearray()
-
-    def collect() -> None:
-        with contextlib.suppress(OSError):  # the terminal's other end is closed
-            while piece := os.read(here, 1 << 16):
-                seen.extend(piece if kind == "terminal" else b"")
-                if kind == "head":
-                    break
-        os.close(here)
-
-    (thread := threading.Thread(target=collect, daemon=True)).start()
-    yield f"/proc/{os.getpid()}/fd/{end}", seen
-    os.close(end)
-    thread.join(10)
+        return [path.name for path in found]
 
 
 def result(folder: Path, top: str, out: str) -> dict[str, str]:

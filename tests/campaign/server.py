@@ -1,18 +1,16 @@
 """A process that has imported the package forks a child for each command: a trial costs no import.
 
-Requests and answers are lines of JSON. A request is a command's words, folder and streams, its
-limits, and what disturbs it. The answer comes at its end, see `watched`.
+Requests and answers are lines of JSON. A request is a command's words, folder, streams and limits.
+The answer comes at its end, see `watched`.
 """
 
 import contextlib
-import errno
 import gc
 import importlib
 import json
 import os
 import pkgutil
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -53,8 +51,6 @@ def watched(pid: int, request: dict) -> list:
         hangs = seconds > 100 + 3 * request["limit"]
         if hangs or seconds > request["kill"]:
             os.kill(pid, signal.SIGKILL)
-        elif request.get("action") == "SIGSTOP":
-            os.kill(pid, signal.SIGCONT)  # it resumes
     polls = 60
     while (left := living(pid)) and (polls := polls - 1):
         time.sleep(0.1)
@@ -77,72 +73,38 @@ def living(session: int) -> list[int]:
 
 
 def become(request: dict) -> None:
-    """Make this child what the command's own process would be: session, streams, limits, user."""
+    """Make this child what the command's own process would be: session, streams, limit."""
     os.setsid()
     os.chdir(request["folder"])
     for number, name in ((2, "stderr"), (1, "stdout"), (0, "stdin")):
         os.close(number)
-        stream = None
-        if (path := request["streams"][number]) is not None:
-            # the new descriptor is `number`
-            os.open(path, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
-            how = {"errors": "backslashreplace", "buffering": 1} if number == 2 else {}
-            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False, **how)
+        # the new descriptor is `number`
+        os.open(request["streams"][number], os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+        how = {"errors": "backslashreplace", "buffering": 1} if number == 2 else {}
+        stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False, **how)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    limits = {"CPU": int(request["limit"]) + 1} | request.get("ulimits", {})
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, resource.RLIM_INFINITY))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if request.get("nobody"):
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(request["limit"]) + 1, resource.RLIM_INFINITY))
     sys.argv = ["dsv3", *request["argv"]]
 
 
-def watch(request: dict) -> None:
-    """List the paths that Python touches, and disturb the command at one of them."""
-    log = os.open(request.get("log", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    seen = 0
+def note_touched(request: dict) -> None:
+    """List the paths in the folder that Python touches."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def hook(event: str, args: tuple) -> None:
-        nonlocal seen
         if event in WATCHED and args and isinstance(args[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(args[0]))
             if path.startswith(request["folder"] + os.sep):
-                seen += 1
                 os.write(log, os.fsencode(os.path.relpath(path, request["folder"]) + "\n"))
-                if seen == request.get("at"):
-                    act(request, Path(path))
 
     sys.addaudithook(hook)
-
-
-def act(request: dict, path: Path) -> None:
-    """Disturb this command, which touches `path`."""
-    folder, action = Path(request["folder"]), request["action"]
-    if action.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, action))
-    elif action.startswith("E"):
-        number = getattr(errno, action)
-        raise OSError(number, os.strerror(number), str(path))
-    elif action == "clock":
-        now = time.time
-        time.time = lambda: now() + request["jump"]
-    with contextlib.suppress(FileExistsError, FileNotFoundError, NotADirectoryError):
-        if action == "write":  # while the command reads it
-            shutil.copyfile(folder / "written", path)
-        elif action == "link" and "-checkpoint-tmp" not in str(path):  # its own folder
-            path.symlink_to(os.environ["CANARY"])
-        elif action == "delete":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
     request = serve()
     become(request)
-    watch(request)
+    note_touched(request)
     from dsv3_jax.cli.main import main
 
     sys.exit(main())
