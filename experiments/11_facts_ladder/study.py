@@ -102,13 +102,17 @@ def shared_at(size):
 
 
 def words(results):
-    pairs = [(name_of(FINE_4, size), name_of(GSHARD, size)) for size in FACTORS]
-    pairs += [(CAPPED_UNBALANCED, UNBALANCED), (CAPPED, FINE_2)]
-    changes = [drawing.change(results, *pair, unknown_bits, 2) for pair in pairs]
+    fine, finest = (
+        [
+            drawing.change(results, name_of(kind, size), name_of(GSHARD, size), unknown_bits, 2)
+            for size in FACTORS
+        ]
+        for kind in (UNSHARED_4, FINE_4)
+    )
     return (
-        "Bits unknown by 1 + 7 of 63 experts against 2 of 16: {} at half, {} at base, {} at double "
-        "width. Drops without balance: {}; with it: {}"
-    ).format(*changes)
+        "Bits unknown against 2 of 16, at half, base and double width. 8 of 64 experts: "
+        f"{', '.join(fine)}; with a shared one, 1 + 7 of 63: {', '.join(finest)}"
+    )
 
 
 SHOWN = (
