@@ -31,8 +31,7 @@ class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
     dsv3 train sft --start MODEL --data.paths chats.jsonl fine-tunes on chats; grpo learns from
-    answers. --start takes a run's or released model's weights and settings; --trunk trains heads on
-    its trunk.
+    answers. --start takes weights and settings of a run or released model; --trunk trains its heads.
     """
 
     out: Path
