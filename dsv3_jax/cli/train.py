@@ -31,7 +31,8 @@ class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
     dsv3 train sft --start MODEL --data.paths chats.jsonl fine-tunes on chats; grpo learns from
-    answers. --start takes weights and settings of a run or released model; --trunk trains its heads.
+    answers. --start takes weights and settings of a run or released model; --trunk trains its
+    heads.
     """
 
     out: Path
@@ -40,7 +41,7 @@ class Train:
     step: int | None = None
     """resume here; later checkpoints become STEP.superseded"""
     mesh: str | None = None
-    """devices as data=N,expert=N,tensor=N, on a CPU simulated; None: all GPUs or TPUs on data"""
+    """data=N,expert=N,tensor=N; None: all devices on data"""
     cluster: str | None = None
     """processes with one OUT: HOST:PORT of process 0; auto on SLURM, Kubernetes, MPI, TPU pods"""
     processes: int | None = None
