@@ -185,7 +185,12 @@ def faults_of(made: Home, trial: Trial, answer: Answer) -> set[str]:
         left += unlike(made, trial, None)
     if left and code != -9:
         faults.add("half-written")
-    written = filter(Path.is_file, (trial.folder / command.out).rglob("*.json*"))
+    # A damaged checkpoint is kept as it is, under such a name.
+    written = [
+        path
+        for path in (trial.folder / command.out).rglob("*.json*")
+        if path.is_file() and ".damaged" not in str(path)
+    ]
     if code == 0 and not all(map(is_json, written)):
         faults.add("silent")
     return faults
@@ -197,7 +202,7 @@ def is_json(path: Path) -> bool:
     try:
         for one in text.splitlines() if path.suffix == ".jsonl" else [text]:
             json.loads(one, parse_constant=lambda name: 1 / 0)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, RecursionError):
         return False
     return True
 
