@@ -15,6 +15,7 @@ from dsv3_jax.ops import routing
 from dsv3_jax.training.loss import score_tokens
 from experiments.lab import Study, drawing, markdown_table
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import skip_top
 from experiments.lab.tables import mean_spread
 
 TOP_OFF = (1, 2, 4, 8)  # experts with the highest scores that a token may not use
@@ -83,19 +84,6 @@ def same_experts(state, load, k):
                 row[np.argsort(counts)[-k:]] = 1e3
             flat[path] = leaf.replace(jnp.asarray(value))
     return nnx.from_flat_state(flat)
-
-
-def skip_top(route, off, logits, bias, cfg):
-    """Route a token to its K experts after the first `off`, whose scores are the highest.
-
-    Args: cfg: with experts_per_token = K + off.
-    Source: DeepSeekMoE (arXiv 2401.06066), section 4.5, which masks the top routed experts.
-    """
-    picked = route(logits, bias, replace(cfg, normalize_gates=False))
-    gates = picked.gates[:, off:]
-    if cfg.normalize_gates:
-        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scale
-    return routing.Routing(picked.expert_ids[:, off:], gates, picked.scores)
 
 
 def loss_of(model, batches, window=None, *, cut=False):

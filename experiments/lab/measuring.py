@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 from scipy.optimize import linear_sum_assignment
 
+from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops import routing
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.results import Results
 
@@ -148,3 +150,23 @@ def _expert_ids(graphdef, state, tokens, segment_ids, positions):
     return (
         nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids, positions).routing.expert_ids
     )
+
+
+def skip_top(
+    route: Callable,
+    off: int,
+    logits: jax.Array,
+    bias: jax.Array,
+    cfg: ModelConfig,
+    tokens: routing.Tokens | None = None,
+) -> routing.Routing:
+    """Route a token to its K experts after the first `off`, whose scores are the highest.
+
+    Args: cfg: with experts_per_token = K + off.
+    Source: DeepSeekMoE (arXiv 2401.06066), section 4.5, which masks the top routed experts.
+    """
+    picked = route(logits, bias, replace(cfg, normalize_gates=False), tokens)
+    gates = picked.gates[:, off:]
+    if cfg.normalize_gates:
+        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scale
+    return routing.Routing(picked.expert_ids[:, off:], gates, picked.scores)

@@ -1,0 +1,134 @@
+"""A mixture of which every token uses all experts, against a sparse one; and redundant experts."""
+
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import Balance, replace
+from dsv3_jax.model.transformer import abstract
+from dsv3_jax.ops import routing
+from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.claims import Claim
+from experiments.lab.ladder import DENSE, FINE_4, GSHARD, ladder
+from experiments.lab.measuring import BITS, bits_claim, bits_stake, skip_top, unknown_bits
+from experiments.lab.tasks import Facts
+
+ALL, THIN = "all of 16", "all of 16, an eighth as wide"
+NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+# Shares of the routed experts that a token may not use: those with its highest scores.
+SHARES = (1 / 16, 2 / 16, 4 / 16)
+
+
+def variants(base):
+    models = ladder(base.model)
+    sparse = models[GSHARD]
+    everything = replace(
+        sparse, router="dense", experts_per_token=sparse.num_experts, balance=NO_BALANCE
+    )
+    width = sparse.expert_dim * sparse.experts_per_token // sparse.num_experts
+    models = {name: models[name] for name in (GSHARD, DENSE, FINE_4)} | {
+        ALL: everything,
+        THIN: replace(everything, expert_dim=width),
+    }
+    return {name: OnTask(Facts(), replace(base, model=model)) for name, model in models.items()}
+
+
+def measure(trained):
+    """Measure what facts cost without each token's best routed experts, in bits of an answer."""
+    model = trained.model
+    cfg = model.cfg
+    if not cfg.num_sparse_layers or cfg.router == "dense":
+        return {}
+    tokens = jnp.asarray(Facts().held_out(Facts().firsts * Facts().seconds).tokens)
+    graphdef, state = nnx.split(model)
+    whole = bits_of_answers(graphdef, state, tokens)
+    cost = {}
+    for share in SHARES:
+        off = round(share * cfg.num_experts)
+        wider = replace(cfg, experts_per_token=cfg.experts_per_token + off)
+        graph = nnx.graphdef(abstract(wider, trained.run.execution))
+        with mock.patch.object(routing, "route", partial(skip_top, routing.route, off)):
+            cost[name_of(share)] = bits_of_answers(graph, state, tokens) - whole
+    return {"cost": cost}
+
+
+def bits_of_answers(graphdef, state, tokens):
+    """Return the mean bits of the answers, the third tokens of the rows."""
+
+    @jax.jit
+    def bits(state, tokens):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens).logits[:, 1])
+        return -BITS * jnp.take_along_axis(log_p, tokens[:, 2:], axis=-1)
+
+    return float(np.mean(np.asarray(bits(state, tokens), np.float64)))
+
+
+def name_of(share):
+    return f"1 of {round(1 / share)}"
+
+
+def cost(share):
+    return lambda numbers: numbers["cost"][name_of(share)]
+
+
+def column(share):
+    title = f"without the best {name_of(share)}, bits more"
+    return Column(title, f"cost/{name_of(share)}", 2)
+
+
+def words(results):
+    dense, thin = (drawing.change(results, name, GSHARD, unknown_bits, 2) for name in (ALL, THIN))
+    return f"Bits unknown against 2 of 16 experts: all of them {dense}, all thin ones {thin}"
+
+
+def redundancy(share):
+    return Claim(
+        f"without each token's best {name_of(share)} experts, 7 of 63 and a shared one lose more "
+        "than 2 of 16",
+        FINE_4, GSHARD, cost(share), "higher", unit="bits", digits=2, stake="experts",
+    )  # fmt: skip
+
+
+STUDY = Study(
+    question=(
+        "What does a sparse mixture give up against a dense one, and are its experts redundant?"
+    ),
+    published=(
+        "loss 1.867 with 2 of 16 experts, 1.806 with all of them (2B, Pile); without their best "
+        "experts DeepSeekMoE loses more than GShard (arXiv 2401.06066)"
+    ),
+    variants=variants,
+    base="facts",
+    measure=measure,
+    columns=(
+        Column("bits unknown, of 6", "val_loss", 2, scale=BITS, against=(GSHARD,)),
+        *map(column, SHARES),
+    ),
+    draw=drawing.claims_and_variants(
+        {name: (name, unknown_bits) for name in (GSHARD, FINE_4, ALL, THIN, DENSE)},
+        "bits of a fact still unknown, of 6",
+        words,
+    ),
+    claims=(
+        bits_claim("all of 16 experts store more than 2 of them", ALL, GSHARD, stake="experts"),
+        bits_claim(
+            "2 of 16 store more than 16 that all tokens use, of as many active parameters",
+            GSHARD, THIN, stake="experts",
+        ),
+        bits_claim(
+            "16 thin experts, weighted, store more than one layer", THIN, DENSE, expect="none"
+        ),
+        redundancy(SHARES[0]),
+        redundancy(SHARES[1]),
+    ),
+    stakes={
+        "experts": bits_stake(
+            "no routed expert: dense",
+            lambda results: results.paired(DENSE, GSHARD, unknown_bits),
+        )
+    },
+)  # fmt: skip

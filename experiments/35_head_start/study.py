@@ -1,0 +1,165 @@
+"""One expert begins ahead: does it stay ahead, and does the bias take its lead away?"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import Balance, replace
+from dsv3_jax.ops import balance
+from experiments.lab import Column, FollowUp, OnTask, Study, drawing
+from experiments.lab.claims import Claim, Stake
+from experiments.lab.ladder import GSHARD, ladder
+from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.tasks import Facts
+
+AHEAD, EVEN = "one expert ahead", "even"  # the first phase
+NONE, BIAS = "no balance", "bias"  # the second one
+FIRST = 0.2  # share of the steps that the first phase has
+FREE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+WINDOW = 20  # rows of load.jsonl that a mean is over
+
+
+def first_ahead(bias, load, measure, rate):
+    """Expert 0 is chosen by every token while γ > 0. At the end of a run γ and the bias are 0."""
+    only = jnp.zeros_like(bias).at[..., 0].set(1.0)  # scores are below 1
+    return jnp.where(rate > 0, only, 0.0).astype(bias.dtype)
+
+
+if "first_ahead" not in balance.RULES:
+    balance.register_rule("first_ahead", balance.Rule(first_ahead))
+
+
+def variants(base):
+    model = ladder(base.model)[GSHARD]
+    steps = max(round(FIRST * base.steps), 2)
+    rate = base.optim.learning_rate
+    first = replace(
+        base,
+        steps=steps, eval_every=steps, save_every=steps, log_every=1,
+        # The rate stays, for the second phase; the last step has no bias.
+        optim=replace(base.optim, final_learning_rate=rate, bias_freeze=(steps - 1) / steps),
+    )  # fmt: skip
+    rules = {AHEAD: replace(FREE, bias_rate=1.0, rule="first_ahead"), EVEN: FREE}
+    found = {
+        name: OnTask(Facts(), replace(first, model=replace(model, balance=rule)))
+        for name, rule in rules.items()
+    }
+    left = base.steps - steps
+    second = replace(
+        base,
+        steps=left, eval_every=left, save_every=left, log_every=1,
+        optim=replace(base.optim, warmup_steps=1),
+    )  # fmt: skip
+    for begun in (AHEAD, EVEN):
+        for name, rule in ((NONE, FREE), (BIAS, replace(FREE, bias_rate=1e-3))):
+            run = replace(second, model=replace(model, balance=rule))
+            found[f"{begun}, then {name}"] = FollowUp((begun,), begin(run))
+    return found
+
+
+def begin(run):
+    return lambda start: OnTask(Facts(), replace(run, start=start))
+
+
+def measure(trained):
+    """Measure expert 0's load over the mean one, and MaxVio, at the begin and the end of a run.
+
+    Means over layers. `rare`: bits unknown of facts whose first expert, in the last layer, is one
+    of the eight least used, less those of the other facts.
+    """
+    loads = trained.loads()
+    lead = np.log(np.maximum(loads[..., 0], 0.5) / loads.mean(-1)).mean(-1)  # [steps]
+    vio = (loads.max(-1) / loads.mean(-1) - 1).mean(-1)
+    return {
+        "lead_first": float(lead[:WINDOW].mean()),
+        "lead": float(lead[-WINDOW:].mean()),
+        "vio": float(vio[-WINDOW:].mean()),
+        "rare": rare_minus_usual(trained),
+    }
+
+
+def rare_minus_usual(trained):
+    rows = Facts().held_out(Facts().firsts * Facts().seconds).tokens
+    model = trained.model
+    out = model(jnp.asarray(rows))
+    log_p = np.asarray(out.logits[:, 1] - jnp.logaddexp.reduce(out.logits[:, 1], axis=-1)[:, None])
+    bits = -BITS * np.take_along_axis(log_p, rows[:, 2:], axis=-1)[:, 0].astype(np.float64)
+    first = np.asarray(out.routing.expert_ids)[-1, :, 1, 0]  # of the token that is answered
+    used = np.bincount(first, minlength=model.cfg.num_experts)
+    least = np.argsort(used, kind="stable")[: model.cfg.num_experts // 2]
+    rare = np.isin(first, least)
+    return float(bits[rare].mean() - bits[~rare].mean()) if rare.any() else 0.0
+
+
+def name_of(begun, name):
+    return f"{begun}, then {name}"
+
+
+def growth(numbers):
+    """Return how much the lead grew, in ln of load over mean."""
+    return numbers["lead"] - numbers["lead_first"]
+
+
+def log_vio(numbers):
+    return math.log(max(numbers["vio"], 1e-3))
+
+
+COLUMNS = (
+    Column("lead of expert 0 at first, ln", "lead_first", 2),
+    Column("at the end, ln", "lead", 2),
+    Column("MaxVio at the end", "vio", 2),
+    Column("bits unknown, of 6", "val_loss", 2, scale=BITS),
+    Column("facts of rare experts, bits more", "rare", 2),
+)
+WITHOUT = name_of(AHEAD, NONE), name_of(EVEN, NONE)
+WITH = name_of(AHEAD, BIAS), name_of(EVEN, BIAS)
+
+
+def words(results):
+    lead = drawing.change(results, *WITHOUT, "lead", 2)
+    kept = drawing.change(results, *WITH, "lead", 2)
+    return f"Lead of the expert that was ahead, ln: without balance {lead}, with the bias {kept}"
+
+
+def claim(text, names, key, expect="higher", unit="ln", **more):
+    return Claim(text, *names, key, expect, unit=unit, digits=2, stake="ahead", **more)
+
+
+STUDY = Study(
+    question="Does an expert that begins ahead stay ahead, and does the bias take its lead away?",
+    published=(
+        "without balance favoured experts are trained more and chosen more (arXiv 1701.06538)"
+    ),
+    variants=variants,
+    base="facts",
+    seeds=4,
+    measure=measure,
+    columns=COLUMNS,
+    draw=drawing.claims_and_variants(
+        {name: (name, "lead") for name in (*WITHOUT, *WITH)},
+        "ln of expert 0's load over the mean one, at the end",
+        words,
+    ),
+    claims=(
+        claim("without balance, a lead is there at the end", WITHOUT, "lead"),
+        Claim(
+            "without balance, it grows after the first phase", WITHOUT[0], 0.0, growth, "higher",
+            unit="ln", digits=2, stake="ahead",
+        ),
+        claim("without balance, a lead leaves a larger MaxVio", WITHOUT, log_vio),
+        claim("without balance, a lead costs facts", WITHOUT, unknown_bits, unit="bits"),
+        claim("with the bias no lead is left, within 0.1", WITH, "lead", "equal", margin=0.1),
+        Claim(
+            "without balance, facts of rarely used experts are known less", WITHOUT[1], 0.0, "rare",
+            "higher", unit="bits", digits=2,
+        ),
+    ),
+    stakes={
+        "ahead": Stake(
+            "the head start itself, at the end of the first phase",
+            lambda results: results.paired(AHEAD, EVEN, "lead"), "ln", 2,
+        )
+    },
+    facts={"1e-3": "γ", "2.08": "ln 8"},
+)  # fmt: skip
