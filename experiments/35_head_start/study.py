@@ -161,5 +161,5 @@ STUDY = Study(
             lambda results: results.paired(AHEAD, EVEN, "lead"), "ln", 2,
         )
     },
-    facts={"1e-3": "γ", "2.08": "ln 8"},
+    facts={"1e-3": "a step size", "2.08": "the logarithm of 8"},
 )  # fmt: skip
