@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # so that editors and type checkers know the names of `_LATER
     from dsv3_jax.data import corpus, tokenizer
     from dsv3_jax.mesh import sharding
     from dsv3_jax.model import counting
+    from dsv3_jax.model.blocks import register_attention
     from dsv3_jax.ops.balance import register_rule
     from dsv3_jax.ops.routing import register_router
     from dsv3_jax.report import run_plots as plots
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # so that editors and type checkers know the names of `_LATER
 _LATER = {
     "train": ("runs.loop", None),
     "balance": ("training.router_bias", None),
+    "register_attention": ("model.blocks", "register_attention"),
     "register_router": ("ops.routing", "register_router"),
     "register_rule": ("ops.balance", "register_rule"),
     "evaluate": ("runs.evaluate", None),
@@ -74,8 +76,8 @@ __all__ = [
     "Layout", "MoE", "ModelConfig", "OptimConfig", "RunConfig", "Transformer", "Yarn",
     "__version__", "generate", "loglikelihood", "preset", "recipe", "replace",
     "balance", "corpus", "counting", "data", "evaluate", "hf", "load_model", "load_run",
-    "load_text", "plots", "read_run", "register_router", "register_rule", "score_tasks",
-    "sharding", "stats", "tokenizer", "train",
+    "load_text", "plots", "read_run", "register_attention", "register_router", "register_rule",
+    "score_tasks", "sharding", "stats", "tokenizer", "train",
 ]  # fmt: skip
 
 

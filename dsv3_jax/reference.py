@@ -347,7 +347,9 @@ def block(
     y = rms_norm(x, p["attn_norm"], cfg.norm_eps)
     if cfg.attention == "dsa" and not shared:
         ctx = ctx._replace(chosen=choose(ctx, p["attn"], y))
-    attention = mla if cfg.attention in ("mla", "dsa") else gqa
+    attention = {"mla": mla, "dsa": mla, "mha": gqa, "gqa": gqa, "mqa": gqa}.get(cfg.attention)
+    if attention is None:
+        raise ValueError(f"attention={cfg.attention!r} has no equations on this page")
     x = x + attention(ctx, p["attn"], y)
 
     y = rms_norm(x, p["ffn_norm"], cfg.norm_eps)

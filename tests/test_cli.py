@@ -31,7 +31,7 @@ OPTIONS = {
     "train tiny --out {new} --learning-rate 3": "you meant: --optim.final-learning-rate FLOAT",
     "eval {run} more": "Unrecognized options: more",
     "train tiny --out {new} --steps abc": "--steps: invalid literal for int() with base 10: 'abc'",
-    "train tiny --out {new} --model.attention best": "'best' for argument '--model.attention'",
+    "train tiny --out {new} --model.attention best": "attention='best' is not one of mla, dsa, mha",
     "train tiny --out {new} --model.num-groups 3": "num_groups=3 does not divide num_experts=16",
 }
 # Refused in one sentence: what it must hold. {…} are the paths of `Place`.

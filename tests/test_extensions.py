@@ -33,6 +33,7 @@ from dsv3_jax.config import (
     from_dict,
     to_dict,
 )
+from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model import counting
 from dsv3_jax.model.mtp import HEADS, Head
@@ -104,6 +105,7 @@ def my_hash(x, cfg):
 print("the program runs")
 ds.register_router("my_hash", Router(my_hash, reads_bias=True, reads_tokens=True))
 ds.register_rule("drift", Rule(lambda bias, load, _, rate: bias + rate))
+ds.register_attention("twin", ds.GQA)
 """
 COMMANDS = """
 import shlex, sys
@@ -114,14 +116,25 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.long
-def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(
-    tmp_path, tmp_path_factory
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        pytest.param(
+            {"router": "my_hash", "balance": Balance(rule="drift")},
+            "router='my_hash'",
+            marks=pytest.mark.long,
+        ),
+        pytest.param({"attention": "twin"}, "attention='twin'", marks=pytest.mark.rare),
+    ],
+)
+def test_a_run_of_registered_names_is_opened_by_all_commands(
+    tmp_path, tmp_path_factory, monkeypatch, changes, named
 ):
     """Its run.json keeps the program's name; without `--import` it is named, and does not run."""
     root = tmp_path_factory.getbasetemp()
     (tmp_path / "mine.py").write_text(PROGRAM)
-    model = replace(PLAIN, router="my_hash", balance=Balance(rule="drift"))
+    monkeypatch.setitem(ATTENTION_KINDS, "twin", False)  # of this process: configurations name it
+    model = replace(PLAIN, **changes)
     words = shlex.join(flags(make_run(write_text(tmp_path / "text"), model=model, steps=2)))
     train = f"train tiny {words} --out run"
 
@@ -139,7 +152,7 @@ def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(
 
     codes, out, error = said_by(train, f"{train} --import mine.py")
     assert codes == ["2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert "router='my_hash' is not one of sigmoid, " in error
+    assert f"{named} is not one of " in error
     assert "; --import NAME imports a program that registers more" in error
     assert read_made(tmp_path / "run")[0]["imports"] == ["mine.py"]
 
@@ -147,12 +160,12 @@ def test_a_run_of_a_registered_router_and_rule_is_opened_by_all_commands(
     opening = *opening, "stats run --batches 1 --draws 9 --worth-tokens 32"
     codes, out, error = said_by(*opening, f"train tiny {words} --start run --out more")
     assert codes == ["2"] * 5 and "the program runs" not in out
-    assert error.count("router='my_hash' of the run in run is registered by a program") == 5, error
+    assert error.count(f"{named} of the run in run is registered by a program") == 5, error
     assert error.count("if you trust that program, add --import mine.py\n") == 5
 
     codes, out, error = said_by(*(f"{command} --import mine.py" for command in opening))
     assert codes == ["0", "0", "2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert "router='my_hash' has no released format" in error
+    assert f"{named} has no released format" in error
 
 
 def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def usage() -> str:
         "usage: dsv3 COMMAND …", "", *lines, "",
         f"`dsv3 COMMAND --help` lists a command's options. Presets: {', '.join(MODELS)}.",
         "`--import NAME`, with any command, imports a Python file or module of yours that "
-        "registers a router or rule.",
+        "registers a router, rule or attention.",
         "`dsv3 train sft --start MODEL --data.paths chats.jsonl` fine-tunes a model on chats.",
     ])  # fmt: skip
 

@@ -108,6 +108,15 @@ HEAD_KINDS: Table[HeadKind] = Table(
 )
 
 
+# Kinds of attention, and whether each compresses keys and values into a latent; their classes are
+# in model/blocks.py.
+ATTENTION_KINDS: Table[bool] = Table(
+    "attention",
+    {"mla": True, "dsa": True, "mha": False, "gqa": False, "mqa": False},
+    more="--import NAME imports a program that registers more",
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and rules of a model of the DeepSeek-V3 family.
@@ -139,11 +148,11 @@ class ModelConfig:
     experts_per_token: Positive  # number of routed experts that a token is sent to (K)
     num_shared_experts: Natural  # number of shared experts, which every token uses
     expert_dim: Positive  # hidden width of an expert (F)
-    # kind of attention: MLA compresses keys and values into a latent, and DSA is MLA over the
-    # tokens that an indexer chooses (V3.2); the others do not, and their keys have nope_head_dim +
-    # rope_head_dim numbers a head
-    attention: Literal["mla", "dsa", "mha", "gqa", "mqa"] = "mla"
-    # number of heads with keys and values; for attention gqa only
+    # kind of attention (ATTENTION_KINDS): mla compresses keys and values into a latent, and dsa is
+    # MLA over the tokens that an indexer chooses (V3.2); mha, gqa and mqa do not, and their keys
+    # have nope_head_dim + rope_head_dim numbers a head
+    attention: str = "mla"
+    # number of heads with keys and values; for attention gqa, or one of your own
     num_kv_heads: Positive | None = None
     # norm each head's queries and keys before RoPE; for attention mha, gqa and mqa
     qk_norm: bool = False
@@ -208,7 +217,7 @@ class ModelConfig:
     @property
     def has_latent(self) -> bool:
         """Whether keys and values are compressed into a latent."""
-        return self.attention in ("mla", "dsa")
+        return ATTENTION_KINDS[self.attention]
 
     @property
     def has_indexer(self) -> tuple[bool, ...]:
@@ -268,14 +277,15 @@ def _check_attention(c: ModelConfig) -> None:
     # RoPE rotates pairs of features.
     require(c.rope_head_dim % 2 == 0, f"rope_head_dim={c.rope_head_dim} is odd")
 
-    # Only gqa chooses its number of key-value heads: mqa has 1, the others have H.
+    # Only gqa needs a number of key-value heads: mqa has 1, the others H. One's own may have it.
+    fixed = c.attention in ("mla", "dsa", "mha", "mqa")
     require(
-        (c.attention == "gqa") == bool(count),
+        not fixed if count else c.attention != "gqa",
         f"num_kv_heads={count} with attention={c.attention!r}: it is for 'gqa', which needs it",
     )
     require(
-        not (c.qk_norm and c.has_latent),
-        "qk_norm=True is for attention='mha', 'gqa' and 'mqa'; 'mla' has norms on its latents",
+        not (c.has_latent and c.qk_norm),  # the table refuses a kind that it does not have
+        "qk_norm=True is for attention='mha', 'gqa' and 'mqa'; a latent has norms of its own",
     )
     require(
         c.num_heads % c.kv_heads == 0,

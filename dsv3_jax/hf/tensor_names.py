@@ -237,8 +237,8 @@ def tensor_table(
         fp8: linear weights are float8_e4m3fn, as DeepSeek-V3 was released. Each has a float32
             `weight_scale_inv` with one scale for each 128 × 128 block.
         dtype: name of the other tensors' dtype. The router's correction bias is always float32.
-    Raises: ConfigError for a router or a kind of multi-token head that the released format does not
-        have.
+    Raises: ConfigError for a router, an attention or a kind of multi-token head that the released
+        format does not have.
 
     Example:
         >>> from dsv3_jax.presets import preset
@@ -265,7 +265,7 @@ def tensor_table(
 
 
 def check_released(cfg: ModelConfig) -> None:
-    """Check that the released format has the model's router and multi-token heads.
+    """Check that the released format has the model's router, attention and multi-token heads.
 
     Raises: ConfigError when it does not.
 
@@ -280,6 +280,8 @@ def check_released(cfg: ModelConfig) -> None:
         raise ConfigError(
             f"router={cfg.router!r} has no released format; use 'sigmoid' or 'softmax'"
         )
+    if cfg.attention not in ("mla", "dsa"):
+        raise ConfigError(f"attention={cfg.attention!r} has no released format; use 'mla' or 'dsa'")
     if cfg.mtp_depth and cfg.mtp_kind != "deepseek":
         raise ConfigError(
             f"mtp_kind={cfg.mtp_kind!r} has no released format; use 'deepseek' or mtp_depth=0"

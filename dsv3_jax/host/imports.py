@@ -1,4 +1,4 @@
-"""Programs of the user's own, which register routers and rules: imported only if named.
+"""Programs of the user's own, which register routers and more: imported only if named.
 
 A run's folder keeps the names, for sentences alone. Nothing imports them from there: a folder may
 be a stranger's.

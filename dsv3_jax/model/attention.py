@@ -6,7 +6,7 @@ rest is shared: a layer projects, remembers its rows, attends, and projects back
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,27 @@ Rows = Mapping[str, Float[Array, "B T _ _"]]
 
 
 class Attention(nnx.Module):
-    """What all kinds share. Usable alone: `attention(x)`."""
+    """What all kinds share. Usable alone: `attention(x)`.
+
+    A kind of one's own is a subclass, of this or of another kind, that `ds.register_attention`
+    adds. It defines:
+
+        make_weights    draws its weights by `model.parameters.param`, with the names of their axes:
+                        a mesh, LoRA, Muon and muP read them. w_o, [H, V, D], is made here
+        project         queries [B, T, H, K], and each token's rows [B, T, G, X] by name.
+                        `rotate` applies RoPE to the last R numbers of each head
+        expand          "k" [B, T, G, K] and "v" [B, T, G, V], where `project` gives other rows.
+                        G divides H
+        cache_rows      what a cache keeps. "k" of the kind "expanded" has the width K, which
+                        `scale`, counts and plans use. The default: cfg.kv_heads heads, K = N + R
+        has_latent      True if there is a smaller cache of kind "latent", too. Then
+                        `attend_to_rows` attends to its rows, as MLA does
+
+    It then trains, is evaluated and decodes, on a mesh too. It has no released format and is not in
+    `reference.py`; QK-clip and indexers are for the kinds that they name.
+    """
+
+    has_latent: ClassVar[bool] = False
 
     @draws_together
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -38,7 +58,8 @@ class Attention(nnx.Module):
         heads_to_dim = (cfg.num_heads, cfg.v_head_dim, cfg.dim)
         self.w_o = param(rngs, heads_to_dim, ("heads", None, "dim"), cfg.init_std)
         self.cfg = cfg
-        self.scale = rope.softmax_scale(cfg.nope_head_dim + cfg.rope_head_dim, cfg.yarn)
+        _, width = self.cache_rows(cfg, "expanded")["k"]
+        self.scale = rope.softmax_scale(width, cfg.yarn)
 
     def __call__(
         self,
@@ -137,6 +158,8 @@ class MLA(Attention):
     >>> jax.jit(attention)(jnp.ones((2, 8, 128))).shape
     (2, 8, 128)
     """
+
+    has_latent = True
 
     @classmethod
     def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.attention import GQA, MLA, Attention
 from dsv3_jax.model.context import Context, LayerResult
@@ -15,6 +16,26 @@ from dsv3_jax.model.sparse import DSA
 
 # Of the configuration's `attention`. MHA and MQA are GQA with as many or few heads.
 ATTENTION: dict[str, type[Attention]] = {"mla": MLA, "dsa": DSA, "mha": GQA, "gqa": GQA, "mqa": GQA}
+
+
+def register_attention(name: str, kind: Any) -> None:
+    """Add a kind of attention, for `attention=name` of a model's configuration.
+
+    Args: kind: a subclass of `model.attention.Attention`, which says what it must define.
+    Raises: ConfigError if the name is taken, or `kind` is none.
+
+    Example:
+        >>> register_attention("mla", GQA)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.fields.ConfigError: attention='mla' is taken or no name; the names are ...
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Attention)):
+        raise ConfigError(
+            f"attention={name!r}: {kind!r} is no subclass of model.attention.Attention"
+        )
+    ATTENTION_KINDS.add(name, kind.has_latent)
+    ATTENTION[name] = kind
 
 
 class Block(nnx.Module):

@@ -60,9 +60,9 @@ def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
     head = cfg.vocab_size * cfg.dim * cfg.mtp_depth
 
     # Products of one query: with keys and values that it attends to, and with all index keys.
-    qk = cfg.nope_head_dim + cfg.rope_head_dim
-    v = cfg.v_head_dim
-    products = 2 * cfg.num_layers * cfg.num_heads * (qk + v) * attended(cfg, context)
+    rows = ATTENTION[cfg.attention].cache_rows(cfg, "expanded")
+    qk_and_v = rows["k"][1] + rows["v"][1]
+    products = 2 * cfg.num_layers * cfg.num_heads * qk_and_v * attended(cfg, context)
     scored = 2 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
     return ModelSize(
         total=counted["trunk"],

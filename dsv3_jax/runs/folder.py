@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from dsv3_jax.config import (
     replace,
     to_dict,
 )
+from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.data import hub, tokenizer
 from dsv3_jax.host.files import PART, check_writable, read_json, write_atomic
 from dsv3_jax.host.imports import IMPORTED
@@ -59,6 +61,9 @@ def read_run(folder: str | Path) -> RunConfig:
     try:
         run = from_dict(RunConfig, values)
     except ValueError as error:
+        if isinstance(model := values.get("model"), dict):
+            name = str(model.get("attention", "mla"))
+            _check_names(folder, ("attention", name, ATTENTION_KINDS))
         raise ValueError(f"{Path(folder) / RUN_FILE}: {error}") from error
     return _with_own_tokenizer(run, folder)
 
@@ -252,14 +257,18 @@ def made_from(data: str, words: str, checker: str = "") -> dict[str, Any]:
 def check_registered(run: RunConfig, folder: str | Path) -> None:
     """Check that a run's router and rule are registered, if programs did that when it was trained.
 
-    The programs are not imported: the folder may be a stranger's.
+    The programs are not imported: the folder may be a stranger's. `read_run` checks the attention.
 
     Raises: ConfigError that names them.
     """
-    settings = (
-        ("router", run.model.router, ROUTERS),
-        ("balance rule", run.model.balance.rule, RULES),
+    model = run.model
+    _check_names(
+        folder, ("router", model.router, ROUTERS), ("balance rule", model.balance.rule, RULES)
     )
+
+
+def _check_names(folder: str | Path, *settings: tuple[str, str, Mapping[str, Any]]) -> None:
+    """Check (setting, value, table); a value that is not in its table is a program's."""
     unknown = [
         f"{setting}={value!r:.80}" for setting, value, table in settings if value not in table
     ]

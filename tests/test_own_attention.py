@@ -1,0 +1,167 @@
+"""An attention that a program registers: it trains, decodes and is sharded as those of the package.
+
+The example is MLA whose rotated part is added to the other, in place of being joined to it.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import DENSE, forward, parameters, random_model, small, tokens_of
+from runs import MODEL, make_run, refused, write_text
+from test_decode_mesh import model_of
+
+import dsv3_jax as ds
+from dsv3_jax import reference
+from dsv3_jax.config import ConfigError, Lora, from_dict, to_dict
+from dsv3_jax.config.model import ATTENTION_KINDS
+from dsv3_jax.hf.tensor_names import tensor_table
+from dsv3_jax.mesh import sharding
+from dsv3_jax.model import blocks, counting
+from dsv3_jax.model.attention import LATENT_NORM_EPS
+
+WIDTH = 6  # of content and of the rotated part
+CHANGES = dict(
+    attention="summed", nope_head_dim=WIDTH, rope_head_dim=WIDTH, num_heads=4, num_layers=2,
+    num_dense_layers=1, vocab_size=38,
+)  # fmt: skip
+PROMPTS = [[1], [2, 3, 5, 7, 11], [9, 3, 30, 2, 6, 8, 4, 17, 20, 21]]
+NEW = 12
+
+
+class Summed(ds.MLA):
+    """q = q_c + RoPE(q_r), k = k_c + RoPE(k_r), all of one width; else MLA, with its caches."""
+
+    @classmethod
+    def cache_rows(cls, cfg, kind):
+        rows = super().cache_rows(cfg, kind)
+        return rows if kind == "latent" else rows | {"k": (cfg.num_heads, cfg.rope_head_dim)}
+
+    def project(self, x, ctx):
+        q, rows = super().project(x, ctx)
+        return self.added(q), rows
+
+    def expand(self, rows, ctx):
+        found = super().expand(rows, ctx)
+        return found | {"k": self.added(found["k"])}
+
+    def absorb(self, q, ctx):  # q · (W_uk c_kv + k_r) = (q W_uk) · c_kv + q · k_r
+        w_uk = self.w_uk[...].astype(q.dtype)
+        return {"latent": ctx.run("product_by_head", q, w_uk), "k_rope": q}
+
+    def added(self, x):
+        return sum(jnp.split(x, 2, axis=-1))
+
+
+@pytest.fixture(autouse=True)
+def summed():
+    ds.register_attention("summed", Summed)
+    yield small(**CHANGES)
+    del ATTENTION_KINDS["summed"], blocks.ATTENTION["summed"]
+
+
+def turned(x, cfg):
+    """RoPE of [T, H, R]: the pair (2i, 2i+1) as a complex number, times e^(i t θ^(-2i/R))."""
+    pairs = x[..., 0::2] + 1j * x[..., 1::2]
+    angles = np.arange(len(x))[:, None] * cfg.rope_theta ** (-np.arange(0, WIDTH, 2) / WIDTH)
+    pairs = pairs * np.exp(1j * angles)[:, None]
+    return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+
+def norm(x, p):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + LATENT_NORM_EPS) * p["scale"]
+
+
+def test_its_output_is_its_equation(summed, rng):
+    cfg = summed
+    p = parameters(random_model(cfg))["dense"]["attn"]
+    p = {name: {"scale": w["scale"][0]} if isinstance(w, dict) else w[0] for name, w in p.items()}
+    x = rng.standard_normal((9, cfg.dim))
+
+    q = np.einsum("tq,qhk->thk", norm(x @ p["w_dq"], p["q_norm"]), p["w_uq"])
+    c_kv, k_r = np.split(x @ p["w_dkv"], [cfg.kv_latent_dim], axis=-1)
+    c_kv = norm(c_kv, p["kv_norm"])
+    k = np.einsum("tc,hnc->thn", c_kv, p["w_uk"]) + turned(k_r[:, None], cfg)
+    q = q[..., :WIDTH] + turned(q[..., WIDTH:], cfg)
+    scores = np.einsum("thk,shk->hts", q, k) / np.sqrt(WIDTH)
+    odds = np.exp(scores) * np.tri(9)
+    means = np.einsum("hts,sc->thc", odds / odds.sum(-1, keepdims=True), c_kv)
+    wanted = np.einsum("thc,hvc,hvd->td", means, p["w_uv"], p["w_o"])
+
+    layer = Summed(cfg, rngs=nnx.Rngs(0))
+    for name, value in p.items():
+        part = getattr(layer, name)
+        part = part.scale if isinstance(value, dict) else part
+        part[...] = jnp.asarray(value["scale"] if isinstance(value, dict) else value, jnp.float32)
+    found = layer(jnp.asarray(x, jnp.float32)[None])[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)  # float32 beside float64
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(None, id="one device", marks=pytest.mark.long),
+        pytest.param((1, 1, 2), id="heads on two", marks=pytest.mark.rare),
+    ],
+)
+def test_it_decodes_with_each_cache_as_the_forward_pass(summed, mesh):
+    model = model_of(summed, mesh and sharding.make_mesh(*mesh), seed=2)
+    alone = random_model(summed, seed=2, execution=DENSE)
+    found = ds.generate(model, PROMPTS, NEW).tokens
+    assert found == ds.generate(model, PROMPTS, NEW, cache="expanded").tokens
+    assert len({token for row in found for token in row}) > 5  # one token could not fail
+    rows = np.zeros((3, 32), np.int32)
+    for row, prompt, more in zip(rows, PROMPTS, found, strict=True):
+        row[: len(prompt) + NEW] = [*prompt, *more]
+    best = forward(alone, jnp.asarray(rows)).logits.argmax(-1)
+    wanted = [best[i, len(p) - 1 : len(p) - 1 + NEW].tolist() for i, p in enumerate(PROMPTS)]
+    assert found == wanted
+
+
+@pytest.mark.long
+def test_a_run_trains_and_is_measured_and_what_has_no_form_is_refused(summed, tmp_path):
+    """With adapters of LoRA and Muon, too: they read the names of its weights' axes."""
+    sizes = {"attention": "summed", "nope_head_dim": 4, "rope_head_dim": 4}
+    run = make_run(write_text(tmp_path / "text"), model=replace(MODEL, **sizes), steps=4)
+    first = ds.train.fit(run, tmp_path / "run", quiet=True)
+    more = replace(run, start=str(tmp_path / "run"), lora=Lora(rank=2))
+    more = replace(more, optim=replace(run.optim, name="muon"))
+    then = ds.train.fit(more, tmp_path / "more", quiet=True)
+    losses = [result.evaluation["val_loss"] for result in (first, then)]
+    assert np.isfinite(losses).all() and losses[1] < losses[0] < np.log(260)
+    assert ds.load_model(tmp_path / "run").cfg == run.model
+
+    for refuses in (lambda: tensor_table(run.model), lambda: ds.hf.convert(tmp_path / "run", "x")):
+        with refused("attention='summed' has no released format; use 'mla' or 'dsa'"):
+            refuses()
+    with refused("attention='summed' has no equations on this page"):
+        model = random_model(summed)
+        ctx = reference.Context(summed, np.arange(5)[None], np.ones((1, 5), np.int32))
+        reference.transformer(ctx, parameters(model), np.asarray(tokens_of(summed, 1, 5)))
+    with refused("optim.qk_clip=9.0 is for attention='mla', not 'summed'"):
+        replace(run, optim=replace(run.optim, qk_clip=9.0))
+
+
+def test_counts_follow_its_rows(summed):
+    """4 heads of keys with 6 numbers and values with 5; a latent of 10 and a rotated key of 6."""
+    products = 2 * summed.num_layers * 4 * (WIDTH + 5) * 32
+    assert counting.size(summed, 32).attention_flops == products
+    kept = counting.elements_per_token(summed)
+    assert (kept["latent"], kept["expanded"]) == (2 * (10 + 6), 2 * 4 * (6 + 5))
+
+
+def test_the_table_of_names_is_open_and_checked(summed):
+    assert from_dict(ds.ModelConfig, to_dict(summed)) == summed and summed.has_latent
+    with pytest.raises(ConfigError, match="attention='sumed' is not one of mla, .*; did you mean "):
+        replace(summed, attention="sumed")
+    with pytest.raises(ConfigError, match="attention='mla' is taken"):
+        ds.register_attention("mla", Summed)
+    with pytest.raises(ConfigError, match="attention='more': <.*> is no subclass of "):
+        ds.register_attention("more", lambda x: x)
+    assert "more" not in ATTENTION_KINDS and blocks.ATTENTION["mla"] is ds.MLA
+    # The number of its key-value heads is its own affair; MLA has one for each query head.
+    assert replace(summed, num_kv_heads=2).kv_heads == 2
+    with pytest.raises(ConfigError, match="num_kv_heads=2 with attention='mla'"):
+        replace(summed, attention="mla", num_kv_heads=2)
