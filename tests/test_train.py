@@ -1,6 +1,7 @@
 """The training loop: however a run is stopped or moved, its command ends with the same numbers."""
 
 import json
+import math
 import shutil
 import signal
 import struct
@@ -26,6 +27,7 @@ from tensorboardX.proto.event_pb2 import Event
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.report import speed
+from dsv3_jax.report.metrics_files import numbers_beside, parse_rows
 from dsv3_jax.runs import loop, steps
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
@@ -270,6 +272,43 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
     assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
     kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
     assert kept == rows_of(begun)[BEGUN:] and rows_of(begun) == rows_of(whole.folder)
+
+
+class Numbers(Callback):
+    """Returns `found` for rows of training, and another number for evaluations."""
+
+    def __init__(self, found):
+        self.on_step = lambda row: {"twice": 2 * row["loss"]} if found is None else found
+
+    def on_evaluation(self, row):
+        return {"rank": 3}
+
+
+def test_numbers_of_a_callback_join_the_rows_and_later_callbacks_see_them(whole, begun):
+    seen = Recorder()
+    loop.fit(whole.run, begun, quiet=True, callbacks=[Numbers(None), seen])
+    rows = rows_of(begun)[BEGUN:]
+    added = [{"twice": 2 * row["loss"]} if "loss" in row else {"rank": 3} for row in rows]
+    plain = rows_of(whole.folder)[BEGUN:]
+    assert rows == [row | more for row, more in zip(plain, added, strict=True)]
+    kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in seen.rows]
+    assert kept == rows and parse_rows(begun / "metrics.jsonl")[1] == []
+
+
+def test_numbers_that_cannot_join_end_the_run_after_it_is_saved(whole, begun):
+    with refused("a callback's metric 'loss' is no name, or another metric's"):
+        loop.fit(whole.run, begun, quiet=True, callbacks=[Numbers({"loss": 1.0})])
+    assert rows_of(begun) == rows_of(whole.folder)[: BEGUN + 3]  # 7 steps, and an evaluation
+    assert loop.fit(whole.run, begun, quiet=True).resumed_from == BEGUN + 2
+    assert_same_run(begun, whole.folder)
+    for found, sentence in (
+        (3, "a callback returns 3, not a dict of numbers by name"),
+        ({"load": 1.0}, "metric 'load' is no name, or another"),  # a matrix in other files
+        ({"x": math.nan}, "metric x=nan is no finite number"),
+        ({"x": "3"}, "metric x='3' is no finite number"),
+    ):
+        with refused(sentence):
+            numbers_beside({"step": 1}, found)
 
 
 @pytest.mark.long

@@ -1,10 +1,13 @@
 """A run's metrics as JSON lines and for TensorBoard; each expert's load in a second file."""
 
 import json
+import math
+import reprlib
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -84,6 +87,27 @@ def load_row(step: int, found: dict[str, Any]) -> dict[str, Any]:
             [float(f"{x:.6g}") for x in layer] for layer in np.asarray(found["bias"]).tolist()
         ]
     return row
+
+
+def numbers_beside(row: dict[str, Any], found: Any) -> dict[str, int | float]:
+    """The numbers that a callback has found, as they can join a row.
+
+    Raises: ValueError for what is no finite number, or has the name of another metric.
+
+    Example:
+        >>> numbers_beside({"step": 10, "loss": 5.5}, {"norm": np.float32(0.5)})
+        {'norm': 0.5}
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"a callback returns {reprlib.repr(found)}, not a dict of numbers by name")
+    for name, value in found.items():
+        if not isinstance(name, str) or name in {*row, *_AXES, *_OBJECTS}:
+            raise ValueError(f"a callback's metric {name!r} is no name, or another metric's")
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(
+                f"a callback's metric {name}={reprlib.repr(value)} is no finite number"
+            )
+    return {name: x if type(x) is int else float(x) for name, x in found.items()}
 
 
 class MetricsFile(JsonLines):

@@ -36,14 +36,16 @@ class Callback:
     def on_start(self, run: RunConfig, out: Path, step: int) -> None:
         """Training begins or resumes after `step` steps, in folder `out`."""
 
-    def on_step(self, row: dict[str, Any]) -> None:
-        """A row of training metrics was written, see metrics.jsonl: every `log_every` steps.
+    def on_step(self, row: dict[str, Any]) -> dict[str, float] | None:
+        """A row of training metrics is there, which metrics.jsonl gets: every `log_every` steps.
 
         On accelerators later steps may have started by then.
+
+        Returns: numbers by name that join the row, or None. The callbacks after it see them.
         """
 
-    def on_evaluation(self, row: dict[str, Any]) -> None:
-        """A row of validation metrics was written."""
+    def on_evaluation(self, row: dict[str, Any]) -> dict[str, float] | None:
+        """A row of validation metrics is there; as `on_step`."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """The state after `step` steps is being saved, and complete before the next begins."""

@@ -24,6 +24,7 @@ from dsv3_jax.report.metrics_files import (
     MetricsFile,
     load_every,
     load_row,
+    numbers_beside,
     read_rows,
 )
 from dsv3_jax.report.progress import Progress
@@ -231,12 +232,12 @@ class Training:
         found = processes.fetch(done.metrics, self.job.mesh)
         row = as_row(done.step, found, self.job.run) | self.speed.since_last(done.step)
         row |= self.batches.metrics
+        self._call("on_step", row)
         self.files.lock.check()
         self.files.metrics.write(row)
         if found["load"].size and done.step % load_every(self.job.run) == 0:
             self.files.loads.write(load_row(done.step, found))
         self.progress.update(done.step, row)
-        self._call("on_step", row)
 
     def evaluate(self) -> None:
         """Measure the model on the held-out rows, and write the measures."""
@@ -244,10 +245,10 @@ class Training:
         if not math.isfinite(found["val_loss"]):
             raise self._not_good(f"step {self.step} has a validation loss that is not finite")
         row = {"step": self.step} | {k: v for k, v in found.items() if k != "load"}
+        self._call("on_evaluation", row)
         self.files.lock.check()
         self.files.metrics.write(row)
         self.progress.show_evaluation(self.step, row)
-        self._call("on_evaluation", row)
 
     def _measured(self) -> dict[str, Any]:
         model = model_of(self.job, self.state)
@@ -310,10 +311,15 @@ class Training:
         return order2
 
     def _call(self, name: str, *args: Any) -> None:
-        """Call a method of all callbacks. If one raises, the run stops and calls it no more."""
+        """Call a method of all callbacks. If one raises, the run stops and calls it no more.
+
+        Numbers that one returns join the row that it was given.
+        """
         for callback in list(self.callbacks):
             try:
-                getattr(callback, name)(*map(copy, args))
+                found = getattr(callback, name)(*map(copy, args))
+                if found is not None and isinstance(args[0], dict):
+                    args[0].update(numbers_beside(args[0], found))
             except Exception as error:
                 self.callbacks.remove(callback)
                 self.error = self.error or error
