@@ -4,9 +4,12 @@ The source folder is the repository, so links between its files lead on the site
 fetched. generate.py writes the pages below docs/generated from the code, before anything is read.
 """
 
+import inspect
+import json
 import os
 import re
 import sys
+from functools import cached_property
 from importlib.metadata import distribution
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -45,8 +48,9 @@ html_theme, html_title = "furo", "dsv3-jax"
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
-# it fetches each page that is found, which a browser refuses for files
-html_show_search_summary = False
+# Sphinx's own excerpts fetch each page that is found, which a browser refuses for files: search.js
+# has the pages' text in a script of the site.
+html_show_search_summary, html_search_scorer = False, str(Path(__file__).parent / "search.js")
 # MathJax in one file of the site, which draws formulas as SVG: it asks for no other file.
 MATHJAX = distribution("sphinx-mathjax-offline").locate_file(
     "sphinx-mathjax-offline/static/mathjax/tex-svg.js"
@@ -77,6 +81,42 @@ SECTIONS = (
     "Args:", "Returns:", "Raises:", "Example:", "Yields:", "Source:", "Departs from the paper:",
     "Letters:",
 )  # fmt: skip
+
+
+def _read_docstring(app, what, name, found, options, lines: list[str]) -> None:
+    """A docstring, and beneath a record's the list of its fields."""
+    lines[:] = _as_text(lines)
+    if what == "class" and _fields_of(found):
+        lines += ["", *_describe_fields(found)]
+
+
+def _fields_of(found) -> tuple[str, ...]:
+    return getattr(found, "_fields", None) or tuple(getattr(found, "__dataclass_fields__", ()))
+
+
+def _describe_fields(found) -> list[str]:
+    """A list of a record's fields: type and default as in its source, and the comment there."""
+    described, above = [], []
+    for line in inspect.getsource(found).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        name, _, kind = code.strip().partition(": ")
+        if name in _fields_of(found) and line.startswith(f"    {name}"):
+            text = _escaped(" ".join([comment] if comment else above))
+            described.append(f"- **{name}** ``{kind}``" + (f": {text}" if text else ""))
+        above = [*above, comment] if comment and not code else []
+    return described
+
+
+def _skip_field(app, what, name, found, skip, options):
+    """A record's fields stand in its list; methods and properties are members."""
+    members = (property, cached_property, classmethod, staticmethod)
+    is_member = inspect.isroutine(found) or isinstance(found, members)
+    return True if what == "class" and not is_member else None
+
+
+def _shorten_signature(app, what, name, found, options, signature, returned):
+    """A record's fields stand below it, with their types and meanings."""
+    return ("(…)", returned) if what == "class" and len(_fields_of(found)) > 4 else None
 
 
 def _as_text(lines: list[str]) -> list[str]:
@@ -115,10 +155,13 @@ def _escaped(line: str) -> str:
 
 
 def setup(app):
-    in_place = lambda *args: args[-1].__setitem__(slice(None), _as_text(args[-1]))  # noqa: E731
-    app.connect("autodoc-process-docstring", in_place, 400)
+    app.connect("autodoc-process-docstring", _read_docstring, 400)
     app.connect("source-read", _say_commit)
     app.connect("doctree-resolved", _show_sources)
+    app.connect("autodoc-skip-member", _skip_field)
+    app.connect("autodoc-process-signature", _shorten_signature)
+    app.connect("html-page-context", _search_excerpts)
+    app.connect("build-finished", _write_excerpts)
     app.connect("build-finished", _send_to_docs)
 
 
@@ -141,6 +184,32 @@ def _show_sources(app, tree, page) -> None:
                 page, f"_modules/{path.with_suffix('').as_posix()}"
             )
             node.replace_self(nodes.reference("", "", *node.children, refuri=target))
+
+
+def _search_excerpts(app, page, template, context, tree) -> None:
+    if page == "search":
+        app.add_js_file("excerpts.js", priority=100)  # search.js ranks by it
+
+
+def _write_excerpts(app, error) -> None:
+    """The text of each section of each page, which search.js shows: {page: {anchor: text}}."""
+    if error is not None or app.builder.format != "html":
+        return
+    texts: dict[str, dict[str, str]] = {}
+    for page in sorted(app.env.found_docs):
+        tree = app.env.get_doctree(page)
+        texts[page] = {"": _words(tree)}
+        for section in list(tree.findall(nodes.section))[1:]:
+            texts[page] |= dict.fromkeys(section["ids"], _words(section))
+    script = f"const EXCERPTS = {json.dumps(texts, ensure_ascii=False)};\n"
+    (Path(app.outdir) / "_static/excerpts.js").write_text(script, encoding="utf-8")
+
+
+def _words(tree) -> str:
+    """The text of all below a node, in one line, without headings."""
+    blocks = (nodes.paragraph, nodes.literal_block)
+    found = [node.astext() for node in tree.findall(lambda node: isinstance(node, blocks))]
+    return " ".join(" ".join(found).split())
 
 
 def _send_to_docs(app, error) -> None:

@@ -1,6 +1,8 @@
 """Pages that the code prints: tables, each command's help, the API's modules, and the studies."""
 
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import dsv3_jax
 from dsv3_jax.cli.info import describe
 from dsv3_jax.cli.main import COMMANDS, main
 from dsv3_jax.hf.families import FAMILIES
@@ -39,6 +42,50 @@ PARTS = {
     "kernels": "Which implementation runs where",
 }
 
+# Pages of one topic each: a sentence, and names below dsv3_jax as one comes to need them.
+TOPICS = {
+    "models": (
+        "A model: its settings, its layers, and from where it comes.",
+        "ModelConfig Yarn Balance preset replace Transformer MLA GQA DSA MoE Execution Layout "
+        "load_model counting.size ConfigError",
+    ),
+    "runs": (
+        "A run: its settings, the loop, what a callback sees, and what is measured.",
+        "RunConfig OptimConfig config.Lora config.Grpo recipe train.fit train.FitResult train.Callback "
+        "train.open_start train.on_weights train.on_trunk train.read_chats train.for_epochs "
+        "read_run load_run evaluate.evaluate plots.training_curves",
+    ),
+    "text": (
+        "Text: what is read, how it becomes rows, and tokenizers.",
+        "DataConfig data.load_corpus data.open_source data.from_corpus tokenizer.load "
+        "tokenizer.train_bpe load_text",
+    ),
+    "decoding": (
+        "From prompts to text, and the probability of a given text.",
+        "generate DecodeConfig loglikelihood",
+    ),
+    "own_parts": (
+        "Parts of one's own: a router, a rule for its bias, an attention, and a training loop.",
+        "register_router ops.routing.Router ops.routing.Inputs ops.routing.Routing register_rule "
+        "ops.balance.Rule register_attention balance.update",
+    ),
+    "released": (
+        "Released weights, in the form that transformers reads.",
+        "hf.load hf.save hf.convert hf.config_from_dict hf.config_to_dict hf.tensor_table",
+    ),
+    "statistics": (
+        "Where tokens go: numbers, intervals, and the page that shows them.",
+        "stats.report stats.ReportOptions stats.collect stats.RoutingStats stats.specialisation "
+        "stats.information stats.worth stats.favourites stats.find_contexts stats.transitions "
+        "stats.agreement stats.saturation stats.read_load plots.routing_heatmap",
+    ),
+    "scores": ("Scores of a model on tasks.", "score_tasks scores.tasks.Task scores.score.Scores"),
+    "meshes": (
+        "Many devices: the mesh, and where on it each array is.",
+        "sharding.make_mesh sharding.use_mesh sharding.state_sharding sharding.batch_sharding",
+    ),
+}
+
 
 def write_pages(folder: Path) -> None:
     """Write all pages that are not there or have changed, so that a second build is quick."""
@@ -49,6 +96,7 @@ def write_pages(folder: Path) -> None:
         "studies": studies(),
         "cards": cards(read_cards()),
     }
+    pages |= {f"topics/{name}": topic(name, *about) for name, about in TOPICS.items()}
     pages |= {f"api/{part}": api(part, title) for part, title in PARTS.items()}
     for name, text in pages.items():
         path = folder / f"{name}.md"
@@ -179,6 +227,25 @@ def api(part: str, title: str) -> str:
     ]
     blocks = [f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in names]
     return f"# {part}\n\n{title}.\n\n" + "\n".join(blocks)
+
+
+def topic(name: str, about: str, members: str) -> str:
+    """A page of the API: some public names with their docstrings.
+
+    A name of a file is in the index by the page of its folder, so here it has no entry.
+    """
+    blocks = []
+    for member in members.split():
+        found, path = dsv3_jax, "dsv3_jax"
+        for part in member.split("."):
+            if not hasattr(found, part):
+                importlib.import_module(f"{path}.{part}")
+            within, found = found, getattr(found, part)
+            path = found.__name__ if inspect.ismodule(found) else f"{path}.{part}"
+        kind = "class" if inspect.isclass(found) else "function"
+        option = "" if hasattr(within, "__path__") else "\n   :no-index:"
+        blocks.append(f"```{{eval-rst}}\n.. auto{kind}:: {path}{option}\n```\n")
+    return f"# {name.replace('_', ' ').capitalize()}\n\n{about}\n\n" + "\n".join(blocks)
 
 
 def cards(found: list[dict[str, Any]]) -> str:

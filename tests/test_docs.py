@@ -24,6 +24,7 @@ from texts import ANSWER, TEMPLATES, TEXTS, TOOLS, USER, write_text_files
 import dsv3_jax as ds
 from dsv3_jax import presets
 from dsv3_jax.ops import routing
+from dsv3_jax.report import metrics_files, run_plots
 from dsv3_jax.runs import start as starts
 from dsv3_jax.scores.made import write_tasks
 from experiments.cards import TASKS, read_cards, write_card
@@ -287,3 +288,27 @@ def test_formulas_are_drawn_and_nothing_outside_the_site_is_asked_for(site):
             assert not re.findall(r"\$.*\$|\\[a-zA-Z({\[]+", browser.text("article"))
             assert browser.errors == []
             assert {request[:8] for request in browser.requests} == {"file:///"}
+
+
+@needs_browser
+@pytest.mark.long
+def test_a_search_shows_where_each_page_has_the_word(site):
+    with contextlib.closing(Browser()) as browser:
+        browser.open(site / "search.html", "?q=tokens")
+        browser.wait_for("document.querySelectorAll('#search-results .excerpt').length > 1")
+        assert all("tokens" in text.lower() for text in browser.texts("#search-results .excerpt"))
+        scores = browser.run(
+            """["docs/guides/decoding", "experiments/01_attention/README", "docs/generated/api/ops"]
+            .map(page => Scorer.score([page, "", "", null, 5]))"""
+        )
+        assert scores == sorted(scores, reverse=True)  # guides, studies, the API
+        assert len(set(scores)) == 3
+        assert browser.errors == []
+        assert {request[:8] for request in browser.requests} == {"file:///"}
+
+
+def test_the_glossary_has_every_metric_of_a_run():
+    drawn = {key for _, _, curves in run_plots.PANELS for key, *_ in curves}
+    metrics = drawn | run_plots.NOT_DRAWN | {*metrics_files._AXES, *metrics_files._OBJECTS}
+    glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    assert {name for name in metrics - {"step"} if f"`{name}`" not in glossary} == set()
