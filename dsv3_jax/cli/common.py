@@ -21,18 +21,26 @@ from dsv3_jax.report.units import printable
 
 
 def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any:
-    """Make an options dataclass from arguments; tyro ends the process for --help and bad options.
+    """Make an options dataclass from arguments; tyro ends the process for --help.
 
     With `default`, the command takes each setting of a model or a run: --help lists them, and
     --help-verbose explains.
+
+    Raises: ValueError for bad options.
     """
     import tyro  # late: `guarded` says that it is missing
 
+    from dsv3_jax.cli.options import names_of, one_sentence, spelled
+
+    names = names_of(kind)
+    argv = spelled(argv, names)
     if default is not None and {"-h", "--help"} & set(argv):
         _short_help(kind, command, default)
-    return tyro.cli(
-        kind, args=argv, prog=f"dsv3 {command}", default=default, compact_help=default is not None
-    )
+    how = {"prog": f"dsv3 {command}", "default": default, "compact_help": default is not None}
+    if {"-h", "--help", "--help-verbose"} & set(argv):
+        return tyro.cli(kind, args=argv, **how)
+    with one_sentence(names):
+        return tyro.cli(kind, args=argv, **how)
 
 
 def _short_help(kind: Any, command: str, default: Any) -> None:

@@ -5,7 +5,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,9 +20,11 @@ from dsv3_jax.cli.common import (
     value_of,
     with_variables,
 )
+from dsv3_jax.cli.options import names_of, spelled
 from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.presets import NEEDS_START, recipe
 
+Tracker = Literal["wandb", "tensorboard"]  # of cli/trackers.py
 LOST = 75  # exit code: another process of the run is lost
 
 
@@ -30,20 +32,20 @@ LOST = 75  # exit code: another process of the run is lost
 class Train:
     """Train a preset. Every setting of the run is an option; its default is the preset's recipe.
 
-    dsv3 train sft --start MODEL --data.paths chats.jsonl fine-tunes on chats; grpo learns from
-    answers. --start takes weights and settings of a run or released model; --trunk trains its
-    heads.
+    sft (chats) and grpo (answers) --start from a run or released model; --trunk trains its heads.
     """
 
     out: Path
     """folder of the run: run.json, checkpoints, metrics, pictures"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """run whose settings are the defaults, instead of PRESET"""
     step: int | None = None
     """resume here; later checkpoints become STEP.superseded"""
     mesh: str | None = None
     """data=N,expert=N,tensor=N; None: all devices on data"""
     cluster: str | None = None
-    """processes with one OUT: HOST:PORT of process 0; auto on SLURM, Kubernetes, MPI, TPU pods"""
+    """for several processes: HOST:PORT of the first, or auto"""
     processes: int | None = None
     """number of processes of the cluster"""
     process_id: int | None = None
@@ -52,6 +54,8 @@ class Train:
     """trace steps START:STOP for TensorBoard in OUT/profile"""
     epochs: float | None = None
     """for sft: passes over the examples; None means 2"""
+    report: Annotated[tuple[Tracker, ...], tyro.conf.arg(metavar="NAMES")] = ()
+    """wandb sends metrics there, tensorboard says how to look"""
     opened: tyro.conf.Suppress[Any] = None  # the start or trunk
     chats: tyro.conf.Suppress[Any] = None  # what was read to count the steps
 
@@ -70,24 +74,34 @@ def run(argv: list[str]) -> int:
 
 
 def _fit(args: Train, mesh: Any) -> int:
+    from dsv3_jax.cli.trackers import trackers
     from dsv3_jax.runs.loop import fit, start_and_chats
 
     profile = None if args.profile is None else parse_steps(args.profile)
-    # Before the allocator keeps memory, which would hide what a template takes.
-    start, chats = start_and_chats(args.run, args.out, args.opened, args.chats)
-    prepare_training(mesh)
-    fit(
-        args.run, args.out,
-        mesh=mesh, step=args.step, profile=profile, start=start, chats=chats,
-    )  # fmt: skip
+    with trackers(args.report) as callbacks:
+        # Before the allocator keeps memory, which would hide what a template takes.
+        start, chats = start_and_chats(args.run, args.out, args.opened, args.chats)
+        prepare_training(mesh)
+        fit(
+            args.run, args.out,
+            mesh=mesh, step=args.step, profile=profile, start=start, chats=chats,
+            callbacks=callbacks,
+        )  # fmt: skip
     return 0
 
 
 def options(argv: list[str]) -> Train:
-    """Parse the arguments; defaults are the preset's recipe, or --start's or --trunk's."""
-    run, rest = named_preset(with_variables(argv, "--data.template"), "train", recipe)
-    if value_of(rest, "--optim.lr"):
-        raise ValueError("option --optim.lr is unknown; did you mean --optim.learning-rate?")
+    """Parse the arguments; defaults are those of PRESET or --config, or of --start or --trunk."""
+    argv = spelled(with_variables(argv, "--data.template"), names_of(Train))
+    if argv.count("--report") > 1:
+        raise ValueError("--report is given twice; name all after one: --report wandb tensorboard")
+    config = value_of(argv, "--config")
+    if config is None:
+        run, rest = named_preset(argv, "train", recipe)
+    elif argv[0].startswith("-"):
+        run, rest = read_recipe(config), argv
+    else:
+        raise ValueError(f"config={config!r} takes the place of PRESET {argv[0]!r}; leave one out")
 
     # Defaults are of the model that the run begins with.
     opened = None
@@ -101,7 +115,7 @@ def options(argv: list[str]) -> Train:
 
         opened = open_start(start, value_of(rest, "--out"))
         run = on_weights(run, opened)
-    elif argv and argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
+    elif argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
         raise ValueError(
             f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start "
             "MODEL"
@@ -116,9 +130,29 @@ def options(argv: list[str]) -> Train:
             f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps"
         )
     if by_epochs:
-        run, chats = _for_epochs(args, value_of(rest, "--steps"), value_of(rest, "--data.seq-len"))
+        steps, seq_len = value_of(rest, "--steps"), value_of(rest, "--data.seq-len")
+        if config is not None:  # it has both; passes over the examples take its steps' place
+            steps = str(run.steps) if steps is None and args.epochs is None else steps
+            seq_len = seq_len or str(run.data.seq_len)
+        run, chats = _for_epochs(args, steps, seq_len)
         args = replace(args, run=run, chats=chats)
     return args
+
+
+def read_recipe(place: str) -> RunConfig:
+    """The settings of a run, by its folder or the run.json in it.
+
+    Raises: ValueError if it is none.
+    """
+    from dsv3_jax.runs.folder import RUN_FILE, check_registered, read_run
+
+    path = Path(place)
+    folder = path.parent if path.name == RUN_FILE else path
+    if not folder.is_dir():
+        raise ValueError(f"config={place!r} is no run's folder, and no {RUN_FILE} of one")
+    run = read_run(folder)
+    check_registered(run, folder)
+    return run
 
 
 def parse_steps(text: str) -> tuple[int, int]:

@@ -121,7 +121,7 @@ class MetricsFile(JsonLines):
         """Add a row; it must have a "step"."""
         super().write(row)
         if self._board is not None:
-            self._board.write(row["step"], _flat(row))
+            self._board.write(row["step"], flat(row))
 
 
 class _Board:
@@ -251,14 +251,19 @@ def _shape(key: str, value: Any) -> tuple[int, ...]:
     return array.shape
 
 
-def _flat(row: dict) -> dict[str, float]:
-    """A row's numbers by name, as "mtp_loss/0" for the parts of a list or an object."""
-    flat: dict[str, Any] = {}
+def flat(row: dict) -> dict[str, float]:
+    """A row's numbers by name, as "mtp_loss/0" for the parts of a list or an object.
+
+    Example:
+        >>> flat({"step": 9, "loss": 5.5, "mtp_loss": [6.0]})
+        {'loss': 5.5, 'mtp_loss/0': 6.0}
+    """
+    found: dict[str, Any] = {}
     for key, value in row.items():
         parts = dict(enumerate(value)) if isinstance(value, list) else value
-        flat |= (
+        found |= (
             {f"{key}/{part}": x for part, x in parts.items()}
             if isinstance(parts, dict)
             else {key: parts}
         )
-    return {name: x for name, x in flat.items() if name != "step" and type(x) in (int, float)}
+    return {name: x for name, x in found.items() if name != "step" and type(x) in (int, float)}
