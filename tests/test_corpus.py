@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import gzip
 import json
 import re
 import sys
@@ -46,9 +47,32 @@ def test_folder_of_files(tmp_path):
     assert len(read(tmp_path, max_documents=2)[1]) == 2
 
 
+def test_files_of_gzip_are_unpacked(tmp_path, monkeypatch):
+    files = {
+        "README.md.gz": b"readme",
+        "doc/changelog.gz": b"changes",
+        "more.jsonl.GZ": b'{"text": "j1", "domain": "web"}\n{"text": "j2"}\n',
+        "picture.gz": b"\x89PNG\0",
+    }
+    (tmp_path / "doc").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(gzip.compress(content))
+    texts = [("readme", "md"), ("changes", "doc"), ("j1", "web"), ("j2", "jsonl")]
+    assert read(tmp_path)[1] == sorted(texts)
+
+    # What it holds may be far more than the file.
+    (tmp_path / "large.txt.gz").write_bytes(gzip.compress(b"a" * 10**6))
+    monkeypatch.setattr("dsv3_jax.data.text_files._MAX_TEXT_BYTES", 10**5)
+    with refused("large.txt.gz has more than 100,000 bytes"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.txt.gz", gzip.compress(b"a text" * 99)[:-9], "a.txt.gz is no whole gzip file: "),
+        ("a.txt.gz", b"a text", "a.txt.gz is no whole gzip file: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"a\xff"), "a.txt.gz is not UTF-8: .*0xff in position 1"),
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),

@@ -1,14 +1,22 @@
-"""Rows of the user's files: JSONL, Parquet, a dataset, or files that are one text each."""
+"""Rows of the user's files: JSONL, Parquet, a dataset, or files that are one text each.
 
+JSONL and texts may end in .gz: they are unpacked while they are read.
+"""
+
+import gzip
 import os
 import reprlib
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.data.hub import dataset_rows, is_dataset, numbered, parts_of
-from dsv3_jax.host.files import check_regular, open_file, parse_json, read_text
+from dsv3_jax.host.files import check_regular, open_file, parse_json
+
+PACKED = ".gz"
 
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 
@@ -70,10 +78,11 @@ def _rows_of_files(
             continue
 
         # The domain of rows that state none.
-        suffix = file.suffix.lower()
+        name = Path(file.stem) if file.suffix.lower() == PACKED else file
+        suffix = name.suffix.lower()
         folders = file.relative_to(root).parts[:-1]
         if chats:
-            domain = file.stem
+            domain = name.stem
         elif folders:
             domain = folders[0]
         else:
@@ -85,10 +94,10 @@ def _rows_of_files(
             check_regular(file)
             if suffix == ".jsonl":
                 rows = json_lines(file, limit)
-            elif suffix == ".parquet":
+            elif suffix == ".parquet" and name is file:
                 rows = numbered(str(file), parquet_rows(file, needed, also), limit)
             elif not chats and not (root.is_dir() and _is_binary(file)):
-                rows = [(str(file), {needed[0]: read_text(file, _MAX_TEXT_BYTES)})]
+                rows = [(str(file), {needed[0]: _text_of(file)})]
             for location, row in rows:
                 yield location, row, domain
         except OSError as error:
@@ -114,8 +123,30 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def _is_binary(path: Path) -> bool:
-    with open_file(path) as file:
+    with _opened(path) as file:
         return b"\0" in file.read(8192)  # git's rule for binary files
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file to read its bytes, unpacked. Raises: ValueError for a damaged .gz."""
+    with open_file(path) as file:
+        try:
+            yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == PACKED else file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}") from error
+
+
+def _text_of(path: Path) -> str:
+    """Read a file that is one text. Raises: ValueError when it is too large or no UTF-8."""
+    with _opened(path) as file:
+        text = file.read(_MAX_TEXT_BYTES + 1)  # a small .gz may hold far more
+    if len(text) > _MAX_TEXT_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_TEXT_BYTES:,} bytes")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
@@ -125,7 +156,7 @@ def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
     Returns: pairs of a value and where it is, for errors: (`FILE, line N`, value).
     Raises: ValueError for a line that is not UTF-8 or not JSON.
     """
-    with open_file(path) as file:
+    with _opened(path) as file:
         # One byte more than allowed is enough to see that a line is too long.
         for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
             if len(line) > limit:
