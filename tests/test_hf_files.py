@@ -168,6 +168,26 @@ def test_convert_there_and_back(good, model, tmp_path, capsys):
     assert_bitwise(arrays_of(hf.load(tmp_path / "back")), arrays_of(model))
     back, tokenizer = (place / "tokenizer.json" for place in (tmp_path / "back", good))
     assert back.read_bytes() == tokenizer.read_bytes()
+
+    # The card of the model: what it is, how to load it, and nothing of this machine.
+    card = (tmp_path / "back" / "README.md").read_text()
+    counted = f"{CFG.experts_per_token} of {CFG.num_experts} experts a token"
+    assert counted in card and "0 of 1,000 steps" in card and "It was not measured" in card
+    assert 'from_pretrained("back")' in card and 'ds.load_model("back")' in card
+    assert "None is stated" in card and "{" not in card and str(tmp_path) not in card
+    shutil.rmtree(tmp_path / "back")
+    row = {"step": 0, "val_loss": 2.5, "val_bits_per_byte": 1.25}
+    late = {"step": 9, "val_loss": 2.0}  # of a later step than the checkpoint
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(late)}\n")
+    hf.convert(tmp_path / "run", tmp_path / "back")
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "nats a token | 2.5000 |" in card and "held-out text | 1.2500 |" in card
+
+    # One that is there stays.
+    (tmp_path / "back" / "README.md").write_text("my own")
+    hf.convert(tmp_path / "back", tmp_path / "half", dtype="bfloat16")
+    assert (tmp_path / "half" / "README.md").read_text() == "my own"
+    shutil.rmtree(tmp_path / "half")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
 
 

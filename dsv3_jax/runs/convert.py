@@ -16,6 +16,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.special_tokens import end_ids, read_object
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE
 from dsv3_jax.hf import tensor_files
+from dsv3_jax.hf.card import card_of_folder, card_of_run
 from dsv3_jax.hf.config_writing import config_to_dict, left_out
 from dsv3_jax.hf.families import text_config
 from dsv3_jax.hf.loading import load
@@ -143,11 +144,12 @@ def _run_to_released(
     texts = {name: read_bytes(file) for name, file in text_files(source).items()}
     if run.data.tokenizer == "bytes":
         texts[TOKENIZER_FILE] = tokenizer.byte_tokenizer_json().encode()
+    written = "fp8" if fp8 else config["torch_dtype"]
+    texts |= card_of_run(source, run, step, out.resolve().name, written)
     tensors = cast(read, table, allow_nonfinite=allow_nonfinite)
     write_released(out, config, table, tensors, quiet=quiet, texts=texts)
 
     # Say what the format has no place for.
-    written = "fp8" if fp8 else config["torch_dtype"]
     lost = left_out(run.model)
     sentence = (
         f"{out}: the checkpoint of step {step}, {len(table)} tensors in {written}, "
@@ -169,6 +171,7 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
         end_ids(folder.path, tensor_files.CONFIG, key)  # refuses what is no id
         config[key] = folder.config.get(key)
     texts = {name: read_bytes(file) for name, file in text_files(folder.path).items()}
+    texts |= card_of_folder(folder.path)
     if TOKENIZER_FILE in texts or (TIKTOKEN_FILE in texts and find_spec("tiktoken")):
         check_text(folder.path, folder.cfg, load_text(folder.path))
 
