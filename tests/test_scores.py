@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import LIGHT, random_model
@@ -180,6 +182,53 @@ def test_eval_prints_and_writes_the_scores(root, tmp_path, capsys):
     assert main(command) == main([*command[:2], "--limit", "2"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "choice.jsonl, line 1" in first and "--tasks" in second
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """Stands for lm_eval, which tests do not install: one task, whose score is a model's log p."""
+
+    def simple_evaluate(model, tasks, num_fewshot, limit, task_manager):
+        ((nats, _),) = model._loglikelihood_tokens([(None, [1, 2], [3])])
+        found = {"nats": nats, "shots": num_fewshot, "limit": limit}
+        return {"results": dict.fromkeys(tasks, found)}
+
+    parts = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": lambda: SimpleNamespace(all_tasks=["hellaswag", "piqa"])},
+        "lm_eval.utils": {
+            "make_table": lambda found: f"table of {', '.join(found['results'])}",
+            "get_rolling_token_windows": None,
+            "make_disjoint_window": None,
+        },
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"TemplateLM": object},
+    }
+    for name, values in parts.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**values))
+
+
+def test_eval_scores_on_tasks_of_the_harness(harness, root, tmp_path, capsys):
+    folder, out, main = finished(root).folder, tmp_path / "scores.json", unhooked_cli().main
+    command = ["eval", str(folder), "--lm-eval", "piqa", "hellaswag"]
+    assert main([*command, "--limit", "5", "--shots", "2", "--out", str(out)]) == 0
+    assert "table of piqa, hellaswag" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    ((nats, _),) = ds.loglikelihood(ds.load_model(folder), [([1, 2], [3])])
+    want = {"nats": pytest.approx(nats), "shots": 2, "limit": 5}
+    assert written["lm_eval"] == {"piqa": want, "hellaswag": want} and written["step"] == 12
+
+    assert main(["eval", str(folder), "--lm-eval", "hellaswg"]) == 2
+    said = "dsv3: lm_eval='hellaswg' is no task of lm-evaluation-harness; did you mean 'hellaswag'?"
+    assert capsys.readouterr().err == said + "\n"
+    assert main([*command, "--tasks", str(tmp_path)]) == 2
+    assert "choose one" in capsys.readouterr().err
+
+
+def test_without_the_harness_its_package_is_named(root, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert unhooked_cli().main(["eval", str(finished(root).folder), "--lm-eval", "piqa"]) == 2
+    assert "which is not installed: pip install lm_eval" in capsys.readouterr().err
 
 
 @pytest.mark.parity

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from dsv3_jax.cli.common import parse
-from dsv3_jax.config import CacheDtype
+from dsv3_jax.config import CacheDtype, did_you_mean
 from dsv3_jax.host.imports import IMPORTED
 
 
@@ -19,7 +19,7 @@ from dsv3_jax.host.imports import IMPORTED
 class Eval:
     """Measure a run's last checkpoint on held-out text: loss, bits a byte, MaxVio, MTP acceptance.
 
-    With --tasks, score it on tasks instead.
+    With --tasks or --lm-eval, score it on tasks instead.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -34,8 +34,10 @@ class Eval:
     """read the same text through caches of these dtypes too, and compare them with float32"""
     tasks: Path | None = None
     """folder of tasks in JSON lines, such as DCLM's CORE or the tasks/ of a demo's run"""
+    lm_eval: tuple[str, ...] = ()
+    """tasks of lm-evaluation-harness by name, such as hellaswag; it must be installed"""
     shots: int | None = None
-    """examples before each prompt of a task; None means as the folder's core.yaml says, else 0"""
+    """examples before each prompt of a task; None means as the task or core.yaml says, else 0"""
     limit: int | None = None
     """number of rows of each task, at most; None means all"""
     out: Path | None = None
@@ -49,10 +51,14 @@ def run(argv: list[str]) -> int:
     args = parse(Eval, argv, "eval")
     if args.batches < 1:
         raise ValueError(f"batches={args.batches} is below 1")
+    if args.tasks is not None and args.lm_eval:
+        raise ValueError(f"tasks={str(args.tasks)!r} and lm_eval={args.lm_eval}: choose one")
     if args.tasks is not None:
         return _score(args, argv)
+    if args.lm_eval:
+        return _score_by_harness(args, argv)
     if not args.shots is args.limit is args.out is None:
-        raise ValueError("shots, limit and out are for tasks; add --tasks FOLDER")
+        raise ValueError("shots, limit and out are for tasks; add --tasks FOLDER or --lm-eval NAME")
     return _measure(args)
 
 
@@ -98,7 +104,7 @@ def _measure(args: Eval) -> int:
 
 
 def _score(args: Eval, argv: list[str]) -> int:
-    from dsv3_jax.host.files import check_writable, write_atomic
+    from dsv3_jax.host.files import check_writable
     from dsv3_jax.report.progress import text_console
     from dsv3_jax.runs.open_model import load_text, open_model
     from dsv3_jax.scores.score import score_tasks
@@ -118,18 +124,56 @@ def _score(args: Eval, argv: list[str]) -> int:
         say=text_console().print,
     )
 
-    # With what is needed to repeat it.
-    if args.out is not None:
-        versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
-        imports = [word for name in IMPORTED for word in ("--import", name)]
-        facts = {
-            "command": shlex.join(["dsv3", "eval", *argv, *imports]),
-            "model": str(args.run),
-            "step": step,
-        }
-        result = facts | {"versions": versions} | dataclasses.asdict(scores)
-        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+    _write(args, argv, step, dataclasses.asdict(scores))
     return 0
+
+
+def _score_by_harness(args: Eval, argv: list[str]) -> int:
+    import lm_eval  # `guarded` says that it is missing
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from dsv3_jax.host.files import check_writable
+    from dsv3_jax.report.progress import text_console
+    from dsv3_jax.runs.open_model import load_text, open_model
+    from dsv3_jax.scores.harness import harness_model
+
+    # An unknown name is found before the model is loaded.
+    manager = TaskManager()
+    for name in args.lm_eval:
+        if name not in manager.all_tasks:
+            near = did_you_mean(name, manager.all_tasks)
+            raise ValueError(f"lm_eval={name!r} is no task of lm-evaluation-harness{near}")
+    check_writable(args.out)
+
+    model, _, step = open_model(args.run, step=args.step, kernels=args.kernels)
+    found = lm_eval.simple_evaluate(
+        harness_model(model, load_text(args.run)),
+        tasks=list(args.lm_eval),
+        num_fewshot=args.shots,
+        limit=args.limit,
+        task_manager=manager,
+    )
+    text_console().print(make_table(found))
+    _write(args, argv, step, {"lm_eval": found["results"]})
+    return 0
+
+
+def _write(args: Eval, argv: list[str], step: int, scores: dict[str, Any]) -> None:
+    """Write scores to --out, with what is needed to repeat them."""
+    from dsv3_jax.host.files import write_atomic
+
+    if args.out is None:
+        return
+    versions = {name: importlib.metadata.version(name) for name in ("dsv3-jax", "jax")}
+    imports = [word for name in IMPORTED for word in ("--import", name)]
+    facts = {
+        "command": shlex.join(["dsv3", "eval", *argv, *imports]),
+        "model": str(args.run),
+        "step": step,
+        "versions": versions,
+    }
+    write_atomic(args.out, json.dumps(facts | scores, indent=1, default=str) + "\n")
 
 
 def _format(value: Any) -> str:
