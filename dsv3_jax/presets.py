@@ -1,5 +1,6 @@
 """Named models and training recipes. Each says what it is for; a new one is a diff of another."""
 
+from collections.abc import Container
 from dataclasses import replace
 
 from dsv3_jax.config import (
@@ -219,6 +220,8 @@ RECIPES = Table("preset", {
         grpo=Grpo(group=8),
     ),
 })  # fmt: skip
+EPOCHS = 2.0  # passes over many chat examples. Source: DeepSeek-V3 report, section 5.1
+WIDE = 1024  # models of this dim keep DeepSeek-V3's rates
 # recipes without a model of their own: `recipe` gives one in its place
 NEEDS_START = ("sft", "grpo")
 
@@ -243,6 +246,66 @@ def recipe(name: str) -> RunConfig:
     'bfloat16'
     """
     return RECIPES[name]
+
+
+def sft_sized(
+    run: RunConfig, examples: int, rows: int, given: Container[str], epochs: float | None = None
+) -> tuple[RunConfig, float, str]:
+    """Choose the passes, the batch and the rates of the sft recipe by its examples and its model.
+
+    Fewer than 5,000 examples have more passes than DeepSeek-V3's two: 10,000 examples are seen in
+    all, in 20 passes at most. The batch has 16 rows or fewer, so that a pass has 8 steps. A model
+    with dim < 1,024 has the learning rate 0.128 / dim, and at the end a fifth of it. Adapters have
+    ten times the rate.
+
+    Args:
+        examples, rows: that are trained on; a row holds several short examples.
+        given: settings that stay as they are, as "optim.learning_rate". So do those that are no
+            longer the recipe's.
+        epochs: passes. None means that they are chosen.
+    Returns: the run, the passes, and a sentence on what was chosen, which may be empty.
+    Source: LIMA, arXiv 2305.11206, takes 15 passes over 1,000 examples. The rate goes by the width
+        as in muP, arXiv 2203.03466.
+
+    Example:
+        >>> run, epochs, _ = sft_sized(recipe("sft"), examples=48, rows=24, given=())
+        >>> epochs, run.data.batch_size, run.optim.learning_rate
+        (20.0, 2, 0.001)
+        >>> sft_sized(recipe("sft"), 5000, rows=2000, given=["optim.learning_rate"])[1:]
+        (2.0, '')
+    """
+    chosen: dict[str, float] = {}
+    if epochs is None:
+        epochs = min(20.0, max(EPOCHS, round(10_000 / examples, 1)))
+        if epochs != EPOCHS:
+            chosen["--epochs"] = epochs
+
+    # A power of two divides what 16 divides.
+    batch = next((size for size in (16, 8, 4, 2) if rows >= 8 * size), 1)
+    fits = batch != run.data.batch_size and batch % run.optim.microbatches == 0
+    if fits and _is_open("data.batch_size", run, given):
+        run = replace(run, data=replace(run.data, batch_size=batch))
+        chosen["--data.batch-size"] = batch
+
+    rate = 0.128 / run.model.dim if run.model.dim < WIDE else run.optim.learning_rate
+    rate = float(f"{rate * (10 if run.lora.rank else 1):.2g}")
+    if _is_open("optim.learning_rate", run, given) and rate != run.optim.learning_rate:
+        run = replace(run, optim=replace(run.optim, learning_rate=rate))
+        chosen["--optim.learning-rate"] = rate
+        if _is_open("optim.final_learning_rate", run, given):
+            run = replace(run, optim=replace(run.optim, final_learning_rate=rate / 5))
+            chosen["--optim.final-learning-rate"] = rate / 5
+
+    options = " ".join(f"{option} {value:g}" for option, value in chosen.items())
+    sentence = f"chosen for {examples:,} examples and a model of dim={run.model.dim}: {options}"
+    return run, epochs, sentence if options else ""
+
+
+def _is_open(setting: str, run: RunConfig, given: Container[str]) -> bool:
+    """Whether a setting is still that of the sft recipe, and is not given."""
+    section, name = setting.split(".")
+    was, now = (getattr(getattr(of, section), name) for of in (RECIPES["sft"], run))
+    return was == now and setting not in given
 
 
 def recipe_with_model(name: str) -> RunConfig:

@@ -33,7 +33,7 @@ from texts import (
 
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
-from dsv3_jax.chat.examples import contents, read_example
+from dsv3_jax.chat.examples import read_example
 from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import copy_to_run, read_settings, with_template
 from dsv3_jax.config import replace
@@ -370,14 +370,6 @@ def test_tools_are_those_of_training(dsv3, talker, tmp_path, monkeypatch):
     (other / "chat_template.jinja").write_text(V3)
     file.write_text(json.dumps(tools))
     assert dsv3("chat", other, "--tools", file)[0] == 2
-
-
-def test_functions_are_named_as_not_read(tmp_path, capsys):
-    record = {"messages": [USER, ANSWER], "functions": TOOLS}
-    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(record)] * 2))
-    assert len(list(contents((str(tmp_path / "chats.jsonl"),), "text"))) == 2
-    said = capsys.readouterr().err
-    assert said.count('passed over "functions", first in') == 1 and "line 1: give them as" in said
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from dsv3_jax.runs.folder import read_run
 
 COMMANDS = (
     "demo", "train", "eval", "stats", "generate", "chat", "convert", "runs list", "runs check",
-    "data tokenize", "data check", "plan", "info", "tokenizer",
+    "data tokenize", "data check", "data example", "plan", "info", "tokenizer",
 )  # fmt: skip
 # Refused in one sentence: what it must hold. {…} are the paths of `Place`.
 BAD = {

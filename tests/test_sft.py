@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from dsv3_jax.runs.chats import outlook
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.open_model import load_text
+from dsv3_jax.scores.made_chats import write_chats
 from dsv3_jax.training.loss import compute_loss, target_counts
 
 PLAIN = plain_settings()
@@ -100,6 +102,7 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
     with refused("give no example to train on; left out: 11 longer than seq_len=4"):
         load_examples(replace(cfg, seq_len=4), PLAIN)
     write(tmp_path, [{"text": "a"}, {"messages": HELLO}, {"prompt": "a", "completion": [1]}])
+    cfg = replace(cfg, bad_records="refuse")
     with refused(r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
         load_examples(cfg, PLAIN)
     pair, turn = {"prompt": "a", "chosen": "b"}, {"from": 5, "value": "hi"}
@@ -119,13 +122,14 @@ def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
     cfg = DataConfig(paths=(file,), format="chat", val_fraction=0.3)
     source = load_examples(cfg, PLAIN, 4096)
     assert source.cfg.seq_len == 64 and "left out: 1 longer than seq_len=64" in source.summary
-    assert f" {source.rows_per_epoch()} rows of 64: one pass takes " in source.summary
+    assert f" {source.rows_per_epoch()} rows of 64; left out" in source.summary
     assert load_examples(cfg, PLAIN, 48).cfg.seq_len == 48
     run = ds.recipe("sft")
     hardly = "1 steps of 16 rows move a weight by at most about 5e-07, which hardly teaches "
     assert hardly + "anything: raise " in outlook(replace(run, steps=1))
     enough = "500 steps of 16 rows move a weight by at most about 1e-03"
     assert outlook(replace(run, steps=500)) == enough
+    assert outlook(replace(run, steps=500), rows=24) == f"one pass takes 1.5 steps; {enough}"
 
 
 @partial(jax.jit, static_argnums=0)
@@ -209,6 +213,39 @@ def test_a_run_learns_its_answers(tuned, base):
     text, (ids, mask) = load_text(out), encode({"messages": chat(5)}, PLAIN)
     prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
     assert prompt == ids[: mask.index(True)] and text.stop_ids == (256,)
+
+
+@pytest.mark.rare
+def test_fifty_chats_are_learnt_by_default(tmp_path, capsys):
+    """Without a word on passes, batch and rate: the command says what it chose.
+
+    The model has seen a little text. Most chats are answered right, each letter, and a capital is
+    no guess. The same command then finds nothing to do.
+    """
+    start = tmp_path / "start"
+    run = ds.recipe("tiny")
+    data = replace(run.data, seq_len=128, max_documents=60, val_fraction=0.2)
+    ds.train.fit(replace(run, data=data, steps=100), start, quiet=True)
+    file = str(write_chats(tmp_path)[0])
+    argv = ["train", "sft", "--start", str(start), "--data.paths", file]
+    argv += ["--data.chat-template", "plain", "--out", str(tmp_path / "run")]
+    code, said = said_by(unhooked_cli().main, argv)
+    assert code == 0 and "a model of dim=128: --epochs 20 --data.batch-size 4" in said, said
+    tuned = read_run(tmp_path / "run")
+    assert tuned.optim.learning_rate == 1e-3 and tuned.data.batch_size == 4
+
+    asked = [json.loads(line)["messages"] for line in Path(file).read_text().splitlines()]
+    model, text = ds.load_model(tmp_path / "run"), load_text(tmp_path / "run")
+    prompts = [text.chat.render(turns[:1], add_generation_prompt=True).ids for turns in asked]
+    answers = ds.generate(model, prompts, 16, stop_tokens=text.stop_ids).tokens
+    right = [
+        text.tokenizer.decode(answer) == turns[1]["content"]
+        for answer, turns in zip(answers, asked, strict=True)
+    ]
+    assert sum(right) >= 40, right
+    assert unhooked_cli().main(argv) == 0
+    said = capsys.readouterr().out
+    assert f"finished at step {tuned.steps}; nothing to do; more steps go on" in said, said
 
 
 @pytest.mark.long

@@ -20,9 +20,8 @@ import contextlib
 import hashlib
 import itertools
 import math
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,18 +29,20 @@ from jaxtyping import Bool, Int32
 
 from dsv3_jax.chat.forms import as_task, is_answer, turns_of, usual
 from dsv3_jax.chat.messages import read_tools
+from dsv3_jax.chat.sandbox import UnsafeTemplate
 from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.corpus import fingerprint_of, split
 from dsv3_jax.data.packing import PackedRows, Piece
-from dsv3_jax.data.text_files import rows_of_path
+from dsv3_jax.data.text_files import rows_of_path, visible
 
 KEYS = (
     "messages", "conversations", "system", "prompt", "question", "completion", "answer",
     "instruction", "input", "output", "text",
 )  # fmt: skip
 _STEP = 64  # of the lengths of rows
+Check = Callable[[dict[str, Any], str], None]  # (record, location); raises for a task of no use
 
 
 class Example(NamedTuple):
@@ -73,7 +74,7 @@ def _hash(content: bytes) -> bytes:
 class Task(NamedTuple):
     """A record with an answer, as a model is asked it."""
 
-    prompt: Int32[np.ndarray, " m"]  # empty where the record asks nothing
+    prompt: Int32[np.ndarray, " m"]
     record: dict[str, Any]
     location: str  # for errors
 
@@ -83,14 +84,16 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
 
     Equal examples are on the same side, and so are tasks with equal prompts. An example's domain is
     the one it states, else the name of its file. Rows hold whole examples. Those with more than T
-    tokens, or without a target, are left out.
+    tokens, or without a target, are left out, and so are bad records: those that are none of the
+    forms above, or whose messages the chat template refuses. The summary counts and names them.
 
     Args:
         text: of the model that is fine-tuned: tokenizer, special tokens, chat template.
         longest: choose T up to this: the smallest multiple of 64 that holds 99 % of the examples.
             None means `cfg.seq_len`.
-    Raises: ValueError with the file and line of a record that is none of those above, or whose
-        messages the chat template refuses. Also if there is no example, or too few for two sides.
+    Raises: ValueError with the file and line of what is not JSON, or of a bad record with
+        `bad_records="refuse"`. Also if there is no example, or too few for two sides.
+        UnsafeTemplate for a template that exceeds its limits.
 
     Example:
         >>> import json, tempfile
@@ -107,28 +110,36 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
         >>> print(source.summary.replace("; ", ";\\n"))
         examples: 1 to train on, 1 held out;
         6 tokens, 2 of them targets;
-        1 rows of 8: one pass takes 1.0 steps
+        1 rows of 8
     """
-    return _loaded(cfg, text, longest, keep=False)[0]
+    return _loaded(cfg, text, longest)[0]
 
 
-def load_tasks(cfg: DataConfig, text: TextSettings) -> tuple[Source, list[Task]]:
+def load_tasks(cfg: DataConfig, text: TextSettings, check: Check) -> tuple[Source, list[Task]]:
     """As `load_examples`, for a model that writes answers itself.
 
+    Args: check: raises ValueError for a record that cannot be a task, which makes it a bad one.
     Returns: the source, whose held-out rows measure the model; the tasks to train on.
     """
-    return _loaded(cfg, text, None, keep=True)
+    return _loaded(cfg, text, None, check)
 
 
 def _loaded(
-    cfg: DataConfig, text: TextSettings, longest: int | None, *, keep: bool
+    cfg: DataConfig, text: TextSettings, longest: int | None, check: Check | None = None
 ) -> tuple[Source, list[Task]]:
-    """Read the examples. Args: keep: the prompts and records of those to train on, too."""
+    """Read the examples. Args: check: as `load_tasks`, for the tasks, too."""
     examples = []
+    bad: list[str] = []  # why records cannot be learnt from
     found = contents(cfg.paths, cfg.text_column)
     for record, domain, location in itertools.islice(found, cfg.max_documents):
-        example = read_example(record, text, location, cfg.prompts)
-        examples.append((example, domain, _task_of(example, record, location) if keep else None))
+        try:
+            example = read_example(record, text, location, cfg.prompts)
+            task = _task_of(example, record, location, check) if check else None
+            examples.append((example, domain, task))
+        except ValueError as error:
+            if cfg.bad_records == "refuse" or isinstance(error.__cause__, UnsafeTemplate):
+                raise
+            bad.append(str(error))
     if longest is not None and examples:
         cfg = replace(cfg, seq_len=_row_length([example for example, *_ in examples], longest))
 
@@ -139,7 +150,7 @@ def _loaded(
     digests: list[bytes] = []
     tasks: list[Task | None] = []
     # Count by its reason each example that cannot be trained on.
-    counts: Counter[str] = Counter()
+    counts = Counter({"that cannot be learnt from": len(bad)} if bad else {})
     for example, domain, task in examples:
         if len(example.ids) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
@@ -155,6 +166,7 @@ def _loaded(
 
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not pieces:
+        left_out += f", the first: {bad[0]}" if bad else ""
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
 
     # Whole examples are packed in a random order that the seed decides.
@@ -164,32 +176,36 @@ def _loaded(
     of_domain = [[p for p in val if p.domain == i] for i in domains.values()]
 
     summary = f"examples: {len(train):,} to train on, {len(val):,} held out"
-    if not keep:  # else prompts are drawn one by one, and no row is read
+    if check is None:  # else prompts are drawn one by one, and no row is read
         num_tokens = sum(len(piece.tokens) for piece in train)
         num_targets = sum(int(p.loss_mask.sum()) for p in train if p.loss_mask is not None)
         summary += (
             f"; {num_tokens:,} tokens, {num_targets:,} of them targets; "
-            f"{len(rows):,} rows of "
-            f"{cfg.seq_len:,}: one pass takes {len(rows) / cfg.batch_size:,.1f} steps"
+            f"{len(rows):,} rows of {cfg.seq_len:,}"
         )
 
+    named = [f"left out: {visible(reason, 300)}" for reason in bad[:3]]
     source = Source(
         cfg,
         tuple(domains),
         fingerprint_of(digests[piece.document] for piece in train),
-        summary + (left_out if counts else ""),
+        "\n".join([summary + (left_out if counts else ""), *named]),
         train=lambda: [rows],
         held_out=lambda: [
             PackedRows(pieces, cfg.seq_len, whole=True) for pieces in of_domain if pieces
         ],
+        examples=len(train),
     )
     kept = (tasks[piece.document] for piece in train)
     return source, [task for task in kept if task is not None]
 
 
-def _task_of(example: Example, record: dict[str, Any], location: str) -> Task:
-    prompt = np.zeros(0, np.int32) if example.prompt is None else example.prompt
-    return Task(prompt, record, location)
+def _task_of(example: Example, record: dict[str, Any], location: str, check: Check) -> Task:
+    """The task of a record. Raises: ValueError for one without a prompt, or that fails `check`."""
+    check(record, location)
+    if example.prompt is None or not len(example.prompt):
+        raise ValueError(f"{location} has an empty prompt")
+    return Task(example.prompt, record, location)
 
 
 def _row_length(examples: list[Example], longest: int) -> int:
@@ -312,21 +328,11 @@ def _begin(text: TextSettings) -> list[int]:
 def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Yield (record, domain, location) of the examples of some paths.
 
-    Say if one has functions, which are not read.
-
     Args: column: another name of "messages", or of "text" where it holds a string.
     """
     keys = KEYS if column == "text" else (column,)
-    named = False
     for path in paths:
         for location, record, domain in rows_of_path(path, keys, chats=True):
-            if record.get("functions") and not named:
-                named = True
-                print(
-                    f'passed over "functions", first in {location}: give them as "tools"',
-                    file=sys.stderr,
-                )
-
             # A column of the user's name holds messages, or a text.
             if column != "text":
                 if record.get(column) is None:

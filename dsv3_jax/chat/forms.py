@@ -4,12 +4,14 @@ from typing import Any
 
 from dsv3_jax.chat.text_settings import TextSettings
 
-# Other names of roles.
+# Names of roles, in any letters.
 ROLE_OF = {
-    "human": "user",
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
     "function_call": "assistant",
-    "function": "tool", "observation": "tool", "function_response": "tool",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 
 
@@ -43,7 +45,12 @@ def as_task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
 
 def is_answer(turn: Any) -> bool:
     """Whether it is an assistant's turn."""
-    return isinstance(turn, dict) and turn.get("role") == "assistant"
+    return isinstance(turn, dict) and _role_of(turn) == "assistant"
+
+
+def _role_of(turn: dict[str, Any]) -> str | None:
+    """The usual name of a turn's role, as in ("GPT" → "assistant"); None for one that has none."""
+    return ROLE_OF.get(str(turn.get("role")).strip().lower())
 
 
 def turns_of(record: dict[str, Any]) -> Any:
@@ -72,11 +79,12 @@ def usual(turns: Any, text: TextSettings) -> Any:
 
 def _usual_turn(turn: dict[str, Any], text: TextSettings) -> dict[str, Any]:
     if "from" in turn:  # ShareGPT's keys
-        turn = {"role": turn["from"], "content": turn.get("value")}
-    role = ROLE_OF.get(str(turn.get("role")))
+        others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turn = others | {"role": turn["from"], "content": turn.get("value")}
+    role = _role_of(turn)
     if role is None:
         return turn
-    # A template may have the role of tools under the name that the turn gives.
-    if role == "tool" and text.chat.names(turn["role"]):
+    # A template may have the role of tools or of the system under the name that the turn gives.
+    if role in ("tool", "system") and text.chat.names(turn["role"]):
         return turn
     return turn | {"role": role}

@@ -24,12 +24,16 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MAX_SECONDS = 20.0  # of CPU for a conversation; one of 10,000 turns takes a tenth of a second
 MAX_BYTES = 2**29  # that a template may take
 _ONE_AT_A_TIME = threading.Lock()  # there is one process for all templates
 _process: subprocess.Popen[str] | None = None
+
+
+class UnsafeTemplate(ValueError):
+    """A template that exceeds its limits or reaches outside: it is at fault, not its messages."""
 
 
 @contextlib.contextmanager
@@ -56,7 +60,8 @@ def ask(source: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
 
     Returns: its text, and the spans of its generation blocks; or what it reads, and the texts that
         are written in it.
-    Raises: ValueError for whatever the template raises, and when it takes too much time or memory.
+    Raises: ValueError for whatever the template raises; UnsafeTemplate when it takes too much time
+        or memory, or tries to reach anything outside.
     """
     process = _process
     assert process and process.stdout
@@ -76,11 +81,11 @@ def ask(source: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
             reason = f"runs for more than {MAX_SECONDS:g} seconds"
         else:
             reason = f"takes more than {MAX_BYTES >> 20} MiB"
-        raise ValueError(f"the chat template {reason}")
+        raise UnsafeTemplate(f"the chat template {reason}")
 
     answer = json.loads(line)
     if "error" in answer:
-        raise ValueError(answer["error"])
+        raise (UnsafeTemplate if answer["unsafe"] else ValueError)(answer["error"])
     return answer
 
 
@@ -156,7 +161,8 @@ def _serve() -> None:
                 if isinstance(error, Refused)
                 else f"fails with {type(error).__name__}"
             )
-            answer = {"error": f"the chat template {reason}: {' '.join(str(error).split())}"}
+            sentence = f"the chat template {reason}: {' '.join(str(error).split())}"
+            answer = {"error": sentence, "unsafe": isinstance(error, SecurityError)}
         print(json.dumps(answer), flush=True)
 
 

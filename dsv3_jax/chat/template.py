@@ -6,6 +6,7 @@ find the same names here as in transformers.
 Source: transformers, `apply_chat_template` and `utils/chat_template_utils.py`.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -131,6 +132,7 @@ class ChatTemplate:
         template without such blocks two texts are compared: the turns before with the generation
         prompt, and the turns up to the assistant's. The assistant's tokens follow their common
         beginning. An end-of-turn token is one of them if the template writes it in that turn.
+        A turn whose `weight` is 0, as OpenAI's records have it, counts as none of the assistant's.
 
         Args:
             messages, add_generation_prompt, continue_final_message, tools, any_order, variables: as
@@ -158,6 +160,8 @@ class ChatTemplate:
             )
             if assistant_mask and not self.marks_assistant:
                 spans = self._spans_by_prefix(messages, text, values)
+        if assistant_mask:
+            spans = _with_weight(spans, messages)
 
         # Spans are in characters; a token is the assistant's if it has one of these.
         encode = self.tokenizer.encode_with_specials if specials_in_messages else self._encode
@@ -340,6 +344,22 @@ class ChatTemplate:
         skip = len(self.tokenizer.encode_with_specials(head)[0])
         ids, spans = self.tokenizer.encode_with_specials(head + text)
         return ids[skip:], [(a - len(head), b - len(head)) for a, b in spans[skip:]]
+
+
+def _with_weight(spans: Spans, messages: list[Message]) -> Spans:
+    """The spans of assistant's turns, but for those of weight 0.
+
+    Source: OpenAI's guide to fine-tuning, "multi-turn chat examples".
+    """
+    weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
+    if all(weight == 1 for weight in weights):
+        return spans
+    if len(spans) != len(weights) or any(weight not in (0, 1) for weight in weights):
+        raise ValueError(
+            f"weight={weights!r:.60} of the assistant's messages must be 0 or 1 for each of the "
+            f"{len(spans)} that the chat template marks"
+        )
+    return list(itertools.compress(spans, weights))
 
 
 def _tagged(message: Message) -> tuple[Message, str]:

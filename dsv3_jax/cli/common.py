@@ -188,19 +188,29 @@ def mesh_of_option(text: str | None) -> Any:
     return sharding.make_mesh(**sizes)
 
 
-def all_devices(run: Any) -> Any:
-    """Make the mesh of a training run without --mesh: all of this machine's devices along "data".
+def devices_here() -> int:
+    """Count this machine's devices that a run without --mesh trains on.
 
-    None means a single device: there is no other, or it is a CPU, whose devices share its cores.
-    Raises: ConfigError for kernels that are not there, before anything is printed.
+    The devices of a CPU share its cores, and count as one.
     """
     import jax
 
     from dsv3_jax.kernels import choose
+
+    return 1 if choose.platform_of() == "cpu" else jax.local_device_count()
+
+
+def all_devices(run: Any) -> Any:
+    """Make the mesh of a training run without --mesh: all of this machine's devices along "data".
+
+    None means a single device.
+    Raises: ConfigError for kernels that are not there, before anything is printed.
+    """
+    from dsv3_jax.kernels import choose
     from dsv3_jax.mesh import sharding
 
-    count = jax.local_device_count()
-    if count == 1 or choose.platform_of() == "cpu":
+    count = devices_here()
+    if count == 1:
         return None
     choose.prepare(run.execution)
     mesh = sharding.make_mesh(data=count)

@@ -1,4 +1,7 @@
-"""`dsv3 data tokenize PATHS --out FOLDER` writes shards of token ids; `check` compares hashes."""
+"""`dsv3 data tokenize PATHS --out FOLDER` writes shards of token ids; `check` compares hashes.
+
+`example` writes chats and tasks to try fine-tuning with.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +58,28 @@ def check_shards(argv: list[str]) -> int:
     return 0
 
 
+@dataclass
+class ExampleArgs:
+    """Write fifty chats to fine-tune on, chats.jsonl, and tasks for GRPO, tasks.jsonl."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """folder to write them into; it may be there"""
+
+
+def example(argv: list[str]) -> int:
+    """Write the files. Raises: ValueError as `made_chats.write_chats`."""
+    args = parse(ExampleArgs, argv, "data example")
+    from dsv3_jax.scores.made_chats import write_chats
+
+    for file in write_chats(args.folder):
+        text_console().print(str(file))
+    return 0
+
+
 SUBCOMMANDS = {
     "tokenize": (tokenize, "PATHS --out FOLDER", "write shards of token ids"),
     "check": (check_shards, "FOLDER", "compare every shard with its hash"),
+    "example": (example, "FOLDER", "write chats and tasks to fine-tune with"),
 }
 
 

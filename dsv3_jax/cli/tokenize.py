@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dsv3_jax.config import DataConfig
 from dsv3_jax.data.manifest import Manifest
 from dsv3_jax.data.tokenizer import load as load_tokenizer
 from dsv3_jax.data.tokenizing import Encoder, ShardJob, text_encoder, write_shards
@@ -68,6 +69,7 @@ def encoder_of(args: Tokenize) -> Encoder:
 def _chat_encoder(args: Tokenize) -> Encoder:
     from dsv3_jax.chat.encoder import chat_encoder
     from dsv3_jax.chat.text_settings import plain_settings, with_template
+    from dsv3_jax.report.unread_keys import unread_line
     from dsv3_jax.runs.open_model import load_text
 
     if args.start is None and args.chat_template is None:
@@ -76,4 +78,11 @@ def _chat_encoder(args: Tokenize) -> Encoder:
         )
     text = plain_settings(args.tokenizer) if args.start is None else load_text(args.start)
     text = with_template(text, args.chat_template, args.template)
+
+    # What the template drops is said, as in training.
+    cfg = DataConfig(
+        paths=args.paths, format="chat", text_column=args.text_column, prompts=args.prompts
+    )
+    if line := unread_line(cfg, text):
+        print(line, flush=True)
     return chat_encoder(text, args.template, args.prompts)

@@ -11,6 +11,7 @@ import tyro
 
 from dsv3_jax.cli.common import (
     all_devices,
+    devices_here,
     fail,
     mesh_of_option,
     named_preset,
@@ -26,6 +27,11 @@ from dsv3_jax.presets import NEEDS_START, recipe
 
 Tracker = Literal["wandb", "tensorboard"]  # of cli/trackers.py
 LOST = 75  # exit code: another process of the run is lost
+# Settings of a run on chats that are chosen by its examples.
+SIZES = (
+    "steps", "data.seq_len", "data.batch_size",
+    "optim.learning_rate", "optim.final_learning_rate",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Train:
     profile: str | None = None
     """trace steps START:STOP for TensorBoard in OUT/profile"""
     epochs: float | None = None
-    """for sft: passes over the examples; None means 2"""
+    """for sft: passes; None means by the number of examples"""
     report: Annotated[tuple[Tracker, ...], tyro.conf.arg(metavar="NAMES")] = ()
     """wandb sends metrics there, tensorboard says how to look"""
     opened: tyro.conf.Suppress[Any] = None  # the start or trunk
@@ -130,11 +136,11 @@ def options(argv: list[str]) -> Train:
             f"epochs={args.epochs} is for chat examples, as in `dsv3 train sft`; use --steps"
         )
     if by_epochs:
-        steps, seq_len = value_of(rest, "--steps"), value_of(rest, "--data.seq-len")
-        if config is not None:  # it has both; passes over the examples take its steps' place
-            steps = str(run.steps) if steps is None and args.epochs is None else steps
-            seq_len = seq_len or str(run.data.seq_len)
-        run, chats = _for_epochs(args, steps, seq_len)
+        options = {name: "--" + name.replace("_", "-") for name in SIZES}
+        given = {name for name in SIZES if value_of(rest, options[name])}
+        if config is not None:  # it has all; passes over the examples take its steps' place
+            given = {*SIZES} if args.epochs is None else {*SIZES} - {"steps"}
+        run, chats = _for_epochs(args, given)
         args = replace(args, run=run, chats=chats)
     return args
 
@@ -172,31 +178,37 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _for_epochs(args: Train, steps: str | None, seq_len: str | None) -> tuple[RunConfig, Any]:
-    """Set the steps and the rows of a run on chats, which a run that has begun knows already.
+def _for_epochs(args: Train, given: set[str]) -> tuple[RunConfig, Any]:
+    """Set the steps, the rows and the rates of a run on chats, unless its options name them.
 
+    Args: given: names of `SIZES` that the options name.
     Returns: the run, and its chats if they had to be read.
     """
-    from dsv3_jax.runs.chats import EPOCHS, for_epochs
+    from dsv3_jax.runs.chats import for_epochs
     from dsv3_jax.runs.folder import RUN_FILE, read_run
 
-    if steps is not None and args.epochs is not None:
-        raise ValueError(f"epochs={args.epochs} and steps={steps} are both given; choose one")
     run = args.run
+    if "steps" in given and args.epochs is not None:
+        raise ValueError(f"epochs={args.epochs} and steps={run.steps} are both given; choose one")
     begun = read_run(args.out) if (args.out / RUN_FILE).exists() else None
 
-    # A run that has begun keeps its rows and steps, unless the options name others.
-    if begun and seq_len is None:
-        run = replace(run, data=replace(run.data, seq_len=begun.data.seq_len))
-    if begun and steps is None and args.epochs is None:
-        return replace(run, steps=begun.steps), None
-    if steps is not None and (begun or seq_len is not None):
-        return run, None
+    # A run that has begun keeps what was chosen for it, unless the options name something else.
+    if begun:
+        for name in {*SIZES} - given - {"steps"}:
+            section, key = name.split(".")
+            kept = {key: getattr(getattr(begun, section), key)}
+            run = replace(run, **{section: replace(getattr(run, section), **kept)})
+        if "steps" in given or args.epochs is None:
+            return run if "steps" in given else replace(run, steps=begun.steps), None
+        given = {*SIZES} - {"steps"}
 
-    epochs = EPOCHS if args.epochs is None else args.epochs
-    fit_rows = seq_len is None and begun is None
-    found, chats = for_epochs(run, args.out, epochs, args.opened, fit_rows=fit_rows)
-    return found if steps is None else replace(found, steps=run.steps), chats
+    # Several devices divide the batch, which then stays. Given steps need no number of passes.
+    fit_rows = "data.seq_len" not in given
+    if args.mesh or args.cluster or devices_here() > 1:
+        given = given | {"data.batch_size"}
+    epochs = 1.0 if "steps" in given else args.epochs
+    found, chats = for_epochs(run, args.out, epochs, args.opened, fit_rows=fit_rows, given=given)
+    return found if "steps" not in given else replace(found, steps=run.steps), chats
 
 
 def _train_in_cluster(args: Train) -> int:

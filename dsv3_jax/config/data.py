@@ -21,6 +21,7 @@ ONLY_FOR = {
     "chat_template": ("chat",),
     "template": ("chat",),
     "prompts": ("chat",),
+    "bad_records": ("chat",),
     "fim_rate": ("text",),
     "separate_documents": ("text", "shards"),
 }
@@ -49,7 +50,7 @@ class DataConfig:
     # number of documents to read, for quick runs; None means all
     max_documents: Positive | None = None
     seed: Seed = 0  # seed of the order of documents
-    # what the files hold: text, every token of which is a target; or chat examples, JSONL or
+    # what the files hold: text, every token of which is a target; or chat examples, JSON, JSONL or
     # Parquet with messages, prompt and completion, or text, of which the assistant's tokens are
     # targets; or shards, for which `paths` names the folder that `dsv3 data tokenize` wrote, with
     # its own split into training and validation
@@ -61,6 +62,8 @@ class DataConfig:
     # for chat: what the prompt of a task is if it is a text: a user's turn of the chat template, or
     # text that the model continues
     prompts: Literal["turn", "text"] = "turn"
+    # for chat: leave out records that cannot be learnt from, and count them; or end at the first
+    bad_records: Literal["skip", "refuse"] = "skip"
     # key of JSONL and column of Parquet or a dataset that holds the text; for chat, the messages
     text_column: str = "text"
     # for shards: weights of domains, as in ("code=2", "English=1"), other domains are left out;

@@ -244,6 +244,7 @@ class Source:
         corpus: the documents. None for chats and shards.
         training_bytes: bytes of the training text by domain. None where only the source knows its
             mix.
+        examples: of chats, how many are trained on.
     """
 
     cfg: DataConfig
@@ -255,6 +256,7 @@ class Source:
     weights: tuple[float, ...] = (1.0,)
     corpus: Corpus | None = None
     training_bytes: dict[str, float] | None = None
+    examples: int = 0
 
     def train_batches(self, rows: Sequence[int] | np.ndarray | None = None) -> Batches:
         """Iterate over endless training batches.

@@ -1,6 +1,6 @@
-"""Rows of the user's files: JSONL, Parquet, a dataset, or files that are one text each.
+"""Rows of the user's files: JSON, Parquet, a dataset, or files that are one text each.
 
-JSONL and texts may end in .gz: they are unpacked while they are read.
+JSON, JSONL and texts may end in .gz: they are unpacked while they are read.
 """
 
 import gzip
@@ -20,6 +20,8 @@ PACKED = ".gz"
 
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 
+_MAX_LIST_BYTES = 2**30  # of a file that is one JSON list
+
 _MAX_LINE_BYTES = 2**26  # of a line of JSONL, or a row of a library
 
 _MAX_CHAT_BYTES = 2**23  # of a line of chats: the places of its tokens take a hundred times as much
@@ -37,7 +39,8 @@ def rows_of_path(
     Args:
         needed: keys; Parquet and datasets must have one of them. The first one is that of a file's
             text.
-        chats: read `tools` and `functions`, too; pass over files other than JSONL and Parquet.
+        chats: read `tools` and `functions`, too, and .json files that are a list; pass over files
+            other than JSON and Parquet.
     Returns: triples of where the row is, for errors, the row, and its domain. That is the one that
         it states, else the first folder below the path or the file's suffix, for chats the file's
         name.
@@ -62,9 +65,19 @@ def rows_of_path(
                 f'{location}: "domain" is {reprlib.repr(own)}, not a string of {MAX_DOMAIN} or less'
             )
 
-        # For terminals, pictures and JSON: names may hold control codes and broken UTF-8.
-        shown = (own or domain)[:MAX_DOMAIN]
-        yield location, row, "".join(c if c.isprintable() else "\ufffd" for c in shown)
+        yield location, row, visible(own or domain, MAX_DOMAIN)
+
+
+def visible(text: str, limit: int) -> str:
+    """Return the first characters of a text for terminals, pictures and JSON.
+
+    Names and sentences may hold control codes and broken UTF-8.
+
+    Example:
+        >>> visible("a\x1b[31m", 2)
+        'a\ufffd'
+    """
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit])
 
 
 def _rows_of_files(
@@ -92,7 +105,9 @@ def _rows_of_files(
         rows: Iterable[tuple[str, Any]] = ()
         try:
             check_regular(file)
-            if suffix == ".jsonl":
+            if chats and suffix == ".json" and _is_list(file):
+                rows = numbered(str(file), _values_of(file), limit)
+            elif suffix == ".jsonl" or (chats and suffix == ".json" and file == root):
                 rows = json_lines(file, limit)
             elif suffix == ".parquet" and name is file:
                 rows = numbered(str(file), parquet_rows(file, needed, also), limit)
@@ -166,6 +181,20 @@ def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, line {number}", parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+
+
+def _is_list(path: Path) -> bool:
+    with _opened(path) as file:
+        return file.read(4096).lstrip().startswith(b"[")
+
+
+def _values_of(path: Path) -> Iterator[Any]:
+    """Yield the values of a JSON list; the whole file is in memory."""
+    with _opened(path) as file:
+        text = file.read(_MAX_LIST_BYTES + 1)
+    if len(text) > _MAX_LIST_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_LIST_BYTES:,} bytes")
+    yield from parse_json(text)
 
 
 def parquet_rows(

@@ -1,22 +1,25 @@
 """A run on chats: its examples by its model's template, and with GRPO what the model is asked."""
 
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from dsv3_jax.chat.checkers import Checker
 from dsv3_jax.chat.examples import load_examples, load_tasks
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, with_template
 from dsv3_jax.config import ConfigError, RunConfig, replace
 from dsv3_jax.data.batches import Source
+from dsv3_jax.presets import sft_sized
+from dsv3_jax.report.unread_keys import unread_line
 from dsv3_jax.runs.answers import Tasks, tasks_of
 from dsv3_jax.runs.folder import RUN_FILE
 from dsv3_jax.runs.open_model import load_text
 from dsv3_jax.runs.start import Start, open_start
 from dsv3_jax.training.schedules import learning_rate
 
-EPOCHS = 2.0  # passes over chat examples. Source: DeepSeek-V3 report, section 5.1
 # sum of learning rates below which training on chats warns: 20 steps at 5e-6; weights are near 1e-2
 TEACHES = 1e-4
 
@@ -54,43 +57,64 @@ def read_chats(
         text = with_template(start.text, run.data.chat_template, run.data.template)
 
     # With GRPO the model writes the answers: an example is a prompt, with a record to check by.
+    unread = unread_line(run.data, text)
     if run.grpo.group:
-        source, asked = load_tasks(run.data, text)
+        source, asked = load_tasks(run.data, text, Checker(run.grpo.checker).look_at)
         tasks = tasks_of(run, text, asked, source.fingerprint)
-        source = replace(source, summary=f"{source.summary}\n{tasks.summary}")
+        source = _saying(source, unread, tasks.summary)
         return Chats(text, source, tasks, start)
 
     source = load_examples(run.data, text, run.model.max_positions if fit_rows else None)
-    return Chats(text, source, None, start)
+    return Chats(text, _saying(source, unread), None, start)
+
+
+def _saying(source: Source, *lines: str) -> Source:
+    """The source with more lines in its summary; empty ones are left out."""
+    return replace(source, summary="\n".join(filter(None, [source.summary, *lines])))
 
 
 def for_epochs(
     run: RunConfig,
     out: str | Path,
-    epochs: float = EPOCHS,
+    epochs: float | None = None,
     start: Start | None = None,
     *,
     fit_rows: bool = False,
+    given: Container[str] = (),
 ) -> tuple[RunConfig, Chats]:
-    """Set the steps of a run on chats to `epochs` passes over its examples.
+    """Set the steps of a run on chats to passes over its examples.
 
-    Args: start, fit_rows: as `read_chats`.
+    Args:
+        epochs: number of passes. None means by the number of examples, see `presets.sft_sized`.
+        start, fit_rows: as `read_chats`.
+        given: settings that `sft_sized` leaves as they are.
     Returns: the run, and its chats, which `fit` takes.
     Raises: ValueError as `read_chats`; ConfigError for epochs that are not positive.
     """
-    if not (math.isfinite(epochs) and epochs > 0):
+    if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"epochs={epochs} is not positive")
     chats = read_chats(run, out, start, fit_rows=fit_rows)
+    source = chats.source
+    rows = source.rows_per_epoch()
+    run, passes, sentence = sft_sized(
+        replace(run, data=source.cfg), source.examples, rows, given, epochs
+    )
 
     # An epoch is as many rows as the examples fill, and a step takes B of them.
-    steps = max(1, math.ceil(epochs * chats.source.rows_per_epoch() / run.data.batch_size))
-    return replace(run, data=chats.source.cfg, steps=steps), chats
+    steps = max(1, math.ceil(passes * rows / run.data.batch_size))
+    source = _saying(replace(source, cfg=run.data), sentence)
+    return replace(run, steps=steps), chats._replace(source=source)
 
 
-def outlook(run: RunConfig) -> str:
-    """Say how far the run's steps can move a weight: about the learning rate each."""
+def outlook(run: RunConfig, rows: int = 0) -> str:
+    """Say how far the run's steps can move a weight: about the learning rate each.
+
+    Args: rows: of a pass; 0 means that it is not said.
+    """
     moved = float(learning_rate(run.optim, run.steps, jnp.arange(run.steps)).sum())
     steps = f"{run.steps:,} steps of {run.data.batch_size} rows"
+    if rows:
+        steps = f"one pass takes {rows / run.data.batch_size:,.1f} steps; {steps}"
     line = f"{steps} move a weight by at most about {moved:.0e}"
     if moved >= TEACHES:
         return line

@@ -129,7 +129,8 @@ def read_inputs(job: Job, out: Path, options: FitOptions) -> Prepared:
     chats = options.chats
     tasks = None if chats is None else chats.tasks
     if chats is not None:
-        source = replace(chats.source, summary=f"{chats.source.summary}\n{outlook(run)}")
+        rows = 0 if tasks else chats.source.rows_per_epoch()
+        source = replace(chats.source, summary=f"{chats.source.summary}\n{outlook(run, rows)}")
     else:
         source = options.source or processes.by_each(lambda: open_source(run.data, words))
     if run.grpo.group and tasks is None:

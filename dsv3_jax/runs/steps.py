@@ -135,6 +135,8 @@ class Training:
         if self.step < self.job.run.steps:
             again = " …" if self.step == 0 else " (again) …"
             self.progress.say("compiling the training step" + again)
+        else:
+            self.progress.say(f"finished at step {self.step}; nothing to do; more steps go on")
 
         # Whether a step may change the state; made of the state, to be on its devices as the steps'
         # own flags are.

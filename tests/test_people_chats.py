@@ -1,0 +1,303 @@
+"""Chats as people have them: eight forms in four kinds of files; what is left out is counted."""
+
+import json
+import re
+from itertools import cycle, islice
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from runs import refused, unhooked_cli
+
+import dsv3_jax as ds
+from dsv3_jax.chat import sandbox
+from dsv3_jax.chat.checkers import Checker
+from dsv3_jax.chat.examples import encode, load_examples, load_tasks
+from dsv3_jax.chat.template import ChatTemplate
+from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, plain_settings, with_template
+from dsv3_jax.config import DataConfig, replace
+from dsv3_jax.presets import sft_sized
+from dsv3_jax.report.unread_keys import unread_keys, unread_line
+from dsv3_jax.scores.made_chats import write_chats
+
+PLAIN = plain_settings()
+# It writes tools, calls of tools and thoughts, and any role.
+TEMPLATE = (
+    "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}"
+    "{{ (m.reasoning_content or '') + (m.content or m.tool_calls | tojson) + eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+ADD = [{"type": "function", "function": {"name": "add"}}]
+CALL = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+def pair(i):
+    return [turn("user", f"{i}?"), turn("assistant", f"{i}.")]
+
+
+def seen(i):
+    """A call of a tool, its result, and the answer."""
+    return [pair(i)[0], turn("assistant", None, tool_calls=CALL), turn("tool", "2"), pair(i)[1]]
+
+
+# Name of a file: (its record i, the same as plain messages and tools).
+GOOD = {
+    "openai.jsonl": lambda i: ({"messages": [pair(i)[0] | {"name": "Ann"}, pair(i)[1]]}, pair(i)),
+    "sharegpt.json": lambda i: (
+        {"id": i, "conversations": [{"from": "human", "value": f"{i}?"},
+                                    {"from": "gpt", "value": f"{i}."}]},
+        pair(i),
+    ),
+    "ultrachat.parquet": lambda i: (
+        {"prompt": f"{i}?", "prompt_id": str(i), "messages": pair(i)},
+        pair(i),
+    ),
+    "alpaca.json": lambda i: ({"instruction": f"{i}?", "input": "", "output": f"{i}."}, pair(i)),
+    "reasoning.jsonl": lambda i: (
+        {"messages": [pair(i)[0], pair(i)[1] | {"reasoning_content": "so"}]},
+        [pair(i)[0], turn("assistant", f"so{i}.")],
+    ),
+    "tools.jsonl": lambda i: ({"messages": seen(i), "tools": json.dumps(ADD)}, seen(i)),
+    "roles.json": lambda i: (
+        {"messages": [turn("SYSTEM", "s"), turn("User", f"{i}?"), turn(" Assistant", f"{i}.")]},
+        [turn("system", "s"), *pair(i)],
+    ),
+}  # fmt: skip
+# None can be learnt from.
+BROKEN = [
+    {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "a"}]},
+    {"messages": [*pair(0), pair(0)[1]]},
+    {"messages": [turn("user", None), turn("assistant", "a")]},
+    {"messages": [turn("user", 7), turn("assistant", "a")]},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"messages": [{"content": "a"}]},
+    {"messages": []},
+]
+
+
+def write(file, records):
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(records, indent=1))
+    else:
+        file.write_text("\n".join(map(json.dumps, records)))
+    return str(file)
+
+
+def chats_of(path, **more):
+    sizes = {"seq_len": 256, "batch_size": 2, "val_fraction": 0.2}
+    return DataConfig(paths=(str(path),), format="chat", **sizes | more)
+
+
+def counts_of(summary):
+    """(Examples to train on, held out, left out)."""
+    first = summary.splitlines()[0]
+    found = re.findall(r"([\d,]+) (?:to train on|held out|that cannot be learnt from)", first)
+    return [int(number) for number in found]
+
+
+def test_two_hundred_chats_of_eight_forms_are_read_or_counted(tmp_path, capsys):
+    (template := tmp_path / "template.jinja").write_text(TEMPLATE)
+    text = with_template(PLAIN, str(template))
+    (folder := tmp_path / "chats").mkdir()
+    for name, record in GOOD.items():
+        write(folder / name, [record(i)[0] for i in range(25)])
+        for i in (0, 7):
+            theirs, messages = record(i)
+            tools = ADD if "tools" in theirs else None
+            assert encode(theirs, text) == encode({"messages": messages, "tools": tools}, text)
+    write(folder / "broken.json", list(islice(cycle(BROKEN), 25)))
+    (folder / "dataset_info.json").write_text('{\n"features": []\n}')
+
+    source = load_examples(cfg := chats_of(folder), text)
+    train, held_out, left_out = counts_of(source.summary)
+    assert train + held_out == 175 and left_out == 25 and held_out > 9
+    assert train == source.examples and len(source.domains) == 7
+    named = source.summary.splitlines()[1:]
+    assert [re.sub(".*broken.json, ", "", line) for line in named] == [
+        "row 1: message 0 is the assistant's, and no user's message precedes it",
+        "row 2: message 2 is a second one of role='assistant' in a row; join the two",
+        "row 3: message 0 of role='user' has no content",
+    ]
+    assert all(line.startswith("left out: ") for line in named)
+    assert unread_keys(cfg, text) == {"name": 25}
+    # The plain template drops thoughts and tools, and has no words for a call without content.
+    assert counts_of(load_examples(cfg, PLAIN).summary)[2] == 50
+    assert unread_keys(cfg, PLAIN) == {"name": 25, "reasoning_content": 25}
+    assert "name (25), reasoning_content (25)" in unread_line(cfg, PLAIN)
+    with refused(r"broken\.json, row 1: message 0 is the assistant's"):
+        load_examples(replace(cfg, bad_records="refuse"), text)
+    assert capsys.readouterr().err == ""
+
+
+def test_unread_keys_are_looked_for_in_the_first_records(tmp_path):
+    """A key is read if one of the first records that have it needs it; functions are tools."""
+    tools = {"tools": ADD, "functions": ADD}
+    records = [{"messages": pair(i)} | (tools if i % 2 else {}) for i in range(1200)]
+    cfg = chats_of(write(tmp_path / "chats.jsonl", records))
+    assert unread_keys(cfg, PLAIN) == {"tools": 500, "functions": 500}
+    assert 'give functions as "tools"' in unread_line(cfg, PLAIN)
+    assert unread_keys(replace(cfg, max_documents=10), PLAIN) == {"tools": 5, "functions": 5}
+    (template := tmp_path / "template.jinja").write_text(TEMPLATE)
+    assert unread_keys(cfg, with_template(PLAIN, str(template))) == {"functions": 500}
+    assert unread_line(chats_of(write(tmp_path / "a.jsonl", [{"text": "a"}])), PLAIN) == ""
+
+
+def test_a_file_of_bad_records_alone_is_one_sentence(tmp_path):
+    cfg = chats_of(write(tmp_path / "a.json", [BROKEN[2]] * 4))
+    sentence = (
+        r"give no example .*left out: 4 that cannot be learnt from, the first: .*a\.json, row 1"
+    )
+    with refused(sentence):
+        load_examples(cfg, PLAIN)
+
+
+def test_a_broken_file_and_an_unsafe_template_end_the_run(tmp_path, monkeypatch):
+    """What is no record is nobody's bad record."""
+    file = tmp_path / "a.json"
+    cfg = chats_of(file)
+    for text, sentence in {
+        '[{"text": "a"}, {"text": ': r"a\.json cannot be read after row 0: Expecting value",
+        '[{"text": "a"}, 7]': r"a\.json, row 2, is not an object",
+        '{"text": "a"}\n{"text"': r"a\.json, line 2, is not JSON",
+        '{"text": "a", "text": "b"}': r"a\.json, line 1, is not JSON: key 'text' occurs twice",
+    }.items():
+        file.write_text(text)
+        with refused(sentence):
+            load_examples(cfg, PLAIN)
+    write(file, [{"messages": pair(i)} for i in range(9)])
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
+    loop = (
+        "{% for i in range(99999) %}" * 3 + "{% if i in range(i) %}{% endif %}" + "{% endfor %}" * 3
+    )
+    for source, sentence in {
+        loop: "row 1: the chat template runs for more than",
+        "{{ messages.__class__.__mro__ }}": "row 1: the chat template fails with SecurityError",
+    }.items():
+        (template := tmp_path / "t.jinja").write_text(source)
+        with refused(sentence):
+            load_examples(cfg, with_template(PLAIN, str(template)))
+
+
+def test_a_json_file_may_also_hold_lines(tmp_path):
+    """Alone: in a folder it may be about the data, and only lists are read."""
+    records = [{"messages": pair(i)} for i in range(20)]
+    listed = load_examples(chats_of(write(tmp_path / "chats.json", records)), PLAIN)
+    lines = "\n".join(map(json.dumps, records))
+    (tmp_path / "chats.json").write_text(lines)
+    assert load_examples(chats_of(tmp_path / "chats.json"), PLAIN).fingerprint == listed.fingerprint
+    with refused("give no example"):
+        load_examples(chats_of(tmp_path), PLAIN)
+
+
+def test_tasks_that_cannot_be_asked_are_left_out(tmp_path):
+    records = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
+    bad = [{"prompt": "1+1=", "answer": "two"}, {"prompt": "1+1="}, {"messages": pair(0)}]
+    cfg = chats_of(write(tmp_path / "tasks.jsonl", [*bad, *records]))
+    check = Checker("number").look_at
+    source, asked = load_tasks(cfg, PLAIN, check)[:2]
+    train, held_out, left_out = counts_of(source.summary)
+    assert (train + held_out, left_out, len(asked)) == (20, 3, train)
+    assert "line 1: answer='two' does not fit 'number': it holds no number" in source.summary
+    with refused("line 1: answer='two' does not fit"):
+        load_tasks(replace(cfg, bad_records="refuse"), PLAIN, check)
+    write(tmp_path / "tasks.jsonl", [{"prompt": "", "answer": "2"}, *records])
+    assert counts_of(load_tasks(replace(cfg, prompts="text"), PLAIN, check)[0].summary)[2] == 1
+
+
+@pytest.mark.parametrize(
+    "source", [PLAIN_TEMPLATE, re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE)]
+)
+def test_a_turn_of_weight_0_is_no_target(source):
+    """With blocks that mark the assistant's turns, and without."""
+    chat = ChatTemplate(source, PLAIN.tokenizer, PLAIN.chat.special_tokens)
+
+    def targets(*weights):
+        more = ({} if weight is None else {"weight": weight} for weight in weights)
+        answers = [turn("assistant", f"{i}.", **w) for i, w in enumerate(more)]
+        messages = [m for answer in answers for m in (turn("user", "a", weight=0), answer)]
+        found = chat.render(messages, assistant_mask=True)
+        assert found.ids == chat.render(messages).ids
+        text = PLAIN.tokenizer.decode(i for i, m in zip(*found, strict=True) if m)
+        return text.replace("\n", "")  # without blocks the line's end is the assistant's, too
+
+    assert targets(0, None, 1) == "1.2." and targets(1.0, 0) == "0." and targets(0) == ""
+    for weight in (0.5, "0", [0]):
+        with refused(r"weight=.* must be 0 or 1"):
+            targets(1, weight)
+
+
+def test_weight_is_read_in_other_forms_and_ambiguous_marks_are_refused():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    assert not any(encode({"conversations": turns}, PLAIN)[1])
+    twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
+    messages = [turn("user", "a"), turn("assistant", "b", weight=0)]
+    with refused("for each of the 4 that the chat template marks"):
+        ChatTemplate(twice, PLAIN.tokenizer).render(messages, assistant_mask=True)
+
+
+def test_roles_in_other_letters_are_answers_too():
+    """A task whose messages end in an answer has its answer already."""
+    record = {"messages": [turn("User", "a"), turn("GPT", "b")], "answer": "b"}
+    assert encode(record, PLAIN) == encode(
+        {"messages": [turn("user", "a"), turn("assistant", "b")]}, PLAIN
+    )
+    system = [turn("developer", "s"), *pair(1)]
+    assert encode({"messages": system}, PLAIN) == encode(
+        {"messages": [turn("system", "s"), *pair(1)]}, PLAIN
+    )
+
+
+def test_the_sft_recipe_goes_by_the_examples_and_the_width():
+    """Few have more passes and smaller steps; many, and wide models, have the report's schedule."""
+    recipe = ds.recipe("sft")
+    wide = replace(recipe, model=ds.preset("v3"))
+
+    def sized(run, examples, rows, *given, **options):
+        run, epochs, sentence = sft_sized(run, examples, rows, given, **options)
+        optim = run.optim
+        return epochs, run.data.batch_size, optim.learning_rate, optim.final_learning_rate, sentence
+
+    assert sized(wide, 5000, 4000) == (2, 16, 5e-6, 1e-6, "")
+    assert sized(wide, 1000, 900)[:4] == (10, 16, 5e-6, 1e-6)
+    *few, sentence = sized(recipe, 48, 24)
+    assert few == [20, 2, 1e-3, 2e-4]
+    assert "48 examples and a model of dim=128: --epochs 20 --data.batch-size 2 " in sentence
+    assert sized(recipe, 5000, 4000)[:4] == (2, 16, 1e-3, 2e-4)
+    lora = replace(recipe, start="x", lora=replace(recipe.lora, rank=4))
+    assert sized(lora, 48, 24)[2] == 1e-2
+    # What is named stays, and so does what is no longer the recipe's.
+    names = ("data.batch_size", "optim.learning_rate", "optim.final_learning_rate")
+    assert sized(recipe, 48, 24, *names, epochs=2.0) == (2, 16, 5e-6, 1e-6, "")
+    own = replace(recipe, optim=replace(recipe.optim, learning_rate=3e-4))
+    assert sized(own, 48, 24)[2:4] == (3e-4, 1e-6)
+    four = replace(recipe, optim=replace(recipe.optim, microbatches=4))
+    assert sized(four, 48, 24)[1] == 16
+
+
+def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
+    """Their tasks are none of the chats, and the checker of GRPO's recipe can use all of them."""
+    for _ in range(2):
+        assert unhooked_cli().main(["data", "example", str(tmp_path / "new")]) == 0
+    chats, tasks = write_chats(tmp_path / "new")
+    source, asked = load_tasks(chats_of(tasks), PLAIN, Checker("exact").look_at)[:2]
+    assert counts_of(source.summary) == [len(asked), 200 - len(asked)]
+    assert sum(counts_of(load_examples(chats_of(chats), PLAIN).summary)) == 50
+    questions = {
+        json.loads(line)["messages"][0]["content"] for line in chats.read_text().splitlines()
+    }
+    assert len(questions) == 50 and not questions & {task.record["prompt"] for task in asked}
+    for task in asked:
+        number = int(task.record["prompt"].split()[1])
+        assert task.record["answer"] == ("even", "odd")[number % 2] and number > 99
+    tasks.write_text("mine")
+    chats.unlink()
+    with refused(r"tasks\.jsonl' exists and holds something else; move it away"):
+        write_chats(tmp_path / "new")
+    assert not chats.exists() and tasks.read_text() == "mine"
