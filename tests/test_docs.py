@@ -146,7 +146,10 @@ def place(root, tmp_path_factory):
     tasks = [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(9)]
     for name, records in {"chats": chats, "tasks": tasks, "prompts": tasks}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (folder / "judge.py").write_text("def is_right(text, row):\n    return row['answer'] in text\n")
+    guide = (ROOT / "docs" / "guides" / "chat.md").read_text()
+    (folder / "judge.py").write_text(
+        re.findall(r"```python\n(def reward.*?)```", guide, re.DOTALL)[0]
+    )
     for name in ("demo", "other"):
         shutil.copytree(finished(root).folder, folder / "runs" / name)
     write_tasks(folder / "runs" / "demo" / "tasks", [Path(__file__).read_text()], rows=8)

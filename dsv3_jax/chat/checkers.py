@@ -1,6 +1,7 @@
-"""What makes an answer right: checkers of texts, by name or as a function of the user's.
+"""How good an answer is: checkers of texts, by name or as a function of the user's.
 
-A checker is a function (text, row) → bool. The row is the task's record, whose "answer" is a text.
+A checker is a function (text, row) → reward: a number, or True for 1 and False for 0. The row is
+the task's record, whose "answer" is a text.
 A new one by name is a row of `CHECKERS`.
 """
 
@@ -24,6 +25,7 @@ from dsv3_jax.host.signals import cpu_limit
 
 # of CPU for one answer: a pattern may take time that is exponential in the text's length
 MAX_SECONDS = 10.0
+MAX_REWARD = 1e30  # whose square is finite, as a group's deviation needs
 _NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?")
 
 
@@ -51,6 +53,14 @@ def _needs_number(answer: str) -> None:
         raise ValueError("it holds no number")
 
 
+def _number(reward: Any) -> float:
+    """A reward as a float. Raises: TypeError for what is no finite number."""
+    array = np.asarray(reward)  # it may be of any library
+    if array.shape or array.dtype.kind not in "biuf" or not abs(float(array)) <= MAX_REWARD:
+        raise TypeError(f"it returns {reward!r:.60}, not a number up to {MAX_REWARD:g}")
+    return float(array)
+
+
 _Pair = tuple[Callable[[str, dict[str, Any]], Any], Callable[[str], Any]]
 CHECKERS: Table[_Pair] = Table("grpo checker", {
     # name: the checker; what raises ValueError or re.error for an answer that it cannot use
@@ -68,7 +78,7 @@ class Checker:
 
     Example:
         >>> Checker("number").check("It is 4.", {"answer": "4.0"}, "line 1")
-        True
+        1.0
     """
 
     name: str
@@ -89,7 +99,7 @@ class Checker:
                 f"grpo checker={self.name!r} cannot be imported: {failure_of(error)}"
             ) from error
         if not callable(function):
-            raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → bool")
+            raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → number")
         return function, str
 
     def fingerprint(self) -> str:
@@ -119,18 +129,16 @@ class Checker:
                 f"{location}: answer={answer!r:.60} does not fit {self.name!r}: {error}"
             ) from error
 
-    def check(self, text: str, row: dict[str, Any], location: str) -> bool:
-        """Whether a text is a right answer.
+    def check(self, text: str, row: dict[str, Any], location: str) -> float:
+        """The reward of a text.
 
-        Raises: ValueError if the checker fails, however, or returns no bool.
+        Raises: ValueError if the checker fails, however, or returns no number.
         """
         function, _ = self._pair()
         try:
             # A copy of the row: what the checker does to it must not change the task.
             with cpu_limit(MAX_SECONDS, _late):
-                right = function(text, copy.deepcopy(row))
-                if not isinstance(right, bool | np.bool_):
-                    raise TypeError(f"it returns {right!r:.60}, not True or False")
+                reward = _number(function(text, copy.deepcopy(row)))
 
             if getattr(sys.stdout, "closed", False):
                 sys.stdout = open(os.devnull, "w")  # for the sentences that follow
@@ -139,4 +147,4 @@ class Checker:
             raise ValueError(
                 f"grpo checker={self.name!r} fails at {location} with {failure_of(error)}"
             ) from error
-        return bool(right)
+        return reward

@@ -79,6 +79,9 @@ class Task(NamedTuple):
     location: str  # for errors
 
 
+Loaded = tuple[Source, list[Task], list[Task]]  # tasks to train on; held-out ones
+
+
 def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = None) -> Source:
     """Read and encode the examples of `cfg.paths`, and split them by a hash of each.
 
@@ -115,18 +118,19 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     return _loaded(cfg, text, longest)[0]
 
 
-def load_tasks(cfg: DataConfig, text: TextSettings, check: Check) -> tuple[Source, list[Task]]:
+def load_tasks(cfg: DataConfig, text: TextSettings, check: Check) -> Loaded:
     """As `load_examples`, for a model that writes answers itself.
 
     Args: check: raises ValueError for a record that cannot be a task, which makes it a bad one.
-    Returns: the source, whose held-out rows measure the model; the tasks to train on.
+    Returns: the source, whose held-out rows measure the model; the tasks to train on; the held-out
+        ones, in an order by their content.
     """
     return _loaded(cfg, text, None, check)
 
 
 def _loaded(
     cfg: DataConfig, text: TextSettings, longest: int | None, check: Check | None = None
-) -> tuple[Source, list[Task]]:
+) -> Loaded:
     """Read the examples. Args: check: as `load_tasks`, for the tasks, too."""
     examples = []
     bad: list[str] = []  # why records cannot be learnt from
@@ -196,8 +200,11 @@ def _loaded(
         ],
         examples=len(train),
     )
-    kept = (tasks[piece.document] for piece in train)
-    return source, [task for task in kept if task is not None]
+
+    # Held-out tasks are not in the file's order: the first of them are a fair part.
+    both = train, sorted(val, key=lambda piece: digests[piece.document])
+    asked, held_out = ([task for p in side if (task := tasks[p.document])] for side in both)
+    return source, asked, held_out
 
 
 def _task_of(example: Example, record: dict[str, Any], location: str, check: Check) -> Task:
@@ -220,8 +227,8 @@ def read_example(
 ) -> Example:
     """Encode a record. Args: prompts: as `DataConfig.prompts`. Raises: ValueError as `encode`."""
     ids, targets = encode(record, text, location, prompts)
-    with _located(location):
-        prompt = None if record.get("answer") is None else _asked(as_task(record, prompts), text)
+    with located(location):
+        prompt = None if record.get("answer") is None else asked_ids(as_task(record, prompts), text)
     return Example(
         np.array(ids, np.int32),
         np.array(targets, bool),
@@ -244,7 +251,7 @@ def encode(
     """
     record = as_task(record, prompts)
     has = {key for key in KEYS if record.get(key) is not None}
-    with _located(location):
+    with located(location):
         # A conversation, a prompt with its completion, or a document: the first that it is.
         turns = turns_of(record)
         tools = read_tools(record.get("tools"))
@@ -267,14 +274,15 @@ def encode(
 
 
 @contextlib.contextmanager
-def _located(location: str) -> Iterator[None]:
+def located(location: str) -> Iterator[None]:
+    """Begin the sentence of a ValueError with a location."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error
 
 
-def _asked(task: dict[str, Any], text: TextSettings) -> list[int] | None:
+def asked_ids(task: dict[str, Any], text: TextSettings) -> list[int] | None:
     """The ids after which a model answers a task, encoded without the answer; None for no question.
 
     For messages they are what `dsv3 chat` feeds. Of a conversation, the last answer is the one that

@@ -138,13 +138,13 @@ class Grpo:
     group: Natural = 0  # answers that are sampled for each prompt; 0 trains on the given answers
     # what makes an answer right: exact (equal texts, but for spaces around them), number (its last
     # number is the given answer's), regex (the given answer is a pattern that it holds), or
-    # module:name, a function (text, row) → bool
+    # module:name, a function (text, row) → number, of which True is 1 and False 0
     checker: str = "exact"
     max_new_tokens: Positive = 256  # tokens of an answer, at most
     # of sampling; ratios and KL are of the distribution that was sampled from
     temperature: PositiveReal = 1.0
     # answers that are better than the rest of their group, and less of the worse ones; or right
-    # answers alone, each as much (rejection sampling)
+    # answers alone, with a reward of at least 1, each as much (rejection sampling)
     learn_from: Literal["better", "right"] = "better"
     clip_low: Share = 0.2  # ratios of new to old probabilities below 1 minus this teach nothing
     clip_high: NonNegative = 0.2  # ratios above 1 plus this teach nothing

@@ -16,12 +16,16 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.host.files import never_through_a_link, read_bytes, write_atomic
+from dsv3_jax.report.units import shortened
 
-METRICS_FILE, LOAD_FILE = "metrics.jsonl", "load.jsonl"
-# about so many steps of a run log their load: a large model's is tens of kilobytes
+METRICS_FILE, LOAD_FILE, ANSWERS_FILE = "metrics.jsonl", "load.jsonl", "answers.jsonl"
+# about so many steps of a run log their load, or answers: a large model's are tens of kilobytes
 LOAD_ROWS = 1000
+# of such a step's answers: groups, answers of each, characters of a text
+GROUPS, ANSWERS, CHARACTERS = 2, 8, 4000
 _MAX_FILE = 2 << 30  # bytes
 _AXES = {"mtp_loss": 1, "mtp_acceptance": 1, "load": 2, "bias": 2}  # other metrics are one number
+_TEXTS = ("prompt", "answer")
 _OBJECTS = ("kernels", "bits_per_byte_by_domain", "max_vio_by_domain")
 
 
@@ -108,6 +112,39 @@ def numbers_beside(row: dict[str, Any], found: Any) -> dict[str, int | float]:
                 f"a callback's metric {name}={reprlib.repr(value)} is no finite number"
             )
     return {name: x if type(x) is int else float(x) for name, x in found.items()}
+
+
+class AnswersFile(JsonLines):
+    """Some answers of a run of GRPO; other arguments as in `JsonLines`.
+
+    Example:
+        >>> import tempfile
+        >>> import dsv3_jax as ds
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = AnswersFile(Path(folder), 0, ds.recipe("tiny"))
+        ...     file.keep(1, [[{"prompt": "1+1=", "answer": "2", "reward": 1.0}]])
+        ...     read_rows(Path(folder, ANSWERS_FILE))
+        [{'step': 1, 'prompt': '1+1=', 'answer': '2', 'reward': 1.0}]
+    """
+
+    def __init__(self, folder: Path, after: int, run: RunConfig, *, read_only: bool = False):
+        super().__init__(folder / ANSWERS_FILE, after, read_only=read_only)
+        updates = run.grpo.updates
+        self._every = updates * max(1, run.steps // (LOAD_ROWS * updates))
+
+    def keep(self, step: int, groups: Sequence[Sequence[dict]]) -> None:
+        """Write some of the answers that a step learns from, if it is the first to use them.
+
+        A long run has rows of some steps only, and a long text loses its middle.
+
+        Args: groups: the answers to each prompt: "prompt", "answer" and "reward" of each.
+        """
+        if (step - 1) % self._every:
+            return
+        for group in groups[:GROUPS]:
+            for answer in group[:ANSWERS]:
+                texts = {key: shortened(answer[key], CHARACTERS) for key in _TEXTS}
+                self.write({"step": step} | texts | {"reward": answer["reward"]})
 
 
 class MetricsFile(JsonLines):
@@ -238,11 +275,13 @@ def _parse(line: bytes) -> tuple[dict, dict[str, tuple[int, ...]]] | None:
 
 
 def _shape(key: str, value: Any) -> tuple[int, ...]:
-    """The shape of a metric as a list or matrix; () of a number, an empty list or an object.
+    """The shape of a metric as a list or matrix; () of a number, a text, an object or [].
 
     Raises: ValueError for something else than the numbers that a metric of this name has.
     """
     if value == [] or (key in _OBJECTS and isinstance(value, dict)):
+        return ()
+    if key in _TEXTS and isinstance(value, str):
         return ()
     array = np.array(value)
     is_number = array.dtype.kind in ("iu" if key == "load" else "iuf")

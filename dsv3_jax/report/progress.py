@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from dsv3_jax.report.units import format_duration, printable
+from dsv3_jax.report.units import format_duration, printable, shortened
 
 T = TypeVar("T")
 
@@ -98,6 +98,10 @@ class Progress:
             line += f"  reward {row['reward']:.3f}  mismatch {row['mismatch']:.1e}"
         if "max_vio" in row:
             line += f"  MaxVio {row['max_vio']:.2f}"
+
+        # With GRPO a step may have nothing to learn from: its other measures are 0.
+        if row.get("skipped") == 1:
+            line = f"no step: none of {row['groups']} groups teaches  reward {row['reward']:.3f}"
         if "tokens_per_s" in row:
             line += f"  {row['tokens_per_s']:,.0f} tokens/s"
         if "mfu" in row:
@@ -123,6 +127,8 @@ class Progress:
     def show_evaluation(self, step: int, row: dict) -> None:
         """Print the metrics of an evaluation; `row` as in metrics.jsonl."""
         text = f"loss {row['val_loss']:.3f}, {row['val_bits_per_byte']:.3f} bits a byte"
+        if "val_reward" in row:
+            text = f"reward {row['val_reward']:.3f}, {text}"
         if "max_vio_global" in row:
             text += f", MaxVio_global {row['max_vio_global']:.2f}"
         if "max_vio_training_mix" in row:
@@ -132,6 +138,11 @@ class Progress:
         if row.get("mtp_acceptance"):
             text += ", MTP acceptance " + " ".join(f"{x:.0%}" for x in row["mtp_acceptance"])
         self.say(f"step {step}  validation: {text}")
+
+    def show_sample(self, step: int, sample: dict) -> None:
+        """Print the "prompt", "answer" and "reward" of a sample."""
+        asked, answer = (repr(shortened(sample[key], 400)) for key in ("prompt", "answer"))
+        self.say(f"step {step}  sample: {asked} → {answer}, reward {sample['reward']:.3g}")
 
     def show_result(
         self, evaluation: dict, order2: float | None, out: Path, pictures: Sequence[Path]
@@ -152,10 +163,13 @@ class Progress:
         if order2 is not None:
             against = f", against {order2:.3f} of an order-2 byte model of the same text"
         self.say(f"validation bits a byte: {bits:.3f}{against}")
+        if "val_reward" in evaluation:
+            self.say(f"validation reward: {evaluation['val_reward']:.3f}")
         for name, value in evaluation.get("bits_per_byte_by_domain", {}).items():
             self.say(f"  {name:10s} {value:.3f}")
         drawn = f"pictures: {', '.join(map(str, pictures))}; " if pictures else ""
-        self.say(f"{drawn}numbers: {out / 'metrics.jsonl'}")
+        answers = f"; answers: {out / 'answers.jsonl'}" if "val_reward" in evaluation else ""
+        self.say(f"{drawn}numbers: {out / 'metrics.jsonl'}{answers}")
 
 
 def track(items: Iterable[T], total: int, name: str) -> Iterator[T]:

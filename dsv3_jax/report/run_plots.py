@@ -29,6 +29,9 @@ PANELS = (
         ("loss", "train", "this"), ("mtp_loss", "train, MTP", "heads"),
         ("val_loss", "validation", "validation"),
     )),
+    ("Reward", "mean", (
+        ("reward", "train, sampled", "this"), ("val_reward", "held out, likeliest", "validation"),
+    )),
     ("Validation", "bits a byte", (("val_bits_per_byte", "validation", "validation"),)),
     ("MaxVio: (largest load − mean) / mean", "ratio", (
         ("max_vio", "batch", "this"), ("max_vio_mtp", "heads", "heads"),
@@ -42,7 +45,8 @@ PANELS = (
 )  # fmt: skip
 # Few, so they have a marker
 OF_EVALUATIONS = {
-    "val_loss", "val_bits_per_byte", "max_vio_global", "max_vio_mtp", "mtp_acceptance",
+    "val_loss", "val_bits_per_byte", "val_reward", "max_vio_global", "max_vio_mtp",
+    "mtp_acceptance",
 }  # fmt: skip
 # A panel with one of these starts at 0.
 FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}

@@ -67,6 +67,17 @@ def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int)
     return f"{value / scale:.{digits}g}{unit}"
 
 
+def shortened(text: str, most: int) -> str:
+    """The text, or the beginning and the end of one that has more than `most` characters.
+
+    Example:
+        >>> shortened("to be or not to be", 10)
+        'to be … to be'
+    """
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
 def printable(text: str) -> str:
     """Write out codes that would steer a terminal or reorder a line: C0, C1, surrogates, bidi.
 

@@ -1,9 +1,9 @@
 """The rows that GRPO trains on: answers that the model writes now, checked, one a row.
 
 See `training.policy`. A step takes the next prompts in the run's order, and a group of answers to
-each. A group whose answers are all right or all wrong teaches nothing: it is skipped, and its rows
-are padding. If all groups of a step are, the next prompts are asked, `ROUNDS` times at most; after
-that the step has no answers, and moves no weight. With several updates the next steps use the same
+each. A group whose answers have equal rewards teaches nothing: it is skipped, and its rows are
+padding. If all groups of a step are, the next prompts are asked, `ROUNDS` times at most; after that
+the step has no answers, and moves no weight. With several updates the next steps use the same
 batch.
 
 An answer depends on the model, the run's seed, its prompt and the step's place in the order of
@@ -25,6 +25,7 @@ from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.data.batches import Batch, Batches, Row, endless, stack
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import next_token_scores
+from dsv3_jax.report.units import shortened
 from dsv3_jax.runs.start import Start, open_start
 from dsv3_jax.training import lora
 from dsv3_jax.training.policy import advantages
@@ -32,7 +33,7 @@ from dsv3_jax.training.rounding import rounded
 from dsv3_jax.training.state import Job, TrainState, graph_of
 
 ROUNDS = 8  # times that a step asks prompts, at most
-_SHOWN = 400  # characters of the beginning and of the end of a prompt that are printed
+HELD_OUT = 64  # held-out tasks that the model is asked at an evaluation, at most
 
 
 class Answer(NamedTuple):
@@ -43,24 +44,27 @@ class Answer(NamedTuple):
     begin: int  # of the answer
     logprobs: list[float]  # of the answer's tokens, as they were sampled
     expert_ids: np.ndarray | None  # int32 [Lmoe, n, K]
-    reward: float
+    shown: dict[str, Any]  # its prompt, text and reward, see `Answers._checked`
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a run's model is asked, and who says which answers are right."""
+    """What a run's model is asked, and who says how good its answers are."""
 
     text: TextSettings  # how the model reads and ends text
     asked: list[Task]
+    held_out: list[Task]
     checker: Checker
     summary: str
     fingerprint: str  # as of `Batches`
 
 
-def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint: str) -> Tasks:
+def tasks_of(
+    run: RunConfig, text: TextSettings, asked: list[Task], held_out: list[Task], fingerprint: str
+) -> Tasks:
     """Choose the tasks whose prompt leaves room for an answer.
 
-    Args: asked: from `load_tasks`.
+    Args: asked, held_out: from `load_tasks`.
     Raises: ConfigError if no prompt is short enough, or for a model that trains with other experts
         than it samples with.
     """
@@ -71,6 +75,7 @@ def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint:
     # A task is asked if its prompt and the longest answer fit in a row.
     room = run.data.seq_len - cfg.max_new_tokens
     short = [task for task in asked if len(task.prompt) <= room]
+    held_out = [task for task in held_out if len(task.prompt) <= room][:HELD_OUT]
     if not short:
         raise ConfigError(
             f"grpo max_new_tokens={cfg.max_new_tokens} leaves {room} of "
@@ -79,15 +84,15 @@ def tasks_of(run: RunConfig, text: TextSettings, asked: list[Task], fingerprint:
 
     # Show the first prompt: a wrong template is seen there.
     first = text.tokenizer.decode_with_names(short[0].prompt.tolist())
-    shown = first if len(first) <= 2 * _SHOWN else f"{first[:_SHOWN]} … {first[-_SHOWN:]}"
     out = len(asked) - len(short)
     left_out = f"; left out: {out:,} longer than {room}" if out else ""
     summary = (
         f"{len(short):,} prompts, {run.data.batch_size // cfg.group} a step with {cfg.group} "
         f"answers each{left_out}\n"
-        f"the first prompt, as the model sees it: {shown!r}"
+        f"val_reward: the likeliest answers to {len(held_out)} held-out prompts\n"
+        f"the first prompt, as the model sees it: {shortened(first, 800)!r}"
     )
-    return Tasks(text, short, checker, summary, fingerprint)
+    return Tasks(text, short, held_out, checker, summary, fingerprint)
 
 
 def check_policy(run: RunConfig) -> None:
@@ -111,6 +116,7 @@ class Answers(Batches):
     """
 
     state: TrainState  # of the model that answers
+    shown: list[list[dict[str, Any]]]  # the groups of the last batch: those that teach, if any
 
     def __init__(self, job: Job, tasks: Tasks, start: Start | None = None):
         run = job.run
@@ -144,7 +150,7 @@ class Answers(Batches):
         """Ask the next prompts."""
         with jax.transfer_guard("allow"):
             # Ask until a group teaches something.
-            policy = self._policy()
+            policy = self._policy(self._run.grpo.sampler_weights)
             groups = []
             row = self._row
             for _ in range(ROUNDS):
@@ -165,18 +171,39 @@ class Answers(Batches):
         self._row = row  # last: after an error the same prompts are asked again
         answers = [answer for group in groups for answer in group]
         self.metrics = {
-            "reward": float(np.mean([answer.reward for answer in answers])),
+            "reward": float(np.mean([answer.shown["reward"] for answer in answers])),
             "skipped": 1 - len(teaching) / len(groups),
+            "groups": len(groups),
             "answer_length": float(np.mean([len(answer.logprobs) for answer in answers])),
         }
+        self.shown = [[answer.shown for answer in group] for group in teaching or groups]
         return batch
 
-    def _policy(self) -> Any:
+    def measured(self) -> dict[str, Any]:
+        """Ask the held-out tasks, and take the likeliest answers.
+
+        Returns: val_reward, their mean reward, and sample, one of them; nothing without such tasks.
+        Raises: ValueError if the checker fails.
+        """
+        tasks = self._tasks.held_out
+        if not tasks:
+            return {}
+        found = generate(
+            self._policy(None), [task.prompt.tolist() for task in tasks],
+            self._run.grpo.max_new_tokens, stop_tokens=self._tasks.text.stop_ids,
+            batch_size=self._run.data.batch_size,
+        )  # fmt: skip
+        shown = [self._checked(*pair) for pair in zip(tasks, found.tokens, strict=True)]
+        number = -(-int(self.state.step) // self._run.eval_every)  # another sample each time
+        reward = float(np.mean([answer["reward"] for answer in shown]))
+        return {"val_reward": reward, "sample": shown[number % len(shown)]}
+
+    def _policy(self, rounding: str | None) -> Any:
         """The model as it is now, in its compute dtype, or with rounded weights."""
         dtype = self._run.execution.compute_dtype
         weights = lora.policy(self._run.lora, self.state.params, dtype)
-        if kind := self._run.grpo.sampler_weights:
-            weights = rounded(weights, kind)
+        if rounding:
+            weights = rounded(weights, rounding)
         return nnx.merge(self._graph, weights, self.state.bias)
 
     def _asked(self, policy: Any, first: int) -> list[list[Answer]]:
@@ -199,12 +226,6 @@ class Answers(Batches):
         answers = []
         for i, new in enumerate(found.tokens):
             task = tasks[i // cfg.group]
-
-            # The checker reads the text without its stop token; the row of training keeps it.
-            written = new[:-1] if new[-1] in text.stop_ids else new
-            right = self._tasks.checker.check(
-                text.tokenizer.decode(written), task.record, task.location
-            )
             answers.append(
                 Answer(
                     task=numbers[i // cfg.group],
@@ -212,10 +233,22 @@ class Answers(Batches):
                     begin=len(task.prompt),
                     logprobs=found.logprobs[i],
                     expert_ids=None if found.expert_ids is None else found.expert_ids[i],
-                    reward=float(right),
+                    shown=self._checked(task, new),
                 )
             )
         return [answers[i : i + cfg.group] for i in range(0, len(answers), cfg.group)]
+
+    def _checked(self, task: Task, new: list[int]) -> dict[str, Any]:
+        """An answer as people read it: prompt, answer, reward."""
+        text = self._tasks.text
+
+        # The checker reads the text without its stop token; the row of training keeps it.
+        answer = text.tokenizer.decode(new[:-1] if new[-1] in text.stop_ids else new)
+        return {
+            "prompt": text.tokenizer.decode_with_names(task.prompt.tolist()),
+            "answer": answer,
+            "reward": self._tasks.checker.check(answer, task.record, task.location),
+        }
 
     def _stacked(self, groups: list[list[Answer]]) -> Batch:
         """The batch of some groups; rows that are left are padding."""
@@ -226,7 +259,7 @@ class Answers(Batches):
         ]
 
         # All batches have one shape, so that the step is compiled once.
-        empty = Answer(0, np.zeros(0, np.int32), 0, [], None, 0.0)
+        empty = Answer(0, np.zeros(0, np.int32), 0, [], None, {})
         cfg = self._run.model
         if self._run.grpo.replay and cfg.num_sparse_layers:
             none = np.zeros((cfg.num_sparse_layers, 0, cfg.experts_per_token), np.int32)
@@ -279,5 +312,5 @@ class Answers(Batches):
 
     def _gains(self, group: list[Answer]) -> np.ndarray:
         """The advantages of a group; one that teaches nothing has only zeros."""
-        rewards = np.array([[answer.reward for answer in group]])
+        rewards = np.array([[answer.shown["reward"] for answer in group]])
         return advantages(rewards, self._run.grpo.learn_from)[0]

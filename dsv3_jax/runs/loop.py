@@ -2,8 +2,8 @@
 
 A run folder holds run.json (the configuration), checkpoints/, metrics.jsonl (a line every
 `log_every` steps and one each evaluation), load.jsonl (each expert's load and bias, at some of
-those steps), tensorboard/, and two pictures, routing.png and training.png. A start takes these
-steps:
+those steps), with GRPO answers.jsonl (some answers of each step), tensorboard/, and two pictures,
+routing.png and training.png. A start takes these steps:
 
     0. several processes (see `mesh.processes`) agree on one run, and its text is read
        (`runs.prepare`); from here the first alone prints and writes
@@ -11,7 +11,7 @@ steps:
        one that another process writes to (`lock`)
     2. the last whole checkpoint is restored, or that of a given step: parameters, optimizer, router
        bias, step and data position. Later checkpoints are renamed (`Checkpoints.rewind`)
-    3. metrics and load after that step are dropped: they will be written again
+    3. metrics, load and answers after that step are dropped: they will be written again
     4. without a checkpoint, training begins at step 0 from the run's seed, from another run's
        weights if `start` names one, or on another's trunk if `trunk` does: then the multi-token
        heads alone are trained. With `lora`, the weights of `start` are frozen, and low-rank
@@ -30,7 +30,7 @@ from dsv3_jax.data.batches import Batches, Source
 from dsv3_jax.host.lock import FolderLock, acquire
 from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.mesh import processes, sharding
-from dsv3_jax.report.metrics_files import LOAD_FILE, JsonLines, MetricsFile
+from dsv3_jax.report.metrics_files import LOAD_FILE, AnswersFile, JsonLines, MetricsFile
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.report.speed import Speed
 from dsv3_jax.runs.answers import Answers
@@ -205,10 +205,11 @@ def open_training(run: RunConfig, out: Path, options: FitOptions) -> Iterator["T
         first = processes.is_first()
         metrics = MetricsFile(out, step, read_only=not first)
         loads = JsonLines(out / LOAD_FILE, step, read_only=not first)
-        sentences += [metrics.sentence, loads.sentence, sentence]
+        answers = AnswersFile(out, step, job.run, read_only=ready.tasks is None)
+        sentences += [metrics.sentence, loads.sentence, answers.sentence, sentence]
 
         training = Training(
-            ready, options, Files(out, lock, checkpoints, metrics, loads), progress, asked,
+            ready, options, Files(out, lock, checkpoints, metrics, loads, answers), progress, asked,
             state, batches, held_out, speed,
             step=step, resumed_from=None if restored is None else step,
             callbacks=list(options.callbacks) if first else [],

@@ -20,6 +20,7 @@ from dsv3_jax.host.lock import FolderLock
 from dsv3_jax.mesh import processes
 from dsv3_jax.report.metrics_files import (
     METRICS_FILE,
+    AnswersFile,
     JsonLines,
     MetricsFile,
     load_every,
@@ -71,6 +72,7 @@ class Files(NamedTuple):
     checkpoints: Checkpoints
     metrics: MetricsFile
     loads: JsonLines
+    answers: AnswersFile
 
 
 class Done(NamedTuple):
@@ -184,6 +186,11 @@ class Training:
                 self.stopped = True
                 self.error = error
                 return
+
+            # The rows of a step that is not taken go when the run resumes.
+            if isinstance(self.batches, Answers):
+                self.files.lock.check()
+                self.files.answers.keep(self.step + 1, self.batches.shown)
             yield batch
 
     def _started(self, batch: dict, metrics: dict[str, Any], *, ask_often: bool) -> Done:
@@ -255,10 +262,22 @@ class Training:
     def _measured(self) -> dict[str, Any]:
         model = model_of(self.job, self.state)
         source = self.ready.source
-        return evaluate(
+        found: dict[str, Any] = evaluate(
             model, self.held_out, self.ready.tokenizer,
             source.domains, self.job.mesh, source.training_bytes,
         )  # fmt: skip
+
+        # A checker may fail here, too. Then the run is saved, as after the error of a callback.
+        if isinstance(self.batches, Answers):
+            self.batches.state = self.state
+            try:
+                found |= self.batches.measured()
+            except ValueError as error:
+                self.error = self.error or error
+                self.asked.set()
+            if sample := found.pop("sample", None):
+                self.progress.show_sample(self.step, sample)
+        return found
 
     def save(self) -> None:
         """Save the state and the data position; in the background unless the run ends here."""

@@ -14,7 +14,8 @@ KL(π_old ‖ π), the mean of ratio_t − 1 − ln ratio_t. All π are of the d
 from, so logits are divided by its temperature.
 
 With outside="mask", gain_t is ratio_t · A_i from 1 − clip_low to 1 + clip_high, and 0 elsewhere,
-for advantages of either sign. With learn_from="right", A_i is the reward itself, 1 or 0.
+for advantages of either sign. With learn_from="right", A_i is 1 where the reward is at least 1,
+else 0.
 
 Source: DeepSeekMath, arXiv 2402.03300, section 4.1; the mask is IcePop's, arXiv 2510.18855; right
 answers alone RAFT's, arXiv 2304.06767, with ratios as in arXiv 2504.11343.
@@ -42,16 +43,20 @@ def advantages(
 
     Args:
         rewards: of G answers to each of P prompts.
-        learn_from: as in `Grpo`; "right" returns the rewards.
+        learn_from: as in `Grpo`.
+    Returns: the advantages; zeros for a group of equal rewards.
 
     Example:
         >>> advantages(np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])).round(3).tolist()
         [[1.0, -1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     """
     if learn_from == "right":
-        return rewards
+        return (rewards >= 1).astype(rewards.dtype)
     apart = rewards - rewards.mean(axis=1, keepdims=True)
-    return apart / (rewards.std(axis=1, keepdims=True) + EPS)
+    gains = apart / (rewards.std(axis=1, keepdims=True) + EPS)
+
+    # The mean of equal rewards may differ from them in its last digit.
+    return np.where((rewards == rewards[:, :1]).all(axis=1, keepdims=True), 0.0, gains)
 
 
 def policy_loss(

@@ -1,0 +1,139 @@
+"""What a run of GRPO shows: rewards that are numbers, answers.jsonl, progress, its picture."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import make_run, said_by
+
+from dsv3_jax.chat.checkers import CHECKERS, Checker
+from dsv3_jax.config import ConfigError, DataConfig, Grpo
+from dsv3_jax.report import run_plots
+from dsv3_jax.report.metrics_files import ANSWERS_FILE, AnswersFile, read_rows
+from dsv3_jax.report.progress import Progress
+from dsv3_jax.training.policy import advantages
+
+
+def test_a_reward_is_any_finite_number(monkeypatch):
+    rewards = {}
+    monkeypatch.setitem(CHECKERS, "own", (lambda text, row: rewards["given"], str))
+    for given, wanted in (
+        (True, 1.0),
+        (np.bool_(False), 0.0),
+        (-3, -3.0),
+        (0.25, 0.25),
+        (np.float32(0.5), 0.5),
+        (jnp.float32(0.5), 0.5),
+    ):
+        rewards["given"] = given
+        found = Checker("own").check("text", {}, "line 3")
+        assert (type(found), found) == (float, wanted)
+    for given in (None, "1", [1.0], float("nan"), -np.inf, 1e31, 10**400, 1j, Fraction(1, 2)):
+        rewards["given"] = given
+        with pytest.raises(ValueError, match="^grpo checker='own' fails at line 3 with") as caught:
+            Checker("own").check("text", {}, "line 3")
+        assert f"it returns {given!r:.60}, not a number up to 1e+30" in str(caught.value)
+
+
+def test_bad_checkers_and_tasks_are_named(monkeypatch):
+    assert Checker("regex").check("so 12", {"answer": r"\b12$"}, "")
+    monkeypatch.setitem(CHECKERS, "none", (lambda text, row: None, str))
+    monkeypatch.setattr("dsv3_jax.chat.checkers.MAX_SECONDS", 0.05)
+    for name, answer, said in (
+        ("regex", "(a+)+$b", "more than 0.05 seconds"),
+        ("none", "", "fails at line 3 with TypeError: it returns None, not a number up to 1e.30"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Checker(name).check("a" * 40, {"answer": answer}, "line 3")
+    row = {"answer": "", "seen": []}
+    monkeypatch.setitem(CHECKERS, "writes", (lambda text, row: not row["seen"].append(text), str))
+    assert Checker("writes").check("a", row, "") and row == {"answer": "", "seen": []}
+    for name, answer, said in (
+        ("number", "none", "line 3: answer='none' does not fit 'number': it holds no number"),
+        ("regex", "(", r"line 3: answer='\(' does not fit 'regex': missing"),
+        ("exact", 4, "line 3 has answer=4, not a text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Checker(name).look_at({"answer": answer}, "line 3")
+    unknown = {"exakt": "did you mean 'exact'", "none:such": "cannot be imported: ModuleNotFound"}
+    for name, said in unknown.items():
+        with pytest.raises(ConfigError, match=said):
+            Checker(name)
+
+
+def test_advantages_are_the_same_in_any_unit_and_equal_rewards_teach_nothing(rng):
+    rewards = rng.normal(0, 1, (5, 8))
+    np.testing.assert_allclose(advantages(rewards), advantages(100 * rewards - 7), atol=1e-5)
+    equal = np.full((1, 7), 0.1)
+    assert equal.mean() != 0.1 and not advantages(equal).any()
+    some = np.array([[1.5, 1.0, 0.99, -2.0]])
+    assert advantages(some, "right").tolist() == [[1, 1, 0, 0]]
+
+
+def test_right_answers_alone_teach_alike():
+    """A group whose answers are all right then teaches, too."""
+    rewards = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    assert (advantages(rewards, "right") == rewards).all()
+    assert advantages(rewards).any(1).tolist() == [True, False, False]
+
+
+def test_a_resumed_run_writes_the_answers_after_its_checkpoint_again(tmp_path):
+    """Some of each batch, at about a thousand steps of a run; texts have both ends."""
+    chats = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
+    run = make_run("nowhere", grpo=Grpo(group=2, updates=2), data=chats)
+    groups = [
+        [{"prompt": f"{i}" + 5000 * "p" + "?", "answer": "é\n", "reward": j / 9} for j in range(9)]
+        for i in range(3)
+    ]
+    file = AnswersFile(tmp_path, 0, run)
+    for step in range(1, 8):
+        file.keep(step, groups)
+    rows = read_rows(tmp_path / ANSWERS_FILE)
+    assert [row["step"] for row in rows] == [step for step in (1, 3, 5, 7) for _ in range(16)]
+    assert [row["reward"] for row in rows[:16]] == [j / 9 for j in range(8)] * 2
+    assert rows[8]["prompt"][0] == "1" and rows[8]["prompt"][-1] == "?"
+    assert len(rows[8]["prompt"]) < 4010 and rows[8]["answer"] == "é\n"
+
+    # The checkpoint is of step 4, and the process died while it wrote a row.
+    path = tmp_path / ANSWERS_FILE
+    path.write_text(path.read_text() + '{"step": 9, "prom')
+    again = AnswersFile(tmp_path, 4, run)
+    assert read_rows(path) == rows[:32] and again.sentence == ""
+    for step in range(5, 8):
+        again.keep(step, groups)
+    assert read_rows(path) == rows
+
+    long = AnswersFile(tmp_path / "long", 0, replace(run, steps=4000))
+    (tmp_path / "long").mkdir(exist_ok=True)
+    for step in range(1, 4001):
+        long.keep(step, [[{"prompt": "p", "answer": "a", "reward": 1.0}]])
+    assert len((tmp_path / "long" / ANSWERS_FILE).read_text().splitlines()) == 1000
+
+
+def test_progress_says_what_a_step_learnt_from():
+    row = {"loss": -0.0, "reward": 0.25, "mismatch": 0.0, "max_vio": 0.0, "skipped": 1, "groups": 9}
+    bar = Progress(steps=9)
+    said = said_by(bar.update, 2, row | {"tokens_per_s": 1000.0})[1]
+    assert said == "step 2  no step: none of 9 groups teaches  reward 0.250  1,000 tokens/s\n"
+    said = said_by(bar.update, 2, row | {"skipped": 0.875})[1]
+    assert said.startswith("step 2  loss -0.000  reward 0.250  mismatch 0.0e+00  MaxVio 0.00")
+    numbers = {"val_loss": 1.0, "val_bits_per_byte": 2.0, "val_reward": 0.5}
+    said = said_by(bar.show_evaluation, 4, numbers)[1]
+    assert said == "step 4  validation: reward 0.500, loss 1.000, 2.000 bits a byte\n"
+    sample = {"prompt": "user\n1+1", "answer": 300 * "a\x1b", "reward": 1 / 3}
+    said = said_by(bar.show_sample, 4, sample)[1]
+    assert said.startswith("step 4  sample: 'user\\n1+1' → 'a\\x1ba") and said.count("\n") == 1
+    assert said.endswith(" … " + 100 * "a\\x1b" + "', reward 0.333\n") and "\x1b" not in said
+
+
+def test_the_picture_has_rewards_in_one_panel(tmp_path):
+    rows = [{"step": i, "loss": 0.0, "reward": i / 9} for i in range(1, 9)]
+    rows += [{"step": i, "val_loss": 1.0, "val_reward": -i / 9} for i in (4, 8)]
+    figure = run_plots.training_curves(json.loads(json.dumps(rows)), tmp_path / "run.png")
+    (panel,) = (ax for ax in figure.axes if ax.get_title() == "Reward")
+    sampled, likeliest = (line.get_ydata().tolist() for line in panel.lines)
+    assert sampled == [i / 9 for i in range(1, 9)] and likeliest == [-4 / 9, -8 / 9]
+    assert [line.get_marker() for line in panel.lines] == ["", "o"]
