@@ -291,6 +291,26 @@ def test_chat_continues_the_conversation(dsv3, talker):
     assert (code, out) == (0, f"the{rest}\n")
 
 
+@pytest.mark.long
+def test_a_file_of_messages_is_answered_as_chat_answers(dsv3, talker, tmp_path):
+    """Also without the last answer of a chat, and beside a text that has no template."""
+    records = [{"messages": [USER]}, {"prompt": "hello"}, {"prompt": [USER], "answer": "2"}]
+    records += [{"messages": [USER, ANSWER]}]
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    asked.write_text("\n".join(map(json.dumps, records)))
+    words = ("generate", talker, "--prompts", asked, "--out", out, *GREEDY)
+    assert dsv3(*words)[0] == 0
+    text = load_text(talker)
+    (new,) = ds.generate(ds.load_model(talker), [text.encode("hello")], 9).tokens
+    answer, plain = greedy(talker, [USER], 9), text.tokenizer.decode(new)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["text"] for line in lines] == [answer, plain, answer, answer] and plain != answer
+    assert all(line | record == line for line, record in zip(lines, records, strict=True))
+    out.unlink()
+    code, _, err = dsv3(*words, "--raw")
+    assert code == 2 and "raw=True is for prompts of text, and " in err and "line 1 has" in err
+
+
 @pytest.mark.parametrize("name", [*TEXTS, "R1, thinking", "R1"])
 def test_grpo_asks_what_chat_asks(dsv3, talker, tmp_path, monkeypatch, name):
     """A task's prompt is what the command feeds, with generation prompt and variables."""

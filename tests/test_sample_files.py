@@ -18,6 +18,8 @@ BROKEN = {
     "[1]": "bad.jsonl, line 2, is not an object",
     '{"prompt": ""}': "bad.jsonl, line 2: \"prompt\" is '', not a text",
     '{"prompt": "x", "text": 1}': "bad.jsonl, line 2: key 'text' is one that the output adds",
+    '{"messages": "x"}': 'line 2: "prompt" is None, not a text, and there is no list "messages"',
+    '{"messages": [{"role": "user", "content": "x"}]}': "has no chat template",
     '{"prompt"': "bad.jsonl, line 2, is not JSON",
 }
 

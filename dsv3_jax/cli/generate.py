@@ -53,13 +53,13 @@ class Decode:
 class Generate(Decode):
     """Continue a prompt and print the text, or many prompts into a file.
 
-    All else is printed on stderr. A prompt is encoded without a chat template: see `dsv3 chat`.
+    All else is printed on stderr. A text is encoded without a chat template: see `dsv3 chat`.
     """
 
     prompt: str | None = None
     """text to continue; None means "def " """
     prompts: Path | None = None
-    """a JSONL file of prompts, each the key "prompt" of a line"""
+    """a JSONL file; a line has a text "prompt", or "messages" for the chat template"""
     out: Path | None = None
     """with --prompts, the JSONL file to write or resume"""
     samples: int = 1
@@ -106,6 +106,7 @@ PINNED = (
 def write_texts(args: Generate) -> int:
     """Write the texts of a file of prompts."""
     from dsv3_jax.cli.sample import read_prompts, write_samples
+    from dsv3_jax.data.corpus import fingerprint_of
     from dsv3_jax.hf.tensor_files import CONFIG
     from dsv3_jax.host.files import check_writable, file_hash
     from dsv3_jax.runs.folder import RUN_FILE
@@ -122,8 +123,9 @@ def write_texts(args: Generate) -> int:
 
     # All that may be refused comes before the first text.
     text = load_text(args.model)
-    records = list(read_prompts(args.prompts))
-    prompts = [text.encode(record["prompt"], raw=args.raw) for record in records]
+    read = list(read_prompts(args.prompts, text, raw=args.raw))
+    records = [record for record, _ in read]
+    prompts = [ids for _, ids in read]
     model, draft = load_with_draft(args, text)
     config = decode_config(args, text, draft, args.max_new_tokens)
     config = replace(config, samples=args.samples, batch_size=args.batch_size, logprobs=True)
@@ -142,6 +144,10 @@ def write_texts(args: Generate) -> int:
         "stop_ids": list(text.stop_ids),
         "add_bos": text.add_bos,
     }
+
+    # Messages are read by a chat template, which may be a file of its own.
+    if not all(isinstance(record.get("prompt"), str) for record in records):
+        settings["template"] = fingerprint_of([text.chat.source.encode()])
 
     # Released weights by size and time, since a hash of them would take minutes.
     weights = [] if is_run else [one.stat() for one in place.glob("*.safetensors")]

@@ -65,23 +65,40 @@ def write_samples(
         part.unlink()
 
 
-def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file.
+def read_prompts(
+    path: Path, text: Any, *, raw: bool = False
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yield the objects of a JSONL file, and the ids that the model continues.
 
-    Raises: ValueError with the number of a line that is no object with a text "prompt".
+    A text "prompt" is encoded as it is. Messages, of the key "messages" or "prompt", are rendered
+    as `dsv3 chat` does; an assistant's turn at their end is left out.
+
+    Args: text: the model's `TextSettings`; raw: as of `TextSettings.encode`, for texts alone.
+    Raises: ValueError with the number of a line that is no such object.
     """
+    from dsv3_jax.chat.examples import asked_ids, located
+
     record = None
     for location, record in json_lines(path, MAX_LINE):
         if not isinstance(record, dict):
             raise ValueError(f"{location}, is not an object")
         prompt = record.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f'{location}: "prompt" is {reprlib.repr(prompt)}, not a text')
+        is_text = isinstance(prompt, str)
+        is_chat = isinstance(prompt, list) or isinstance(record.get("messages"), list)
+        if not (prompt if is_text else is_chat):
+            raise ValueError(
+                f'{location}: "prompt" is {reprlib.repr(prompt)}, not a text, '
+                'and there is no list "messages"'
+            )
+        if not is_text and raw:
+            raise ValueError(f"raw={raw} is for prompts of text, and {location} has messages")
         if taken := record.keys() & set(ADDED):
             raise ValueError(
                 f"{location}: key {min(taken)!r} is one that the output adds; rename it"
             )
-        yield record
+        with located(location):
+            ids = text.encode(prompt, raw=raw) if is_text else asked_ids(record, text)
+        yield record, ids or []
     if record is None:
         raise ValueError(f"{path} holds no prompt")
 
