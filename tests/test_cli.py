@@ -209,7 +209,7 @@ def test_a_runs_file_is_a_recipe(whole):
 def test_every_command_is_a_file_and_in_the_usage(answers):
     files = {path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py")}
     assert (
-        files - {"common", "main", "options", "sample", "tokenize", "trackers"}
+        files - {"common", "demo_end", "main", "options", "sample", "tokenize", "trackers"}
         == cli.COMMANDS.keys()
     )
     code, out, err = answers["help"]

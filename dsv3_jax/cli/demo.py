@@ -1,4 +1,4 @@
-"""`dsv3 demo`: train a small DeepSeek-V3 on real text, and let it write."""
+"""`dsv3 demo`: train a small DeepSeek-V3 on real text, let it write, and draw its experts."""
 
 import time
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ from dsv3_jax.config import RunConfig, replace
 from dsv3_jax.presets import recipe
 
 VOCAB_SIZE = 1024
-PROMPTS = ("def ", "class ", "#include ", "The ")
 
 
 @dataclass
 class Demo:
-    """Train a small model on this Python's own text, evaluate and score it, and let it write.
+    """Train a small model on this Python's own text, score it, let it write, draw its experts.
 
     It takes about five minutes on two CPU cores. Ctrl-C stops it, and the same command resumes.
     """
@@ -51,9 +50,9 @@ def run(argv: list[str]) -> int:
     args = parse(Demo, argv, "demo")
     out, short = args.out, args.short
     prepare_training()
+    from dsv3_jax.cli import demo_end
     from dsv3_jax.data import tokenizer
     from dsv3_jax.data.corpus import load_corpus
-    from dsv3_jax.decoding.generate import generate
     from dsv3_jax.report.progress import text_console
     from dsv3_jax.runs.checkpoint import load_run
     from dsv3_jax.runs.folder import TOKENIZER_FILE
@@ -68,35 +67,38 @@ def run(argv: list[str]) -> int:
     tokenizer_path = out / TOKENIZER_FILE
     tasks = out / "tasks"
     run = demo_run(tokenizer_path, short)
+    console.print("reading the text that this Python carries …")
     corpus = load_corpus(run.data)
     if not tokenizer_path.exists():
-        console.print(f"training a vocabulary of {VOCAB_SIZE} byte-level tokens")
+        console.print(f"training a vocabulary of {VOCAB_SIZE} byte-level tokens …")
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         # Every fourth document of the default text: enough for so few merges.
         documents = corpus.train[:: 1 if short else 4]
         tokenizer.train_bpe((d.text for d in documents), VOCAB_SIZE, str(tokenizer_path))
 
-    result = fit(run, out)
+    console.print("encoding the text …")
+    result = fit(run, out, callbacks=[demo_end.Estimate()])
+    if not result.finished:  # `fit` has said so
+        return 0
 
     # Tasks of the held-out text, which the model has not seen.
+    console.print("scoring the model on tasks of held-out text …")
     if not tasks.exists():
         write_tasks(tasks, [document.text for document in corpus.val], rows=16 if short else 200)
     model = load_run(out).model
     text = load_text(out)
     score_tasks(model, text, tasks, say=console.print)
 
-    generated = generate(
-        model,
-        [text.encode(p) for p in PROMPTS],
-        16 if short else 80,
-        temperature=0.5,
-        top_p=0.95,
-        stop_tokens=(text.tokenizer.eos_id,),
-    )
-    for prompt, tokens in zip(PROMPTS, generated.tokens, strict=True):
-        console.rule(f"after {prompt.strip()!r}", style="dim", characters="-")
-        console.print(prompt + text.tokenizer.decode(tokens))
-    console.rule(style="dim", characters="-")
+    console.print("continuing held-out code …")
+    found = demo_end.continued(model, text, corpus.val, rows=8 if short else 128)
+    demo_end.show(found)
+    console.print("counting which experts held-out text is routed to …")
+    page = demo_end.write_page(out, short)
+
     minutes = (time.perf_counter() - start) / 60
-    console.print(f"done in {minutes:.1f} minutes; step {result.step}; the run is in {out}")
+    console.print(f"\ndone in {minutes:.1f} minutes; step {result.step}; the run is in {out}")
+    console.print(f"{demo_end.MEANINGS}\n\nto go on, paste one of these:")
+    for command in demo_end.commands(demo_end.program(), out):
+        console.print(f"  {command}")
+    console.print(f"the page of its experts: {page}")
     return 0

@@ -1,0 +1,87 @@
+"""How the demo ends: places where its model is good, and commands that work as pasted."""
+
+import shlex
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+from flax import nnx
+from runs import make_run, unhooked, unhooked_cli
+
+from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.cli.common import parse
+from dsv3_jax.cli.generate import Generate
+from dsv3_jax.data.corpus import Document
+from dsv3_jax.stats.reporting import Stats
+
+demo = unhooked("dsv3_jax.cli.demo_end")
+
+
+class NextLetter(nnx.Module):
+    """After each byte it expects the one that follows it in the alphabet."""
+
+    def __call__(self, tokens):
+        return SimpleNamespace(logits=jax.nn.one_hot(tokens + 1, 300))
+
+
+def test_continuations_are_chosen_where_the_model_is_right_for_most_letters(monkeypatch, capsys):
+    def generate(model, prompts, count):
+        return SimpleNamespace(tokens=[[p[-1] + 1 + i for i in range(count)] for p in prompts])
+
+    monkeypatch.setattr(demo, "generate", generate)
+    texts = {
+        "a line\n" + "z" * 99 + "abcdef" + "y" * 200: "code",
+        "a line\n" + "z" * 60 + "\nxabcdefghijk" + "y" * 200: "tests",
+        "0123456789" * 30: "C",  # right, but no letters
+        "abcdefghijklmnop" * 30: "English",  # no code
+        "abc": "code",  # too short
+        "ab" * 200: "code",
+    }
+    documents = [Document("." * len(text) + text, domain) for text, domain in texts.items()]
+    model, text = NextLetter(), plain_settings()
+    found = demo.continued(model, text, documents, rows=9)
+    assert [piece.truth for piece in found] == ["bcdefghijkyy", "bcdefyyyyyyy", "babababababa"]
+    assert [piece.written[:12] for piece in found[:2]] == ["bcdefghijklm"] * 2
+    assert found[0].before == "a line\n" + "z" * 60 + "\nxa"
+    assert demo.continued(model, text, documents[3:5], rows=9) == []
+
+    # Both columns begin with what the line begins with.
+    demo.show(found[:1])
+    assert "xabcdefghijklm" in (said := capsys.readouterr().out) and "xabcdefghijkyy" in said
+
+
+@pytest.mark.parametrize(
+    "called, found, want",
+    [
+        (".venv/bin/dsv3", "/usr/bin/dsv3", ".venv/bin/dsv3"),
+        ("/usr/bin/dsv3", "/usr/bin/dsv3", "dsv3"),
+        ("/my env/bin/dsv3", None, "'/my env/bin/dsv3'"),
+        ("/x/dsv3_jax/cli/__main__.py", None, f"{sys.executable} -m dsv3_jax.cli"),
+    ],
+)
+def test_the_program_is_named_as_this_shell_calls_it(called, found, want, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    assert demo.program() == want
+
+
+def test_the_commands_are_good(whole):
+    """Their options are there, and the run is a recipe for a longer one."""
+    unhooked_cli()
+    lines = demo.commands("dsv3", whole.folder)
+    generate, stats, train = (shlex.split(line, comments=True)[1:] for line in lines)
+    kinds = {"generate": Generate, "stats": Stats}
+    for name, *words in (generate, stats):
+        assert parse(kinds[name], words, name)
+    run = sys.modules["dsv3_jax.cli.train"].options(train[1:]).run
+    assert run.steps == 800 and run.data == whole.run.data
+
+
+def test_the_estimate_is_of_the_steps_that_are_left(capsys):
+    run = make_run("text", steps=100)  # of 64 tokens
+    estimate = demo.Estimate()
+    estimate.on_start(run, None, 0)
+    for row in ({"step": 1}, {"step": 10, "tokens_per_s": 64.0}, {"step": 20, "tokens_per_s": 1.0}):
+        estimate.on_step(row)
+    assert capsys.readouterr().out == "at this speed the 100 steps end in about 90 seconds\n"
