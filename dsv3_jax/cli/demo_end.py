@@ -107,7 +107,7 @@ def show(found: Sequence[Continued]) -> None:
             table.add_column(name, ratio=1, overflow="fold")
         # Both begin in the middle of a line, which is shown with them.
         *lines, begun = piece.before.split("\n")
-        table.add_row(begun + piece.written, begun + piece.truth)
+        table.add_row((begun + piece.written).rstrip(), (begun + piece.truth).rstrip())
         console.rule(style="dim", characters="-")
         console.print("\n".join(lines[-3:]))
         console.print(table)
