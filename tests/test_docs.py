@@ -23,6 +23,8 @@ from texts import ANSWER, TEMPLATES, TEXTS, TOOLS, USER, write_text_files
 
 import dsv3_jax as ds
 from dsv3_jax import presets
+from dsv3_jax.config.model import ATTENTION_KINDS
+from dsv3_jax.model.blocks import ATTENTION
 from dsv3_jax.ops import routing
 from dsv3_jax.report import metrics_files, run_plots
 from dsv3_jax.runs import start as starts
@@ -200,8 +202,11 @@ def test_python_runs(page, place, monkeypatch):
     monkeypatch.setattr(ds, "recipe", lambda name: make_run("notes/"))
     small = {"tiny": MODEL}
     monkeypatch.setattr(ds, "preset", lambda name: small.get(name) or presets.preset(name))
-    monkeypatch.setitem(routing.ROUTERS, "by_position", None)  # leaves the table with the test
-    del routing.ROUTERS["by_position"]
+    registered = {"by_position": [routing.ROUTERS], "summed": [ATTENTION_KINDS, ATTENTION]}
+    for name, tables in registered.items():
+        for table in tables:
+            monkeypatch.setitem(table, name, None)  # leaves the table with the test
+            del table[name]
     names = {"ds": ds, "cfg": MODEL, "messages": [USER, ANSWER]}
     names |= {"wandb": SimpleNamespace(log=lambda *_, step: None)}
     names |= {"model": ds.load_model("runs/first"), "tokenizer": ds.tokenizer.load("bytes")}
