@@ -139,7 +139,7 @@ def options(argv: list[str]) -> Train:
         options = {name: "--" + name.replace("_", "-") for name in SIZES}
         given = {name for name in SIZES if value_of(rest, options[name])}
         if config is not None:  # it has all; passes over the examples take its steps' place
-            given = {*SIZES} if args.epochs is None else {*SIZES} - {"steps"}
+            given |= {*SIZES} if args.epochs is None else {*SIZES} - {"steps"}
         run, chats = _for_epochs(args, given)
         args = replace(args, run=run, chats=chats)
     return args
