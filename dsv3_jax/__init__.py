@@ -9,7 +9,9 @@ from dsv3_jax.config import (
     ConfigError,
     DataConfig,
     Execution,
+    Grpo,
     Layout,
+    Lora,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -73,8 +75,8 @@ _LATER = {
 
 __all__ = [
     "DSA", "GQA", "MLA", "Balance", "ConfigError", "DataConfig", "DecodeConfig", "Execution",
-    "Layout", "MoE", "ModelConfig", "OptimConfig", "RunConfig", "Transformer", "Yarn",
-    "__version__", "generate", "loglikelihood", "preset", "recipe", "replace",
+    "Grpo", "Layout", "Lora", "MoE", "ModelConfig", "OptimConfig", "RunConfig", "Transformer",
+    "Yarn", "__version__", "generate", "loglikelihood", "preset", "recipe", "replace",
     "balance", "corpus", "counting", "data", "evaluate", "hf", "load_model", "load_run",
     "load_text", "plots", "read_run", "register_attention", "register_router", "register_rule",
     "score_tasks", "sharding", "stats", "tokenizer", "train",

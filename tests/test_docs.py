@@ -101,6 +101,7 @@ LESS = {  # further words by command
 INSTEAD = {
     "tokenize PATHS": "tokenize notes/ --val-fraction 0.3", "--row-tokens 4096": "--row-tokens 16",
     "--vocab-size 8192": "--vocab-size 300", "--profile 10:13": "--profile 1:2",
+    "--steps 40": "--steps 2",
     "--against runs/other:200": "--against runs/other:12",
     "plan v3 --mesh data=128,expert=16": "plan tiny --mesh data=2,expert=4",
 }  # fmt: skip
@@ -199,7 +200,8 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page, "python")])
 def test_python_runs(page, place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(ds, "recipe", lambda name: make_run("notes/"))
+    own = {name: presets.recipe(name) for name in presets.NEEDS_START}
+    monkeypatch.setattr(ds, "recipe", lambda name: own.get(name) or make_run("notes/"))
     small = {"tiny": MODEL}
     monkeypatch.setattr(ds, "preset", lambda name: small.get(name) or presets.preset(name))
     registered = {"by_position": [routing.ROUTERS], "summed": [ATTENTION_KINDS, ATTENTION]}

@@ -271,7 +271,8 @@ def test_the_sft_recipe_goes_by_the_examples_and_the_width():
     assert "48 examples and a model of dim=128: --epochs 20 --data.batch-size 2 " in sentence
     assert sized(recipe, 5000, 4000)[:4] == (2, 16, 1e-3, 2e-4)
     lora = replace(recipe, start="x", lora=replace(recipe.lora, rank=4))
-    assert sized(lora, 48, 24)[2] == 1e-2
+    assert sized(lora, 48, 24)[2] == 3e-3
+    assert sized(replace(lora, model=wide.model), 48, 24)[2] == 5e-6
     # What is named stays, and so does what is no longer the recipe's.
     names = ("data.batch_size", "optim.learning_rate", "optim.final_learning_rate")
     assert sized(recipe, 48, 24, *names, epochs=2.0) == (2, 16, 5e-6, 1e-6, "")
