@@ -51,7 +51,7 @@ TOPICS = {
     ),
     "runs": (
         "A run: its settings, the loop, what a callback sees, and what is measured.",
-        "RunConfig OptimConfig config.Lora config.Grpo recipe train.fit train.FitResult train.Callback "
+        "RunConfig OptimConfig Lora Grpo recipe train.fit train.FitResult train.Callback "
         "train.open_start train.on_weights train.on_trunk train.read_chats train.for_epochs "
         "read_run load_run evaluate.evaluate plots.training_curves",
     ),

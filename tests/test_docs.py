@@ -319,6 +319,7 @@ def test_a_search_shows_where_each_page_has_the_word(site):
 
 def test_the_glossary_has_every_metric_of_a_run():
     drawn = {key for _, _, curves in run_plots.PANELS for key, *_ in curves}
-    metrics = drawn | run_plots.NOT_DRAWN | {*metrics_files._AXES, *metrics_files._OBJECTS}
+    of_files = (metrics_files._AXES, metrics_files._OBJECTS, metrics_files._TEXTS)
+    metrics = drawn.union(run_plots.NOT_DRAWN, *of_files)
     glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
     assert {name for name in metrics - {"step"} if f"`{name}`" not in glossary} == set()
