@@ -26,7 +26,6 @@ from dsv3_jax.hf import released_folder
 from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs import steps
-from dsv3_jax.runs.chats import outlook
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.open_model import load_text
@@ -115,7 +114,7 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
             load_examples(cfg, PLAIN)
 
 
-def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
+def test_rows_fit_the_examples(tmp_path):
     """The smallest multiple of 64 that holds 99 % of them, at most the context."""
     records = [{"messages": chat(i)} for i in range(199)]
     file = write(tmp_path, [*records, {"text": "x" * 100}])
@@ -124,12 +123,6 @@ def test_rows_fit_the_examples_and_what_few_steps_can_do_is_said(tmp_path):
     assert source.cfg.seq_len == 64 and "left out: 1 longer than seq_len=64" in source.summary
     assert f" {source.rows_per_epoch()} rows of 64; left out" in source.summary
     assert load_examples(cfg, PLAIN, 48).cfg.seq_len == 48
-    run = ds.recipe("sft")
-    hardly = "1 steps of 16 rows move a weight by at most about 5e-07, which hardly teaches "
-    assert hardly + "anything: raise " in outlook(replace(run, steps=1))
-    enough = "500 steps of 16 rows move a weight by at most about 1e-03"
-    assert outlook(replace(run, steps=500)) == enough
-    assert outlook(replace(run, steps=500), rows=24) == f"one pass takes 1.5 steps; {enough}"
 
 
 @partial(jax.jit, static_argnums=0)
@@ -202,8 +195,8 @@ def test_a_run_learns_its_answers(tuned, base):
     losses = [row["loss"] for row in rows_of(out) if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
     run = read_run(out)
-    one_pass = float(said.split("one pass takes ")[1].split()[0])
-    assert run.steps == len(losses) == int(np.ceil(6 * one_pass))
+    passes = float(said.split(f"{len(losses)} steps of 2 rows: ")[1].split(" passes")[0])
+    assert run.steps == len(losses) and passes * (run.steps - 1) / run.steps < 6 <= passes
     assert run.data.format == "chat" and run.optim.bias_freeze == 0
     before, after = (nnx.state(m, RouterBias) for m in (hf.load(base[0]), load_run(out).model))
     jax.tree.map(np.testing.assert_array_equal, before, after)

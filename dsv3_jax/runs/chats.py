@@ -5,8 +5,6 @@ from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from dsv3_jax.chat.checkers import Checker
 from dsv3_jax.chat.examples import load_examples, load_tasks
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, with_template
@@ -18,10 +16,6 @@ from dsv3_jax.runs.answers import Tasks, tasks_of
 from dsv3_jax.runs.folder import RUN_FILE
 from dsv3_jax.runs.open_model import load_text
 from dsv3_jax.runs.start import Start, open_start
-from dsv3_jax.training.schedules import learning_rate
-
-# sum of learning rates below which training on chats warns: 20 steps at 5e-6; weights are near 1e-2
-TEACHES = 1e-4
 
 
 class Chats(NamedTuple):
@@ -104,23 +98,3 @@ def for_epochs(
     steps = max(1, math.ceil(passes * rows / run.data.batch_size))
     source = _saying(replace(source, cfg=run.data), sentence)
     return replace(run, steps=steps), chats._replace(source=source)
-
-
-def outlook(run: RunConfig, rows: int = 0) -> str:
-    """Say how far the run's steps can move a weight: about the learning rate each.
-
-    Args: rows: of a pass; 0 means that it is not said.
-    """
-    moved = float(learning_rate(run.optim, run.steps, jnp.arange(run.steps)).sum())
-    steps = f"{run.steps:,} steps of {run.data.batch_size} rows"
-    if rows:
-        steps = f"one pass takes {rows / run.data.batch_size:,.1f} steps; {steps}"
-    line = f"{steps} move a weight by at most about {moved:.0e}"
-    if moved >= TEACHES:
-        return line
-    return (
-        f"{line}, which hardly teaches anything: "
-        f"raise --optim.learning-rate={run.optim.learning_rate:g} or --epochs, "
-        f"or lower --data.batch-size={run.data.batch_size} "
-        f"or --optim.warmup-steps={run.optim.warmup_steps}"
-    )

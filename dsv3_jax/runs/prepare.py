@@ -21,7 +21,7 @@ from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.report.units import format_bytes
 from dsv3_jax.runs.answers import Tasks
 from dsv3_jax.runs.callbacks import Callback
-from dsv3_jax.runs.chats import Chats, outlook
+from dsv3_jax.runs.chats import Chats
 from dsv3_jax.runs.checkpoint import steps_of
 from dsv3_jax.runs.folder import RUN_FILE, read_made, settled
 from dsv3_jax.runs.start import Start, check_start, open_start
@@ -129,8 +129,11 @@ def read_inputs(job: Job, out: Path, options: FitOptions) -> Prepared:
     chats = options.chats
     tasks = None if chats is None else chats.tasks
     if chats is not None:
-        rows = 0 if tasks else chats.source.rows_per_epoch()
-        source = replace(chats.source, summary=f"{chats.source.summary}\n{outlook(run, rows)}")
+        source = chats.source
+        if not tasks:
+            passes = run.steps * run.data.batch_size / source.rows_per_epoch()
+            line = f"{run.steps:,} steps of {run.data.batch_size} rows: {passes:.1f} passes"
+            source = replace(source, summary=f"{source.summary}\n{line}")
     else:
         source = options.source or processes.by_each(lambda: open_source(run.data, words))
     if run.grpo.group and tasks is None:
