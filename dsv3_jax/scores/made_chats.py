@@ -19,14 +19,20 @@ CAPITALS = {
 def chats() -> list[dict[str, Any]]:
     """Return fifty chats: capitals of countries, and which numbers of two digits are even.
 
+    Each capital is asked in two ways, so that a chat which is held out can be known, too.
+
     Example:
         >>> len(chats())
         50
         >>> [turn["content"] for turn in chats()[-1]["messages"]]
-        ['Is 90 odd or even?', 'even']
+        ['Is 89 odd or even?', 'odd']
     """
-    pairs = [(f"What is the capital of {land}?", f"{city}.") for land, city in CAPITALS.items()]
-    pairs += [_parity(number) for number in sorted(random.Random(0).sample(range(10, 100), 35))]
+    pairs = [
+        (f"{words} the capital of {land}?", f"{city}.")
+        for words in ("What is", "Do you know")
+        for land, city in CAPITALS.items()
+    ]
+    pairs += [_parity(number) for number in sorted(random.Random(0).sample(range(10, 100), 20))]
     return [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in pairs
