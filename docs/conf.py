@@ -108,7 +108,7 @@ def _describe_fields(found) -> list[str]:
 
 
 def _skip_field(app, what, name, found, skip, options):
-    """A record's fields stand in its list; methods and properties are members."""
+    """Leave out the fields of a record, which its docstring lists; keep methods and properties."""
     members = (property, cached_property, classmethod, staticmethod)
     is_member = inspect.isroutine(found) or isinstance(found, members)
     return True if what == "class" and not is_member else None

@@ -42,7 +42,7 @@ PARTS = {
     "kernels": "Which implementation runs where",
 }
 
-# Pages of one topic each: a sentence, and names below dsv3_jax as one comes to need them.
+# Pages of the API, one a topic: a sentence, and public names, the most used ones first.
 TOPICS = {
     "models": (
         "A model: its settings, its layers, and from where it comes.",

@@ -191,7 +191,7 @@ def mesh_of_option(text: str | None) -> Any:
 def devices_here() -> int:
     """Count this machine's devices that a run without --mesh trains on.
 
-    The devices of a CPU share its cores, and count as one.
+    A CPU counts as one device, as all of its devices share the cores.
     """
     import jax
 

@@ -70,31 +70,48 @@ def continued(
     # A piece from the middle of each: a beginning is often a notice that all documents share.
     pieces: list[list[int]] = []
     for document in documents:
-        tokens = text.encode(document.text[len(document.text) // 2 :][: 8 * PIECE], raw=True)
-        if document.domain in CODE and len(tokens) >= PIECE and len(pieces) < rows:
+        if document.domain not in CODE:
+            continue
+        middle = document.text[len(document.text) // 2 :]
+        tokens = text.encode(middle[: 8 * PIECE], raw=True)
+        if len(tokens) >= PIECE:
             pieces.append(tokens[:PIECE])
+        if len(pieces) == rows:
+            break
     if not pieces:
         return []
 
     # One pass over the text says which tokens are the likeliest.
     best = nnx.jit(lambda model, tokens: model(tokens).logits.argmax(-1))(model, np.array(pieces))
-    found = []
-    for tokens, likeliest in zip(pieces, np.asarray(best).tolist(), strict=True):
-        runs = []
-        for start in range(PIECE // 4, PIECE - CONTINUED):
-            pairs = zip(tokens[start:][:CONTINUED], likeliest[start - 1 :], strict=False)
-            right = [token for token, _ in itertools.takewhile(lambda p: p[0] == p[1], pairs)]
-            runs.append((sum(map(str.isalpha, text.tokenizer.decode(right))), start))
-        most, start = max(runs)
-        found.append((most, tokens[:start], tokens[start:][:CONTINUED]))
+    places = [
+        _best_place(tokens, likeliest, text)
+        for tokens, likeliest in zip(pieces, np.asarray(best).tolist(), strict=True)
+    ]
 
-    chosen = sorted(found, key=lambda piece: -piece[0])[:SHOWN]
-    made = generate(model, [given for _, given, _ in chosen], CONTINUED)
+    # Those pieces are shown in which the model is best.
+    order = sorted(range(len(pieces)), key=lambda i: -places[i][0])[:SHOWN]
+    given = [pieces[i][: places[i][1]] for i in order]
+    truth = [pieces[i][places[i][1] :][:CONTINUED] for i in order]
+    made = generate(model, given, CONTINUED)
     decode = text.tokenizer.decode
     return [
-        Continued(decode(given), decode(written), decode(truth))
-        for (_, given, truth), written in zip(chosen, made.tokens, strict=True)
+        Continued(decode(before), decode(written), decode(after))
+        for before, written, after in zip(given, made.tokens, truth, strict=True)
     ]
+
+
+def _best_place(tokens: list[int], likeliest: list[int], text: TextSettings) -> tuple[int, int]:
+    """The place from which on most letters are predicted without a miss: (letters, place).
+
+    Args: likeliest: the model's token after each of `tokens`.
+    """
+    found = []
+    for start in range(PIECE // 4, PIECE - CONTINUED):
+        pairs = zip(tokens[start:][:CONTINUED], likeliest[start - 1 :], strict=False)
+        right = [token for token, _ in itertools.takewhile(lambda p: p[0] == p[1], pairs)]
+        letters = sum(map(str.isalpha, text.tokenizer.decode(right)))
+        found.append((letters, start))
+    return max(found)
 
 
 def show(found: Sequence[Continued]) -> None:

@@ -1,4 +1,4 @@
-"""Options as people type them, and what is wrong with them as one sentence.
+"""Read options in the forms that people type, and report a bad one in one sentence.
 
 --optim.learning-rate 3e-4      the name that --help-verbose lists
 --learning-rate 3e-4            its end, where only one option has it
@@ -111,9 +111,13 @@ def _find(name: str, names: Mapping[str, bool]) -> str | None:
 def _nearest(option: str, names: Mapping[str, bool]) -> str:
     """The end of the sentence: options whose last part is near, or holds that word."""
     head, _, word = option.removeprefix("--").replace("_", "-").rpartition(".")
+
+    # Options by the last part of their names.
     ends: dict[str, list[str]] = {}
     for name in names:
-        ends.setdefault(name.rpartition(".")[2], []).append(f"--{name}")
+        end = name.rpartition(".")[2]
+        ends.setdefault(end, []).append(f"--{name}")
+
     near = get_close_matches(word, ends) + [end for end in ends if word in end]
     found = dict.fromkeys(name for end in near for name in ends[end])
 

@@ -13,7 +13,7 @@ from dsv3_jax.report.metrics_files import flat
 from dsv3_jax.report.progress import text_console
 from dsv3_jax.runs.callbacks import Callback
 
-ID_FILE = "wandb_id"  # in a run's folder: a run that resumes goes on in W&B, too
+ID_FILE = "wandb_id"  # in a run's folder: with it, a run that resumes continues in W&B
 _MAX_ID = 200  # bytes
 
 
