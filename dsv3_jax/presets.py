@@ -1,7 +1,9 @@
 """Named models and training recipes. Each says what it is for; a new one is a diff of another."""
 
+import operator
 from collections.abc import Container
 from dataclasses import replace
+from typing import Any
 
 from dsv3_jax.config import (
     Balance,
@@ -274,36 +276,39 @@ def sft_sized(
         >>> sft_sized(recipe("sft"), 5000, rows=2000, given=["optim.learning_rate"])[1:]
         (2.0, '')
     """
-    chosen: dict[str, float] = {}
+    wanted: dict[str, float] = {}
     if epochs is None:
         epochs = min(20.0, max(EPOCHS, round(10_000 / examples, 1)))
-        if epochs != EPOCHS:
-            chosen["--epochs"] = epochs
+        wanted |= {"epochs": epochs} if epochs != EPOCHS else {}
 
     # A power of two divides what 16 divides.
     batch = next((size for size in (16, 8, 4, 2) if rows >= 8 * size), 1)
-    fits = batch != run.data.batch_size and batch % run.optim.microbatches == 0
-    if fits and _is_open("data.batch_size", run, given):
-        run = replace(run, data=replace(run.data, batch_size=batch))
-        chosen["--data.batch-size"] = batch
+    can_be = batch != run.data.batch_size and batch % run.optim.microbatches == 0
+    if can_be and _is_open("data.batch_size", run, given):
+        wanted["data.batch_size"] = batch
 
     if run.model.dim < WIDE and _is_open("optim.learning_rate", run, given):
         rate = float(f"{0.128 / run.model.dim * (3 if run.lora.rank else 1):.2g}")
-        run = replace(run, optim=replace(run.optim, learning_rate=rate))
-        chosen["--optim.learning-rate"] = rate
+        wanted["optim.learning_rate"] = rate
         if _is_open("optim.final_learning_rate", run, given):
-            run = replace(run, optim=replace(run.optim, final_learning_rate=rate / 5))
-            chosen["--optim.final-learning-rate"] = rate / 5
+            wanted["optim.final_learning_rate"] = rate / 5
 
-    options = " ".join(f"{option} {value:g}" for option, value in chosen.items())
+    for setting in wanted.keys() - {"epochs"}:
+        run = with_setting(run, setting, wanted[setting])
+    options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in wanted.items())
     sentence = f"chosen for {examples:,} examples and a model of dim={run.model.dim}: {options}"
     return run, epochs, sentence if options else ""
 
 
+def with_setting(run: RunConfig, setting: str, value: Any) -> RunConfig:
+    """The run with a setting of one of its sections, as "optim.learning_rate"."""
+    section, name = setting.split(".")
+    return replace(run, **{section: replace(getattr(run, section), **{name: value})})
+
+
 def _is_open(setting: str, run: RunConfig, given: Container[str]) -> bool:
     """Whether a setting is still that of the sft recipe, and is not given."""
-    section, name = setting.split(".")
-    was, now = (getattr(getattr(of, section), name) for of in (RECIPES["sft"], run))
+    was, now = map(operator.attrgetter(setting), (RECIPES["sft"], run))
     return was == now and setting not in given
 
 

@@ -48,7 +48,7 @@ BAD = {
     "train tiny --out {new} --model.attention best": "attention='best' is not one of mla, dsa, mha",
     "train tiny --out {new} --model.num-groups 3": "dsv3: num_groups=3 does not divide num_experts",
     "train tiny --config {run} --out {new}": "takes the place of PRESET 'tiny'; leave one out",
-    "train --config {one} --out {new}": "config='{one}' is no run's folder, and no run.json of one",
+    "train --config {one} --out {new}": "folder='{one}' holds no run: there is no run.json in it",
     "train --config {text} --out {new}": "folder='{text}' holds no run: there is no run.json in it",
     "train tiny --out {new} --report wandb": "not installed: pip install wandb",
     "train tiny --out {new} --report wandb --report tensorboard": "--report is given twice",

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -107,30 +108,14 @@ def test_an_interrupted_template_answers_no_later_question(monkeypatch):
     assert ChatTemplate("b", ByteTokenizer()).text([USER]) == "b"
 
 
-TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(80)]
-
-
-def test_a_long_chat_takes_linear_time(monkeypatch):
-    """Without `{% generation %}` a turn is compared after few turns as if after all before it."""
-    source = re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE)
-    template = ChatTemplate(source, ByteTokenizer(), EOS)
-    rendered, run = [], ChatTemplate._run
-    count = lambda self, some, *rest: rendered.append(len(some)) or run(self, some, *rest)  # noqa: E731
-    monkeypatch.setattr(ChatTemplate, "_run", count)
-    long = [{"role": "system", "content": "s"}, *TURNS, {"role": "user", "content": "last"}]
-    found = template.render(long, assistant_mask=True)
-    assert sum(rendered) < 30 * len(long)
-    monkeypatch.setattr("dsv3_jax.chat.template._PART", 1000)
-    assert found == template.render(long, assistant_mask=True) and sum(found.mask) > 200
-
-
-def test_turns_whose_parts_do_not_join_are_compared_after_all_turns_before():
-    source = "{% for m in messages %}{{ loop.index ~ m.role[0] ~ m.content ~ '|' }}{% endfor %}"
-    source += "{% if add_generation_prompt %}{{ messages | length + 1 }}a{% endif %}"
-    template = ChatTemplate(source, ByteTokenizer())
-    ids, mask = template.render(TURNS[:40], assistant_mask=True)
-    text = bytes(i for i, ours in zip(ids, mask, strict=True) if ours).decode()
-    assert text == "".join(f"turn {i}|" for i in range(1, 40, 2))
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_very_long_chat_needs_a_template_that_marks_turns(marked):
+    """Without `{% generation %}` each turn is compared after all turns before it."""
+    source = PLAIN_TEMPLATE if marked else re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(502)]
+    with nullcontext() if marked else pytest.raises(ValueError, match="502 messages are more than"):
+        found = ChatTemplate(source, ByteTokenizer(), EOS).render(turns, assistant_mask=True)
+        assert sum(found.mask) > 251 * len("turn 1")
 
 
 # Reward functions

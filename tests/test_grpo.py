@@ -29,7 +29,7 @@ from dsv3_jax.config import ConfigError, DataConfig, Grpo
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.fp8 import dequantize, quantize
 from dsv3_jax.report.metrics_files import read_rows
-from dsv3_jax.runs.answers import Answers, check_policy
+from dsv3_jax.runs.answers import Answers
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.training.loss import Part, compute_loss
@@ -172,7 +172,7 @@ def test_checkpoints_lie_between_batches_of_answers():
 def test_a_model_that_trains_with_other_experts_than_it_samples_with_is_refused():
     model = replace(MODEL, capacity_factor=1.5)
     with pytest.raises(ConfigError, match="capacity_factor=1.5 drops tokens in .* grpo group=2"):
-        check_policy(make_run("nowhere", model=model, grpo=Grpo(group=2), data=CHATS))
+        make_run("nowhere", model=model, grpo=Grpo(group=2), data=CHATS)
 
 
 CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")

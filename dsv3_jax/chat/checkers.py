@@ -86,7 +86,7 @@ class Checker:
     def __post_init__(self) -> None:
         self._pair()
 
-    def _pair(self) -> tuple[Callable[[str, dict[str, Any]], Any], Callable[[str], Any]]:
+    def _pair(self) -> _Pair:
         module, colon, name = self.name.partition(":")
         if not colon:
             return CHECKERS[self.name]

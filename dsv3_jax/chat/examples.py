@@ -147,13 +147,10 @@ def _loaded(
     if longest is not None and examples:
         cfg = replace(cfg, seq_len=_row_length([example for example, *_ in examples], longest))
 
-    # Examples become pieces, whose number as a document finds what belongs to them in these lists.
-    domains: dict[str, int] = {}
-    pieces: list[Piece] = []
-    sides: list[bytes] = []
-    digests: list[bytes] = []
+    # Keep those that can be trained on; count the others by their reason.
+    kept: list[Example] = []
+    domains: list[str] = []
     tasks: list[Task | None] = []
-    # Count by its reason each example that cannot be trained on.
     counts = Counter({"that cannot be learnt from": len(bad)} if bad else {})
     for example, domain, task in examples:
         if len(example.ids) > cfg.seq_len:
@@ -161,23 +158,27 @@ def _loaded(
         elif not example.targets[1:].any():  # no token predicts the first one
             counts["without an assistant's turn"] += 1
         else:
-            # Tasks with one prompt share a side; their digests differ.
-            sides.append(example.side)
-            digests.append(example.digest)
-            number = domains.setdefault(domain, len(domains))
-            pieces.append(Piece(example.ids, number, len(pieces), example.targets))
+            kept.append(example)
+            domains.append(domain)
             tasks.append(task)
 
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
-    if not pieces:
+    if not kept:
         left_out += f", the first: {bad[0]}" if bad else ""
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
 
+    # Tasks with one prompt share a side; their digests differ.
+    numbers = {domain: i for i, domain in enumerate(dict.fromkeys(domains))}
+    pieces = [
+        Piece(example.ids, numbers[domain], i, example.targets)
+        for i, (example, domain) in enumerate(zip(kept, domains, strict=True))
+    ]
+    train, val, _ = split(pieces, [example.side for example in kept], cfg.val_fraction)
+
     # Whole examples are packed in a random order that the seed decides.
-    train, val, _ = split(pieces, sides, cfg.val_fraction)
     order = np.random.default_rng(cfg.seed).permutation(len(train)).tolist()
     rows = PackedRows((train[i] for i in order), cfg.seq_len, whole=True)
-    of_domain = [[p for p in val if p.domain == i] for i in domains.values()]
+    of_domain = [[p for p in val if p.domain == i] for i in numbers.values()]
 
     summary = f"examples: {len(train):,} to train on, {len(val):,} held out"
     if check is None:  # else prompts are drawn one by one, and no row is read
@@ -191,8 +192,8 @@ def _loaded(
     named = [f"left out: {visible(reason, 300)}" for reason in bad[:3]]
     source = Source(
         cfg,
-        tuple(domains),
-        fingerprint_of(digests[piece.document] for piece in train),
+        tuple(numbers),
+        fingerprint_of(kept[piece.document].digest for piece in train),
         "\n".join([summary + (left_out if counts else ""), *named]),
         train=lambda: [rows],
         held_out=lambda: [
@@ -202,7 +203,7 @@ def _loaded(
     )
 
     # Held-out tasks are not in the file's order: the first of them are a fair part.
-    both = train, sorted(val, key=lambda piece: digests[piece.document])
+    both = train, sorted(val, key=lambda piece: kept[piece.document].digest)
     asked, held_out = ([task for p in side if (task := tasks[p.document])] for side in both)
     return source, asked, held_out
 

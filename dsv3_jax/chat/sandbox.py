@@ -156,11 +156,8 @@ def _serve() -> None:
         except MemoryError:
             raise  # it ends the process
         except Exception as error:
-            reason = (
-                "refuses the messages"
-                if isinstance(error, Refused)
-                else f"fails with {type(error).__name__}"
-            )
+            failed = f"fails with {type(error).__name__}"
+            reason = "refuses the messages" if isinstance(error, Refused) else failed
             sentence = f"the chat template {reason}: {' '.join(str(error).split())}"
             answer = {"error": sentence, "unsafe": isinstance(error, SecurityError)}
         print(json.dumps(answer), flush=True)

@@ -18,7 +18,7 @@ from dsv3_jax.config import did_you_mean
 from dsv3_jax.data.byte_tokenizer import Tokenizer, pattern_of
 
 Spans = list[tuple[int, int]]
-_PART = 8  # messages that are compared at once
+_MAX_COMPARED = 500  # messages; their texts are compared in some seconds
 # Private characters that enclose the name of a special token in a message.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 # of transformers: a template that cuts spaces cuts its last one
@@ -239,43 +239,15 @@ class ChatTemplate:
         return re.search(rf"""(["']){re.escape(role)}\1""", self.source) is not None
 
     def _spans_by_prefix(self, messages: list[Message], text: str, values: Any) -> Spans:
-        """Find the assistant's turns by comparing texts.
-
-        A long conversation is divided into parts, which are compared after the part before. If the
-        parts' texts do not join to the whole text, each turn is compared after all turns before it:
-        in quadratic time.
-        """
-        # A part begins at a user's turn, `_PART` messages or more after the one before.
-        starts = [0]
-        for i, message in enumerate(messages):
-            if message["role"] == "user" and i >= starts[-1] + _PART:
-                starts.append(i)
-        if len(starts) == 1:
-            return self._spans_after(0, messages, text, values)
-
-        spans = []
-        end = 0  # of the parts so far, in the whole text
-        stops = [*starts[1:], len(messages)]
-        try:
-            for before, first, stop in zip([0, *starts], starts, stops, strict=False):
-                # The part before is the head of this text; only what follows it is new.
-                head = self._run(messages[before:first], False, values)[0] if first else ""
-                part = self._run(messages[before:stop], False, values)[0]
-                found = self._spans_after(first - before, messages[before:stop], part, values)
-                if not (part.startswith(head) and text.startswith(part[len(head) :], end)):
-                    raise ValueError("the parts do not join")
-                shift = end - len(head)
-                spans += [(shift + a, shift + b) for a, b in found]
-                end += len(part) - len(head)
-        except ValueError:
-            return self._spans_after(0, messages, text, values)
-        return spans
-
-    def _spans_after(self, first: int, messages: list[Message], text: str, values: Any) -> Spans:
-        """Find the assistant's turns among the messages from the first one on."""
+        """Find the assistant's turns by comparing texts, which takes quadratic time."""
+        if len(messages) > _MAX_COMPARED:
+            raise ValueError(
+                f"{len(messages):,} messages are more than the {_MAX_COMPARED} that a chat "
+                "template without {% generation %} blocks may have in training"
+            )
         spans = []
         for i, message in enumerate(messages):
-            if i < first or message["role"] != "assistant":
+            if message["role"] != "assistant":
                 continue
             # The turns before, these with the generation prompt, and these with the turn.
             before, prompt = (

@@ -68,16 +68,10 @@ def continued(
     Args: rows: documents to look at, at most.
     """
     # A piece from the middle of each: a beginning is often a notice that all documents share.
-    pieces: list[list[int]] = []
-    for document in documents:
-        if document.domain not in CODE:
-            continue
-        middle = document.text[len(document.text) // 2 :]
-        tokens = text.encode(middle[: 8 * PIECE], raw=True)
-        if len(tokens) >= PIECE:
-            pieces.append(tokens[:PIECE])
-        if len(pieces) == rows:
-            break
+    middles = (d.text[len(d.text) // 2 :] for d in documents if d.domain in CODE)
+    encoded = (text.encode(middle[: 8 * PIECE], raw=True) for middle in middles)
+    whole = (tokens[:PIECE] for tokens in encoded if len(tokens) >= PIECE)
+    pieces = list(itertools.islice(whole, rows))
     if not pieces:
         return []
 
@@ -133,9 +127,7 @@ def show(found: Sequence[Continued]) -> None:
 
 def write_page(out: Path, short: bool) -> Path:
     """Write the page of `dsv3 stats` into the run's folder."""
-    options = reporting.ReportOptions()
-    if short:
-        options = reporting.ReportOptions(batches=2, draws=20)
+    options = reporting.ReportOptions(batches=2, draws=20) if short else reporting.ReportOptions()
     folder = reporting.report(out, options=options, follow=track).folder
     write_atomic(out / PAGE, read_bytes(folder / reporting.PAGE, None))
     return out / PAGE

@@ -49,8 +49,7 @@ class TensorBoard(Callback):
     """Says how to look at the files that each run writes for TensorBoard."""
 
     def on_start(self, run: RunConfig, out: Path, step: int) -> None:
-        installed = importlib.util.find_spec("tensorboard") is not None
-        first = "" if installed else "pip install tensorboard; "
+        first = "" if importlib.util.find_spec("tensorboard") else "pip install tensorboard; "
         text_console().print(f"to look at it: {first}tensorboard --logdir {out}")
 
 

@@ -1,6 +1,7 @@
 """`dsv3 train PRESET`: train a run, in this process or as one process of a cluster."""
 
 import math
+import operator
 import re
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dsv3_jax.cli.common import (
 )
 from dsv3_jax.cli.options import names_of, spelled
 from dsv3_jax.config import RunConfig, replace
-from dsv3_jax.presets import NEEDS_START, recipe
+from dsv3_jax.presets import NEEDS_START, recipe, with_setting
 
 Tracker = Literal["wandb", "tensorboard"]  # of cli/trackers.py
 LOST = 75  # exit code: another process of the run is lost
@@ -154,8 +155,6 @@ def read_recipe(place: str) -> RunConfig:
 
     path = Path(place)
     folder = path.parent if path.name == RUN_FILE else path
-    if not folder.is_dir():
-        raise ValueError(f"config={place!r} is no run's folder, and no {RUN_FILE} of one")
     run = read_run(folder)
     check_registered(run, folder)
     return run
@@ -195,9 +194,7 @@ def _for_epochs(args: Train, given: set[str]) -> tuple[RunConfig, Any]:
     # A run that has begun keeps what was chosen for it, unless the options name something else.
     if begun:
         for name in {*SIZES} - given - {"steps"}:
-            section, key = name.split(".")
-            kept = {key: getattr(getattr(begun, section), key)}
-            run = replace(run, **{section: replace(getattr(run, section), **kept)})
+            run = with_setting(run, name, operator.attrgetter(name)(begun))
         if "steps" in given or args.epochs is None:
             return run if "steps" in given else replace(run, steps=begun.steps), None
         given = {*SIZES} - {"steps"}

@@ -337,6 +337,13 @@ def _check_grpo(run: RunConfig) -> None:
         f"{group} is not supported with indexer_stage='warm', which trains indexers",
     )
 
+    # Ratios are of one policy: the model trains with the experts that it samples with.
+    require(
+        run.model.capacity_factor is None,
+        f"model.capacity_factor={run.model.capacity_factor} drops tokens in training, and {group} "
+        "samples without it; use None",
+    )
+
     # Checkpoints lie between two batches of answers: a run that resumes has none of them.
     for name in ("steps", "save_every"):
         require(

@@ -101,17 +101,18 @@ def _rows_of_files(
         else:
             domain = suffix[1:] or "text"
 
-        # A binary file that the user names is refused; one of a folder is passed over.
+        # A binary file, by git's rule, that the user names is refused; one of a folder is passed
+        # over.
         rows: Iterable[tuple[str, Any]] = ()
         try:
             check_regular(file)
-            if chats and suffix == ".json" and _is_list(file):
+            if chats and suffix == ".json" and _head(file).lstrip().startswith(b"["):
                 rows = numbered(str(file), _values_of(file), limit)
             elif suffix == ".jsonl" or (chats and suffix == ".json" and file == root):
                 rows = json_lines(file, limit)
             elif suffix == ".parquet" and name is file:
                 rows = numbered(str(file), parquet_rows(file, needed, also), limit)
-            elif not chats and not (root.is_dir() and _is_binary(file)):
+            elif not chats and not (root.is_dir() and b"\0" in _head(file)):
                 rows = [(str(file), {needed[0]: _text_of(file)})]
             for location, row in rows:
                 yield location, row, domain
@@ -137,9 +138,9 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
         raise ValueError(f"path={str(root)!r} has too many folders within each other") from None
 
 
-def _is_binary(path: Path) -> bool:
+def _head(path: Path) -> bytes:
     with _opened(path) as file:
-        return b"\0" in file.read(8192)  # git's rule for binary files
+        return file.read(8192)
 
 
 @contextmanager
@@ -152,14 +153,19 @@ def _opened(path: Path) -> Iterator[Any]:
             raise ValueError(f"{path} is no whole gzip file: {error}") from error
 
 
+def _read(path: Path, limit: int) -> bytes:
+    """Read a whole file, of at most `limit` bytes: a small .gz may hold far more."""
+    with _opened(path) as file:
+        found = file.read(limit + 1)
+    if len(found) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes")
+    return found
+
+
 def _text_of(path: Path) -> str:
     """Read a file that is one text. Raises: ValueError when it is too large or no UTF-8."""
-    with _opened(path) as file:
-        text = file.read(_MAX_TEXT_BYTES + 1)  # a small .gz may hold far more
-    if len(text) > _MAX_TEXT_BYTES:
-        raise ValueError(f"{path} has more than {_MAX_TEXT_BYTES:,} bytes")
     try:
-        return text.decode("utf-8")
+        return _read(path, _MAX_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 
@@ -183,18 +189,9 @@ def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
-def _is_list(path: Path) -> bool:
-    with _opened(path) as file:
-        return file.read(4096).lstrip().startswith(b"[")
-
-
 def _values_of(path: Path) -> Iterator[Any]:
     """Yield the values of a JSON list; the whole file is in memory."""
-    with _opened(path) as file:
-        text = file.read(_MAX_LIST_BYTES + 1)
-    if len(text) > _MAX_LIST_BYTES:
-        raise ValueError(f"{path} has more than {_MAX_LIST_BYTES:,} bytes")
-    yield from parse_json(text)
+    yield from parse_json(_read(path, _MAX_LIST_BYTES))
 
 
 def parquet_rows(

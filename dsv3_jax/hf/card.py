@@ -18,44 +18,7 @@ MEASURES = {
     "max_vio_global": "MaxVio: the largest load of an expert over the mean, less 1",
 }
 
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [deepseek, mixture-of-experts, dsv3-jax]
----
-
-# {name}
-
-{what} It was trained with dsv3-jax, and is in the released format of DeepSeek ({dtype}).
-
-## How it was trained
-
-{trained}
-
-{measured}
-
-## Load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-```python
-import dsv3_jax as ds
-
-model, text = ds.load_model("{name}"), ds.load_text("{name}")
-```
-
-{heads}`dsv3 generate {name} --prompt "…"` continues a text.
-
-## Licence
-
-None is stated. Who publishes this folder chooses one, which the text that it learnt from allows.
-"""
+_TEMPLATE = Path(__file__).with_name("card.md")
 
 
 def card_of_folder(folder: Path) -> dict[str, bytes]:
@@ -78,7 +41,7 @@ def card_of_run(folder: Path, run: RunConfig, step: int, name: str, dtype: str) 
     if own:
         return own
     rows = [row for row in read_rows(folder / METRICS_FILE) if row["step"] <= step]
-    text = _CARD.format(
+    text = _TEMPLATE.read_text(encoding="utf-8").format(
         name=name,
         dtype=dtype,
         what=_what(run),
@@ -92,16 +55,12 @@ def card_of_run(folder: Path, run: RunConfig, step: int, name: str, dtype: str) 
 def _what(run: RunConfig) -> str:
     cfg = run.model
     counted = size(cfg)
-    parts = (
-        f"{cfg.num_layers} layers",
-        f"{cfg.experts_per_token} of {cfg.num_experts} experts a token",
-        f"attention {cfg.attention.upper()}",
-        f"a vocabulary of {cfg.vocab_size:,}",
-        f"texts of up to {cfg.max_positions:,} tokens",
-    )
     return (
         f"A language model of the DeepSeek family with {format_count(counted.total)} parameters, "
-        f"{format_count(counted.active)} of them active a token: {', '.join(parts)}."
+        f"{format_count(counted.active)} of them active a token: {cfg.num_layers} layers, "
+        f"{cfg.experts_per_token} of {cfg.num_experts} experts a token, "
+        f"attention {cfg.attention.upper()}, a vocabulary of {cfg.vocab_size:,}, "
+        f"texts of up to {cfg.max_positions:,} tokens."
     )
 
 

@@ -48,17 +48,13 @@ def format_duration(seconds: int | float) -> str:
         >>> [format_duration(s) for s in (0.2, 4, 200, 9000, 2e5)]
         ['1 second', '4 seconds', '3 minutes', '2.5 hours', '2.3 days']
     """
-    for unit, size, limit in (
-        ("seconds", 1.0, 100.0),
-        ("minutes", 60.0, 6000.0),
-        ("hours", 3600.0, 172800.0),
-    ):
-        if seconds < limit:
-            if unit == "hours":
-                return f"{seconds / size:.1f} {unit}"
-            count = max(round(seconds / size), 1)
-            return f"{count} {unit if count > 1 else unit[:-1]}"
-    return f"{seconds / 86400:,.1f} days"
+    if seconds >= 172_800:
+        return f"{seconds / 86_400:,.1f} days"
+    if seconds >= 6000:
+        return f"{seconds / 3600:.1f} hours"
+    size, unit = (60, "minute") if seconds >= 100 else (1, "second")
+    count = max(round(seconds / size), 1)
+    return f"{count} {unit}{'s' if count > 1 else ''}"
 
 
 def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int) -> str:

@@ -65,11 +65,9 @@ def tasks_of(
     """Choose the tasks whose prompt leaves room for an answer.
 
     Args: asked, held_out: from `load_tasks`.
-    Raises: ConfigError if no prompt is short enough, or for a model that trains with other experts
-        than it samples with.
+    Raises: ConfigError if no prompt is short enough.
     """
     cfg = run.grpo
-    check_policy(run)
     checker = Checker(cfg.checker)
 
     # A task is asked if its prompt and the longest answer fit in a row.
@@ -93,17 +91,6 @@ def tasks_of(
         f"the first prompt, as the model sees it: {shortened(first, 800)!r}"
     )
     return Tasks(text, short, held_out, checker, summary, fingerprint)
-
-
-def check_policy(run: RunConfig) -> None:
-    """Refuse what changes training and not the sampler: ratios would be of two policies."""
-    model = run.model
-    group = f"grpo group={run.grpo.group}"
-    if model.capacity_factor is not None:
-        raise ConfigError(
-            f"model.capacity_factor={model.capacity_factor} drops tokens in training, and {group} "
-            "samples without it; use None"
-        )
 
 
 class Answers(Batches):

@@ -291,18 +291,14 @@ def _check_names(folder: str | Path, *settings: tuple[str, str, Mapping[str, Any
 @lru_cache
 def _commit() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str:
-        how: dict[str, Any] = {
-            "cwd": Path(__file__).parents[1],
-            "capture_output": True,
-            "text": True,
-            "timeout": 20,
-        }
-        return subprocess.run(["git", *words], check=True, **how).stdout.strip()
+        package = Path(__file__).parents[1]
+        command = ["git", "-C", str(package), *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
 
     # Only a commit that tracks this package counts: it may be installed inside another repository.
     try:
         if git("ls-files", "--", "."):
-            commit = git("rev-parse", "HEAD")
+            commit = git("rev-parse", "HEAD").strip()
             return commit, bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
     except (OSError, subprocess.SubprocessError):
         pass

@@ -11,7 +11,10 @@ import re
 import sys
 import traceback
 from functools import cache
-from types import TracebackType
+from typing import Any
+
+# a file of Orbax's code or its temporary folder, or TensorStore's words
+_OF_ORBAX = re.compile("orbax.checkpoint|tensorstore_spec")
 
 
 @cache
@@ -25,20 +28,13 @@ def silence() -> None:
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's own logger
     logging.getLogger("asyncio").addFilter(
-        lambda record: (
-            not _is_of_orbax(record.getMessage(), record.exc_info[2] if record.exc_info else None)
-        )
+        lambda record: not _OF_ORBAX.search(logging.Formatter().format(record))
     )
     hook = sys.unraisablehook
-    closed = "RuntimeError('Event loop is closed')"
-    sys.unraisablehook = lambda found: (
-        None
-        if repr(found.exc_value) == closed or _is_of_orbax("", found.exc_traceback)
-        else hook(found)
-    )
 
+    def report(found: Any) -> None:
+        closed = repr(found.exc_value) == "RuntimeError('Event loop is closed')"
+        if not closed and not _OF_ORBAX.search("".join(traceback.format_tb(found.exc_traceback))):
+            hook(found)
 
-def _is_of_orbax(message: str, trace: TracebackType | None) -> bool:
-    """By a file of its code or its temporary folder, or by TensorStore's words."""
-    text = message + "".join(traceback.format_tb(trace))
-    return re.search("orbax.checkpoint|tensorstore_spec", text) is not None
+    sys.unraisablehook = report

@@ -46,7 +46,6 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs import start as starts
-from dsv3_jax.runs.answers import check_policy
 from dsv3_jax.runs.chats import read_chats
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.folder import claim, read_run
@@ -243,8 +242,6 @@ class Plan:
         self.run = changed(RUN, changes)
         if self.run.data.format == "chat" and self.run.start is None:
             read_chats(self.run, self.folder)  # refuses it
-        if self.run.grpo.group:
-            check_policy(self.run)
         self.check_start()
         self.mesh = mesh_of(row)
         self.options: dict[str, Any] = {"mesh": self.mesh, "quiet": True, "report": False}
