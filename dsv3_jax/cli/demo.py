@@ -67,7 +67,8 @@ def run(argv: list[str]) -> int:
     tokenizer_path = out / TOKENIZER_FILE
     tasks = out / "tasks"
     run = demo_run(tokenizer_path, short)
-    console.print("reading the text that this Python carries …")
+    minutes = "a minute" if short else "five minutes"
+    console.print(f"reading this Python's text; on two CPU cores all takes about {minutes} …")
     corpus = load_corpus(run.data)
     if not tokenizer_path.exists():
         console.print(f"training a vocabulary of {VOCAB_SIZE} byte-level tokens …")
@@ -95,8 +96,8 @@ def run(argv: list[str]) -> int:
     console.print("counting which experts held-out text is routed to …")
     page = demo_end.write_page(out, short)
 
-    minutes = (time.perf_counter() - start) / 60
-    console.print(f"\ndone in {minutes:.1f} minutes; step {result.step}; the run is in {out}")
+    took = (time.perf_counter() - start) / 60
+    console.print(f"\ndone in {took:.1f} minutes; step {result.step}; the run is in {out}")
     console.print(f"{demo_end.MEANINGS}\n\nto go on, paste one of these:")
     for command in demo_end.commands(demo_end.program(), out):
         console.print(f"  {command}")
