@@ -11,6 +11,7 @@ from dsv3_jax.config import (
     DataConfig,
     Execution,
     Grpo,
+    Layout,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -102,6 +103,8 @@ MODELS = Table("preset", {
     "mini_80gb": MINI,
     "v2_lite": V2_LITE,
     "v2_lite_80gb": V2_LITE_80GB,
+    "v2_lite_8x80gb": V2_LITE,
+    "v2_lite_16xv5p": V2_LITE,
     "v2": V2,
     "v3": V3,
     "moonlight": MOONLIGHT,
@@ -162,6 +165,9 @@ _SFT_RUN = RunConfig(
 #   v2_lite_80gb   parameters and gradients 18, means in bfloat16 9, a second gradient 9; kept by
 #                  "dots" 3, one layer's recomputation 4, a chunk of logits 7. All 27 layers would
 #                  be 189 without a single activation
+# For V2-Lite whole, with weights sharded along "data"; both are compiled, and never ran:
+#   v2_lite_8x80gb    eight 80 GB cards, 18 rows each: 64.5 GB
+#   v2_lite_16xv5p    sixteen chips, 20 rows each: 94.5 of 102.8 GB
 # Their learning rates come from mini and V2-Lite's report, and are not tuned for these batches.
 RECIPES = Table("preset", {
     "tiny": _TINY_RUN,
@@ -190,6 +196,18 @@ RECIPES = Table("preset", {
         execution=Execution(compute_dtype="bfloat16", remat="dots"),
         data=replace(_V2_LITE_RUN.data, batch_size=64),
         optim=replace(_V2_LITE_RUN.optim, moments_dtype="bfloat16", microbatches=16),
+    ),
+    "v2_lite_8x80gb": replace(
+        _V2_LITE_RUN,
+        execution=Execution(
+            compute_dtype="bfloat16", remat="attention", layout=Layout(fsdp=True)
+        ),
+        data=replace(_V2_LITE_RUN.data, batch_size=144),
+    ),
+    "v2_lite_16xv5p": replace(
+        _V2_LITE_RUN,
+        execution=Execution(compute_dtype="bfloat16", remat="queries", layout=Layout(fsdp=True)),
+        data=replace(_V2_LITE_RUN.data, batch_size=320),
     ),
     "v2": replace(
         _V3_RUN,

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from runs import (
     write_text,
 )
 
+from dsv3_jax.cli.options import names_of
+from dsv3_jax.cli.train import Train
 from dsv3_jax.config import ConfigError, Layout, OptimConfig, RunConfig
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.runs import loop
@@ -182,3 +185,51 @@ def test_an_error_in_one_process_is_raised_in_all(monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda message: [message, b"", b"there is no text"])
     with pytest.raises(ConfigError, match="^process 2 of 3: there is no text$"):
         processes.by_each(lambda: "done")
+
+
+# the files that start a run on several hosts, in a dry run
+
+LAUNCH = Path(__file__).parents[1] / "experiments" / "scale" / "launch"
+STARTED = ["tiny", "--out", "runs/a b", "--cluster", "auto", "--mesh", "data=2,expert=4"]
+
+
+def launch(script: str, folder: Path, code: int = 0, restarts: int = 0) -> tuple[int, list, str]:
+    """Run a script whose programs note their words: (its exit code, words by program, said)."""
+    for program in ("srun", "scontrol", "gcloud"):
+        file = folder / program
+        noted = f'printf "%s\\0" "$@" > {folder}/{program}.words'
+        file.write_text(f"#!/bin/bash\n{noted}\n[ $0 != {folder}/srun ] || exit {code}\n")
+        file.chmod(0o755)
+    environment = {
+        "PATH": f"{folder}:/usr/bin:/bin", "NAME": "slice", "ZONE": "zone",
+        "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts),
+    }  # fmt: skip
+    words = [STARTED[0], STARTED[2], *STARTED[5:]]
+    done = subprocess.run(["bash", LAUNCH / script, *words], env=environment, capture_output=True)
+    found = {
+        file.stem: file.read_text().split("\0")[:-1] for file in sorted(folder.glob("*.words"))
+    }
+    return done.returncode, found, done.stderr.decode()
+
+
+def test_launch_files_start_commands_that_exist(tmp_path):
+    code, words, said = launch("slurm.sbatch", tmp_path)
+    assert (code, said) == (0, "")
+    command = words["srun"][words["srun"].index("dsv3") :]
+    assert command == ["dsv3", "train", *STARTED]
+    assert {word for word in command if word[:2] == "--"} <= {f"--{x}" for x in names_of(Train)}
+
+    code, words, said = launch("tpu_pod.sh", tmp_path)
+    assert (code, said) == (0, "")
+    [line] = [word for word in words["gcloud"] if word.startswith("--command=")]
+    assert shlex.split(line.removeprefix("--command=")) == ["dsv3", "train", *STARTED]
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (2, 0, False), (75, 0, True), (134, 9, True), (75, 10, False)],
+)
+def test_slurm_starts_a_run_again_that_lost_a_process(tmp_path, code, restarts, again):
+    found, words, _ = launch("slurm.sbatch", tmp_path, code, restarts)
+    assert found == code
+    assert words.get("scontrol") == (["requeue", "7"] if again else None)

@@ -170,4 +170,8 @@ def test_presets_by_name():
             == recipe
         )
     for find in (ds.preset, ds.recipe):
-        refused(find, "'huge' tiny lab mini mini_80gb v2_lite v2_lite_80gb v2 v3", name="huge")
+        refused(
+            find,
+            "'huge' tiny lab mini mini_80gb v2_lite v2_lite_80gb v2_lite_8x80gb v2",
+            name="huge",
+        )

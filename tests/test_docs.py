@@ -86,6 +86,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "make has no environment here",
     "python experiments/accel/run.py": "experiments/accel/test_accel.py runs it",
     "dsv3 train v3": "it needs 512 devices and more",
+    "dsv3 train v2_lite": "it needs eight cards",
     "--target gpu": "it needs a GPU's compiler; tests/test_compiled.py has it",
     "tiny --start runs/demo --model.attention dsa": "no query latents; test_sparse_attention.py",
     "dsv3 train tiny --start runs/warm": "the same",

@@ -10,6 +10,6 @@ preset=$1 out=$2
 shift 2
 
 # %q quotes the arguments, because each host's shell parses the line again.
-printf -v line '%q ' dsv3 train "$preset" --out "$out" --cluster auto --cluster-timeout 300 "$@"
+printf -v line '%q ' dsv3 train "$preset" --out "$out" --cluster auto "$@"
 # --worker=all: every host runs the same command; JAX reads the process ids from the slice.
 gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$line"
