@@ -13,12 +13,14 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from models import arrays_of, random_model, small
 from released import GRID, differences, golden, ours, probed, stored, without_int4, write_folder
 from runs import assert_bitwise
 from safetensors.numpy import load_file, save_file
 
 from dsv3_jax import hf
+from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.hf.tensor_files import SINGLE, read_header, read_tensor
 from dsv3_jax.mesh.sharding import make_mesh
 from dsv3_jax.model.context import make_context
@@ -157,26 +159,34 @@ def test_a_mesh_changes_no_number(folders, tmp_path):
     assert_bitwise(arrays_of(hf.load(tmp_path / "out")), arrays_of(alone))
 
 
-def test_a_host_reads_only_its_shards(folders):
-    """Experts of other hosts' devices are not read."""
+def test_a_process_reads_only_its_shards_and_each_tensor_once(folders, monkeypatch):
+    """Also where devices have parts of one matrix, and where a tensor fills two parameters."""
     names = []
-    folder, cfg = hf.released_folder.ReleasedFolder(folders["groups"]), GRID["groups"].cfg
-    w_up = ("sparse", "moe", "experts", "w_up")
-    sources = [
-        (e, i) for e in folder.entries.values() for i, s in enumerate(e.slices) if s.path == w_up
-    ]
-    shard = (slice(None), slice(2, 4), slice(None), slice(None))
-    shape = (cfg.num_sparse_layers, cfg.num_experts, cfg.dim, cfg.expert_dim)
+    read = ReleasedFolder.read
+    monkeypatch.setattr(
+        ReleasedFolder,
+        "read",
+        lambda self, entry, dtype: names.append(entry.name) or read(self, entry, dtype),
+    )
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    folder = ReleasedFolder(folders["groups"])
+    model = hf.loading.load_weights(folder, mesh=mesh, quiet=True, fsdp=True)
+    own = [name for name, entry in folder.entries.items() if entry.copy_of is None]
+    assert sorted(names) == sorted(own)
+    assert_bitwise(arrays_of(model), arrays_of(hf.load(folders["groups"], quiet=True)))
 
-    def parts(entry):
-        names.append(entry.name)
-        return entry.split(np.zeros(entry.shape, np.float32))
-
-    part = hf.loading._read_shard(parts, sources, jax.ShapeDtypeStruct(shape, np.float32), shard)
-    assert part.shape == (cfg.num_sparse_layers, 2, cfg.dim, cfg.expert_dim)
-    assert sorted(names) == [
-        f"model.layers.{n}.mlp.experts.{e}.up_proj.weight" for n in (1, 2) for e in (2, 3)
-    ]
+    # As a process that has the second device of "expert": experts of other devices are not read.
+    names.clear()
+    mine = lambda where, shape: {  # noqa: E731
+        device: index
+        for device, index in where.devices_indices_map(shape).items()
+        if device in mesh.devices[:, 1].flat
+    }
+    monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", mine)
+    monkeypatch.setattr(hf.loading.Parts, "whole", lambda parts: parts)
+    hf.loading.load_weights(folder, mesh=mesh, quiet=True)
+    experts = {int(n.split(".experts.")[1].split(".")[0]) for n in names if ".experts." in n}
+    assert experts == set(range(folder.cfg.num_experts // 2, folder.cfg.num_experts))
 
 
 def test_bfloat16_parameters(folders):

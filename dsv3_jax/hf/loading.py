@@ -1,8 +1,10 @@
 """Load a released model: its tensors, one at a time, into stacked and sharded parameters."""
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,7 @@ from dsv3_jax.model.parameters import Packed
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.report.progress import text_console, transfer
 
-# The released tensors that fill a parameter, each with the number of its slice there.
-Sources = list[tuple[Entry, int]]
+MAX_THREADS = min(16, os.cpu_count() or 1)  # that read and dequantize, each one tensor at a time
 _ALIGNMENT = 64  # bytes
 
 
@@ -41,9 +42,9 @@ def load(  # noqa: PLR0913 - what to accept, each by name
 ) -> Transformer:
     """Load a released model: config.json and safetensors of float32, (b)float16, FP8 or 4 bits.
 
-    On a CPU, peak memory is that of the parameters plus less than a gigabyte. For another device,
-    the host holds one parameter at a time. With a mesh, each host reads only the tensors of its
-    shards.
+    On a CPU, peak memory is that of the parameters plus one tensor for each of up to 16 threads.
+    For another device, the host holds one parameter at a time. With a mesh, each process reads only
+    the tensors of its shards, and each of these once.
 
     Args:
         path: a folder, a snapshot of the hub's cache, or a hub id that is in this cache
@@ -92,8 +93,12 @@ def load_weights(
     kernels: str = "auto",
     quiet: bool = False,
     packed: bool = False,
+    fsdp: bool = False,
 ) -> Transformer:
-    """Load the model of a folder that is open. Arguments and errors as `load`."""
+    """Load the model of a folder that is open. Arguments and errors as `load`.
+
+    Args: fsdp: shard parameters along "data" too, as `Layout.fsdp`.
+    """
     dtype = None if dtype is None else np.dtype(dtype)
     if dtype not in (None, np.float32, BF16):
         raise ValueError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
@@ -108,39 +113,51 @@ def load_weights(
     graphdef, state = nnx.split(abstract(folder.cfg, execution, prepared))
 
     # 2. What each parameter is read from, how it is kept, and which device has which part of it.
-    sources = _sources(folder)
+    groups = _groups(folder, nnx.to_flat_state(state))
+    sources = {path: group for paths, group in groups.items() for path in paths}
     flat = {
         path: variable.replace(_form(folder, sources[path], path, variable, dtype, packed))
         for path, variable in nnx.to_flat_state(state)
     }
-    shardings = dict(nnx.to_flat_state(state_sharding(nnx.from_flat_state(flat), mesh)))
+    where = dict(nnx.to_flat_state(state_sharding(nnx.from_flat_state(flat), mesh, fsdp=fsdp)))
 
-    # 3. One parameter after the other: the host holds no second one.
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(flat))
-    with transfer("loading", total, quiet=quiet) as advance:
-        for path, variable in flat.items():
-            wanted = variable.get_value()
-            where = shardings[path].get_value()
-            read = _read_packed if isinstance(wanted, Packed) else _read_plain
-            value = read(folder, sources[path], wanted, where)
-            flat[path] = variable.replace(value)
-            advance(sum(x.nbytes for x in jax.tree.leaves(value)))
+    # 3. One parameter after the other, each by several threads: the host holds no second one.
+    total = sum(math.prod(entry.shape) for group in groups.values() for entry in group)
+    with (
+        transfer("loading", total, quiet=quiet) as advance,
+        ThreadPoolExecutor(MAX_THREADS) as pool,
+    ):
+        for paths, group in groups.items():
+            forms = {path: flat[path].get_value() for path in paths}
+            parts = {
+                path: jax.tree.map(Parts, form, where[path].get_value())
+                for path, form in forms.items()
+            }
+            for count in pool.map(partial(_read, folder, forms, parts), group):
+                advance(count)
+            for path in paths:
+                value = jax.tree.map(Parts.whole, parts.pop(path))
+                flat[path] = flat[path].replace(jax.block_until_ready(value))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _sources(folder: ReleasedFolder) -> dict[tuple, Sources]:
-    """Return the released tensors of each parameter; copies of others are not read."""
-    sources: dict[tuple, Sources] = defaultdict(list)
+def _groups(folder: ReleasedFolder, flat: Any) -> dict[tuple[tuple, ...], list[Entry]]:
+    """Return parameters with the released tensors that fill them; copies of others are not read.
+
+    A group is one parameter, or two whose parts are in the same tensors, as keys and values. A
+    router without a bias, or indexers that no layer uses, have no tensor.
+    """
+    groups: dict[tuple[tuple, ...], list[Entry]] = defaultdict(list)
     for entry in folder.entries.values():
         if entry.copy_of is None:
-            for part, param_slice in enumerate(entry.slices):
-                sources[param_slice.path].append((entry, part))
-    return sources
+            groups[tuple(part.path for part in entry.slices)].append(entry)
+    filled = {path for paths in groups for path in paths}
+    return groups | {(path,): [] for path, _ in flat if path not in filled}
 
 
 def _form(
     folder: ReleasedFolder,
-    sources: Sources,
+    sources: list[Entry],
     path: tuple,
     variable: nnx.Variable,
     dtype: np.dtype | None,
@@ -155,93 +172,91 @@ def _form(
         return jax.ShapeDtypeStruct(variable.shape, READABLE_DTYPES[0])
 
     # The widest that a source needs. A model may have indexers that no layer uses: no source.
-    needed = [folder.own_dtype(entry) for entry, _ in sources]
+    needed = [folder.own_dtype(entry) for entry in sources]
     widest = max(needed, key=lambda own: own.itemsize, default=READABLE_DTYPES[0])
     return jax.ShapeDtypeStruct(variable.shape, dtype or widest)
 
 
-def _packed_form(folder: ReleasedFolder, sources: Sources, lead: tuple[int, ...]) -> Packed | None:
+def _packed_form(
+    folder: ReleasedFolder, sources: list[Entry], lead: tuple[int, ...]
+) -> Packed | None:
     """Return the form of a parameter whose matrices are all packed in the same way, else None."""
-    kinds = {tuple((x.shape, x.dtype) for x in folder.packed(entry) or ()) for entry, _ in sources}
+    kinds = {tuple((x.shape, x.dtype) for x in folder.packed(entry) or ()) for entry in sources}
     if len(kinds) != 1 or kinds == {()}:
         return None
     [kind] = kinds
     return Packed(*(jax.ShapeDtypeStruct((*lead, *shape), own) for shape, own in kind))
 
 
-def _read_plain(
-    folder: ReleasedFolder, sources: Sources, wanted: jax.ShapeDtypeStruct, where: Any
-) -> jax.Array:
-    """Read a parameter of floats onto its devices."""
-    return _to_devices(
-        lambda entry: entry.split(folder.read(entry, wanted.dtype)), sources, wanted, where
-    )
-
-
-def _read_packed(folder: ReleasedFolder, sources: Sources, wanted: Packed, where: Packed) -> Packed:
-    """Read both parts of a packed parameter onto their devices."""
-
-    def numbers(entry: Entry) -> list[np.ndarray]:
-        folder.read(entry, BF16)  # refuses NaN and Inf
-        return [_packed(folder, entry).numbers]
-
-    def scales(entry: Entry) -> list[np.ndarray]:
-        return [_packed(folder, entry).scales]
-
-    return Packed(
-        _to_devices(numbers, sources, wanted.numbers, where.numbers),
-        _to_devices(scales, sources, wanted.scales, where.scales),
-    )
-
-
-def _packed(folder: ReleasedFolder, entry: Entry) -> Packed:
-    packed = folder.packed(entry)
-    assert packed is not None, entry.name  # its form says so
-    return packed
-
-
-def _to_devices(
-    parts: Callable[[Entry], list[np.ndarray]],
-    sources: Sources,
-    wanted: jax.ShapeDtypeStruct,
-    where: Any,
-) -> jax.Array:
-    """Read a parameter, shard by shard. `parts` and `sources`: as `_read_shard`."""
-    shards: dict[str, np.ndarray] = {}  # a replicated parameter is read once for all devices
-
-    def shard(index: Any) -> np.ndarray:
-        if str(index) not in shards:
-            shards[str(index)] = _read_shard(parts, sources, wanted, index)
-        return shards[str(index)]
-
-    return jax.block_until_ready(jax.make_array_from_callback(wanted.shape, where, shard))
-
-
-def _read_shard(
-    parts: Callable[[Entry], list[np.ndarray]],
-    sources: Sources,
-    wanted: jax.ShapeDtypeStruct,
-    shard: tuple[slice, ...],
-) -> np.ndarray:
-    """Read one shard of a parameter.
+class Parts:
+    """The parts of an array that this process's devices hold, filled by one tensor after another.
 
     Args:
-        parts: reads a released tensor, as slices of our parameters.
-        sources: the released tensors that fill the parameter.
-        wanted: the parameter's shape and dtype.
-        shard: a slice for each of its axes.
+        wanted: the array's shape and dtype.
+        where: its sharding. A part that several devices hold is here once.
     """
-    ranges = [range(*s.indices(n)) for s, n in zip(shard, wanted.shape, strict=True)]
 
-    # Zeros remain where a router has no bias, or a layer no indexer.
-    out = _zeros([len(r) for r in ranges], wanted.dtype)
-    for entry, part in sources:
-        # The layer, and the expert, whose matrix this is: other hosts' are not read.
-        indices = entry.slices[part].indices
-        if all(i in r for i, r in zip(indices, ranges, strict=False)):
-            place = tuple(i - r.start for i, r in zip(indices, ranges, strict=False))
-            out[place] = parts(entry)[part][shard[len(indices) :]]
-    return out
+    def __init__(self, wanted: jax.ShapeDtypeStruct, where: jax.sharding.Sharding):
+        self._shape = wanted.shape
+        self._where = where
+        self._ranges: dict[str, list[range]] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        for index in where.addressable_devices_indices_map(wanted.shape).values():
+            assert index is not None
+            key = str(index)
+            sides = zip(index, wanted.shape, strict=True)
+            self._ranges[key] = [range(*side.indices(size)) for side, size in sides]
+
+            # Zeros remain where a router has no bias, or a layer no indexer.
+            lengths = [len(side) for side in self._ranges[key]]
+            self._arrays[key] = _zeros(lengths, wanted.dtype)
+
+    def holding(self, indices: tuple[int, ...]) -> list[str]:
+        """The parts that hold some of the matrix of a layer, or of its expert."""
+        return [
+            key
+            for key, ranges in self._ranges.items()
+            if all(i in side for i, side in zip(indices, ranges, strict=False))
+        ]
+
+    def fill(self, indices: tuple[int, ...], values: np.ndarray) -> None:
+        """Write the matrix of a layer, or of its expert, into all parts that hold some of it."""
+        for key in self.holding(indices):
+            ranges = self._ranges[key]
+            place = tuple(i - side.start for i, side in zip(indices, ranges, strict=False))
+            rest = tuple(slice(side.start, side.stop) for side in ranges[len(indices) :])
+            self._arrays[key][place] = values[rest]
+
+    def whole(self) -> jax.Array:
+        """The array on its devices."""
+        return jax.make_array_from_callback(
+            self._shape, self._where, lambda index: self._arrays[str(index)]
+        )
+
+
+def _read(
+    folder: ReleasedFolder, forms: dict[tuple, Any], parts: dict[tuple, Any], entry: Entry
+) -> int:
+    """Read a released tensor, if this process holds some of it, into the parts of its parameters.
+
+    Args:
+        forms: by path, a shape and dtype, or `Packed` of two.
+        parts: the same of `Parts`.
+    Returns: its number of values.
+    """
+    count = math.prod(entry.shape)
+    first = [jax.tree.leaves(parts[part.path])[0] for part in entry.slices]
+    if not any(p.holding(s.indices) for p, s in zip(first, entry.slices, strict=True)):
+        return count
+
+    # Once for all parameters; a packed one stays packed, and its NaN and Inf are refused, too.
+    form = forms[entry.slices[0].path]
+    stays = isinstance(form, Packed)
+    values = folder.read(entry, BF16 if stays else form.dtype)
+    found = [folder.packed(entry)] if stays else entry.split(values)
+    for part, value in zip(entry.slices, found, strict=True):
+        jax.tree.map(lambda p, v, at=part.indices: p.fill(at, v), parts[part.path], value)
+    return count
 
 
 def _zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:

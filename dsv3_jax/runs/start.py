@@ -103,9 +103,10 @@ def _open_released(place: str) -> Start:
     run = released_run(folder.path, folder.cfg, text)
 
     def load(job: Job) -> tuple[Transformer, str]:
-        if job.run.freezes:
-            return load_weights(folder, None, job.mesh, packed=True), ""
-        return load_weights(folder, jnp.float32, job.mesh), ""
+        freezes = job.run.freezes
+        dtype = None if freezes else jnp.float32
+        fsdp = job.run.execution.layout.fsdp
+        return load_weights(folder, dtype, job.mesh, packed=freezes, fsdp=fsdp), ""
 
     return Start(str(folder.path), run, text, True, load, four_bits=folder.four_bits)
 
