@@ -14,7 +14,7 @@ from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.table import DEVICES, Device
 from dsv3_jax.mesh import expert_parallel, rounds, sharding
-from dsv3_jax.ops import dispatch
+from dsv3_jax.ops import dispatch, routing
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -54,11 +54,11 @@ def sharded(cfg, layout, mesh, backend):
         y, sent = expert_parallel.grouped_swiglu(
             x, ids, gates, experts, kernels=kernels, cfg=cfg, layout=layout
         )
-        return (weight * y).sum(), (y, sent)
+        return (weight * y).sum(), (y, sent["tokens_sent"], sent.get("tokens_sent_far"))
 
     @jax.jit
     def run(*args):
-        (_, (y, sent)), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*args)
+        (_, (y, *sent)), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*args)
         return y, sent, grads
 
     def on_mesh(x, gates, experts, *args):
@@ -76,10 +76,10 @@ def sharded(cfg, layout, mesh, backend):
     return on_mesh
 
 
-def count_rounds(ids, data, peers, first, later):
+def count_rounds(ids, senders, peers, first, later):
     """Rounds after the first of the device that needs most; tokens go in turn while they fit."""
-    n, held, most = len(ids) // (data * peers), E // peers, 0
-    for sender, there in itertools.product(range(data * peers), range(peers)):
+    n, held, most = len(ids) // senders, E // peers, 0
+    for sender, there in itertools.product(range(senders), range(peers)):
         number, tokens, choices = 0, *first
         for chosen in np.asarray(ids)[sender * n : sender * n + n]:
             if here := sum(int(e) // held == there for e in chosen):
@@ -147,11 +147,64 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, exp
     for load, ids, sent in by_load(
         rng, sharded(CFG, layout, sharding.make_mesh(*sizes), backend), tokens
     ):
-        further[load] = count_rounds(ids, sizes[0], peers, size, later)
-        assert sent == pytest.approx(
+        further[load] = count_rounds(ids, sizes[0] * peers, peers, size, later)
+        assert sent[0] == pytest.approx(
             (size.tokens + further[load] * later.tokens) * (peers - 1) / n, rel=1e-6
         ), load
     assert further["even"] == 0 and (size, later, further["one device"]) == expected
+
+
+# Nodes along "expert", tokens, kernel. Several rounds, in both hops.
+HOPS = [
+    pytest.param((1, 8, 1), 2, 64, "ragged_dot", Layout(), id="2 x 4"),
+    pytest.param((1, 8, 1), 4, 64, "ragged_dot", MANY, marks=pytest.mark.long, id="4 x 2"),
+    pytest.param(
+        (2, 4, 1),
+        2,
+        64,
+        "blocks",
+        replace(MANY, fsdp=True),
+        marks=pytest.mark.long,
+        id="2 of 2 x 2",
+    ),
+    pytest.param((1, 4, 2), 2, 32, "ragged_dot", MANY, marks=pytest.mark.long, id="2 x 2, tensor"),
+]
+
+
+@pytest.mark.parametrize("sizes, nodes, tokens, backend, layout", HOPS)
+def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layout):
+    """Of all choices on one device, on one node, and on every one; the first hop sends the less."""
+    layout = replace(layout, expert_nodes=nodes)
+    per_node = E // nodes
+    n = tokens // (sizes[0] * sizes[1])
+    size = rounds.round_size(CFG, layout, n, nodes)
+    later = rounds.later_size(size, rounds.most_choices(K, per_node))
+    run = sharded(CFG, layout, sharding.make_mesh(*sizes), backend)
+    for load, ids, (sent, far) in by_load(rng, run, tokens):
+        further = count_rounds(ids, sizes[0] * sizes[1], nodes, size, later)
+        slots = size.tokens + further * later.tokens
+        assert far == pytest.approx(slots * (nodes - 1) / n, rel=1e-6), load
+        assert sent > far
+
+
+def test_a_round_brings_a_second_hop_no_slack_of_its_own():
+    """By even load its size is that of one hop among all devices, for the tokens of its node."""
+    for slack in (1.0, 1.25):
+        layout = Layout(capacity_slack=slack)
+        first = rounds.round_size(CFG, layout, 1000, 2)
+        spread = rounds.mean_reach(CFG, 8) / rounds.mean_reach(CFG, 2)
+        second = rounds.second_size(first, 2, 4, spread, most=2)
+        flat = rounds.round_size(CFG, layout, 2000, 8)
+        assert second.tokens == pytest.approx(flat.tokens, abs=3)
+        assert second.choices == pytest.approx(flat.choices, abs=3)
+
+
+def test_a_token_goes_to_as_many_nodes_as_it_has_groups(rng):
+    """Node-limited routing bounds the first hop: at most M = 2 of 8 nodes, each with a group."""
+    scores = jnp.asarray(rng.random((64, E)))
+    ids = routing.choose(scores, K, CFG.num_groups, CFG.groups_per_token, CFG.group_score)
+    table = rounds.peer_table(ids, E // CFG.num_groups, CFG.num_groups)
+    assert (table.choices > 0).sum(1).max() == CFG.groups_per_token
 
 
 def test_rounds_send_each_token_once_where_it_must_go(rng):

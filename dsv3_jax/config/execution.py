@@ -19,7 +19,7 @@ class Layout:
 
     Example:
         >>> Layout(fsdp=True)
-        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1)
     """
 
     # shard weights and optimizer state along data too; each layer is gathered when it is computed
@@ -29,9 +29,16 @@ class Layout:
     expert_comm: Literal["auto", "gather", "all_to_all"] = "auto"
     # for all_to_all: slots and rows of the first round, over what even load needs
     capacity_slack: Annotated[float, "[1, 1000000]"] = 1.25
+    # nodes along "expert", if they are several: a token goes once to each node that has one of its
+    # experts, and from there to its devices
+    expert_nodes: Annotated[int, "[1, 65536]"] = 1
 
     def __post_init__(self) -> None:
         check_fields(self, "layout ")
+        require(
+            self.expert_nodes == 1 or self.expert_comm != "gather",
+            f"layout expert_nodes={self.expert_nodes} needs all_to_all, not expert_comm='gather'",
+        )
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def replace(config: V, /, **changes: Any) -> V:
     Example:
         >>> from dsv3_jax.config import Layout
         >>> replace(Layout(), fsdp=True)
-        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1)
     """
     _check_names(type(config), changes)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
@@ -230,7 +230,7 @@ def to_dict(config: Any) -> dict:
     Example:
         >>> from dsv3_jax.config import Layout
         >>> to_dict(Layout())
-        {'fsdp': False, 'expert_comm': 'auto', 'capacity_slack': 1.25}
+        {'fsdp': False, 'expert_comm': 'auto', 'capacity_slack': 1.25, 'expert_nodes': 1}
     """
     return dataclasses.asdict(config)
 
@@ -243,7 +243,7 @@ def from_dict(kind: type[V], values: dict) -> V:
     Example:
         >>> from dsv3_jax.config import Layout
         >>> from_dict(Layout, {"fsdp": True})
-        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25)
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1)
     """
     _check_names(kind, values)
     hints = typing.get_type_hints(kind)

@@ -9,7 +9,7 @@ results depend on the mesh by the order of additions only.
 
     gather      peers gather one another's tokens; a reduce-scatter adds what each computed of them
     all_to_all  a token goes to the devices that hold its experts, once to each, in rounds of a
-                fixed size
+                fixed size; with `expert_nodes` in two hops, once to each node and on from there
     auto        `all_to_all` if a round of it is smaller than all the peers' tokens, else `gather`
 
 `all_to_all` is in token_exchange.py. Decoding's few tokens are always gathered. These two files
@@ -29,7 +29,7 @@ from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.rounds import round_size
 from dsv3_jax.mesh.sharding import row_axes, spec
-from dsv3_jax.mesh.token_exchange import Experts, all_to_all, to_local_ids
+from dsv3_jax.mesh.token_exchange import Experts, exchange, to_local_ids
 from dsv3_jax.ops.varying import as_varying
 
 # Names of the axes of w_gate, w_up and w_down, by which `sharding.RULES` shards them.
@@ -67,6 +67,8 @@ def pick_expert_comm(
     """
     if layout.expert_comm != "auto":
         return layout.expert_comm
+    if layout.expert_nodes > 1:
+        return "all_to_all"
     return "all_to_all" if round_size(cfg, layout, tokens, peers).tokens < tokens else "gather"
 
 
@@ -79,10 +81,11 @@ def grouped_swiglu(
     kernels: Kernels,
     cfg: ModelConfig,
     layout: Layout,
-) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
+) -> tuple[Float[Array, "n D"], dict[str, Float[Array, ""]]]:
     """Run `ops.dispatch.grouped_swiglu` on the mesh of the context.
 
-    Returns: (y, copies of a token sent to another device, mean over tokens).
+    Returns: (y, metrics: "tokens_sent", copies of a token sent to another device, mean over tokens;
+        with `expert_nodes` also "tokens_sent_far", those to another node).
     """
 
     def meet(
@@ -92,7 +95,7 @@ def grouped_swiglu(
         gates: Array,
         experts: Experts,
         turned: tuple[Array, ...] | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, dict[str, Array]]:
         tokens = x.shape[0]
         apart = how.peers > 1 and "expert" in how.rows
         comm = pick_expert_comm(cfg, layout, tokens, how.peers) if apart else "gather"
@@ -100,11 +103,13 @@ def grouped_swiglu(
             run = partial(kernels, "grouped_swiglu", complete=how.peers == 1)
             return _gathered(run, how, x, ids, gates, experts, turned)
 
-        size = round_size(cfg, layout, tokens, how.peers)
-        y, sent = all_to_all(x, ids, gates, experts, kernels=kernels, size=size)
+        y, by_hop = exchange(x, ids, gates, experts, kernels=kernels, cfg=cfg, layout=layout)
         if how.hidden:  # each device has a part of the hidden units
             y = jax.lax.psum(y, "tensor")
-        return y, sent
+        if len(by_hop) == 1:
+            return y, {"tokens_sent": by_hop[0]}
+        far, near = by_hop
+        return y, {"tokens_sent": far + near, "tokens_sent_far": far}
 
     turn = kernels.device.turns_experts and kernels.target.precision == "none"
     return _on_shards(meet, layout, x, expert_ids, gates, experts, turn=turn)
@@ -132,7 +137,7 @@ def _on_shards(
     gates: Array,
     experts: Experts,
     turn: bool = False,
-) -> tuple[Array, Array]:
+) -> tuple[Array, dict[str, Array]]:
     """Call `meet(how, x, ids, gates, experts)` on each device, whose experts have all of D.
 
     Args: turn: gathered experts go along transposed as well.
@@ -145,7 +150,7 @@ def _on_shards(
     )
     how = Sharded(rows, specs, mesh.shape["expert"])
 
-    def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, Array]:
+    def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, dict]:
         # Under fsdp a layer's experts are gathered here, in the layer's turn.
         turned = ()
         if how.gathered and turn:
@@ -171,7 +176,7 @@ def _gathered(
     gates: Array,
     experts: Experts,
     turned: tuple[Array, ...] | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, dict[str, Array]]:
     """(y of this device's tokens, copies of a token sent), by `run` on the tokens of all peers."""
     shared = how.peers > 1
     apart = shared and "expert" in how.rows
@@ -191,7 +196,7 @@ def _gathered(
         y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
     elif shared:
         y = jax.lax.psum(y, "expert")
-    return y, jnp.asarray(how.peers - 1.0 if apart else 0.0, jnp.float32)
+    return y, {"tokens_sent": jnp.asarray(how.peers - 1.0 if apart else 0.0, jnp.float32)}
 
 
 def _gather(

@@ -92,6 +92,25 @@ def later_size(size: RoundSize, most: int) -> RoundSize:
     return RoundSize(-(-size.tokens // 4), max(-(-size.choices // 4), most))
 
 
+def second_size(first: RoundSize, nodes: int, devices: int, spread: float, most: int) -> RoundSize:
+    """The size of a second hop's first round, from that of the round that brings its tokens.
+
+    That round has room for the slack already, which is not paid twice.
+
+    Args:
+        nodes, devices: number of nodes, and of devices in each of them.
+        spread: devices that a token goes to, over the nodes that it goes to.
+        most: choices of a token on a device, at most.
+
+    Example:
+        >>> second_size(RoundSize(500, 1000), nodes=2, devices=4, spread=2.0, most=8)
+        RoundSize(tokens=500, choices=500)
+    """
+    slots = min(nodes * first.tokens, math.ceil(nodes * first.tokens * spread / devices))
+    choices = min(slots * most, math.ceil(nodes * first.choices / devices))
+    return RoundSize(slots, max(most, choices))
+
+
 def wire_bytes(tokens_sent: float, cfg: ModelConfig, itemsize: int) -> float:
     """Bytes a token that one layer's forward pass sends, there and back.
 

@@ -88,6 +88,11 @@ def check_run(mesh: Mesh, run: RunConfig) -> None:
     if rows % math.prod(mesh.shape[axis] for axis in ROWS):
         given = f"batch_size/microbatches={rows} rows are"
         raise ConfigError(f"{given} not divisible by mesh {format_mesh(mesh)}")
+    nodes = run.execution.layout.expert_nodes
+    if mesh.shape["expert"] % nodes:
+        raise ConfigError(
+            f"layout.expert_nodes={nodes} does not divide expert={mesh.shape['expert']} of the mesh"
+        )
     check_model(mesh, run.model)
 
 

@@ -3,6 +3,7 @@
 P devices along the mesh axis "expert" hold E/P experts each, and n tokens each. A device adds its
 experts' weighted outputs for each token that it was sent, and one sum returns. `all_to_all` has
 static shapes, so it sends tokens in rounds of a fixed size, until all are sent: see rounds.py.
+Where several nodes are along the axis, it is used twice: between nodes, and inside each of them.
 
 This file and expert_parallel.py are the only ones with hand-written collectives.
 
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.rounds import (
     PeerTable,
@@ -25,8 +28,11 @@ from dsv3_jax.mesh.rounds import (
     count_rounds,
     in_round,
     later_size,
+    mean_reach,
     most_choices,
     peer_table,
+    round_size,
+    second_size,
 )
 from dsv3_jax.ops.varying import varying, zeros
 
@@ -104,9 +110,37 @@ to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
 from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
 
 
-def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
-    """Choices among this device's experts, from 0; others get the id after the last, and gate 0."""
-    ids = ids - jax.lax.axis_index("expert").astype(ids.dtype) * held
+class Hop(NamedTuple):
+    """The groups of devices along "expert" that exchange tokens."""
+
+    peers: int  # devices of a group, or nodes
+    held: int  # experts of each
+    stride: int = 1  # from one device of a group to the next, along the axis
+
+    @property
+    def groups(self) -> list[list[int]] | None:
+        """The numbers of the devices by group; None for one group of all."""
+        devices = jax.lax.axis_size("expert")
+        if self.peers == devices:
+            return None
+        numbers = np.arange(devices).reshape(-1, self.peers, self.stride)
+        return numbers.swapaxes(1, 2).reshape(-1, self.peers).tolist()
+
+    def own_index(self) -> Array:
+        """This device's number in its group."""
+        number = jax.lax.axis_index("expert")
+        return number if self.groups is None else number // self.stride % self.peers
+
+
+def to_local_ids(
+    ids: Array, gates: Array, held: int, index: Array | None = None
+) -> tuple[Array, Array]:
+    """Choices among this device's experts, from 0; others get the id after the last, and gate 0.
+
+    Args: index: of the device, or its node, among those that hold as many. None: along "expert".
+    """
+    index = jax.lax.axis_index("expert") if index is None else index
+    ids = ids - index.astype(ids.dtype) * held
     here = (ids >= 0) & (ids < held)
     return jnp.where(here, ids, held), jnp.where(here, gates, 0)
 
@@ -115,7 +149,65 @@ def to_local_ids(ids: Array, gates: Array, held: int) -> tuple[Array, Array]:
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
 
-# All to all, in rounds
+# What runs on the tokens of a round: (x, ids, gates, experts, the round's size) → their sums, and
+# what further hops have sent
+Run = Callable[[Array, Array, Array, Experts, RoundSize], tuple[Array, tuple[Array, ...]]]
+
+
+# All to all: in one hop, or by nodes
+
+
+def exchange(
+    x: Float[Array, "n D"],
+    expert_ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    experts: Experts,
+    *,
+    kernels: Kernels,
+    cfg: ModelConfig,
+    layout: Layout,
+) -> tuple[Float[Array, "n D"], tuple[Float[Array, ""], ...]]:
+    """Run `Kernels.grouped_swiglu` on this device's tokens and all experts, inside `shard_map`.
+
+    With `layout.expert_nodes` a token goes first to the device with this one's number in each node
+    that has one of its experts. That device sends it to the devices of its node, and adds up what
+    they return: the network between nodes carries a token once for each node.
+
+    Args: x, gates: vary along every axis along which the experts do, and the experts along theirs.
+    Returns: (y, copies of a token that each hop sends, empty slots included, mean over tokens).
+    Source: DeepSeek-V3 report, section 3.2.2.
+    """
+    n = x.shape[0]
+    peers = jax.lax.axis_size("expert")
+    held = experts[0].shape[0]
+    nodes = layout.expert_nodes
+
+    def here(hop: Hop) -> Run:
+        """This device's experts."""
+
+        def run(x: Array, ids: Array, gates: Array, experts: Experts, size: RoundSize) -> Any:
+            rows = hop.peers * size.choices
+            return kernels("grouped_swiglu", x, ids, gates, *experts, rows=rows), ()
+
+        return run
+
+    if nodes == 1:
+        flat = Hop(peers, held)
+        size = round_size(cfg, layout, n, peers)
+        return all_to_all(x, expert_ids, gates, experts, hop=flat, size=size, run=here(flat))
+
+    # The second hop, on what a round of the first one brings.
+    far = Hop(nodes, held * (peers // nodes), stride=peers // nodes)
+    near = Hop(peers // nodes, held)
+    spread = mean_reach(cfg, peers) / mean_reach(cfg, nodes)
+    most = most_choices(cfg.experts_per_token, held)
+
+    def inside(x: Array, ids: Array, gates: Array, experts: Experts, first: RoundSize) -> Any:
+        size = second_size(first, far.peers, near.peers, spread, most)
+        return all_to_all(x, ids, gates, experts, hop=near, size=size, run=here(near))
+
+    size = round_size(cfg, layout, n, nodes)
+    return all_to_all(x, expert_ids, gates, experts, hop=far, size=size, run=inside)
 
 
 def all_to_all(
@@ -124,10 +216,11 @@ def all_to_all(
     gates: Float[Array, "n K"],
     experts: Experts,
     *,
-    kernels: Kernels,
+    hop: Hop,
     size: RoundSize,
-) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
-    """Run `Kernels.grouped_swiglu` on this device's tokens and all experts, inside `shard_map`.
+    run: Run,
+) -> tuple[Float[Array, "n D"], tuple[Float[Array, ""], ...]]:
+    """Send this device's tokens to the peers of a hop, run there, and add up what returns.
 
     A device receives at most `size.choices` choices of each peer, so its arrays have P times as
     many rows, and not K for each token. All devices go through as many rounds as the one that needs
@@ -135,26 +228,25 @@ def all_to_all(
     later rounds again, a loop of unknown length.
 
     Args:
-        x, gates: vary along every axis along which the experts do, and the experts along theirs.
+        expert_ids: from 0 to P · held - 1; a larger one is a choice of another group.
         size: of the first round.
-    Returns: (y, copies of a token sent, empty slots included, mean over tokens).
+        run: on the tokens of a round.
+    Returns: as `exchange`.
     """
     n = x.shape[0]
-    peers = jax.lax.axis_size("expert")
-    held = experts[0].shape[0]
-    table = peer_table(expert_ids, held, peers)
+    table = peer_table(expert_ids, hop.held, hop.peers)
 
     # The first round, and how many more the device needs that needs most.
-    later = later_size(size, most_choices(expert_ids.shape[1], held))
-    none = Sent(zeros((1, peers), table.peer), zeros((1, peers), table.peer))
+    later = later_size(size, most_choices(expert_ids.shape[1], hop.held))
+    none = Sent(zeros((1, hop.peers), table.peer), zeros((1, hop.peers), table.peer))
     _, first = in_round(table, none, size)
     rounds = count_rounds(table, first, later)
     rounds = jax.lax.pmax(rounds, tuple(varying(rounds)))
 
     plan = Plan(expert_ids, table, none, first, rounds)
-    y = _rounds(kernels, (size, later), x, gates, experts, plan)
+    y, further = _rounds((run, hop, size, later), x, gates, experts, plan)
     slots = size.tokens + rounds * later.tokens
-    return y, slots.astype(jnp.float32) * ((peers - 1) / n)
+    return y, (slots.astype(jnp.float32) * ((hop.peers - 1) / n), *further)
 
 
 class Plan(NamedTuple):
@@ -171,80 +263,84 @@ def _round(
     plan: Plan,
     sent: Sent,
     size: RoundSize,
-    kernels: Kernels,
+    run: Run,
+    hop: Hop,
     x: Array,
     gates: Array,
     experts: Experts,
-) -> Array:
+) -> tuple[Array, tuple[Array, ...]]:
     """Send the tokens of a round to their experts, and add up what returns."""
     table = plan.table
-    peers = sent.tokens.size
 
     # The slot of each token's first choice on a device; other choices there share it.
     now_nP, _ = in_round(table, sent, size)
     now_nK = jnp.take_along_axis(now_nP, table.peer, axis=1)
     rank_nK = jnp.take_along_axis(table.tokens_so_far - sent.tokens - 1, table.peer, axis=1)
-    slots = peers * size.tokens
+    if hop.groups is not None:  # choices of other groups have no peer here
+        now_nK &= table.peer < hop.peers
+    slots = hop.peers * size.tokens
     slot_nK = jnp.where(now_nK & table.first, table.peer * size.tokens + rank_nK, slots)
     buffer = _send_buffer(slot_nK, slots)
 
     # There: rows, gates and ids. An empty slot has the expert -1, which no device holds.
     across = partial(
-        jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True
+        jax.lax.all_to_all,
+        axis_name="expert",
+        split_axis=0,
+        concat_axis=0,
+        axis_index_groups=hop.groups,
+        tiled=True,
     )
     x_sD = across(to_slots(x, buffer))
     gates_sK = across(to_slots(gates, buffer))
     ids_sK = across(_fetch(plan.expert_ids + 1, buffer.token)) - 1
-    ids_sK, gates_sK = to_local_ids(ids_sK, gates_sK, experts[0].shape[0])
+    ids_sK, gates_sK = to_local_ids(ids_sK, gates_sK, hop.held, hop.own_index())
 
-    # This device's experts, and the sums back.
-    y_sD = kernels("grouped_swiglu", x_sD, ids_sK, gates_sK, *experts, rows=peers * size.choices)
-    return from_slots(across(y_sD), buffer)
+    # The experts there, and the sums back. What further hops send is of slots; here of own tokens.
+    y_sD, further = run(x_sD, ids_sK, gates_sK, experts, size)
+    further = tuple(copies * (slots / x.shape[0]) for copies in further)
+    return from_slots(across(y_sD), buffer), further
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+Static = tuple[Run, Hop, RoundSize, RoundSize]  # and the sizes of the first round and later ones
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounds(
-    kernels: Kernels,
-    sizes: tuple[RoundSize, RoundSize],
-    x: Array,
-    gates: Array,
-    experts: Experts,
-    plan: Plan,
-) -> Array:
-    return _rounds_fwd(kernels, sizes, x, gates, experts, plan)[0]
+    static: Static, x: Array, gates: Array, experts: Experts, plan: Plan
+) -> tuple[Array, tuple[Array, ...]]:
+    return _rounds_fwd(static, x, gates, experts, plan)[0]
 
 
 def _rounds_fwd(
-    kernels: Kernels,
-    sizes: tuple[RoundSize, RoundSize],
-    x: Array,
-    gates: Array,
-    experts: Experts,
-    plan: Plan,
-) -> tuple[Array, tuple]:
+    static: Static, x: Array, gates: Array, experts: Experts, plan: Plan
+) -> tuple[Any, tuple]:
+    run, hop, size, later = static
+
     # The first round keeps what its gradient needs.
-    first = partial(_round, plan, plan.none, sizes[0], kernels)
-    y, pull_back = jax.vjp(first, x, gates, experts)
+    first = partial(_round, plan, plan.none, size, run, hop)
+    y, pull_back, further = jax.vjp(first, x, gates, experts, has_aux=True)
 
-    def add_later(y: Array, sent: Sent) -> Array:
-        return y + _round(plan, sent, sizes[1], kernels, x, gates, experts)
+    def add_later(total: Any, sent: Sent) -> Any:
+        found = _round(plan, sent, later, run, hop, x, gates, experts)
+        return jax.tree.map(jnp.add, total, found)
 
-    y = _later_rounds(add_later, y, plan, sizes[1])
-    return y, (pull_back, x, gates, experts, plan)
+    found = _later_rounds(add_later, (y, further), plan, later)
+    return found, (pull_back, x, gates, experts, plan)
 
 
-def _rounds_bwd(
-    kernels: Kernels, sizes: tuple[RoundSize, RoundSize], saved: tuple, dy: Array
-) -> tuple[Array, Array, Experts, None]:
+def _rounds_bwd(static: Static, saved: tuple, d: tuple) -> tuple[Array, Array, Experts, None]:
+    run, hop, _, size = static
     pull_back, x, gates, experts, plan = saved
+    dy, _ = d
 
     # The later rounds are computed again, each with its gradient.
     def add_later(total: tuple, sent: Sent) -> tuple:
-        later = partial(_round, plan, sent, sizes[1], kernels)
-        _, pull_back = jax.vjp(later, x, gates, experts)
+        later = partial(_round, plan, sent, size, run, hop)
+        _, pull_back, _ = jax.vjp(later, x, gates, experts, has_aux=True)
         return jax.tree.map(jnp.add, total, pull_back(dy))
 
-    dx, d_gates, d_experts = _later_rounds(add_later, pull_back(dy), plan, sizes[1])
+    dx, d_gates, d_experts = _later_rounds(add_later, pull_back(dy), plan, size)
     return dx, d_gates, d_experts, None
 
 

@@ -135,8 +135,8 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerRouting, dict[str, Array]]:
         """Training, prefill or decoding, by the context.
 
-        Returns: (y, what the router did, metrics: "dropped", the share of assignments; and
-            "tokens_sent", a token's copies that go to other devices).
+        Returns: (y, what the router did, metrics: "dropped", the share of assignments; and as
+            `mesh.expert_parallel.grouped_swiglu`, a token's copies that go to other devices).
         """
         # Each token's experts, as rows of one long sequence: experts know no batch.
         routed, metrics = self.route(x, ctx)
@@ -150,37 +150,38 @@ class MoE(nnx.Module):
         y = y.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x, ctx)
-        return y, routed, {**metrics, "dropped": dropped, "tokens_sent": sent}
+        return y, routed, {**metrics, "dropped": dropped, **sent}
 
     @jax.named_scope("experts")
     def _run_experts(
         self, x: Array, ids: Array, gates: Array, ctx: Context
-    ) -> tuple[Array, Array, Array]:
-        """(y [tokens, D], share of assignments dropped, copies of a token that are sent away)."""
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """(y [tokens, D], share of assignments dropped, metrics of what is sent away)."""
         cfg = self.cfg
         how = ctx.how
         none = jnp.zeros((), jnp.float32)
+        nothing_sent = {"tokens_sent": none}
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
         args = (x, ids, gates)
 
         # Experts with room for a share of the tokens: what does not fit is dropped.
         if cfg.capacity_factor is not None and how.mode == "train":
             y, dropped = ctx.run("capacity_swiglu", *args, *experts, factor=cfg.capacity_factor)
-            return y, dropped, none
+            return y, dropped, nothing_sent
 
         # So few tokens that most experts are not chosen: only the chosen ones' weights are read.
         few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
         if how.mode == "decode" and few:
             if not on_mesh():
-                return ctx.run("decode_experts", *args, *experts), none, none
+                return ctx.run("decode_experts", *args, *experts), none, nothing_sent
             y = expert_parallel.decode_experts(
                 *args, experts, kernels=how.kernels, layout=how.layout
             )
-            return y, none, none
+            return y, none, nothing_sent
 
         # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts lie.
         if not on_mesh():
-            return ctx.run("grouped_swiglu", *args, *experts, complete=True), none, none
+            return ctx.run("grouped_swiglu", *args, *experts, complete=True), none, nothing_sent
         y, sent = expert_parallel.grouped_swiglu(
             *args, experts, kernels=how.kernels, cfg=cfg, layout=how.layout
         )

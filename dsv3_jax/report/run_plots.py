@@ -41,7 +41,9 @@ PANELS = (
     ("Gradient norm, before clipping", "L2 norm", (("grad_norm", "train", "this"),)),
     ("Speed", "tokens a second", (("tokens_per_s", "train", "this"),)),
     ("MTP drafts accepted", "share", (("mtp_acceptance", "head", "heads"),)),
-    ("Tokens sent to other devices", "copies a token", (("tokens_sent", "train", "this"),)),
+    ("Tokens sent to other devices", "copies a token", (
+        ("tokens_sent", "train", "this"), ("tokens_sent_far", "to other nodes", "heads"),
+    )),
 )  # fmt: skip
 # Few, so they have a marker
 OF_EVALUATIONS = {

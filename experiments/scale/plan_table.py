@@ -27,6 +27,7 @@ TRAIN = [
     ("h800", dict(data=128, expert=16), dict(fsdp=True, expert_comm="gather")),
     ("h800", dict(data=128, expert=16), dict(fsdp=True, expert_comm="all_to_all")),
     ("h800", dict(data=32, expert=64), dict(fsdp=True, expert_comm="all_to_all")),
+    ("h800", dict(data=32, expert=64), dict(fsdp=True, expert_nodes=8)),
     ("h800", dict(data=8, expert=64, tensor=4), dict(fsdp=True, expert_comm="all_to_all")),
     ("v5p", dict(data=32, expert=16), dict(fsdp=True, expert_comm="all_to_all")),
     ("v5p", dict(data=8, expert=64), dict(fsdp=True, expert_comm="all_to_all")),
@@ -99,7 +100,7 @@ def case(device: str, mesh: dict, layout: dict, **more: Any) -> dict:
 
 def cases() -> list[tuple[str, str, dict]]:
     """Return all cases: (group, key in the results, arguments of `case`)."""
-    train = [("train", lay["expert_comm"], d, m, lay, {}) for d, m, lay in TRAIN]
+    train = [("train", lay.get("expert_comm", "two hops"), d, m, lay, {}) for d, m, lay in TRAIN]
     decode = [
         ("decode", f"{rows} sequences of {context}", d, m, {}, dict(rows=rows, context=context))
         for d, m, rows, context in DECODE
