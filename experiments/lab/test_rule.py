@@ -83,7 +83,7 @@ def left_over(there):
     """Return the projection of runs on what neither variant nor seed explains."""
     variants, seeds = np.nonzero(there)
     design = np.concatenate([np.eye(len(there))[variants], np.eye(there.shape[1])[seeds]], 1)
-    return np.eye(len(design)) - design @ np.linalg.pinv(design)
+    return np.eye(len(design)) - design @ np.linalg.pinv(design, rcond=1e-9)
 
 
 def spread(grids):
