@@ -19,7 +19,13 @@ from runs import assert_bitwise, make_run, refused, unhooked_cli
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs import checkpoint, checksums
 from dsv3_jax.runs.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed, load_run
-from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, write_manifest
+from dsv3_jax.runs.checksums import (
+    LATE,
+    MANIFEST,
+    find_damage,
+    read_manifest,
+    write_manifest,
+)
 from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.training import optim
@@ -91,10 +97,10 @@ def test_a_checkpoint_is_never_half_there(run, monkeypatch):
 
 
 def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
-    def fail(folder):
+    def fail(self):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    monkeypatch.setattr(Checkpoints, "_sync", fail)
     with (
         pytest.raises(
             SaveFailed,
@@ -175,7 +181,38 @@ def test_damage_is_named_by_file(run, tmp_path):
         damage(folder)
         found = find_damage(folder)
         assert f"{folder}/" in found and "\n" not in found and len(found) < 300
-        assert ("the guide to training says how to make another" in found) == (number > 2)
+        assert ("the guide to training says how to make another" in found) == (number == 3)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_each_process_lists_and_checks_its_share(run, count):
+    """Each file is in one share, where its damage is found. Without a share nothing is checked."""
+    folder = last(run)
+    listed = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).unlink()
+    for index in range(count):
+        assert read_manifest(folder) is None
+        write_manifest(folder, index, count)
+    assert read_manifest(folder) == listed
+    for name in (next(iter(listed)), array_file(folder).relative_to(folder).as_posix()):
+        flip(folder / name)
+        found = [find_damage(folder, index, count) for index in range(count)]
+        assert sorted(found) == [""] * (count - 1) + [find_damage(folder)] and name in max(found)
+        flip(folder / name)
+    array_file(folder).unlink()
+    assert find_damage(folder)
+    (folder / f"checksums.1-of-{count}.json").unlink()
+    assert find_damage(folder) == "" and read_manifest(folder) is None
+
+
+def test_a_checkpoint_without_checksums_is_there(run, capsys):
+    """A process that dies before it has written them leaves a checkpoint that was not checked."""
+    (last(run) / MANIFEST).unlink()
+    with Checkpoints(run, RUN) as checkpoints:
+        assert checkpoints.rewind() == [] and checkpoints.restore()[1]["offset"] == LAST
+    assert unhooked_cli().main(["runs", "check", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "step 4: whole" in said and "step 8: not checked" in said
 
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monkeypatch):

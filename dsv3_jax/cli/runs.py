@@ -38,7 +38,7 @@ def check_folder(argv: list[str]) -> int:
     """
     args = parse(Check, argv, "runs check")
     from dsv3_jax.runs.checkpoint import steps_of
-    from dsv3_jax.runs.checksums import find_damage
+    from dsv3_jax.runs.checksums import find_damage, read_manifest
     from dsv3_jax.runs.folder import read_run
 
     # Every file of every checkpoint is compared with its checksum.
@@ -53,8 +53,9 @@ def check_folder(argv: list[str]) -> int:
         if not folder.exists():  # a trainer deleted it meanwhile
             continue
         damaged += bool(damage)
+        state = "damaged" if damage else "whole" if read_manifest(folder) else "not checked"
         size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-        print(f"step {step}: {'damaged' if damage else 'whole'}, {format_bytes(size)}")
+        print(f"step {step}: {state}, {format_bytes(size)}")
         if damage:
             text_console().print(f"  {damage}")
     if not steps:

@@ -6,14 +6,16 @@ moment leaves the checkpoint before. An old one is renamed before its files are 
 half there either. The next start deletes the remains of a dead run. Checkpoints are independent of
 the mesh.
 
-A checkpoint is compared with its checksums before it is read. A reader refuses a damaged one,
-because results must be of the step that was asked for. Training resumes from the newest one that is
-whole (`Checkpoints.rewind`).
+A checkpoint is compared with its checksums before it is read. Of several processes each reads its
+share of the files, when the checkpoint is complete and when it is compared. A reader refuses a
+damaged one, because results must be of the step that was asked for. Training resumes from the
+newest one that is whole (`Checkpoints.rewind`).
 """
 
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from dsv3_jax.host.files import check_name, sync
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.runs.checksums import find_damage, write_manifest
+from dsv3_jax.runs.checksums import ARRAYS, find_damage, write_manifest
 from dsv3_jax.runs.folder import check_registered, read_run
 from dsv3_jax.runs.orbax_noise import silence
 from dsv3_jax.runs.saved_state import read_state, to_save
@@ -85,9 +87,11 @@ class Checkpoints:
         self._optimizer = optimizer
         self._read_only = read_only
         # Process 0 calls back when the files of all processes are complete, before the renaming.
-        options = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+        options = ocp.AsyncOptions(post_finalization_callback=self._sync)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._saving: int | None = None  # the step of the last `save`
+        self._pool = ThreadPoolExecutor(1)
+        self._sealed: Future | None = None  # done when that step has its checksums
         self._damage = cache(self._find_damage)  # the files of a checkpoint are read once
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,19 +103,21 @@ class Checkpoints:
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             with self._named_errors():
-                self._orbax.close()
+                self._wait()
             self._tidy(self.run.keep)
         except SaveFailed:
             if kind is None:  # otherwise the error that ends the run says more
                 raise
         finally:
+            self._pool.shutdown()
+            self._orbax.close()
             self._tidy()
 
     @property
     def latest(self) -> int | None:
         """Step of the last checkpoint; None before the first. Waits for one that is in writing."""
         with self._named_errors():
-            self._orbax.wait_until_finished()
+            self._wait()
         return max(steps_of(self.folder), default=None)
 
     def save(self, state: TrainState, data: dict[str, Any], *, wait: bool = False) -> None:
@@ -122,18 +128,30 @@ class Checkpoints:
         """
         args = to_save(state, data, self.run)
         with self._named_errors():
-            self._orbax.wait_until_finished()  # raises the error of the save before
+            self._wait()  # raises the error of the save before
             self._tidy(self.run.keep)
             self._saving = int(state.step)
             self._orbax.save(self.folder / str(self._saving), args=args)
+            self._sealed = self._pool.submit(self._seal, self.folder / str(self._saving))
             if wait:
-                self._orbax.wait_until_finished()
+                self._wait()
 
-    def _write_manifest(self) -> None:
+    def _wait(self) -> None:
+        """Wait for the last save and its checksums. Raises: their error, once."""
+        sealed, self._sealed = self._sealed, None
+        if sealed is not None:
+            sealed.result()
+
+    def _seal(self, folder: Path) -> None:
+        self._orbax.wait_until_finished()  # in all processes the checkpoint is complete then
+        write_manifest(folder, jax.process_index(), jax.process_count())
+
+    def _sync(self) -> None:
+        """Wait until all files of a checkpoint are on the disk, before it gets its name."""
         folder = next(self.folder.glob(f"{self._saving}{PART}*"), self.folder / str(self._saving))
-        if not (folder / "state" / "manifest.ocdbt").is_file():  # without it Orbax reads no array
-            raise OSError("Orbax has not written state/manifest.ocdbt")
-        write_manifest(folder)
+        if not (folder / ARRAYS).is_file():
+            raise OSError(f"Orbax has not written {ARRAYS}")
+        sync(*folder.rglob("*"), folder)
 
     def _tidy(self, keep: int | None = None) -> None:
         """Delete remains of failed saves, and all checkpoints but the last `keep`; None: none."""
@@ -197,9 +215,10 @@ class Checkpoints:
         (self.folder / name).rename(self.folder / aside)
 
     def _find_damage(self, step: int) -> str:
-        """As `find_damage`. Process 0 reads the files, and all processes get its answer."""
-        found = find_damage(self.folder / str(step)) if processes.is_first() else ""
-        return processes.gather(found.encode())[0].decode()
+        """As `find_damage`; each process reads its share, and all get the first by name."""
+        share = jax.process_index(), jax.process_count()
+        found = processes.gather(find_damage(self.folder / str(step), *share).encode())
+        return min(filter(None, found), default=b"").decode()
 
     def _require(self, step: int, steps: list[int]) -> int:
         """Return `step`.

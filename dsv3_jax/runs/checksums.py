@@ -1,32 +1,55 @@
 """The checksums of a checkpoint's files, by which damage is found before they are read.
 
-The file checksums.json of a checkpoint lists the size and CRC-32 of all others, and is complete
-before the checkpoint gets its name. A CRC-32 finds each flipped bit and each burst of up to 32
-bits; other damage passes once in 4 billion. It does not stop an attacker.
+They are written once the checkpoint is complete, in files of their own that list the size and
+CRC-32 of the others: checksums.json, or with several processes checksums.I-of-N.json, each the
+share of one process. A checkpoint whose lists are not all there was not checked, and is read as it
+is. A CRC-32 finds each flipped bit and each burst of up to 32 bits; other damage passes once in
+4 billion. It does not stop an attacker.
 """
 
 import json
 import os
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.host.files import open_file, read_json, sync
+from dsv3_jax.host.files import open_file, read_json, write_atomic
 
 MANIFEST = "checksums.json"
 # Orbax completes its two later; nothing reads them
 LATE = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
+ARRAYS = "state/manifest.ocdbt"  # without it Orbax reads no array
+_SHARE = re.compile(r"checksums\.(\d+)-of-(\d+)\.json")
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint's folder whose other files are complete; sync them all."""
-    (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=0) + "\n")
-    sync(*folder.rglob("*"), folder)
+def write_manifest(folder: Path, index: int = 0, count: int = 1) -> None:
+    """Write the checksums of a complete checkpoint's files, or of each `count`-th from `index`."""
+    name = MANIFEST if count == 1 else f"checksums.{index}-of-{count}.json"
+    found = _checksums(folder, _names(folder)[index::count])
+    write_atomic(folder / name, json.dumps(found, indent=0) + "\n")
 
 
-def find_damage(folder: Path) -> str:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read all checksums of a checkpoint; None if they were not written to their end.
+
+    Raises: OSError or ValueError if one of the files cannot be read.
+    """
+    names = os.listdir(folder)
+    if MANIFEST in names:
+        return read_json(folder / MANIFEST)
+    shares = {name: int(found[2]) for name in names if (found := _SHARE.fullmatch(name))}
+    if not shares or len(shares) != max(shares.values()):
+        return None
+    return {key: of for name in shares for key, of in read_json(folder / name).items()}
+
+
+def find_damage(folder: Path, index: int = 0, count: int = 1) -> str:
     """Describe the first file of a checkpoint that is not as it was written; "" if all are.
+
+    Args: index, count: of the files by name, check each `count`-th from `index`. The others are for
+        other processes.
 
     Example:
         >>> import tempfile
@@ -40,17 +63,19 @@ def find_damage(folder: Path) -> str:
     """
     # The sizes come first: a file of another size is not read.
     try:
-        expected = read_json(folder / MANIFEST)
+        expected = read_manifest(folder)
+        if expected is None:
+            return "" if (folder / ARRAYS).is_file() else f"file={str(folder / ARRAYS)!r} is absent"
         sizes = {name: of[0] for name, of in expected.items() if isinstance(of, list) and of}
-        found = _checksums(folder, sizes)
+        there = _names(folder)
+        names = sorted(expected.keys() | set(there))[index::count]
+        found = _checksums(folder, sorted({*names} & {*there}), sizes)
     except (OSError, ValueError) as error:
-        remedy = (
-            "; the guide to training says how to make another" if MANIFEST in str(error) else ""
-        )
-        return f"a file is not readable: {error}{remedy}"
+        remedy = "; the guide to training says how to make another"
+        return f"a file is not readable: {error}{remedy if 'checksums.' in str(error) else ''}"
 
     # The first by name of the files that differ, are absent, or were added.
-    for name in sorted(expected.keys() | found.keys()):
+    for name in names:
         if expected.get(name) != found.get(name):
             what = (
                 "damaged: its size or checksum is not the one that was written"
@@ -61,13 +86,10 @@ def find_damage(folder: Path) -> str:
     return ""
 
 
-def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, list[int]]:
-    """Name → [size, CRC-32] of a checkpoint's files.
+def _names(folder: Path) -> list[str]:
+    """The files of a checkpoint that have checksums, in order.
 
     Names that begin with a dot belong to other programs, as a file server.
-
-    Args: sizes: those that are expected; a file of another size is not read, for it may be of any
-        size.
     """
 
     def fail(error: OSError) -> None:  # else a folder that cannot be listed would seem to be empty
@@ -79,8 +101,18 @@ def _checksums(folder: Path, sizes: dict[str, Any] | None = None) -> dict[str, l
         for name in names
         if name[0] != "."
     )
-    names = sorted({path.relative_to(folder).as_posix() for path in paths}.difference(LATE))
+    names = {path.relative_to(folder).as_posix() for path in paths}
+    return sorted(name for name in names.difference(LATE) if not _SHARE.fullmatch(name))
 
+
+def _checksums(
+    folder: Path, names: list[str], sizes: dict[str, Any] | None = None
+) -> dict[str, list[int]]:
+    """Name → [size, CRC-32] of a checkpoint's files.
+
+    Args: sizes: those that are expected; a file of another size is not read, for it may be of any
+        size.
+    """
     # Threads: neither reading nor CRC-32 holds the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         found = pool.map(
