@@ -25,7 +25,7 @@ _SHARE = re.compile(r"checksums\.(\d+)-of-(\d+)\.json")
 
 
 def write_manifest(folder: Path, index: int = 0, count: int = 1) -> None:
-    """Write the checksums of a complete checkpoint's files, or of each `count`-th from `index`."""
+    """Write the checksums of a complete checkpoint's files, or of one process's share of them."""
     name = MANIFEST if count == 1 else f"checksums.{index}-of-{count}.json"
     found = _checksums(folder, _names(folder)[index::count])
     write_atomic(folder / name, json.dumps(found, indent=0) + "\n")
@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def find_damage(folder: Path, index: int = 0, count: int = 1) -> str:
     """Describe the first file of a checkpoint that is not as it was written; "" if all are.
 
-    Args: index, count: of the files by name, check each `count`-th from `index`. The others are for
+    Args: index, count: of the files by size, check each `count`-th from `index`. The others are for
         other processes.
 
     Example:
@@ -68,7 +68,7 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> str:
             return "" if (folder / ARRAYS).is_file() else f"file={str(folder / ARRAYS)!r} is absent"
         sizes = {name: of[0] for name, of in expected.items() if isinstance(of, list) and of}
         there = _names(folder)
-        names = sorted(expected.keys() | set(there))[index::count]
+        names = sorted([*there, *sorted(expected.keys() - set(there))][index::count])
         found = _checksums(folder, sorted({*names} & {*there}), sizes)
     except (OSError, ValueError) as error:
         remedy = "; the guide to training says how to make another"
@@ -87,7 +87,7 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a checkpoint that have checksums, in order.
+    """The files of a checkpoint that have checksums, the largest first: shares are of like size.
 
     Names that begin with a dot belong to other programs, as a file server.
     """
@@ -101,8 +101,9 @@ def _names(folder: Path) -> list[str]:
         for name in names
         if name[0] != "."
     )
-    names = {path.relative_to(folder).as_posix() for path in paths}
-    return sorted(name for name in names.difference(LATE) if not _SHARE.fullmatch(name))
+    names = {path.relative_to(folder).as_posix() for path in paths}.difference(LATE)
+    sizes = {name: (folder / name).stat().st_size for name in names if not _SHARE.fullmatch(name)}
+    return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
 def _checksums(
