@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from dsv3_jax.config import did_you_mean
+from dsv3_jax.host.mirror import with_urls
 from dsv3_jax.report.units import printable
 
 # Options
@@ -274,7 +275,8 @@ def sentence(error: BaseException) -> str:
 
     # A long sentence keeps its end, which often says what to do.
     text = str(error).removeprefix(f"[Errno {getattr(error, 'errno', None)}] ")
-    text = printable(" ".join(text[: 100 * MAX_SENTENCE].split())) or type(error).__name__
+    words = with_urls(text)[: 100 * MAX_SENTENCE].split()
+    text = printable(" ".join(words)) or type(error).__name__
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 151]} … {text[-148:]}"
 
 

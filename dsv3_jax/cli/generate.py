@@ -13,6 +13,7 @@ import tyro
 
 from dsv3_jax.cli.common import mesh_of_option, parse
 from dsv3_jax.config import CacheDtype, CacheKind
+from dsv3_jax.host.mirror import fetched, with_urls
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # where the folder's generation_config.json says nothing
 
@@ -137,7 +138,7 @@ def write_texts(args: Generate) -> int:
     settings = {name: getattr(args, name) for name in PINNED} | {
         "sampling": list(config.sampling),
         "step": args.step,
-        "model": str(place.resolve()),
+        "model": with_urls(str(place.resolve())),
         file: file_hash(place / file),
         "prompts": file_hash(args.prompts),
         "tokenizer": text.tokenizer.fingerprint,
@@ -214,6 +215,7 @@ def load_with_draft(args: Decode, text: Any) -> tuple[Any, Any]:
     from dsv3_jax.runs.open_model import load_model, open_draft
 
     mesh = mesh_of_option(args.mesh)
+    args.model = fetched(args.model)
     if (args.model / RUN_FILE).is_file():
         model, _, args.step = load_run(args.model, mesh, step=args.step, kernels=args.kernels)
     else:

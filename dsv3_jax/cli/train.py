@@ -24,6 +24,7 @@ from dsv3_jax.cli.common import (
 )
 from dsv3_jax.cli.options import names_of, spelled
 from dsv3_jax.config import RunConfig, replace
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.presets import NEEDS_START, recipe, with_setting
 
 Tracker = Literal["wandb", "tensorboard"]  # of cli/trackers.py
@@ -43,7 +44,7 @@ class Train:
     """
 
     out: Path
-    """folder of the run: run.json, checkpoints, metrics, pictures"""
+    """folder of the run, or gs:// or s3://: metrics, checkpoints …"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     config: Path | None = None
     """run whose settings are the defaults, instead of PRESET"""
@@ -128,7 +129,7 @@ def options(argv: list[str]) -> Train:
             "MODEL"
         )
     args = parse(Train, rest, "train PRESET", default=Train(out=tyro.MISSING, run=run))
-    args = replace(args, opened=opened)
+    args = replace(args, opened=opened, out=fetched(args.out))
 
     # Chats are read here, since the number of steps depends on them.
     by_epochs = args.run.data.format == "chat" and not args.run.grpo.group
@@ -153,7 +154,7 @@ def read_recipe(place: str) -> RunConfig:
     """
     from dsv3_jax.runs.folder import RUN_FILE, check_registered, read_run
 
-    path = Path(place)
+    path = fetched(place)
     folder = path.parent if path.name == RUN_FILE else path
     run = read_run(folder)
     check_registered(run, folder)

@@ -21,6 +21,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsv3_jax.host.bucket import url_of
+
 PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
 _MAX_DEPTH = 64  # of lists and objects: Python's recursion ends at some hundreds
@@ -251,8 +253,8 @@ def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> N
 
     None is passed over.
 
-    Raises: ValueError for a name that is not UTF-8, or that a folder has; OSError when the folder
-        of that name, or the first above it that exists, is read-only or its disk is full.
+    Raises: ValueError for a URL, a name that is not UTF-8, or that a folder has; OSError when the
+        folder of that name, or the first above it that exists, is read-only or its disk is full.
 
     Example:
         >>> check_writable(Path(__file__) / "run")  # doctest: +ELLIPSIS
@@ -260,7 +262,10 @@ def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> N
             ...
         NotADirectoryError: [Errno 20] Not a directory: '...files.py/run'
     """
-    for path in (Path(path).absolute() for path in paths if path is not None):
+    for path in (Path(path) for path in paths if path is not None):
+        if url := url_of(path):
+            raise ValueError(f"out={url!r} is in a bucket, where only `dsv3 train` writes")
+        path = path.absolute()
         check_name(path)
         if path.is_dir() and not folders:
             raise ValueError(f"out={str(path)!r} is a folder; name a file")

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from dsv3_jax.host.files import NOT_SUPPORTED, check_regular, open_file, parse_json
 
@@ -79,7 +80,7 @@ def acquire(
     # deleted it since it was opened, or died and left its own.
     while True:
         descriptor = _open_locked(path, str(out or path.parent))
-        before = _describe(descriptor)
+        before = _holder_of(descriptor)
         in_place = _is_open_file(path, descriptor)
         if in_place and not before:
             break
@@ -90,10 +91,8 @@ def acquire(
 
     # Others read in the file whom they wait for.
     try:
-        now = datetime.now().astimezone().isoformat(" ", "seconds")
         os.ftruncate(descriptor, 0)
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
-        os.pwrite(descriptor, json.dumps(record).encode(), 0)
+        os.pwrite(descriptor, json.dumps(record()).encode(), 0)
         yield FolderLock(path, descriptor, sentence)
     finally:
         if _is_open_file(path, descriptor):
@@ -117,7 +116,7 @@ def holder(folder: str | Path, name: str = LOCK_FILE) -> str:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return _describe(file.fileno()) or "another process"
+            return _holder_of(file.fileno()) or "another process"
     return ""
 
 
@@ -139,14 +138,14 @@ def _open_locked(path: Path, out: str) -> int:
             break
         except BlockingIOError:  # a writer; or for a moment a reader, in `holder`
             if last:
-                other = _describe(descriptor) or "another process"
+                other = _holder_of(descriptor) or "another process"
                 os.close(descriptor)
                 raise FolderInUse(
                     f"out={out!r} is in use by {other}; wait for it, or stop it"
                 ) from None
             time.sleep(0.05)
         except OSError as error:
-            other = _describe(descriptor)
+            other = _holder_of(descriptor)
             if error.errno in NOT_SUPPORTED and not other:
                 break
             os.close(descriptor)
@@ -166,12 +165,36 @@ def _is_open_file(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _describe(descriptor: int) -> str:
-    """Name the process of an open lock; "" if its record was not written to its end."""
+def _holder_of(descriptor: int) -> str:
+    """As `describe`, of an open lock."""
     try:
-        record = parse_json(os.pread(descriptor, 4096, 0))
+        return describe(os.pread(descriptor, 4096, 0))
+    except OSError:
+        return ""
+
+
+def record() -> dict[str, Any]:
+    """What a lock says of the process that holds it, as JSON.
+
+    Example:
+        >>> list(record())
+        ['host', 'pid', 'since']
+    """
+    now = datetime.now().astimezone().isoformat(" ", "seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+
+
+def describe(data: bytes) -> str:
+    """Name the process of a lock's record; "" if it was not written to its end.
+
+    Example:
+        >>> describe(b'{"host": "a", "pid": 7, "since": "today"}'), describe(b'{"ho')
+        ('process 7 on a, which started at today', '')
+    """
+    try:
+        record = parse_json(data)
         host = str(record["host"])[:80]
         since = str(record["since"])[:40]
         return f"process {int(record['pid'])} on {host}, which started at {since}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return ""

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from dsv3_jax.host.mirror import with_urls
 from dsv3_jax.report.units import format_duration, printable, shortened
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:  # of `print` and of a table's cells
-        return super().render_str(printable(text), **options)
+        return super().render_str(printable(with_urls(text)), **options)
 
     def on_broken_pipe(self) -> None:  # rich would end the process with code 1
         raise BrokenPipeError

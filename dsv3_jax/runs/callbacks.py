@@ -6,6 +6,7 @@ from typing import Any
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, copy_to_run
 from dsv3_jax.config import RunConfig
 from dsv3_jax.hf.places import find
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.runs.convert import keep_origin
 
 
@@ -60,7 +61,7 @@ class KeepOrigin(Callback):
     def on_start(self, run: RunConfig, out: Path, step: int) -> None:
         place = run.start or run.trunk
         if place is not None and step == 0:  # later the other run may be gone
-            keep_origin(find(place), out)
+            keep_origin(find(fetched(place)), out)
 
 
 class KeepText(Callback):
@@ -72,4 +73,4 @@ class KeepText(Callback):
     def on_start(self, run: RunConfig, out: Path, step: int) -> None:
         if not (out / TEMPLATE_FILE).exists():
             assert run.start is not None
-            copy_to_run(find(run.start), out, self._text)
+            copy_to_run(find(fetched(run.start)), out, self._text)

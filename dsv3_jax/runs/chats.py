@@ -10,6 +10,7 @@ from dsv3_jax.chat.examples import load_examples, load_tasks
 from dsv3_jax.chat.text_settings import TEMPLATE_FILE, TextSettings, with_template
 from dsv3_jax.config import ConfigError, RunConfig, replace
 from dsv3_jax.data.batches import Source
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.presets import sft_sized
 from dsv3_jax.report.unread_keys import unread_line
 from dsv3_jax.runs.answers import Tasks, tasks_of
@@ -39,7 +40,8 @@ def read_chats(
         read. With GRPO, as `tasks_of`.
     """
     # A run that has begun reads its own copies: its start may be gone.
-    if (Path(out) / RUN_FILE).exists() and (Path(out) / TEMPLATE_FILE).exists():
+    out = fetched(out)
+    if (out / RUN_FILE).exists() and (out / TEMPLATE_FILE).exists():
         start = None
         text = with_template(load_text(out), None, run.data.template)
     elif run.start is None:

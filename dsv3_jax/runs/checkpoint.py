@@ -26,14 +26,16 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig, replace
-from dsv3_jax.host.files import check_name, sync
+from dsv3_jax.host.files import check_name, read_json, sync
+from dsv3_jax.host.mirror import fetched, mirror_of
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.runs.bucket_checkpoint import InBucket
 from dsv3_jax.runs.checksums import ARRAYS, find_damage, write_manifest
 from dsv3_jax.runs.folder import check_registered, read_run
 from dsv3_jax.runs.orbax_noise import silence
-from dsv3_jax.runs.saved_state import read_state, to_save
+from dsv3_jax.runs.saved_state import from_orbax, read_state, to_save
 from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.state import Job, TrainState, model_of
 
@@ -81,21 +83,25 @@ class Checkpoints:
         optimizer: Transform = None,
     ):
         check_name(folder)
-        silence()  # Orbax's errors are raised, too
         self.folder = Path(folder).absolute() / "checkpoints"
         self.run = run
         self._optimizer = optimizer
         self._read_only = read_only
-        # Process 0 calls back when the files of all processes are complete, before the renaming.
-        options = ocp.AsyncOptions(post_finalization_callback=self._sync)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._saving: int | None = None  # the step of the last `save`
         self._pool = ThreadPoolExecutor(1)
         self._sealed: Future | None = None  # done when that step has its checksums
         self._damage = cache(self._find_damage)  # the files of a checkpoint are read once
+        self._open()
         if not read_only:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()  # after an earlier process
+
+    def _open(self) -> None:
+        silence()  # Orbax's errors are raised, too
+        # Process 0 calls back when the files of all processes are complete, before the renaming.
+        options = ocp.AsyncOptions(post_finalization_callback=self._sync)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        if not self._read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -110,8 +116,11 @@ class Checkpoints:
                 raise
         finally:
             self._pool.shutdown()
-            self._orbax.close()
+            self._close()
             self._tidy()
+
+    def _close(self) -> None:
+        self._orbax.close()
 
     @property
     def latest(self) -> int | None:
@@ -126,15 +135,18 @@ class Checkpoints:
         Raises: SaveFailed if it cannot be written, for want of room too, or an earlier save failed;
             the checkpoints before stay.
         """
-        args = to_save(state, data, self.run)
         with self._named_errors():
             self._wait()  # raises the error of the save before
             self._tidy(self.run.keep)
             self._saving = int(state.step)
-            self._orbax.save(self.folder / str(self._saving), args=args)
-            self._sealed = self._pool.submit(self._seal, self.folder / str(self._saving))
+            self._begin(state, data)
+            self._sealed = self._pool.submit(self._seal)
             if wait:
                 self._wait()
+
+    def _begin(self, state: TrainState, data: dict[str, Any]) -> None:
+        """Copy a state to the host, and write it in the background."""
+        self._orbax.save(self.folder / str(self._saving), args=to_save(state, data, self.run))
 
     def _wait(self) -> None:
         """Wait for the last save and its checksums. Raises: their error, once."""
@@ -142,8 +154,9 @@ class Checkpoints:
         if sealed is not None:
             sealed.result()
 
-    def _seal(self, folder: Path) -> None:
+    def _seal(self) -> None:
         self._orbax.wait_until_finished()  # in all processes the checkpoint is complete then
+        folder = self.folder / str(self._saving)
         write_manifest(folder, jax.process_index(), jax.process_count())
 
     def _sync(self) -> None:
@@ -262,18 +275,18 @@ class Checkpoints:
             try:
                 found = self._read_state(self._require(chosen, steps), mesh, optimizer, widen)
             except Exception:
-                if chosen not in steps or (self.folder / str(chosen)).exists():
+                if chosen not in steps or chosen in steps_of(self.folder):
                     raise
             else:
                 # otherwise some of its files may have been absent
-                if (self.folder / str(chosen)).exists():
+                if chosen in steps_of(self.folder):
                     return found
         return None
 
     def _read_state(self, step: int, *how: Any) -> tuple[TrainState, dict[str, Any]]:
         try:
             job = Job(self.run, optimizer=self._optimizer)
-            return read_state(self._orbax, self.folder / str(step), job, *how)
+            return self._read(step, job, *how)
         except Exception as error:  # of any type: Orbax raises plain ones, too
             if jax.process_count() > 1 and processes.is_connection_error(error):
                 raise
@@ -281,6 +294,24 @@ class Checkpoints:
             raise ValueError(
                 f"step={step}: the checkpoint in {self.folder} cannot be read: {reason}"
             ) from error
+
+    def _read(self, step: int, job: Job, *how: Any) -> tuple[TrainState, dict[str, Any]]:
+        folder = self.folder / str(step)
+        # Settings first: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
+        saved = read_json(folder / "config" / "metadata")
+        position = read_json(folder / "data" / "metadata")
+        restore = partial(from_orbax, self._orbax, folder)
+        return read_state(restore, saved, job, *how), position
+
+
+class BucketCheckpoints(InBucket, Checkpoints):
+    """The checkpoints of a run in a bucket; arguments as `Checkpoints`."""
+
+
+def open_checkpoints(folder: str | Path, run: RunConfig, **options: Any) -> Checkpoints:
+    """The checkpoints of a run's folder, or of the run in a bucket that the folder is a copy of."""
+    kind = Checkpoints if mirror_of(Path(folder)) is None else BucketCheckpoints
+    return kind(folder, run, **options)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -292,6 +323,9 @@ def steps_of(folder: Path) -> list[int]:
         >>> steps_of(Path("nowhere"))
         []
     """
+    mirror = mirror_of(folder.parent)
+    if mirror is not None:
+        return sorted(map(int, mirror.index()["steps"]))
     names = os.listdir(folder) if folder.exists() else []
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
@@ -343,6 +377,7 @@ def load_run(
         >>> step, model.cfg.num_layers
         (0, 1)
     """
+    folder = fetched(folder)
     run = read_run(folder)
     check_registered(run, folder)
     if kernels is not None:
@@ -351,7 +386,7 @@ def load_run(
         sharding.check_model(mesh, run.model)
     prepared = prepare(run.execution, mesh=mesh)
     widen |= run.execution.compute_dtype == "float32"
-    with Checkpoints(folder, run, read_only=True) as checkpoints:
+    with open_checkpoints(folder, run, read_only=True) as checkpoints:
         found = checkpoints.restore(mesh, step, optimizer=False, widen=widen)
     if found is None:
         raise ValueError(

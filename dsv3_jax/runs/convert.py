@@ -24,6 +24,7 @@ from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.hf.tensor_names import tensor_table
 from dsv3_jax.hf.writing import DTYPES, cast, folder_tensors, released_parts, write_released
 from dsv3_jax.host.files import atomic_folder, read_bytes, write_atomic
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.host.signals import STOP, deferred
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
@@ -84,7 +85,7 @@ def convert(  # noqa: PLR0913 - what to accept, each by name
         >>> sentence.endswith("tensors in fp8, in Hugging Face format")
         True
     """
-    source = Path(source)
+    source = fetched(source)
     out = Path(out)
     from_run = (source / RUN_FILE).is_file()
     source = source if from_run else find_released(source)

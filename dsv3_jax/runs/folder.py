@@ -26,6 +26,7 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.data import hub, tokenizer
+from dsv3_jax.host.bucket import url_of
 from dsv3_jax.host.files import PART, check_writable, read_json, write_atomic
 from dsv3_jax.host.imports import IMPORTED
 from dsv3_jax.host.lock import LOCK_FILE
@@ -343,8 +344,8 @@ def difference(a: RunConfig, b: RunConfig) -> tuple[str, Any, Any] | None:
     def identity(run: RunConfig) -> dict:
         # Paths from any directory; tokenizers are compared below.
         data = replace(run.data, paths=tuple(map(hub.absolute, run.data.paths)), tokenizer="bytes")
-        trunk = run.trunk and os.path.abspath(run.trunk)
-        start = run.start and os.path.abspath(run.start)
+        trunk = run.trunk and (url_of(run.trunk) or os.path.abspath(run.trunk))
+        start = run.start and (url_of(run.start) or os.path.abspath(run.start))
         run = replace(run, execution=Execution(), data=data, trunk=trunk, start=start)
         return {key: value for key, value in to_dict(run).items() if key not in MAY_CHANGE}
 

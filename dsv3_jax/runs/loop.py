@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import RunConfig, check_kind, to_dict
 from dsv3_jax.data.batches import Batches, Source
 from dsv3_jax.host.lock import FolderLock, acquire
+from dsv3_jax.host.mirror import fetched, mirror_of
 from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.report.metrics_files import LOAD_FILE, AnswersFile, JsonLines, MetricsFile
@@ -36,7 +37,7 @@ from dsv3_jax.report.speed import Speed
 from dsv3_jax.runs.answers import Answers
 from dsv3_jax.runs.callbacks import Callback, KeepOrigin, KeepText
 from dsv3_jax.runs.chats import Chats, for_epochs, read_chats
-from dsv3_jax.runs.checkpoint import Checkpoints
+from dsv3_jax.runs.checkpoint import Checkpoints, open_checkpoints
 from dsv3_jax.runs.folder import check_place, claim, made_from
 from dsv3_jax.runs.prepare import (
     FitOptions,
@@ -77,7 +78,7 @@ def fit(  # noqa: PLR0913 - the contract
 
     Args:
         run: what to train. Its execution may change from call to call.
-        out: the run's folder, made if absent.
+        out: the run's folder, made if absent, or gs://BUCKET/PATH or s3://BUCKET/PATH.
         mesh: devices to shard the run over, from `sharding.make_mesh`. None means a single device.
             The same run may resume on another mesh. If it has several processes, all make this
             call, with one shared `out`.
@@ -136,6 +137,7 @@ def fit(  # noqa: PLR0913 - the contract
     if chats is not None:
         check_kind("chats", chats, Chats)
 
+    out = processes.by_each(lambda: fetched(out))
     # What later commands need of the start is kept in the run's folder.
     kept: list[Callback] = [KeepOrigin()]
     if run.data.format == "chat" and source is None:
@@ -149,7 +151,7 @@ def fit(  # noqa: PLR0913 - the contract
     )  # fmt: skip
 
     # The loop. A step is yielded once it is complete, with what follows it.
-    with open_training(run, Path(out), options) as training:
+    with open_training(run, out, options) as training:
         for done in training.steps():
             if done.logged:
                 training.log(done)
@@ -181,7 +183,7 @@ def open_training(run: RunConfig, out: Path, options: FitOptions) -> Iterator["T
     with (
         Progress(run.steps, quiet=options.quiet or not processes.is_first()) as progress,
         _only_writer(ready, out) as lock,
-        Checkpoints(out, job.run, optimizer=options.optimizer) as checkpoints,
+        open_checkpoints(out, job.run, optimizer=options.optimizer) as checkpoints,
         asked_to_stop() as asked,
         sharding.use_mesh(options.mesh),
     ):
@@ -249,11 +251,14 @@ def _only_writer(ready: Prepared, out: Path) -> Iterator[FolderLock]:
     checker = "" if ready.tasks is None else ready.tasks.checker.fingerprint()
     made = made_from(ready.source.fingerprint, ready.tokenizer.fingerprint, checker)
     locks = [FolderLock()]
+    mirror = mirror_of(out)
 
     def lock() -> None:
         out.mkdir(parents=True, exist_ok=True)
-        locks.append(stack.enter_context(acquire(out)))
+        locks.append(stack.enter_context(acquire(out) if mirror is None else mirror.writing()))
         claim(out, job.run, kernels_of(job), made, ready.tokenizer)
+        if mirror is not None:
+            mirror.put()
 
     with ExitStack() as stack:
         processes.by_first(lock)

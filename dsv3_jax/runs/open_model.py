@@ -22,6 +22,7 @@ from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, Tokenizer
 from dsv3_jax.hf import loading, tensor_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.host.files import MAX_JSON, check_regular
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.kernels.choose import platform_of
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import Loaded, load_run
@@ -50,7 +51,8 @@ def open_model(
     Returns: (model, run, step); a released model's step is 0, its text that of the default corpus.
     Raises: ValueError if there is neither, or as `load_run` and `hf.load`.
     """
-    if (Path(place) / RUN_FILE).is_file():
+    place = fetched(place)
+    if (place / RUN_FILE).is_file():
         return load_run(place, mesh, step=step, kernels=kernels)
 
     # A released model has no run: its settings are made of its config and its tokenizer.
@@ -94,7 +96,8 @@ def load_model(
         1
     """
     check_kind("folder", folder, str | os.PathLike)
-    if (Path(folder) / RUN_FILE).is_file():
+    folder = fetched(folder)
+    if (folder / RUN_FILE).is_file():
         return load_run(folder, mesh, step=step, kernels=kernels).model
     if step is not None:
         raise ValueError(f"step={step} is for runs, and folder={str(folder)!r} is a released one")
@@ -184,7 +187,7 @@ def load_text(folder: str | Path) -> TextSettings:
     Raises: ValueError if the folder holds neither, its tokenizer is absent or cannot be read, or
         one of the files is damaged or a link out of the folder.
     """
-    place = Path(folder)
+    place = folder = fetched(folder)
     is_run = (place / RUN_FILE).is_file()
     place = place if is_run else find_released(folder)
 

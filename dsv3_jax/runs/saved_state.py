@@ -4,6 +4,7 @@
 the run's settings with a list of the parameters that are packed.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import RunConfig, first_difference, from_dict, replace, to_dict
-from dsv3_jax.host.files import read_json
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.parameters import Packed, in_use
 from dsv3_jax.training import lora
@@ -28,30 +28,39 @@ READ = ("params", "bias", "step")  # all that a reader needs; it may not know th
 def to_save(state: TrainState, data: dict[str, Any], run: RunConfig) -> ocp.args.Composite:
     """Return what Orbax writes as one checkpoint."""
     return ocp.args.Composite(
-        state=ocp.args.PyTreeSave(_parts(state)),
+        state=ocp.args.PyTreeSave(parts(state)),
         data=ocp.args.JsonSave(data),
-        config=ocp.args.JsonSave(to_dict(run) | {PACKED: _packed(state.params)}),
+        config=ocp.args.JsonSave(settings_of(run, state)),
     )
 
 
+def from_orbax(
+    orbax: ocp.AsyncCheckpointer, folder: Path, wanted: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
+    """Read a state's trees, all of them or those of a reader, from a folder that Orbax wrote."""
+    # Not StandardRestore, which reads no part of a tree.
+    state = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore="opt" not in wanted)
+    return orbax.restore(folder, args=ocp.args.Composite(state=state)).state
+
+
 def read_state(
-    orbax: ocp.AsyncCheckpointer,
-    folder: Path,
+    restore: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+    saved: dict[str, Any],
     job: Job,
     mesh: Mesh | None,
     optimizer: bool,
     widen: bool,
-) -> tuple[TrainState, dict[str, Any]]:
-    """Read a checkpoint's state, and the position in the data.
+) -> TrainState:
+    """Read a checkpoint's state.
 
     Args:
+        restore: reads trees by name, with the shapes, dtypes and shardings of Orbax's arguments.
+        saved: the settings that were saved with it.
         job: the run, and the transformation that trains it.
         mesh, optimizer, widen: as `Checkpoints.restore`.
     Raises: ValueError if it does not fit the run; whatever Orbax raises.
     """
-    # 1. Settings first: a restore of other shapes fails half-way and leaves Orbax's tasks behind.
-    saved = read_json(folder / "config" / "metadata")
-    position = read_json(folder / "data" / "metadata")
+    # 1. Settings first.
     packed = saved.pop(PACKED, [])
     _check_shapes(job.run, saved)
 
@@ -69,20 +78,18 @@ def read_state(
     if not optimizer:
         wanted = {name: wanted[name] for name in READ}
         how = {name: how[name] for name in READ}
-    # Not StandardRestore, which reads no part of a tree.
-    state = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=not optimizer)
-    found = orbax.restore(folder, args=ocp.args.Composite(state=state)).state
+    found = restore(wanted, how)
     if bad := first_nonfinite("router bias", found["bias"]):
         raise ValueError(f"the norm of {bad} is not finite")
     if optimizer:
-        return TrainState(**found), position
+        return TrainState(**found)
 
     # 4. A reader gets a model's parameters: unpacked, and with LoRA's adapters merged.
     params = found.pop("params")
     if packed:
         dtype = jax.numpy.float32 if widen else jax.numpy.bfloat16
         params = jax.jit(partial(in_use, dtype=dtype), out_shardings=of_use)(params)
-    return TrainState(lora.merge(job.run.lora, params), opt=(), **found), position
+    return TrainState(lora.merge(job.run.lora, params), opt=(), **found)
 
 
 def _check_shapes(run: RunConfig, saved: dict[str, Any]) -> None:
@@ -111,10 +118,15 @@ def _requests(
         of_saved_dtype = map_frozen(lambda args: replace(args, dtype=None), run, how.params)
         wanted = replace(wanted, params=map_frozen(lambda _: 0, run, wanted.params))
         how = replace(how, params=of_saved_dtype)
-    return _parts(wanted), _parts(how)
+    return parts(wanted), parts(how)
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def settings_of(run: RunConfig, state: TrainState) -> dict[str, Any]:
+    """What is saved beside the arrays to read them again."""
+    return to_dict(run) | {PACKED: _packed(state.params)}
+
+
+def parts(state: TrainState) -> dict[str, Any]:
     """A state's trees by name; without the start's biases in a run that needs none."""
     return {name: tree for name, tree in vars(state).items() if name != "start_bias" or tree}
 

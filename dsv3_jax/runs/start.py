@@ -22,6 +22,7 @@ from dsv3_jax.chat.text_settings import TextSettings
 from dsv3_jax.config import ConfigError, RunConfig, first_difference, replace, to_dict
 from dsv3_jax.hf.loading import load_weights
 from dsv3_jax.hf.released_folder import ReleasedFolder
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import load_run, steps_of
@@ -66,15 +67,15 @@ def open_start(place: str, out: str | Path | None = None) -> Start:
     Raises: ValueError when there is neither, or no checkpoint yet.
     """
     try:
-        if (Path(place) / RUN_FILE).is_file():
+        if (fetched(place) / RUN_FILE).is_file():
             return open_run(place)
         return _open_released(place)
     except ValueError:
-        if out is None or not (Path(out) / RUN_FILE).is_file():
+        if out is None or not (fetched(out) / RUN_FILE).is_file():
             raise
         # GRPO may still need the weights. To read them says what is wrong with the place.
         load = lambda job: open_start(place).load(job)  # noqa: E731
-        return Start(str(place), read_run(out), load_text(out), False, load)
+        return Start(str(place), read_run(fetched(out)), load_text(out), False, load)
 
 
 def open_run(place: str) -> Start:
@@ -82,9 +83,10 @@ def open_run(place: str) -> Start:
 
     Raises: ValueError if it holds no run or no checkpoint.
     """
-    run = read_run(place)
-    check_registered(run, place)
-    if not steps_of(Path(place, "checkpoints")):
+    folder = fetched(place)
+    run = read_run(folder)
+    check_registered(run, folder)
+    if not steps_of(folder / "checkpoints"):
         raise ValueError(f"folder={place!r} holds no checkpoint yet; training writes the first")
 
     def load(job: Job) -> tuple[Transformer, str]:

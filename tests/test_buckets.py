@@ -1,0 +1,394 @@
+"""A run in a bucket is the run on a disk, bit for bit: saved, killed, resumed, read, refused."""
+
+import json
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from buckets import serve
+from runs import assert_bitwise, flags, fresh_state, make_run, refused, rows_of, start, unhooked_cli
+from test_cluster import pair
+
+import dsv3_jax as ds
+from dsv3_jax.config import OptimConfig
+from dsv3_jax.host import lease
+from dsv3_jax.host.bucket import Bucket, Changed
+from dsv3_jax.host.lease import Lease
+from dsv3_jax.host.lock import LOCK_FILE, FolderInUse
+from dsv3_jax.host.mirror import INDEX, fetched, mirror_of
+from dsv3_jax.mesh import sharding
+from dsv3_jax.runs.bucket_checkpoint import SETTINGS
+from dsv3_jax.runs.checkpoint import Checkpoints, load_run, open_checkpoints, steps_of
+from dsv3_jax.runs.folder import claim
+from dsv3_jax.runs.loop import fit
+
+RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1), keep=2)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def url(server, request) -> str:
+    """A place of the test's own."""
+    return f"gs://bucket/runs/{request.node.name.replace('[', '-').strip(']')}"
+
+
+@pytest.fixture(scope="module")
+def trained(server, tmp_path_factory):
+    """A run that was trained in the bucket, in two parts, and the same run on the disk."""
+    text = runs.write_text(tmp_path_factory.mktemp("text"))
+    run = make_run(text, model=replace(runs.MODEL, num_layers=1, mtp_depth=0))
+    disk = tmp_path_factory.mktemp("disk") / "run"
+    fit(run, disk, quiet=True)
+    fit(run, "gs://bucket/trained", stop_after=6, quiet=True)
+    assert fit(run, "gs://bucket/trained", quiet=True).resumed_from == 6
+    return run, "gs://bucket/trained", disk
+
+
+def save(url, *steps, run=RUN):
+    folder = fetched(url)
+    with mirror_of(folder).writing():
+        claim(folder, run)
+        with open_checkpoints(folder, run) as checkpoints:
+            for step in steps:
+                checkpoints.save(fresh_state(run, step), {"offset": step})
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """All objects below a URL."""
+    bucket = Bucket(url)
+    return {name: bucket.read(name)[0] for name in bucket.names()}
+
+
+def index_of(url: str) -> dict:
+    return json.loads(Bucket(url).read(INDEX)[0])
+
+
+def assert_same_run(run, url, disk):
+    """Rows, state, data position and settings are equal."""
+    folder = fetched(url)
+    assert rows_of(folder) == rows_of(disk)
+    with open_checkpoints(folder, run, read_only=True) as ours, Checkpoints(disk, run) as theirs:
+        (state, position), (expected, expected_position) = ours.restore(), theirs.restore()
+        assert ours.latest == theirs.latest and steps_of(ours.folder) == steps_of(theirs.folder)
+    assert_bitwise(state, expected)
+    assert position == expected_position
+    ours, theirs = (json.loads((path / "run.json").read_text()) for path in (folder, disk))
+    assert ours["run"] == theirs["run"]
+
+
+# objects
+
+
+def test_a_write_is_refused_after_another_one(url):
+    bucket = Bucket(url)
+    absent = bucket.read("a")
+    assert absent[0] is None
+    first = bucket.write("a", b"1", absent[1])
+    assert bucket.read("a") == (b"1", first)
+    with pytest.raises(Changed, match=f"^{url}/a was changed by another process$"):
+        bucket.write("a", b"2", absent[1])
+    assert bucket.write("a", b"1", absent[1]) == first  # its own, whose answer was lost
+    second = bucket.write("a", b"2", first)
+    with pytest.raises(Changed):
+        bucket.write("a", None, first)
+    bucket.write("a", None, second)
+    assert bucket.read("a")[0] is None
+
+
+def test_objects_under_a_path_are_not_those_beside_it(url):
+    bucket = Bucket(url)
+    names = ["a", "c/8/a", "c/8/b/c", "c/80/a"]
+    for name in names:
+        bucket.write(name, b"x")
+    assert bucket.names() == names and bucket.names("c/8") == names[1:3]
+    bucket.delete("c/8")
+    assert bucket.names() == [names[0], names[3]]
+
+
+# one writer
+
+
+def other_lock(**changes) -> bytes:
+    """The lock of a living process of another machine."""
+    other = {"host": "other", "pid": 7, "since": "noon", "boot": "b", "renewed": time.time()}
+    return json.dumps(other | changes).encode()
+
+
+def test_two_writers(url, trained):
+    """The second is refused in a sentence, and changes nothing; another one may begin later."""
+    mirror = mirror_of(fetched(url))
+    with mirror.writing() as lock:
+        before = contents(url)
+        name = f"process {os.getpid()} on {socket.gethostname()}, which started at"
+        with pytest.raises(FolderInUse, match=f"^out='{url}' is in use by {name}.*10 minutes"):
+            Lease(Bucket(url))
+        code = unhooked_cli().main(["train", "tiny", "--out", url, *flags(trained[0])])
+        assert code == 2 and contents(url) == before
+        lock.check()
+    assert LOCK_FILE not in contents(url)
+    with mirror.writing() as lock:
+        assert lock.sentence == ""
+
+
+def test_a_lock_is_taken_over_when_it_is_old_or_its_process_has_ended(url, monkeypatch):
+    bucket = Bucket(url)
+    dead = {"host": socket.gethostname(), "boot": lease._BOOT.read_text().strip(), "pid": 1 << 23}
+    bucket.write(LOCK_FILE, other_lock())
+    with pytest.raises(FolderInUse, match="in use by process 7 on other, which started at noon;"):
+        Lease(bucket)
+    for ended in ({"renewed": time.time() - 601}, {"renewed": None}, dead):
+        bucket.write(LOCK_FILE, other_lock(**ended))
+        lock = Lease(bucket)
+        assert "is taken over: it has ended" in lock.sentence
+        lock.close()
+    for alive in ({"boot": dead["boot"], "pid": dead["pid"]}, dead | {"pid": os.getpid()}):
+        bucket.write(LOCK_FILE, other_lock(**alive))
+        with pytest.raises(FolderInUse):
+            Lease(bucket)
+
+
+def test_a_writer_notices_that_it_is_the_writer_no_longer(url, monkeypatch, server):
+    """Its machine slept. Nothing of its is written after that; an outage of minutes is survived."""
+    mirror = mirror_of(fetched(url))
+    now = time.time()
+    with pytest.raises(OSError, match="no longer the writer: .* changed by another process$"):
+        with mirror.writing() as lock:
+            generation = lock._generation
+            monkeypatch.setattr(time, "time", lambda: now + 100)
+            lock.check()
+            assert lock._generation != generation
+            monkeypatch.setattr(server, "refused", True)
+            monkeypatch.setattr(time, "time", lambda: now + 350)
+            lock.check()
+            monkeypatch.setattr(server, "refused", False)
+            mirror.bucket.write(LOCK_FILE, other_lock())
+            (mirror.folder / "metrics.jsonl").write_text("{}\n")
+    assert set(contents(url)) == {INDEX, LOCK_FILE}
+    assert contents(url)[LOCK_FILE][:16] == other_lock()[:16]
+
+
+# checkpoints
+
+
+def test_checkpoints_are_independent_of_the_mesh(url):
+    """Each device's shard is written by itself; another mesh, or none, reads the same bits."""
+    state = fresh_state(RUN, step=3)
+    folder = fetched(url)
+    with mirror_of(folder).writing():
+        claim(folder, RUN)
+        shardings = sharding.state_sharding(state, sharding.make_mesh(2, 4, 1), fsdp=False)
+        with open_checkpoints(folder, RUN) as checkpoints:
+            checkpoints.save(jax.device_put(state, shardings), {"piece": 5}, wait=True)
+            assert checkpoints.latest == 3
+    for sizes in (None, (1, 4, 2)):
+        mesh = sizes and sharding.make_mesh(*sizes)
+        with open_checkpoints(folder, RUN, read_only=True) as checkpoints:
+            restored, position = checkpoints.restore(mesh)
+        assert_bitwise(restored, state)
+        assert position == {"piece": 5}
+        expected = sharding.state_sharding(state, mesh, fsdp=False)
+        for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    assert ds.load_run(url).step == 3
+
+
+def test_a_state_may_be_donated_while_it_is_written(url):
+    state = fresh_state(RUN, step=3)
+    expected = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
+    step = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x * 0 - x.dtype.type(1), tree), donate_argnums=0
+    )
+    folder = fetched(url)
+    with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
+        claim(folder, RUN)
+        checkpoints.save(state, {})
+        for _ in range(3):
+            state = step(state)
+        jax.block_until_ready(state)
+    with open_checkpoints(folder, RUN, read_only=True) as checkpoints:
+        assert_bitwise(checkpoints.restore()[0], expected)
+
+
+def test_old_checkpoints_and_what_a_dead_process_left_are_deleted(url):
+    save(url, 4, 8)
+    Bucket(url).write("checkpoints/12.1/0/d/0123", b"half")
+    assert steps_of(fetched(url) / "checkpoints") == [4, 8]
+    save(url, 12)
+    folders = {name.split("/")[1] for name in contents(url) if name.startswith("checkpoints/")}
+    assert folders == {"8.1", "12.2"}
+    assert index_of(url)["steps"] == {"8": "checkpoints/8.1", "12": "checkpoints/12.2"}
+
+
+def test_a_step_can_be_chosen_and_damage_is_passed_over(url):
+    save(url, 4, 8)
+    folder = fetched(url)
+    with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
+        with refused(r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
+            checkpoints.rewind(5)
+        (sentence,) = checkpoints.rewind(4)
+        kept = "the checkpoint of step 8 is kept as 8.superseded"
+        assert sentence == f"{kept}: training resumes from step 4"
+        checkpoints.save(fresh_state(RUN, 8), {"offset": 9}, wait=True)
+        assert checkpoints.restore()[1] == {"offset": 9}
+    assert index_of(url)["aside"] == {"8.superseded": "checkpoints/8.1"}
+    assert f"checkpoints/8.1/{SETTINGS}" in contents(url)
+
+    Bucket(url).write(f"checkpoints/8.2/{SETTINGS}", None)
+    with refused("^step=8: file='gs://.*/checkpoints/8.2/run.json' is absent; `dsv3 runs check`"):
+        load_run(url)
+    with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
+        (sentence,) = checkpoints.rewind()
+        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: file='gs://")
+        assert checkpoints.restore()[1] == {"offset": 4}
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing_and_an_absent_object_is_refused(url):
+    save(url, 4)
+    bucket = Bucket(url)
+    arrays = [name for name in bucket.names() if "/0/d/" in name]
+    largest = max(arrays, key=lambda name: len(bucket.read(name)[0]))
+    content = bucket.read(largest)[0]
+    refusals = 0
+    with open_checkpoints(fetched(url), RUN, read_only=True) as checkpoints:
+        for at in range(len(content) // 18, len(content), len(content) // 9):
+            bucket.write(largest, content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
+            try:
+                assert_bitwise(checkpoints.restore()[0], fresh_state(RUN, 4))
+            except ValueError as error:
+                assert str(error).startswith("step=4: the checkpoint in "), error
+                refusals += 1
+        assert refusals >= 5
+        bucket.write(largest, None)
+        with refused("^step=4: the checkpoint in .* cannot be read: "):
+            checkpoints.restore()
+        bucket.write(largest, content)
+        assert_bitwise(checkpoints.restore()[0], fresh_state(RUN, 4))
+
+
+# training and reading
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk(trained, capsys, tmp_path):
+    """To the bit, after a stop too; and every reader opens it."""
+    run, url, disk = trained
+    assert_same_run(run, url, disk)
+    assert not any("Traceback" in text for text in capsys.readouterr())
+    options = ["--prompt", "a", "--max-new-tokens", "4", "--temperature", "0"]
+    for place in (url, str(disk)):
+        assert unhooked_cli().main(["generate", place, *options]) == 0
+    said = capsys.readouterr().out
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    assert unhooked_cli().main(["runs", "check", url]) == 0
+    said = capsys.readouterr().out
+    assert "step 12: in a bucket, where arrays are checked" in said
+    assert "metrics.jsonl: 14 rows" in said
+
+    ends = []
+    for place in (url, str(disk)):
+        start = ds.train.open_start(place)
+        child = ds.train.on_weights(replace(run, steps=2), start)
+        out = tmp_path / str(len(ends))
+        fit(child, out, start=start, quiet=True)
+        ends.append(rows_of(out))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_while_it_writes_ends_as_the_uninterrupted_one(
+    trained, server, url, root
+):
+    """The server kills it at some of its writes: of an index, of arrays, of files."""
+    run, _, disk = trained
+    argv = ["train", "tiny", "--out", url, *flags(run)]
+    for number in (18, 33):
+        process = start(argv, root)
+        server.at_write[server.writes + number] = process.kill
+        with process:
+            assert process.wait(300) == -signal.SIGKILL, process.communicate()
+    with start(argv, root) as process:
+        assert process.wait(300) == 0, process.communicate()
+    assert_same_run(run, url, disk)
+    assert index_of(url)["starts"] > 2
+
+
+@pytest.mark.rare
+def test_each_of_two_processes_writes_its_shards(server, url, root, tmp_path):
+    """What they have written is one process's run, and one resumes it."""
+    model = replace(runs.MODEL, num_layers=1, mtp_depth=0)
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
+    run = make_run(runs.write_text(tmp_path / "text"), model=model, optim=optim, steps=8)
+    with pair(root, Path(url), run) as both:
+        for process in both:
+            assert process.wait(400) == 0, process.communicate()
+    fit(run, tmp_path / "alone", quiet=True)
+    for process in range(2):
+        assert any(name.startswith(f"checkpoints/8.1/{process}/d/") for name in contents(url))
+    with open_checkpoints(fetched(url), run, read_only=True) as ours:
+        state, position = ours.restore()
+    with Checkpoints(tmp_path / "alone", run) as theirs:
+        expected, expected_position = theirs.restore()
+    assert position == expected_position
+    assert_bitwise(state.bias, expected.bias)  # every count of every step was the same
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    assert fit(replace(run, steps=9), url, quiet=True).resumed_from == 8
+
+
+# what is refused
+
+
+def test_what_is_no_bucket_of_ours_is_refused_in_a_sentence(trained, server, url, capsys):
+    """With exit code 2; nothing is written."""
+    run = trained[0]
+
+    def refuse(place, sentence, command=None):
+        argv = command or ["train", "tiny", "--out", place, *flags(run)]
+        assert unhooked_cli().main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and sentence in said, said
+
+    refuse("gs://absent/run", "gs://absent/run/run.lock cannot be written: NOT_FOUND")
+    refuse("gs://BAD_/run", "gs://BAD_/run/ cannot be opened: ")
+    refuse("", "gs://absent/run' is neither a run", ["generate", "gs://absent/run"])
+    Bucket(url).write("notes/mine.txt", b"mine")
+    refuse(url, f"out='{url}' holds other files and no index.json; choose another --out")
+    assert contents(url) == {"notes/mine.txt": b"mine"}
+
+    # An index that is another's, or names files outside of the run.
+    index = index_of(trained[1])
+    outside = ({"files": ["../a"]}, {"files": ["/etc/a"]}, {"steps": {"a": "b"}}, {"aside": 3})
+    for data in (b"{}", b"[1]", b"a", *(json.dumps(index | one).encode() for one in outside)):
+        Bucket(url).write(INDEX, data)
+        refuse(url, f"file='{url}/index.json' is damaged, or no run's")
+        refuse(url, "is damaged, or no run's", ["runs", "check", url])
+    Bucket(url).write(INDEX, json.dumps(index).encode())
+    refuse(url, f"file='{url}/load.jsonl' is absent", ["generate", url])
+
+    # Another run's; one that the bucket does not let in; commands that write to a disk.
+    before = contents(trained[1])
+    refuse("", "seed=9 is not that of the run in gs://bucket/trained", [
+        "train", "tiny", "--out", trained[1], *flags(replace(run, seed=9))
+    ])  # fmt: skip
+    after = contents(trained[1])
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in after if name != INDEX)
+    report = ["stats", trained[1], "--out", "gs://bucket/report"]
+    refuse("", "out='gs://bucket/report' is in a bucket, where only `dsv3 train` writes", report)
+    refuse("", "out=None is not supported for a run in a bucket; name a folder", report[:2])
+    server.refused = True
+    try:
+        refuse(trained[1], "cannot be read: PERMISSION_DENIED")
+    finally:
+        server.refused = False
