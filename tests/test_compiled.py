@@ -30,6 +30,7 @@ from experiments.accel.program import additions, read_program
 CFG = replace(recipe("mini").model, num_dense_layers=0)
 RUN = replace(recipe("mini"), model=CFG, execution=Execution(compute_dtype="bfloat16"))
 GPU = "gpu:h100"
+GPU8 = "gpu:h100:8"
 
 
 def mesh_of(target: str, **sizes: int):
@@ -134,6 +135,11 @@ def test_a_chips_memory_is_what_its_compiler_allows(target):
         pytest.param(
             GPU, "v2_lite", 128, 1, 1.11, 30, "cached_attention=latent", marks=pytest.mark.rare
         ),
+        # on a mesh of 8; XLA reads latents twice, once for scores and once for sums
+        pytest.param(GPU8, "v2_lite", 256, 1, 1.67, 41, "auto", marks=pytest.mark.rare),
+        pytest.param(
+            GPU8, "v2_lite", 256, 1, 1.3, 40, "cached_attention=latent", marks=pytest.mark.rare
+        ),
         ("tpu:v6e:1x1", "mini", 32, 8, 1.1, 140, "auto"),
     ],
 )
@@ -141,7 +147,7 @@ def test_a_decoding_step_reads_what_it_must(
     monkeypatch, target, name, batch, blocks, most, launches, kernels
 ):
     """Sequences of 4,096 tokens, by 3 layers; a TPU's cache has 8 blocks. "latent" waits."""
-    mesh = mesh_of(target)
+    mesh = mesh_of(target, expert=8 if target == GPU8 else 1)
     monkeypatch.setattr(table, "TABLE", dict(table.TABLE))
     gpu_latent_attention.add()
     cfg = replace(preset(name), num_layers=3)

@@ -14,6 +14,7 @@ from models import DENSE, random_model, small, tokens_of
 from dsv3_jax.config import Layout
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.mesh import sharding
+from dsv3_jax.model import decode
 
 pytestmark = pytest.mark.long
 
@@ -99,6 +100,19 @@ def sent(text):
     for shapes in SENDS.findall(text):
         for sizes in re.findall(r"\[([\d,]*)\]", shapes):
             yield math.prod(int(n) for n in sizes.split(",") if n)
+
+
+def test_each_layers_arrays_lie_where_the_stack_has_them():
+    """Under fsdp they stay in the stack, whose layers are gathered one by one."""
+    mesh, cfg = sharding.make_mesh(2, 2, 2), replace(CFG, num_layers=2, num_dense_layers=1)
+    gathered = model_of(cfg, mesh, execution=replace(DENSE, layout=Layout(fsdp=True)))
+    with jax.set_mesh(mesh):
+        layers = decode.prepare_decode(model_of(cfg, mesh))
+        assert decode.prepare_decode(gathered) is None
+    want = sharding.state_sharding(layers, mesh)
+    assert any(at.spec != jax.P() for at in jax.tree.leaves(want))
+    for x, at in zip(jax.tree.leaves(layers), jax.tree.leaves(want), strict=True):
+        assert x.sharding.is_equivalent_to(at, x.ndim)
 
 
 def test_neither_cache_nor_experts_are_sent(monkeypatch):

@@ -349,6 +349,7 @@ def attend_to_cache(
     part, index = ctx.cache.place(ctx.layer)
     batch, length, heads, _ = next(iter(queries.values())).shape
     groups, width = ctx.rows[values].shape[2:]  # in a cache, rows may be padded
+    names = list(queries)  # the order that kernels expect; JAX sorts a dict's
 
     def local(
         stored: dict[str, Stored],
@@ -359,16 +360,15 @@ def attend_to_cache(
     ) -> dict[str, Array]:
         cache = Cache([stored], lengths)
         arrays = cache.read(index)
-        to = ([arrays[name] for name in queries], arrays[values])
+        own = [queries[name] for name in names]
+        to = ([arrays[name] for name in names], arrays[values])
         if chosen is not None:
-            out = ctx.run("sparse_attention", list(queries.values()), *to, chosen, scale=scale)
+            out = ctx.run("sparse_attention", own, *to, chosen, scale=scale)
             return {"out": out[..., :width]}
 
         # Query heads of one key-value head are queries of one sequence, after one another.
-        some, _, own_groups, each, _ = next(iter(queries.values())).shape
-        by_group = [
-            q.swapaxes(1, 2).reshape(some, own_groups, length * each, -1) for q in queries.values()
-        ]
+        some, _, own_groups, each, _ = own[0].shape
+        by_group = [q.swapaxes(1, 2).reshape(some, own_groups, length * each, -1) for q in own]
         last = jnp.repeat(cache.positions(length), each, axis=1)
         out = ctx.run("cached_attention", by_group, *to, last, scale=scale)[..., :width]
         return {"out": out.reshape(some, own_groups, length, each, width).swapaxes(1, 2)}
@@ -384,5 +384,5 @@ def attend_to_cache(
     for name, q in queries.items():
         grouped = q.reshape(batch, length, groups, heads // groups, -1)
         shards[name] = (grouped, ("batch", None, *by_head, None))
-    out = on_shards(local, shards, like={"out": next(iter(queries))})["out"]
+    out = on_shards(local, shards, like={"out": names[0]}, has_kernel=True)["out"]
     return out.reshape(batch, length, heads, width)

@@ -42,8 +42,12 @@ class Decoded(NamedTuple):
 
 
 def unrolls(model: Transformer) -> bool:
-    """Whether decoding unrolls the layers; not on a mesh, and not in very deep models."""
-    return not on_mesh() and model.cfg.num_layers <= UNROLLED
+    """Whether decoding unrolls the layers; not in very deep models.
+
+    Under fsdp neither: a scan gathers a layer's weights in its turn, and so never holds all.
+    """
+    gathers = on_mesh() and model.execution.layout.fsdp
+    return not gathers and model.cfg.num_layers <= UNROLLED
 
 
 def prepare_decode(model: Transformer) -> DecodeWeights | None:

@@ -264,7 +264,8 @@ def decode_cost(
         by_layer = jax.eval_shape(
             lambda params, bias: prepare_decode(nnx.merge(graph, params, bias)), params, bias
         )
-    by_layer = _with_shardings(by_layer, jax.tree.map(lambda _: NamedSharding(mesh, P()), by_layer))
+    own = sharding.state_sharding(by_layer, mesh, fsdp=fsdp)
+    by_layer = _with_shardings(by_layer, own)
 
     # The cache: its slots belong to the devices of their rows.
     kind = pick_kind(cfg, None)

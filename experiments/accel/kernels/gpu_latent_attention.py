@@ -336,7 +336,6 @@ def add() -> None:
         latent_attention,
         ("cuda",),
         ("bfloat16",),
-        one_device=True,
         fits=fits,
         why_not=why_not,
     )
