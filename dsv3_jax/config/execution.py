@@ -19,7 +19,7 @@ class Layout:
 
     Example:
         >>> Layout(fsdp=True)
-        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1)
+        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1, length='none')
     """
 
     # shard weights and optimizer state along data too; each layer is gathered when it is computed
@@ -32,6 +32,9 @@ class Layout:
     # nodes along "expert", if they are several: a token goes once to each node that has one of its
     # experts, and from there to its devices
     expert_nodes: Annotated[int, "[1, 65536]"] = 1
+    # the mesh axis that shards the length of rows, for rows too long for one device. expert: rows
+    # are sharded by data alone, and each device attends with its own heads. For training
+    length: Literal["none", "expert"] = "none"
 
     def __post_init__(self) -> None:
         check_fields(self, "layout ")

@@ -208,8 +208,8 @@ def replace(config: V, /, **changes: Any) -> V:
 
     Example:
         >>> from dsv3_jax.config import Layout
-        >>> replace(Layout(), fsdp=True)
-        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1)
+        >>> replace(Layout(), fsdp=True).fsdp
+        True
     """
     _check_names(type(config), changes)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
@@ -229,8 +229,8 @@ def to_dict(config: Any) -> dict:
 
     Example:
         >>> from dsv3_jax.config import Layout
-        >>> to_dict(Layout())
-        {'fsdp': False, 'expert_comm': 'auto', 'capacity_slack': 1.25, 'expert_nodes': 1}
+        >>> to_dict(Layout())["capacity_slack"]
+        1.25
     """
     return dataclasses.asdict(config)
 
@@ -242,8 +242,8 @@ def from_dict(kind: type[V], values: dict) -> V:
 
     Example:
         >>> from dsv3_jax.config import Layout
-        >>> from_dict(Layout, {"fsdp": True})
-        Layout(fsdp=True, expert_comm='auto', capacity_slack=1.25, expert_nodes=1)
+        >>> from_dict(Layout, {"fsdp": True}).fsdp
+        True
     """
     _check_names(kind, values)
     hints = typing.get_type_hints(kind)

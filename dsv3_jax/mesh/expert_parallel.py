@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Layout, ModelConfig
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.mesh.rounds import round_size
-from dsv3_jax.mesh.sharding import row_axes, spec
+from dsv3_jax.mesh.sharding import spec, token_axes
 from dsv3_jax.mesh.token_exchange import Experts, exchange, to_local_ids
 from dsv3_jax.ops.varying import as_varying
 
@@ -73,15 +73,15 @@ def pick_expert_comm(
 
 
 def grouped_swiglu(
-    x: Float[Array, "n D"],
-    expert_ids: Int[Array, "n K"],
-    gates: Float[Array, "n K"],
+    x: Float[Array, "*n D"],
+    expert_ids: Int[Array, "*n K"],
+    gates: Float[Array, "*n K"],
     experts: Experts,
     *,
     kernels: Kernels,
     cfg: ModelConfig,
     layout: Layout,
-) -> tuple[Float[Array, "n D"], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, "*n D"], dict[str, Float[Array, ""]]]:
     """Run `ops.dispatch.grouped_swiglu` on the mesh of the context.
 
     Returns: (y, metrics: "tokens_sent", copies of a token sent to another device, mean over tokens;
@@ -140,17 +140,23 @@ def _on_shards(
 ) -> tuple[Array, dict[str, Array]]:
     """Call `meet(how, x, ids, gates, experts)` on each device, whose experts have all of D.
 
+    It gets tokens [n, …]. Those of rows [B, T, …] are joined there: an array sharded by both axes
+    has no sharding once they are one.
+
     Args: turn: gathered experts go along transposed as well.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = row_axes(x.shape[0])
+    axes = token_axes(x.shape[:-1])
     specs = tuple(
         spec(names, w.shape, mesh, fsdp=layout.fsdp)
         for names, w in zip(AXIS_NAMES, experts, strict=True)
     )
-    how = Sharded(rows, specs, mesh.shape["expert"])
+    how = Sharded(sum(axes, ()), specs, mesh.shape["expert"])
 
     def local(x: Array, ids: Array, gates: Array, experts: Experts) -> tuple[Array, dict]:
+        shape = x.shape
+        x, ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, ids, gates))
+
         # Under fsdp a layer's experts are gathered here, in the layer's turn.
         turned = ()
         if how.gathered and turn:
@@ -161,9 +167,10 @@ def _on_shards(
         # All of one type, so that the gradients of experts are summed over devices here, once.
         experts = tuple(as_varying(w, x) for w in experts)
         x, gates = (as_varying(a, experts[0]) for a in (x, gates))
-        return meet(how, x, ids, gates, experts, *turned)
+        y, sent = meet(how, x, ids, gates, experts, *turned)
+        return y.reshape(shape), sent
 
-    tokens = P(rows)
+    tokens = P(*axes)
     in_specs = (tokens, tokens, tokens, specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=(tokens, P()))(x, ids, gates, experts)
 

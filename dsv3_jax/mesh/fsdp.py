@@ -39,7 +39,7 @@ def unshard_weights(v: Any, *, fsdp: bool, dtype: Any) -> Any:
             kept = spec(names, x.shape, mesh, fsdp=True)
             if used == kept:
                 return x
-            return _gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
+            return gathered(x, used, kept, x.dtype if exact else jnp.dtype(dtype))
 
         return jax.tree.map(of, v)
 
@@ -47,18 +47,19 @@ def unshard_weights(v: Any, *, fsdp: bool, dtype: Any) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(x: Array, used: P, kept: P, dtype: Any) -> Array:
+def gathered(x: Array, used: P, kept: P, dtype: Any) -> Array:
+    """Shard an array as it is used, cast before; its gradient is summed and sharded as kept."""
     cast = jax.lax.with_sharding_constraint(x.astype(dtype), kept)  # cast before it is sent
     return jax.lax.with_sharding_constraint(cast, used)
 
 
-def _gathered_fwd(x: Array, used: P, kept: P, dtype: Any) -> tuple[Array, Array]:
+def gathered_fwd(x: Array, used: P, kept: P, dtype: Any) -> tuple[Array, Array]:
     # The backward pass reads x's dtype alone: an empty slice has it.
-    return _gathered(x, used, kept, dtype), x[:0]
+    return gathered(x, used, kept, dtype), x[:0]
 
 
-def _gathered_bwd(used: P, kept: P, dtype: Any, like_x: Array, d: Array) -> tuple[Array]:
+def gathered_bwd(used: P, kept: P, dtype: Any, like_x: Array, d: Array) -> tuple[Array]:
     return (jax.lax.with_sharding_constraint(d, kept).astype(like_x.dtype),)
 
 
-_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+gathered.defvjp(gathered_fwd, gathered_bwd)

@@ -241,7 +241,7 @@ def rows_held(mesh: Mesh, size: int) -> np.ndarray:
         >>> rows_held(sharding.make_mesh(), 4)  # one process holds all rows
         array([0, 1, 2, 3])
     """
-    parts = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    parts = sharding.batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[index] for index in parts]))
 
 
@@ -261,7 +261,7 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh | None, size: int) -> dict[s
     if mesh is None:
         return {name: jax.device_put(array) for name, array in batch.items()}
     make = jax.make_array_from_process_local_data
-    rows = sharding.batch_sharding(mesh)
+    rows = sharding.batch_sharding(mesh, size)
     with jax.transfer_guard("allow"):  # meant, though JAX calls it implicit
         return {name: make(rows, array, (size, *array.shape[1:])) for name, array in batch.items()}
 

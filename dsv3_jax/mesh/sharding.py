@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
+from dsv3_jax.mesh.length import check_length, shards_length
 from dsv3_jax.mesh.shape import AXES, format_mesh, over_slices
 
 ROWS = ("data", "expert")  # axes that shard the batch
@@ -32,12 +33,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ROWS,
     "expert": ("expert",),
     "heads": ("tensor",),
+    "attending": ("tensor",),  # heads while they attend
     "hidden": ("tensor",),
     "vocab": ("tensor",),
 }
 # `Layout.fsdp` adds these for weights, and for all that is sharded like them; they are gathered for
 # use. Experts are sharded by number where "data" divides it: they then lie in memory as in use.
 FSDP_RULES = RULES | {"expert": ("expert", "data"), "dim": ("data",), "latent": ("data",)}
+# `Layout.length` puts these in their place, see length.py.
+LENGTH_RULES = {"batch": ("data",), "length": ("expert",), "attending": ("tensor", "expert")}
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -85,7 +89,8 @@ def check_run(mesh: Mesh, run: RunConfig) -> None:
         >>> check_run(make_mesh(), recipe("tiny"))  # one device fits every batch and model
     """
     rows = run.data.batch_size // run.optim.microbatches
-    if rows % math.prod(mesh.shape[axis] for axis in ROWS):
+    axes = ROWS if run.execution.layout.length == "none" else LENGTH_RULES["batch"]
+    if rows % math.prod(mesh.shape[axis] for axis in axes):
         given = f"batch_size/microbatches={rows} rows are"
         raise ConfigError(f"{given} not divisible by mesh {format_mesh(mesh)}")
     nodes = run.execution.layout.expert_nodes
@@ -94,6 +99,7 @@ def check_run(mesh: Mesh, run: RunConfig) -> None:
             f"layout.expert_nodes={nodes} does not divide expert={mesh.shape['expert']} of the mesh"
         )
     check_model(mesh, run.model)
+    check_length(mesh, run)
 
 
 def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
@@ -191,15 +197,17 @@ def spec(
     return P(*parts)
 
 
-def row_axes(rows: int) -> tuple[str, ...]:
-    """The axes of the mesh in use that shard so many rows of a batch.
+def token_axes(shape: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    """The axes of the mesh in use that shard tokens [B, …]: their rows, and a sharded length.
 
     Example:
         >>> with jax.sharding.use_abstract_mesh(AbstractMesh((2, 4, 1), AXES)):
-        ...     row_axes(16), row_axes(6), row_axes(5)  # 6 is not divisible by 2 · 4, 5 not by 2
-        (('data', 'expert'), ('data',), ())
+        ...     [token_axes((rows,)) for rows in (16, 6, 5)]  # 6 is not divisible by 2 · 4
+        [(('data', 'expert'),), (('data',),), ((),)]
     """
-    return _mesh_axes("batch", rows, jax.sharding.get_abstract_mesh())
+    names = ("batch", "length") if shards_length() else ("batch",)
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(_mesh_axes(name, size, mesh) for name, size in zip(names, shape, strict=False))
 
 
 def _mesh_axes(
@@ -207,6 +215,8 @@ def _mesh_axes(
 ) -> tuple[str, ...]:
     """The mesh axes for a name, as many as divide `size` evenly; axes of size 1 are left out."""
     rules = FSDP_RULES if fsdp else RULES
+    if shards_length():
+        rules = rules | LENGTH_RULES
 
     # An axis shards what the axes before it leave, or is left out if it does not divide that.
     axes: tuple[str, ...] = ()
@@ -261,18 +271,24 @@ def is_variable(v: Any) -> bool:
     return isinstance(v, nnx.Variable)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     """The sharding of a batch: its rows over "data" and "expert".
+
+    Args: rows: of the batch; an axis that does not divide them is left out. None: both axes do.
 
     Example:
         >>> batch_sharding(make_mesh()).spec
         P(('data', 'expert'),)
     """
-    return NamedSharding(mesh, P(ROWS))
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    whole = rows is None or rows % parts == 0
+    return NamedSharding(mesh, P(ROWS if whole else _mesh_axes("batch", rows or 0, mesh)))
 
 
 def constrain(x: Array, *names: str | None) -> Array:
     """Shard an activation as its axes' names say; no change without a mesh. Under `jax.jit`.
+
+    The axis after "batch" is the length of rows, unless it has a name.
 
     Example:
         >>> import jax.numpy as jnp
@@ -282,6 +298,8 @@ def constrain(x: Array, *names: str | None) -> Array:
     """
     if not on_mesh():
         return x
+    if names[:2] == ("batch", None):
+        names = ("batch", "length", *names[2:])
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
@@ -295,7 +313,7 @@ def constrain_state(state: Any, *, fsdp: bool = False) -> Any:
 
 
 def shard_map_over_batch(f: Callable, replicated: Sequence, *batched: Any) -> Any:
-    """Call `f(*replicated, *batched)` on each device's rows of the batched; once without a mesh.
+    """Call `f(*replicated, *batched)` on each device's tokens of the batched; once without a mesh.
 
     Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The
     function f returns (sums, rows): arrays that are summed over devices, and arrays that are
@@ -309,8 +327,8 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched: Any) -> An
         >>> shard_map_over_batch(scaled, (jnp.float32(2),), x)  # the same on a mesh
         (Array(4., dtype=float32), Array([2., 6.], dtype=float32))
     """
-    rows = jax.tree.leaves(batched)[0].shape[0]
-    axes = row_axes(rows) if on_mesh() else ()
+    shards = token_axes(jax.tree.leaves(batched)[0].shape) if on_mesh() else ()
+    axes = sum(shards, ())
     if not axes:
         return f(*replicated, *batched)
 
@@ -319,8 +337,8 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched: Any) -> An
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
 
     # Sums leave with no axis, as they are alike on all devices; rows leave as they came.
-    in_specs = (P(),) * len(replicated) + (P(axes),) * len(batched)
-    out_specs = (P(), P(axes))
+    in_specs = (P(),) * len(replicated) + (P(*shards),) * len(batched)
+    out_specs = (P(), P(*shards))
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
     return mapped(*replicated, *batched)
 

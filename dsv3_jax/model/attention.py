@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs
+from dsv3_jax.mesh.heads import HEAD_AXES, TOKEN_AXES, to_heads, to_tokens
+from dsv3_jax.mesh.length import check_attention
 from dsv3_jax.mesh.sharding import constrain, on_shards, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, LayerResult, from_zero, how_of, make_context
@@ -24,7 +26,6 @@ from dsv3_jax.ops.attention import repeat_heads
 from dsv3_jax.ops.cached_attention import Stored
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
-HEAD_AXES = ("batch", None, "heads", None)  # how a mesh shards arrays with heads
 # by name, what may be cached of each token: key-value heads, numbers of each
 Rows = Mapping[str, Float[Array, "B T _ _"]]
 
@@ -87,10 +88,15 @@ class Attention(nnx.Module):
         Returns: (output [B, T, D]; the context with these tokens' rows, also in its cache;
             metrics).
         """
+        by_heads = type(self).attend_to_rows in (Attention.attend_to_rows, MLA.attend_to_rows)
+        check_attention(self.cfg, ctx.how.layout, decodes=ctx.how.mode == "decode", splits=by_heads)
         with jax.named_scope(type(self).__name__):
             # Each token's queries and rows. Keys and values of every head are formed where they are
             # read: without a cache, and for one that keeps them.
             q, rows = self.project(x, ctx)
+            q, rows = to_heads(
+                q, rows, self.cache_rows(self.cfg, "latent" if self.has_latent else "expanded")
+            )
             if ctx.cache is None or "k" in ctx.cache.parts[0]:
                 rows = {**rows, **self.expand(rows, ctx)}
             ctx = ctx._replace(rows=rows)
@@ -99,8 +105,7 @@ class Attention(nnx.Module):
 
             # Heads' means of values, and back to the width of the hidden state.
             out, ctx, metrics = self.attend_to_rows(q, ctx)
-            out = constrain(out, *HEAD_AXES)
-            return ctx.run("product", out, self.w_o[...], axes=2), ctx, metrics
+            return ctx.run("product", to_tokens(out), self.w_o[...], axes=2), ctx, metrics
 
     @classmethod
     def cache_rows(cls, cfg: ModelConfig, kind: CacheKind) -> dict[str, tuple[int, int]]:
@@ -200,7 +205,7 @@ class MLA(Attention):
             else:
                 c_q = self.q_norm(ctx.run("product", x, self.w_dq[...]))
                 q = ctx.run("product", c_q, self.w_uq[...])
-            q = self.rotate(constrain(q, *HEAD_AXES), ctx)
+            q = self.rotate(constrain(q, *TOKEN_AXES), ctx)
 
         with jax.named_scope("latents"):
             both = ctx.run("product", x, self.w_dkv[...])[:, :, None]  # one head, of all to read
@@ -270,7 +275,7 @@ class GQA(Attention):
         self, x: Float[Array, "B T D"], ctx: Context
     ) -> tuple[Float[Array, "B T H K"], Rows]:
         q, k, v = (ctx.run("product", x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
-        q, k, v = (constrain(y, *HEAD_AXES) for y in (q, k, v))
+        q, k, v = (constrain(y, *TOKEN_AXES) for y in (q, k, v))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.rotate(q, ctx), {"k": self.rotate(k, ctx), "v": v}
@@ -349,7 +354,8 @@ def attend_to_cache(
     part, index = ctx.cache.place(ctx.layer)
     batch, length, heads, _ = next(iter(queries.values())).shape
     groups, width = ctx.rows[values].shape[2:]  # in a cache, rows may be padded
-    names = list(queries)  # the order that kernels expect; JAX sorts a dict's
+    names = list(queries)  # the order that kernels expect; on a mesh, JAX sorts a dict's
+    dense = ctx.chosen is None
 
     def local(
         stored: dict[str, Stored],
@@ -360,8 +366,9 @@ def attend_to_cache(
     ) -> dict[str, Array]:
         cache = Cache([stored], lengths)
         arrays = cache.read(index)
-        own = [queries[name] for name in names]
-        to = ([arrays[name] for name in names], arrays[values])
+        order = names if dense else list(queries)
+        own = [queries[name] for name in order]
+        to = ([arrays[name] for name in order], arrays[values])
         if chosen is not None:
             out = ctx.run("sparse_attention", own, *to, chosen, scale=scale)
             return {"out": out[..., :width]}
@@ -384,5 +391,5 @@ def attend_to_cache(
     for name, q in queries.items():
         grouped = q.reshape(batch, length, groups, heads // groups, -1)
         shards[name] = (grouped, ("batch", None, *by_head, None))
-    out = on_shards(local, shards, like={"out": names[0]}, has_kernel=True)["out"]
+    out = on_shards(local, shards, like={"out": names[0]}, has_kernel=dense)["out"]
     return out.reshape(batch, length, heads, width)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig, check_inputs
 from dsv3_jax.mesh import expert_parallel
+from dsv3_jax.mesh.length import sequence_loss, shards_length
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.context import Context, from_zero, how_of, make_context
 from dsv3_jax.model.layers import SwiGLU
@@ -138,10 +139,12 @@ class MoE(nnx.Module):
         Returns: (y, what the router did, metrics: "dropped", the share of assignments; and as
             `mesh.expert_parallel.grouped_swiglu`, a token's copies that go to other devices).
         """
-        # Each token's experts, as rows of one long sequence: experts know no batch.
+        # Each token's experts, as rows of one long sequence: experts know no batch. Where a length
+        # is sharded, each device joins its own tokens later.
         routed, metrics = self.route(x, ctx)
-        per_token = (x, routed.expert_ids, routed.gates)
-        flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in per_token)
+        flat, ids, gates = per_token = (x, routed.expert_ids, routed.gates)
+        if not shards_length():
+            flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in per_token)
         if ctx.how.edit_gates is not None:
             gates = ctx.how.edit_gates(ctx.layer, ids, gates)
 
@@ -252,7 +255,7 @@ class MoE(nnx.Module):
         load = balance.load(rows.expert_ids, cfg.num_experts, tokens.mask)
         loss = jnp.zeros((), jnp.float32)
         if cfg.balance.sequence_alpha:
-            loss = balance.sequence_loss(rows.scores, k, tokens.mask, tokens.given).sum()
+            loss = sequence_loss(rows.scores, k, tokens.mask, tokens.given).sum()
         return Sums(load, as_varying(loss, load)), rows
 
     def _balance_loss(self, sums: Sums, rows: RoutedRows, ctx: Context) -> Float[Array, ""]:

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.mesh.length import filled, first, later
 from dsv3_jax.model.blocks import DenseBlock, SparseBlock
 from dsv3_jax.model.context import Context, LayerResult
 from dsv3_jax.model.layers import RMSNorm
@@ -226,11 +227,11 @@ def counted(
         >>> counted(preset("tiny"), segment_ids != 0, segment_ids, k=1)
         Array([[ True, False, False]], dtype=bool)
     """
-    short = mask.shape[1] - k  # later positions have no token k positions on
+    here = first(mask, k)  # later positions have no token k positions on
     if not cfg.head_kind.reads_tokens:
-        return mask[:, :short]
-    real = mask[:, :short] & mask[:, k:]
-    return real if segment_ids is None else real & (segment_ids[:, :short] == segment_ids[:, k:])
+        return here
+    real = here & later(mask, k)
+    return real if segment_ids is None else real & (first(segment_ids, k) == later(segment_ids, k))
 
 
 def token_counts(cfg: ModelConfig, segment_ids: Int[Array, "B T"]) -> Float[Array, " depths"]:
@@ -273,13 +274,13 @@ def run_heads(
         # Head k has T - k positions: those with a token k positions on.
         part = _context_of_head(cfg, k, tokens, ctx)
         part = part._replace(
-            given=given[k - 1] if given else None,
+            given=filled(given[k - 1], k, -1) if given else None,
             divisor=counts[k - 1] if len(counts) else None,
         )
         # Position i reads h_i, and the embedding of token i + k if this kind reads tokens.
-        short = part.mask.shape[1]
-        embedded = model.embedding(tokens[:, k:]) if reads_tokens else None
-        made, of_head = _run_head(model, head, h[:, :short], part, embedded)
+        embedded = model.embedding(later(tokens, k)) if reads_tokens else None
+        read = first(h, k - (tokens.shape[1] - h.shape[1]))  # a chain's is shorter already
+        made, of_head = _run_head(model, head, read, part, embedded)
         if reads_tokens:  # a chain: the next head reads what this one made
             h = made
         hidden.append(made)
@@ -290,17 +291,16 @@ def run_heads(
 def _context_of_head(cfg: ModelConfig, k: int, tokens: Array, ctx: Context) -> Context:
     """The context of head k, from 1: of the positions that have a token k later."""
     mask = counted(cfg, ctx.mask, ctx.segment_ids, k)
-    short = mask.shape[1]
     read = None
     if ctx.tokens is not None:  # a router that reads tokens reads the one that the head does
-        read = tokens[:, k:] if cfg.head_kind.reads_tokens else tokens[:, :short]
+        read = later(tokens, k) if cfg.head_kind.reads_tokens else first(tokens, k)
 
     # Edits of gates name layers of the trunk, so heads run without them.
     return ctx._replace(
         how=replace(ctx.how, edit_gates=None),
-        cos=ctx.cos[:, :short],
-        sin=ctx.sin[:, :short],
-        segment_ids=None if ctx.segment_ids is None else ctx.segment_ids[:, :short],
+        cos=first(ctx.cos, k),
+        sin=first(ctx.sin, k),
+        segment_ids=None if ctx.segment_ids is None else first(ctx.segment_ids, k),
         mask=mask,
         tokens=read,
     )

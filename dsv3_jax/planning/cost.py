@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import ConfigError, Execution, ModelConfig, RunConfig
 from dsv3_jax.kernels.choose import Kernels, Target, platform_of, prepare
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.length import check_decoding
 from dsv3_jax.mesh.shape import format_mesh
 from dsv3_jax.model.cache import Cache, pick_kind
 from dsv3_jax.model.counting import (
@@ -139,7 +140,9 @@ def train_cost(
         shapes = replace(shapes, params=nnx.merge_state(trained, _packed(given, *PACKED[frozen])))
     state = _with_shardings(shapes, sharding.state_sharding(shapes, mesh, fsdp=fsdp))
     tokens = jax.ShapeDtypeStruct(
-        (run.data.batch_size, run.data.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
+        (run.data.batch_size, run.data.seq_len),
+        jnp.int32,
+        sharding=sharding.batch_sharding(mesh, run.data.batch_size),
     )
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), tokens)
 
@@ -203,6 +206,7 @@ def check_decode(
             ...
         dsv3_jax.config.fields.ConfigError: context=9999 is not between 1 and the model's ...
     """
+    check_decoding(execution.layout, mesh)
     parts = batch_parts(mesh)
     if batch < 1 or batch % parts:
         raise ConfigError(

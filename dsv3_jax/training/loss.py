@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Grpo, HeadLoss
+from dsv3_jax.mesh.length import by_layout, first, later, shards_length
 from dsv3_jax.mesh.logits import score_by_rows
 from dsv3_jax.mesh.sharding import shard_map_over_batch
 from dsv3_jax.model.moe import LayerRouting
@@ -62,10 +63,10 @@ def targets(
         >>> targets(tokens, segment_ids, ahead=1)
         (Array([[6, 7, 8]], dtype=int32), Array([[ True, False,  True]], dtype=bool))
     """
-    here = segment_ids[:, :-ahead]
-    there = segment_ids[:, ahead:]
+    here = first(segment_ids, ahead)
+    there = later(segment_ids, ahead)
     mask = (here == there) & (here != 0)
-    return tokens[:, ahead:], mask if loss_mask is None else mask & loss_mask[:, ahead:]
+    return later(tokens, ahead), mask if loss_mask is None else mask & later(loss_mask, ahead)
 
 
 def target_counts(
@@ -106,6 +107,7 @@ class Part(NamedTuple):
 COMPLETE = Part()
 
 
+@by_layout
 def compute_loss(
     model: Transformer,
     batch: dict[str, Array],
@@ -229,7 +231,7 @@ def _token_losses(
     accuracy = jnp.zeros(())
     feature = jnp.zeros((), jnp.float32)
     for k, h, wanted, mask in _by_depth(out, batch):
-        trunk = out.h[:, k:-1]  # from these it predicts the same tokens
+        trunk = later(out.h, k, end=1)  # from these it predicts the same tokens
         if k and head_loss != "ce":
             total = summed(distance, h, trunk, mask)
         else:
@@ -338,6 +340,7 @@ def _domain_load(
     return count.reshape(len(ids), num_domains + 1, num_experts)[:, :num_domains].swapaxes(0, 1)
 
 
+@by_layout
 def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int = 0) -> Scores:
     """Compute negative log-likelihoods, and how often greedy decoding would accept a head's draft.
 
@@ -371,15 +374,16 @@ def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int =
     drafted = []
     alive = mask
     for k, h, wanted, is_target in heads:
-        length = wanted.shape[1]
         _, draft = score_by_rows(h, matrix, wanted)
-        alive = alive[:, :length] & is_target
+        alive = first(alive, 1) & is_target
         drafted.append(alive.sum(dtype=jnp.float32))
-        alive = alive & (draft == own[:, k : k + length])
+        alive = alive & (draft == later(own, k))
         agree.append(alive.sum(dtype=jnp.float32))
 
     by_domain = _domain_load(
         out, segment_ids != 0, batch.get("domains"), num_domains, model.cfg.num_experts
     )
+    if shards_length():  # the last place has no target
+        nll, mask = nll[:, :-1], mask[:, :-1]
     agreed, counted = (jnp.array(x, jnp.float32) for x in (agree, drafted))
     return Scores(nll, mask, agreed, counted, _load(out), by_domain)

@@ -1,0 +1,55 @@
+"""Arrays with heads on a mesh, and how they change places where the length of rows is sharded.
+
+A device attends with its own heads to complete rows. Before and after that it has its own tokens,
+which is the same unless `Layout.length` shards the rows' length.
+"""
+
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dsv3_jax.mesh.fsdp import gathered
+from dsv3_jax.mesh.length import shards_length
+from dsv3_jax.mesh.sharding import constrain, spec
+
+# Names of the axes of arrays [B, T, H, _], in attention and around it.
+HEAD_AXES = ("batch", "row", "attending", None)
+TOKEN_AXES = ("batch", "length", "heads", None)
+
+
+def to_heads(
+    q: Float[Array, "B T H _"], rows: Mapping[str, Float[Array, "B T _ _"]], cached: Collection[str]
+) -> tuple[Float[Array, "B T H _"], Mapping[str, Float[Array, "B T _ _"]]]:
+    """Bring all tokens of a sharded length to each device: of its heads, and what heads share.
+
+    What heads share is gathered as one array. No change if rows are complete.
+
+    Args: cached: names of the rows that a cache would keep; others are left out.
+    """
+    if not shards_length():
+        return q, rows
+
+    def by_heads(y: Array) -> Array:
+        # The gradient too is exchanged as one array, not as the parts that RoPE makes of it.
+        return constrain(constrain(y, *TOKEN_AXES), *HEAD_AXES)
+
+    kept = {name: y for name, y in rows.items() if name in cached} or rows
+    shared = {name: y for name, y in kept.items() if y.shape[2] == 1}
+    found = {name: by_heads(y) for name, y in kept.items() if name not in shared}
+    if shared:
+        joined = jnp.concatenate(list(shared.values()), axis=-1)
+        mesh = jax.sharding.get_abstract_mesh()
+        used, tokens = (spec(axes, joined.shape, mesh) for axes in (HEAD_AXES, TOKEN_AXES))
+        joined = gathered(joined, used, tokens, joined.dtype)
+        ends = np.cumsum([y.shape[-1] for y in shared.values()])
+        found |= zip(shared, jnp.split(joined, ends[:-1], axis=-1), strict=True)
+    return by_heads(q), found
+
+
+def to_tokens(out: Float[Array, "B T H _"]) -> Float[Array, "B T H _"]:
+    """Bring the result of attention to the devices that have its tokens."""
+    out = constrain(out, *HEAD_AXES)
+    return constrain(out, *TOKEN_AXES) if shards_length() else out

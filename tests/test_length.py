@@ -1,0 +1,223 @@
+"""Rows whose length a mesh shards: a step's loss, gradient, load, bias and ids are one device's."""
+
+import re
+import warnings
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import DENSE, INDEXED, random_model, small
+from runs import MODEL, fresh_state, make_run, packed_batch
+from test_compiled import GPU8, mesh_of
+
+from dsv3_jax.config import Balance, ConfigError, Execution, Grpo, Layout, OptimConfig
+from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.length import by_layout
+from dsv3_jax.model.attention import MLA
+from dsv3_jax.model.blocks import SparseBlock
+from dsv3_jax.model.context import How, how_of, make_context
+from dsv3_jax.planning.cost import check_decode, choose_kernels
+from dsv3_jax.training.loss import score_tokens
+from dsv3_jax.training.state import Job, model_of
+from dsv3_jax.training.step import make_step
+
+B, T = 4, 16
+# A sparse layer and two heads with experts; eight heads of attention, one for each device.
+BALANCE = Balance(bias_rate=1e-2, sequence_alpha=1e-2, z_alpha=1e-3)
+CFG = replace(MODEL, num_layers=1, num_heads=8, mtp_depth=2, balance=BALANCE)
+PLAIN = replace(CFG, attention="gqa", num_kv_heads=2, mtp_kind="meta", qk_norm=True)
+LENGTH = Layout(length="expert")
+
+
+def run_of(cfg=CFG, layout=LENGTH):
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
+    run = make_run("nowhere", model=cfg, optim=optim, execution=Execution(layout=layout))
+    return replace(run, data=replace(run.data, batch_size=B, seq_len=T))
+
+
+def make_batch():
+    """Documents extend over several parts of a row; the last row is padding but for 3 tokens."""
+    rng = np.random.default_rng(0)
+    segment_ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+    segment_ids[-1, 3:] = 0
+    return packed_batch(rng, segment_ids)
+
+
+@by_layout
+def ids_of(model, batch):
+    """Experts of the trunk, and of each head at the positions that have its token."""
+    out = model.forward_hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+    heads = [r.expert_ids[:, : T - k] for k, r in enumerate(out.mtp_routing, start=1)]
+    return out.routing.expert_ids, heads
+
+
+def everything(run, mesh=None):
+    """(The state after a step and its metrics; scores; ids) of one device, or of a mesh."""
+    state, batch, job = fresh_state(run), make_batch(), Job(run)
+    if mesh is not None:
+        sharding.check_run(mesh, run)
+        where = sharding.state_sharding(state, mesh, fsdp=run.execution.layout.fsdp)
+        state = jax.device_put(state, where)
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh, B))
+    with sharding.use_mesh(mesh):
+        found = jax.jit(
+            lambda state, batch: [f(model_of(job, state), batch) for f in (score_tokens, ids_of)]
+        )(state, batch)
+        return jax.device_get((make_step(job)(state, batch), *found))
+
+
+@cache
+def alone(cfg):
+    """What one device finds, where every expert reads every token."""
+    return everything(replace(run_of(cfg), execution=DENSE))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sizes, cfg, layout",
+    [
+        ((2, 4, 1), CFG, replace(LENGTH, expert_comm="all_to_all", capacity_slack=1.0)),
+        pytest.param((1, 8, 1), CFG, LENGTH, marks=pytest.mark.rare),
+        pytest.param((1, 2, 4), CFG, LENGTH, marks=pytest.mark.rare),
+        pytest.param((2, 4, 1), PLAIN, replace(LENGTH, fsdp=True), marks=pytest.mark.rare),
+    ],
+    ids=["2,4,1", "1,8,1", "1,2,4", "2,4,1 gqa meta fsdp"],
+)
+def test_a_step_is_a_single_devices(sizes, cfg, layout):
+    (want_state, want), want_scores, want_ids = alone(cfg)
+    (state, got), scores, ids = everything(run_of(cfg, layout), sharding.make_mesh(*sizes))
+    jax.tree.map(np.testing.assert_array_equal, ids, want_ids)
+    np.testing.assert_array_equal(got["load"], want["load"])
+    jax.tree.map(np.testing.assert_array_equal, state.bias, want_state.bias)
+    for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"):
+        # sums in another order
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
+    # of each tensor's largest entry; the first mean is 0.1 times the clipped gradient
+    for a, b in zip(jax.tree.leaves(state.opt.mu), jax.tree.leaves(want_state.opt.mu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    np.testing.assert_array_equal(scores.mask, want_scores.mask)
+    np.testing.assert_array_equal(scores.drafted, want_scores.drafted)
+    np.testing.assert_array_equal(scores.agree, want_scores.agree)
+    np.testing.assert_allclose(scores.nll, want_scores.nll, rtol=1e-5)
+
+
+HEADS, WIDTH, LATENT = 16, 192, 576
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def layer_program(mesh):
+    """The text of a layer's forward and backward pass, compiled for a mesh."""
+    cfg = small(
+        dim=256, num_heads=HEADS, nope_head_dim=128, rope_head_dim=64, v_head_dim=128,
+        kv_latent_dim=512, q_latent_dim=None, num_experts=8, expert_dim=128, max_positions=4096,
+    )  # fmt: skip
+    execution = Execution(compute_dtype="bfloat16", layout=LENGTH)
+    how = How(choose_kernels(execution, mesh), LENGTH)
+    graph, state = nnx.split(nnx.eval_shape(lambda: SparseBlock(cfg, rngs=nnx.Rngs(0))))
+
+    @by_layout
+    def gradients(model, state, x, segment_ids, positions):
+        def loss(state, x):
+            ctx = make_context(cfg, positions, segment_ids, how=how)
+            x = sharding.constrain(x, "batch", None, None)
+            return nnx.merge(graph, state)(x, ctx)[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1))(state, x)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    state = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+        state,
+        sharding.state_sharding(state, mesh),
+    )
+    length = 1024
+    ids = array("int32", 1, length)
+    with jax.set_mesh(mesh), warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore")
+        with jax.numpy_dtype_promotion("standard"):
+            step = jax.jit(lambda *args: gradients(SimpleNamespace(execution=execution), *args))
+            lowered = step.lower(state, array("bfloat16", 1, length, cfg.dim), ids, ids)
+        return lowered.compile().as_text()
+
+
+def sent_around_attention(text):
+    """Collectives of attention: (kind, is it of the backward pass, size of its largest result)."""
+    for line in text.splitlines():
+        if (found := COLLECTIVE.search(line)) and "MLA" in line:
+            shapes = re.findall(r"\[([\d,]+)\]", found[1])
+            sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
+            yield found[2], "transpose(" in line, max(sizes, default=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "target",
+    [
+        "cpu",
+        pytest.param(GPU8, marks=pytest.mark.rare),
+        pytest.param("tpu:v6e:2x4", marks=pytest.mark.rare),
+    ],
+)
+def test_a_layer_gathers_latents_alone(target):
+    """One gather of latents, and two all-to-alls of heads, in each direction."""
+    mesh = sharding.make_mesh(1, 8) if target == "cpu" else mesh_of(target, expert=8)
+    sent = list(sent_around_attention(layer_program(mesh)))
+    gathers = [(back, size) for kind, back, size in sent if kind == "all-gather"]
+    assert gathers == [(False, 1024 * LATENT)]
+    exchanges = [back for kind, back, _ in sent if kind == "all-to-all"]
+    assert sorted(exchanges) == [False, False, True, True]
+
+
+def test_what_cannot_be_sharded_is_refused():
+    mesh, run = sharding.make_mesh(1, 8), run_of()
+
+    def refused(run, why, mesh=mesh):
+        with pytest.raises(ConfigError, match=why):
+            sharding.check_run(mesh, run)
+
+    sharding.check_run(mesh, replace(run, data=replace(run.data, batch_size=1)))
+    refused(replace(run, data=replace(run.data, seq_len=20)), "^seq_len=20 .* by expert=8 of mesh")
+    refused(run_of(replace(CFG, num_heads=4)), "^num_heads=4 .* by expert × tensor=8 of mesh")
+    refused(run, "batch_size/microbatches=4 rows", sharding.make_mesh(8))
+    refused(run_of(replace(CFG, **INDEXED)), "^attention='dsa' needs complete rows")
+    refused(run_of(replace(CFG, capacity_factor=1.5)), "^capacity_factor=1.5 needs complete rows")
+    chats = replace(run.data, format="chat")
+    refused(replace(run, grpo=Grpo(group=2), data=chats), "^grpo.group=2 needs complete rows")
+    with pytest.raises(
+        ConfigError, match="layout.length='expert' shards no cache, and mesh data=1"
+    ):
+        check_decode(CFG, run.execution, mesh, 8, 16)
+
+
+class Own(MLA):
+    """An attention of one's own, whose heads may see one another."""
+
+    def attend_to_rows(self, q, ctx):
+        return super().attend_to_rows(q, ctx)
+
+
+def test_an_attention_that_cannot_be_split_is_refused():
+    execution = Execution(layout=LENGTH)
+    model, x = SimpleNamespace(execution=execution), jnp.ones((1, 8, CFG.dim))
+    ctx = make_context(CFG, jnp.zeros((1, 8), jnp.int32), how=how_of(execution))
+    with jax.set_mesh(sharding.make_mesh(1, 8)):
+        attend = by_layout(lambda model, kind, ctx: kind(CFG, rngs=nnx.Rngs(0)).attend(x, ctx))
+        with pytest.raises(ConfigError, match="^attention='mla' needs complete rows on a device"):
+            attend(model, Own, ctx)
+        decoding = ctx._replace(how=replace(ctx.how, mode="decode"))
+        with pytest.raises(ConfigError, match="^layout.length='expert' shards no cache"):
+            attend(model, MLA, decoding)
+
+
+def test_a_run_without_devices_along_expert_decodes():
+    model = random_model(replace(CFG, mtp_depth=0), execution=Execution(layout=LENGTH))
+    assert jax.eval_shape(model, jnp.ones((1, T), jnp.int32)).logits.shape == (1, T, CFG.vocab_size)
