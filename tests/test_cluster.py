@@ -90,8 +90,8 @@ def test_two_processes_train_as_one(run, root, tmp_path):
         said, errors = both[0].communicate(timeout=120)
         assert both[0].returncode in (75, -signal.SIGABRT), errors
         assert "resumed from the checkpoint of step 2" in said
-    lists = sorted(path.name for path in folder.glob("checkpoints/[46]/checksums.*"))
-    assert lists[:2] == ["checksums.0-of-2.json", "checksums.1-of-2.json"]
+    lists = {path.name for path in folder.glob("checkpoints/[46]/checksums.*")}
+    assert lists == {"checksums.0-of-2.json", "checksums.1-of-2.json"}
     assert loop.fit(run, folder, quiet=True).resumed_from in (4, 6)
     loop.fit(run, alone, quiet=True)
     (state, data_state), (expected, expected_data_state) = (

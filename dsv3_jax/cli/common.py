@@ -94,6 +94,8 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
         --layout. no-fsdp
         --layout. expert-comm=auto
         --layout. capacity-slack=1.25
+        --layout. expert-nodes=1
+        --layout. length=none
     """
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)

@@ -152,7 +152,7 @@ def checkpoint(megabytes: float = 470.0, rounds: int = 5) -> Rows:
     state = jax.tree.map(fill, abstract_state(Job(run)))
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
 
-    def save(folder: Path, write_manifest: Callable[[Path], None]) -> tuple[float, float]:
+    def save(folder: Path, write_manifest: Callable[..., None]) -> tuple[float, float]:
         """Save into an empty folder. Returns: CPU seconds of all threads, seconds that pass."""
         shutil.rmtree(folder, ignore_errors=True)
         with (
@@ -163,7 +163,7 @@ def checkpoint(megabytes: float = 470.0, rounds: int = 5) -> Rows:
             checkpoints.save(state, {"piece": 0}, wait=True)
             return time.process_time() - cpu, time.perf_counter() - wall
 
-    kinds = {"no checksums": lambda place: None, "zlib's CRC-32": saving.write_manifest}
+    kinds = {"no checksums": lambda *_: None, "zlib's CRC-32": saving.write_manifest}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "run")
         saves = in_turns(
