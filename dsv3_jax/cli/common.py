@@ -194,7 +194,7 @@ def mesh_of_option(text: str | None) -> Any:
 def devices_here() -> int:
     """Count this machine's devices that a run without --mesh trains on.
 
-    A CPU counts as one device, as all of its devices share the cores.
+    A CPU counts as one device, because its devices share the cores.
     """
     import jax
 

@@ -245,6 +245,8 @@ def _read(
     Returns: its number of values.
     """
     count = math.prod(entry.shape)
+
+    # Both parts of a packed matrix lie alike, so the first one says what is held.
     first = [jax.tree.leaves(parts[part.path])[0] for part in entry.slices]
     if not any(p.holding(s.indices) for p, s in zip(first, entry.slices, strict=True)):
         return count
@@ -254,6 +256,8 @@ def _read(
     stays = isinstance(form, Packed)
     values = folder.read(entry, BF16 if stays else form.dtype)
     found = [folder.packed(entry)] if stays else entry.split(values)
+
+    # Into each parameter that it fills.
     for part, value in zip(entry.slices, found, strict=True):
         jax.tree.map(lambda p, v, at=part.indices: p.fill(at, v), parts[part.path], value)
     return count

@@ -25,7 +25,7 @@ def to_heads(
 ) -> tuple[Float[Array, "B T H _"], Mapping[str, Float[Array, "B T _ _"]]]:
     """Bring all tokens of a sharded length to each device: of its heads, and what heads share.
 
-    What heads share is gathered as one array. No change if rows are complete.
+    What heads share is gathered as one array. If rows are complete, nothing changes.
 
     Args: cached: names of the rows that a cache would keep; others are left out.
     """
@@ -33,12 +33,15 @@ def to_heads(
         return q, rows
 
     def by_heads(y: Array) -> Array:
-        # The gradient too is exchanged as one array, not as the parts that RoPE makes of it.
+        # So the gradient is one array, too, when it is exchanged: RoPE would make parts of it.
         return constrain(constrain(y, *TOKEN_AXES), *HEAD_AXES)
 
+    # Arrays with heads are exchanged.
     kept = {name: y for name, y in rows.items() if name in cached} or rows
     shared = {name: y for name, y in kept.items() if y.shape[2] == 1}
     found = {name: by_heads(y) for name, y in kept.items() if name not in shared}
+
+    # What all heads read is gathered, and parted again.
     if shared:
         joined = jnp.concatenate(list(shared.values()), axis=-1)
         mesh = jax.sharding.get_abstract_mesh()

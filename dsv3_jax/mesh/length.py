@@ -162,6 +162,8 @@ def sequence_loss(
     """
     if not (shards_length() and "expert" in varying(scores)):
         return balance.sequence_loss(scores, k, mask, given)
+
+    # Assignments and tokens of the complete row.
     num_experts = scores.shape[-1]
     _, best = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
     count = jax.vmap(partial(balance.load, num_experts=num_experts))
@@ -170,6 +172,7 @@ def sequence_loss(
     counts, tokens = jax.lax.psum(of_part, "expert")
     tokens = jnp.maximum(tokens, 1)[:, None]
 
+    # f · P, with this device's part of the sum in P.
     f = counts.astype(scores.dtype) * num_experts / (k * tokens)
     shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
     return (f * (shares * weight[..., None]).sum(1) / tokens).sum(-1)

@@ -354,7 +354,9 @@ def attend_to_cache(
     part, index = ctx.cache.place(ctx.layer)
     batch, length, heads, _ = next(iter(queries.values())).shape
     groups, width = ctx.rows[values].shape[2:]  # in a cache, rows may be padded
-    names = list(queries)  # the order that kernels expect; on a mesh, JAX sorts a dict's
+    # On a mesh JAX sorts a dict's names. Dense kernels expect the order of the queries; a sum over
+    # chosen rows has none, and keeps that of the mesh, whose digits runs have.
+    names = list(queries)
     dense = ctx.chosen is None
 
     def local(
