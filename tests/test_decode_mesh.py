@@ -131,7 +131,7 @@ def test_neither_cache_nor_experts_are_sent(monkeypatch):
         made.decode = lower
         return made
 
-    monkeypatch.setattr("dsv3_jax.decoding.request.programs", look)
+    monkeypatch.setattr("dsv3_jax.decoding.batch.programs", look)
     with pytest.raises(InterruptedError):
         generate(model_of(mesh=sharding.make_mesh(2, 2, 2)), PROMPTS, NEW, **SAMPLED | DRAFTED)
     ((cache, text),) = compiled

@@ -13,9 +13,9 @@ from models import DENSE, LIGHT, decode_program, forward, random_model, small
 from runs import unhooked
 
 from dsv3_jax.config import Execution
+from dsv3_jax.decoding.batch import _pad
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate, generate_in_parts
-from dsv3_jax.decoding.request import _pad
 from dsv3_jax.kernels import table
 from dsv3_jax.model import decode, transformer
 from dsv3_jax.model.counting import bytes_per_token
@@ -134,7 +134,7 @@ def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch):
     config = DecodeConfig(40, draft="lookup", draft_length=2)
     *_, whole = generate_in_parts(light, PROMPTS[:2], config)
     monkeypatch.setitem(table.DEVICES, "cpu", replace(table.DEVICES["cpu"], reads_all_slots=True))
-    monkeypatch.setattr("dsv3_jax.decoding.request.FIRST_SLOTS", 32)
+    monkeypatch.setattr("dsv3_jax.decoding.batch.FIRST_SLOTS", 32)
     first, *_, last = generate_in_parts(light, PROMPTS[:2], config)
     assert last.tokens == whole.tokens and last.steps == whole.steps
     assert 2 * first.cache_bytes <= last.cache_bytes == whole.cache_bytes
@@ -183,7 +183,7 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
     read = []
     monkeypatch.setattr(
-        "dsv3_jax.decoding.request._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape)
+        "dsv3_jax.decoding.batch._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape)
     )
     how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
     # equal prompts keep their order: the second has samples 3 to 5

@@ -26,7 +26,7 @@ FLOORS = [
     {"decoding", "report", "training"},
     {"hf"},
     {"planning", "runs"},
-    {"scores", "stats"},
+    {"scores", "serve", "stats"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -46,6 +46,7 @@ class DecodeConfig:
     batch_size: int | None = None  # rows that decode at once; None: all texts
     logprobs: bool = False  # of each new token
     return_routing: bool = False  # the experts of each token
+    alternatives: int = 0  # likeliest tokens that an open sampler keeps at each place
 
     def __post_init__(self) -> None:
         temperature, top_k, top_p = self.sampling if isinstance(self.sampling, Sampling) else GREEDY

@@ -24,7 +24,7 @@ from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.model.decode import DecodeWeights, make_cache, prefill, run_layers
 from dsv3_jax.model.mtp import unshard_head
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.ops.sampling import Sampling
+from dsv3_jax.ops.sampling import RowSampling, Sampling
 from dsv3_jax.ops.verify_drafts import Drafts
 
 
@@ -63,7 +63,7 @@ class Drafter:
         """The state after a prompt; None if there is none."""
 
     def draft(
-        self, state: Any, unread: Unread, keys: Array, sampling: Sampling
+        self, state: Any, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, Any]:
         """Read, then draft. Returns: (drafts, the new state)."""
         raise NotImplementedError
@@ -95,7 +95,7 @@ class ModelDrafter(Drafter):
         return prefill(self.model, tokens, prompt.lengths, cache, self.weights).cache
 
     def draft(
-        self, state: Cache, unread: Unread, keys: Array, sampling: Sampling
+        self, state: Cache, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, Cache]:
         # Two tokens may not be cached: the newest, and before it a draft that ended a step.
         first = unread.start + unread.num_valid - 1
@@ -152,7 +152,7 @@ class ChainDrafter(Drafter):
         return tuple(states)
 
     def draft(
-        self, state: Any, unread: Unread, keys: Array, sampling: Sampling
+        self, state: Any, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, Any]:
         h, text, count, start = unread
         trained = min(keys.shape[0], len(self.heads))
@@ -207,7 +207,7 @@ class ParallelDrafter(Drafter):
         )
 
     def draft(
-        self, state: Any, unread: Unread, keys: Array, sampling: Sampling
+        self, state: Any, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, Any]:
         caches = list(state)
         drawn = list[Drafts]()
@@ -234,7 +234,7 @@ class LookupDrafter(Drafter):
     """
 
     def draft(
-        self, state: None, unread: Unread, keys: Array, sampling: Sampling
+        self, state: None, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, None]:
         newest = unread.start + unread.num_valid
         found = earlier_match(unread.text, newest)

@@ -117,6 +117,6 @@ def generate_in_parts(
     config.check(model.cfg, prompts)
     request = Request(model, prompts, config, skip)
     yield request.result()
-    while request.waiting or not request.seen.done.all():
+    while not request.ended:
         request.decode(part or (QUEUED_PART if request.waiting else config.max_new_tokens))
         yield request.result()

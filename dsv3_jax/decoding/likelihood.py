@@ -1,19 +1,25 @@
-"""How likely a model takes given continuations to be: what task scores are made of."""
+"""How likely a model takes given texts to be: what task scores are made of."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
 from dsv3_jax.decoding.decode_config import check_tokens
 from dsv3_jax.mesh import sharding
-from dsv3_jax.mesh.logits import score_by_rows
+from dsv3_jax.mesh.logits import likeliest, score_by_rows
 from dsv3_jax.mesh.sharding import constrain
+from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.model.decode import run_layers
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.sampling import log_probability
+
+BLOCK = 128  # tokens whose logits are in memory at once
 
 
 def loglikelihood(
@@ -100,3 +106,77 @@ def next_token_scores(
         model.norm(x)[:, :-1], model.head_matrix(), tokens[:, 1:], temperature
     )
     return constrain(nats), constrain(best)
+
+
+class Read(NamedTuple):
+    """A text of n tokens, as a model reads it."""
+
+    logprobs: list[float]  # [n − 1]: of each token but the first, given those before, in nats
+    # [n]: the likeliest next tokens at each, and their log p, best first
+    alternatives: list[list[tuple[int, float]]]
+    expert_ids: np.ndarray | None  # int32 [n, Lmoe, K]; None without experts
+    gates: np.ndarray | None  # float32 [n, Lmoe, K]
+
+
+def read_tokens(
+    model: Transformer, tokens: Sequence[int], *, given: Any = None, alternatives: int = 5
+) -> Read:
+    """Read one text in a single pass.
+
+    Args:
+        tokens: ids, at least one.
+        given: int32 [Lmoe, n, K], experts in place of the routers' choices, see
+            `ops.routing.replay`.
+        alternatives: likeliest next tokens to return.
+    Raises: ValueError as `loglikelihood`.
+    """
+    check_tokens("the text", tokens, model.cfg.vocab_size)
+    count = len(tokens)
+    if count > model.cfg.max_positions:
+        raise ValueError(
+            f"the text has {count} tokens, over max_positions={model.cfg.max_positions}"
+        )
+
+    # few widths, whole blocks: each is compiled once
+    width = max(BLOCK, 1 << (count - 1).bit_length())
+    padding = (0, width - count)
+    row = np.pad(np.asarray(tokens, np.int32), padding)[None]
+    if given is not None:
+        given = np.pad(given, [(0, 0), padding, (0, 0)], constant_values=-1)[:, None]
+
+    graphdef, state = nnx.split(model)
+    most = min(alternatives, model.cfg.vocab_size)
+    with sharding.use_mesh(sharding.mesh_of(model)):
+        found = jax.device_get(_read(graphdef, state, row, given, most))
+    nats, (their_nats, likeliest_ids), routing = found
+    pairs = zip(likeliest_ids[:count].tolist(), their_nats[:count].tolist(), strict=True)
+    routed = {name: x[:, 0, :count].swapaxes(0, 1) for name, x in routing.items()}
+    return Read(
+        nats[: count - 1].tolist(),
+        [[*zip(*two, strict=True)] for two in pairs],
+        routed.get("expert_ids"),
+        routed.get("gates"),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _read(
+    graphdef: nnx.GraphDef, state: nnx.State, tokens: Array, given: Any, most: int
+) -> tuple[Array, tuple[Array, Array], dict[str, Array]]:
+    """(log p of each next token [T], the likeliest, experts and gates [Lmoe, 1, T, K])."""
+    model = nnx.merge(graphdef, state)
+    how = model.how("decode", watch=frozenset({"gates"}))
+    ctx = make_context(model.cfg, from_zero(*tokens.shape), how=how, tokens=tokens)
+    trunk = model.run_trunk(tokens, ctx._replace(given=given))
+    h = model.norm(trunk.x)[0]
+    wanted = jnp.roll(tokens[0], -1)
+
+    def of_block(block: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        logits = model.logits(block[0][None])
+        best = likeliest(logits, most)
+        return log_probability(logits[0], block[1]), (best[0][0], best[1][0])
+
+    blocks = (h.reshape(-1, BLOCK, h.shape[-1]), wanted.reshape(-1, BLOCK))
+    found = jax.lax.map(of_block, blocks)
+    nats, best = jax.tree.map(lambda x: constrain(x.reshape(-1, *x.shape[2:])), found)
+    return nats, best, jax.tree.map(constrain, trunk.metrics.get("sparse", {}))

@@ -5,81 +5,23 @@ rows; none waits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.drafters import Prompt, Unread, make_drafter, window
-from dsv3_jax.mesh.logits import process_by_rows
+from dsv3_jax.decoding.drafters import Prompt, Unread, window
+from dsv3_jax.decoding.loop import Begins, Decoder, Loop, Prefilled, Watched
+from dsv3_jax.mesh.logits import likeliest, process_by_rows
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.cache import Cache, keep_sharded
-from dsv3_jax.model.decode import DecodeWeights, make_cache, prefill, run_layers
-from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.ops.sampling import GREEDY, keys_at, log_probability, row_keys
+from dsv3_jax.model.decode import make_cache, prefill, run_layers
+from dsv3_jax.ops.sampling import GREEDY, RowSampling, Sampling, keys_at, log_probability, row_keys
 from dsv3_jax.ops.verify_drafts import Drafts, accept
 
-STATIC = {"static": True}
 BEYOND = 32  # slots at least for what a drafter writes beyond the text
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Decoder:
-    """The arrays and the settings that the compiled programs of a request read."""
-
-    models: tuple[tuple[Transformer, DecodeWeights | None], ...]  # the model, and one that drafts
-    stops: Any  # int32 [n]
-    draft: str | None = field(metadata=STATIC)  # None, "mtp", "lookup" or "model"
-    draft_length: int = field(metadata=STATIC)  # J: drafts a step
-    # with the cache that is used, without what no program depends on
-    config: DecodeConfig = field(metadata=STATIC)
-    capacity: int = field(metadata=STATIC)
-    slots: int = field(metadata=STATIC)  # of the cache after the prompts; it grows to `capacity`
-
-    @property
-    def drafter(self) -> Any:
-        return make_drafter(self.draft, *self.models[-1]) if self.draft else None
-
-
-class Prefilled(NamedTuple):
-    """What reading P prompts leaves.
-
-    Rows of the loop begin with it, for one prompt as many as it has samples.
-    """
-
-    tokens: Array  # int32 [P, T]
-    lengths: Array  # int32 [P]
-    x: Array  # [P, 1, D]: the trunk's output at each prompt's last token
-    cache: Cache  # of T slots
-    drafter: Any  # the drafter's state
-    expert_ids: Any  # int32 [P, T, Lmoe, K]; None if nobody asked
-
-
-class Loop(NamedTuple):
-    """The decoding loop's state.
-
-    On a mesh, `h`, `text` and caches are sharded by rows; others replicated.
-    """
-
-    cache: Any  # of the tokens before the newest
-    drafter: Any  # the drafter's state
-    # [B, J + 1, D]: what heads read of the trunk at the last step's tokens; None if no head drafts
-    h: Any
-    unread: Array  # int32 [B]: tokens of the last step, which the drafter has not read
-    keys: Array  # [B, 2]: of each row's draws, and of its drafts'
-    done: Array  # bool [B]
-    text: Array  # int32 [B, S]: each prompt and its new tokens
-    written: Array  # int32 [B]: new tokens of each row
-    steps: Array  # int32 [B]: of each row while it was not done, for all its texts
-    num_accepted: Array  # int32 [B, J]: accepted drafts, by position; likewise
-    # two of float32 [B, S], of each new token, see `Generated`; None if nobody asked
-    logprobs: Any = None
-    expert_ids: Any = None  # int32 [B, S, Lmoe, K] of each token that was read; likewise
 
 
 class Programs:
@@ -101,8 +43,13 @@ programs = lru_cache(maxsize=64)(Programs)
 # prompts
 
 
-def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array) -> Prefilled:
-    """Read prompts."""
+def _prefill(
+    form: Any, leaves: list, tokens: Array, lengths: Array, given: Any = None
+) -> Prefilled:
+    """Read prompts.
+
+    Args: given: int32 [Lmoe, P, T, K], experts in place of the routers' choices; −1 chooses freely.
+    """
     decoder = jax.tree.unflatten(form, leaves)
     model, weights = decoder.models[0]
     config = decoder.config
@@ -115,7 +62,7 @@ def _prefill(form: Any, leaves: list, tokens: Array, lengths: Array) -> Prefille
         cache = Cache([], lengths)
     else:
         empty = make_cache(model, batch, width, *kind)
-        x, cache, ids = prefill(model, tokens, lengths, empty, weights)
+        x, cache, ids = prefill(model, tokens, lengths, empty, weights, given)
 
     drafter = None
     if decoder.draft:
@@ -133,8 +80,7 @@ def _admit(
     leaves: list,
     loop: Loop | None,
     read: Prefilled,
-    begins: Array,
-    seed: Array,
+    begins: Begins,
     *,
     in_order: bool,
 ) -> Loop:
@@ -142,29 +88,26 @@ def _admit(
 
     Args:
         loop: None makes one.
-        begins: int32 [3, B], for each row its prompt among those that were read, or -1 if it stays;
-            then the prompt's hash and the sample, see `row_keys`.
         in_order: row b begins with prompt b, so nothing is gathered, or sent on a mesh.
     """
     decoder = jax.tree.unflatten(form, leaves)
-    source, texts, samples = begins
 
     # Row b begins with prompt source[b]; the samples of a prompt share it.
     if not in_order:
-        rows = jnp.maximum(source, 0)
+        rows = jnp.maximum(begins.source, 0)
         read = _over_rows(lambda x: x.take(rows, axis=0), lambda cache: cache.take(rows), read)
 
-    new = _fresh_rows(decoder, read, row_keys(seed, texts, samples))
+    new = _fresh_rows(decoder, read, begins)
 
     # The first rows make the loop. Rows without a text are done; drafters write beyond the end.
     if loop is None:
         room = decoder.capacity + max(BEYOND, decoder.draft_length + 1)
         drafter = with_slots(new.drafter, room)
         new = new._replace(cache=new.cache.with_slots(decoder.slots), drafter=drafter)
-        return new._replace(done=constrain(new.done | (source < 0)))
+        return new._replace(done=constrain(new.done | (begins.source < 0)))
 
     # Later rows take the place of done ones, whose steps and acceptance still count.
-    is_new = source >= 0
+    is_new = begins.source >= 0
 
     def begin(old: Array, new: Array) -> Array:
         return jnp.where(is_new.reshape([-1, *[1] * (new.ndim - 1)]), new, old)
@@ -173,14 +116,23 @@ def _admit(
     return both._replace(steps=loop.steps, num_accepted=loop.num_accepted)
 
 
-def _fresh_rows(decoder: Decoder, read: Prefilled, keys: Array) -> Loop:
+def _fresh_rows(decoder: Decoder, read: Prefilled, begins: Begins) -> Loop:
     """The loop's state where every row has read its prompt and drawn its first token."""
+    config = decoder.config
     batch = read.lengths.size
     zero = jnp.zeros((batch,), jnp.int32)
     text = constrain(_longer(read.tokens, decoder.capacity), "batch", None)
     logprobs = None
-    if decoder.config.logprobs:
+    if config.logprobs:
         logprobs = (jnp.zeros(text.shape, jnp.float32),) * 2
+    watched = None
+    if n := config.alternatives:
+        shape = (*text.shape, n)
+        watched = Watched(
+            jnp.full(text.shape, -1, jnp.int32),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+        )
     ids = read.expert_ids
     if ids is not None:
         ids = constrain(_longer(ids, decoder.capacity), "batch", None, None, None)
@@ -191,14 +143,17 @@ def _fresh_rows(decoder: Decoder, read: Prefilled, keys: Array) -> Loop:
         drafter=None,
         h=None,
         unread=zero,
-        keys=keys,
+        keys=row_keys(begins.seeds, begins.texts, begins.samples),
         done=zero > 0,
         text=text,
         written=zero,
+        limits=constrain(begins.limits),
         steps=zero,
         num_accepted=jnp.zeros((batch, decoder.draft_length), jnp.int32),
         logprobs=logprobs,
         expert_ids=ids,
+        watched=watched,
+        sampling=begins.sampling,
     )
 
     # The first token is drawn as in a step without drafts, from x at the prompt's last token.
@@ -256,7 +211,7 @@ def _draft(decoder: Decoder, loop: Loop) -> tuple[Loop, Drafts]:
     # The drafter has read the positions before `start`; `unread` further on is the newest token.
     start = loop.cache.lengths - loop.unread
     unread = Unread(loop.h, loop.text, loop.unread, start)
-    sampling = decoder.config.sampling
+    sampling = loop.sampling or decoder.config.sampling
     drafts, state = decoder.drafter.draft(loop.drafter, unread, keys.swapaxes(0, 1), sampling)
     return loop._replace(drafter=state), drafts
 
@@ -277,12 +232,12 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
     Args: x: [B, F, D], the trunk's output at the newest token and at each draft.
     """
     model, _ = decoder.models[0]
-    config = decoder.config
+    sampling = loop.sampling or decoder.config.sampling
     rows, index = (jnp.arange(n, dtype=jnp.int32)[None] for n in x.shape[:2])
 
     with jax.named_scope("accept"):
         raw = model.logits(model.norm(x))
-        logits, left = process_by_rows(raw, config.sampling)
+        logits, left = process_by_rows(raw, sampling)
         keys = keys_at(loop.keys[:, 0], loop.written[:, None] + index)
         num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, keys, left))
 
@@ -290,26 +245,30 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         # Tokens count up to the first rejected draft, the first stop token, and the text's end. A
         # row that is done does not move.
         stops = (tokens[..., None] == decoder.stops[None, None]).any(-1).astype(jnp.int32)
-        room = jnp.where(loop.done, 0, config.max_new_tokens - loop.written)
+        room = jnp.where(loop.done, 0, loop.limits - loop.written)
         is_accepted = index <= num_accepted[:, None]
         before_stop = jnp.cumsum(stops, axis=1) == stops
         added = is_accepted & (index < room[:, None]) & before_stop
         count = added.sum(axis=1, dtype=jnp.int32)
         written = loop.written + count
-        ended = (added & (stops == 1)).any(axis=1) | (written == config.max_new_tokens)
+        ended = (added & (stops == 1)).any(axis=1) | (written == loop.limits)
 
     with jax.named_scope("write"):
         start = loop.cache.lengths
         column = jnp.where(added, start[:, None] + 1 + index, decoder.capacity)  # past it: dropped
 
         def put(kept: Array, new: Array) -> Array:
-            return constrain(kept.at[rows.T, column].set(new, mode="drop"), "batch", None)
+            put = kept.at[rows.T, column].set(new, mode="drop")
+            return constrain(put, "batch", *(None,) * (put.ndim - 1))
 
         text = put(loop.text, tokens)
         logprobs = loop.logprobs
         if logprobs is not None:
-            of_tokens = _log_probabilities(config, raw, logits, tokens)
+            of_tokens = _log_probabilities(sampling, raw, logits, tokens)
             logprobs = tuple(map(put, logprobs, of_tokens))
+        watched = loop.watched
+        if watched is not None:
+            watched = jax.tree.map(put, watched, _watch(decoder.config.alternatives, raw, drafts))
 
         # Heads read J + 1 positions each step; after a prompt, one and padding.
         h = None
@@ -333,18 +292,29 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         steps=constrain(loop.steps + moved.astype(jnp.int32)),
         num_accepted=constrain(by_position),
         logprobs=logprobs,
+        watched=watched,
     )
 
 
 def _log_probabilities(
-    config: DecodeConfig, raw: Array, logits: Array, tokens: Array
+    sampling: Sampling | RowSampling, raw: Array, logits: Array, tokens: Array
 ) -> tuple[Array, Array]:
     """Of tokens [B, F], under the law that they were drawn from and under the model's own."""
     plain, _ = process_by_rows(raw, GREEDY)
     drawn = log_probability(logits, tokens)
-    if config.sampling.temperature == 0:  # what is certain
+    if sampling.is_greedy:  # what is certain
         drawn = jnp.zeros_like(drawn)
     return drawn, log_probability(plain, tokens)
+
+
+def _watch(count: int, raw: Array, drafts: Drafts) -> Watched:
+    """What to keep of the tokens at each place [B, F] of a step, if they count."""
+    plain, _ = process_by_rows(raw, GREEDY)
+    logprobs, alternatives = likeliest(plain, count)
+
+    # After the last draft comes a token that nobody drafted.
+    drafted = jnp.pad(drafts.tokens, ((0, 0), (0, 1)), constant_values=-1)
+    return Watched(constrain(drafted, "batch", None), alternatives, logprobs)
 
 
 # arrays of rows, and caches

@@ -1,15 +1,23 @@
 """Logits whose vocabulary a mesh shards: made ready to sample from, and scored."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
 from dsv3_jax.ops.cross_entropy import token_scores
-from dsv3_jax.ops.sampling import Sampling, processed_logits, sample
+from dsv3_jax.ops.sampling import (
+    GREEDY,
+    RowSampling,
+    Sampling,
+    processed_by_rows,
+    processed_logits,
+    sample,
+)
 from dsv3_jax.ops.verify_drafts import Drafts, probabilities
 
 
 def process_by_rows(
-    logits: Float[Array, "B *F W"], sampling: Sampling
+    logits: Float[Array, "B *F W"], sampling: Sampling | RowSampling
 ) -> tuple[Float[Array, "B *F W"], Sampling]:
     """Apply temperature, top-k and top-p to logits; each device of a mesh takes its own rows.
 
@@ -28,15 +36,20 @@ def process_by_rows(
     logits = constrain(constrain(logits, "batch", *middle, "vocab"), "batch", *middle, None)
 
     # Greedy decoding takes the argmax, which top-k and top-p do not change.
-    if sampling.temperature == 0.0:
-        return logits, sampling
+    if sampling.is_greedy:
+        return logits, GREEDY
+    if isinstance(sampling, RowSampling):
+        _, kept = shard_map_over_batch(
+            lambda x, *rows: ((), processed_by_rows(x, RowSampling(*rows))), (), logits, *sampling
+        )
+        return kept, Sampling(temperature=1.0)
     _, kept = shard_map_over_batch(
         lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits
     )
     return kept, Sampling(temperature=1.0)
 
 
-def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts:
+def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling | RowSampling) -> Drafts:
     """Draw one draft a sequence, with the keys [B]; without the axis of drafts.
 
     Example:
@@ -46,7 +59,26 @@ def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Drafts
     """
     logits, left = process_by_rows(logits, sampling)
     token = constrain(sample(logits, keys, **left._asdict()))
-    return Drafts(token, probabilities(logits, left) if sampling.temperature else None)
+    return Drafts(token, None if sampling.is_greedy else probabilities(logits, left))
+
+
+def likeliest(logits: Float[Array, "B F W"], count: int) -> tuple[Array, Array]:
+    """The likeliest tokens [B, F, count] and their log-probabilities, best first.
+
+    Each device of a mesh takes its own rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> nats, tokens = likeliest(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), 2)
+        >>> tokens, jnp.exp(nats).round(1)
+        (Array([[[1, 2]]], dtype=int32), Array([[[0.5, 0.3]]], dtype=float32))
+    """
+
+    def of_rows(logits: Array) -> tuple[tuple, tuple[Array, Array]]:
+        nats, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), count)
+        return (), (nats, tokens)
+
+    return shard_map_over_batch(of_rows, (), logits)[1]
 
 
 def score_by_rows(

@@ -31,7 +31,7 @@ class How:
     # may read only the experts that they chose
     mode: Literal["train", "decode"] = "train"
     # "max_logit": each head's largest logit; "scores": every expert's; "index_sparse" and
-    # "index_warm": the indexers' loss
+    # "index_warm": the indexers' loss; "gates": in decoding, those of the chosen experts
     watch: frozenset[str] = frozenset()
     edit_gates: Callable | None = None  # (layer, expert_ids, gates) → gates, of the trunk
 

@@ -89,13 +89,17 @@ def prefill(
     lengths: Int[Array, " B"],
     cache: Cache,
     weights: DecodeWeights | None = None,
+    given: Int[Array, "L B T K"] | None = None,
 ) -> Decoded:
     """Read prompts, whose first `lengths` tokens count, into an empty cache.
 
-    Args: weights: from `prepare_decode`, used where a scan would copy each layer's experts and the
-        model is not so deep that it takes long to compile.
+    Args:
+        weights: from `prepare_decode`, used where a scan would copy each layer's experts and the
+            model is not so deep that it takes long to compile.
+        given: experts in place of the routers' choices, see `ops.routing.replay`.
     """
     ctx = make_context(model.cfg, from_zero(*tokens.shape), how=model.how("decode"), tokens=tokens)
+    ctx = ctx._replace(given=given)
 
     # Prompts are read without a cache; each layer hands out the rows that the cache will keep.
     shallow = model.cfg.num_layers <= UNROLLED_PREFILL

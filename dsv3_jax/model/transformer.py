@@ -247,7 +247,8 @@ class Transformer(nnx.Module):
                 x, after, metrics = block(x, ctx._replace(**own))
                 if not training:  # of a step's decisions, decoding reads the experts alone
                     routed = metrics.get("routing")
-                    metrics = {} if routed is None else {"expert_ids": routed.expert_ids}
+                    told = () if routed is None else ("expert_ids", *ctx.how.watch & {"gates"})
+                    metrics = {name: getattr(routed, name) for name in told}
                 carry = x, after.cache, None if chosen is None else after.chosen
                 return carry, (metrics, {name: after.rows[name] for name in keep})
 

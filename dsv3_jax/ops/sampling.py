@@ -20,6 +20,29 @@ class Sampling(NamedTuple):
     top_k: int | None = None  # None keeps all tokens
     top_p: float | None = None  # None keeps all tokens
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether all rows take their likeliest token."""
+        return self.temperature == 0.0
+
+
+class RowSampling(NamedTuple):
+    """Settings of each row's own. A program takes them as arrays, and so serves all of them.
+
+    Example:
+        >>> RowSampling(jnp.zeros(2), jnp.array([8, 8]), jnp.ones(2)).is_greedy
+        False
+    """
+
+    temperature: Float[Array, " B"]  # 0 takes the likeliest token
+    top_k: Int[Array, " B"]  # the size of the vocabulary, or more, keeps all tokens
+    top_p: Float[Array, " B"]  # 1 keeps all tokens
+
+    @property
+    def is_greedy(self) -> bool:
+        """False: the program does not know the temperatures."""
+        return False
+
 
 GREEDY = Sampling()
 
@@ -63,22 +86,61 @@ def processed_logits(
     return logits
 
 
+def processed_by_rows(
+    logits: Float[Array, "B *F W"], sampling: RowSampling
+) -> Float[Array, "B *F W"]:
+    """Compute `processed_logits` with settings of each row's own.
+
+    Temperature 0 keeps the largest logit alone, and so makes the draw certain.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]] * 3))
+        >>> rows = RowSampling(*map(jnp.array, ([0.0, 1.0, 1.0], [3, 3, 2], [1.0, 0.4, 1.0])))
+        >>> jnp.isfinite(processed_by_rows(logits, rows)).sum(-1)
+        Array([1, 1, 2], dtype=int32)
+    """
+    of_row = (-1, *(1,) * (logits.ndim - 1))
+    temperature, top_k, top_p = (x.reshape(of_row) for x in sampling)
+    width = logits.shape[-1]
+    is_greedy = temperature == 0
+    kept = logits / jnp.where(is_greedy, 1.0, temperature)
+
+    def cut(logits: Array) -> Array:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        place = jnp.broadcast_to(jnp.minimum(top_k, width) - 1, (*logits.shape[:-1], 1))
+        least = jnp.take_along_axis(ordered, place, axis=-1)
+
+        ordered = jnp.where(ordered < least, -jnp.inf, ordered)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
+        last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        least = jnp.where(top_p < 1.0, jnp.maximum(least, last), least)
+        return jnp.where(logits < least, -jnp.inf, logits)
+
+    # To sort a vocabulary takes long, so only if a row asks for it.
+    cuts = ((top_k < width) | (top_p < 1.0)) & ~is_greedy
+    kept = jax.lax.cond(cuts.any(), cut, lambda logits: logits, kept)
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    place = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
+    return jnp.where(is_greedy & (place != best), -jnp.inf, kept)
+
+
 def row_keys(seed: Array | int, texts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
     """Two keys [B, 2] for each row of a batch: of its draws, and of its drafts'.
 
-    Args: texts: a hash of each row's prompt, of 32 bits. samples: which of the prompt's samples it
-        is.
+    Args: seed: of all rows, or one each. texts: a hash of each row's prompt, of 32 bits. samples:
+        which of the prompt's samples it is.
 
     Example:
         >>> row_keys(0, jnp.array([-7, -7, 9]), jnp.array([0, 1, 0])).shape
         (3, 2)
     """
 
-    def keys(text: Array, sample: Array) -> Array:
+    def keys(seed: Array, text: Array, sample: Array) -> Array:
         of_text = jax.random.fold_in(jax.random.key(seed), text)
         return jax.random.split(jax.random.fold_in(of_text, sample))
 
-    return jax.vmap(keys)(texts, samples)
+    return jax.vmap(keys)(jnp.broadcast_to(seed, texts.shape), texts, samples)
 
 
 def keys_at(keys: Array, positions: Int[Array, "B F"]) -> Array:
