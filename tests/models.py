@@ -10,7 +10,8 @@ from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.programs import Decoder, Programs
+from dsv3_jax.decoding.loop import Begins, Decoder
+from dsv3_jax.decoding.programs import Programs
 from dsv3_jax.model.cache import pick_dtype
 from dsv3_jax.model.decode import prepare_decode
 from dsv3_jax.model.moe import RouterBias
@@ -114,9 +115,9 @@ def decode_program(  # noqa: PLR0913 - as generate
     leaves, form = jax.tree.flatten(decoder)
     made = Programs(form)
     read = jax.eval_shape(made.prefill, leaves, tokens, rows)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    begins, admit = jax.ShapeDtypeStruct((3, batch), jnp.int32), partial(made.admit, in_order=True)
-    return made, leaves, jax.eval_shape(admit, leaves, None, read, begins, seed)
+    begins = Begins(rows, rows, rows, jax.ShapeDtypeStruct((batch,), jnp.uint32), rows)
+    admit = partial(made.admit, in_order=True)
+    return made, leaves, jax.eval_shape(admit, leaves, None, read, begins)
 
 
 def flat(params: nnx.State) -> dict[tuple, np.ndarray]:

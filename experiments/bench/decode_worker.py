@@ -57,7 +57,7 @@ def filled_caches() -> Iterator[None]:
         ]
         return jax.tree.unflatten(treedef, drawn).at_lengths(lengths)
 
-    def prefill(model, tokens, lengths, cache, weights=None):
+    def prefill(model, tokens, lengths, cache, weights=None, given=None):
         x = model.embedding(tokens)
         chosen = (model.cfg.num_sparse_layers, *tokens.shape, model.cfg.experts_per_token)
         return x, filled(cache, lengths), jnp.zeros(chosen, jnp.int32)
