@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     "generate": ("MODEL", "continue a prompt with a run's last checkpoint or a released folder"),
     "chat": ("MODEL", "talk with a model that has a chat template"),
+    "serve": ("MODEL", "answer OpenAI's clients over HTTP, and show on a page what happens inside"),
     "convert": (
         "FOLDER OUT",
         "convert released weights (Hugging Face format) to a run and back, or a model to a mixture",
