@@ -4,9 +4,11 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dsv3_jax.data.byte_tokenizer import Tokenizer
+import numpy as np
+
+from dsv3_jax.chat.text_settings import TextSettings
+from dsv3_jax.decoding.likelihood import Read
 from dsv3_jax.decoding.sampler import New
-from dsv3_jax.serve.engine import Read
 from dsv3_jax.serve.requests import NO_GLASS, Request
 
 LEAST = -9999.0  # OpenAI's log p of what is all but impossible; JSON has no infinity
@@ -37,17 +39,17 @@ class Piece(NamedTuple):
 class Spelling:
     """How single tokens are written."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]):
-        self.bytes_of = tokenizer.bytes_of
-        self.stop_ids = frozenset(stop_ids)
-        self._names = {token: name for name, token in tokenizer.specials.items()}
+    def __init__(self, text: TextSettings):
+        self.bytes_of = text.tokenizer.bytes_of
+        self.stop_ids = frozenset(text.stop_ids)
+        self._names = {token: name for name, token in text.tokenizer.specials.items()}
 
     def alone(self, token: int) -> str:
         r"""Write a token: a special one by its name, and bytes that are no UTF-8 alone as \xHH.
 
         Example:
-            >>> from dsv3_jax.data.byte_tokenizer import ByteTokenizer
-            >>> [Spelling(ByteTokenizer(), ()).alone(token) for token in (104, 195, 256)]
+            >>> from dsv3_jax.chat.text_settings import plain_settings
+            >>> [Spelling(plain_settings()).alone(token) for token in (104, 195, 256)]
             ['h', '\\xc3', '<eos>']
         """
         name = self._names.get(token)
@@ -111,15 +113,15 @@ class Answer:
 
         glass = self._glass(new, before, told) if self.shows_glass else None
         if not cut and not new.ended:
-            return self._send(len(told), glass, kept=self._kept())
-        if not cut:
-            self._held += self._decoder.decode(b"", final=True)
-        return self._send(len(told), glass, "stop" if cut or ends else "length")
+            return self._send(self._kept())._replace(new=len(told), glass=glass)
+        piece = self._send() if cut else self.end()
+        reason = "stop" if cut or ends else "length"
+        return piece._replace(new=len(told), glass=glass, finish_reason=reason)
 
     def end(self) -> Piece:
         """End the text where it is: it is long enough, or its time is over."""
         self._held += self._decoder.decode(b"", final=True)
-        return self._send(reason="length")
+        return self._send()._replace(finish_reason="length")
 
     def _take(self, told: dict[str, Any], data: bytes) -> None:
         self._tokens.append(told | {"offset": self._sent + len(self._held)})
@@ -143,13 +145,7 @@ class Answer:
                 return length
         return 0
 
-    def _send(
-        self,
-        new: int = 0,
-        glass: dict[str, Any] | None = None,
-        reason: str | None = None,
-        kept: int | None = None,
-    ) -> Piece:
+    def _send(self, kept: int | None = None) -> Piece:
         """Send all but the last `kept` characters, and the tokens that begin in them.
 
         None means everything, tokens without a character too.
@@ -160,7 +156,7 @@ class Answer:
         ready = [told for told in self._tokens if kept is None or told["offset"] < self._sent]
         self._tokens = self._tokens[len(ready) :]
         begins, self._begins = self._begins, False
-        return Piece(self.choice, begins, text, ready, new, reason, glass)
+        return Piece(self.choice, begins, text, ready)
 
     def _glass(self, new: New, before: int, told: list[dict[str, Any]]) -> dict[str, Any]:
         """What the page shows: probabilities, drafts, and experts by position."""
@@ -170,15 +166,24 @@ class Answer:
             entry | {"draft": {"id": draft, "text": alone(draft)} if draft >= 0 else None}
             for entry, draft in zip(told, new.drafted[: len(told)], strict=True)
         ]
-        ids = new.expert_ids[: max(0, first + len(told) - new.experts_from)].tolist()
-        shown = {
-            "first": first,
-            "tokens": tokens,
-            "experts": {"first": new.experts_from, "ids": ids},
-        }
+        read = max(0, first + len(told) - new.experts_from)
+        ids = listed(new.expert_ids)[:read]
+        experts = {"first": new.experts_from, "ids": ids}
+        shown = {"first": first, "tokens": tokens, "experts": experts}
         if before == 0:
             shown["prompt"] = [{"id": token, "text": alone(token)} for token in self.prompt]
         return shown
+
+
+def likeliest_next(read: Read) -> New:
+    """What a sampler at temperature 0 adds to a text that was read, if one token is asked for."""
+    token, logprob = read.alternatives[-1][0]
+    return New([token], [logprob], read.alternatives[-1:], [-1], 0, read.expert_ids, ended=True)
+
+
+def listed(array: np.ndarray | None) -> list[Any]:
+    """An array of experts or gates as lists; without experts there is none."""
+    return [] if array is None else array.tolist()
 
 
 # OpenAI's objects

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dsv3_jax.decoding.sampler import New
 from dsv3_jax.report.units import printable
 from dsv3_jax.serve import requests
-from dsv3_jax.serve.answers import Answer, Piece, Spelling, choice_of
+from dsv3_jax.serve.answers import Answer, Piece, Spelling, choice_of, likeliest_next, listed
 from dsv3_jax.serve.engine import Busy, Engine
 from dsv3_jax.serve.requests import Request, Settings
 
@@ -37,35 +37,21 @@ MAX_BODY = 4_000_000  # bytes
 _HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 
 
+@dataclass
 class Service:
-    """The routes of an engine, as the ASGI application `app`.
+    """The routes of an engine, as the ASGI application `app`."""
 
-    Args:
-        engine: answers.
-        settings: what requests are read with.
-        name: of the model, as clients see it.
-        host: that this server listens on.
-        timeout: seconds that a request may take. Then its rows are freed: its text ends, or it gets
-            an error if none has begun.
-        seed: of the first request that gives none; the next one has the next.
-    """
+    engine: Engine
+    settings: Settings
+    name: str  # of the model, as clients see it
+    host: str = "127.0.0.1"  # that this server listens on
+    # seconds that a request may take: then its text ends, or it gets an error if none has begun
+    timeout: float = 600.0
+    seed: int = 0  # of the first request that gives none; the next one has the next
 
-    def __init__(
-        self,
-        engine: Engine,
-        settings: Settings,
-        *,
-        name: str,
-        host: str = "127.0.0.1",
-        timeout: float = 600.0,
-        seed: int = 0,
-    ):
-        self.engine = engine
-        self.settings = settings
-        self.name = name
-        self.timeout = timeout
-        self._seeds = itertools.count(seed)
-        self._spelling = Spelling(settings.text.tokenizer, settings.text.stop_ids)
+    def __post_init__(self) -> None:
+        self._seeds = itertools.count(self.seed)
+        self._spelling = Spelling(self.settings.text)
         self._running: set[asyncio.Task[None]] = set()  # one for each request
         self._page = _page_of(PAGE.read_text(encoding="utf-8"))
         self.app = Starlette(
@@ -77,7 +63,7 @@ class Service:
                 Route("/glass/model", self.describe),
                 Route("/glass/read", self.read, methods=["POST"]),
             ],
-            middleware=[Middleware(_OwnHost, host=host)],
+            middleware=[Middleware(_OwnHost, host=self.host)],
             exception_handlers=dict.fromkeys((*_EXPECTED, Exception), _failed),
         )
 
@@ -103,9 +89,9 @@ class Service:
             data = await _body_of(http)
             with _refusals():
                 asked = await run_in_threadpool(requests.read_reading, data, self.settings)
-                found = await self.engine.read(asked.ids, asked.experts, asked.changes)
+                found = await self.engine.read(asked.ids, asked.forced, asked.changes)
         tokens = self._spelling.read(asked.ids, found)
-        experts = {"experts": found.expert_ids.tolist(), "gates": found.gates.tolist()}
+        experts = {"experts": listed(found.expert_ids), "gates": listed(found.gates)}
         return JSONResponse({"tokens": tokens} | experts)
 
     async def complete(self, http: HTTPRequest) -> Response:
@@ -207,7 +193,7 @@ class Service:
     ) -> None:
         """Send the pieces of a choice; the last one says why it ends."""
         ask = request.asks[choice]
-        changes = request.asked.glass.changes
+        changes, forced = request.asked.glass.changes, request.asked.glass.forced
         answer = Answer(request, choice, self._spelling)
         try:
             async with asyncio.timeout_at(deadline):
@@ -215,17 +201,18 @@ class Service:
                 if request.asked.echo:
                     if request.asked.alternatives is not None:
                         with _refusals():
-                            read = await self.engine.read(ask.prompt, ask.forced, changes)
+                            read = await self.engine.read(ask.prompt, forced, changes)
                     send(answer.echo(read))
 
                 # A score asks for one token more than it needs, which is known once it was read.
                 if read and ask.max_new_tokens == 1 and ask.sampling.temperature == 0:
-                    token, logprob = read.alternatives[-1][0]
-                    others = read.alternatives[-1:]
-                    new = New([token], [logprob], others, [-1], 0, read.expert_ids, ended=True)
-                    return send(answer.add(new))
+                    return send(answer.add(likeliest_next(read)))
                 if ask.max_new_tokens == 0:
                     return send(answer.end())
+                if forced:
+                    with _refusals():
+                        given = await self.engine.forced_ids(ask.prompt, forced, changes)
+                    ask = ask._replace(given=given)
                 async with aclosing(self.engine.text(ask, changes)) as parts:
                     while True:
                         with _refusals():
@@ -265,7 +252,7 @@ class _OwnHost:
 # Errors
 
 _MEANING = {
-    Busy: (429, "the queue is full; ask again later"),
+    Busy: (429, ""),  # it says itself of what there is too much
     ClientDisconnect: (499, "the client is gone"),
     TimeoutError: (503, "the time of a request was over before its first token; see --timeout"),
 }
@@ -294,7 +281,7 @@ def _problem(error: Exception) -> tuple[int, dict[str, Any]]:
     status, said = _MEANING.get(type(error), fault)
     if isinstance(error, HTTPException):
         status, said = error.status_code, error.detail
-    said = printable(" ".join(said.split()))[:480]
+    said = printable(" ".join((said or str(error)).split()))[:480]
     # A sentence about a field begins with its name.
     field = re.match(r"'?(\w+)(?=[=']| \d)", said) if status == 400 else None
     found = {

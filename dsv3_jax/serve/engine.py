@@ -8,7 +8,7 @@ where its w_down is 0, and without the bias the routers' biases are 0.
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class Engine:
 
     # what others call, in their asyncio loop
 
-    async def text(self, ask: Ask, changes: Changes = UNCHANGED) -> AsyncIterator[New]:
+    async def text(self, ask: Ask, changes: Changes = UNCHANGED) -> AsyncGenerator[New, None]:
         """Yield what comes of a text. To leave the iteration frees its row.
 
         Raises: ValueError as `OpenSampler.add`, or for changes that the model cannot have; Busy.

@@ -68,11 +68,6 @@ class Glass(_Fields):
         """What is changed for a whole text."""
         return Changes(tuple(map(tuple, self.off)), self.bias)
 
-    @property
-    def experts(self) -> tuple[tuple[int, int, int], ...]:
-        """`forced`, as the engine has it."""
-        return tuple(map(tuple, self.forced))
-
 
 @dataclass(frozen=True)
 class Reading(Glass):
@@ -175,7 +170,7 @@ def read_request(data: bytes, kind: type[Any], settings: Settings, seed: int) ->
     sampling = settings.sampling._replace(**given)
     seed = body.get("seed", seed)
     asks = [
-        Ask(tuple(ids), _length(asked, len(ids), settings), sampling, seed, i, asked.glass.experts)
+        Ask(tuple(ids), _length(asked, len(ids), settings), sampling, seed, i)
         for ids in prompts
         for i in range(asked.n)
     ]
