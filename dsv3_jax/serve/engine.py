@@ -151,6 +151,8 @@ class Engine:
                     f"layer {layer}, expert {expert} is none of the model's {layers} sparse layers "
                     f"with {experts if layers else 0} experts, which count from 0"
                 )
+        if not changes.bias and not self._biases():
+            raise ValueError("bias=False leaves out the routers' bias, and the model has none")
         for position, *_ in forced:
             if not 0 <= position < length:
                 raise ValueError(
