@@ -3,15 +3,18 @@
 import itertools
 import random
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from models import forward, random_model, small
 
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import read_tokens
 from dsv3_jax.decoding.sampler import Ask, OpenSampler
 from dsv3_jax.ops.sampling import RowSampling, Sampling, processed_by_rows, processed_logits
+from dsv3_jax.serve.engine import Changes, changed_model
 
 CFG = small(mtp_depth=1)
 CONTEXT = 64
@@ -225,3 +228,23 @@ def test_what_cannot_be_answered_is_refused(model, ask, problem):
     with pytest.raises(ValueError, match=problem):
         sampler.add(ask)
     assert sampler.is_idle
+
+
+def test_a_changed_model_shares_all_other_arrays(model):
+    before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(nnx.state(model))]
+    changed = changed_model(model, Changes(off=((1, 2),), bias=False))
+    after = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(nnx.state(changed))]
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 2  # w_down and the bias
+    assert before == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(nnx.state(model))]
+
+    # An expert is off as by a gate of 0, in its layer and for all tokens.
+    tokens = jnp.asarray([prompts(1, seed=8)[0]])
+    first_sparse = CFG.num_dense_layers
+
+    def mute(layer, ids, gates):
+        return jnp.where((layer == first_sparse + 1) & (ids == 2), 0.0, gates)
+
+    muted = model.forward_hidden(tokens, how=model.how(edit_gates=mute))
+    off = changed_model(model, Changes(off=((1, 2),))).forward_hidden(tokens)
+    assert (off.routing.expert_ids[1] == 2).any()
+    np.testing.assert_allclose(off.h, muted.h, rtol=1e-5, atol=1e-6)

@@ -145,6 +145,8 @@ class Engine:
     def _check(self, changes: Changes, forced: Sequence = (), length: int = 0) -> None:
         cfg = self.model.cfg
         layers, experts = cfg.num_sparse_layers, cfg.num_experts
+        if not changes.bias and not layers:
+            raise ValueError("bias=False needs routed experts, and the model has none")
         for layer, expert in (*changes.off, *((layer, expert) for _, layer, expert in forced)):
             if not 0 <= layer < layers or not 0 <= expert < experts:
                 raise ValueError(
@@ -279,7 +281,7 @@ def changed_model(model: Transformer, changes: Changes) -> Transformer:
 
     All other arrays are shared with the model.
     """
-    changed = nnx.merge(*nnx.split(model))
+    changed = nnx.merge(*nnx.split(model), copy=True)  # else it shares the variables
     w_down = changed.sparse.moe.experts.w_down
     for layer, expert in changes.off:
         w_down[...] = w_down[...].at[layer, expert].set(0)

@@ -44,30 +44,9 @@ from dsv3_jax.runs import checkpoint as saving
 from dsv3_jax.training import optim
 from dsv3_jax.training.state import Job, abstract_state, init_state, split_trainable
 from dsv3_jax.training.step import make_step
-from experiments.bench import decode, results, train_step
-from experiments.bench.process import ROOT, draw_tokens
+from experiments.bench import decode, results, serving, train_step
+from experiments.bench.process import ROOT, draw_tokens, in_turns, ratio
 from experiments.bench.results import Rows
-
-
-def in_turns(sides: dict, rounds: int) -> dict[Any, list]:
-    """Call each side once a round; a first round, which compiles, does not count.
-
-    Args: sides: functions by name.
-    Returns: what each returned, by name and round.
-    """
-    for side in sides.values():
-        side()
-    found: dict = {name: [] for name in sides}
-    for turn in range(rounds):
-        for name, side in sides.items():
-            found[name].append(side())
-        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    return found
-
-
-def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median of the rounds' own ratios."""
-    return median(a / b for a, b in zip(times, others, strict=True))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -328,6 +307,7 @@ CASES: dict[str, Callable[..., Rows]] = {
     "checkpoint": checkpoint,
     "pipeline": pipeline,
     "sampler": sampler,
+    "serving": serving.serving,
 }
 
 

@@ -10,8 +10,10 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,27 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+
+
+def in_turns(sides: dict, rounds: int) -> dict[Any, list]:
+    """Call each side once a round; a first round, which compiles, does not count.
+
+    Args: sides: functions by name.
+    Returns: what each returned, by name and round.
+    """
+    for side in sides.values():
+        side()
+    found: dict = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name, side in sides.items():
+            found[name].append(side())
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    return found
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of the rounds' own ratios."""
+    return median(a / b for a, b in zip(times, others, strict=True))
 
 
 class Worker:

@@ -19,14 +19,12 @@ from dsv3_jax.ops.sampling import GREEDY
 from dsv3_jax.serve.app import Service
 from dsv3_jax.serve.engine import Engine
 from dsv3_jax.serve.requests import Settings
-from experiments.bench.process import draw_tokens
+from experiments.bench.process import draw_tokens, in_turns, ratio
 from experiments.bench.results import Rows
 
 
 def serving(name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16) -> Rows:
     """What does a server add to generate, and what do 16 texts at once gain?"""
-    from experiments.bench.cases import in_turns, ratio
-
     cfg = ds.recipe(name).model
     model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
     prompts = [ids.tolist() for ids in draw_tokens(rows, prompt, cfg.vocab_size)]
@@ -63,7 +61,9 @@ def served(model: ds.Transformer, rows: int):
     engine = Engine(model, stop_tokens=(), rows=rows, context=1024)
     settings = Settings(text, model.cfg.vocab_size, engine.context, GREEDY)
     service = Service(engine, settings, name="bench")
-    server = uvicorn.Server(uvicorn.Config(service.app, port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(service.app, port=0, log_level="warning", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

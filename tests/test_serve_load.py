@@ -1,0 +1,145 @@
+"""Two hundred requests at once, and clients that go away: answers are right, and all ends."""
+
+import asyncio
+import gc
+import json
+import random
+import threading
+import time
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+from models import random_model, small
+
+from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.decoding.generate import generate
+from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.serve.engine import Engine
+
+uvicorn = pytest.importorskip("uvicorn")
+from dsv3_jax.serve.app import Service  # noqa: E402
+from dsv3_jax.serve.requests import Settings  # noqa: E402
+
+CONTEXT = 64
+LAWS = [Sampling(), Sampling(0.8), Sampling(1.0, top_k=9), Sampling(1.2, None, 0.7)]
+
+
+@contextmanager
+def served(model, **options):
+    """(port, engine, service) of a server on the loopback."""
+    engine = Engine(model, stop_tokens=(), context=CONTEXT, **options)
+    settings = Settings(plain_settings(), model.cfg.vocab_size, engine.context, GREEDY)
+    service = Service(engine, settings, name="tiny")
+    server = uvicorn.Server(
+        uvicorn.Config(service.app, port=0, log_level="warning", timeout_graceful_shutdown=5)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1], engine, service
+    finally:
+        server.should_exit = True
+        thread.join()
+        engine.close()
+
+
+async def ask(port, body, parts=None):
+    """The ids of a streamed text; `parts` events are read, then the client is gone."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body | {"stream": True, "glass": {}}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(data)}\r\n"
+    writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + data)
+    ids, events, done = [], 0, False
+    try:
+        status = int((await reader.readline()).split()[1])
+        while not done and events != parts and (line := await reader.readline()):
+            if line.startswith(b"data: "):
+                events += 1
+                done = line.strip() == b"data: [DONE]"
+                glass = {} if done else json.loads(line[6:]).get("glass", {})
+                ids += [token["id"] for token in glass.get("tokens", ())]
+    finally:
+        writer.close()
+    return status, ids, done
+
+
+def bodies(count, draw):
+    for i in range(count):
+        law = LAWS[i % 4]
+        settings = {k: v for k, v in law._asdict().items() if v is not None}
+        prompt = [draw.randrange(256) for _ in range(draw.randrange(1, 20))]
+        yield {"prompt": prompt, "max_tokens": 1 + i % 13, "seed": i, **settings}
+
+
+@pytest.mark.long
+def test_two_hundred_requests_with_clients_that_vanish():
+    model = random_model(small(vocab_size=260), seed=4)
+    pool = list(bodies(24, random.Random(0)))
+    wants = [
+        generate(
+            model,
+            [body["prompt"]],
+            body["max_tokens"],
+            seed=body["seed"],
+            **{k: body[k] for k in ("temperature", "top_k", "top_p") if k in body},
+        ).tokens[0]
+        for body in pool
+    ]
+
+    async def storm(port, draw):
+        """200 requests; a third of the clients leave after a few events, some before any."""
+        leaves = [draw.randrange(4) if draw.random() < 0.33 else None for _ in range(200)]
+        return await asyncio.gather(
+            *(ask(port, pool[i % 24], parts) for i, parts in enumerate(leaves))
+        ), leaves
+
+    def is_empty(engine, service):
+        samplers = engine.samplers.values()
+        return not (engine.asked or engine.listeners or service._running) and all(
+            sampler.is_idle for sampler in samplers
+        )
+
+    with served(model, rows=8, queue=256) as (port, engine, service):
+        kept = []
+        for round_ in range(2):
+            answers, leaves = asyncio.run(storm(port, random.Random(round_)))
+            for i, ((status, ids, done), parts) in enumerate(zip(answers, leaves, strict=True)):
+                want = wants[i % 24]
+                if parts is None:
+                    assert (status, ids, done) == (200, want, True)
+                else:
+                    assert status == 200 and ids == want[: len(ids)]
+
+            # Rows of those who left are free, and nothing of a request is kept.
+            for _ in range(600):
+                if is_empty(engine, service):
+                    break
+                time.sleep(0.05)
+            assert is_empty(engine, service)
+            gc.collect()
+            if not tracemalloc.is_tracing():
+                tracemalloc.start()
+            kept.append(tracemalloc.get_traced_memory()[0])
+        assert kept[1] - kept[0] < 1_000_000
+
+        # One more is answered as before.
+        assert asyncio.run(ask(port, pool[1]))[1] == wants[1]
+
+
+def test_a_full_queue_is_said_and_the_next_request_is_answered():
+    model = random_model(small(vocab_size=260, num_layers=1, num_dense_layers=0), seed=4)
+    body = {"prompt": [1, 2, 3], "max_tokens": 40, "temperature": 0.0}
+
+    async def three(port):
+        return await asyncio.gather(*(ask(port, body) for _ in range(3)))
+
+    with served(model, rows=1, queue=2) as (port, engine, _):
+        found = asyncio.run(three(port))
+        assert sorted(status for status, *_ in found) == [200, 200, 429]
+        status, ids, done = asyncio.run(ask(port, body))
+        assert (status, len(ids), done) == (200, 40, True)
+        assert ids == generate(model, [[1, 2, 3]], 40).tokens[0]
+        assert engine.asked == 0
