@@ -27,7 +27,7 @@ class Serve(Decode):
     context: int | None = None
     """tokens of a prompt with its answer, at most; None means the model's, at most 4096"""
     queue: int = 256
-    """texts that wait for a row, at most"""
+    """texts that decode or wait for a row, at most"""
     timeout: float = 600.0
     """seconds that a request may take"""
     name: str | None = None

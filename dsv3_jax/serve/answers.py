@@ -1,7 +1,9 @@
 """Answers: text up to a stop string, log p of tokens in OpenAI's forms, and what the page shows."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,14 +28,15 @@ class Piece(NamedTuple):
     finish_reason: str | None = None
     glass: dict[str, Any] | None = None
 
-    def joined(self, more: "Piece") -> "Piece":
-        """This piece and the next one of its choice as one, but for what the page shows."""
-        return more._replace(
-            begins=self.begins,
-            text=self.text + more.text,
-            tokens=self.tokens + more.tokens,
-            new=self.new + more.new,
-        )
+
+def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Join the pieces of each choice, in the order of the choices."""
+    choice = attrgetter("choice")
+    for _, group in groupby(sorted(pieces, key=choice), choice):
+        own = list(group)
+        tokens = [told for piece in own for told in piece.tokens]
+        text = "".join(piece.text for piece in own)
+        yield own[-1]._replace(begins=True, text=text, tokens=tokens)
 
 
 class Spelling:

@@ -27,8 +27,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv3_jax.report.units import printable
-from dsv3_jax.serve import requests
-from dsv3_jax.serve.answers import Answer, Piece, Spelling, choice_of, likeliest_next, listed
+from dsv3_jax.serve import answers, requests
+from dsv3_jax.serve.answers import Answer, Piece, Spelling
 from dsv3_jax.serve.engine import Busy, Engine
 from dsv3_jax.serve.requests import Request, Settings
 
@@ -91,7 +91,10 @@ class Service:
                 asked = await run_in_threadpool(requests.read_reading, data, self.settings)
                 found = await self.engine.read(asked.ids, asked.forced, asked.changes)
         tokens = self._spelling.read(asked.ids, found)
-        experts = {"experts": listed(found.expert_ids), "gates": listed(found.gates)}
+        experts = {
+            "experts": answers.listed(found.expert_ids),
+            "gates": answers.listed(found.gates),
+        }
         return JSONResponse({"tokens": tokens} | experts)
 
     async def complete(self, http: HTTPRequest) -> Response:
@@ -124,11 +127,11 @@ class Service:
             events = self._events(request, head, first, pieces)
             return StreamingResponse(events, headers=_HEADERS, media_type="text/event-stream")
 
-        whole = [Piece(choice, True, "", []) for choice in range(len(request.asks))]
-        async for piece in pieces:
-            whole[piece.choice] = whole[piece.choice].joined(piece)
-        choices = [choice_of(piece, request, self._spelling) for piece in whole]
-        usage = _usage(request, sum(piece.new for piece in whole))
+        found = [piece async for piece in pieces]
+        choices = [
+            answers.choice_of(piece, request, self._spelling) for piece in answers.joined(found)
+        ]
+        usage = _usage(request, sum(piece.new for piece in found))
         return JSONResponse(head | {"choices": choices, "usage": usage})
 
     async def _events(
@@ -145,7 +148,7 @@ class Service:
             try:
                 while piece is not None:
                     new += piece.new
-                    choice = choice_of(piece, request, self._spelling)
+                    choice = answers.choice_of(piece, request, self._spelling)
                     glass = {"glass": piece.glass} if piece.glass else {}
                     yield _event(head | {"choices": [choice]} | glass)
                     piece = await anext(pieces, None)
@@ -206,7 +209,7 @@ class Service:
 
                 # A score asks for one token more than it needs, which is known once it was read.
                 if read and ask.max_new_tokens == 1 and ask.sampling.temperature == 0:
-                    return send(answer.add(likeliest_next(read)))
+                    return send(answer.add(answers.likeliest_next(read)))
                 if ask.max_new_tokens == 0:
                     return send(answer.end())
                 if forced:
