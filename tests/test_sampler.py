@@ -224,6 +224,8 @@ def test_reading_gives_log_p_alternatives_experts_and_gates(model):
     ],
 )
 def test_what_cannot_be_answered_is_refused(model, ask, problem):
+    with pytest.raises(ValueError, match="context=1 is not an int of 2 or above"):
+        OpenSampler(model, context=1)
     sampler = OpenSampler(model, rows=2, context=CONTEXT)
     with pytest.raises(ValueError, match=problem):
         sampler.add(ask)

@@ -11,26 +11,19 @@ import re
 import signal
 import socket
 import sys
-import threading
-import time
 
 import httpx2
 import openai
 import pytest
-import uvicorn
 from models import LIGHT, random_model, small
-from runs import finished, start, unhooked, unhooked_cli
+from runs import finished, start, unhooked_cli
+from serving import TEXT, answers, app, requests, served, wait_for
 
 import dsv3_jax as ds
-from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.decoding.sampler import New
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.serve.engine import Busy, Changes, Engine
 
-# They refuse wrong types themselves, which the tests' import hook would do before.
-NAMES = [f"dsv3_jax.serve.{name}" for name in ("requests", "answers", "app")]
-requests, answers, app = (unhooked(name, name) for name in NAMES)
-TEXT = plain_settings()
 SPELLING = answers.Spelling(TEXT)
 
 
@@ -72,33 +65,9 @@ def news(tokens, sizes):
             return
 
 
-@contextlib.contextmanager
-def served(engine, **options):
-    """A server on a free port of the loopback. Yields its address."""
-    settings = requests.Settings(TEXT, 260, engine.context, Sampling())
-    service = app.Service(engine, settings, name="tiny", **options)
-    how = dict(log_level="critical", ws="none", lifespan="off", loop="asyncio", http="h11")
-    server = uvicorn.Server(uvicorn.Config(service.app, port=0, **how))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_for(lambda: server.started)
-    try:
-        yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def fake():
-    with served(Fake()) as address:
+    with served(Fake()) as (address, _):
         yield address
 
 
@@ -184,7 +153,7 @@ def test_other_errors_have_a_status_each(fake):
 
 
 def test_time_is_bounded():
-    with served(Fake(), timeout=0.5) as address:
+    with served(Fake(), timeout=0.5) as (address, _):
         said = post(address, {"prompt": "!sl", "max_tokens": 9}).json()
         assert said["choices"][0]["text"] == "!sl" and said["usage"]["completion_tokens"] == 3
         assert said["choices"][0]["finish_reason"] == "length"
@@ -195,7 +164,7 @@ def test_time_is_bounded():
 @pytest.mark.parametrize("prompt", ["!sl", "!ne"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_vanishes_frees_its_rows(prompt, stream):
-    with served(engine := Fake()) as address:
+    with served(engine := Fake()) as (address, _):
         client = http.client.HTTPConnection(address)
         body = json.dumps({"prompt": prompt, "n": 3, "stream": stream})
         client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
@@ -259,7 +228,7 @@ def model():
 @pytest.fixture(scope="module")
 def real(model):
     engine = Engine(model, stop_tokens=TEXT.stop_ids, rows=4)
-    with served(engine) as address:
+    with served(engine) as (address, _):
         yield address
     engine.close()
 

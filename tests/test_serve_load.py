@@ -4,45 +4,30 @@ import asyncio
 import gc
 import json
 import random
-import threading
 import time
 import tracemalloc
 from contextlib import contextmanager
 
 import pytest
 from models import random_model, small
+from serving import served
 
-from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.decoding.generate import generate
-from dsv3_jax.ops.sampling import GREEDY, Sampling
+from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.serve.engine import Engine
-
-uvicorn = pytest.importorskip("uvicorn")
-from dsv3_jax.serve.app import Service  # noqa: E402
-from dsv3_jax.serve.requests import Settings  # noqa: E402
 
 CONTEXT = 64
 LAWS = [Sampling(), Sampling(0.8), Sampling(1.0, top_k=9), Sampling(1.2, None, 0.7)]
 
 
 @contextmanager
-def served(model, **options):
-    """(port, engine, service) of a server on the loopback."""
+def serving_model(model, **options):
+    """(port, engine, service) of a server of a model."""
     engine = Engine(model, stop_tokens=(), context=CONTEXT, **options)
-    settings = Settings(plain_settings(), model.cfg.vocab_size, engine.context, GREEDY)
-    service = Service(engine, settings, name="tiny")
-    server = uvicorn.Server(
-        uvicorn.Config(service.app, port=0, log_level="warning", timeout_graceful_shutdown=5)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1], engine, service
+        with served(engine) as (address, service):
+            yield int(address.rpartition(":")[2]), engine, service
     finally:
-        server.should_exit = True
-        thread.join()
         engine.close()
 
 
@@ -102,7 +87,7 @@ def test_two_hundred_requests_with_clients_that_vanish():
             sampler.is_idle for sampler in samplers
         )
 
-    with served(model, rows=8, queue=256) as (port, engine, service):
+    with serving_model(model, rows=8, queue=256) as (port, engine, service):
         kept = []
         for round_ in range(2):
             answers, leaves = asyncio.run(storm(port, random.Random(round_)))
@@ -131,12 +116,12 @@ def test_two_hundred_requests_with_clients_that_vanish():
 
 def test_a_full_queue_is_said_and_the_next_request_is_answered():
     model = random_model(small(vocab_size=260, num_layers=1, num_dense_layers=0), seed=4)
-    body = {"prompt": [1, 2, 3], "max_tokens": 40, "temperature": 0.0}
+    body = {"prompt": [1, 2, 3], "max_tokens": 40, "temperature": 0}
 
     async def three(port):
         return await asyncio.gather(*(ask(port, body) for _ in range(3)))
 
-    with served(model, rows=1, queue=2) as (port, engine, _):
+    with serving_model(model, rows=1, queue=2) as (port, engine, _):
         found = asyncio.run(three(port))
         assert sorted(status for status, *_ in found) == [200, 200, 429]
         status, ids, done = asyncio.run(ask(port, body))

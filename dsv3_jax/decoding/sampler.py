@@ -103,6 +103,8 @@ class OpenSampler:
         cache_dtype: Any = None,
     ):
         cfg = model.cfg
+        if context is not None and context < 2:
+            raise ValueError(f"context={context} is not an int of 2 or above")
         self.config = config = DecodeConfig(
             max_new_tokens=1,
             cache=cache,

@@ -57,6 +57,7 @@ class Engine:
         self.listeners = dict[tuple[Changes, int], Callable[[Any], None]]()
         self.asked = 0  # texts that wait or decode
         self._calls = SimpleQueue[Callable[[], Any]]()
+        self._calls.put(self._warm_up)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -145,8 +146,6 @@ class Engine:
     def _check(self, changes: Changes, forced: Sequence = (), length: int = 0) -> None:
         cfg = self.model.cfg
         layers, experts = cfg.num_sparse_layers, cfg.num_experts
-        if not changes.bias and not layers:
-            raise ValueError("bias=False needs routed experts, and the model has none")
         for layer, expert in (*changes.off, *((layer, expert) for _, layer, expert in forced)):
             if not 0 <= layer < layers or not 0 <= expert < experts:
                 raise ValueError(
@@ -208,6 +207,13 @@ class Engine:
                 for number, new in news.items():
                     self._tell((changes, number), new, new.ended)
                 self._answer_calls()
+
+    def _warm_up(self) -> None:
+        """Let one text run, so that the programs of short prompts are compiled."""
+        sampler = self.samplers[UNCHANGED]
+        sampler.add(Ask((0,), 1 if self.context == 2 else 2))
+        while not sampler.is_idle:
+            sampler.step()
 
     def _answer_calls(self) -> None:
         """Do what others ask; wait for it where there is nothing else to do."""

@@ -1,0 +1,47 @@
+"""A server of `dsv3 serve` in this process, for tests."""
+
+import contextlib
+import threading
+import time
+
+import uvicorn
+from runs import unhooked
+
+from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.ops.sampling import Sampling
+
+# They refuse wrong types themselves, which the tests' import hook would do before.
+NAMES = [f"dsv3_jax.serve.{name}" for name in ("requests", "answers", "app")]
+requests, answers, app = (unhooked(name, name) for name in NAMES)
+TEXT = plain_settings()
+
+
+@contextlib.contextmanager
+def served(engine, **options):
+    """The address of a server on a free port of the loopback, and its Service."""
+    settings = requests.Settings(TEXT, 260, engine.context, Sampling())
+    service = app.Service(engine, settings, name="tiny", **options)
+    how = dict(
+        log_level="critical",
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        http="h11",
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(uvicorn.Config(service.app, port=0, **how))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
