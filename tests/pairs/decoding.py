@@ -70,7 +70,9 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "router": {
         name: of for name, of in training.FACTORS["router"].items() if "sigmoid, " not in name
     },
-    **of_model("capacity", "tied", "positions", "mesh", "dtype", "precision", "kernels"),
+    **of_model("capacity", "tied", "positions"),
+    "mesh": {name: of for name, of in training.FACTORS["mesh"].items() if "length" not in name},
+    **of_model("dtype", "precision", "kernels"),
 }
 OF_MODEL = [name for name in FACTORS if name in training.FACTORS]
 _FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
@@ -94,7 +96,7 @@ class Plan:
         self.run: RunConfig = changed(training.RUN, of_run)
         self.mesh = training.mesh_of(row)
         if self.mesh is not None:
-            sharding.check_policy(self.mesh, self.run.model)
+            sharding.check_model(self.mesh, self.run.model)
         prepare(self.run.execution, mesh=self.mesh)  # refuses kernels
         self.draft = self.asked.pop("draft", None)
         cfg, asked = self.run.model, dict(self.asked)
