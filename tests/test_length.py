@@ -21,14 +21,14 @@ from dsv3_jax.mesh.length import by_layout
 from dsv3_jax.model.attention import MLA
 from dsv3_jax.model.blocks import SparseBlock
 from dsv3_jax.model.context import How, how_of, make_context
-from dsv3_jax.planning.cost import check_decode, choose_kernels
+from dsv3_jax.planning.cost import check_decode, choose_kernels, train_cost
 from dsv3_jax.training.loss import score_tokens
 from dsv3_jax.training.state import Job, model_of
 from dsv3_jax.training.step import make_step
 
 B, T = 4, 16
 # A sparse layer and two heads with experts; eight heads of attention, one for each device.
-BALANCE = Balance(bias_rate=1e-2, sequence_alpha=1e-2, z_alpha=1e-3)
+BALANCE = Balance(bias_rate=1e-2, sequence_alpha=1e-2, switch_alpha=1e-2, z_alpha=1e-3)
 CFG = replace(MODEL, num_layers=1, num_heads=8, mtp_depth=2, balance=BALANCE)
 PLAIN = replace(CFG, attention="gqa", num_kv_heads=2, mtp_kind="meta", qk_norm=True)
 LENGTH = Layout(length="expert")
@@ -175,6 +175,34 @@ def test_a_layer_gathers_latents_alone(target):
     assert gathers == [(False, 1024 * LATENT)]
     exchanges = [back for kind, back, _ in sent if kind == "all-to-all"]
     assert sorted(exchanges) == [False, False, True, True]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "target",
+    [
+        "cpu",
+        pytest.param(GPU8, marks=pytest.mark.rare),
+        pytest.param("tpu:v6e:2x4", marks=pytest.mark.rare),
+    ],
+)
+def test_a_step_gathers_no_scores_and_no_gradient_of_all_heads(target):
+    """Along "expert", with fsdp and the Switch loss: nothing of tokens is larger than latents."""
+    mesh = sharding.make_mesh(2, 4) if target == "cpu" else mesh_of(target, data=2, expert=4)
+    balance = Balance(0.5, sequence_alpha=1e-2, switch_alpha=1e-2, rule="quantile")
+    sizes = dict(mtp_depth=0, num_experts=64, num_groups=1, kv_latent_dim=6, max_positions=1024)
+    cfg = replace(CFG, balance=balance, **sizes)
+    run = run_of(cfg, replace(LENGTH, fsdp=True, expert_comm="all_to_all"))
+    run = replace(run, data=replace(run.data, seq_len=1024))
+
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore")
+        with jax.numpy_dtype_promotion("standard"):
+            cost = train_cost(run, mesh, target=None if target == "cpu" else target)
+    sent = [c for c in cost.sent.collectives if "expert" in c.axes and c.kind == "all-gather"]
+    # of two rows on a device in float32; scores have 64 numbers, and all heads' keys 32
+    latents = 2 * 1024 * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
+    assert latents <= max(c.nbytes for c in sent) < 2 * latents
 
 
 def test_what_cannot_be_sharded_is_refused():

@@ -52,6 +52,17 @@ def to_heads(
     return by_heads(q), found
 
 
+def own_heads(w: Float[Array, "H _ _"]) -> Float[Array, "H _ _"]:
+    """Take of weights those of the heads that a device attends with, if a length is sharded.
+
+    Their gradient is made by heads too, and gathered then. Else XLA may gather the gradients of all
+    heads' keys and values, which are of tokens.
+    """
+    if not shards_length():
+        return w
+    return constrain(constrain(w, "heads", None, None), "attending", None, None)
+
+
 def to_tokens(out: Float[Array, "B T H _"]) -> Float[Array, "B T H _"]:
     """Bring the result of attention to the devices that have its tokens."""
     out = constrain(out, *HEAD_AXES)

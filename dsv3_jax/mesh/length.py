@@ -8,19 +8,17 @@ and evaluation, inside functions that `by_layout` decorates.
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from dsv3_jax.config import Layout, ModelConfig, RunConfig
 from dsv3_jax.config.fields import require
 from dsv3_jax.mesh.shape import format_mesh
-from dsv3_jax.ops import balance
-from dsv3_jax.ops.routing import replay
 from dsv3_jax.ops.varying import varying
 
 F = TypeVar("F", bound=Callable)
@@ -153,26 +151,12 @@ def filled(x: Array | None, k: int, value: int) -> Any:
     return jnp.pad(x, more, constant_values=value)
 
 
-def sequence_loss(
-    scores: Float[Array, "B T E"], k: int, mask: Bool[Array, "B T"], given: Any
-) -> Float[Array, " B"]:
-    """Compute `ops.balance.sequence_loss`, inside `shard_map`; of sharded rows this device's term.
+def over_rows(x: Array) -> Array:
+    """Sum what devices have of each row's parts, inside `shard_map`; complete rows have one part.
 
-    Counts f are those of the complete row, and P is a sum over tokens: the terms add up.
+    Example:
+        >>> over_rows(jnp.array([3.0]))
+        Array([3.], dtype=float32)
     """
-    if not (shards_length() and "expert" in varying(scores)):
-        return balance.sequence_loss(scores, k, mask, given)
-
-    # Assignments and tokens of the complete row.
-    num_experts = scores.shape[-1]
-    _, best = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-    count = jax.vmap(partial(balance.load, num_experts=num_experts))
-    weight = mask.astype(scores.dtype)
-    of_part = count(replay(best, given), mask=mask), weight.sum(-1)
-    counts, tokens = jax.lax.psum(of_part, "expert")
-    tokens = jnp.maximum(tokens, 1)[:, None]
-
-    # f · P, with this device's part of the sum in P.
-    f = counts.astype(scores.dtype) * num_experts / (k * tokens)
-    shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    return (f * (shares * weight[..., None]).sum(1) / tokens).sum(-1)
+    in_parts = shards_length() and "expert" in varying(x)
+    return jax.lax.psum(x, "expert") if in_parts else x

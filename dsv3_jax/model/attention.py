@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs
-from dsv3_jax.mesh.heads import HEAD_AXES, TOKEN_AXES, to_heads, to_tokens
+from dsv3_jax.mesh.heads import HEAD_AXES, TOKEN_AXES, own_heads, to_heads, to_tokens
 from dsv3_jax.mesh.length import check_attention
 from dsv3_jax.mesh.sharding import constrain, on_shards, shards_alike
 from dsv3_jax.model.cache import ROW_AXES, Cache
@@ -215,7 +215,8 @@ class MLA(Attention):
 
     def expand(self, rows: Rows, ctx: Context) -> Rows:
         latent, k_rope = rows["latent"][:, :, 0], rows["k_rope"][:, :, 0]
-        k, v = ctx.run("expand", latent, k_rope, self.w_uk[...], self.w_uv[...])
+        w_uk, w_uv = own_heads(self.w_uk[...]), own_heads(self.w_uv[...])
+        k, v = ctx.run("expand", latent, k_rope, w_uk, w_uv)
         return {"k": k, "v": v}
 
     def attend_to_rows(

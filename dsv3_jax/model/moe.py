@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Execution, ModelConfig, check_inputs
 from dsv3_jax.mesh import expert_parallel
-from dsv3_jax.mesh.length import sequence_loss, shards_length
+from dsv3_jax.mesh.length import over_rows, shards_length
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
 from dsv3_jax.model.context import Context, from_zero, how_of, make_context
 from dsv3_jax.model.layers import SwiGLU
@@ -255,7 +255,8 @@ class MoE(nnx.Module):
         load = balance.load(rows.expert_ids, cfg.num_experts, tokens.mask)
         loss = jnp.zeros((), jnp.float32)
         if cfg.balance.sequence_alpha:
-            loss = sequence_loss(rows.scores, k, tokens.mask, tokens.given).sum()
+            each = rows.scores, k, tokens.mask, tokens.given
+            loss = balance.sequence_loss(*each, over_rows=over_rows).sum()
         return Sums(load, as_varying(loss, load)), rows
 
     def _balance_loss(self, sums: Sums, rows: RoutedRows, ctx: Context) -> Float[Array, ""]:
@@ -263,8 +264,11 @@ class MoE(nnx.Module):
         weights = self.cfg.balance
         loss = weights.sequence_alpha * (sums.sequence_loss / len(ctx.mask))
         if weights.switch_alpha:
-            scores, ids = (a.reshape(-1, a.shape[-1]) for a in (rows.scores, rows.expert_ids))
-            switch = balance.switch_loss(scores, ids, ctx.mask.reshape(-1))
+            tokens = rows.scores, rows.expert_ids, ctx.mask
+            if shards_length():  # as one sequence they would be gathered
+                switch = balance.switch_loss(*tokens, counts=sums.load)
+            else:
+                switch = balance.switch_loss(*(a.reshape(-1, *a.shape[2:]) for a in tokens))
             loss += weights.switch_alpha * switch
         if rows.log_sums is not None:
             loss += weights.z_alpha * balance.z_loss(rows.log_sums, ctx.mask, ctx.divisor)

@@ -172,6 +172,7 @@ def sequence_loss(
     k: int,
     mask: Bool[Array, "B T"] | None = None,
     given: Int[Array, "B T K"] | None = None,
+    over_rows: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, " B"]:
     """Compute V3's complementary balance loss of each sequence: Σ_e f_e P_e.
 
@@ -188,7 +189,8 @@ def sequence_loss(
         mask: positions where it is False are left out of both means. None means all count.
         given: experts that are counted in place of the top K, see `routing.replay`. A router's own
             choice is another than the top K if it has a bias or groups.
-    Returns: one loss for each sequence, in the dtype of `scores`.
+        over_rows: for parts of sequences, on several devices: sums what they count of each.
+    Returns: one loss for each sequence, in the dtype of `scores`; of a part its term of the loss.
 
     Example:
         >>> from functools import partial
@@ -201,7 +203,7 @@ def sequence_loss(
     weight_BT = jnp.ones((batch, length), scores.dtype)
     if mask is not None:
         weight_BT = mask.astype(scores.dtype)
-    tokens_B1 = jnp.maximum(weight_BT.sum(-1), 1)[:, None]
+    tokens_B1 = jnp.maximum(over_rows(weight_BT.sum(-1)), 1)[:, None]
 
     # f: each expert's share of the sequence's assignments. Counts are whole numbers, as in `load`.
     _, best = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
@@ -209,7 +211,7 @@ def sequence_loss(
     sequence = jnp.arange(batch)[:, None, None]
     counts_BE = jnp.zeros((batch, num_experts), jnp.int32)
     counts_BE = counts_BE.at[sequence, chosen_BTK].add(weight_BT[..., None].astype(jnp.int32))
-    f_BE = counts_BE.astype(scores.dtype) * num_experts / (k * tokens_B1)
+    f_BE = over_rows(counts_BE).astype(scores.dtype) * num_experts / (k * tokens_B1)
 
     # P: each expert's mean share of a token's scores.
     shares_BTE = scores / (scores.sum(-1, keepdims=True) + 1e-20)
@@ -218,9 +220,10 @@ def sequence_loss(
 
 
 def switch_loss(
-    scores: Float[Array, "n E"],
-    expert_ids: Int[Array, "n K"],
-    mask: Bool[Array, " n"] | None = None,
+    scores: Float[Array, "*n E"],
+    expert_ids: Int[Array, "*n K"],
+    mask: Bool[Array, "*n"] | None = None,
+    counts: Float[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
     """Compute Switch Transformer's balance loss of a batch: E · Σ_e f_e P_e.
 
@@ -233,6 +236,7 @@ def switch_loss(
         scores: scores of all experts, without bias.
         expert_ids: the chosen experts.
         mask: tokens where it is False are left out. None means all count.
+        counts: assignments of each expert, if they are known. None: they are counted.
     Returns: the loss, in the dtype of `scores`.
 
     Example:
@@ -243,16 +247,17 @@ def switch_loss(
     Source: arXiv 2101.03961, equations 4-6.
     """
     num_experts = scores.shape[-1]
-    weight = jnp.ones(scores.shape[:1], scores.dtype) if mask is None else mask.astype(scores.dtype)
+    lead = scores.shape[:-1]
+    weight = jnp.ones(lead, scores.dtype) if mask is None else mask.astype(scores.dtype)
     total = jnp.maximum(weight.sum(), 1)
 
     # f: each expert's share of the assignments.
-    counts = load(expert_ids, num_experts, mask).astype(scores.dtype)
-    f_E = counts / (total * expert_ids.shape[-1])
+    counts = load(expert_ids, num_experts, mask) if counts is None else counts
+    f_E = counts.astype(scores.dtype) / (total * expert_ids.shape[-1])
 
     # P: its mean share of a token's scores.
     shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    p_E = (shares * weight[:, None]).sum(0) / total
+    p_E = (shares * weight[..., None]).sum(tuple(range(len(lead)))) / total
     return num_experts * (f_E * p_E).sum()
 
 
