@@ -385,8 +385,10 @@ def test_what_is_no_bucket_of_ours_is_refused_in_a_sentence(trained, server, url
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in after if name != INDEX)
     report = ["stats", trained[1], "--out", "gs://bucket/report"]
-    refuse("", "out='gs://bucket/report' is in a bucket, where only `dsv3 train` writes", report)
-    refuse("", "out=None is not supported for a run in a bucket; name a folder", report[:2])
+    only = "only `dsv3 train` writes into a bucket; name a folder"
+    refuse("", f"out='gs://bucket/report': {only}", report)
+    refuse("", f"out='gs://bucket/model': {only}", ["convert", trained[1], "gs://bucket/model"])
+    refuse("", f"run='{trained[1]}' is in a bucket, and its report is not; name a", report[:2])
     server.refused = True
     try:
         refuse(trained[1], "cannot be read: PERMISSION_DENIED")

@@ -123,10 +123,7 @@ def load_weights(
 
     # 3. One parameter after the other, each by several threads: the host holds no second one.
     total = sum(math.prod(entry.shape) for group in groups.values() for entry in group)
-    with (
-        transfer("loading", total, quiet=quiet) as advance,
-        ThreadPoolExecutor(MAX_THREADS) as pool,
-    ):
+    with transfer("loading", total, quiet=quiet) as done, ThreadPoolExecutor(MAX_THREADS) as pool:
         for paths, group in groups.items():
             forms = {path: flat[path].get_value() for path in paths}
             parts = {
@@ -134,7 +131,7 @@ def load_weights(
                 for path, form in forms.items()
             }
             for count in pool.map(partial(_read, folder, forms, parts), group):
-                advance(count)
+                done(count)
             for path in paths:
                 value = jax.tree.map(Parts.whole, parts.pop(path))
                 flat[path] = flat[path].replace(jax.block_until_ready(value))

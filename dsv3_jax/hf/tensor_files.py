@@ -210,8 +210,8 @@ def read_tensor(stored: StoredTensor) -> np.ndarray:
 def check_new(path: Path, nbytes: int) -> None:
     """Check that a folder of `nbytes` can be created.
 
-    Raises: ValueError when `path` exists and is not an empty folder, its parent is absent, or the
-        disk has no room.
+    Raises: ValueError when `path` is a URL, or exists and is not an empty folder, its parent is
+        absent, or the disk has no room; OSError when it cannot be written.
 
     Example:
         >>> check_new(Path("no/such/v3"), nbytes=0)
@@ -219,6 +219,7 @@ def check_new(path: Path, nbytes: int) -> None:
             ...
         ValueError: no/such is not a folder, so v3 cannot be created in it; create it first
     """
+    check_writable(path, folders=True)
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists and is not an empty folder; choose another path")
     if not path.parent.is_dir():
@@ -226,7 +227,6 @@ def check_new(path: Path, nbytes: int) -> None:
             f"{path.parent} is not a folder, so {path.name} cannot be created in it; create it "
             "first"
         )
-    check_writable(path, folders=True)
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + (64 << 20):
         raise ValueError(

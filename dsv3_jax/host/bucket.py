@@ -44,21 +44,15 @@ class Bucket:
         kind, name, path = _URL.fullmatch(url).groups()  # type: ignore[union-attr]
         self.url = url
         # JSON of TensorStore: where the objects are
-        spec = {
-            "driver": "gcs" if kind == "gs" else kind,
-            "bucket": name,
-            "path": path and f"{path}/",
-        }
+        driver = "gcs" if kind == "gs" else kind
+        spec = {"driver": driver, "bucket": name, "path": path and f"{path}/"}
         # For other servers of S3: TensorStore does not read AWS's variable.
         if kind == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
             region = os.environ.get("AWS_REGION", "us-east-1")
             spec |= {"endpoint": endpoint, "aws_region": region}
         self._spec = spec
-        context = {f"{driver}_request_retries": _RETRIES for driver in ("gcs", "s3")}
-        open_store = tensorstore.KvStore.open
-        self._store = self._ask(
-            "opened", "", open_store, spec, context=tensorstore.Context(context)
-        )
+        context = tensorstore.Context({f"{driver}_request_retries": _RETRIES})
+        self._store = self._ask("opened", "", tensorstore.KvStore.open, spec, context=context)
 
     def spec(self, path: str) -> dict[str, Any]:
         """Where the objects under a path are, as TensorStore's JSON."""
@@ -91,9 +85,8 @@ class Bucket:
 
     def names(self, path: str = "") -> list[str]:
         """List objects, under a path or all. Some servers list a new one late."""
-        names = [
-            name.decode(errors="replace") for name in self._ask("listed", "", self._store.list)
-        ]
+        listed = self._ask("listed", "", self._store.list)
+        names = (name.decode(errors="replace") for name in listed)
         return sorted(name for name in names if name.startswith(path and f"{path}/"))
 
     def delete(self, path: str) -> None:

@@ -264,7 +264,7 @@ def check_writable(*paths: str | os.PathLike | None, folders: bool = False) -> N
     """
     for path in (Path(path) for path in paths if path is not None):
         if url := url_of(path):
-            raise ValueError(f"out={url!r} is in a bucket, where only `dsv3 train` writes")
+            raise ValueError(f"out={url!r}: only `dsv3 train` writes into a bucket; name a folder")
         path = path.absolute()
         check_name(path)
         if path.is_dir() and not folders:

@@ -48,8 +48,7 @@ class FolderLock:
         if self._path is not None and not _is_open_file(self._path, self._descriptor):
             raise OSError(
                 f"out={str(self._path.parent)!r} was moved or deleted, or taken over by another "
-                "process, while this "
-                "process wrote to it; the same command resumes where the folder is now"
+                "process, while this process wrote to it; the same command resumes where it is now"
             )
 
 

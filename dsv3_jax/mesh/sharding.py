@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from dsv3_jax.config import ConfigError, ModelConfig, RunConfig
+from dsv3_jax.config.fields import require
 from dsv3_jax.mesh.length import check_length, shards_length
 from dsv3_jax.mesh.shape import AXES, format_mesh, over_slices
 
@@ -93,11 +94,9 @@ def check_run(mesh: Mesh, run: RunConfig) -> None:
     if rows % math.prod(mesh.shape[axis] for axis in axes):
         given = f"batch_size/microbatches={rows} rows are"
         raise ConfigError(f"{given} not divisible by mesh {format_mesh(mesh)}")
-    nodes = run.execution.layout.expert_nodes
-    if mesh.shape["expert"] % nodes:
-        raise ConfigError(
-            f"layout.expert_nodes={nodes} does not divide expert={mesh.shape['expert']} of the mesh"
-        )
+    nodes, peers = run.execution.layout.expert_nodes, mesh.shape["expert"]
+    wrong = f"layout.expert_nodes={nodes} does not divide expert={peers} of the mesh"
+    require(peers % nodes == 0, wrong)
     check_model(mesh, run.model)
     check_length(mesh, run)
 

@@ -90,24 +90,18 @@ def from_slots(rows: Array, buffer: SendBuffer) -> Array:
     return others + _fetch(rows, slot[:, 0])
 
 
-def _to_slots_fwd(x: Array, buffer: SendBuffer) -> tuple[Array, SendBuffer]:
-    return to_slots(x, buffer), buffer
+def _set_transpose(f: Any, transpose: Any) -> None:
+    def forward(x: Array, buffer: SendBuffer) -> tuple[Array, SendBuffer]:
+        return f(x, buffer), buffer
+
+    def backward(buffer: SendBuffer, d: Array) -> tuple[Array, None]:
+        return transpose(d, buffer), None
+
+    f.defvjp(forward, backward)
 
 
-def _to_slots_bwd(buffer: SendBuffer, d: Array) -> tuple[Array, None]:
-    return from_slots(d, buffer), None
-
-
-def _from_slots_fwd(rows: Array, buffer: SendBuffer) -> tuple[Array, SendBuffer]:
-    return from_slots(rows, buffer), buffer
-
-
-def _from_slots_bwd(buffer: SendBuffer, d: Array) -> tuple[Array, None]:
-    return to_slots(d, buffer), None
-
-
-to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
-from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
+_set_transpose(to_slots, from_slots)
+_set_transpose(from_slots, to_slots)
 
 
 class Hop(NamedTuple):
@@ -130,6 +124,10 @@ class Hop(NamedTuple):
         """This device's number in its group."""
         number = jax.lax.axis_index("expert")
         return number if self.groups is None else number // self.stride % self.peers
+
+    def across(self, x: Array) -> Array:
+        """Send the i-th part of x to the i-th device of the group, and join what they send."""
+        return jax.lax.all_to_all(x, "expert", 0, 0, axis_index_groups=self.groups, tiled=True)
 
 
 def to_local_ids(
@@ -182,19 +180,18 @@ def exchange(
     held = experts[0].shape[0]
     nodes = layout.expert_nodes
 
-    def here(hop: Hop) -> Run:
+    def here(
+        hop: Hop, x: Array, ids: Array, gates: Array, experts: Experts, size: RoundSize
+    ) -> Any:
         """This device's experts."""
-
-        def run(x: Array, ids: Array, gates: Array, experts: Experts, size: RoundSize) -> Any:
-            rows = hop.peers * size.choices
-            return kernels("grouped_swiglu", x, ids, gates, *experts, rows=rows), ()
-
-        return run
+        rows = hop.peers * size.choices
+        return kernels("grouped_swiglu", x, ids, gates, *experts, rows=rows), ()
 
     if nodes == 1:
         flat = Hop(peers, held)
         size = round_size(cfg, layout, n, peers)
-        return all_to_all(x, expert_ids, gates, experts, hop=flat, size=size, run=here(flat))
+        run = partial(here, flat)
+        return all_to_all(x, expert_ids, gates, experts, hop=flat, size=size, run=run)
 
     # The second hop, on what a round of the first one brings.
     far = Hop(nodes, held * (peers // nodes), stride=peers // nodes)
@@ -204,7 +201,7 @@ def exchange(
 
     def inside(x: Array, ids: Array, gates: Array, experts: Experts, first: RoundSize) -> Any:
         size = second_size(first, far.peers, near.peers, spread, most)
-        return all_to_all(x, ids, gates, experts, hop=near, size=size, run=here(near))
+        return all_to_all(x, ids, gates, experts, hop=near, size=size, run=partial(here, near))
 
     size = round_size(cfg, layout, n, nodes)
     return all_to_all(x, expert_ids, gates, experts, hop=far, size=size, run=inside)
@@ -241,7 +238,7 @@ def all_to_all(
     none = Sent(zeros((1, hop.peers), table.peer), zeros((1, hop.peers), table.peer))
     _, first = in_round(table, none, size)
     rounds = count_rounds(table, first, later)
-    rounds = jax.lax.pmax(rounds, tuple(varying(rounds)))
+    rounds = jax.lax.pmax(rounds, tuple(sorted(varying(rounds))))
 
     plan = Plan(expert_ids, table, none, first, rounds)
     y, further = _rounds((run, hop, size, later), x, gates, experts, plan)
@@ -283,23 +280,15 @@ def _round(
     buffer = _send_buffer(slot_nK, slots)
 
     # There: rows, gates and ids. An empty slot has the expert -1, which no device holds.
-    across = partial(
-        jax.lax.all_to_all,
-        axis_name="expert",
-        split_axis=0,
-        concat_axis=0,
-        axis_index_groups=hop.groups,
-        tiled=True,
-    )
-    x_sD = across(to_slots(x, buffer))
-    gates_sK = across(to_slots(gates, buffer))
-    ids_sK = across(_fetch(plan.expert_ids + 1, buffer.token)) - 1
+    x_sD = hop.across(to_slots(x, buffer))
+    gates_sK = hop.across(to_slots(gates, buffer))
+    ids_sK = hop.across(_fetch(plan.expert_ids + 1, buffer.token)) - 1
     ids_sK, gates_sK = to_local_ids(ids_sK, gates_sK, hop.held, hop.own_index())
 
     # The experts there, and the sums back. What further hops send is of slots; here of own tokens.
     y_sD, further = run(x_sD, ids_sK, gates_sK, experts, size)
     further = tuple(copies * (slots / x.shape[0]) for copies in further)
-    return from_slots(across(y_sD), buffer), further
+    return from_slots(hop.across(y_sD), buffer), further
 
 
 Static = tuple[Run, Hop, RoundSize, RoundSize]  # and the sizes of the first round and later ones

@@ -44,4 +44,4 @@ def as_varying(x: Array, *like: Array) -> Array:
         frozenset() frozenset({'data'})
     """
     axes = frozenset().union(*map(varying, like)) - varying(x)
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

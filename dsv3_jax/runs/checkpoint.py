@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +138,8 @@ class Checkpoints:
         with self._named_errors():
             self._wait()  # raises the error of the save before
             self._tidy(self.run.keep)
-            self._saving = int(state.step)
+        self._saving = int(state.step)
+        with self._named_errors():
             self._begin(state, data)
             self._sealed = self._pool.submit(self._seal)
             if wait:
@@ -179,19 +180,10 @@ class Checkpoints:
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Name what failed where a save ends in an error of Orbax or TensorStore, of any type."""
-        try:
-            yield
-        except Exception as error:
-            if jax.process_count() > 1 and processes.is_connection_error(error):
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise SaveFailed(
-                f"the checkpoint of step {self._saving} cannot be written to {self.folder}: "
-                f"{reason}; the checkpoints before are complete"
-            ) from error
+    def _named_errors(self) -> AbstractContextManager[None]:
+        """Name what failed where a save ends in an error."""
+        what = f"the checkpoint of step {self._saving} cannot be written to {self.folder}"
+        return _named(SaveFailed, what, "; the checkpoints before are complete")
 
     def rewind(self, step: int | None = None) -> list[str]:
         """Choose the checkpoint that training resumes from, and rename all later ones.
@@ -284,16 +276,8 @@ class Checkpoints:
         return None
 
     def _read_state(self, step: int, *how: Any) -> tuple[TrainState, dict[str, Any]]:
-        try:
-            job = Job(self.run, optimizer=self._optimizer)
-            return self._read(step, job, *how)
-        except Exception as error:  # of any type: Orbax raises plain ones, too
-            if jax.process_count() > 1 and processes.is_connection_error(error):
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(
-                f"step={step}: the checkpoint in {self.folder} cannot be read: {reason}"
-            ) from error
+        with _named(ValueError, f"step={step}: the checkpoint in {self.folder} cannot be read"):
+            return self._read(step, Job(self.run, optimizer=self._optimizer), *how)
 
     def _read(self, step: int, job: Job, *how: Any) -> tuple[TrainState, dict[str, Any]]:
         folder = self.folder / str(step)
@@ -302,6 +286,18 @@ class Checkpoints:
         position = read_json(folder / "data" / "metadata")
         restore = partial(from_orbax, self._orbax, folder)
         return read_state(restore, saved, job, *how), position
+
+
+@contextmanager
+def _named(kind: type[Exception], what: str, more: str = "") -> Iterator[None]:
+    """Name what failed where Orbax or TensorStore raises an error, of any type."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1 and processes.is_connection_error(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise kind(f"{what}: {reason}{more}") from error
 
 
 class BucketCheckpoints(InBucket, Checkpoints):

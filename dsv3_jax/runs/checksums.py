@@ -77,12 +77,8 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> str:
     # The first by name of the files that differ, are absent, or were added.
     for name in names:
         if expected.get(name) != found.get(name):
-            what = (
-                "damaged: its size or checksum is not the one that was written"
-                if name in found
-                else "absent"
-            )
-            return f"file={str(folder / name)!r} is {what}"
+            damaged = "damaged: its size or checksum is not the one that was written"
+            return f"file={str(folder / name)!r} is {damaged if name in found else 'absent'}"
     return ""
 
 

@@ -16,8 +16,9 @@ import tyro
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.host.bucket import url_of
 from dsv3_jax.host.files import atomic_folder, check_writable, write_atomic
-from dsv3_jax.host.mirror import fetched, mirror_of
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.ops import routing
 from dsv3_jax.report.run_plots import routing_heatmap
 from dsv3_jax.runs.open_model import open_model
@@ -137,9 +138,9 @@ def report(
     kernels = options.kernels
 
     # Wrong targets and runs are refused before the text is read.
+    if out is None and (url := url_of(run)):
+        raise ValueError(f"run={url!r} is in a bucket, and its report is not; name a folder as out")
     run = fetched(run)
-    if out is None and mirror_of(run) is not None:
-        raise ValueError("out=None is not supported for a run in a bucket; name a folder with out")
     check_writable(run / "stats" if out is None else out, folders=True)
     check_writable(options.tokens)
     if out is not None:
