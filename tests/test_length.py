@@ -200,9 +200,9 @@ def test_a_step_gathers_no_scores_and_no_gradient_of_all_heads(target):
         with jax.numpy_dtype_promotion("standard"):
             cost = train_cost(run, mesh, target=None if target == "cpu" else target)
     sent = [c for c in cost.sent.collectives if "expert" in c.axes and c.kind == "all-gather"]
-    # of two rows on a device in float32; scores have 64 numbers, and all heads' keys 32
+    # of two rows on a device, in float32 but on TPUs; scores have 64 numbers, all heads' keys 32
     latents = 2 * 1024 * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
-    assert latents <= max(c.nbytes for c in sent) < 2 * latents
+    assert latents / 2 <= max(c.nbytes for c in sent) < 2 * latents
 
 
 def test_what_cannot_be_sharded_is_refused():
