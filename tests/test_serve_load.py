@@ -89,7 +89,7 @@ def test_two_hundred_requests_with_clients_that_vanish():
 
     with serving_model(model, rows=8, queue=256) as (port, engine, service):
         kept = []
-        for round_ in range(2):
+        for round_ in range(3):  # the first ones compile
             answers, leaves = asyncio.run(storm(port, random.Random(round_)))
             for i, ((status, ids, done), parts) in enumerate(zip(answers, leaves, strict=True)):
                 want = wants[i % 24]
@@ -108,7 +108,7 @@ def test_two_hundred_requests_with_clients_that_vanish():
             if not tracemalloc.is_tracing():
                 tracemalloc.start()
             kept.append(tracemalloc.get_traced_memory()[0])
-        assert kept[1] - kept[0] < 1_000_000
+        assert kept[2] - kept[1] < 1_000_000
 
         # One more is answered as before.
         assert asyncio.run(ask(port, pool[1]))[1] == wants[1]

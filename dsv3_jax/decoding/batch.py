@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.loop import Begins, Decoder, Prefilled
-from dsv3_jax.decoding.programs import programs
+from dsv3_jax.decoding.programs import programs, take_rows
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.cache import Cache, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token
@@ -150,6 +150,16 @@ class Batch:
         in_order = self.loop is None and np.array_equal(source, first)
         with sharding.use_mesh(self.mesh):
             self.loop = self.programs.admit(self.leaves, self.loop, read, begins, in_order=in_order)
+
+    def resize(self, kept: Sequence[int], size: int) -> None:
+        """Let the batch have another size: first the rows that are kept, then free ones."""
+        rows = np.full(size, -1, np.int32)
+        rows[: len(kept)] = kept
+        with sharding.use_mesh(self.mesh):
+            self.loop = take_rows(self.loop, rows)
+        self.prompt_lengths = np.where(rows < 0, 0, self.prompt_lengths[rows])
+        self.shapes = self.shapes._replace(batch=size)
+        self.look()
 
     def run(self, until: np.ndarray) -> None:
         """Run until every row has `until` [B] tokens, or is done."""

@@ -329,6 +329,14 @@ def _over_rows(of_array: Callable, of_cache: Callable, *trees: Any) -> Any:
     return jax.tree.map(one, *trees, is_leaf=_is_cache)
 
 
+@jax.jit
+def take_rows(loop: Loop, rows: Array) -> Loop:
+    """A loop of these rows [n], in this order; −1 is a row without a text."""
+    index = jnp.maximum(rows, 0)
+    taken = _over_rows(lambda x: x[index], lambda cache: cache.take(index), loop)
+    return taken._replace(done=constrain(taken.done | (rows < 0)))
+
+
 def with_slots(tree: Any, slots: int) -> Any:
     """A tree whose caches have so many slots; the new ones are empty."""
     return _over_rows(lambda x: x, lambda cache: cache.with_slots(slots), tree)

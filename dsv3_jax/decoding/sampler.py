@@ -27,6 +27,7 @@ from dsv3_jax.ops.sampling import GREEDY, Sampling
 CONTEXT = 4096  # tokens of a text with its prompt, where the model can read more
 MOST_PART = 32  # tokens between two looks at the batch, at most
 ALTERNATIVES = 5  # likeliest tokens that are kept at each place
+PATIENCE = 8  # parts until a batch with too many rows has fewer
 SHORT = 32  # tokens of the shortest width that prompts are padded to
 
 
@@ -73,7 +74,7 @@ class OpenSampler:
 
     Args:
         model: the model; on a mesh it decodes there.
-        rows: texts that decode at once.
+        rows: texts that decode at once, at most.
         context: tokens of a text with its prompt. None means the model's max_positions, at most
             4,096.
         stop_tokens, draft, draft_length, cache, cache_dtype: as `generate`.
@@ -123,13 +124,15 @@ class OpenSampler:
         config.check(cfg, [[0]])
 
         capacity = round_up(self.context + config.num_drafts)
-        self.batch = Batch(model, config, Shapes(rows, 1, SHORT, capacity, capacity))
+        self.sizes = _sizes(rows)
+        self.batch = Batch(model, config, Shapes(self.sizes[0], 1, SHORT, capacity, capacity))
         self.waiting = deque[_Text]()
         self.rows = dict[int, _Text]()  # of the rows that decode
         self.prompt: Any = None  # what was read last, with the experts that were given
         self.read: Prefilled | None = None
         self.count = 0  # of all texts so far
         self.began = False  # texts, in the last step: the next one runs
+        self.spare = 0  # parts since the batch was as full as its size needs
         self.seconds = 1.0  # of a part, for each of its tokens, as last measured
 
         # The loop begins with no text.
@@ -182,6 +185,7 @@ class OpenSampler:
 
         Returns: what was added to each text that has more; nothing if all have ended.
         """
+        self._fit()
         free = deque(sorted(set(range(self.batch.shapes.batch)) - set(self.rows)))
         if self.waiting and free and not self.began:
             self.began = True
@@ -193,6 +197,21 @@ class OpenSampler:
             self.batch.run(self.batch.seen.written + part)
             self.seconds = (time.perf_counter() - start) / part
         return self._news(list(self.rows), MOST_PART)
+
+    def _fit(self) -> None:
+        """Let the batch have as many rows as there are texts; it takes few sizes.
+
+        A row without a text costs as much as another one, and each size is a compilation.
+        """
+        texts = min(len(self.rows) + len(self.waiting), self.sizes[-1])
+        size = next(size for size in self.sizes if size >= texts)
+        now = self.batch.shapes.batch
+        self.spare = self.spare + 1 if size < now else 0
+        if size > now or self.spare > PATIENCE or (size < now and not self.rows):
+            kept = sorted(self.rows)
+            self.batch.resize(kept, size)
+            self.rows = {i: self.rows[row] for i, row in enumerate(kept)}
+            self.spare = 0
 
     def _begin(self, free: deque[int]) -> list[int]:
         """Let texts begin, and return their rows. Equal prompts are read once."""
@@ -269,6 +288,19 @@ class OpenSampler:
             if ended:
                 del self.rows[row]
         return news
+
+
+def _sizes(rows: int) -> list[int]:
+    """The numbers of rows that a batch may have.
+
+    Example:
+        >>> _sizes(16), _sizes(6)
+        ([1, 4, 16], [1, 6])
+    """
+    sizes = [rows]
+    while sizes[0] > 1:
+        sizes.insert(0, sizes[0] // 4 or 1)
+    return sizes
 
 
 @jax.jit

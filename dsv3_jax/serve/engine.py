@@ -57,7 +57,7 @@ class Engine:
         self.listeners = dict[tuple[Changes, int], Callable[[Any], None]]()
         self.asked = 0  # texts that wait or decode
         self._calls = SimpleQueue[Callable[[], Any]]()
-        self._calls.put(self._warm_up)
+        self._cold = list(self.samplers[UNCHANGED].sizes)  # sizes that are not compiled
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -176,7 +176,7 @@ class Engine:
             "shared": cfg.num_shared_experts,
             "bias": any(np.any(bias) for bias in self._biases()),
             "context": self.context,
-            "rows": batch.shapes.batch,
+            "rows": self.samplers[UNCHANGED].sizes[-1],
             "draft": config.draft if own else "model",
             "draft_length": config.num_drafts,
             "cache": {
@@ -208,20 +208,20 @@ class Engine:
                     self._tell((changes, number), new, new.ended)
                 self._answer_calls()
 
-    def _warm_up(self) -> None:
-        """Let one text run, so that the programs of short prompts are compiled."""
-        sampler = self.samplers[UNCHANGED]
-        sampler.add(Ask((0,), 1 if self.context == 2 else 2))
-        while not sampler.is_idle:
-            sampler.step()
-
     def _answer_calls(self) -> None:
-        """Do what others ask; wait for it where there is nothing else to do."""
+        """Do what others ask; wait for it where there is nothing else to do.
+
+        At first there is: a batch of each size runs short texts that nobody asked for, so that it
+        is compiled.
+        """
         idle = all(sampler.is_idle for sampler in self.samplers.values())
         with contextlib.suppress(Empty):
             while not self._closed:
-                self._calls.get(block=idle)()
+                self._calls.get(block=idle and not self._cold)()
                 idle = False
+        if idle and self._cold:
+            for _ in range(self._cold.pop(0)):
+                self.samplers[UNCHANGED].add(Ask((0,), 1 if self.context == 2 else 2))
 
     def _tell(self, place: tuple[Changes, int], new: Any, last: bool) -> None:
         tell = self.listeners.pop(place, None) if last else self.listeners.get(place)
