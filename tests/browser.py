@@ -70,9 +70,9 @@ class Browser:
                 return answer["result"]
 
     def open(
-        self, page: Path, fragment: str = "", *, width: int = 1280, dark: bool = False
+        self, page: Path | str, fragment: str = "", *, width: int = 1280, dark: bool = False
     ) -> None:
-        """Open a file in a window of this width, and wait until it has drawn."""
+        """Open a file or an address in a window of this width, and wait until it has drawn."""
         self.errors.clear()
         self.requests.clear()
         window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -80,7 +80,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.send("Emulation.setEmulatedMedia", features=[scheme, still])
-        address = page.absolute().as_uri()
+        address = page if isinstance(page, str) else page.absolute().as_uri()
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=address + fragment)
         self.wait_for(
