@@ -85,6 +85,8 @@ NOT_RUN = {
     "pip install": "it downloads packages; tests/try_wheel.py installs",
     ". .venv/bin/activate": "make has no environment here",
     "python experiments/accel/run.py": "experiments/accel/test_accel.py runs it",
+    "dsv3 serve": "it runs until it is stopped; tests/test_serve_page.py",
+    "lm_eval run": "it downloads tasks; test_serve_api.py asks as it does",
     "dsv3 train v3": "it needs 512 devices and more",
     "dsv3 train v2_lite": "it needs eight cards",
     "--target gpu": "it needs a GPU's compiler; tests/test_compiled.py has it",
