@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from models import forward, random_model, small
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.likelihood import read_tokens
 from dsv3_jax.decoding.sampler import Ask, OpenSampler
+from dsv3_jax.kernels import table
 from dsv3_jax.ops.sampling import RowSampling, Sampling, processed_by_rows, processed_logits
 from dsv3_jax.serve.engine import Changes, changed_model
 
@@ -138,6 +140,25 @@ def test_a_cancelled_text_frees_its_row_and_leaves_others_alone(model):
     waits = [sampler.add(third) for _ in range(4)]
     sampler.cancel(waits[3])  # before it has a row
     assert set(finish(sampler)) == set(waits[:3])
+
+
+@pytest.mark.long
+def test_a_cache_that_grows_holds_long_prompts_and_rows_that_come_and_go(model, monkeypatch):
+    """As on a GPU, which reads empty slots: 16 at first, then more."""
+    monkeypatch.setitem(table.DEVICES, "cpu", replace(table.DEVICES["cpu"], reads_all_slots=True))
+    monkeypatch.setattr("dsv3_jax.decoding.batch.FIRST_SLOTS", 16)
+    monkeypatch.setattr("dsv3_jax.decoding.sampler.SHORT", 16)
+    monkeypatch.setattr("dsv3_jax.decoding.batch.GROWTH", 2)
+    sampler = OpenSampler(model, rows=4, context=CONTEXT, stop_tokens=(3,))
+    assert sampler.batch.slots == 16
+    # Texts end at the last slot of a cache, and their rows are free while others begin.
+    asks = [Ask((5, 6), 15), Ask((7, 8, 9), 14), Ask((1,), 4), Ask(tuple(range(4, 37)), 9)]
+    for together in (asks[:1], asks[1:3], asks[3:], asks):
+        numbers = [sampler.add(ask) for ask in together]
+        found = finish(sampler)
+        for number, ask in zip(numbers, together, strict=True):
+            assert_alone(model, ask, found[number])
+    assert sampler.batch.slots == CONTEXT
 
 
 def test_random_arrivals_and_cancellations_lose_nothing(model):

@@ -148,6 +148,8 @@ class Batch:
         begins = Begins(*arrays)
         first = np.arange(self.shapes.group)
         in_order = self.loop is None and np.array_equal(source, first)
+        if self.loop is not None:
+            self._make_room(read.tokens.shape[1])
         with sharding.use_mesh(self.mesh):
             self.loop = self.programs.admit(self.leaves, self.loop, read, begins, in_order=in_order)
 
@@ -164,7 +166,8 @@ class Batch:
     def run(self, until: np.ndarray) -> None:
         """Run until every row has `until` [B] tokens, or is done."""
         while (~self.seen.done & (self.seen.written < until)).any():
-            self._make_room()
+            texts = int((self.prompt_lengths + self.seen.written).max())
+            self._make_room(texts + self.num_drafts)
             before = self.seen.steps
             # The program also ends when the cache must grow.
             with sharding.use_mesh(self.mesh):
@@ -172,10 +175,9 @@ class Batch:
             self.look()
             self.steps += int((self.seen.steps - before).max())
 
-    def _make_room(self) -> None:
-        """Let the cache grow if a step would pass its end."""
-        texts = int((self.prompt_lengths + self.seen.written).max())
-        slots = self.shapes.grown(texts + self.num_drafts, self.slots)
+    def _make_room(self, tokens: int) -> None:
+        """Let the cache grow if it does not hold so many tokens a row."""
+        slots = self.shapes.grown(tokens, self.slots)
         if slots == self.slots:
             return
         self.slots = slots

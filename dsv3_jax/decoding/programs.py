@@ -334,7 +334,12 @@ def take_rows(loop: Loop, rows: Array) -> Loop:
     """A loop of these rows [n], in this order; −1 is a row without a text."""
     index = jnp.maximum(rows, 0)
     taken = _over_rows(lambda x: x[index], lambda cache: cache.take(index), loop)
-    return taken._replace(done=constrain(taken.done | (rows < 0)))
+
+    # A row without a text holds no tokens: the longest row says when the cache must grow.
+    is_free = rows < 0
+    lengths = jnp.where(is_free, 0, taken.cache.lengths)
+    cache = keep_sharded(taken.cache.at_lengths(lengths))
+    return taken._replace(cache=cache, done=constrain(taken.done | is_free))
 
 
 def with_slots(tree: Any, slots: int) -> Any:
