@@ -106,7 +106,7 @@ def test_a_step_is_a_single_devices(sizes, cfg, layout):
     np.testing.assert_allclose(scores.nll, want_scores.nll, rtol=1e-5)
 
 
-HEADS, WIDTH, LATENT = 16, 192, 576
+HEADS, LATENT, LENGTH_OF_ROW = 16, 576, 1536
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
 )
@@ -139,7 +139,7 @@ def layer_program(mesh):
         state,
         sharding.state_sharding(state, mesh),
     )
-    length = 1024
+    length = LENGTH_OF_ROW
     ids = array("int32", 1, length)
     with jax.set_mesh(mesh), warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore")
@@ -168,11 +168,15 @@ def sent_around_attention(text):
     ],
 )
 def test_a_layer_gathers_latents_alone(target):
-    """One gather of latents, and two all-to-alls of heads, in each direction."""
+    """One gather of latents, and two all-to-alls of heads in each direction.
+
+    Each device computes its heads' part of the gradients of w_uk and w_uv, which are gathered too.
+    """
     mesh = sharding.make_mesh(1, 8) if target == "cpu" else mesh_of(target, expert=8)
     sent = list(sent_around_attention(layer_program(mesh)))
     gathers = [(back, size) for kind, back, size in sent if kind == "all-gather"]
-    assert gathers == [(False, 1024 * LATENT)]
+    assert [size for back, size in gathers if not back] == [LENGTH_OF_ROW * LATENT]
+    assert {size for back, size in gathers if back} == {HEADS * 128 * 512}
     exchanges = [back for kind, back, _ in sent if kind == "all-to-all"]
     assert sorted(exchanges) == [False, False, True, True]
 
