@@ -107,6 +107,14 @@ def test_a_step_is_a_single_devices(sizes, cfg, layout):
 
 
 HEADS, LATENT, LENGTH_OF_ROW = 16, 576, 1536
+on_devices = pytest.mark.parametrize(
+    "target",
+    [
+        "cpu",
+        pytest.param(GPU8, marks=pytest.mark.rare),
+        pytest.param("tpu:v6e:2x4", marks=pytest.mark.rare),
+    ],
+)
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
 )
@@ -159,14 +167,7 @@ def sent_around_attention(text):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "target",
-    [
-        "cpu",
-        pytest.param(GPU8, marks=pytest.mark.rare),
-        pytest.param("tpu:v6e:2x4", marks=pytest.mark.rare),
-    ],
-)
+@on_devices
 def test_a_layer_gathers_latents_alone(target):
     """One gather of latents, and two all-to-alls of heads in each direction.
 
@@ -182,14 +183,7 @@ def test_a_layer_gathers_latents_alone(target):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "target",
-    [
-        "cpu",
-        pytest.param(GPU8, marks=pytest.mark.rare),
-        pytest.param("tpu:v6e:2x4", marks=pytest.mark.rare),
-    ],
-)
+@on_devices
 def test_a_step_gathers_no_scores_and_no_gradient_of_all_heads(target):
     """Along "expert", with fsdp and the Switch loss: nothing of tokens is larger than latents."""
     mesh = sharding.make_mesh(2, 4) if target == "cpu" else mesh_of(target, data=2, expert=4)

@@ -40,9 +40,9 @@ class Convert:
     parts: int = 1
     """number of experts that the hidden units of a dense layer are divided among"""
     redrawn: float = 0.0
-    """share of each expert's hidden units that is drawn anew"""
+    """share of each expert's hidden units that starts at random"""
     seed: int = 0
-    """seed of new routers, and of what is drawn anew"""
+    """seed of new routers, and of what starts at random"""
 
 
 MIXTURE = ("experts_per_token", "parts", "redrawn", "seed")  # options that need --experts

@@ -196,7 +196,7 @@ class Batches(Iterator[Batch]):
 def endless(
     parts: Sequence[RowSequence], seed: int, weights: Sequence[float] = (1.0,)
 ) -> RowSequence:
-    """Order rows without end: each pass over a part is shuffled anew, and parts mix by weight.
+    """Order rows without end: each pass over a part has another order, and parts mix by weight.
 
     Row i of the order is found in constant time.
 

@@ -168,15 +168,19 @@ def _read(
     how = model.how("decode", watch=frozenset({"gates"}))
     ctx = make_context(model.cfg, from_zero(*tokens.shape), how=how, tokens=tokens)
     trunk = model.run_trunk(tokens, ctx._replace(given=given))
+    routing = trunk.metrics.get("sparse", {})
+
+    # Logits of all tokens at once would need much memory.
+    def scores(block: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        h, wanted = block
+        logits = model.logits(h[None])
+        best_nats, best_ids = likeliest(logits, most)
+        return log_probability(logits[0], wanted), (best_nats[0], best_ids[0])
+
     h = model.norm(trunk.x)[0]
-    wanted = jnp.roll(tokens[0], -1)
+    h_by_block = h.reshape(-1, BLOCK, h.shape[-1])
+    next_by_block = jnp.roll(tokens[0], -1).reshape(-1, BLOCK)
+    by_block = jax.lax.map(scores, (h_by_block, next_by_block))
 
-    def of_block(block: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        logits = model.logits(block[0][None])
-        best = likeliest(logits, most)
-        return log_probability(logits[0], block[1]), (best[0][0], best[1][0])
-
-    blocks = (h.reshape(-1, BLOCK, h.shape[-1]), wanted.reshape(-1, BLOCK))
-    found = jax.lax.map(of_block, blocks)
-    nats, best = jax.tree.map(lambda x: constrain(x.reshape(-1, *x.shape[2:])), found)
-    return nats, best, jax.tree.map(constrain, trunk.metrics.get("sparse", {}))
+    nats, best = jax.tree.map(lambda x: constrain(x.reshape(-1, *x.shape[2:])), by_block)
+    return nats, best, jax.tree.map(constrain, routing)

@@ -232,18 +232,23 @@ def all_to_all(
     """
     n = x.shape[0]
     table = peer_table(expert_ids, hop.held, hop.peers)
-
-    # The first round, and how many more the device needs that needs most.
     later = later_size(size, most_choices(expert_ids.shape[1], hop.held))
-    none = Sent(zeros((1, hop.peers), table.peer), zeros((1, hop.peers), table.peer))
+
+    # The first round.
+    zero = zeros((1, hop.peers), table.peer)
+    none = Sent(zero, zero)
     _, first = in_round(table, none, size)
+
+    # As many further rounds as the device needs that needs most.
     rounds = count_rounds(table, first, later)
     rounds = jax.lax.pmax(rounds, tuple(sorted(varying(rounds))))
 
     plan = Plan(expert_ids, table, none, first, rounds)
     y, further = _rounds((run, hop, size, later), x, gates, experts, plan)
+
     slots = size.tokens + rounds * later.tokens
-    return y, (slots.astype(jnp.float32) * ((hop.peers - 1) / n), *further)
+    sent = slots.astype(jnp.float32) * ((hop.peers - 1) / n)
+    return y, (sent, *further)
 
 
 class Plan(NamedTuple):

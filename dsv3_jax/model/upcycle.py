@@ -35,7 +35,7 @@ class Upcycling:
     parts: Positive = (
         1  # number of experts that the hidden units of a dense layer are divided among
     )
-    redrawn: Share = 0.0  # share of each expert's hidden units that is drawn anew
+    redrawn: Share = 0.0  # share of each expert's hidden units that starts at random
     seed: Seed = 0  # of what is drawn
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ def upcycled_config(cfg: ModelConfig, how: Upcycling) -> ModelConfig:
 
 
 def _with_units(cfg: ModelConfig, how: Upcycling) -> ModelConfig:
-    """Return the configuration. Raises: ConfigError if less than a unit would be drawn anew."""
+    """Return the configuration. Raises: ConfigError if less than a unit would start at random."""
     require(
         how.redrawn == 0 or round(how.redrawn * cfg.expert_dim) > 0,
         f"redrawn={how.redrawn} is none of an expert's {cfg.expert_dim} hidden units",
@@ -125,7 +125,7 @@ def upcycle(model: Transformer, how: Upcycling) -> Transformer:
     the router is copied too, with noise that divides the tokens among the copies. The outputs are
     only near the old ones, because the K experts of a token may be copies of one.
 
-    With `redrawn`, some hidden units of each expert begin anew, see `redraw`.
+    With `redrawn`, some hidden units of each expert start at random, see `redraw`.
 
     Args: model: float32, on a single device.
     Returns: a new model, with `upcycled_config`.
@@ -199,7 +199,7 @@ def redraw(
     share: float,
     key: Array,
 ) -> tuple[Array, Array, Array]:
-    """Draw a share of each expert's hidden units anew, all weights of such a unit.
+    """Let a share of each expert's hidden units start at random, all weights of such a unit.
 
     In each matrix of each expert, the new weights are normal, with the mean and the standard
     deviation of those that they replace.

@@ -101,28 +101,34 @@ def processed_by_rows(
     """
     of_row = (-1, *(1,) * (logits.ndim - 1))
     temperature, top_k, top_p = (x.reshape(of_row) for x in sampling)
-    width = logits.shape[-1]
+    num_tokens = logits.shape[-1]
     is_greedy = temperature == 0
+
+    # Temperature, then top-k and top-p. To sort a vocabulary takes long, so only if a row asks.
     kept = logits / jnp.where(is_greedy, 1.0, temperature)
+    cuts = ((top_k < num_tokens) | (top_p < 1.0)) & ~is_greedy
+    kept = jax.lax.cond(cuts.any(), lambda x: _cut(x, top_k, top_p), lambda x: x, kept)
 
-    def cut(logits: Array) -> Array:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        place = jnp.broadcast_to(jnp.minimum(top_k, width) - 1, (*logits.shape[:-1], 1))
-        least = jnp.take_along_axis(ordered, place, axis=-1)
-
-        ordered = jnp.where(ordered < least, -jnp.inf, ordered)
-        probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
-        last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        least = jnp.where(top_p < 1.0, jnp.maximum(least, last), least)
-        return jnp.where(logits < least, -jnp.inf, logits)
-
-    # To sort a vocabulary takes long, so only if a row asks for it.
-    cuts = ((top_k < width) | (top_p < 1.0)) & ~is_greedy
-    kept = jax.lax.cond(cuts.any(), cut, lambda logits: logits, kept)
+    # Temperature 0: the likeliest token alone.
     best = jnp.argmax(logits, axis=-1, keepdims=True)
-    place = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
-    return jnp.where(is_greedy & (place != best), -jnp.inf, kept)
+    token = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
+    return jnp.where(is_greedy & (token != best), -jnp.inf, kept)
+
+
+def _cut(logits: Array, top_k: Array, top_p: Array) -> Array:
+    """Top-k, then top-p, each row by its own. A token that equals the smallest one stays."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+
+    place = jnp.minimum(top_k, logits.shape[-1]) - 1
+    place = jnp.broadcast_to(place, (*logits.shape[:-1], 1))
+    least = jnp.take_along_axis(ordered, place, axis=-1)
+    ordered = jnp.where(ordered < least, -jnp.inf, ordered)
+
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
+    last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    least = jnp.where(top_p < 1.0, jnp.maximum(least, last), least)
+    return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def row_keys(seed: Array | int, texts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:

@@ -244,7 +244,7 @@ class Engine:
                 self.samplers[changes].cancel(number)
 
     def _lose(self, changes: Changes, error: Exception) -> None:
-        """Tell a sampler's texts what happened, and make it anew."""
+        """Tell a sampler's texts what happened, and replace it."""
         for place in [place for place in self.listeners if place[0] == changes]:
             self._tell(place, error, last=True)
         self.samplers.pop(changes)

@@ -6,15 +6,14 @@ L is the base's row length: that of the recipe "retrieval" for keys, of "lab" fo
 import textwrap
 from functools import partial
 
-import jax
 import numpy as np
 import planted
+from by_distance import CONTEXTS, DEPTHS, LENGTHS, ROWS, held_out_rows, losses, retrieved
 from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.ops.cross_entropy import token_scores
 from experiments.lab import (
     RUNS_FOLDER,
     FollowUp,
@@ -31,17 +30,7 @@ from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.tasks import Retrieval
 
 FACTOR = {"keys": 16, "text": 4}
-BATCH_TOKENS = 16384
-
-# Keys: lengths of rows in units of L, distances of the key in units of the row, and questions for
-# each of both.
-LENGTHS = (1, 2, 4, 8, 16)
-DEPTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
-ROWS = 64
-
-# Text: tokens of a row that are read, in units of L. Its last L/2 are scored.
-CONTEXTS = (3 / 4, 1, 3 / 2, 2, 3, 4)
-LEAST_DOCUMENTS = 100
+# More is held out than of other text, so that enough documents fill a row of 4L.
 VAL_FRACTION = 0.15
 
 
@@ -57,7 +46,6 @@ def variants(base):
             mtp_depth=0,
             max_positions=4 * text.data.seq_len,
         ),
-        # More is held out than of other text, so that LEAST_DOCUMENTS fill a row of 4L.
         data=replace(
             text.data,
             paths=(corpus_of(text),),
@@ -148,68 +136,6 @@ def measure(trained):
         "documents": len(rows),
         "loss": {how: losses(model, rows, scored, length) for how, model in models.items()},
     }
-
-
-def retrieved(task, length, model):
-    """Return the share of right answers by length of the row and depth of the key, as lists."""
-    return [
-        [
-            share(model, task.questions(c * length, max(round(d * c * length), 2), ROWS).tokens)
-            for d in DEPTHS
-        ]
-        for c in LENGTHS
-    ]
-
-
-def share(model, tokens):
-    graphdef, state = nnx.split(model)
-    size = max(BATCH_TOKENS // tokens.shape[1], 1)
-    best = [last_choice(graphdef, state, tokens[i : i + size]) for i in range(0, len(tokens), size)]
-    return float((np.concatenate(best) == tokens[:, -1]).mean())
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def last_choice(graphdef, state, tokens):
-    """Return the likeliest last token of each row."""
-    model = nnx.merge(graphdef, state)
-    return (model.forward_hidden(tokens).h[:, -2] @ model.head_matrix()).argmax(-1)
-
-
-def held_out_rows(documents, tokenizer, length):
-    """Cut one row from each held-out document of at least `length` tokens: its last ones.
-
-    Raises: ValueError for fewer than LEAST_DOCUMENTS rows: a loss by position is that of the
-        documents that have it.
-    """
-    texts = (tokenizer.encode_array(document.text) for document in documents)
-    rows = [tokens[-length:] for tokens in texts if len(tokens) >= length]
-    if len(rows) < LEAST_DOCUMENTS:
-        raise ValueError(
-            f"rows={len(rows)} from held-out documents of at least {length} tokens are fewer than "
-            f"{LEAST_DOCUMENTS}; use a smaller data.seq_len or a larger data.val_fraction"
-        )
-    return np.stack(rows)
-
-
-def losses(model, rows, scored, length):
-    """Return the mean nats of the same last tokens, which are scored, with more and more before."""
-    graphdef, state = nnx.split(model)
-    found = []
-    for context in CONTEXTS:
-        tokens = rows[:, -round(context * length) :]
-        parts = [nats(graphdef, state, tokens[i : i + 16]) for i in range(0, len(tokens), 16)]
-        last = np.concatenate(parts)[:, -scored.shape[1] :]
-        found.append(float((last * scored).sum() / scored.sum()))
-    return found
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def nats(graphdef, state, tokens):
-    """Return the nats of each next token, [rows, T − 1]."""
-    model = nnx.merge(graphdef, state)
-    h, targets = model.forward_hidden(tokens).h[:, :-1], tokens[:, 1:]
-    scores = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), targets.reshape(-1))
-    return scores[0].reshape(targets.shape)
 
 
 # Numbers of a run

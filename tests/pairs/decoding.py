@@ -31,7 +31,8 @@ from dsv3_jax.ops.sampling import Sampling
 
 from . import training
 from .covering import Row, refusal
-from .training import changed, check_near, named, texts_apart
+from .settings import named
+from .training import changed, check_near, texts_apart
 
 DONE = "decoded"
 PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [5, 9]]
