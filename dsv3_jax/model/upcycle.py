@@ -32,9 +32,8 @@ class Upcycling:
     # number of experts that a token is sent to (K). None means two copies of a dense layer, and a
     # mixture keeps its own
     experts_per_token: Positive | None = None
-    parts: Positive = (
-        1  # number of experts that the hidden units of a dense layer are divided among
-    )
+    # number of experts that the hidden units of a dense layer are divided among
+    parts: Positive = 1
     redrawn: Share = 0.0  # share of each expert's hidden units that starts at random
     seed: Seed = 0  # of what is drawn
 

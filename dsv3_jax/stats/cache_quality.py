@@ -27,9 +27,8 @@ class CacheQuality:
     bytes_per_token: int
 
 
-TOKENS_A_STEP = (
-    16  # tokens read at a time: each attends to cached rows alone, its own too, as in decoding
-)
+# Tokens read at a time: each attends to cached rows alone, its own too, as in decoding.
+TOKENS_A_STEP = 16
 
 
 def cache_quality(

@@ -33,10 +33,10 @@ from experiments.lab.tables import format_number, markdown_table
 from experiments.lab.tasks import Chains, Domains, Facts, Task
 
 SEEDS = 3
-SECONDS = (
-    300  # that the seeds of a recipe may take together, or as long as the best takes beside it
-)
-MORE = 1.05  # times the base's parameters, and the best's seconds, are allowed: a router may grow
+# That the seeds of a recipe may take together, or as long as the best takes beside it.
+SECONDS = 300
+# Times the base's parameters, and the best's seconds, that are allowed: a router may grow.
+MORE = 1.05
 
 
 @dataclass(frozen=True)

@@ -221,9 +221,7 @@ def smallest_visible(error: float, dof: float, comparisons: int = 1, power: floa
     critical = stats.t.ppf(1 - (1 - LEVEL) / comparisons / 2, dof)
 
     def missing(shift: float) -> float:
-        wrong_side = float(
-            np.nan_to_num(stats.nct.cdf(-critical, dof, shift))
-        )  # SciPy has NaN where it is below 1e-300
-        return float(stats.nct.sf(critical, dof, shift)) + wrong_side - power
+        wrong_side = stats.nct.cdf(-critical, dof, shift)  # NaN where it is below 1e-300
+        return float(stats.nct.sf(critical, dof, shift) + np.nan_to_num(wrong_side)) - power
 
     return error * float(optimize.brentq(missing, 0.0, 2 * critical + 4))
