@@ -23,7 +23,7 @@ from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 
-PART_SECONDS = 0.05  # a part of about this length: tokens come in a stream
+PART_SECONDS = 0.1  # a part of about this length: each one costs a few milliseconds
 MOST_CHANGED = 2  # changed models that are kept, beside the one that is served
 
 
