@@ -30,7 +30,7 @@ FACTS = Facts()
 FIRST_HALF = Facts(firsts=FACTS.firsts // 2)  # of the same table: its rows are the first ones
 DENSE, SMALL = "dense, first half", "2 of 8 narrow, first half"
 FURTHER, SCRATCH = "dense further", "from scratch"
-COPIES, DRAWN, GROUPS = "copies", "half drawn anew", "virtual groups"
+COPIES, DRAWN, GROUPS = "copies", "half at random", "virtual groups"
 GROWN, SCRATCH_32 = "8 → 32 narrow", "32 narrow from scratch"
 # What is made of a run, by variant.
 WAYS = {
@@ -179,7 +179,7 @@ STUDY = Study(
     question="From a dense run, when does a mixture from scratch overtake an upcycled one?",
     published=(
         "copies lead at first, train more slowly than from scratch and stay alike; with half of "
-        "their units drawn anew they do not (2502.19261)"
+        "their units at random they do not (2502.19261)"
     ),
     variants=variants,
     base="facts",
@@ -200,7 +200,7 @@ STUDY = Study(
             f"{COPIES}, {TWO}",
         ),
         claim(
-            "at twice the budget half drawn anew stores more than copies",
+            "at twice the budget half at random stores more than copies",
             f"{DRAWN}, {TWO}",
             f"{COPIES}, {TWO}",
         ),
