@@ -348,9 +348,10 @@ def test_a_signal_ends_the_command_and_its_streams(root, number):
     process = start(["serve", str(finished(root).folder), "--port", "0", "--rows", "2"], root)
     address = re.search(r"http://(\S+) ", process.stdout.readline())[1]
     wish = dict(model="", prompt="a", max_tokens=40, temperature=0, stream=True)
-    next(iter(client_of(address).completions.create(**wish)))
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    with client_of(address) as client, client.completions.create(**wish) as stream:
+        next(iter(stream))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err, err
 
 
