@@ -79,11 +79,15 @@ def processed_logits(
 
     if top_p is not None and top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
-        last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < last, -jnp.inf, logits)
+        logits = jnp.where(logits < _last_kept(ordered, top_p), -jnp.inf, logits)
     return logits
+
+
+def _last_kept(ordered: Array, top_p: Array | float) -> Array:
+    """The smallest logit that top-p keeps, [..., 1], of logits in order, the largest first."""
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
+    return jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
 
 
 def processed_by_rows(
@@ -124,10 +128,7 @@ def _cut(logits: Array, top_k: Array, top_p: Array) -> Array:
     least = jnp.take_along_axis(ordered, place, axis=-1)
     ordered = jnp.where(ordered < least, -jnp.inf, ordered)
 
-    probs = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # of all larger tokens
-    last = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    least = jnp.where(top_p < 1.0, jnp.maximum(least, last), least)
+    least = jnp.where(top_p < 1.0, jnp.maximum(least, _last_kept(ordered, top_p)), least)
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
