@@ -61,7 +61,7 @@ _NAMES = replace(
         _CHAINS.optim, name="muon", learning_rate=1.2e-2, final_learning_rate=1.2e-2 / 20,
     ),
 )  # fmt: skip
-# Two sparse layers that learn some of the sums of two numbers below 100: see 28.
+# Two sparse layers that learn some of the sums of two numbers below 100: see 32.
 _SUMS = replace(
     _RETRIEVAL,
     model=replace(

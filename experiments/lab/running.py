@@ -89,11 +89,7 @@ def _asked(study: Study, options: argparse.Namespace):
         if unknown := set(options.only) - set(names):
             raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
         seeds = options.seeds or ((0,) if options.short else None)  # None: the study's own
-        wanted = {
-            (n, s)
-            for n in options.only or names
-            for s in seeds or range(study.seeds_of.get(n, study.seeds))
-        }
+        wanted = {(n, s) for n in options.only or names for s in seeds or study.own_seeds(n)}
         runs = study.list_runs(
             base, sorted({*results.seeds()} | {seed for _, seed in wanted}), runs_folder
         )

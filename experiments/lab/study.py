@@ -65,7 +65,8 @@ class Study:
     # changes of a base recipe; differences refer to the first variant
     variants: Callable[[RunConfig], Variants]
     base: str = "lab"  # name of the base recipe
-    seeds: int = 3  # each variant is trained from the seeds 0 … seeds − 1
+    seeds: int = 3  # each variant is trained from so many seeds …
+    first_seed: int = 0  # … from this one on: claims are not judged on the seeds of trials
     # the same for variants that need other numbers
     seeds_of: Mapping[str, int] = field(default_factory=dict)
     columns: Sequence[Column] = (Column("validation loss", "val_loss", 4, paired=True),)
@@ -92,6 +93,10 @@ class Study:
     def root(self) -> Path:
         """The repository, which contains runs/."""
         return self.folder.parent.parent
+
+    def own_seeds(self, variant: str) -> range:
+        """Return the seeds that a variant is trained from, if a command names no others."""
+        return range(self.first_seed, self.first_seed + self.seeds_of.get(variant, self.seeds))
 
     def list_runs(
         self, base: RunConfig, seeds: Sequence[int], runs_folder: str = RUNS_FOLDER
