@@ -6,12 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from dsv3_jax.config import Balance, Execution, ModelConfig
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.loop import Begins, Decoder
 from dsv3_jax.decoding.programs import Programs
+from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.cache import pick_dtype
 from dsv3_jax.model.decode import prepare_decode
 from dsv3_jax.model.moe import RouterBias
@@ -63,6 +65,8 @@ def small(**changes) -> ModelConfig:
 
 
 LIGHT = small(num_layers=1, num_dense_layers=0)  # one sparse layer: compiles in seconds
+# of a test, or of one of its cases, that calls the C++ kernels
+needs_cpp = pytest.mark.skipif(library.why_not() != "", reason=library.why_not())
 # compiles fastest: every expert reads every token
 DENSE = Execution(kernels="grouped_swiglu=dense")
 
@@ -134,6 +138,22 @@ def tokens_of(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.A
     return jax.device_put(
         np.random.default_rng(seed).integers(cfg.vocab_size, size=(batch, length), dtype=np.int32)
     )
+
+
+def teacher_logits(model: Transformer, prompts, new) -> list[np.ndarray]:
+    """Logits [tokens, W] of up to four texts where their new tokens were chosen, by one pass."""
+    rows = np.zeros((4, 64), np.int32)
+    for row, prompt, more in zip(rows, prompts, new, strict=False):
+        row[: len(prompt) + len(more)] = [*prompt, *more]
+    logits = forward(model, jnp.asarray(rows)).logits
+    texts = zip(logits, prompts, new, strict=False)
+    return [of[len(prompt) - 1 :][: len(more)] for of, prompt, more in texts]
+
+
+def scratch_bytes(function, *shapes: tuple[int, ...], dtype=jnp.float32) -> int:
+    """Scratch memory of a function of such arrays, compiled and not run."""
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return jax.jit(function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
 
 @partial(jax.jit, static_argnums=0)

@@ -18,10 +18,10 @@ import numpy as np
 # attention
 
 
-def causal_mask(batch, length, segment_ids=None):
+def causal_mask(segment_ids):
     """Return bool[B, T, T]: query t sees key s if s <= t and both are in the same document."""
-    ids = np.ones((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
-    return (ids[:, :, None] == ids[:, None]) & np.tri(length, dtype=bool)
+    ids = np.asarray(segment_ids)
+    return (ids[:, :, None] == ids[:, None]) & np.tri(ids.shape[1], dtype=bool)
 
 
 def attention_jnp(q, k, v, mask, *, scale):

@@ -23,6 +23,7 @@ from flax import nnx
 from models import DENSE, random_model
 
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
+from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
 from dsv3_jax.report import speed
@@ -101,6 +102,22 @@ def packed_batch(
     tokens = rng.integers(0, vocab_size, segment_ids.shape)
     batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
     return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+
+
+def documents(
+    rows: int, length: int, most: int = 3, *, padding=(), seed: int = 0, vocab_size: int = 260
+) -> dict[str, jax.Array]:
+    """A batch: each row has 1 to `most` documents. `padding`: pairs (row, places at its end)."""
+    rng = np.random.default_rng(seed)
+    segment_ids = np.sort(rng.integers(1, most + 1, (rows, length)), axis=1)
+    for row, places in padding:
+        segment_ids[row, -places:] = 0
+    return packed_batch(rng, segment_ids, vocab_size)
+
+
+def on_mesh(tree, mesh: jax.sharding.Mesh, fsdp: bool = False):
+    """A state, or variables, where a mesh has them."""
+    return jax.device_put(tree, sharding.state_sharding(tree, mesh, fsdp=fsdp))
 
 
 @dataclass(frozen=True)
@@ -249,6 +266,23 @@ def rows_of(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without `CLOCK`."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+
+
+def assert_near(got, want, share: float = 1e-5) -> None:
+    """Leaves differ by at most this share of their largest entry: sums in another order."""
+    paths = jax.tree_util.tree_leaves_with_path(want)
+    for (path, b), a in zip(paths, jax.tree.leaves(got), strict=True):
+        atol, where = share * np.abs(b).max(), jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=where)
+
+
+def assert_same_step(got, want, share: float = 1e-5) -> None:
+    """(State, metrics) of two steps: counts exactly, values up to float32 sums' order."""
+    (state, metrics), (want_state, want_metrics) = got, want
+    np.testing.assert_array_equal(metrics["load"], want_metrics["load"])
+    for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, err_msg=name)
+    assert_near(state.opt.mu, want_state.opt.mu, share)  # the first: 0.1 times the gradient
 
 
 def assert_bitwise(left, right) -> None:

@@ -1,5 +1,6 @@
-"""Attention: blocks and C++ equal the full score matrix, and MLA's two forms each other."""
+"""Attention: blocks and C++ equal the full score matrix, MLA's forms each other, YaRN the page."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,14 +9,18 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import small
+from models import needs_cpp, scratch_bytes, small
+from runs import assert_bitwise, assert_near
 
 import dsv3_jax as ds
+from dsv3_jax import reference
+from dsv3_jax.config import Yarn
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.cpu import attention as cpu_attention
-from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.cache import Cache, empty_cache
 from dsv3_jax.model.context import How, from_zero, make_context
+from dsv3_jax.model.sparse import DSA
+from dsv3_jax.ops import rope
 from dsv3_jax.ops.attention import causal_attention
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
 
@@ -43,23 +48,18 @@ IN_BLOCKS = partial(causal_attention, block=8), np.float64, 1e-9
 IN_CPP = cpu_attention.causal_attention, np.float32, 1e-5
 
 
-@pytest.mark.parametrize(
-    "how, length, heads, groups, key, value",
-    [
-        (IN_BLOCKS, 5, 4, 4, 6, 3),
-        (IN_BLOCKS, 23, 4, 2, 6, 3),
-        (IN_CPP, 1, 3, 3, 6, 3),
-        (IN_CPP, 257, 3, 3, 21, 70),
-    ],
-    ids=["below a block", "heads in groups", "cpu, one token", "cpu, several blocks"],
-)
-def test_attention_and_its_gradients_equal_the_full_score_matrix(
-    x64, rng, how, length, heads, groups, key, value
-):
-    attend, dtype, atol = how
+CASES = [  # length, heads, key-value heads, widths of keys and of values
+    pytest.param(IN_BLOCKS, (5, 4, 4, 6, 3), id="below a block"),
+    pytest.param(IN_BLOCKS, (23, 4, 2, 6, 3), id="heads in groups"),
+    pytest.param(IN_CPP, (1, 3, 3, 6, 3), id="cpu, one token", marks=needs_cpp),
+    pytest.param(IN_CPP, (257, 3, 3, 21, 70), id="cpu, several blocks", marks=needs_cpp),
+]
+
+
+@pytest.mark.parametrize("how, sizes", CASES)
+def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, how, sizes):
+    (attend, dtype, atol), (length, heads, groups, key, value) = how, sizes
     shapes = ((heads, key), (groups, key), (groups, value), (heads, value))
-    if how is IN_CPP and (why := library.why_not()):
-        pytest.skip(why)
     q, k, v, weight = (rng.standard_normal((2, length, *shape)).astype(dtype) for shape in shapes)
     # a few documents a row, some with one token, then padding
     ids = np.cumsum(rng.random((2, length)) < 4 / length, axis=1, dtype=np.int32) + 1
@@ -69,41 +69,33 @@ def test_attention_and_its_gradients_equal_the_full_score_matrix(
     ours = lambda q, k, v: attend(q, k, v, scale=0.4, segment_ids=jnp.asarray(ids))  # noqa: E731
     out, grads = value_and_gradients(ours, weight, q, k, v)
     wide = [x.astype(np.float64) for x in (weight, q, k, v)]
-    expected, expected_grads = value_and_gradients(
-        full_scores, *wide, oracles.causal_mask(2, length, ids)
-    )
+    mask = oracles.causal_mask(ids)
+    expected, expected_grads = value_and_gradients(full_scores, *wide, mask)
     assert out.dtype == dtype and np.isfinite(out).all()
     np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=atol)
     for name, g, e in zip("qkv", grads, expected_grads, strict=True):
-        np.testing.assert_allclose(
-            g, e, atol=atol * (1 + np.abs(e).max()), err_msg=f"gradient of {name}"
-        )
+        limit = atol * (1 + np.abs(e).max())
+        np.testing.assert_allclose(g, e, atol=limit, err_msg=f"gradient of {name}")
 
 
-@pytest.fixture(params=["blocks", "cpu"])
-def attend(request):
-    if request.param == "cpu" and (why := library.why_not()):
-        pytest.skip(why)
-    return (
-        partial(causal_attention, block=64)
-        if request.param == "blocks"
-        else cpu_attention.causal_attention
-    )
-
-
+@pytest.mark.parametrize(
+    "attend",
+    [
+        partial(causal_attention, block=64),
+        pytest.param(cpu_attention.causal_attention, marks=needs_cpp),
+    ],
+    ids=["blocks", "cpu"],
+)
 def test_large_scores_stay_finite_and_repeat(rng, attend):
     """exp of scores around 1e4 overflows, so every block must subtract the maximum."""
-    q, k, v = (
-        100 * rng.standard_normal((1, 530, 2, width)).astype(np.float32) for width in (24, 24, 16)
-    )
+    shapes = [(1, 530, 2, width) for width in (24, 24, 16)]
+    q, k, v = (100 * rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     loss = lambda q, k, v: attend(q, k, v, scale=1.0).sum()  # noqa: E731
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     first = jax.tree.leaves(run(q, k, v))
     assert all(np.isfinite(x).all() for x in first)
-    for a, b in zip(
-        first * 5, [x for _ in range(5) for x in jax.tree.leaves(run(q, k, v))], strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    for _ in range(5):
+        assert_bitwise(jax.tree.leaves(run(q, k, v)), first)
 
 
 def test_gradient_memory_grows_with_length_not_its_square():
@@ -114,9 +106,8 @@ def test_gradient_memory_grows_with_length_not_its_square():
             return causal_attention(q, k, v, scale=1.0, segment_ids=segments, block=128).sum()
 
         segments = jnp.ones((1, length), jnp.int32)
-        args = [jax.ShapeDtypeStruct((1, length, 1, width), jnp.float32) for width in (20, 20, 8)]
-        compiled = jax.jit(jax.grad(loss, argnums=range(3))).lower(*args).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        shapes = [(1, length, 1, width) for width in (20, 20, 8)]
+        return scratch_bytes(jax.grad(loss, argnums=range(3)), *shapes)
 
     one, four = scratch(1024), scratch(4096)
     assert four < 6 * one and four < 4096 * 4096 * 4 / 4  # a quarter of one score matrix
@@ -140,9 +131,8 @@ def test_attention_in_bfloat16_is_not_biased(rng):
     @jax.jit
     def both(q, k, v):
         keys, values = (Stored(x.astype(q.dtype).swapaxes(1, 2), None) for x in (k, v))
-        cached = cached_attention(
-            [q], [keys], values, jnp.ones((rows, 1), jnp.int32), scale=V3_SCALE
-        )
+        last = jnp.ones((rows, 1), jnp.int32)
+        cached = cached_attention([q], [keys], values, last, scale=V3_SCALE)
         causal = causal_attention(jnp.concatenate([q, q], axis=1), k, v, scale=V3_SCALE)
         return causal[:, 1, 0], cached[:, 0, 0]
 
@@ -154,24 +144,68 @@ def test_attention_in_bfloat16_is_not_biased(rng):
         assert abs(bias) < bound, bias
 
 
-def test_expanded_equals_absorbed(x64, rng):
-    """MLA over complete rows, and over a cache of latents whose free slots hold garbage."""
-    cfg = small()
-    # plain XLA, which runs in float64 too
-    how = How(Kernels(Target("cuda", "xla")))
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: ds.MLA(cfg, rngs=nnx.Rngs(0))))
-    state, x = jax.tree.map(
-        lambda w: rng.standard_normal(w.shape), (state, jnp.zeros((2, 11, cfg.dim)))
-    )
+SPARSE = small(attention="dsa", index_heads=2, index_dim=9, index_topk=4)
+MODULES = {"mla": small(), "dsa": SPARSE, "dsa of all tokens": replace(SPARSE, index_topk=12)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_expanded_equals_absorbed(x64, rng, name):
+    """Over complete rows, and over both caches, whose free slots hold garbage.
+
+    A choice of all tokens is attention without one.
+    """
+    cfg = MODULES[name]
+    kind = ds.MLA if name == "mla" else DSA
+    how = How(Kernels(Target("cuda", "xla")))  # plain XLA, which runs in float64 too
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(0))))
+    mla = nnx.graphdef(nnx.eval_shape(lambda: ds.MLA(cfg, rngs=nnx.Rngs(0))))
+    shapes = state, jnp.zeros((2, 11, cfg.dim))
+    state, x = jax.tree.map(lambda w: rng.standard_normal(w.shape), shapes)
 
     @jax.jit
-    def both(state, x):
+    def every(state, x):
         module, positions = nnx.merge(graphdef, state), from_zero(2, 11)
-        cache = empty_cache(ds.MLA.cache_rows(cfg, "latent"), [1], 2, 16, jnp.float64)
-        cache = Cache(jax.tree.map(lambda rows: rows + 1e3, cache.parts), cache.lengths)
-        contexts = [make_context(cfg, positions, how=how, cache=c) for c in (None, cache)]
-        return [module.attend(x, ctx)[0] for ctx in contexts]
+        kinds = [kind.cache_rows(cfg, rows) for rows in ("latent", "expanded")]
+        caches = [empty_cache(rows, [1], 2, 16, jnp.float64) for rows in kinds]
+        caches = [Cache(jax.tree.map(lambda rows: rows + 1e3, c.parts), c.lengths) for c in caches]
+        contexts = [make_context(cfg, positions, how=how, cache=c) for c in (None, *caches)]
+        outs = [module.attend(x, ctx)[0] for ctx in contexts]
+        others = nnx.split_state(state, lambda path, _: "indexer" not in path, ...)[0]
+        return outs, nnx.merge(mla, others).attend(x, contexts[0])[0]
 
-    expanded, absorbed = both(state, x)
-    assert expanded.dtype == jnp.float64 and np.abs(expanded).max() > 1
-    np.testing.assert_allclose(absorbed, expanded, atol=1e-9 * np.abs(expanded).max())
+    (alone, *cached), of_mla = every(state, x)
+    assert alone.dtype == jnp.float64 and np.abs(alone).max() > 1
+    assert (np.abs(alone - of_mla).max() < 1e-9) == (name != "dsa")
+    assert_near(cached, [alone, alone], 1e-9)
+
+
+# RoPE and YaRN: the page's frequencies and the released models' constants
+
+V3 = Yarn(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
+V2_LITE = Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707)
+
+
+@pytest.mark.parametrize(
+    "rope_dim, theta, yarn",
+    [
+        (64, 1e4, V3),
+        (32, 5e5, Yarn(factor=4.0, original_max_positions=8192)),
+        (8, 1e4, Yarn(factor=8.0, original_max_positions=64)),  # low is clamped to 0
+        (16, 10.0, Yarn(factor=3.0, original_max_positions=1000)),  # high is clamped to R-1
+    ],
+)
+def test_frequencies_follow_yarn(rope_dim, theta, yarn):
+    cfg = small(rope_head_dim=rope_dim, rope_theta=theta, yarn=yarn, max_positions=64)
+    freqs = np.asarray(rope.frequencies(rope_dim, theta, yarn))
+    assert freqs.dtype == np.float32
+    # a few float32 roundings
+    np.testing.assert_allclose(freqs, reference.rope_frequencies(cfg), rtol=1e-6)
+    if yarn is V3:  # the ramp is 0 up to pair 10, and 1 from pair 23
+        ratio = freqs * theta ** (np.arange(32) / 32)
+        np.testing.assert_allclose(ratio[[0, 10, 23, 31]], [1, 1, 1 / 40, 1 / 40], rtol=1e-5)
+
+
+def test_softmax_scale_of_released_models():
+    """The published digits."""
+    for yarn, scale in ((V3, 0.135234), (V2_LITE, 0.114721), (Yarn(), 192**-0.5)):
+        assert rope.softmax_scale(192, yarn) == pytest.approx(scale, abs=5e-7)

@@ -1,4 +1,4 @@
-"""Loads, rules that move a bias, balance losses and imbalance equal the page and the oracles."""
+"""Balance losses and imbalance equal the page and the oracles; which rules a router may have."""
 
 from functools import partial
 
@@ -14,43 +14,9 @@ from dsv3_jax.ops import balance, quantile_balance
 from dsv3_jax.presets import preset
 
 
-def test_load_counts_every_assignment(rng):
-    ids = rng.integers(0, 6, (3, 5, 2)).astype(np.int32)
-    mask = np.array([[True] * 5, [False] * 5, [True, False, True, False, True]])
-    both = jax.jit(lambda ids, mask: (balance.load(ids, 7), balance.load(ids, 7, mask)))
-    whole, masked = both(ids, mask)
-    assert whole.dtype == jnp.float32
-    np.testing.assert_array_equal(whole, np.bincount(ids.ravel(), minlength=7))
-    np.testing.assert_array_equal(masked, np.bincount(ids[mask].ravel(), minlength=7))
-
-
-def test_bias_moves_towards_the_mean(rng):
-    """It rises for idle experts, falls for busy ones, rests at the mean; each layer by itself."""
-    # means 3 and 5
-    counts = np.array([[3.0, 0.0, 7.0, 2.0, 3.0], [1.0, 9.0, 5.0, 5.0, 5.0]], np.float32)
-    bias = rng.normal(0, 1, (2, 5)).astype(np.float32)
-    got = np.asarray(jax.jit(balance.bias_update)(bias, counts, 0.125))
-    want = [
-        reference.updated_bias(b, c, 0.125)
-        for b, c in zip(bias.astype(np.float64), counts, strict=True)
-    ]
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)
-    assert got.dtype == np.float32
-    assert np.sign(got - bias).tolist() == [
-        [0, 1, -1, 1, 0],
-        [1, -1, 0, 0, 0],
-    ]
-    proportional, mean = jax.jit(balance.proportional_update), counts.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(
-        proportional(bias, counts, 0.125), bias + 0.125 * (mean - counts) / mean, atol=1e-7
-    )
-    np.testing.assert_array_equal(proportional(bias, 0 * counts, 0.125), bias)
-
-
 def test_a_rule_that_its_router_cannot_have_is_refused():
-    cfg = replace(
-        preset("tiny"), num_groups=1, groups_per_token=1, balance=Balance(rule="quantile")
-    )
+    cfg = replace(preset("tiny"), num_groups=1, groups_per_token=1)
+    cfg = replace(cfg, balance=Balance(rule="quantile"))
     assert balance.rule_of(cfg) is balance.RULES["quantile"]
     with pytest.raises(ConfigError, match="rule='sing' .*did you mean 'sign'"):
         balance.rule_of(replace(cfg, balance=Balance(rule="sing")))
@@ -75,16 +41,6 @@ def test_quantile_target(rng, reach):
     np.testing.assert_array_equal(quantile_target(scores, 1 * mask < 0, bias), bias)
 
 
-def test_z_loss(rng):
-    logits, mask = rng.normal(0, 3, (5, 9, 6)), rng.uniform(0, 1, (5, 9)) < 0.6
-    log_sums = np.log(np.exp(logits).sum(-1))
-    z_loss = jax.jit(balance.z_loss)
-    assert z_loss(log_sums.astype(np.float32), mask) == pytest.approx(
-        np.mean(log_sums[mask] ** 2), rel=1e-6
-    )
-    assert z_loss(log_sums.astype(np.float32), np.zeros_like(mask)) == 0
-
-
 def page_loss(scores, ids, mask, xp=np):
     counted = np.ones(ids.shape[:2], bool) if mask is None else mask
     return reference.balance_loss(reference.Routing(ids, None, scores, None, counted), xp)
@@ -102,17 +58,18 @@ def test_sequence_and_switch_loss(x64, rng, masked):
         return balance.switch_loss(s.reshape(27, 6), jnp.asarray(ids.reshape(27, 2)), flat)
 
     whole = None if mask is None else mask.reshape(1, 27)
-    for ours, theirs in (
-        (
-            lambda s: balance.sequence_loss(s, 2, given).sum(),
-            lambda s: page_loss(s, ids, mask, jnp).sum(),
-        ),
-        (switch, lambda s: page_loss(s.reshape(1, 27, 6), ids.reshape(1, 27, 2), whole, jnp)[0]),
-    ):
-        got, want = (jax.jit(jax.value_and_grad(f))(scores) for f in (ours, theirs))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, want
-        )
+
+    def of_sequences(s):
+        return balance.sequence_loss(s, 2, given).sum(), page_loss(s, ids, mask, jnp).sum()
+
+    def of_all(s):
+        one = s.reshape(1, 27, 6), ids.reshape(1, 27, 2), whole
+        return switch(s), page_loss(*one, jnp)[0]
+
+    for both in (of_sequences, of_all):
+        value, gradient = jax.jit(both)(scores), jax.jit(jax.jacrev(both))(scores)
+        np.testing.assert_allclose(*value, rtol=1e-9)
+        np.testing.assert_allclose(*gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_losses_and_gradients_are_finite_if_every_token_is_masked(rng):
@@ -122,17 +79,20 @@ def test_losses_and_gradients_are_finite_if_every_token_is_masked(rng):
     @jax.jit
     @partial(jax.grad, has_aux=True)
     def both(scores):
-        losses = (
-            balance.sequence_loss(scores, 2, mask).sum(),
-            balance.switch_loss(scores[1], ids, mask[1]),
-        )
-        return sum(losses), losses
+        of_sequences = balance.sequence_loss(scores, 2, mask).sum()
+        of_all = balance.switch_loss(scores[1], ids, mask[1])
+        return of_sequences + of_all, (of_sequences, of_all)
 
     grad, losses = both(scores)
-    assert np.isfinite(losses).all()
-    assert losses[1] == 0
-    assert np.isfinite(grad).all()
-    assert (grad[1] == 0).all()
+    assert np.isfinite(losses).all() and losses[1] == 0
+    assert np.isfinite(grad).all() and (grad[1] == 0).all()
+    assert balance.z_loss(jnp.ones(5), mask[1]) == 0
+
+
+def test_each_layer_moves_in_proportion_to_its_own_load_and_rests_without_one():
+    load = jnp.array([[4.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    moved = balance.proportional_update(jnp.ones((2, 4)), load, 0.5)
+    assert moved.tolist() == [[0.5, 1.0, 1.25, 1.25], [1.0, 1.0, 1.0, 1.0]]
 
 
 def test_measures_of_imbalance():

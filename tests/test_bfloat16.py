@@ -22,6 +22,7 @@ TOKENS = np.random.default_rng(2).integers(0, W, (B, T), np.int32)
 # hidden states in whole numbers, which take no gradient
 OTHER = np.random.default_rng(3).integers(-2, 3, (B * T, D))
 EXPERTS = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+ONE_EXPERT = {name: shape[1:] for name, shape in EXPERTS.items()}
 ROWS = {"x": (B * T, D), "gates": (B * T, 2)}
 
 
@@ -39,10 +40,8 @@ def nats(h, w):
 
 
 def apart(h, w):
-    other = jnp.asarray(OTHER, h.dtype)
-    return draft_loss.summed_distance(
-        h, other, w.astype(h.dtype), jnp.ones(B * T, bool), "kl", chunk=5
-    )
+    args = h, jnp.asarray(OTHER, h.dtype), w.astype(h.dtype), jnp.ones(B * T, bool)
+    return draft_loss.summed_distance(*args, "kl", chunk=5)
 
 
 # Op → (function; shapes of its activations, in bfloat16, and of its weights, in float32)
@@ -64,11 +63,7 @@ OPS = {
     ),
     "product": (products.product, {"x": (B, T, D)}, {"w": (D, H, N)}),
     "exact_product": (products.exact_product, {"x": (B * T, D)}, {"w": (D, E)}),
-    "swiglu": (
-        products.swiglu,
-        {"x": (B * T, D)},
-        {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)},
-    ),
+    "swiglu": (products.swiglu, {"x": (B * T, D)}, ONE_EXPERT),
     "product_by_head": (products.product_by_head, {"x": (B, T, H, N)}, {"w": (H, N, V)}),
 }
 
@@ -76,16 +71,16 @@ OPS = {
 def drawn(dtype, of_weights):
     """Op → arrays by name: activations that bfloat16 represents, and weights that it does not."""
     rng = np.random.default_rng(0)
-    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def activation(shape):
+        return rng.standard_normal(shape).astype(jnp.bfloat16).astype(dtype)
+
+    def weight(shape):
+        return np.float32(rng.standard_normal(shape) / np.sqrt(shape[-2])).astype(of_weights)
+
     return {
-        name: {
-            key: draw(shape).astype(jnp.bfloat16).astype(dtype)
-            for key, shape in activations.items()
-        }
-        | {
-            key: (draw(shape) / np.float32(np.sqrt(shape[-2]))).astype(of_weights)
-            for key, shape in weights.items()
-        }
+        name: {key: activation(shape) for key, shape in activations.items()}
+        | {key: weight(shape) for key, shape in weights.items()}
         for name, (_, activations, weights) in OPS.items()
     }
 
@@ -115,17 +110,11 @@ def test_bfloat16_is_float64_to_its_rounding():
         (y, gradients), (want, want_gradients) = found[name], wanted[name]
         is_wide = name in ("cross_entropy", "draft_loss") or not activations
         assert y.dtype == (jnp.float32 if is_wide else jnp.bfloat16), name
-        assert all(
-            g.dtype == (jnp.float32 if key in weights else jnp.bfloat16)
-            for key, g in gradients.items()
-        ), name
-        for key, got, expected in [
-            ("y", y, want),
-            *((key, g, want_gradients[key]) for key, g in gradients.items()),
-        ]:
-            expected = np.asarray(expected)
-            largest = np.abs(expected).max()
+        for key, g in gradients.items():
+            assert g.dtype == (jnp.float32 if key in weights else jnp.bfloat16), (name, key)
+        results = {"y": y, **gradients}
+        for key, expected in {"y": want, **want_gradients}.items():
+            largest, where = np.abs(expected).max(), f"{name}: {key}"
             assert expected.dtype == np.float64 and largest > 0.1
-            np.testing.assert_allclose(
-                np.float64(got), expected, atol=0.03 * largest, err_msg=f"{name}: {key}"
-            )
+            got = np.float64(results[key])
+            np.testing.assert_allclose(got, expected, atol=0.03 * largest, err_msg=where)

@@ -4,19 +4,18 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from models import LIGHT, decode_program, small
+from models import LIGHT, decode_program, needs_cpp, small
 
 from dsv3_jax.kernels.choose import prepare
-from dsv3_jax.kernels.cpu import calls, library
+from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.kernels.xla.cached_blocks import cached_attention_in_blocks
-from dsv3_jax.model.cache import CACHE_DTYPES, empty_cache, pick_dtype, pick_kind
+from dsv3_jax.model.cache import empty_cache, pick_dtype, pick_kind
 from dsv3_jax.model.counting import bytes_per_token, elements_per_token
 from dsv3_jax.model.decode import make_cache
 from dsv3_jax.model.transformer import abstract
@@ -25,7 +24,6 @@ from dsv3_jax.ops.quantize import dequantize_rows, largest, quantize_rows
 
 EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
-quantize = jax.jit(quantize_rows, static_argnums=1)
 
 
 # 8-bit rows
@@ -39,25 +37,26 @@ def test_rounding_is_within_half_a_step_of_a_rows_own_scale(rng, dtype):
     tiny = np.finfo(np.float32).tiny
     x[0] = 0
     x[0, 1, :2], x[0, 2, :2] = (tiny, -tiny), (3e38, -3e38)
-    rows, scales = quantize(x, dtype)
+
+    @jax.jit
+    def there_and_back(x):
+        rows, scales = quantize_rows(x, dtype)
+        return rows, scales, dequantize_rows(rows, scales, jnp.float32)
+
+    rows, scales, back = map(np.asarray, there_and_back(x))
     assert (rows.dtype, rows.shape) == (dtype, x.shape)
-    assert (scales.dtype, scales.shape) == (jnp.float32, (6, 3, 1))
-    back = np.asarray(
-        jax.jit(dequantize_rows, static_argnums=2)(rows, scales, jnp.float32), np.float64
-    )
-    assert np.isfinite(back).all() and (np.asarray(scales) > 0).all()
+    assert (scales.dtype, scales.shape) == (np.float32, (6, 3, 1))
+    assert np.isfinite(back).all() and (scales > 0).all()
     scale = np.abs(np.float64(x)).max(-1, keepdims=True) / largest(dtype)
     normal = scale[..., 0] > 1e-30  # the others' scale is 1
-    np.testing.assert_allclose(np.asarray(scales)[normal], scale[normal], rtol=1e-6)
+    np.testing.assert_allclose(scales[normal], scale[normal], rtol=1e-6)
     # int8's neighbours are 1 apart; e4m3's an eighth of the power of two below, 2^-9 next to 0.
     half = scale / 2 if dtype == jnp.int8 else np.maximum(np.abs(x) / 16, scale * 2.0**-10)
-    error = np.abs(back - x)
+    error = np.abs(np.float64(back) - x)
     assert (error <= half * (1 + 1e-5) + 1e-6 * np.abs(x))[normal].all()
     assert error[0, :2].max() <= tiny
     # All of the range is used and never left.
-    np.testing.assert_array_equal(
-        np.abs(np.asarray(rows).astype(np.float32)).max(-1)[normal], largest(dtype)
-    )
+    assert (np.abs(rows.astype(np.float32)).max(-1)[normal] == largest(dtype)).all()
 
 
 # Attention to what is stored: by an op for all rows at once, by one in blocks, and by C++
@@ -90,20 +89,16 @@ def one_at_a_time(q, keys, values, last):
     want = np.zeros((*q[0].shape[:3], values.shape[-1]))
     for b, g, t in np.ndindex(want.shape[:3]):
         seen = slice(0, last[b, t] + 1)
-        scores = sum(
-            x[b, g, seen] @ q_of[b, g, t].astype(np.float64)
-            for q_of, x in zip(q, keys, strict=True)
-        )
+        pairs = zip(q, keys, strict=True)
+        scores = sum(x[b, g, seen] @ np.float64(part[b, g, t]) for part, x in pairs)
         want[b, g, t] = oracles.softmax_probs(0.3 * scores) @ values[b, g, seen]
     return want
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ["at once", "in blocks", pytest.param("cpu", marks=needs_cpp)])
 def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape):
     """The ops in float64; C++ in float32, of unit roundoff 6e-8. Free slots must not be read."""
-    if run == "cpu" and (why := library.why_not()):
-        pytest.skip(why)
     (attend, slots), (groups, queries, widths, value_width) = RUNS[run], SHAPES[shape]
     float_dtype = np.float32 if run == "cpu" else np.float64
     q = [rng.standard_normal((3, groups, queries, n)).astype(float_dtype) for n in widths]
@@ -113,33 +108,25 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape)
     for dtype in DTYPES:
         garbage = np.nan if run == "cpu" and dtype != "int8" else 99
         made_of = np.float64 if dtype == "float32" and run != "cpu" else dtype
-        keys, numbers = zip(
-            *(stored(rng, (3, groups, slots, n), last, made_of, garbage) for n in widths),
-            strict=True,
-        )
-        values, of_values = keys[0], numbers[0]
-        if value_width:
-            values, of_values = stored(rng, (3, groups, slots, value_width), last, made_of, garbage)
+        draw = partial(stored, rng, last=last, dtype=made_of, garbage=garbage)
+        rows = [draw((3, groups, slots, n)) for n in widths]
+        values, of_values = draw((3, groups, slots, value_width)) if value_width else rows[0]
+        wanted[dtype] = one_at_a_time(q, [numbers for _, numbers in rows], of_values, last)
         # Rows may end in zeros, that no query reads.
-        keys = [
-            Stored(np.pad(x.rows, [(0, 0)] * 3 + [(0, i)]), x.scales) for i, x in enumerate(keys)
-        ]
-        cases[dtype], wanted[dtype] = (keys, values), one_at_a_time(q, numbers, of_values, last)
+        ends = [np.pad(x.rows, [(0, 0)] * 3 + [(0, i)]) for i, (x, _) in enumerate(rows)]
+        keys = [x._replace(rows=end) for end, (x, _) in zip(ends, rows, strict=True)]
+        cases[dtype] = keys, values
 
     @jax.jit
     def of_all(q, cases, last):
-        return {
-            dtype: attend(q, keys, values, last, scale=0.3)
-            for dtype, (keys, values) in cases.items()
-        }
+        return {dtype: attend(q, *of, last, scale=0.3) for dtype, of in cases.items()}
 
     found = of_all(q, cases, last)
     one = of_all([x[:, :, :1] for x in q], cases, last[:, :1]) if run == "cpu" else None
+    atol = 2e-6 if run == "cpu" else 1e-9
     for dtype, got in found.items():
         assert got.dtype == float_dtype
-        np.testing.assert_allclose(
-            got, wanted[dtype], atol=2e-6 if run == "cpu" else 1e-9, err_msg=dtype
-        )
+        np.testing.assert_allclose(got, wanted[dtype], atol=atol, err_msg=dtype)
         if one is not None:  # bitwise the same without the other queries
             np.testing.assert_array_equal(one[dtype], np.asarray(got)[:, :, :1])
 
@@ -163,13 +150,14 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, b
     lengths, kernels = [6, 2, 1, 13], prepare(platform=platform)
     # rows may end in zeros
     wide = {name: (heads, -(-width // 16) * 16) for name, (heads, width) in THREE.items()}
-    prompt, new = (
-        {
-            name: rng.standard_normal((*shape, heads, x)).astype(np.float32)
-            for name, (heads, x) in THREE.items()
+
+    def draw(*shape):
+        return {
+            name: rng.standard_normal((*shape, heads, width)).astype(np.float32)
+            for name, (heads, width) in THREE.items()
         }
-        for shape in ((3, 4, 6), (4, 3))
-    )
+
+    prompt, new = draw(3, 4, 6), draw(4, 3)
     want = {}  # the rows of all layers, in float32
     for name, (heads, width) in THREE.items():
         want[name] = np.zeros((3, 4, heads, 16, width), np.float32)
@@ -181,14 +169,14 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, b
     def write(prompt, lengths, new, want):
         cache = empty_cache(wide, [1, 1, 1] if by_layer else [3], 4, 16, dtype)
         filled = cache.fill(prompt, lengths)
-        written = filled.write(
-            new | {"not cached": new["k"]}, 1 if by_layer else jnp.int32(1), kernels
-        )
-        narrow = jnp.dtype(dtype).itemsize == 1
-        of_want = {
-            name: quantize_rows(x, dtype) if narrow else (x.astype(dtype), None)
-            for name, x in want.items()
-        }
+        layer = 1 if by_layer else jnp.int32(1)
+        written = filled.write(new | {"not cached": new["k"]}, layer, kernels)
+
+        def stored(x):
+            narrow = jnp.dtype(dtype).itemsize == 1
+            return quantize_rows(x, dtype) if narrow else (x.astype(dtype), None)
+
+        of_want = {name: stored(x) for name, x in want.items()}
         return written, written.positions(2), [written.read(layer) for layer in range(3)], of_want
 
     written, positions, arrays, want = write(prompt, np.array(lengths, np.int32), new, want)
@@ -204,37 +192,37 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, b
                 np.testing.assert_array_equal(stored[name].scales, np.asarray(scales)[layer])
 
 
+SPARSE = replace(LIGHT, attention="dsa", index_heads=2, index_dim=16, index_topk=8)
+
+
 def test_bytes_a_token_are_those_of_the_arrays():
     gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
-    for cfg, kind in ((small(), "latent"), (small(), "expanded"), (gqa, "expanded")):
+    for cfg, kind in (
+        (small(), "latent"),
+        (small(), "expanded"),
+        (gqa, "expanded"),
+        (SPARSE, "latent"),
+    ):
         for dtype in DTYPES:
             cache = jax.eval_shape(partial(make_cache, abstract(cfg), 2, 32, kind, dtype))
             found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.parts))
             assert found == 2 * 32 * bytes_per_token(cfg, kind, dtype)
     assert bytes_per_token(small(), "latent", "int8") == 3 * (10 + 4 + 2 * 4)
-    assert elements_per_token(small()) == {
-        "latent": 3 * (10 + 4),
-        "expanded": 3 * 3 * 15,
-        "mha": 3 * 3 * 15,
-    }
+    assert bytes_per_token(SPARSE, "latent", "int8") == 10 + 4 + 16 + 3 * 4
     assert elements_per_token(gqa) == {"expanded": 3 * 2 * 15, "mha": 3 * 6 * 15}
 
 
 def test_which_cache():
     mqa = small(attention="mqa")
-    assert (pick_kind(small(), None), pick_kind(mqa, None)) == ("latent", "expanded")
+    assert pick_kind(mqa, None) == "expanded"
     with pytest.raises(ValueError, match="^cache='latent' needs attention='mla'.*'mqa'"):
         pick_kind(mqa, "latent")
-    assert (
-        pick_dtype("float32", "float8_e4m3")
-        == pick_dtype("float32", jnp.float8_e4m3fn)
-        == jnp.float8_e4m3fn
-    )
+    for name in ("float8_e4m3", jnp.float8_e4m3fn):
+        assert pick_dtype("float32", name) == jnp.float8_e4m3fn
 
 
 # The compiled step
 
-SPARSE = replace(LIGHT, attention="dsa", index_heads=2, index_dim=16, index_topk=8)
 KEPT = {  # by the cache's rows: the model, the kind of cache
     "latent": (LIGHT, "latent"),
     "expanded": (LIGHT, "expanded"),
@@ -244,35 +232,31 @@ KEPT = {  # by the cache's rows: the model, the kind of cache
 STEPS = [  # rows kept, dtype, batch, draft
     *(("latent", dtype, 1, None) for dtype in ("float32", "float8_e4m3")),
     *((kept, "float32", 1, None) for kept in ("expanded", "index keys")),
-    *(("latent", "float32", 3, draft) for draft in (None, "lookup", "model")),
+    *(("latent", "float32", 3, draft) for draft in (None, "lookup", "model", "mtp")),
 ]
-RARE_STEPS = [
-    pytest.param(*step, marks=pytest.mark.rare)
-    for step in product(KEPT, CACHE_DTYPES, (1, 3), (None, "mtp"))
-    if step not in STEPS
+RARE = [
+    ("heads", "bfloat16", 3, None),
+    ("expanded", "int8", 3, None),
+    ("index keys", "float8_e4m3", 1, "mtp"),
 ]
 
 
-@pytest.mark.parametrize("kept, dtype, batch, draft", [*STEPS, *RARE_STEPS])
-@pytest.mark.skipif(library.why_not() != "", reason="the C++ kernels are missing")
+@pytest.mark.parametrize(
+    "kept, dtype, batch, draft",
+    [*STEPS, *(pytest.param(*step, marks=pytest.mark.rare) for step in RARE)],
+)
+@needs_cpp
 def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draft):
     """A copy costs as much as reading the cache: long contexts would be up to twice as slow."""
     cfg, kind = KEPT[kept]
     slots, length = 1000, 2 if draft else 0
     model = abstract(replace(cfg, mtp_kind="deepseek", mtp_depth=1) if draft == "mtp" else cfg)
-    made, leaves, loop = decode_program(
-        model,
-        model if draft == "model" else draft,
-        length,
-        batch,
-        capacity=slots,
-        dtype=dtype,
-        cache=kind,
-    )
+    drafter = model if draft == "model" else draft
+    how = dict(capacity=slots, dtype=dtype, cache=kind)
+    made, leaves, loop = decode_program(model, drafter, length, batch, **how)
     until = jax.ShapeDtypeStruct((batch,), jnp.int32)
     text = made.decode.lower(leaves, loop, until).compile().as_text()
-    of_all_slots = re.compile(rf"\[[\d,]*\b{slots},\d+\]\S* (\S+?)\(")
-    made_by = Counter(of_all_slots.findall(text))
+    made_by = Counter(re.findall(rf"\[[\d,]*\b{slots},\d+\]\S* (\S+?)\(", text))
     assert made_by["custom-call"]  # the pattern finds the cache, which a kernel writes
     in_place = {"custom-call", "get-tuple-element", "bitcast", "parameter"}
     # the indexer multiplies its keys in float32, and XLA gathers the chosen rows

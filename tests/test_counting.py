@@ -1,9 +1,11 @@
-"""Sizes as the reports and as plain arithmetic give them; nothing is allocated for it."""
+"""Sizes as the reports and the arrays of models give them; nothing is allocated for it."""
 
 import gc
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 from models import small
 
 from dsv3_jax.config import ModelConfig
@@ -25,9 +27,7 @@ from dsv3_jax.presets import preset
 )
 def test_sizes_of_the_reports(monkeypatch, name, total, active, digit):
     """No device is started: a study that lists its runs must not take an accelerator's memory."""
-    monkeypatch.setattr(
-        transformer, "prepare", lambda *_: pytest.fail("asked for the default device's kernels")
-    )
+    monkeypatch.setattr(transformer, "prepare", lambda *_: 1 / 0)  # the device's kernels
     gc.collect()
     arrays = len(jax.live_arrays())
     found = counting.size(preset(name))
@@ -37,69 +37,42 @@ def test_sizes_of_the_reports(monkeypatch, name, total, active, digit):
     assert len(jax.live_arrays()) == arrays  # 671 billion would not have fitted anyway
 
 
-def slow_size(cfg: ModelConfig) -> tuple[int, int, int, int]:
-    """(total, active, MTP, active of MTP), from the equations."""
-    d, h, r = cfg.dim, cfg.num_heads, cfg.rope_head_dim
-    qk = cfg.nope_head_dim + r
-    q, c = cfg.q_latent_dim, cfg.kv_latent_dim
-    query = d * h * qk if q is None else d * q + q + q * h * qk
-    attention = (
-        query
-        + d * (c + r)
-        + c
-        + c * h * (cfg.nope_head_dim + cfg.v_head_dim)
-        + h * cfg.v_head_dim * d
-    )
-    ffn = 3 * d * cfg.expert_dim
-    outside = attention + 2 * d
-    always = outside + d * cfg.num_experts + cfg.num_shared_experts * ffn
-    dense = cfg.num_dense_layers * (outside + 3 * d * cfg.dense_dim)
-    table = cfg.vocab_size * d
-    # with the head; the embedding is the other table
-    trunk = dense + cfg.num_sparse_layers * always + d + table
-    i, x = cfg.index_heads, cfg.index_dim
-    indexer = (q or 0) * i * x + d * x + 2 * x + d * i if cfg.attention == "dsa" else 0
-    trunk += (cfg.index_types or ()).count("full") * indexer
-    m, k, e = cfg.mtp_depth, cfg.experts_per_token, cfg.num_experts
-    own, routed = {
-        "deepseek": (2 * d * d + 3 * d + always + indexer, ffn),
-        "meta": (d + always, ffn),
-        "medusa": (d * d, 0),
-        "eagle": (2 * d * d + outside + 3 * d * cfg.dense_dim, 0),
-    }[cfg.mtp_kind]
-    return (
-        trunk + cfg.num_sparse_layers * e * ffn + (0 if cfg.tie_embeddings else table),
-        trunk + cfg.num_sparse_layers * k * ffn,
-        m * (own + e * routed),
-        # the shared unembedding is multiplied with once more a head
-        m * (own + k * routed + table),
-    )
+def in_arrays(cfg: ModelConfig) -> np.ndarray:
+    """Numbers in the arrays of (the trunk, the heads), without indexers that share a choice."""
+    counts = np.zeros(2, int)
+    for path, v in nnx.to_flat_state(nnx.state(transformer.abstract(cfg), nnx.Param)):
+        counts[int(path[0] == "mtp")] += v.get_value().size
+    i, x, d = cfg.index_heads, cfg.index_dim, cfg.dim
+    indexer = cfg.q_latent_dim * i * x + d * x + 2 * x + d * i if cfg.index_types else 0
+    counts[0] -= (cfg.index_types or ()).count("shared") * indexer
+    return counts
 
 
-@pytest.mark.parametrize(
-    "cfg",
-    [
-        small(mtp_depth=2),
-        small(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
-        small(num_dense_layers=3, q_latent_dim=None),
-        small(
-            attention="dsa",
-            index_heads=2,
-            index_dim=9,
-            index_types=("full", "shared", "full"),
-            mtp_depth=1,
-        ),
-        *(
-            small(mtp_kind=kind, mtp_depth=1 if kind == "eagle" else 3)
-            for kind in ("meta", "medusa", "eagle")
-        ),
-    ],
-    ids=["two depths", "tied", "all dense", "dsa", "meta", "medusa", "eagle"],
-)
-def test_sizes_are_the_arithmetic(cfg):
-    found = counting.size(cfg)
-    assert (found.total, found.active, found.mtp, found.mtp_active) == slow_size(cfg)
-    assert sum(found.parts.values()) == found.total
+DSA = dict(attention="dsa", index_heads=2, index_dim=9, index_types=("full", "shared", "full"))
+SIZES = {
+    "two depths": dict(mtp_depth=2),
+    "tied": dict(tie_embeddings=True, num_dense_layers=0, num_shared_experts=3),
+    "all dense": dict(num_dense_layers=3, q_latent_dim=None),
+    "dsa": dict(mtp_depth=1, **DSA),
+    "meta": dict(mtp_depth=3, mtp_kind="meta"),
+    "medusa": dict(mtp_depth=3, mtp_kind="medusa"),
+    "eagle": dict(mtp_depth=1, mtp_kind="eagle"),
+}
+
+
+@pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
+def test_sizes_are_those_of_the_arrays(changes):
+    """Active is a model with as many experts as a token has, but a router for all of them."""
+    cfg = small(**changes)
+    found, (total, of_heads) = counting.size(cfg), in_arrays(cfg)
+    assert (found.total, found.mtp) == (total, of_heads) and sum(found.parts.values()) == total
+    few = dict(num_experts=cfg.experts_per_token, num_groups=1, groups_per_token=1)
+    active, of_heads = in_arrays(small(**changes | few))
+    router, table = (cfg.num_experts - cfg.experts_per_token) * cfg.dim, cfg.vocab_size * cfg.dim
+    # The embedding is looked up; each head multiplies with the unembedding once more.
+    looked_up = 0 if cfg.tie_embeddings else table
+    assert found.active == active + cfg.num_sparse_layers * router - looked_up
+    assert found.mtp_active == of_heads + cfg.num_sparse_heads * router + cfg.mtp_depth * table
 
 
 def test_flops():
@@ -111,9 +84,7 @@ def test_flops():
     own = counting.size(tiny).mtp_active
     shared = tiny.vocab_size * tiny.dim
     active = counting.size(tiny).active
-    assert (
-        counting.train_flops_per_token(tiny, frozen_trunk=True)
-        == 2 * active + 6 * (own - shared) + 4 * shared
-    )
+    of_heads = 2 * active + 6 * (own - shared) + 4 * shared
+    assert counting.train_flops_per_token(tiny, frozen_trunk=True) == of_heads
     # scores and values: 2 FLOPs a product, 8 layers, 8 heads, 64 + 32 and 64 wide, 100 tokens
     assert counting.size(mini, context=100).attention_flops == 2 * 8 * 8 * (96 + 64) * 100

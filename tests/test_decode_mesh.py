@@ -1,6 +1,5 @@
 """Decoding on a mesh gives a single device's tokens, and sends neither cache nor experts."""
 
-import importlib
 import math
 import re
 from dataclasses import replace
@@ -8,20 +7,19 @@ from functools import lru_cache
 
 import jax
 import pytest
-from flax import nnx
-from models import DENSE, random_model, small, tokens_of
+from models import DENSE, LIGHT, random_model, tokens_of
+from runs import on_mesh, refused
 
 from dsv3_jax.config import Layout
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.decoding.programs import Programs
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model import decode
 
 pytestmark = pytest.mark.long
 
 # "tensor" divides heads and vocabulary; an expert's matrix is larger than all that a step sends.
-CFG = small(
-    num_layers=1, num_dense_layers=0, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1
-)
+CFG = replace(LIGHT, num_heads=4, vocab_size=38, expert_dim=32, mtp_depth=1)
 NEW = 8
 LENGTHS = (1, 5, 40, 3, 9, 2, 21, 4)
 PROMPTS = [tokens_of(CFG, 1, n, seed=i)[0].tolist() for i, n in enumerate(LENGTHS)]
@@ -31,62 +29,52 @@ DRAFTED = dict(draft="mtp", draft_length=2)
 
 def model_of(cfg=CFG, mesh=None, seed=0, execution=DENSE):
     """A random model, sharded over a mesh if there is one."""
-    graphdef, state = nnx.split(random_model(cfg, seed, execution))
-    if mesh is not None:
-        state = jax.device_put(
-            state, sharding.state_sharding(state, mesh, fsdp=execution.layout.fsdp)
-        )
-    return nnx.merge(graphdef, state)
+    model = random_model(cfg, seed, execution)
+    return model if mesh is None else on_mesh(model, mesh, execution.layout.fsdp)
 
 
 @lru_cache
-def alone(rows, **settings):
+def alone(cfg=CFG, rows=8, **settings):
     """The tokens of one device."""
-    return generate(model_of(), PROMPTS[:rows], NEW, **settings).tokens
+    return generate(model_of(cfg), PROMPTS[:rows], NEW, **settings).tokens
 
 
+INDEX = dict(index_heads=3, index_dim=9, index_topk=7, index_types=("full", "shared"))
+DSA = replace(CFG, num_layers=2, num_dense_layers=2, attention="dsa", **INDEX)
 INT8 = dict(cache="expanded", cache_dtype="int8")
-CASES = {  # (data, expert, tensor), sequences, settings, layout
-    "2,4,1 fsdp, uneven, drafted": ((2, 4, 1), 3, DRAFTED, Layout(fsdp=True)),
-    "2,2,2 sampled from int8 heads": ((2, 2, 2), 8, SAMPLED | INT8, Layout()),
-    "2,2,2 sampled, drafted": ((2, 2, 2), 8, SAMPLED | DRAFTED, Layout()),
+CASES = {  # (data, expert, tensor), model, sequences, settings, is it fsdp
+    "2,2,2 sampled, drafted": ((2, 2, 2), CFG, 8, SAMPLED | DRAFTED, False),
+}
+RARE = {
+    "2,4,1 fsdp, uneven, drafted": ((2, 4, 1), CFG, 3, DRAFTED, True),
+    "2,2,2 sampled from int8 heads": ((2, 2, 2), CFG, 8, SAMPLED | INT8, False),
+    "2,2,2 sparse attention, one choice shared": ((2, 2, 2), DSA, 8, DRAFTED, False),
 }
 
 
 @pytest.mark.parametrize(
-    "sizes, rows, settings, layout",
-    [
-        pytest.param(*case, id=name, marks=[pytest.mark.rare] * ("sampled, d" not in name))
-        for name, case in CASES.items()
-    ],
+    "sizes, cfg, rows, settings, fsdp",
+    [pytest.param(*case, id=name) for name, case in CASES.items()]
+    + [pytest.param(*case, id=name, marks=pytest.mark.rare) for name, case in RARE.items()],
 )
-def test_a_mesh_gives_the_tokens_of_one_device(sizes, rows, settings, layout):
-    model = model_of(mesh=sharding.make_mesh(*sizes), execution=replace(DENSE, layout=layout))
-    got = generate(model, PROMPTS[:rows], NEW, **settings)
+def test_a_mesh_gives_the_tokens_of_one_device(sizes, cfg, rows, settings, fsdp):
+    execution = replace(DENSE, layout=Layout(fsdp=fsdp))
+    model = model_of(cfg, sharding.make_mesh(*sizes), execution=execution)
+    got = generate(model, PROMPTS[:rows], NEW, **settings).tokens
     # Greedy rows depend neither on drafts nor on other rows.
-    assert got.tokens == (alone(rows, **settings) if "temperature" in settings else alone(8)[:rows])
+    want = alone(cfg, rows, **settings) if "temperature" in settings else alone(cfg)[:rows]
+    assert got == want
     # a model that repeats one token could not fail
-    assert len({token for row in got.tokens for token in row}) > 2
-
-
-@pytest.mark.rare
-def test_sparse_attention_on_a_mesh():
-    """One layer chooses, the other one shares the choice."""
-    index = dict(index_heads=3, index_dim=9, index_topk=7, index_types=("full", "shared"))
-    cfg = replace(CFG, num_layers=2, num_dense_layers=2, attention="dsa", **index)
-    mesh = sharding.make_mesh(2, 2, 2)
-    want = generate(model_of(cfg), PROMPTS, NEW).tokens
-    assert generate(model_of(cfg, mesh), PROMPTS, NEW, **DRAFTED).tokens == want != alone(8)
+    assert len({token for row in got for token in row}) > 2
 
 
 @pytest.mark.rare  # the cases above have a mesh, and test_speculative a draft model
 def test_a_draft_model_is_on_the_mesh():
-    mesh, cfg = sharding.make_mesh(1, 2, 2), replace(CFG, mtp_depth=0)
-    got = generate(
-        model_of(mesh=mesh), PROMPTS[:2], NEW, draft=model_of(cfg, mesh, seed=1), draft_length=2
-    )
-    assert got.tokens == alone(8)[:2]
-    with pytest.raises(ValueError, match="^draft is not on the mesh of the model"):
+    mesh = sharding.make_mesh(1, 2, 2)
+    draft = model_of(replace(CFG, mtp_depth=0), mesh, seed=1)
+    how = dict(draft=draft, draft_length=2)
+    assert generate(model_of(mesh=mesh), PROMPTS[:2], NEW, **how).tokens == alone()[:2]
+    with refused("^draft is not on the mesh of the model"):
         generate(model_of(mesh=sharding.make_mesh(2)), PROMPTS[:1], NEW, draft=model_of())
 
 
@@ -117,15 +105,15 @@ def test_each_layers_arrays_lie_where_the_stack_has_them():
 
 def test_neither_cache_nor_experts_are_sent(monkeypatch):
     """In the compiled step all that is sent is smaller than one device's part of either."""
-    compiled, module = [], importlib.import_module("dsv3_jax.decoding.programs")
+    compiled = []
 
     def look(*form):
-        made, decode = module.Programs(*form), module.Programs(*form).decode
+        made = Programs(*form)
+        decode = made.decode
 
         def lower(leaves, loop, *args, **static):
-            compiled.append(
-                (loop.cache, decode.lower(leaves, loop, *args, **static).compile().as_text())
-            )
+            text = decode.lower(leaves, loop, *args, **static).compile().as_text()
+            compiled.append((loop.cache, text))
             raise InterruptedError
 
         made.decode = lower

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from models import needs_cpp
+from runs import assert_bitwise, assert_near
 
-from dsv3_jax.kernels.cpu import calls, expert_loops, library
+from dsv3_jax.kernels.cpu import calls, expert_loops
+from dsv3_jax.kernels.cpu.experts import grouped_swiglu
 from dsv3_jax.kernels.xla.by_row import decode_by_row
 from dsv3_jax.kernels.xla.count_by_expert import count_by_expert
 from dsv3_jax.kernels.xla.row_blocks import ROW_BLOCKS
@@ -39,10 +42,6 @@ def case(rng, choose, n=37, d=5, f=7, num_experts=6, k=2):
     return x, ids.astype(np.int32), gates, *weights
 
 
-def float32(array):
-    return array if array.dtype == np.int32 else array.astype(np.float32)
-
-
 @partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, weight, x, expert_ids, gates, *weights):
     """Return y and the gradients of sum(weight * y) in x, gates and the three matrices."""
@@ -56,13 +55,10 @@ def value_and_gradients(function, weight, x, expert_ids, gates, *weights):
 
 
 def assert_equal(got, want, atol=1e-10):
-    (y, grads), (expected, expected_grads) = got, want
-    assert y.dtype == jnp.float64
-    np.testing.assert_allclose(y, expected, atol=atol)
-    for name, g, e in zip(
-        ("x", "gates", "w_gate", "w_up", "w_down"), grads, expected_grads, strict=True
-    ):
-        np.testing.assert_allclose(g, e, atol=atol, err_msg=f"gradient of {name}")
+    """y, and the gradients in x, gates, w_gate, w_up and w_down."""
+    assert got[0].dtype == jnp.float64
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -113,37 +109,12 @@ def test_an_expert_that_is_elsewhere_adds_nothing(x64, rng):
     x, ids, gates, *weights = case(rng, "any", n=8)
     here, held, weight = ids < 4, [w[:4] for w in weights], rng.standard_normal(x.shape)
     gates = np.where(here, gates, 0.0)
-    want = value_and_gradients(
-        oracles.routed_swiglu_jnp, weight, x, np.where(here, ids, -1), gates, *held
-    )
+    known = x, np.where(here, ids, -1), gates, *held
+    want = value_and_gradients(oracles.routed_swiglu_jnp, weight, *known)
     for backend in ("blocks", "ragged_dot", "row_blocks"):
         arrays = x, np.where(here, ids, 4), gates, *held
         y, (dx, d_gates, *rest) = value_and_gradients(BACKENDS[backend], weight, *arrays)
         assert_equal((y, (dx, np.where(here, d_gates, 0.0), *rest)), want)
-
-
-@pytest.fixture
-def native_kernel():
-    """The C++ kernel `decode_experts`; the test is skipped if it cannot be compiled."""
-    if why := library.why_not():
-        pytest.skip(why)
-    return jax.jit(calls.decode_experts)
-
-
-@pytest.mark.parametrize("n, sizes", [(1, {}), (5, dict(d=128, f=80)), (40, dict(d=7, f=130))])
-def test_decode_kernel_equals_dense(native_kernel, rng, n, sizes):
-    """The kernel runs in float32, whose unit roundoff is 6e-8, and sums at most 130 products."""
-    x, ids, gates, *weights = map(
-        float32, case(rng, "two take all" if n > 5 else "any", n=n, **sizes)
-    )
-    expected = dense(x, ids, gates, *weights)
-    y = native_kernel(x, ids, gates, *weights)
-    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
-    for i in range(0, n, 3):  # bitwise the same without the other tokens
-        one = slice(i, i + 1)
-        np.testing.assert_array_equal(
-            native_kernel(x[one], ids[one], gates[one], *weights)[0], y[i]
-        )
 
 
 @pytest.mark.parametrize("factor, choose", [(0.25, "uneven"), (3.0, "two take all")])
@@ -169,3 +140,66 @@ def test_capacity_drops_later_tokens(x64, rng, factor, choose):
     assert_equal(got, (expected, (dx, np.where(kept, d_gates, 0.0), *d_weights)))
     jax.effects_barrier()
     assert shares[0].dtype == np.float32 and shares[0] == pytest.approx(1 - kept.mean(), abs=1e-6)
+
+
+# C++, in float32, whose unit roundoff is 6e-8; the oracle is in float64
+
+# Widths are below and above a register's 16 floats and a panel's 64. With n=900 an expert has more
+# rows than a chunk's 256.
+WIDTHS = {
+    "one row": ("uneven", dict(n=1, d=4, f=3, k=1)),
+    "panels": ("two take all", dict(n=90, d=130, f=81)),
+    "chunks": ("uneven", dict(n=900, d=20, f=33, num_experts=3)),
+    "wide": ("two take all", dict(n=12, d=1100, f=2, num_experts=3)),
+}
+
+
+def float32(arrays):
+    return [jnp.asarray(a if a.dtype == np.int32 else a.astype(np.float32)) for a in arrays]
+
+
+@needs_cpp
+@pytest.mark.parametrize("choose, sizes", WIDTHS.values(), ids=WIDTHS)
+def test_cpp_and_its_gradients_equal_dense(rng, choose, sizes):
+    """Sums have at most 1,100 products."""
+    arrays = float32(case(rng, choose, **sizes))
+    (weight,) = float32([rng.standard_normal(arrays[0].shape)])
+    # a new lambda, so it is traced again
+    ours = value_and_gradients(lambda *a: grouped_swiglu(*a), weight, *arrays)
+    with jax.enable_x64(True):
+        wide = [a if a.dtype == jnp.int32 else a.astype(jnp.float64) for a in (weight, *arrays)]
+        theirs = value_and_gradients(oracles.routed_swiglu_jnp, *wide)
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(ours))
+    assert_near(ours, theirs)
+
+
+@needs_cpp
+@pytest.mark.parametrize("n, sizes", [(1, {}), (5, dict(d=128, f=80)), (40, dict(d=7, f=130))])
+def test_cpp_for_few_tokens_equals_dense(rng, n, sizes):
+    x, ids, gates, *weights = float32(case(rng, "two take all" if n > 5 else "any", n=n, **sizes))
+    run = jax.jit(calls.decode_experts)
+    y = run(x, ids, gates, *weights)
+    assert_near(y, dense(x, ids, gates, *weights))
+    for i in range(0, n, 3):  # bitwise the same without the other tokens
+        one = slice(i, i + 1)
+        np.testing.assert_array_equal(run(x[one], ids[one], gates[one], *weights)[0], y[i])
+
+
+@needs_cpp
+def test_in_cpp_a_token_does_not_depend_on_other_tokens(rng):
+    x, ids, gates, *weights = float32(case(rng, "any", n=200, d=48, f=80))
+    run = jax.jit(lambda *a: grouped_swiglu(*a))
+    together = np.asarray(run(x, ids, gates, *weights))
+    for part in (slice(0, 1), slice(30, 200)):
+        alone = run(x[part], ids[part], gates[part], *weights)
+        np.testing.assert_array_equal(alone, together[part])
+
+
+@needs_cpp
+def test_gradients_of_cpp_are_deterministic(rng):
+    """They are bitwise equal in every run, although threads take the experts in any order."""
+    arrays = float32(case(rng, "uneven", n=400, d=64, f=64))
+    weight = jnp.ones_like(arrays[0])
+    first, *others = (value_and_gradients(grouped_swiglu, weight, *arrays) for _ in range(6))
+    for other in others:
+        assert_bitwise(other, first)

@@ -36,9 +36,8 @@ def test_the_sum_in_chunks_is_the_masked_sum_and_leaves_the_target_alone(x64, rn
     values, gradients = by_hand(kind, np.asarray(own @ w), np.asarray(h @ w))
     assert float(total(h, own)) == pytest.approx(values[np.asarray(mask)].sum(), rel=1e-12)
     of_h, of_own = jax.grad(total, argnums=(0, 1))(h, own)
-    np.testing.assert_allclose(
-        of_h, (gradients * np.asarray(mask)[:, None]) @ np.asarray(w).T, atol=1e-13
-    )
+    gradients *= np.asarray(mask)[:, None]
+    np.testing.assert_allclose(of_h, gradients @ np.asarray(w).T, atol=1e-13)
     assert not of_own.any()
     # the minimum is p itself
     assert abs(total(own, own)) < 1e-14 and abs(jax.grad(total)(own, own)).max() < 1e-14
@@ -53,10 +52,8 @@ def test_one_less_tv_is_the_acceptance_of_speculative_sampling(rng):
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (draws, 2, 6))
     keys = jax.random.split(jax.random.key(0), (draws, 2))
     share = float(jax.jit(lambda: accept(drafts, law, logits, keys, Sampling(1.0))[0].mean())())
-    kl, tv = (
-        float(distance(jnp.log(jnp.asarray(p)), jnp.log(jnp.asarray(q)), kind))
-        for kind in ("kl", "tv")
-    )
+    logs = jnp.log(jnp.asarray(p)), jnp.log(jnp.asarray(q))
+    kl, tv = (float(distance(*logs, kind)) for kind in ("kl", "tv"))
     assert abs(share - (1 - tv)) < 6 / (2 * draws**0.5) < 0.03 and 0.2 < tv < 0.8
     assert tv**2 <= kl / 2  # Pinsker's inequality
 
@@ -73,13 +70,7 @@ def test_heads_are_compared_with_the_trunk_at_the_position_before_their_token():
     for kind in ("kl", "tv"):
         found = jax.jit(lambda kind=kind: compute_loss(model, batch, None, head_loss=kind).mtp)()
         for k in (1, 2):
-            places = [
-                (b, i)
-                for b, i in np.ndindex(2, 8 - k)
-                if segment_ids[b, i] == segment_ids[b, i + k + 1]
-            ]
-            pairs = [
-                (out.logits[b, i + k][None], out.mtp_logits[k - 1][b, i][None]) for b, i in places
-            ]
-            values = [by_hand(kind, *(x.astype(np.float64) for x in pair))[0][0] for pair in pairs]
+            same = segment_ids[:, : 8 - k] == segment_ids[:, k + 1 :]
+            target, drafter = out.logits[:, k:8][same], out.mtp_logits[k - 1][:, : 8 - k][same]
+            values, _ = by_hand(kind, np.float64(target), np.float64(drafter))
             assert float(found[k - 1]) == pytest.approx(np.mean(values), rel=2e-5)  # float32

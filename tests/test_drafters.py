@@ -1,4 +1,4 @@
-"""Heads draft what their teacher-forced forward pass would: a test of the caches they keep."""
+"""Heads draft what their teacher-forced pass would, from caches; look-up, what a search finds."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,11 +11,11 @@ from flax import nnx
 from models import DENSE, HEADS, LIGHT, random_model
 
 from dsv3_jax.decoding.drafters import Prompt, Unread, make_drafter
+from dsv3_jax.decoding.prompt_lookup import LONGEST_MATCH
 from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.model.decode import prepare_decode
+from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops.sampling import GREEDY
-
-pytestmark = pytest.mark.long
 
 
 @partial(jax.jit, static_argnums=0)
@@ -45,13 +45,13 @@ def teacher_drafts(model, rows, newest, count):
         out = np.asarray(mtp_h[-1])
         for pos in newest + np.arange(count - depth)[:, None]:
             h[batch, pos] = out[batch, pos - 1]
-            out = np.asarray(
-                last_head(graphdef, state, jnp.asarray(rows[:, depth:]), jnp.asarray(h))
-            )
+            tokens = jnp.asarray(rows[:, depth:])
+            out = np.asarray(last_head(graphdef, state, tokens, jnp.asarray(h)))
             drafts.append(out[batch, pos] @ head)
     return np.argmax(np.stack(drafts, axis=1), axis=-1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("heads", HEADS)
 def test_drafts_are_those_of_the_full_text(rng, heads):
     """Each step accepts a random number of tokens. Slots beyond them hold arbitrary numbers."""
@@ -66,9 +66,8 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
 
     @jax.jit
     def start(model, tokens, lengths, x):
-        return drafter(model, weights).start(
-            Prompt(tokens, lengths, x, 160, kind, jnp.dtype("float32"))
-        )
+        prompt = Prompt(tokens, lengths, x, 160, kind, jnp.dtype("float32"))
+        return drafter(model, weights).start(prompt)
 
     @jax.jit
     def draft(model, state, unread):
@@ -76,33 +75,21 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
         return drafter(model, weights).draft(state, unread, keys, GREEDY)
 
     def arbitrary_beyond(valid, y):
-        noise = (
-            rng.integers(cfg.vocab_size, size=y.shape)
-            if y.dtype == np.int32
-            else 3 * rng.standard_normal(y.shape)
-        )
-        return jnp.asarray(
-            np.where(valid.reshape(*valid.shape, *[1] * (y.ndim - 2)), y, noise).astype(y.dtype)
-        )
+        ids = y.dtype == np.int32
+        noise = rng.integers(37, size=y.shape) if ids else 3 * rng.standard_normal(y.shape)
+        valid = valid.reshape(*valid.shape, *[1] * (y.ndim - 2))
+        return jnp.asarray(np.where(valid, y, noise).astype(y.dtype))
 
     def unread(begin, many, width):
         known = np.arange(width)[None] < many[:, None]
         at = np.minimum(begin[:, None] + np.arange(width), text.shape[1] - 1)
         so_far = arbitrary_beyond(np.arange(text.shape[1])[None] <= (begin + many)[:, None], text)
-        return Unread(
-            arbitrary_beyond(known, h[batch[:, None], at]),
-            so_far,
-            jnp.asarray(many),
-            jnp.asarray(begin),
-        )
+        read = arbitrary_beyond(known, h[batch[:, None], at])
+        return Unread(read, so_far, jnp.asarray(many), jnp.asarray(begin))
 
-    prompt = np.arange(32)[None] < lengths[:, None]
-    state = start(
-        model,
-        arbitrary_beyond(prompt, text[:, :32]),
-        jnp.asarray(lengths),
-        arbitrary_beyond(prompt, x[:, :32]),
-    )
+    given = np.arange(32)[None] < lengths[:, None]
+    prompt, of_prompt = (arbitrary_beyond(given, y[:, :32]) for y in (text, x))
+    state = start(model, prompt, jnp.asarray(lengths), of_prompt)
     begin, many = lengths - 1, np.ones(6, np.int32)  # as prefill leaves them
     for _ in range(5):
         drafts, state = draft(model, state, unread(begin, many, count + 1))
@@ -112,3 +99,45 @@ def test_drafts_are_those_of_the_full_text(rng, heads):
             row[newest + 1 : newest + 1 + count] = drafted
         np.testing.assert_array_equal(drafts.tokens, teacher_drafts(model, rows, begin, count))
         many = rng.integers(1, count + 2, size=6).astype(np.int32)
+
+
+# prompt look-up
+
+
+def drafts_by_hand(text, count):
+    """The tokens after the longest earlier run of the last tokens, the latest one; then drafts."""
+    best, place = -1, None
+    for end in range(len(text) - 1):
+        run = 0
+        while run < min(LONGEST_MATCH, end + 1) and text[end - run] == text[len(text) - 1 - run]:
+            run += 1
+        if run >= best:
+            best, place = run, end
+    longer = list(text)
+    for _ in range(count):
+        place += 1
+        longer.append(longer[place])
+    return longer[len(text) :]
+
+
+def test_drafts_are_those_of_a_search_by_hand(rng):
+    """Slots beyond the newest token hold arbitrary numbers."""
+    count, slots = 5, 64
+    # three tokens: long runs occur, and ties
+    text = rng.integers(3, size=(9, slots)).astype(np.int32)
+    text[0] = np.arange(slots)  # nothing occurs twice
+    text[1] = np.tile([4, 5, 6, 7], slots // 4)  # a period
+    text[2] = np.tile(np.arange(LONGEST_MATCH + 3), 9)[:slots]  # runs beyond the longest match
+    keys = jax.random.split(jax.random.key(0), (count, 9))
+    drafter = make_drafter("lookup", abstract(LIGHT), None)
+    draft = jax.jit(lambda unread: drafter.draft(None, unread, keys, GREEDY)[0])
+    newest = np.array([1, 2, 16, 5, 1, 9, 16, 3, 12], np.int32)
+    while newest.max() < slots - 2 * count:
+        known = np.arange(slots)[None] <= newest[:, None]
+        so_far = np.where(known, text, rng.integers(3, size=text.shape))
+        one, begin = jnp.ones(9, jnp.int32), jnp.asarray(newest - 1)
+        drafts = draft(Unread(None, jnp.asarray(so_far, jnp.int32), one, begin))
+        texts = [row[: n + 1].tolist() for row, n in zip(text, newest, strict=True)]
+        want = [drafts_by_hand(row, count) for row in texts]
+        assert drafts.tokens.tolist() == want and drafts.q is None
+        newest += rng.integers(1, count + 2, size=9).astype(np.int32)

@@ -11,9 +11,11 @@ from dsv3_jax.ops import embedding
 
 
 def gradient(look_up, table, tokens, d_rows):
-    return jax.jit(lambda *a: jax.vjp(lambda t: look_up(t, a[1]), a[0])[1](a[2])[0])(
-        table, tokens, d_rows
-    )
+    @jax.jit
+    def run(table, tokens, d_rows):
+        return jax.vjp(lambda table: look_up(table, tokens), table)[1](d_rows)[0]
+
+    return run(table, tokens, d_rows)
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (1, 1), (64, 8), (100, 9)], ids=str)
@@ -40,9 +42,8 @@ def test_devices_add_up_their_rows(x64, rng):
     d_rows = jnp.asarray(rng.standard_normal((8, 5, 4)))
 
     def spread(table, tokens):
-        return sharding.shard_map_over_batch(
-            lambda *a: ((), look_up_in_order(*a)), (table,), tokens
-        )[1]
+        look_up = lambda *a: ((), look_up_in_order(*a))  # noqa: E731
+        return sharding.shard_map_over_batch(look_up, (table,), tokens)[1]
 
     with sharding.use_mesh(sharding.make_mesh(data=4)):
         got = gradient(spread, table, tokens, d_rows)

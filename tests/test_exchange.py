@@ -14,14 +14,13 @@ from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.table import DEVICES, Device
 from dsv3_jax.mesh import expert_parallel, rounds, sharding
-from dsv3_jax.ops import dispatch, routing
+from dsv3_jax.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 E, K, D, F = 16, 2, 4, 6
-CFG = small(
-    num_experts=E, experts_per_token=K, num_groups=8, groups_per_token=2, dim=D, expert_dim=F
-)
+GROUPS = dict(num_groups=8, groups_per_token=2)
+CFG = small(num_experts=E, experts_per_token=K, dim=D, expert_dim=F, **GROUPS)
 LOADS = ("even", "random", "one device", "idle")
 
 
@@ -35,9 +34,8 @@ def choices(load, rng, tokens):
         "one device": np.where(np.arange(E) < K, 99.0, 0.0),
         "idle": np.where(np.arange(E) < E // 2, -99.0, 0.0),  # half the devices
     }[load]
-    return jnp.asarray(
-        np.argsort(-rng.gumbel(preference, size=(tokens, E)), axis=1)[:, :K], jnp.int32
-    )
+    order = np.argsort(-rng.gumbel(preference, size=(tokens, E)), axis=1)
+    return jnp.asarray(order[:, :K], jnp.int32)
 
 
 def arrays(rng, tokens):
@@ -51,9 +49,8 @@ def sharded(cfg, layout, mesh, backend):
     kernels = Kernels(Target("cpu", f"grouped_swiglu={backend}"))
 
     def loss(x, gates, experts, ids, weight):
-        y, sent = expert_parallel.grouped_swiglu(
-            x, ids, gates, experts, kernels=kernels, cfg=cfg, layout=layout
-        )
+        how = dict(kernels=kernels, cfg=cfg, layout=layout)
+        y, sent = expert_parallel.grouped_swiglu(x, ids, gates, experts, **how)
         return (weight * y).sum(), (y, sent["tokens_sent"], sent.get("tokens_sent_far"))
 
     @jax.jit
@@ -63,15 +60,11 @@ def sharded(cfg, layout, mesh, backend):
 
     def on_mesh(x, gates, experts, *args):
         with jax.set_mesh(mesh):
-            specs = (
-                sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp)
-                for names in expert_parallel.AXIS_NAMES
-            )
-            experts = tuple(
-                jax.device_put(w, jax.NamedSharding(mesh, spec))
-                for w, spec in zip(experts, specs, strict=True)
-            )
-            return jax.device_get(run(x, gates, experts, *args))
+            placed = []
+            for w, names in zip(experts, expert_parallel.AXIS_NAMES, strict=True):
+                spec = sharding.spec(names, (E, D, F), mesh, fsdp=layout.fsdp)
+                placed.append(jax.device_put(w, jax.NamedSharding(mesh, spec)))
+            return jax.device_get(run(x, gates, tuple(placed), *args))
 
     return on_mesh
 
@@ -103,86 +96,49 @@ def by_load(rng, run, tokens):
         yield load, ids, sent
 
 
-MANY = Layout(expert_comm="all_to_all", capacity_slack=1.0)
-# (data, expert, tensor), tokens, kernel, layout, (size of a round, of a later one, most of these)
-CASES = [
-    pytest.param(
-        (1, 8, 1),
-        8,
-        "ragged_dot",
-        Layout(expert_comm="all_to_all"),
-        ((1, 2), (1, 2), 0),
-        marks=pytest.mark.long,
-        id="one token a device",
-    ),
-    pytest.param(
-        (2, 2, 2),
-        64,
-        "ragged_dot",
-        replace(MANY, fsdp=True),
-        ((12, 16), (3, 4), 4),
-        marks=pytest.mark.long,
-        id="fsdp",
-    ),
-    # All of a device's 24 tokens go to one peer.
-    pytest.param(
-        (1, 8, 1),
-        192,
-        "blocks",
-        MANY,
-        ((6, 6), (2, 2), 21),
-        marks=pytest.mark.rare,
-        id="many rounds",
-    ),
-]
+ONE = Layout(expert_comm="all_to_all")
+MANY = replace(ONE, capacity_slack=1.0)
+# (data, expert, tensor), tokens, layout, (size of a round, of a later one, most of these)
+CASES = {
+    "one token a device": ((1, 8, 1), 8, ONE, ((1, 2), (1, 2), 0)),
+    "fsdp": ((2, 2, 2), 64, replace(MANY, fsdp=True), ((12, 16), (3, 4), 4)),
+}
 
 
-@pytest.mark.parametrize("sizes, tokens, backend, layout, expected", CASES)
-def test_every_load_is_a_single_devices(rng, sizes, tokens, backend, layout, expected):
-    _, peers, _ = sizes
-    n = tokens // (sizes[0] * peers)
+@pytest.mark.long
+@pytest.mark.parametrize("sizes, tokens, layout, expected", CASES.values(), ids=CASES)
+def test_every_load_is_a_single_devices(rng, sizes, tokens, layout, expected):
+    peers, senders = sizes[1], sizes[0] * sizes[1]
+    n, further = tokens // senders, {}
     size = rounds.round_size(CFG, layout, n, peers)
     later = rounds.later_size(size, rounds.most_choices(K, E // peers))
-    further = {}
-    for load, ids, sent in by_load(
-        rng, sharded(CFG, layout, sharding.make_mesh(*sizes), backend), tokens
-    ):
-        further[load] = count_rounds(ids, sizes[0] * peers, peers, size, later)
-        assert sent[0] == pytest.approx(
-            (size.tokens + further[load] * later.tokens) * (peers - 1) / n, rel=1e-6
-        ), load
+    run = sharded(CFG, layout, sharding.make_mesh(*sizes), "ragged_dot")
+    for load, ids, (sent, _) in by_load(rng, run, tokens):
+        further[load] = count_rounds(ids, senders, peers, size, later)
+        slots = size.tokens + further[load] * later.tokens
+        assert sent == pytest.approx(slots * (peers - 1) / n, rel=1e-6), load
     assert further["even"] == 0 and (size, later, further["one device"]) == expected
 
 
 # Nodes along "expert", tokens, kernel. Several rounds, in both hops.
 HOPS = [
-    pytest.param((1, 8, 1), 2, 64, "ragged_dot", Layout(), id="2 x 4"),
-    pytest.param((1, 8, 1), 4, 64, "ragged_dot", MANY, marks=pytest.mark.long, id="4 x 2"),
-    pytest.param(
-        (2, 4, 1),
-        2,
-        64,
-        "blocks",
-        replace(MANY, fsdp=True),
-        marks=pytest.mark.long,
-        id="2 of 2 x 2",
-    ),
-    pytest.param((1, 4, 2), 2, 32, "ragged_dot", MANY, marks=pytest.mark.long, id="2 x 2, tensor"),
+    pytest.param((1, 8, 1), 2, 64, "ragged_dot", ONE, id="2 x 4"),
+    pytest.param((2, 4, 1), 2, 64, "blocks", replace(MANY, fsdp=True), id="2 of 2 x 2, fsdp"),
+    pytest.param((1, 4, 2), 2, 32, "ragged_dot", MANY, id="2 x 2, tensor"),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes, nodes, tokens, backend, layout", HOPS)
 def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layout):
     """Of all choices on one device, on one node, and on every one; the first hop sends the less."""
-    layout = replace(layout, expert_nodes=nodes)
-    per_node = E // nodes
-    n = tokens // (sizes[0] * sizes[1])
+    layout, senders = replace(layout, expert_nodes=nodes), sizes[0] * sizes[1]
+    n = tokens // senders
     size = rounds.round_size(CFG, layout, n, nodes)
-    later = rounds.later_size(size, rounds.most_choices(K, per_node))
+    later = rounds.later_size(size, rounds.most_choices(K, E // nodes))
     run = sharded(CFG, layout, sharding.make_mesh(*sizes), backend)
     for load, ids, (sent, far) in by_load(rng, run, tokens):
-        further = count_rounds(ids, sizes[0] * sizes[1], nodes, size, later)
-        slots = size.tokens + further * later.tokens
+        slots = size.tokens + count_rounds(ids, senders, nodes, size, later) * later.tokens
         assert far == pytest.approx(slots * (nodes - 1) / n, rel=1e-6), load
         assert sent > far
 
@@ -199,42 +155,21 @@ def test_a_round_brings_a_second_hop_no_slack_of_its_own():
         assert second.choices == pytest.approx(flat.choices, abs=3)
 
 
-def test_a_token_goes_to_as_many_nodes_as_it_has_groups(rng):
-    """Node-limited routing bounds the first hop: at most M = 2 of 8 nodes, each with a group."""
-    scores = jnp.asarray(rng.random((64, E)))
-    ids = routing.choose(scores, K, CFG.num_groups, CFG.groups_per_token, CFG.group_score)
-    table = rounds.peer_table(ids, E // CFG.num_groups, CFG.num_groups)
-    assert (table.choices > 0).sum(1).max() == CFG.groups_per_token
-
-
-def test_rounds_send_each_token_once_where_it_must_go(rng):
-    """Round after round, until nothing is left; no round holds more than its size."""
-    peers, size = 4, rounds.RoundSize(tokens=5, choices=6)
-    table = rounds.peer_table(choices("random", rng, 24), E // peers, peers)
-    none = jnp.zeros((1, peers), jnp.int32)
-    left, sent = rounds.count_rounds(table, rounds.Sent(none, none), size), rounds.Sent(none, none)
-    times = np.zeros((24, peers), int)
-    for _ in range(left):
-        now, sent = rounds.in_round(table, sent, size)
-        assert now.sum(0).max() <= size.tokens
-        assert jnp.where(now, table.choices, 0).sum(0).max() <= size.choices
-        times += np.asarray(now)
-    assert left > 2 and (times == np.asarray(table.choices > 0)).all()
-
-
-def test_parts_of_hidden_units_are_added_where_tokens_are_gathered(rng):
-    layout = Layout(expert_comm="gather")
-    run = sharded(CFG, layout, sharding.make_mesh(1, 2, 2), "ragged_dot")
-    assert [load for load, *_ in by_load(rng, run, 8)] == list(LOADS)
-
-
-@pytest.mark.long
-def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
-    monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
-    run = sharded(
-        CFG, Layout(expert_comm="gather", fsdp=True), sharding.make_mesh(2, 2, 2), "ragged_dot"
-    )
-    assert [load for load, *_ in by_load(rng, run, 64)] == list(LOADS)
+@pytest.mark.parametrize(
+    "sizes, fsdp, tokens",
+    [
+        ((1, 2, 2), False, 8),
+        # experts that are gathered along "data" are transposed for a TPU
+        pytest.param((2, 2, 2), True, 64, marks=pytest.mark.long),
+    ],
+    ids=["hidden units in parts", "transposed"],
+)
+def test_gathered_tokens_and_experts_are_a_single_devices(rng, monkeypatch, sizes, fsdp, tokens):
+    if fsdp:
+        monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
+    layout = Layout(expert_comm="gather", fsdp=fsdp)
+    run = sharded(CFG, layout, sharding.make_mesh(*sizes), "ragged_dot")
+    assert [load for load, *_ in by_load(rng, run, tokens)] == list(LOADS)
 
 
 @pytest.mark.parametrize(
@@ -242,15 +177,13 @@ def test_gathered_experts_are_transposed_for_a_tpu(rng, monkeypatch):
     [(16, 8, 2, 2, 8), (16, 8, 2, 2, 2), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6), (12, 2, 1, 4, 6)],
 )
 def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
-    cfg = small(
-        num_experts=experts, num_groups=groups, groups_per_token=per_token, experts_per_token=k
-    )
+    in_groups = dict(num_groups=groups, groups_per_token=per_token)
+    cfg = small(num_experts=experts, experts_per_token=k, **in_groups)
     size, reach = experts // groups, []
     for chosen in itertools.combinations(range(groups), per_token):
         pool = [g * size + e for g in chosen for e in range(size)]
-        reach += [
-            len({e // (experts // peers) for e in ids}) for ids in itertools.combinations(pool, k)
-        ]
+        chosen = itertools.combinations(pool, k)
+        reach += [len({e // (experts // peers) for e in ids}) for ids in chosen]
     assert rounds.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
 
 
@@ -260,9 +193,7 @@ def test_auto_is_the_smaller_one():
         grouped = small(num_experts=12, **changes)
         free = small(num_experts=12, num_groups=1, groups_per_token=1)
         assert rounds.mean_reach(grouped, 4) == rounds.mean_reach(free, 4)
-    pick, auto = expert_parallel.pick_expert_comm, Layout()
-    assert pick(CFG, auto, 100, 8) == "all_to_all"  # 1.67 devices of 8
-    every = small(num_experts=16, experts_per_token=12, num_groups=1, groups_per_token=1)
-    assert pick(every, auto, 100, 4) == "gather"  # nearly all devices
-    assert pick(CFG, auto, 1, 8) == "gather"  # a single slot is all there is
-    assert pick(every, Layout(expert_comm="all_to_all"), 100, 4) == "all_to_all"
+    pick = expert_parallel.pick_expert_comm
+    assert pick(CFG, Layout(), 100, 8) == "all_to_all"  # 1.67 devices of 8
+    assert pick(CFG, Layout(), 1, 8) == "gather"  # a single slot is all there is
+    assert pick(CFG, ONE, 1, 8) == "all_to_all"

@@ -1,4 +1,4 @@
-"""Routers and balance rules in a layer and a step; a new one, or a new head, is a row or two."""
+"""A new router, rule or head is a row or two; loops and meshes of one's own use the parts."""
 
 import re
 import shlex
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
 from runs import (
     MODEL,
@@ -19,10 +20,12 @@ from runs import (
     fresh_state,
     make_run,
     packed_batch,
+    refused,
     unhooked_cli,
     write_text,
 )
 
+import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import (
     HEAD_KINDS,
@@ -30,12 +33,13 @@ from dsv3_jax.config import (
     HeadKind,
     ModelConfig,
     OptimConfig,
+    check_inputs,
     from_dict,
     to_dict,
 )
-from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model import counting
+from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
 from dsv3_jax.model.parameters import param
 from dsv3_jax.ops import balance, routing
@@ -68,12 +72,10 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
         scores = jax.nn.softmax(x.logits, axis=-1)
         return routing.Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
 
-    monkeypatch.setitem(
-        routing.ROUTERS, "in turn", routing.Router(in_turn, reads_bias=True, reads_tokens=True)
-    )
-    monkeypatch.setitem(
-        balance.RULES, "noted", balance.Rule(lambda bias, load, _, rate: bias + rate * load)
-    )
+    router = routing.Router(in_turn, reads_bias=True, reads_tokens=True)
+    noted = balance.Rule(lambda bias, load, _, rate: bias + rate * load)
+    monkeypatch.setitem(routing.ROUTERS, "in turn", router)
+    monkeypatch.setitem(balance.RULES, "noted", noted)
     run = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25)))
     batch = make_batch()
     before = fresh_state(run)
@@ -82,9 +84,8 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     tokens = np.asarray(batch["tokens"])[SEGMENTS != 0]
     load = np.bincount(np.concatenate([tokens, tokens + 1]) % 8, minlength=8)
     np.testing.assert_array_equal(metrics["load"][0], load)
-    np.testing.assert_allclose(
-        after.bias["sparse"]["moe"]["bias"][...][0], bias[0] + 0.25 * load, rtol=1e-6
-    )
+    moved = after.bias["sparse"]["moe"]["bias"][...][0]
+    np.testing.assert_allclose(moved, bias[0] + 0.25 * load, rtol=1e-6)
 
 
 PROGRAM = """
@@ -105,7 +106,6 @@ def my_hash(x, cfg):
 print("the program runs")
 ds.register_router("my_hash", Router(my_hash, reads_bias=True, reads_tokens=True))
 ds.register_rule("drift", Rule(lambda bias, load, _, rate: bias + rate))
-ds.register_attention("twin", ds.GQA)
 """
 COMMANDS = """
 import shlex, sys
@@ -116,43 +116,23 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        pytest.param(
-            {"router": "my_hash", "balance": Balance(rule="drift")},
-            "router='my_hash'",
-            marks=pytest.mark.long,
-        ),
-        pytest.param({"attention": "twin"}, "attention='twin'", marks=pytest.mark.rare),
-    ],
-)
-def test_a_run_of_registered_names_is_opened_by_all_commands(
-    tmp_path, tmp_path_factory, monkeypatch, changes, named
-):
+@pytest.mark.long
+def test_a_run_of_registered_names_is_opened_by_all_commands(tmp_path, root):
     """Its run.json keeps the program's name; without `--import` it is named, and does not run."""
-    root = tmp_path_factory.getbasetemp()
     (tmp_path / "mine.py").write_text(PROGRAM)
-    monkeypatch.setitem(ATTENTION_KINDS, "twin", False)  # of this process: configurations name it
-    model = replace(PLAIN, **changes)
+    model = replace(PLAIN, router="my_hash", balance=Balance(rule="drift"))
     words = shlex.join(flags(make_run(write_text(tmp_path / "text"), model=model, steps=2)))
     train = f"train tiny {words} --out run"
 
     def said_by(*commands):
-        how = {
-            "cwd": tmp_path,
-            "env": environment(root),
-            "capture_output": True,
-            "text": True,
-            "timeout": 600,
-        }
+        how = {"cwd": tmp_path, "env": environment(root), "capture_output": True, "text": True}
         program = [sys.executable, "-c", SPEND_NO_SECONDS + COMMANDS]
-        found = subprocess.run(program, input="\n".join(commands), **how)
+        found = subprocess.run(program, input="\n".join(commands), timeout=600, **how)
         return re.findall(r"^code (\d+)$", found.stdout, re.M), found.stdout, found.stderr
 
     codes, out, error = said_by(train, f"{train} --import mine.py")
     assert codes == ["2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert f"{named} is not one of " in error
+    assert "router='my_hash' is not one of " in error
     assert "; --import NAME imports a program that registers more" in error
     assert read_made(tmp_path / "run")[0]["imports"] == ["mine.py"]
 
@@ -160,12 +140,12 @@ def test_a_run_of_registered_names_is_opened_by_all_commands(
     opening = *opening, "stats run --batches 1 --draws 9 --worth-tokens 32"
     codes, out, error = said_by(*opening, f"train tiny {words} --start run --out more")
     assert codes == ["2"] * 5 and "the program runs" not in out
-    assert error.count(f"{named} of the run in run is registered by a program") == 5, error
+    assert error.count("router='my_hash' of the run in run is registered by a program") == 5, error
     assert error.count("if you trust that program, add --import mine.py\n") == 5
 
     codes, out, error = said_by(*(f"{command} --import mine.py" for command in opening))
     assert codes == ["0", "0", "2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert f"{named} has no released format" in error
+    assert "router='my_hash' has no released format" in error
 
 
 def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, capsys):
@@ -228,3 +208,53 @@ def test_a_new_kind_of_head_is_a_class_and_two_rows(monkeypatch):
     drafted = generate(model, prompts, 20, draft="mtp", draft_length=3)
     assert drafted.tokens == generate(model, prompts, 20).tokens
     assert len(drafted.acceptance) == 3 and 0 < drafted.acceptance[2] <= drafted.acceptance[0] < 1
+
+
+# names, loops and meshes of one's own
+
+
+def test_names_are_added_once(monkeypatch):
+    monkeypatch.delitem(routing.ROUTERS, "hash")
+    ds.register_router("hash", routing.Router(lambda x, cfg: x))
+    with refused("router='hash' is taken"):
+        ds.register_router("hash", routing.Router(lambda x, cfg: x))
+    with refused("rule='sign' is taken"):
+        ds.register_rule("sign", None)
+
+
+def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
+    cfg = ds.replace(LIGHT, mtp_kind="deepseek", mtp_depth=1, balance=ds.Balance(bias_rate=0.25))
+    model = random_model(cfg, execution=DENSE)
+    before = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
+    out = jax.jit(model)(jnp.arange(16, dtype=jnp.int32).reshape(2, 8))
+    with refused("routings do not belong to"):
+        ds.balance.update(model, out.routing)
+    ds.balance.update(model, out.routing, *out.mtp_routing)
+    moved = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
+    # as the leaves' paths
+    loads = [routing.load for routing in (*out.mtp_routing, out.routing)]
+    for old, new, load in zip(before, moved, loads, strict=True):
+        layers = zip(*map(np.atleast_2d, (old, load)), strict=True)
+        want = [reference.updated_bias(*layer, 0.25) for layer in layers]
+        np.testing.assert_allclose(np.atleast_2d(new), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("names", [("dp", "ep"), ("data", "expert")])
+def test_a_mesh_of_other_axes_is_refused_in_one_sentence(names):
+    moe = ds.MoE(LIGHT, rngs=nnx.Rngs(0))
+    with jax.set_mesh(jax.make_mesh((2, 1), names)), refused("mesh axes=.* are not"):
+        jax.eval_shape(moe, jnp.ones((2, 4, LIGHT.dim)))
+
+
+def test_inputs_of_another_shape_or_kind_are_refused_in_one_sentence():
+    ids = np.ones((2, 4), np.int32)
+    of_tokens, same = "is not an array [B, T] of integers", "shape (2, 4), as tokens is"
+    for inputs, sentence in (
+        ({"tokens": [[1, 2]]}, f"tokens of type list {of_tokens}"),
+        ({"tokens": ids[0]}, f"tokens of shape (4,) {of_tokens}"),
+        ({"tokens": ids.astype(float)}, f"tokens of shape (2, 4) {of_tokens}"),
+        ({"tokens": ids, "segment_ids": ids[:1]}, "segment_ids is not an array of " + same),
+    ):
+        with refused(f"^{re.escape(sentence)}$"):
+            check_inputs(None, **inputs)
+    check_inputs(None, tokens=ids, segment_ids=ids, positions=None)

@@ -1,5 +1,6 @@
 """Weights that do not train keep their start's dtype in memory and on disk, and change no digit."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,11 @@ import pytest
 from flax import nnx
 from models import DENSE, random_model
 from released import GRID, write_folder
-from runs import MODEL, assert_bitwise, make_run, packed_batch
+from runs import MODEL, assert_bitwise, documents, make_run, on_mesh, refused
 
 import dsv3_jax as ds
 from dsv3_jax.chat.text_settings import plain_settings
-from dsv3_jax.config import ConfigError, Layout, Lora, RunConfig
+from dsv3_jax.config import Layout, Lora, RunConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.loading import load
 from dsv3_jax.mesh import sharding
@@ -67,34 +68,38 @@ def narrow(params: nnx.State) -> set[tuple]:
 
 
 def not_routers(params: nnx.State, part: str = "") -> set[tuple]:
-    return {
-        path
-        for path, _ in nnx.to_flat_state(params)
-        if path[-1] != "w_router" and (part in path or not part)
-    }
+    paths = {path for path, _ in nnx.to_flat_state(params) if path[-1] != "w_router"}
+    return {path for path in paths if part in path} if part else paths
+
+
+def assert_same_digits(run, state, wide, batch, mesh=None) -> TrainState:
+    """Steps from both states are the same, bitwise; the one from `state` is returned."""
+    step = make_step(Job(run, mesh))
+    (theirs, of_wide), (ours, of_ours) = step(wide, batch), step(state, batch)
+    assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
+    assert of_ours["finite"] and of_ours["grad_norm"] > 0
+    return ours
+
+
+def dtypes_of(weight, run, state, batch) -> set[str]:
+    """The dtypes in which a step's program has arrays of a weight's shape."""
+    text = make_step(Job(run)).lower(state, batch).as_text()
+    return set(re.findall(f"<{'x'.join(map(str, weight.shape))}x(b?f[0-9]+)>", text))
 
 
 @pytest.mark.long
-# packed weights, below, are frozen beside adapters
-@pytest.mark.parametrize("on", [pytest.param("lora", marks=pytest.mark.rare), "trunk"])
-def test_a_step_gives_the_digits_of_float32_weights(folder, on):
-    """Bitwise, since each use casts to one dtype; with remat frozen stacks are not in float32."""
-    run = run_from(folder, "bfloat16", on)
-    state = begin(run)
+def test_a_step_on_a_frozen_trunk_gives_the_digits_of_float32_weights(folder):
+    """Each use casts to one dtype; with remat frozen stacks are not in float32."""
+    run = run_from(folder, "bfloat16", "trunk")
+    state, batch = begin(run), documents(4, 16, 2, seed=3)
     trained, frozen = split_trainable(run, state.params)
     assert narrow(trained) == set() and narrow(frozen) == not_routers(frozen)
     assert jax.tree.structure(state.opt.mu) == jax.tree.structure(trained)
-    rng = np.random.default_rng(3)
-    batch = packed_batch(rng, np.sort(rng.integers(1, 3, (4, 16)), axis=1))
-    step, before = make_step(Job(run)), jax.tree.map(np.array, frozen)
-    shape = "x".join(map(str, frozen["sparse"]["moe"]["experts"]["w_gate"].shape))
-    text = step.lower(state, batch).as_text()
-    assert f"<{shape}xbf16>" in text and f"<{shape}xf32>" not in text
-    wide, theirs = step(widened(run, state), batch)
-    state, ours = step(state, batch)
-    assert_bitwise((state.opt, ours), (wide.opt, theirs))
-    assert_bitwise(split_trainable(run, state.params)[1], before)
-    assert ours["finite"] and ours["grad_norm"] > 0
+    before = jax.tree.map(np.array, frozen)
+    experts = frozen["sparse"]["moe"]["experts"]
+    assert dtypes_of(experts["w_gate"], run, state, batch) == {"bf16"}
+    ours = assert_same_digits(run, state, widened(run, state), batch)
+    assert_bitwise(split_trainable(run, ours.params)[1], before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
@@ -114,27 +119,21 @@ def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tm
 
 def without_tokenizer(monkeypatch):
     """Let released folders without a tokenizer open."""
-    monkeypatch.setattr(starts, "load_text", lambda folder: plain_settings())
-    monkeypatch.setattr(
-        starts, "released_run", lambda folder, cfg, text: make_run("nowhere", model=cfg)
-    )
+    monkeypatch.setattr(starts, "load_text", lambda _: plain_settings())
+    monkeypatch.setattr(starts, "released_run", lambda _, cfg, text: make_run("nowhere", model=cfg))
 
 
 def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, monkeypatch):
     """They are rounded once; float32 beside them stays."""
     fp8, int4 = Path(folder).with_name("fp8"), str(write_folder(tmp_path / "int4", KIMI))
     ds.hf.convert(folder, fp8, dtype="fp8", quiet=True)
-    own, plain = (
-        nnx.state(load(fp8, dtype, quiet=True), nnx.Param) for dtype in (None, jnp.bfloat16)
-    )
-    assert_bitwise(own, plain)
+    read = [load(fp8, dtype, quiet=True) for dtype in (None, jnp.bfloat16)]
+    assert_bitwise(*(nnx.state(model, nnx.Param) for model in read))
     params = nnx.state(load(int4, None, quiet=True), nnx.Param)
     assert narrow(params) == not_routers(params, "experts")
     without_tokenizer(monkeypatch)
     run = starts.on_weights(make_run("nowhere"), start := starts.open_start(int4))
-    with pytest.raises(
-        ConfigError, match=f"^start='{int4}' has weights of 4 bits, which do not train; "
-    ):
+    with refused(f"^start='{int4}' has weights of 4 bits, which do not train; "):
         starts.check_start(run, start)
     starts.check_start(replace(run, lora=Lora(2)), start)
 
@@ -175,40 +174,26 @@ def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind,
         nbytes = sum(x.nbytes for x in jax.tree.leaves(split_trainable(run, state.params)[1]))
         # float32, and planned in bfloat16
         nbytes -= state.params["sparse"]["moe"]["w_router"].nbytes // 2
-        assert (
-            cost.train_cost(run, sharding.make_mesh(), frozen="fp8").persistent["frozen, in fp8"]
-            == nbytes
-        )
-    batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)
-    step = make_step(Job(run))
-    assert (
-        f"<{'x'.join(map(str, experts['w_gate'].shape))}xbf16>"
-        not in step.lower(state, batch).as_text()
-    )
-    (theirs, of_wide), (ours, of_ours) = step(wide, batch), step(state, batch)
-    assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
-    assert of_ours["finite"] and of_ours["grad_norm"] > 0
+        planned = cost.train_cost(run, sharding.make_mesh(), frozen="fp8").persistent
+        assert planned["frozen, in fp8"] == nbytes
+    batch = documents(4, 16, 1, seed=3, vocab_size=cfg.vocab_size)
+    assert "bf16" not in dtypes_of(experts["w_gate"], run, state, batch)
+    assert_same_digits(run, state, wide, batch)
 
 
 @pytest.mark.rare
-@pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)])
-def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypatch, sizes):
-    cfg, mesh = replace(CFG, dim=256), sharding.make_mesh(*sizes)
+def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypatch):
+    cfg, mesh = replace(CFG, dim=256), sharding.make_mesh(2, 2, 2)
     ds.hf.save(random_model(cfg), tmp_path / "model", fp8=True, quiet=True)
     without_tokenizer(monkeypatch)
     how = replace(HOW["bfloat16"], layout=Layout(fsdp=True))
     run = replace(run_from(str(tmp_path / "model"), "bfloat16"), model=cfg, execution=how)
-    batch = packed_batch(np.random.default_rng(3), np.ones((4, 16), int), cfg.vocab_size)
+    batch = documents(4, 16, 1, seed=3, vocab_size=cfg.vocab_size)
     with jax.set_mesh(mesh):
         state, _ = starts.begin(Job(run, mesh), starts.open_start(run.start))
-        wide = widened(run, state, jnp.bfloat16)
-        wide = jax.device_put(wide, sharding.state_sharding(wide, mesh, fsdp=True))
+        wide = on_mesh(widened(run, state, jnp.bfloat16), mesh, fsdp=True)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        (theirs, of_wide), (ours, of_ours) = (
-            make_step(Job(run, mesh))(x, batch) for x in (wide, state)
-        )
-    assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
-    assert of_ours["finite"] and of_ours["grad_norm"] > 0
+        assert_same_digits(run, state, wide, batch, mesh)
 
 
 def test_a_plan_counts_them_in_their_dtype(folder, monkeypatch):

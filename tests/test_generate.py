@@ -1,4 +1,4 @@
-"""Cached decoding against the teacher-forced forward, and which requests are refused."""
+"""Cached decoding and scores against the teacher-forced forward, and what is refused."""
 
 import sys
 from dataclasses import replace
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, LIGHT, decode_program, forward, random_model, small
-from runs import unhooked
+from models import DENSE, LIGHT, decode_program, random_model, small, teacher_logits
+from runs import on_mesh, unhooked
 
+import dsv3_jax as ds
 from dsv3_jax.config import Execution
 from dsv3_jax.decoding.batch import _pad
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate, generate_in_parts
-from dsv3_jax.kernels import table
+from dsv3_jax.mesh import sharding
 from dsv3_jax.model import decode, transformer
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.transformer import abstract
@@ -38,18 +39,6 @@ def model():
 @pytest.fixture(scope="module")
 def light():
     return random_model(LIGHT, execution=DENSE)
-
-
-def teacher_logits(model, prompts, new):
-    """Logits [len(new), W] of each row where its new tokens were chosen, from one forward pass."""
-    rows = np.zeros((3, 64), np.int32)
-    for row, prompt, more in zip(rows, prompts, new, strict=False):
-        row[: len(prompt) + len(more)] = [*prompt, *more]
-    logits = forward(model, jnp.asarray(rows)).logits
-    return [
-        logits[b, len(p) - 1 : len(p) - 1 + len(n)]
-        for b, (p, n) in enumerate(zip(prompts, new, strict=True))
-    ]
 
 
 def assert_teacher_forced(model, tokens):
@@ -90,30 +79,26 @@ def test_a_baseline_decodes_the_tokens_of_its_forward():
 
 
 @pytest.mark.rare
-@pytest.mark.parametrize("how", ["xla", "LARGE_WEIGHT", "UNROLLED"])
-def test_layers_and_weights_are_read_in_any_way(model, greedy, monkeypatch, how):
-    """By XLA; all weights by C++, for one row too; and a scan over layers, with stacked caches."""
-    if how != "xla":
-        monkeypatch.setattr(table if how == "LARGE_WEIGHT" else decode, how, 0)
-    # a separate graph
-    cfg = replace(CFG, init_std={"xla": 0.3, "LARGE_WEIGHT": 0.1, "UNROLLED": 0.2}[how])
-    execution = Execution(kernels="xla" if how == "xla" else "auto")
-    other = nnx.merge(nnx.graphdef(abstract(cfg, execution)), nnx.state(model))
-    assert how != "xla" or "cpu" not in other.kernels.chosen().values()
-    parts = jax.eval_shape(lambda: decode.make_cache(other, 1, 8, "latent", jnp.float32)).parts
-    assert (decode.prepare_decode(other) is None) == (how == "UNROLLED") == (len(parts) == 1)
-    assert generate(other, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
+def test_layers_are_read_by_xla_and_in_a_loop(model, greedy, monkeypatch):
+    """A loop over layers has stacked caches."""
+    by_xla = nnx.merge(nnx.graphdef(abstract(CFG, Execution(kernels="xla"))), nnx.state(model))
+    assert "cpu" not in by_xla.kernels.chosen().values()
+    assert generate(by_xla, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
+    monkeypatch.setattr(decode, "UNROLLED", 0)
+    looped = nnx.merge(nnx.graphdef(abstract(replace(CFG, init_std=0.2))), nnx.state(model))
+    parts = jax.eval_shape(lambda: decode.make_cache(looped, 1, 8, "latent", jnp.float32)).parts
+    assert decode.prepare_decode(looped) is None and len(parts) == 1
+    assert generate(looped, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
 @pytest.mark.long
 def test_decoding_drops_no_token(light):
     """With half of its even share of slots an expert drops tokens that depend on the batch."""
     graphdef = nnx.graphdef(abstract(replace(LIGHT, capacity_factor=0.5), DENSE))
-    dropping, prompts = nnx.merge(graphdef, nnx.state(light)), PROMPTS[:2]
-    got = generate(dropping, prompts, NEW).tokens
-    kept, dropped = (
-        [x.argmax(-1).tolist() for x in teacher_logits(m, prompts, got)] for m in (light, dropping)
-    )
+    dropping = nnx.merge(graphdef, nnx.state(light))
+    got = generate(dropping, PROMPTS[:2], NEW).tokens
+    both = [teacher_logits(model, PROMPTS, got) for model in (light, dropping)]
+    kept, dropped = ([x.argmax(-1).tolist() for x in logits] for logits in both)
     assert got == kept != dropped  # as a model without capacity
 
 
@@ -121,23 +106,8 @@ def test_parts_give_the_tokens_of_generate(model, greedy):
     for cache, part in ((None, 1), (None, 100), ("none", 3)):
         config = DecodeConfig(NEW, stop_tokens=(UNUSED,), cache=cache)
         *_, last = parts = list(generate_in_parts(model, PROMPTS[1:2], config, part=part))
-        assert [len(got.tokens[0]) for got in parts] == [
-            *range(1, NEW, part),
-            NEW,
-        ]
+        assert [len(got.tokens[0]) for got in parts] == [*range(1, NEW, part), NEW]
         assert last.tokens == greedy[1:2]
-
-
-@pytest.mark.long
-def test_a_cache_that_grows_gives_the_same_tokens(light, monkeypatch):
-    """As on a GPU, which reads empty slots: 32, then all."""
-    config = DecodeConfig(40, draft="lookup", draft_length=2)
-    *_, whole = generate_in_parts(light, PROMPTS[:2], config)
-    monkeypatch.setitem(table.DEVICES, "cpu", replace(table.DEVICES["cpu"], reads_all_slots=True))
-    monkeypatch.setattr("dsv3_jax.decoding.batch.FIRST_SLOTS", 32)
-    first, *_, last = generate_in_parts(light, PROMPTS[:2], config)
-    assert last.tokens == whole.tokens and last.steps == whole.steps
-    assert 2 * first.cache_bytes <= last.cache_bytes == whole.cache_bytes
 
 
 def until(row, stop):
@@ -182,9 +152,12 @@ def test_the_seed_fixes_the_draws(light):
 def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
     read = []
-    monkeypatch.setattr(
-        "dsv3_jax.decoding.batch._pad", lambda new, *shape: read.extend(new) or _pad(new, *shape)
-    )
+
+    def noting(new, *shape):
+        read.extend(new)
+        return _pad(new, *shape)
+
+    monkeypatch.setattr("dsv3_jax.decoding.batch._pad", noting)
     how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
     # equal prompts keep their order: the second has samples 3 to 5
     prompts, order = [*PROMPTS, [5]], [2, 0, 1, 3]
@@ -200,11 +173,9 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
             np.testing.assert_allclose(got, getattr(whole, name)[row], rtol=0, atol=1e-5)
     # as asked above, so it compiles nothing
     asked = dict(samples=3, batch_size=4, stop_tokens=(4, 9), logprobs=True, return_routing=True)
-    config = DecodeConfig(24, Sampling(**DRAWN), **asked)
-    *_, rest = generate_in_parts(light, prompts, config, skip={0, 1, 2, 5, 7})
-    assert rest.tokens == [
-        [] if i in {0, 1, 2, 5, 7} else row for i, row in enumerate(whole.tokens)
-    ]
+    config, skip = DecodeConfig(24, Sampling(**DRAWN), **asked), {0, 1, 2, 5, 7}
+    *_, rest = generate_in_parts(light, prompts, config, skip=skip)
+    assert rest.tokens == [[] if i in skip else row for i, row in enumerate(whole.tokens)]
 
 
 def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
@@ -215,13 +186,44 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     made, leaves, loop = decode_program(model := abstract(cfg))
     cache_bytes = sum(x.size * 4 for x in jax.tree.leaves(loop.cache))
     memory = made.decode.lower(leaves, loop, 16).compile().memory_analysis()
-    one_layers_experts = sum(
-        4 * w.size // w.shape[0] for w in jax.tree.leaves(nnx.state(model.sparse.moe.experts))
-    )
+    experts = jax.tree.leaves(nnx.state(model.sparse.moe.experts))
+    one_layers_experts = sum(4 * w.size // w.shape[0] for w in experts)
     assert memory.temp_size_in_bytes < one_layers_experts
     # it is updated and read in place
     assert memory.temp_size_in_bytes < 1.1 * cache_bytes / cfg.num_layers
     assert memory.alias_size_in_bytes >= cache_bytes
+
+
+# scores of continuations are the teacher-forced pass's, whatever else is in the batch
+
+
+@pytest.mark.long
+def test_pairs_of_any_lengths_are_the_teacher_forced_pass():
+    """Batches by length keep the pairs' order; nothing is dropped: a score is of its pair."""
+    rng, model = np.random.default_rng(0), random_model(LIGHT)
+    tight = random_model(ds.replace(LIGHT, capacity_factor=0.5))
+    pairs = [
+        (rng.integers(37, size=n).tolist(), rng.integers(37, size=m).tolist())
+        for n, m in ((40, 3), (1, 1), (9, 30))
+    ]
+    greedy = ds.generate(model, [pairs[0][0]], 4).tokens[0]
+    pairs.append((pairs[0][0], greedy))
+    scores = ds.loglikelihood(tight, pairs, batch_size=3)
+    contexts, continued = zip(*pairs, strict=True)
+    for i, logits in enumerate(teacher_logits(model, contexts, continued)):
+        logits, more, (score, is_greedy) = np.float64(logits), continued[i], scores[i]
+        logp = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[range(len(more)), more]
+        np.testing.assert_allclose(score, logp.sum(), rtol=1e-5)
+        assert is_greedy == (logits.argmax(-1) == more).all() == (i == 3)
+
+
+@pytest.mark.long
+def test_a_mesh_gives_the_same_scores():
+    model = random_model(replace(LIGHT, capacity_factor=0.5))
+    pairs = [([1, 2, 3], [4, 5]), ([6], [7])]
+    placed = on_mesh(model, sharding.make_mesh(2, 2))
+    want, got = ds.loglikelihood(model, pairs), ds.loglikelihood(placed, pairs)
+    np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], rtol=1e-5)
 
 
 # requests: what is refused, wrong types too; without the import hook, which would refuse them first
@@ -243,61 +245,49 @@ REFUSED = {  # setting: (values, sentence)
     "cache_dtype": (["int4", np.float64], "is not one of float32, bfloat16, int8, float8_e4m3"),
     "stop_tokens": ([None, "ab"], "is not a list of token ids"),
 }
-
-
+NO_ID = "which is no id of a vocabulary of 37"
 REQUESTS = [
     ("Hello", "prompts='Hello' is not a list of prompts"),
     ([1, 2, 3], "prompt 0=1 is not a list of token ids; encode text with a tokenizer first"),
     ([[1], []], "prompt 1 is empty; give at least one token"),
-    ([[True]], "prompt 0 holds token True, which is no id of a vocabulary of 37"),
-    (
-        np.array([[1], [37]]),
-        "prompt 1 holds token np.int64(37), which is no id of a vocabulary of 37",
-    ),
-    (
-        [[1], [2] * 28],
-        "max_new_tokens=101 does not fit: prompt 1 has 28, the most, and max_positions=128",
-    ),
+    ([[True]], f"prompt 0 holds token True, {NO_ID}"),
+    (np.array([[1], [37]]), f"prompt 1 holds token np.int64(37), {NO_ID}"),
+    ([[1], [2] * 28], "max_new_tokens=101 does not fit: prompt 1 has 28, the most, and max_p"),
+]
+TOGETHER = [
+    (dict(draft="mtp", cache="none"), "cache='none' decodes without drafts"),
+    (dict(samples=8), "samples=8 would be equal texts at temperature 0"),
+    (dict(sampling=(0.5, None, None)), "sampling=(0.5, None, None) is not a Sampling"),
 ]
 
 
 def test_requests_are_refused(light):
-    refused = [
-        (partial(plain.generate, light, prompts, 101), sentence) for prompts, sentence in REQUESTS
-    ]
-    refused += [
-        (
-            partial(plain.generate, light, [[1]], **dict(max_new_tokens=3) | {name: value}),
-            f"{name}={value!r} {what}",
-        )
-        for name, (values, what) in REFUSED.items()
-        for value in values
-    ]
-    refused += [
-        (
-            partial(plain.generate, light, [[1]], 3, stop_tokens=[1, 37]),
-            "stop_tokens holds token 37, which is no id",
-        ),
-        (
-            partial(plain.DecodeConfig, 3, draft="mtp", cache="none"),
-            "cache='none' decodes without drafts",
-        ),
-        (
-            partial(plain.DecodeConfig, 3, samples=8),
-            "samples=8 would be equal texts at temperature 0",
-        ),
-        (
-            partial(plain.DecodeConfig, 3, sampling=(0.5, None, None)),
-            "sampling=(0.5, None, None) is not a Sampling",
-        ),
-    ]
-    for request, sentence in refused:
+    asked = partial(plain.generate, light, [[1]])
+    wrong = [(partial(plain.generate, light, prompts, 101), said) for prompts, said in REQUESTS]
+    wrong += [(partial(plain.DecodeConfig, 3, **two), said) for two, said in TOGETHER]
+    wrong += [(partial(asked, 3, stop_tokens=[1, 37]), "stop_tokens holds token 37, which is no")]
+    for name, (values, said) in REFUSED.items():
+        wrong += [
+            (partial(asked, **{"max_new_tokens": 3, name: value}), f"{name}={value!r} {said}")
+            for value in values
+        ]
+    for request, sentence in wrong:
         with pytest.raises(ValueError) as caught:
             request()
         assert str(caught.value).startswith(sentence) and "\n" not in str(caught.value)
     # arrays, and requests up to the last position, are taken
-    config = plain.DecodeConfig(
-        100, Sampling(1.0, top_k=1, top_p=1.0), stop_tokens=np.array([UNUSED])
-    )
+    sampling = Sampling(1.0, top_k=1, top_p=1.0)
+    config = plain.DecodeConfig(100, sampling, stop_tokens=np.array([UNUSED]))
     config.check(CFG, [np.array([1, 2]), (3,), range(4), [1] * 28])
     assert config.stop_tokens == (UNUSED,)
+
+
+def test_bad_pairs_are_refused():
+    for pairs, said in (
+        ([([1], [])], "the continuation of pair 0 is empty"),
+        ([([1], [2]), ([], [2])], "the context of pair 1 is empty"),
+        ([([1], [37])], "the continuation of pair 0 holds token 37, which is no id of a voc"),
+        ([([1] * 128, [2])], "pair 0 has 129 tokens, over max_positions=128"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ds.loglikelihood(abstract(small()), pairs)

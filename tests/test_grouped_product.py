@@ -78,9 +78,8 @@ def test_blocks_cover_each_row_once(rng, size):
         seen = [[] for _ in counts]
         for group, start, left in zip(*(np.asarray(a) for a in blocks), strict=True):
             seen[group] += range(start, start + max(min(left, size), 0))
-        assert seen == [
-            list(range(e - n, e)) for e, n in zip(np.cumsum(counts), counts, strict=True)
-        ]
+        ends = zip(np.cumsum(counts), counts, strict=True)
+        assert seen == [list(range(end - n, end)) for end, n in ends]
 
 
 @pytest.mark.parametrize("backend", XLA)
@@ -124,14 +123,11 @@ def test_megablox_equals_a_loop_over_groups(rng):
 
 
 def test_mosaic_says_where_it_cannot_run(monkeypatch):
-    assert gpu.why_not(Target("cuda", chip="9.0a")) == ""
-    assert gpu.why_not(Target("cuda", chip="10.0")).endswith(
-        "9.0 (H100, H200), and the chip has 10.0"
-    )
+    with_a, h100, newer = (Target("cuda", chip=chip) for chip in ("9.0a", "9.0", "10.0"))
+    assert gpu.why_not(with_a) == ""
+    assert gpu.why_not(newer).endswith("9.0 (H100, H200), and the chip has 10.0")
     monkeypatch.setattr(gpu, "_kernels", lambda: 1 / 0)
-    assert gpu.why_not(Target("cuda", chip="9.0")).startswith(
-        "this JAX does not have its grouped products (ZeroDiv"
-    )
+    assert gpu.why_not(h100).startswith("this JAX does not have its grouped products (ZeroDiv")
 
 
 def test_tiles_fit_in_vmem():
@@ -139,10 +135,8 @@ def test_tiles_fit_in_vmem():
     for k, n in ((7168, 4096), (1408, 2048), (128, 256), (16384, 7168)):
         rows, contracted, columns = tpu.tiles(k, n)
         assert k % contracted == 0 and n % columns == 0
-        assert (
-            4 * (rows * contracted + contracted * columns + rows * columns) + 4 * rows * columns
-            <= tpu.VMEM
-        )
+        tiles = rows * contracted + contracted * columns + rows * columns
+        assert 4 * tiles + 4 * rows * columns <= tpu.VMEM
 
 
 def test_rows_are_padded_to_what_a_backend_wants(rng):

@@ -84,7 +84,4 @@ def test_why_there_are_no_kernels(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.glob("*/*")] == ["build.lock"]  # nothing half-written
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (
-        why_not()
-        == "there is no C++ compiler (c++, g++, clang++): install one, as by apt install g++"
-    )
+    assert why_not().startswith("there is no C++ compiler (c++, g++, clang++): install one, as by ")

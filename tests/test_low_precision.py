@@ -1,5 +1,6 @@
 """Products in 8 bits: bit by bit those of a slow NumPy oracle; nothing else of a model changes."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,12 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, LIGHT, SMALL, random_model, tokens_of
-from runs import MODEL, fresh_state, make_run, packed_batch
+from jax.flatten_util import ravel_pytree
+from models import DENSE, LIGHT, SMALL, random_model
+from runs import MODEL, documents, fresh_state, make_run
 
 from dsv3_jax.config import Execution, OptimConfig
-from dsv3_jax.decoding.decode_config import DecodeConfig
-from dsv3_jax.decoding.generate import generate_in_parts
+from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels import low_precision as lp
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, MXFP8
@@ -72,34 +73,28 @@ def hostile(rng, shape, dtype=np.float32):
     return x.astype(dtype)
 
 
-@pytest.mark.parametrize(
-    "power_of_two, dtype", [(False, np.float32), (True, np.float32), (True, ml_dtypes.bfloat16)]
-)
+@pytest.mark.parametrize("power_of_two, dtype", [(False, "f4"), (True, "f4"), (True, "bfloat16")])
 def test_numbers_and_scales_are_the_oracles_bit_by_bit(rng, power_of_two, dtype):
     """bfloat16 holds the numbers whose scales are powers of two."""
     x, tiles = hostile(rng, (150, 161), dtype), ((1, 128), (128, 128), (32, 1))
 
     @jax.jit
     def run(x):
-        made = [
-            [f(x, tile, power_of_two=power_of_two) for f in (lp.tile_scales, lp.round_to_tiles)]
-            for tile in tiles
-        ]
-        return made, lp.round_to_tiles(x.at[3, 3].set(jnp.nan), (1, 32), power_of_two=power_of_two)
+        scales_of = partial(lp.tile_scales, power_of_two=power_of_two)
+        rounded_of = partial(lp.round_to_tiles, power_of_two=power_of_two)
+        made = [(scales_of(x, tile), rounded_of(x, tile)) for tile in tiles]
+        return made, rounded_of(x.at[3, 3].set(jnp.nan), (1, 32))
 
     made, with_nan = run(x)
     for tile, (scales, values) in zip(tiles, made, strict=True):
         assert scales.dtype == np.float32
         for got, want in zip((values, scales), rounded(x, tile, power_of_two), strict=True):
             np.testing.assert_array_equal(got, want)
-        values = np.asarray(values)
-        assert (
-            np.array_equal(values.astype(jnp.bfloat16).astype(np.float32), values) == power_of_two
-        )
+        in_bfloat16 = np.asarray(values).astype(jnp.bfloat16).astype(np.float32)
+        assert np.array_equal(in_bfloat16, values) == power_of_two
     # The training step skips a batch by what is not finite.
     assert np.isnan(with_nan[3, 3])
-    assert np.isfinite(with_nan[4:]).all()
-    assert np.isfinite(with_nan[3, 32:]).all()
+    assert np.isfinite(with_nan[4:]).all() and np.isfinite(with_nan[3, 32:]).all()
 
 
 # One product
@@ -114,9 +109,8 @@ def forward_and_back(recipe, x, w, dy):
 def close(got, want, dtype=np.float32):
     """Equal up to float32 rounding of sums of some hundred terms, and of the result to `dtype`."""
     limit = 2e-6 if dtype == np.float32 else 2.0**-8
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), want, rtol=limit, atol=limit * np.abs(want).max()
-    )
+    atol = limit * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=limit, atol=atol)
 
 
 @RECIPES
@@ -144,19 +138,13 @@ def test_a_product_and_its_gradients(rng, recipe):
 def test_grouped_products_are_products_one_by_one(rng, recipe):
     """Wgrad's tiles restart with each group; two have more rows than a tile, one has none."""
     counts = np.array([140, 20, 0, 140], np.int32)
-    x, w, dy = (
-        rng.standard_normal(shape).astype(np.float32)
-        for shape in ((300, 40), (4, 40, 36), (300, 36))
-    )
-    backend = lp.grouped(recipe)
+    shapes, backend = ((300, 40), (4, 40, 36), (300, 36)), lp.grouped(recipe)
+    x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
     @jax.jit
     def run(x, w, dy, counts):
-        return (
-            backend.forward(x, w, counts),
-            backend.dx(dy, w, counts),
-            backend.dw(x, dy, counts, jnp.float32),
-        )
+        dw = backend.dw(x, dy, counts, jnp.float32)
+        return backend.forward(x, w, counts), backend.dx(dy, w, counts), dw
 
     y, dx, dw = map(np.asarray, run(x, w, dy, counts))
     for g, end in enumerate(np.cumsum(counts)):
@@ -174,32 +162,19 @@ IN_FP8 = Execution(precision="fp8")
 IN_8_BITS = {"product", "swiglu", "expand", "grouped_swiglu", "capacity_swiglu"}
 
 
-def batch_of(cfg, batch=2, length=9):
-    tokens = tokens_of(cfg, batch, length)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    return {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
-
-
-def rounded_shapes(jaxpr, found=None) -> set[tuple[int, ...]]:
+def rounded_shapes(jaxpr) -> set[tuple[int, ...]]:
     """Shapes of all arrays that a program rounds to e4m3's three bits, in loops and branches."""
-    found = set() if found is None else found
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "reduce_precision" and eqn.params["mantissa_bits"] == 3:
-            found.add(eqn.outvars[0].aval.shape)
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                rounded_shapes(getattr(inner, "jaxpr", inner), found)
-    return found
+    rounding = re.findall(r"\w\[([\d,]*)\] = reduce_precision\[[^\]]*mantissa_bits=3\b", str(jaxpr))
+    return {tuple(map(int, shape.split(","))) for shape in rounding}
 
 
 def trace(cfg, execution):
     """The program of a loss and its gradient; nothing is compiled."""
     graphdef, params, rest = nnx.split(random_model(cfg, execution=execution), nnx.Param, ...)
+    batch = documents(2, 9, 1, vocab_size=cfg.vocab_size)
 
     def loss(params):
-        return compute_loss(nnx.merge(graphdef, params, rest), batch_of(cfg), 0.3).total
+        return compute_loss(nnx.merge(graphdef, params, rest), batch, 0.3).total
 
     return jax.make_jaxpr(jax.grad(loss))(params).jaxpr
 
@@ -229,11 +204,8 @@ NAMES = ("fp8", "fp8_ue8m0", "mxfp8")
 def test_the_door_gives_8_bits_to_linear_layers_only(name):
     plain, low = (Kernels(Target("cpu", precision=precision), ()) for precision in ("none", name))
     names, others = plain.chosen(), low.chosen()
-    assert (
-        {op for op in TABLE if others[op] == name}
-        == IN_8_BITS
-        == {op for op in TABLE if names[op] != others[op]}
-    )
+    assert {op for op in TABLE if others[op] == name} == IN_8_BITS
+    assert {op for op in TABLE if names[op] != others[op]} == IN_8_BITS
     assert low.in_compute_dtype == plain and not set(NAMES) & set(names.values())
     for platform in ("cuda", "tpu"):  # by XLA too, whose products read bfloat16 if it is exact
         target = Target(platform, precision=name)
@@ -249,27 +221,19 @@ def test_the_head_is_exact_and_decoding_does_without():
     plain = random_model(LIGHT)
     h = np.random.default_rng(1).standard_normal((4, 16)).astype(np.float32)
     np.testing.assert_array_equal(*(jax.jit(model.logits)(h) for model in (low, plain)))
-    config = DecodeConfig(max_new_tokens=8)
-    results = [
-        list(generate_in_parts(model, [[1, 2, 3]], config, part=None))[-1] for model in (low, plain)
-    ]
-    assert results[0].tokens == results[1].tokens
+    tokens = [generate(model, [[1, 2, 3]], 8).tokens for model in (low, plain)]
+    assert tokens[0] == tokens[1]
     assert low.kernels.target.precision == "fp8"  # the model itself is as it was
 
 
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
-RUN = make_run(
-    "nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1), execution=Execution()
-)
-RUN = replace(RUN, model=replace(MODEL, dim=40, num_layers=1, expert_dim=36, mtp_depth=0))
+OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1)
+LAYER = replace(MODEL, dim=40, num_layers=1, expert_dim=36, mtp_depth=0)
 
 
 def after_a_step(execution):
-    run = replace(RUN, execution=execution)
-    batch = packed_batch(
-        rng := np.random.default_rng(0), np.sort(rng.integers(1, 4, (4, 24)), axis=1)
-    )
-    return jax.device_get(make_step(Job(run))(fresh_state(run), batch))
+    run = make_run("nowhere", model=LAYER, optim=OPTIM, execution=execution)
+    return jax.device_get(make_step(Job(run))(fresh_state(run), documents(4, 24)))
 
 
 @pytest.mark.long
@@ -281,8 +245,6 @@ def test_a_training_step_in_8_bits_is_near_that_in_float32():
     np.testing.assert_allclose(found["grad_norm"], exact["grad_norm"], rtol=0.1)
     leaves = jax.tree.leaves((state.params, state.opt.mu, state.opt.nu))
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)  # master weights and moments
-    got, mean = (
-        np.concatenate([np.ravel(a) for a in jax.tree.leaves(x.opt.mu)]) for x in (state, want)
-    )
+    got, mean = (ravel_pytree(x.opt.mu)[0] for x in (state, want))
     # their error is below a third
     assert 0.95 < got @ mean / np.sqrt(got @ got * (mean @ mean)) < 0.99999

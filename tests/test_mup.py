@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, small
-from runs import packed_batch
+from runs import documents
 
 from dsv3_jax.config import DataConfig, OptimConfig, RunConfig
 from dsv3_jax.model.moe import RouterBias
@@ -35,8 +35,7 @@ def split(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(abstract(run.model, run.execution), nnx.Param, RouterBias)
 
 
-def batch_of(rng):
-    return packed_batch(rng, np.ones((4, 16), np.int32), vocab_size=37)
+BATCH = documents(4, 16, 1, vocab_size=37)
 
 
 def test_factors_follow_from_which_axes_grow():
@@ -57,13 +56,10 @@ def test_factors_follow_from_which_axes_grow():
     assert found["w_router"] == found["head"] != found["w_down"] == found["w_uk"]
 
 
-def test_at_the_base_width_nothing_changes(rng):
+def test_at_the_base_width_nothing_changes():
     """Initial states and steps are the same programs as without muP; at another width others."""
-    batch = batch_of(rng)
-    texts = [
-        make_step(Job(run)).lower(abstract_state(Job(run)), batch).as_text()
-        for run in (run_of(1, None), run_of(1, 16), run_of(1, 8))
-    ]
+    jobs = [Job(run_of(1, base_width)) for base_width in (None, 16, 8)]
+    texts = [make_step(job).lower(abstract_state(job), BATCH).as_text() for job in jobs]
     assert texts[0] == texts[1] != texts[2]
     params = split(run_of(1, 16))[1]
     assert mup.scale_initial(params, mup.growth(run_of(1, 16))) is params
@@ -85,8 +81,9 @@ def test_a_step_is_that_of_a_divided_rate(rng):
     np.testing.assert_allclose(shrunk, -1e-2 * 0.5 * np.asarray(v[...]), rtol=1e-3)
 
 
-def changes_of_logits(m: int, tokens: jax.Array, base_widths: tuple, rng) -> list[float]:
+def changes_of_logits(m: int, base_widths: tuple, rng) -> list[float]:
     """The root mean square by which the first step moves logits, for each base_width."""
+    tokens = BATCH["tokens"]
     graph, shapes, biases = split(run_of(m, None))
     biases = jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), biases)
     drawn = jax.tree.map(lambda p: jnp.asarray(0.1 * rng.standard_normal(p.shape), p.dtype), shapes)
@@ -110,10 +107,8 @@ def changes_of_logits(m: int, tokens: jax.Array, base_widths: tuple, rng) -> lis
         growth = mup.growth(run_of(m, base_width))
         params = mup.scale_initial(drawn, growth)
         grads, before = read(params)
-        moved = jax.tree.map(
-            lambda p, g, growth=growth: step(p, g, growth),
-            params, grads, is_leaf=lambda v: isinstance(v, nnx.Variable),
-        )  # fmt: skip
+        pairs = zip(nnx.to_flat_state(params), nnx.to_flat_state(grads), strict=True)
+        moved = nnx.from_flat_state([(path, step(p, g, growth)) for (path, p), (_, g) in pairs])
         found.append(float(jnp.sqrt(jnp.mean((read(moved)[1] - before) ** 2))))
     return found
 
@@ -124,8 +119,7 @@ def test_logits_move_alike_at_every_width(rng):
 
     With one rate for all it grows with the width.
     """
-    tokens = batch_of(rng)["tokens"]
-    moved = np.array([changes_of_logits(m, tokens, (None, 16), rng) for m in (1, 4, 16)])
+    moved = np.array([changes_of_logits(m, (None, 16), rng) for m in (1, 4, 16)])
     standard, mup_s = (moved / moved[0]).T
     # Measured 1, 3.9 and 32; with muP 1, 0.7 and 0.6.
     assert standard[1] > 3 and standard[2] > 16

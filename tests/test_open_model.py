@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from models import arrays_of, random_model, small
-from runs import assert_bitwise
+from runs import assert_bitwise, refused
 
 from dsv3_jax import hf
 from dsv3_jax.data.tokenizer import byte_tokenizer_json, train_bpe
@@ -35,23 +35,20 @@ def test_it_opens_as_a_run_does(folder, model):
     assert opened.kernels.target.kernels == "xla" and opened.execution.compute_dtype == "float32"
     draft = open_draft(folder, load_text(folder).tokenizer)
     assert draft.cfg == replace(opened.cfg, mtp_depth=0)
-    with pytest.raises(ValueError, match="step=3 is for runs, and folder=.* is a released one"):
+    with refused("step=3 is for runs, and folder=.* is a released one"):
         open_model(folder, step=3)
 
 
 def test_a_draft_must_have_the_same_tokenizer(folder, tmp_path):
     train_bpe(["the same words, the same words " * 9], 280, str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="^draft='.*model' has another tokenizer"):
+    with refused("^draft='.*model' has another tokenizer"):
         open_draft(folder, load_text(tmp_path).tokenizer)
 
 
 def test_text_needs_a_tokenizer_and_weights_do_not(folder, model, tmp_path):
     shutil.copytree(folder, tmp_path / "model", ignore=lambda *_: ["tokenizer.json"])
     for read in (open_model, load_text):
-        with pytest.raises(
-            ValueError,
-            match="has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$",
-        ):
+        with refused("has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$"):
             read(tmp_path / "model")
     assert_bitwise(arrays_of(load_model(tmp_path / "model")), arrays_of(model))

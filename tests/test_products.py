@@ -1,24 +1,22 @@
 """Products of few rows with a weight, by C++, and their gradients equal the ops' in float64."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import needs_cpp
 
-from dsv3_jax.kernels.cpu import calls, library, products
+from dsv3_jax.kernels.cpu import calls, products
 from dsv3_jax.ops import products as ops
+
+pytestmark = needs_cpp
 
 ROWS = (1, 3, 8, 17)
 # Widths around multiples of 16 and 256 test full and partial registers and strips.
 SHAPES = ((5, 1), (7, 19), (33, 256), (300, 523))
-
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    if why := library.why_not():
-        pytest.skip(why)
 
 
 def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -28,9 +26,8 @@ def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 def close(ours, theirs) -> None:
     """Assert equality up to float32 rounding of sums of up to 700 products."""
-    np.testing.assert_allclose(
-        np.asarray(ours), theirs, rtol=1e-5, atol=2e-5 * np.abs(theirs).max()
-    )
+    atol = 2e-5 * np.abs(theirs).max()
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,29 +44,29 @@ def test_a_product_of_few_rows_whatever_the_other_rows_are(shape):
 def test_swiglu_is_finite_for_large_gates():
     """silu of ±10⁴, for which e^−x overflows float32."""
     x, one = jnp.asarray([[1e4], [-1e4]], jnp.float32), jnp.ones((1, 1), jnp.float32)
-    np.testing.assert_allclose(
-        np.asarray(calls.small_batch_swiglu(x, one, one, one)), [[1e8], [0.0]], atol=1e-20
-    )
+    y = calls.small_batch_swiglu(x, one, one, one)
+    np.testing.assert_allclose(np.asarray(y), [[1e8], [0.0]], atol=1e-20)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_head_does_not_depend_on_other_rows(transposed):
     x, w = map(jnp.asarray, draw((17, 1, 3, 5), (3, 19, 5) if transposed else (3, 5, 19)))
-    together, alone = (
-        products.product_by_head(rows, w, transposed=transposed) for rows in (x, x[-1:])
-    )
+    run = partial(products.product_by_head, transposed=transposed)
+    together, alone = run(x, w), run(x[-1:], w)
     np.testing.assert_array_equal(np.asarray(together[-1]), np.asarray(alone[0]))
 
 
 def test_concurrent_calls_share_the_helper_threads():
     """Every call returns its own product, whichever call the helpers work on."""
     x, w = map(jnp.asarray, draw((6, 300), (300, 2048)))
-    run = jax.jit(calls.small_batch_matmul)
-    alone = [np.asarray(run(x[i : i + 1], w)) for i in range(6)]
+    jitted = jax.jit(calls.small_batch_matmul)
+
+    def run(i):
+        return np.asarray(jitted(x[i % 6 : i % 6 + 1], w))
+
+    alone = [run(i) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        for i, found in enumerate(
-            pool.map(lambda i: np.asarray(run(x[i % 6 : i % 6 + 1], w)), range(600))
-        ):
+        for i, found in enumerate(pool.map(run, range(600))):
             np.testing.assert_array_equal(found, alone[i % 6])
 
 

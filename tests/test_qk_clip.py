@@ -6,16 +6,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
-from models import parameters, random_model, small
-from runs import fresh_state, make_run, packed_batch
+from models import needs_cpp, parameters, random_model, small
+from runs import documents, fresh_state, make_run
 
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.kernels import choose, table
-from dsv3_jax.kernels.cpu import library
 from dsv3_jax.model.context import from_zero, how_of, make_context
 from dsv3_jax.ops import attention
 from dsv3_jax.training import qk_clip
@@ -24,20 +24,15 @@ from dsv3_jax.training.step import make_step
 
 B, T = 4, 12
 # Almost no step of the optimizer, so that what moves is the clip
-OPTIM = OptimConfig(
-    learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0, qk_clip=1e9
-)
+SMALL_STEP = dict(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+OPTIM = OptimConfig(**SMALL_STEP, qk_clip=1e9)
 # a stack of two, and a head
 CFG = small(num_layers=2, num_dense_layers=2, mtp_depth=1, vocab_size=260, init_std=0.5)
 RUN = make_run("nowhere", model=CFG, optim=OPTIM)
 
 
-def batch_of(rows: int = B) -> dict[str, jax.Array]:
-    """Rows of documents; the first two end in padding."""
-    rng = np.random.default_rng(3)
-    segment_ids = np.sort(rng.integers(1, 3, (rows, T)), axis=1)
-    segment_ids[:2, -4:] = 0
-    return packed_batch(rng, segment_ids)
+# Rows of documents; the first two end in padding.
+BATCH = documents(B, T, 2, padding=[(0, 4), (1, 4)], seed=3)
 
 
 def reference_maxima(cfg, params: dict, batch, monkeypatch) -> list[np.ndarray]:
@@ -65,30 +60,24 @@ def reference_maxima(cfg, params: dict, batch, monkeypatch) -> list[np.ndarray]:
 # the largest logits
 
 
-@pytest.mark.parametrize("name", ["cpu", "xla", "mute"])
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=needs_cpp), "xla", "mute"])
 def test_row_maxima_are_those_of_the_scores(rng, monkeypatch, name):
     """By what the softmax keeps; a kernel that keeps them to itself gets a separate product."""
-    if name == "cpu" and (why := library.why_not()):
-        pytest.skip(why)
-    q, k, v = (
-        rng.standard_normal((2, 150, h, n)).astype(np.float32) for h, n in ((4, 6), (2, 6), (2, 3))
-    )
+    shapes = [(2, 150, *of) for of in ((4, 6), (2, 6), (2, 3))]
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     ids = np.sort(rng.integers(1, 4, (2, 150)), axis=1).astype(np.int32)
     scores = np.einsum("bthx,bshx->bths", np.float64(q), np.repeat(np.float64(k), 2, axis=2)) * 0.7
-    seen = (ids[:, :, None] == ids[:, None, :]) & np.tri(150, dtype=bool)
+    seen = oracles.causal_mask(ids)
     want = np.where(seen[:, :, None], scores, -np.inf).max(-1)
     monkeypatch.setitem(table.TABLE, "causal_attention", table.TABLE["causal_attention"])
-    table.add(
-        "causal_attention",
-        table.Implementation("mute", table.kept_maxima(attention.causal_attention)),
-    )
+    mute = table.Implementation("mute", table.kept_maxima(attention.causal_attention))
+    table.add("causal_attention", mute)
     kernels = choose.Kernels(choose.Target("cpu", f"causal_attention={name}"))
 
     @jax.jit
     def run(q, k, v):
-        attend = partial(
-            kernels, "causal_attention", q, k, v, scale=0.7, segment_ids=jnp.asarray(ids)
-        )
+        how = dict(scale=0.7, segment_ids=jnp.asarray(ids))
+        attend = partial(kernels, "causal_attention", q, k, v, **how)
         return attend(), attend(maxima=True)
 
     plain, (out, got) = run(q, k, v)
@@ -102,19 +91,15 @@ def test_row_maxima_are_those_of_the_scores(rng, monkeypatch, name):
 @pytest.mark.long
 def test_a_step_scales_each_head_of_each_layer_by_its_own_logit(monkeypatch):
     """By the reference's float64 logits, in a stack and in a head's block; half are above."""
-    largest = reference_maxima(CFG, parameters(random_model(CFG)), batch_of(), monkeypatch)
+    largest = reference_maxima(CFG, parameters(random_model(CFG)), BATCH, monkeypatch)
     assert len(largest) == CFG.num_layers + CFG.mtp_depth
     ordered = np.sort(np.ravel(largest))
     threshold = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # between two heads
     run = replace(RUN, optim=replace(OPTIM, qk_clip=threshold))
-    maxima = {
-        "dense": jnp.asarray(np.float32(largest[:2])),
-        "mtp.0.block": jnp.asarray(np.float32(largest[2])),
-    }
-    want = qk_clip.clip(
-        fresh_state(run).params, maxima, threshold, CFG.nope_head_dim, jnp.asarray(True)
-    )
-    new, metrics = make_step(Job(run))(fresh_state(run), batch_of())
+    maxima = {"dense": np.float32(largest[:2]), "mtp.0.block": np.float32(largest[2])}
+    maxima, params = jax.tree.map(jnp.asarray, maxima), fresh_state(run).params
+    want = qk_clip.clip(params, maxima, threshold, CFG.nope_head_dim, jnp.asarray(True))
+    new, metrics = make_step(Job(run))(fresh_state(run), BATCH)
     # of the forward pass, before the clip
     np.testing.assert_allclose(metrics["max_logit"], np.max(largest), rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), new.params, want)

@@ -35,9 +35,8 @@ def by_the_page(logits, bias, cfg):
     """(expert_ids, gates, scores) of the reference for rows of logits, in float64."""
     experts, counted = cfg.num_experts, np.ones((1, len(logits)), int)
     params = {"w_router": np.eye(experts), "bias": np.float64(bias)}
-    found = reference.route(
-        reference.Context(cfg, counted, counted), params, np.float64(logits)[None]
-    )
+    ctx = reference.Context(cfg, counted, counted)
+    found = reference.route(ctx, params, np.float64(logits)[None])
     return found.expert_ids[0], found.gates[0], found.scores[0]
 
 

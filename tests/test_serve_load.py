@@ -4,13 +4,13 @@ import asyncio
 import gc
 import json
 import random
-import time
 import tracemalloc
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
-from models import random_model, small
-from serving import served
+from models import LIGHT, random_model
+from serving import served, wait_for
 
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.ops.sampling import Sampling
@@ -22,6 +22,11 @@ REQUESTS_CODE = [
     for pattern in ("*/dsv3_jax/*", "*/uvicorn/*", "*/starlette/*", "*/asyncio/*", "*/json/*")
 ]
 LAWS = [Sampling(), Sampling(0.8), Sampling(1.0, top_k=9), Sampling(1.2, None, 0.7)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(replace(LIGHT, vocab_size=260), seed=4)
 
 
 @contextmanager
@@ -55,77 +60,63 @@ async def ask(port, body, parts=None):
     return status, ids, done
 
 
-def bodies(count, draw):
-    for i in range(count):
-        law = LAWS[i % 4]
+def pool_of(model):
+    """(Body, text) of 12 requests; the texts are by `generate`, of each distribution together."""
+    draw = random.Random(0)
+    for seed, law in enumerate(LAWS):
         settings = {k: v for k, v in law._asdict().items() if v is not None}
-        prompt = [draw.randrange(256) for _ in range(draw.randrange(1, 20))]
-        yield {"prompt": prompt, "max_tokens": 1 + i % 13, "seed": i, **settings}
+        prompts = [[draw.randrange(256) for _ in range(draw.randrange(1, 20))] for _ in range(3)]
+        texts = generate(model, prompts, 13, seed=seed, **settings).tokens
+        for prompt, text, most in zip(prompts, texts, (1, 6, 13), strict=True):
+            body = {"prompt": prompt, "max_tokens": most, "seed": seed, **settings}
+            yield body, text[:most]
+
+
+def kept_bytes():
+    """What requests' own code holds. A table of JAX's programs that grows is left out."""
+    gc.collect()
+    traces = tracemalloc.take_snapshot().filter_traces(REQUESTS_CODE).traces
+    return sum(trace.size for trace in traces)
 
 
 @pytest.mark.long
-def test_two_hundred_requests_with_clients_that_vanish():
-    model = random_model(small(vocab_size=260), seed=4)
-    pool = list(bodies(24, random.Random(0)))
-    wants = [
-        generate(
-            model,
-            [body["prompt"]],
-            body["max_tokens"],
-            seed=body["seed"],
-            **{k: body[k] for k in ("temperature", "top_k", "top_p") if k in body},
-        ).tokens[0]
-        for body in pool
-    ]
+def test_two_hundred_requests_with_clients_that_vanish(model):
+    pool = list(pool_of(model))
 
     async def storm(port, draw):
         """200 requests; a third of the clients leave after a few events, some before any."""
         leaves = [draw.randrange(4) if draw.random() < 0.33 else None for _ in range(200)]
-        return await asyncio.gather(
-            *(ask(port, pool[i % 24], parts) for i, parts in enumerate(leaves))
-        ), leaves
-
-    def kept_bytes():
-        """What requests' own code holds. A table of JAX's programs that grows is left out."""
-        gc.collect()
-        return sum(
-            trace.size for trace in tracemalloc.take_snapshot().filter_traces(REQUESTS_CODE).traces
-        )
-
-    def is_empty(engine, service):
-        samplers = engine.samplers.values()
-        return not (engine.asked or engine.listeners or service._running) and all(
-            sampler.is_idle for sampler in samplers
-        )
+        asked = [ask(port, pool[i % 12][0], parts) for i, parts in enumerate(leaves)]
+        return await asyncio.gather(*asked), leaves
 
     with serving_model(model, rows=8, queue=256) as (port, engine, service):
+
+        def is_empty():
+            samplers = engine.samplers.values()
+            asked = engine.asked or engine.listeners or service._running
+            return not asked and all(sampler.is_idle for sampler in samplers)
+
         kept = []
         for round_ in range(3):  # the first ones compile
             answers, leaves = asyncio.run(storm(port, random.Random(round_)))
             for i, ((status, ids, done), parts) in enumerate(zip(answers, leaves, strict=True)):
-                want = wants[i % 24]
+                want = pool[i % 12][1]
                 if parts is None:
                     assert (status, ids, done) == (200, want, True)
                 else:
                     assert status == 200 and ids == want[: len(ids)]
 
-            # Rows of those who left are free, and nothing of a request is kept.
-            for _ in range(600):
-                if is_empty(engine, service):
-                    break
-                time.sleep(0.05)
-            assert is_empty(engine, service)
+            wait_for(is_empty)  # rows of those who left are free, and nothing of a request is kept
             if not tracemalloc.is_tracing():
                 tracemalloc.start()
             kept.append(kept_bytes())
         assert kept[2] - kept[1] < 200_000
 
         # One more is answered as before.
-        assert asyncio.run(ask(port, pool[1]))[1] == wants[1]
+        assert asyncio.run(ask(port, pool[1][0]))[1] == pool[1][1]
 
 
-def test_a_full_queue_is_said_and_the_next_request_is_answered():
-    model = random_model(small(vocab_size=260, num_layers=1, num_dense_layers=0), seed=4)
+def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
     body = {"prompt": [1, 2, 3], "max_tokens": 40, "temperature": 0}
 
     async def three(port):

@@ -1,4 +1,4 @@
-"""One step: microbatches equal the batch, the bias follows the load, non-finite are skipped."""
+"""One step: any parts give one gradient, the bias follows the load, non-finite are skipped."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import INDEXED
-from runs import MODEL, STEPS, assert_bitwise, fresh_state, make_run, packed_batch
+from runs import MODEL, STEPS, assert_bitwise, assert_near, documents, fresh_state, make_run
 
 from dsv3_jax.config import Balance, DataConfig, Grpo, OptimConfig
 from dsv3_jax.kernels import choose
@@ -21,104 +21,36 @@ from dsv3_jax.training.step import first_bad_tensor, make_step
 
 B, T = 4, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
-RUN = make_run(
-    "nowhere", optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5)
-)
-
-
-@pytest.fixture(scope="module")
-def step():
-    return make_step(Job(RUN))
-
-
-def make_batch(seed: int = 0) -> dict[str, jax.Array]:
-    """Rows of one to four documents; rows 1 and 3 end in 3 and 12 places of padding.
-
-    No two parts weigh alike.
-    """
-    rng = np.random.default_rng(seed)
-    segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
-    segment_ids[1, -3:] = segment_ids[3, -12:] = 0
-    return packed_batch(rng, segment_ids)
+OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1, bias_freeze=0.5)
+RUN = make_run("nowhere", optim=OPTIM)
+# Rows of one to four documents; no two of four parts weigh alike.
+BATCH = documents(B, T, 4, padding=[(1, 3), (3, 12)])
+LAYER = replace(MODEL, num_layers=1, mtp_depth=0, balance=Balance(sequence_alpha=0.0))
+DENSE_LAYER = replace(LAYER, num_dense_layers=1)
+CHATS = DataConfig(seq_len=T, batch_size=B, format="chat")
+INDEXERS = replace(DENSE_LAYER, **INDEXED)
+HEAD = replace(DENSE_LAYER, mtp_depth=1, mtp_kind="eagle")
+LARGE_LOSSES = Balance(z_alpha=1.0, sequence_alpha=100.0)
+LIGHT = replace(RUN, model=DENSE_LAYER)  # compiles fastest
+TERMS = {  # each run's gradient is mostly that of the named terms of the loss
+    "z-loss and sequence-wise loss": {"model": replace(LAYER, mtp_depth=1, balance=LARGE_LOSSES)},
+    "indexers": {"model": INDEXERS, "start": "nowhere", "indexer_stage": "warm"},
+    "heads": {"model": HEAD, "trunk": "nowhere", "head_loss": "kl"},
+    "answers": {"model": DENSE_LAYER, "data": CHATS, "grpo": Grpo(group=2, kl=0.5)},
+}
 
 
 def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-# compiles fastest
-LIGHT = replace(RUN, model=replace(MODEL, num_layers=1, num_dense_layers=1, mtp_depth=0))
-
-
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("run", "parts"), [(LIGHT, 2), pytest.param(RUN, 4, marks=pytest.mark.rare)], ids=["2", "4"]
-)
-def test_microbatches_are_the_whole_batch(run, parts):
-    """Loss, gradient, load and new parameters, though parts have different numbers of targets."""
-    cut = replace(run, optim=replace(run.optim, microbatches=parts))
-    (whole, want), (pieces, got) = (
-        make_step(Job(r))(fresh_state(r), make_batch()) for r in (run, cut)
-    )
-    assert got.keys() == want.keys() and float(want["grad_norm"]) > 0.1
-    np.testing.assert_array_equal(got["load"], want["load"])
-    for name in ("loss", "mtp_loss", "balance_loss", "accuracy", "grad_norm"):
-        # float32 sums in another order
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
-    assert_bitwise(pieces.bias, whole.bias)
-    # 1e-5 of each tensor's largest entry: gradients are sums of up to 60 tokens' terms in float32
-    for before, after in zip(
-        jax.tree.leaves(whole.opt.mu), jax.tree.leaves(pieces.opt.mu), strict=True
-    ):
-        np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
-
-
-LAYER = replace(MODEL, num_layers=1, mtp_depth=0, balance=Balance(sequence_alpha=0.0))
-DENSE_LAYER = replace(LAYER, num_dense_layers=1)
-ANSWERS = {
-    "data": DataConfig(seq_len=T, batch_size=B, format="chat"),
-    "grpo": Grpo(group=2, kl=0.5),
-}
-# Each run's gradient is mostly that of the named terms of the loss.
-TERMS = {
-    "z-loss and sequence-wise loss": {
-        "model": replace(LAYER, mtp_depth=1, balance=Balance(z_alpha=1.0, sequence_alpha=100.0))
-    },
-    "indexers": {
-        "model": replace(DENSE_LAYER, **INDEXED),
-        "start": "nowhere",
-        "indexer_stage": "warm",
-    },
-    "heads": {
-        "model": replace(DENSE_LAYER, mtp_depth=1, mtp_kind="eagle"),
-        "trunk": "nowhere",
-        "head_loss": "kl",
-    },
-    "answers": {"model": DENSE_LAYER, **ANSWERS},
-    "answers of constant length": {
-        "model": DENSE_LAYER,
-        **ANSWERS,
-        "grpo": Grpo(group=2, form="constant_length", kl=0.5),
-    },
-}
-RARE = "answers of constant length"  # test_grpo has its number of tokens
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "term", [pytest.param(t, marks=[pytest.mark.rare] * (t == RARE)) for t in TERMS]
-)
+@pytest.mark.parametrize("term", TERMS)
 def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
     """Four parts of 16, 13, 16 and 4 tokens; the indexers' metric is the mean over tokens, too."""
-    rng, batch = np.random.default_rng(3), make_batch()
-    logprobs = {
-        name: rng.normal(-5, 1, (B, T)) for name in ("old_logprobs", "start_logprobs", "advantages")
-    }
-    batch |= (
-        {name: jnp.asarray(x, jnp.float32) for name, x in logprobs.items()}
-        if term.startswith("answers")
-        else {}
-    )
+    rng, batch = np.random.default_rng(3), BATCH
+    for name in ("old_logprobs", "start_logprobs", "advantages") * (term == "answers"):
+        batch = batch | {name: jnp.asarray(rng.normal(-5, 1, (B, T)), jnp.float32)}
 
     def gradient(parts):
         run = replace(RUN, **TERMS[term], optim=replace(RUN.optim, microbatches=parts))
@@ -128,16 +60,12 @@ def test_the_gradient_of_each_term_is_that_of_the_batch_in_any_parts(term):
 
     (whole, want), (pieces, got) = gradient(1), gradient(4)
     assert max(np.abs(x).max() for x in jax.tree.leaves(whole)) > 1e-3
-    for name, x in nnx.to_flat_state(whole):
-        # 1e-5 of each tensor's largest entry: float32 sums of 49 tokens in another order
-        np.testing.assert_allclose(
-            dict(nnx.to_flat_state(pieces))[name], x, rtol=0, atol=1e-5 * np.abs(x).max()
-        )
+    assert_near(pieces, whole)
+    np.testing.assert_array_equal(got.load, want.load)
     np.testing.assert_allclose(got.total, want.total, rtol=1e-5)
+    found = over_layers(got.metrics)
     for name, x in over_layers(want.metrics).items():
-        np.testing.assert_allclose(
-            over_layers(got.metrics)[name], x, rtol=1e-5, atol=1e-6, err_msg=name
-        )
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.long
@@ -160,10 +88,7 @@ def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, chan
     model = replace(MODEL, num_layers=1, num_dense_layers=1, **changes)
     run = replace(RUN, model=model, optim=replace(RUN.optim, qk_clip=clip))
     joined = replace(run, data=replace(run.data, separate_documents=False))
-    lengths = np.array([T, 9, T, 3])
-    batch = packed_batch(
-        np.random.default_rng(0), (np.arange(T) < lengths[:, None]).astype(np.int32)
-    )
+    batch = documents(B, T, 1, padding=[(1, T - 9), (3, T - 3)])
     state, want = make_step(Job(run))(fresh_state(run), dict(batch))
     assert all(ids is not None for ids in given)
     given.clear()
@@ -175,28 +100,33 @@ def test_rows_of_one_document_are_attended_to_without_segments(monkeypatch, chan
     assert_bitwise((other, got), (state, want))
 
 
-def test_the_bias_follows_the_load_of_the_batch(step):
-    """b += γ·sign(mean load − load), exactly, in each sparse layer and in the MTP block."""
-    before = dict(nnx.to_flat_state(copied(fresh_state(RUN).bias)))
-    state = fresh_state(RUN)
-    new, metrics = step(state, make_batch())
+def test_the_bias_follows_the_load_of_the_batch():
+    """b += γ·sign(mean load − load), exactly, in each sparse layer and in the MTP block.
+
+    From half of the run on, which is `bias_freeze`, it stays.
+    """
+    step, last = make_step(Job(RUN)), STEPS // 2 - 1
+    before = dict(nnx.to_flat_state(fresh_state(RUN).bias))
+    state = fresh_state(RUN, step=last)
+    new, metrics = step(state, BATCH)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # donated
-    after, load = dict(nnx.to_flat_state(new.bias)), np.asarray(metrics["load"])
-    segments = np.asarray(make_batch()["segment_ids"])
+    after, load = dict(nnx.to_flat_state(copied(new.bias))), np.asarray(metrics["load"])
+    segments = np.asarray(BATCH["segment_ids"])
     # by the MTP block, in the same document
     read = (segments[:, :-1] != 0) & (segments[:, :-1] == segments[:, 1:])
     # two experts a token
     assert load.sum(-1).tolist() == [2 * (segments != 0).sum()] * 2 + [2 * read.sum()]
-    for path, rows in (
-        (("sparse", "moe", "bias"), load[:2]),
-        (("mtp", 0, "block", "moe", "bias"), load[2]),
-    ):
+    of_trunk, of_head = ("sparse", "moe", "bias"), ("mtp", 0, "block", "moe", "bias")
+    for path, rows in ((of_trunk, load[:2]), (of_head, load[2])):
         moved = np.float32(1e-2) * np.sign(rows.mean(-1, keepdims=True) - rows)
         assert {-1, 1} <= set(np.sign(moved).ravel())
         np.testing.assert_array_equal(after[path][...], before.pop(path)[...] + moved)
     assert not before
-    rows = [after["sparse", "moe", "bias"][...], after["mtp", 0, "block", "moe", "bias"][...][None]]
-    np.testing.assert_array_equal(metrics["bias"], np.concatenate(rows))
+    rows = np.concatenate([after[of_trunk][...], after[of_head][...][None]])
+    np.testing.assert_array_equal(metrics["bias"], rows)
+    frozen, metrics = step(new, BATCH)
+    assert np.ptp(metrics["load"]) > 0
+    assert_bitwise(dict(nnx.to_flat_state(frozen.bias)), after)
 
 
 def test_each_head_follows_its_own_load():
@@ -212,20 +142,6 @@ def test_each_head_follows_its_own_load():
     assert not after
 
 
-def test_the_bias_is_frozen_at_the_end(step):
-    """`bias_freeze` is half of the run."""
-    for at, moves in ((STEPS // 2 - 1, True), (STEPS // 2, False)):
-        state = fresh_state(RUN, step=at)
-        before = copied(state.bias)
-        new, metrics = step(state, make_batch())
-        assert np.ptp(metrics["load"]) > 0
-        same = all(
-            np.array_equal(a, b)
-            for a, b in zip(*map(jax.tree.leaves, (before, new.bias)), strict=True)
-        )
-        assert same != moves
-
-
 @pytest.mark.long
 def test_what_is_not_finite_stops_the_step_and_is_named():
     """A parameter; or a gradient, where parameters are finite but products of them overflow."""
@@ -235,7 +151,7 @@ def test_what_is_not_finite_stops_the_step_and_is_named():
     bad.params["dense"]["ffn"]["w_up"] = w_up.replace(w_up[...].at[0, 1, 2].set(np.nan))
     for state, name in ((bad, "parameter dense.ffn.w_up"), (huge, "gradient of ")):
         before = copied(state)
-        after, metrics = step(state, make_batch())
+        after, metrics = step(state, BATCH)
         assert not bool(metrics["finite"])
         assert_bitwise(after, before)
-        assert first_bad_tensor(Job(LIGHT), after, make_batch()).startswith(name)
+        assert first_bad_tensor(Job(LIGHT), after, BATCH).startswith(name)
