@@ -65,7 +65,7 @@ test-all: $(VENV)/.with-test ## run all of them, the rare ones too, which CI lea
 parity: $(VENV)/.with-test,parity,eval ## compare with torch, transformers and lm_eval
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m parity $(PYTEST_ARGS)
 pairs: $(VENV)/.with-test ## tiny runs and requests in which each two settings meet: two hours, resumable
-	$(BIN)/python -m tests.pairs --out runs/pairs $(PAIRS_ARGS)
+	PAIRS=runs/pairs $(BIN)/python -m pytest -n 2 --dist load tests/test_pairs.py $(PAIRS_ARGS)
 campaign: $(VENV)/.with-test ## hostile inputs, damage, kills, sanitizers: MINUTES=120 SEED=0
 	tests/campaign/sanitizers.sh $(BIN)/python $$(($(or $(MINUTES),120) * 6)) $(or $(SEED),0)
 	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0)

@@ -212,16 +212,20 @@ def dsv3(before: str) -> tuple[str, str]:
     return "-c", f"{before}\nimport sys\nfrom dsv3_jax.cli import main\nsys.exit(main.main())\n"
 
 
-def start(argv: list[str], root: Path, program: Sequence[str] | None = None) -> subprocess.Popen:
+def start(
+    argv: list[str], root: Path, program: Sequence[str] | None = None, **settings
+) -> subprocess.Popen:
     """`dsv3 …` in a separate process, or another Python program with these words.
 
     Training leaves out what SPEND_NO_SECONDS does.
+
+    Args: settings: of Popen, in place of the usual ones.
     """
     if program is None:
         program = dsv3(SPEND_NO_SECONDS) if argv[0] == "train" else ("-m", "dsv3_jax.cli")
-    command = [sys.executable, *program, *argv]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(root), cwd=HERE, **pipes)
+    usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
+    usual["env"] = environment(root)
+    return subprocess.Popen([sys.executable, *program, *argv], **usual | settings)
 
 
 @cache

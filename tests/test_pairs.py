@@ -1,10 +1,21 @@
-"""Settings by pairs: how rows are made, and a few of them. `make pairs` does all."""
+"""Settings by pairs: how rows are made, and a few of them. `make pairs` does all.
 
-from itertools import combinations
+$PAIRS names a folder that remembers the rows that are done, so that the same command resumes.
+"""
 
+import hashlib
+import os
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import jax
 import pytest
-from pairs import decoding, training
-from pairs.covering import cover, pairs_of
+from pairs import decoding, settings, training
+from pairs.covering import cover, pairs_of, refusal
+
+DONE = os.environ.get("PAIRS")
+AREAS = {"training": (training, settings), "decoding": (decoding, decoding)}
 
 
 def test_each_two_values_meet_or_are_refused():
@@ -16,32 +27,50 @@ def test_each_two_values_meet_or_are_refused():
 
     accepted, refused = cover(factors, bases, refusal)
     assert (accepted, refused) == cover(factors, bases, refusal) and not any(map(refusal, accepted))
-    every = {
-        frozenset([(a, x), (b, y)])
-        for a, b in combinations("abcdef", 2)
-        for x in range(3)
-        for y in range(3)
-    }
-    left = every - pairs_of(accepted)
+    left = pairs_of(map(dict, product(*([(name, x) for x in range(3)] for name in "abcdef"))))
+    left -= pairs_of(accepted)
     assert left == {
-        frozenset(pair)
-        for pair in ([("a", 2), ("b", 2)], [("c", 2), ("d", 0)], [("c", 2), ("d", 2)])
+        frozenset([("a", 2), ("b", 2)]),
+        frozenset([("c", 2), ("d", 0)]),
+        frozenset([("c", 2), ("d", 2)]),
     }
     assert all(refusal(row) for row in refused) and left <= pairs_of(refused)
     assert len(accepted) < 20  # of 729
 
 
-ROW = {"start": "FP8", "lora": "all", "microbatches": "2", "remat": "full", "positions": "YaRN"}
-DECODING = {
-    "sparse attention, drafts, routing": {
-        "draft": "mtp, 2", "heads": "deepseek", "attention": "dsa, shared FP8", "batch": "2",
-        "routing": "yes", "log p": "yes", "capacity": "1",
-    },
-    "samples, lookup, 8 bits": {
-        "draft": "lookup", "sampling": "p 0.7", "samples": "3", "cache": "expanded",
-        "stop": "half", "log p": "yes",
-    },
-}  # fmt: skip
+# A few rows, by what is not usual in them.
+SPARSE = "attention=dsa, shared FP8; batch=2; routing=yes; log p=yes; capacity=1"
+ROWS = [
+    ("training", "start=FP8; lora=all; microbatches=2; remat=full; positions=YaRN"),
+    ("decoding", f"draft=mtp, 2; heads=deepseek; {SPARSE}"),
+    ("decoding", "draft=lookup; sampling=p 0.7; samples=3; cache=expanded; stop=half; log p=yes"),
+]
+REFUSED = [
+    ("start=int4", "has weights of 4 bits, which do not train; use lora, or convert it"),
+    ("start=run; lora=attention; QK-clip=0.1", "is not supported with optim.qk_clip=0.1"),
+    ("start=none; how=GRPO", "name it with start"),
+]
+
+
+def row_of(area, unusual):
+    return settings.bases(AREAS[area][1].FACTORS, unusual)[0]
+
+
+def all_rows():
+    """(Area, row, its expected verdict): each two values meet, or are refused."""
+    for area, (module, of) in AREAS.items():
+        plan = partial(module.Plan, scratch=Path("nowhere"))
+        accepted, refused = cover(of.FACTORS, of.BASES, partial(refusal, plan))
+        yield from ((area, row, "done") for row in accepted)
+        yield from ((area, row, "refused") for row in refused)
+
+
+def said(value):
+    """A row's unusual values, in the name of its test."""
+    if not isinstance(value, dict):
+        return value
+    factors = decoding.FACTORS if "draft" in value else settings.FACTORS
+    return "; ".join(f"{k}={v}" for k, v in value.items() if v != next(iter(factors[k])))
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +80,25 @@ def scratch(root):
 
 
 @pytest.mark.rare
-def test_a_row_trains_resumes_and_decodes(scratch):
-    """LoRA on an FP8 folder, with microbatches and recomputation."""
-    assert training.check_row(training.BASES[0] | ROW, scratch) == training.DONE
+@pytest.mark.parametrize(
+    ("area", "row", "expected"),
+    list(all_rows()) if DONE else [(area, row_of(area, text), "done") for area, text in ROWS],
+    ids=said,
+)
+def test_a_row(area, row, expected, scratch):
+    done = Path(DONE or scratch, hashlib.sha256(f"{area} {row}".encode()).hexdigest())
+    if done.exists():
+        pytest.skip("it is done")
+    verdict = AREAS[area][0].check_row(row, scratch)
+    jax.clear_caches()
+    if expected == "done" and verdict.startswith("refused"):
+        pytest.xfail(f"{verdict}, later than it was expected")
+    assert verdict.startswith(expected)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text(verdict)
 
 
-@pytest.mark.rare
-@pytest.mark.parametrize("row", DECODING.values(), ids=DECODING)
-def test_a_row_decodes(row):
-    assert decoding.check_row(decoding.BASES[0] | row) == decoding.DONE
-
-
-def test_what_cannot_be_is_refused_before_a_run_has_a_folder(scratch):
-    for row, sentence in (
-        ({"start": "int4"}, "has weights of 4 bits, which do not train; use lora, or convert it"),
-        (
-            {"start": "run", "lora": "attention", "QK-clip": "0.1"},
-            "is not supported with optim.qk_clip=0.1",
-        ),
-        ({"start": "none", "how": "GRPO"}, "name it with start"),
-    ):
-        verdict = training.check_row(training.BASES[0] | row, scratch)
-        assert verdict.startswith("refused: ") and sentence in verdict
+@pytest.mark.parametrize(("unusual", "sentence"), REFUSED)
+def test_what_cannot_be_is_refused_before_a_run_has_a_folder(unusual, sentence, scratch):
+    verdict = training.check_row(row_of("training", unusual), scratch)
+    assert verdict.startswith("refused: ") and sentence in verdict

@@ -1,50 +1,48 @@
-"""Run campaigns, and print one table.
+"""Run campaigns: a line a trial, what fell short, and one table.
 
-`python -m tests.campaign --minutes 10 --seed 0 --only files kills`
+`python -m tests.campaign --minutes 10 --seed 0 --commands data "runs c"`
 """
 
 import argparse
 import itertools
-import signal
+import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from tests.campaign.judging import Draws, Home, attempt
-from tests.campaign.rooms import ROOMS
+from tests.campaign.running import Home
+from tests.campaign.trials import ROOMS, attempt
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--minutes", type=float, default=10.0, help="beside the making of good files")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="rooms")
 parser.add_argument("--commands", nargs="+", default=[""], help="which begin with these texts")
 parser.add_argument("--trial", nargs="+", type=int, help="this trial, or those from one to another")
 args = parser.parse_args()
-table, stopped = Counter[tuple[str, str]](), list[int]()
-# SIGTERM ends the trial, then the table is printed
-signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-# each room once, then the others
-order = [room for i in range(10) for room in ROOMS if i < ROOMS[room][0]]
+table = Counter[tuple[str, str]]()
 with tempfile.TemporaryDirectory(prefix="campaign-") as root:
-    made, begin = Home(Path(root).resolve(), args.commands), time.monotonic()
+    made, begin = Home(Path(root).resolve(), tuple(args.commands)), time.monotonic()
     for number in range(args.trial[0], args.trial[-1] + 1) if args.trial else itertools.count():
-        if stopped or (not args.trial and time.monotonic() > begin + 60 * args.minutes):
+        if not args.trial and time.monotonic() > begin + 60 * args.minutes:
             break
-        around, at = divmod(number, len(order))
-        often, change, needed = ROOMS[room := order[at]]
-        if room not in args.only or not any(needed in command.words for command in made.commands):
+        change, suits = ROOMS[number % len(ROOMS)]
+        rng = random.Random(f"{args.seed} {number}")
+        commands = [command for command in made.commands if suits(made, command)]
+        if not commands:
             continue
-        trial = change(made, Draws(args.seed, room, around * often + order[:at].count(room)))
+        (command,) = rng.choices(commands, [command.often for command in commands])
+        made.usual(command)
+        made.copy()
+        trial = change(made, rng, command)
         answer, faults = attempt(made, trial)
-        table.update([(trial.name, "trials"), *((trial.name, fault) for fault in faults)])
+        said = ", ".join(sorted(faults)) or "as it must"
+        table[trial.name, said] += 1
+        print(f"{number}: {said}: {trial.name}: dsv3 {' '.join(trial.argv)[:400]!r}", flush=True)
         if faults:
-            argv = " ".join(trial.argv)[:400]
-            print(f"{', '.join(sorted(faults))}: {trial.name}: dsv3 {argv!r} | {trial.what}")
-            again = f"--seed {args.seed} --trial {number}"
-            print(f"  exit code {answer.code}, {answer.cpu:.1f} CPU s; {again}")
-            print(f"  {answer.err.strip()[-1500:]}", flush=True)
-for (name, what), count in sorted(table.items()):
-    print(f"{name:24} {what:14} {count:7,}")
-sys.exit(any(what != "trials" for _, what in table))  # 1 if any fell short
+            print(f"  --seed {args.seed} --trial {number}: {trial.path or trial.kills or ''}")
+            print(f"  exit code {answer.code}: {answer.err.strip()[-1500:]}", flush=True)
+for (name, said), count in sorted(table.items()):
+    print(f"{name:24} {said:14} {count:7,}")
+sys.exit(any(said != "as it must" for _, said in table))  # 1 if any fell short

@@ -1,43 +1,20 @@
-"""One command on a copy of the good files: what disturbs it, its process, its end, its result."""
+"""Processes of commands, the copies of the good files that they read, and their usual results."""
 
 import contextlib
-import hashlib
-import json
 import os
-import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import runs
 
-from tests.campaign.commands import Command
+from tests.campaign.commands import COMMANDS, Command, make_files
 
-LIMIT_S = 30.0  # CPU seconds above a command's usual ones
-
-
-@dataclass
-class Trial:
-    """A command in a folder, what disturbs it, and how it must end."""
-
-    folder: Path
-    command: Command
-    argv: list[str]
-    stdin: bytes = b""
-    log: str = os.devnull  # where the paths that it touches are listed
-    limit: float = LIMIT_S
-    kills: Sequence[float] = (float("inf"),)  # seconds: it runs again after each
-    name: str = ""  # in the table
-    what: str = ""  # what was changed
-    path: Path | None = None  # the changed path, which a sentence names
-    codes: Sequence[int] = (0, 2)  # exit codes that are good
-    same: bool = False  # if it ends well, its result is the usual one
-    again: bool = False  # undisturbed, it then ends well
+LIMIT_S = 60.0  # CPU seconds of a command above its usual time
 
 
 class Answer(NamedTuple):
@@ -46,69 +23,75 @@ class Answer(NamedTuple):
     code: int  # or -signal
     out: str
     err: str
-    cpu: float  # seconds
-    faults: set[str]
+    seconds: float
+    memory: int  # KiB
 
 
-class Server:
-    """The process of server.py, and the watch over the children that it forks."""
+class Home:
+    """The good files, a copy of them for each trial, and the usual end of each command."""
 
-    def __init__(self, scratch: Path):
-        self.scratch = scratch
-        (scratch / "tmp").mkdir(parents=True)
-        environment = runs.environment(scratch) | {
-            "TMPDIR": str(scratch / "tmp"),
-            "COLUMNS": "120",
-            "PYTHONWARNINGS": "ignore",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
-        program = [sys.executable, str(Path(__file__).with_name("server.py"))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        command = [*program, runs.SPEND_NO_SECONDS]
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
-        self.process.stdout.readline()  # it is ready
+    def __init__(self, root: Path, beginnings: tuple[str, ...]):
+        # the good files are made where the copies will be: a run knows the place of its text
+        self.root, self.home, self.folder = root, root / "home", root / "trial"
+        self.temporary = root / "tmp"
+        self.commands = [x for x in COMMANDS if x.words.startswith(beginnings)]
+        make_files(self.folder, self.commands, self.run)
+        self.folder.rename(self.home)
+        self._usual = dict[Command, tuple[float, dict[Path, str | bytes]]]()
 
-    def run(self, trial: Trial, kill_after: float = float("inf")) -> Answer:
-        """Run a command to its end, or kill it after some seconds."""
-        streams = [self.scratch / name for name in ("in", "out", "err")]
-        for path, content in zip(streams, (trial.stdin, b"", b""), strict=True):
-            path.write_bytes(content)
-        request = {
-            "argv": trial.argv,
-            "folder": str(trial.folder),
-            "streams": list(map(str, streams)),
-            "log": trial.log,
-            "limit": trial.limit,
-            "kill": kill_after,
-        }
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        code, cpu, memory, hangs, left = json.loads(self.process.stdout.readline())
-        out, err = (path.read_text(errors="replace") for path in streams[1:])
-        faults = {"hangs": hangs or code == -signal.SIGXCPU, "memory": memory > 2 << 30}
-        faults["processes"] = left > 0
-        return Answer(code, out, err, cpu, {name for name, is_so in faults.items() if is_so})
+    def copy(self) -> None:
+        """Make a new copy of the good files."""
+        for folder in (self.folder, self.temporary):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.home, self.folder)
+        self.temporary.mkdir()
 
-    def leftovers(self) -> list[str]:
-        """Names of deleted temporary files outside the folder."""
-        found = list((self.scratch / "tmp").iterdir())
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [path.name for path in found]
+    def inputs(self, command: Command) -> list[Path]:
+        """Files that the words of a command name, or that are below a folder that they name."""
+        tops = [self.home / word for word in dict.fromkeys(command.argv)]
+        found = [path for top in tops for path in (top, *sorted(top.rglob("*")))]
+        return [path.relative_to(self.home) for path in found if path.is_file()]
 
+    def usual(self, command: Command) -> tuple[float, dict[Path, str | bytes]]:
+        """Seconds of a command that nothing disturbs, and its result without what varies.
 
-def result(folder: Path, top: str, out: str) -> dict[str, str]:
-    """A command's result: lines of its output, hashes of what it wrote but for checkpoints."""
-    # Times differ. A run notes where its text lies.
-    here = json.dumps(str(folder))[1:-1]
-    lines = re.sub(r"[\d.,]+ ?(s|ms|tokens/s|(second|minute|hour)s?)\b", "#", out).splitlines()
-    found = {f"line {i}": " ".join(line.split()) for i, line in enumerate(lines)}
-    for path in sorted((folder / top).rglob("*")) if (folder / top).is_dir() else [folder / top]:
-        if path.is_file() and "checkpoints" not in path.relative_to(folder).parts:
-            content = path.read_bytes()
-            with contextlib.suppress(ValueError, RecursionError, AttributeError):
-                is_log = path.name == "metrics.jsonl"
-                values = runs.rows_of(path.parent) if is_log else json.loads(content)
-                content = json.dumps(values, sort_keys=True).replace(here, ".").encode()
-            found[f"out/{path.relative_to(folder / top)}"] = hashlib.sha256(content).hexdigest()
-    return found
+        The first call runs it, twice: the second time finds compiled programs.
+        """
+        if command not in self._usual:
+            results = []
+            for _ in range(2):
+                self.copy()
+                answer = self.run(command.argv)
+                assert answer.code == command.code, (command, answer)
+                results.append(self.result(command).items())
+            self._usual[command] = answer.seconds, dict(results[0] & results[1])
+        return self._usual[command]
+
+    def result(self, command: Command) -> dict[Path, str | bytes]:
+        """What a command wrote, but for checkpoints."""
+        top = self.folder / command.out
+        found: dict[Path, str | bytes] = {}
+        for path in (top, *sorted(top.rglob("*"))):
+            if path.is_file() and "checkpoints" not in path.parts:
+                found[path] = path.read_bytes()
+            if path.name == "metrics.jsonl":
+                with contextlib.suppress(ValueError):  # it may be damaged
+                    found[path] = str(runs.rows_of(path.parent))  # without the clock
+        return found
+
+    def run(self, argv: list[str], limit: float = 600, kill: float = float("inf")) -> Answer:
+        """Run a command to its end, or kill it after some seconds, or beyond some CPU seconds."""
+        begin = time.monotonic()
+        more = {"TMPDIR": str(self.temporary), "COLUMNS": "120", "PYTHONWARNINGS": "ignore"}
+        how = {"cwd": self.folder, "env": runs.environment(self.root) | more}
+        with (self.root / "out").open("w+") as out, (self.root / "err").open("w+") as err:
+            process = runs.start(argv, self.root, stdout=out, stderr=err, **how)
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (int(limit), -1))
+            seconds = min(kill, 100 + 3 * limit)
+            end = threading.Timer(seconds, os.kill, (process.pid, signal.SIGKILL))
+            end.start()
+            _, status, used = os.wait4(process.pid, 0)
+            end.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = ((self.root / name).read_text(errors="replace") for name in ("out", "err"))
+        return Answer(process.returncode, *texts, time.monotonic() - begin, used.ru_maxrss)

@@ -1,9 +1,11 @@
 """What training by pairs combines: factors, their values, and the run that each value changes."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, get_args, get_type_hints
 
 import dsv3_jax as ds
-from dsv3_jax.config import Balance, ModelConfig, RunConfig
+from dsv3_jax.config import Balance, Execution, ModelConfig, RunConfig
+from dsv3_jax.ops.routing import ROUTERS
 
 STEPS = 4
 MODEL = ModelConfig(
@@ -21,12 +23,8 @@ RUN = RunConfig(MODEL, data=DATA, optim=OPTIM, **EVERY)
 CHATS = {"data.format": "chat", "data.chat_template": "plain"}
 GRPO = CHATS | {"grpo.group": 4, "grpo.max_new_tokens": 4, "grpo.checker": "regex"}
 KL = GRPO | {"grpo.kl": 0.1}
-DSA = {
-    "model.attention": "dsa",
-    "model.index_heads": 2,
-    "model.index_dim": 8,
-    "model.index_topk": 6,
-}
+INDEXER = {"model.index_heads": 2, "model.index_dim": 8, "model.index_topk": 6}
+DSA = INDEXER | {"model.attention": "dsa"}
 SHARED = DSA | {"model.index_types": ("full", "shared"), "model.index_precision": "fp8"}
 GROUPS = {"model.num_groups": 2, "model.groups_per_token": 1}
 ALL = ("attention", "dense", "shared", "routed")
@@ -35,9 +33,14 @@ ALONE = {"model.balance.sequence_alpha": 0.0}
 FSDP, COMM = {"execution.layout.fsdp": True}, "execution.layout.expert_comm"
 
 
-def named(setting: str, values: str) -> dict[str, dict[str, Any]]:
+def named(setting: str, values: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A factor whose values are one setting's, by name; the first is the default."""
-    return {name: {setting: name} for name in values.split()}
+    return {name: {setting: name} for name in values}
+
+
+def of_execution(name: str) -> dict[str, dict[str, Any]]:
+    """A factor of all values that a setting of `Execution` may have."""
+    return named(f"execution.{name}", get_args(get_type_hints(Execution)[name]))
 
 
 def without(names: str) -> dict[str, dict[str, Any]]:
@@ -87,13 +90,12 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "eagle": {"model.mtp_depth": 1, "model.mtp_kind": "eagle"},
     },
     "router": {
-        "sigmoid": {},
+        **named("model.router", ROUTERS),
+        "softmax": {"model.router": "softmax", "model.normalize_gates": False},
+        "dense": {"model.router": "dense", "model.experts_per_token": 8},
         "sigmoid in groups": GROUPS,
         "sigmoid, proportional": {"model.balance.rule": "proportional"},
         "sigmoid, quantile": {"model.balance.rule": "quantile", "model.balance.bias_rate": 0.5},
-        "softmax": {"model.router": "softmax", "model.normalize_gates": False},
-        "dense": {"model.router": "dense", "model.experts_per_token": 8},
-        **named("model.router", "sqrtsoftplus topk hash"),
     },
     "capacity": {"none": {}, "1": {"model.capacity_factor": 1.0}},
     "losses": {"sequence": {}, "Switch, z": SWITCH | ALONE, "bias alone": ALONE},
@@ -118,32 +120,37 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "expert=4, in 2 nodes": {"execution.layout.expert_nodes": 2},
         "expert=2, rows by length": {"execution.layout.length": "expert"},
     },
-    "dtype": named("execution.compute_dtype", "float32 bfloat16"),
-    "precision": named("execution.precision", "none fp8 fp8_ue8m0 mxfp8"),
-    "remat": named("execution.remat", "none dots queries attention full"),
+    "dtype": of_execution("compute_dtype"),
+    "precision": of_execution("precision"),
+    "remat": of_execution("remat"),
     "kernels": {
         "auto": {},
         "XLA": {"execution.kernels": "xla"},
         "ragged": {"execution.kernels": "xla,grouped_swiglu=ragged_dot"},
     },
 }
-# Rows beside which two values are tried, until the package accepts them.
-_FIRST = {name: next(iter(values)) for name, values in FACTORS.items()}
-BASES = [
-    _FIRST | dict(pair.split("=") for pair in beside.split("; "))
-    for beside in (
-        "start=run",
-        "start=none",
-        "start=run; heads=deepseek",
-        "start=trunk; heads=medusa",
-        "start=trunk; heads=deepseek",
-        "start=run; how=GRPO",
-        "start=run; attention=dsa",
-        "start=run; attention=dsa; how=warm-up",
-        "start=float32",
-        "start=float32; how=GRPO",
-        "start=float32; attention=dsa",
-        "start=int4; lora=attention",
-        "start=int4; lora=attention; how=GRPO",
-    )
-]
+
+
+def bases(factors: dict[str, dict[str, Any]], *unusual: str) -> list[dict[str, str]]:
+    """Rows beside which two values are tried, until the package accepts them."""
+    first = {name: next(iter(values)) for name, values in factors.items()}
+    return [first | dict(pair.split("=") for pair in beside.split("; ")) for beside in unusual]
+
+
+BASES = bases(
+    FACTORS,
+    "start=run",
+    "start=none",
+    "start=run; heads=deepseek",
+    "start=run; heads=eagle",
+    "start=trunk; heads=medusa",
+    "start=trunk; heads=deepseek",
+    "start=run; how=GRPO",
+    "start=run; attention=dsa",
+    "start=run; attention=dsa; how=warm-up",
+    "start=float32",
+    "start=float32; how=GRPO",
+    "start=float32; attention=dsa",
+    "start=int4; lora=attention",
+    "start=int4; lora=attention; how=GRPO",
+)
