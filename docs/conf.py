@@ -39,10 +39,7 @@ include_patterns = [
     "docs/*.md", "docs/**/*.md", "notebooks/*.ipynb", "experiments/*.md", "experiments/*/*.md",
     "experiments/scale/launch/*.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
 ]  # fmt: skip
-exclude_patterns = [
-    ".*", "runs", "build", "docs/_build", "shared", "experiments/scale/plan_table.md",
-    "docs/generated/front.md",
-]  # fmt: skip
+exclude_patterns = [".*", "runs", "build", "docs/_build", "shared", "docs/generated/front.md"]
 
 html_theme, html_title = "furo", "dsv3-jax"
 html_show_sphinx = False

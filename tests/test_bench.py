@@ -11,26 +11,21 @@ from models import LIGHT, small
 import dsv3_jax as ds
 from dsv3_jax.model.counting import distinct_experts
 from dsv3_jax.model.transformer import abstract
-from experiments.bench import cases, decode, results, train_step
+from experiments.apart import Failed
+from experiments.bench import cases, decode, harness, train_step
 from experiments.bench.copying import decode_bytes
 
 TINY = ds.recipe("tiny")
 TOY_RUN = ds.replace(TINY, model=LIGHT, data=ds.replace(TINY.data, seq_len=8, batch_size=2))
-TOY_CASES = [
-    ("checkpoint", dict(megabytes=2, rounds=1)),
-    pytest.param("commits", dict(against=[], cells=["16x2"], rounds=2), marks=pytest.mark.long),
-    *(
-        pytest.param(*case, marks=pytest.mark.rare)
-        for case in (
-            ("step", dict(rounds=2)),
-            ("length", dict(rounds=1)),
-            ("caches", dict(cells=["16x2", "8x1"], rounds=1)),
-            ("optimizer", dict(rounds=1)),
-            ("pipeline", dict(megabytes=[3], read_s=0.2)),
-            ("sampler", dict(rounds=1, samples=[2], batch_sizes=[2], prompts=2, new=4)),
-        )
-    ),
-]
+TOY_CASES = {
+    "commits": dict(against=[], cells=["16x2"], rounds=2),
+    "step": dict(rounds=2),
+    "sizes": dict(names=["1 x 8"], rounds=1),
+    "caches": dict(cells=["16x2", "8x1"], rounds=1),
+    "optimizer": dict(rounds=1),
+    "sampler": dict(rounds=1, samples=[2], batch_sizes=[2], prompts=2, new=4),
+}
+RARE = [case for case in TOY_CASES if case != "commits"]
 
 
 class Peer:
@@ -40,16 +35,13 @@ class Peer:
         return self
 
     def __exit__(self, *_):
-        self.close()
+        pass
 
     def ask(self, steps=0, batch=1, context=1, **_):
         if steps:
             return {"seconds": [1.0] * steps, "loss": [3.0] * steps, "peak_rss_bytes": 1}
         sizes = {"cache_bytes": 1, "cache_bytes_per_token": 1, "peak_rss_bytes": 1}
         return {"prefill_seconds": float(context * batch), "step_seconds": 50.0} | sizes
-
-    def close(self):
-        pass
 
 
 @pytest.fixture
@@ -58,27 +50,29 @@ def toy(monkeypatch, tmp_path):
     cfg = ds.replace(LIGHT, max_positions=512)
     monkeypatch.setattr(ds, "preset", lambda name: cfg)
     monkeypatch.setattr(train_step, "MINI", cfg)
-    monkeypatch.setattr(train_step, "LENGTHS", (8,))
+    monkeypatch.setitem(train_step.SIZES, "1 x 8", (cfg, 1, 8))
     monkeypatch.setattr(decode, "MINI", cfg)
     monkeypatch.setattr(decode, "TOGETHER", 8)
     monkeypatch.setattr(decode, "copy_bandwidth", lambda: 1e9)
     monkeypatch.delitem(decode.SIDES, "expanded")
-    for module in (train_step, decode):
-        monkeypatch.setattr(module, "start_peer", lambda *_, **__: Peer())
-    monkeypatch.delitem(cases.OPTIMIZERS, "muon")
-    monkeypatch.delitem(cases.OPTIMIZERS, "muon, qk_clip 100")
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
-    results.RESULTS.write_text("{}")
+    monkeypatch.setattr(harness, "start_peer", lambda *_, **__: Peer())
+    monkeypatch.delitem(train_step.OPTIMIZERS, "muon")
+    monkeypatch.delitem(train_step.OPTIMIZERS, "muon, qk_clip 100")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results.json")
+    harness.RESULTS.write_text("{}")
 
 
-@pytest.mark.parametrize(("case", "settings"), TOY_CASES)
-def test_cases_measure_and_store_rows(case, settings, toy, monkeypatch):
+@pytest.mark.parametrize(
+    "case", ["commits", *(pytest.param(c, marks=pytest.mark.rare) for c in RARE)]
+)
+@pytest.mark.long
+def test_cases_measure_and_store_rows(case, toy, monkeypatch):
     if case == "optimizer":
         monkeypatch.setattr(ds, "recipe", lambda name: TOY_RUN)
-    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in TOY_CASES[case].items()]
     monkeypatch.setattr("sys.argv", ["cases.py", case, *words])
     cases.main()
-    rows = results.load()[case]
+    rows = harness.load()[case]
     assert all("machine" in row for row in rows.values())
     numbers = [n for row in rows.values() for n in row.values() if isinstance(n, int | float)]
     assert all(math.isfinite(n) and n >= 0 for n in numbers)
@@ -96,8 +90,6 @@ def test_cases_measure_and_store_rows(case, settings, toy, monkeypatch):
         assert latent["cache_bytes_per_token"] > int8["cache_bytes_per_token"]
     if case == "commits":
         assert rows["16x2, this tree"]["step_over"] == 1
-    if case == "pipeline":
-        assert rows["bytes, 3 MB"]["tokens"] > 3e6  # an end of text beside the bytes
 
 
 def test_unknown_names_are_errors(monkeypatch, capsys):
@@ -112,17 +104,17 @@ def test_unknown_names_are_errors(monkeypatch, capsys):
 
 
 def test_a_worker_reports_its_error():
-    with pytest.raises(RuntimeError, match="train_worker.py ended with code 1: seq_len=512 is"):
+    with pytest.raises(Failed, match="seq_len=512 is"):
         train_step.start_ours(LIGHT)
 
 
 @pytest.mark.parity
 def test_the_peer_trains_and_decodes():
     cfg = ds.replace(ds.preset("mini"), num_layers=2, dim=64, dense_dim=64, vocab_size=64)
-    with train_step.start_peer(cfg, None) as peer:
-        first, *_ = peer.ask(steps=1, batch=1, length=8)["loss"]
+    with harness.start_peer(cfg, None, batch=1, length=8) as peer:
+        first, *_ = peer.ask(steps=1)["loss"]
     assert first == pytest.approx(math.log(64), rel=0.1)
-    with train_step.start_peer(cfg, None, decoding=True) as peer:
+    with harness.start_peer(cfg, None, decoding=True) as peer:
         reply = peer.ask(batch=2, context=8, new_tokens=3, prefill_chunk=4)
     assert reply["cache_bytes"] == 2 * 10 * reply["cache_bytes_per_token"]
 
@@ -136,30 +128,27 @@ def test_distinct_experts_are_the_mean_over_all_choices(tokens):
 
 
 @pytest.mark.parametrize(
-    "cfg",
+    "changes",
     [
-        small(mtp_depth=1),
-        small(tie_embeddings=True),
-        small(num_dense_layers=0),
-        small(num_dense_layers=3),
+        dict(mtp_depth=1),
+        dict(tie_embeddings=True),
+        dict(num_dense_layers=0),
+        dict(num_dense_layers=3),
     ],
     ids=["untied", "tied", "all sparse", "all dense"],
 )
-def test_bytes_of_a_step_are_those_of_the_parameters(cfg):
+def test_bytes_of_a_step_are_those_of_the_parameters(changes):
     """Walk over the parameters: experts by the share read; no untied embedding, no MTP."""
-    model = abstract(cfg)
-    share = {1: cfg.experts_per_token / cfg.num_experts}
-    share[2] = 1 - (1 - share[1]) ** 2
-    for batch in (1, 2):
+    cfg = small(**changes)
+    one = cfg.experts_per_token / cfg.num_experts
+    for batch, share in {1: one, 2: 1 - (1 - one) ** 2}.items():
         total = 0.0
-        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        for path, param in nnx.to_flat_state(nnx.state(abstract(cfg), nnx.Param)):
             if path[0] == "mtp" or (path[0] == "embed" and not cfg.tie_embeddings):
                 continue
-            total += math.prod(param.shape) * (share[batch] if "experts" in path else 1)
-        # `active` is rounded to whole parameters: half of one may be lost
-        assert decode_bytes(cfg, batch, 10, 7) == pytest.approx(
-            4 * total + batch * 10 * 7, abs=4 * 0.5
-        )
-        assert decode_bytes(cfg, batch, 10, 7, weight_bytes=2) == pytest.approx(
-            2 * total + batch * 70, abs=2 * 0.5
-        )
+            total += math.prod(param.shape) * (share if "experts" in path else 1)
+        for weight in (4, 2):
+            # `active` is rounded to whole parameters: half of one may be lost
+            assert decode_bytes(cfg, batch, 10, 7, weight_bytes=weight) == pytest.approx(
+                weight * total + batch * 70, abs=weight * 0.5
+            )

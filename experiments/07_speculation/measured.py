@@ -26,14 +26,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, for `experiments.lab`
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from copying import copy_bandwidth
-from decode_worker import random_model
 from flax import nnx
 from when_it_pays import Setting, step_cost
 
@@ -43,15 +40,18 @@ from dsv3_jax.host.files import write_atomic
 from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import distinct_experts, size
 from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
+from dsv3_jax.model.transformer import abstract
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.report.speed import gemm_flops
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.runs.start import on_trunk, open_start
-from experiments.bench.prompts import held_out_prompts
+from experiments.bench.copying import copy_bandwidth
 from experiments.lab import markdown_table, mean_spread
+from experiments.lab.prompts import held_out_prompts
 from experiments.lab.results import replace_block
+from experiments.random_data import filled
 
 HERE = Path(__file__).parent
 
@@ -106,7 +106,7 @@ def check(args):
 def measure_steps(name, batch, rounds):
     """Return the seconds of a step by its drafts, and the machine's figures and load then."""
     cfg = MODELS[name]
-    model = random_model(cfg, seed=0)
+    model = nnx.merge(*filled(abstract(cfg), cfg.init_std, "float32"))
     graphdef, state = nnx.split(model)
     rng = np.random.default_rng(0)
 

@@ -8,7 +8,6 @@ from dsv3_jax.config import replace
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.model.counting import size
 from dsv3_jax.runs.checkpoint import load_run
-from experiments.bench.prompts import held_out_prompts
 from experiments.lab import (
     FollowUp,
     Study,
@@ -18,6 +17,7 @@ from experiments.lab import (
     mean_spread,
 )
 from experiments.lab.claims import Claim, logit, percent_of
+from experiments.lab.prompts import held_out_prompts
 from experiments.lab.results import MissingRuns
 
 EAGLE, MEDUSA = "EAGLE, frozen trunk", "Medusa, frozen trunk"

@@ -88,10 +88,12 @@ class LaunchCost:
             wide = False
         return Work(flops, flops if wide else 0.0)
 
+    def _operands(self, computation: str, i: Instruction) -> list[Instruction]:
+        found = map(self.module.computations[computation].get, i.operands)
+        return [operand for operand in found if operand is not None]
+
     def _shape(self, computation: str, i: Instruction, index: int) -> ResultArray:
-        operand = self.module.operand(computation, i, index)
-        assert operand is not None, f"{i.name} has no operand {index}"
-        return operand.arrays[0]
+        return self._operands(computation, i)[index].arrays[0]
 
     def _product_flops(self, computation: str, i: Instruction, axes: str) -> float:
         """Args: axes: the contracted ones of the first operand, as the text has them."""
@@ -125,9 +127,8 @@ class LaunchCost:
             axes = re.search(r'lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', text)
             return self._product_flops(computation, i, axes[1]) if axes else None
         name = self.kernel_name(i)
-        operands = [self.module.computations[computation].get(x) for x in i.operands]
-        arrays = [o.arrays[0] for o in operands if o is not None and o.arrays]
-        arrays = [a for a in arrays if is_float(a)]
+        firsts = [o.arrays[0] for o in self._operands(computation, i) if o.arrays]
+        arrays = [a for a in firsts if is_float(a)]
         if _GROUPED.search(name):
             return _grouped_flops(arrays, i.arrays)
         return _attention_flops(arrays, i.arrays) if _ATTENTION.search(name) else None
@@ -161,13 +162,8 @@ class LaunchCost:
         inner = i.called("calls")[0]
         total = self._written(inner, self.module.root(inner), i)
         parameters = self._parameters(inner)
-        for n, name in enumerate(i.operands):
-            operand = self.module.computations[computation].get(name)
-            if (
-                operand is not None
-                and n in parameters
-                and not any(map(on_chip, operand.arrays[:1]))
-            ):
+        for n, operand in enumerate(self._operands(computation, i)):
+            if n in parameters and not any(map(on_chip, operand.arrays[:1])):
                 total += self._read(inner, parameters[n])
         return total
 
@@ -177,8 +173,8 @@ class LaunchCost:
 
     def _whole(self, computation: str, i: Instruction) -> float:
         """Bytes of all operands, each once, and of all results."""
-        operands = map(self.module.computations[computation].get, dict.fromkeys(i.operands))
-        return _off_chip([a for o in operands if o is not None for a in o.arrays] + i.arrays)
+        operands = {o.name: o.arrays for o in self._operands(computation, i)}
+        return _off_chip([a for arrays in operands.values() for a in arrays] + i.arrays)
 
     def _read(self, computation: str, i: Instruction) -> float:
         """Bytes that a fused computation reads of an array: a slice's part; in place, none."""
@@ -213,8 +209,8 @@ class LaunchCost:
             inner = i.called("calls")[0]
             return self._written(inner, self.module.root(inner), launch)
         if i.opcode in ("tuple", "bitcast"):
-            parts = map(self.module.computations[computation].get, i.operands)
-            found = [self._written(computation, p, launch) for p in parts if p is not None]
+            parts = self._operands(computation, i)
+            found = [self._written(computation, part, launch) for part in parts]
             return sum(found, 0.0) if found or i.opcode == "tuple" else _bytes_of(i.arrays)
         return 0.0 if launch.arrays and all(map(on_chip, launch.arrays)) else _bytes_of(i.arrays)
 

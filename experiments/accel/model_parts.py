@@ -3,7 +3,7 @@
 import operator
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,10 @@ from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.presets import recipe
 from dsv3_jax.training.state import Job, init_state
 from dsv3_jax.training.step import make_step
-from experiments.accel.measuring import BFLOAT16, Figure, Part, kernels_for, ran, seconds_of
-from experiments.accel.random_data import draw, filled, keys, random_batch
-from experiments.accel.sizes import Sizes
+from experiments.accel.measuring import BFLOAT16, Figure, Part, Sizes, kernels_for, ran, seconds_of
 from experiments.apart import sentence
 from experiments.bench.copying import decode_bytes
+from experiments.random_data import batch_of, filled, filled_cache, keys
 
 
 def does_not_fit(error: BaseException) -> bool:
@@ -56,7 +55,9 @@ def step(sizes: Sizes) -> Part:
 
 def _step(sizes: Sizes, rows: int, length: int) -> Part:
     cfg = sizes.step
-    run, batch = train_run(cfg, rows, length), random_batch(cfg, rows, length)
+    run = train_run(cfg, rows, length)
+    shape = (rows, length)
+    batch = batch_of(jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size, jnp.int32))
     label = f"{cfg.num_layers} layers, {rows}×{length} tokens"
     yield f"{label}: compile"
     state = jax.block_until_ready(init_state(Job(run)))
@@ -115,22 +116,13 @@ def sums_of_bits(tree: Any) -> Any:
     return jax.tree.map(of, tree)
 
 
-def decode(sizes: Sizes) -> Part:
+def decode(sizes: Sizes, batches: Sequence[int]) -> Part:
     """Plain decoding after a long text: seconds a step, and the bytes that it must read a second.
 
     The cache is filled with random rows, because the prefill of the largest batch would need more
     memory than is there. Each step reads random tokens: random weights would soon repeat one token,
     and then few experts are read.
     """
-    yield from _decode_at(sizes, (sizes.decode_bar,))
-
-
-def more_decode(sizes: Sizes) -> Part:
-    """The same at other batches."""
-    yield from _decode_at(sizes, sizes.decode_batches)
-
-
-def _decode_at(sizes: Sizes, batches: tuple[int, ...]) -> Part:
     cfg = sizes.decode
     yield "weights"
     graph, state = filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16")
@@ -139,13 +131,21 @@ def _decode_at(sizes: Sizes, batches: tuple[int, ...]) -> Part:
     for batch in batches:
         label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
         yield label
+        ran()
         try:
-            model, run = nnx.merge(graph, state), partial(steps, state, weights)
-            yield from _decode(sizes, label, batch, model, run)
+            run = partial(steps, state, weights)
+            took = _decode_seconds(sizes, batch, nnx.merge(graph, state), run)
         except jax.errors.JaxRuntimeError as error:
             if not does_not_fit(error):
                 raise
             yield Figure(label, None, why=f"does not fit in memory: {sentence(error)}")
+            continue
+        yield Figure(f"{label}, a step", took, "s", ran=ran(), note=f"{batch / took:,.0f} tokens/s")
+        held = bytes_per_token(cfg, pick_kind(cfg, None), "bfloat16")
+        cached = sizes.context + sizes.decode_steps // 2
+        must = decode_bytes(cfg, batch, cached, held, weight_bytes=2)
+        limits = dict(against="copy", bar="decode" if batch == sizes.decode_bar else "")
+        yield Figure(f"{label}, weights and cache read", must / took, "B/s", **limits)
 
 
 def _decode_steps(graph, state, weights, cache, drawn):
@@ -162,36 +162,26 @@ def _decode_steps(graph, state, weights, cache, drawn):
     return jax.lax.scan(one, (cache, jnp.zeros(drawn.shape[1:], jnp.int32)), drawn)[0]
 
 
-def _decode(
-    sizes: Sizes, label: str, batch: int, model: Transformer, steps: Callable[..., Any]
-) -> Part:
-    """Args: steps: gets a cache, which it overwrites, and tokens."""
-    cfg, key, kind = sizes.decode, keys(), pick_kind(sizes.decode, None)
-    ran()
-    slots = sizes.context + sizes.decode_steps
-    shapes = jax.eval_shape(partial(make_cache, model, batch, slots, kind, jnp.bfloat16))
-    cache = jax.tree.map(
-        lambda x: draw(next(key), x.shape) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype), shapes
-    )
-    drawn = jax.random.randint(next(key), (sizes.decode_steps, batch), 0, cfg.vocab_size, jnp.int32)
+def _decode_seconds(
+    sizes: Sizes, batch: int, model: Transformer, steps: Callable[..., Any]
+) -> float:
+    """Seconds of a step. Args: steps: gets a cache, which it overwrites, and tokens."""
+    slots, kind = sizes.context + sizes.decode_steps, pick_kind(model.cfg, None)
+    made = partial(make_cache, model, batch, slots, kind, jnp.bfloat16)
+    shape = (sizes.decode_steps, batch)
+    drawn = jax.random.randint(next(keys()), shape, 0, model.cfg.vocab_size, jnp.int32)
 
     def at_context(cache):
         return cache.at_lengths(jnp.full((batch,), sizes.context, jnp.int32))
 
-    current = [at_context(cache)]
-    del cache
+    current = [at_context(filled_cache(jax.eval_shape(made)))]
 
     def call():
         after, last = steps(current.pop(), drawn)
         current.append(at_context(after))
         return last
 
-    took = seconds_of(call, sizes.seconds, samples=3) / sizes.decode_steps
-    held = bytes_per_token(cfg, kind, "bfloat16")
-    must = decode_bytes(cfg, batch, sizes.context + sizes.decode_steps // 2, held, weight_bytes=2)
-    yield Figure(f"{label}, a step", took, "s", ran=ran(), note=f"{batch / took:,.0f} tokens/s")
-    bar = "decode" if batch == sizes.decode_bar else ""
-    yield Figure(f"{label}, weights and cache read", must / took, "B/s", against="copy", bar=bar)
+    return seconds_of(call, sizes.seconds, samples=3) / sizes.decode_steps
 
 
 def drafts(sizes: Sizes) -> Part:
@@ -244,11 +234,9 @@ def exact(sizes: Sizes) -> Part:
             yield f"greedy ids: {name}"
             found = generate(model, prompts, sizes.exact_tokens, draft=draft, draft_length=2)
             note = f"{found.mean_accepted:.2f} tokens a step, float32"
-            differ, name = (
-                _different_ids(plain, found.tokens),
-                f"greedy ids that differ with {name}",
-            )
-            yield Figure(name, differ, "ids", bar="equal", note=note)
+            differ = _different_ids(plain, found.tokens)
+            label = f"greedy ids that differ with {name}"
+            yield Figure(label, differ, "ids", bar="equal", note=note)
     yield "the same ids twice: sampling"
     model = Transformer(cfg, BFLOAT16, rngs=nnx.Rngs(0), kernels=kernels_for())
     first, second = (

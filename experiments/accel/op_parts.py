@@ -1,7 +1,10 @@
 """The parts that measure one op or layer."""
 
+import math
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,11 +12,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels import check_apart
 from dsv3_jax.model.context import How, from_zero, make_context
 from dsv3_jax.model.moe import MoE
-from experiments.accel.measuring import Part, Recorder, by_backend, kernels_for, or_why, rate
-from experiments.accel.random_data import draw, filled, keys
-from experiments.accel.sizes import Sizes
+from experiments.accel.measuring import (
+    BFLOAT16,
+    Figure,
+    Part,
+    Recorder,
+    Sizes,
+    by_backend,
+    kernels_for,
+    or_why,
+    rate,
+)
+from experiments.random_data import draw, filled, keys
+
+# Of `right`: a process that checks, with the kernel of kernels/, which runs only if it is named.
+CHECK = (sys.executable, str(Path(__file__).resolve().with_name("run.py")), "--check")
+NAMES = ("latent",)  # of the kernel's row
+PRECISIONS = ("none", "fp8")  # other recipes round otherwise, and multiply by the same kernels
 
 
 def bounds(sizes: Sizes) -> Part:
@@ -30,11 +48,25 @@ def bounds(sizes: Sizes) -> Part:
     yield from rate(name, repeats * 2 * n**3, lambda: products(a, b), sizes, **limits)
 
     x, add = draw(next(key), (sizes.copied,), "float32"), jax.jit(lambda x: x + 1)
-    name, limits = (
-        f"copy of {x.nbytes / 1e9:.2g} GB, read and written",
-        dict(unit="B/s", against="sheet bytes", bound="copy"),
-    )
+    name = f"copy of {x.nbytes / 1e9:.2g} GB, read and written"
+    limits = dict(unit="B/s", against="sheet bytes", bound="copy")
     yield from rate(name, 2 * x.nbytes, lambda: add(x), sizes, **limits)
+
+
+def right(sizes: Sizes) -> Part:
+    """Each implementation's largest error over its bound, forward and in all gradients.
+
+    The package's check does the work, see `dsv3_jax/kernels/check_apart.py`. What is wrong is kept,
+    and no later part takes it by "auto".
+    """
+    for verdict in check_apart.check_and_keep(
+        BFLOAT16, precisions=PRECISIONS, also=NAMES, command=CHECK
+    ):
+        share = verdict.share if math.isfinite(verdict.share) else None
+        why = "" if share is not None else f"WRONG: {verdict.wrong}"
+        name = f"{verdict.name}, largest error over its bound"
+        yield Figure(name, share, "times", bar="right", note=verdict.wrong, why=why)
+        yield f"what comes after {verdict.name}"
 
 
 def layer(sizes: Sizes) -> Part:
@@ -64,22 +96,19 @@ def layer(sizes: Sizes) -> Part:
     yield from timed(name, 3 * flops, lambda: both(params, x, dy), bar="layer")
 
 
-def grouped(sizes: Sizes) -> Part:
+def grouped(sizes: Sizes, models: slice) -> Part:
     """Grouped products by implementation: tokens to experts, SwiGLU and back, bfloat16 weights.
 
     The dense one computes every expert for every token.
+
+    Args: models: of `sizes.grouped`.
     """
-    yield from _grouped(sizes, *next(iter(sizes.grouped.items())))
+    for name, (cfg, tokens) in list(sizes.grouped.items())[models]:
+        yield from _grouped(sizes, name, cfg, tokens)
 
 
-def more_grouped(sizes: Sizes) -> Part:
-    """The same for other models."""
-    for item in list(sizes.grouped.items())[1:]:
-        yield from _grouped(sizes, *item)
-
-
-def _grouped(sizes: Sizes, name: str, of_model: tuple[ModelConfig, int]) -> Part:
-    (cfg, tokens), key = of_model, keys()
+def _grouped(sizes: Sizes, name: str, cfg: ModelConfig, tokens: int) -> Part:
+    key = keys()
     x, dy = (draw(next(key), (tokens, cfg.dim)) for _ in range(2))
     weights = _expert_weights(cfg, key)
     gates, ids = _choices(next(key), tokens, cfg)
@@ -206,4 +235,4 @@ def eight_bits(sizes: Sizes) -> Part:
 
     for precision in ("none", "fp8", "fp8_ue8m0", "mxfp8"):
         title = f"{tokens} tokens, {dim}×{width}, with gradients, {precision}"
-        yield from or_why(title, measure(title, precision))
+        yield from or_why(title, partial(measure, title, precision))

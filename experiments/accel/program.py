@@ -22,7 +22,6 @@ there, and a GPU's cache holds nothing.
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -94,14 +93,17 @@ class Program:
         """Bytes read and written in memory."""
         return sum((launch.nbytes * launch.runs for launch in self.all_launches), 0.0)
 
-    def kernels(self) -> Counter[str]:
+    def kernels(self, estimated: tuple[bool, ...] = (True, False)) -> Counter[str]:
         """Return how often each kernel runs that the compiler does not see into, by name."""
-        return _runs((x.kind, x.runs) for x in self.all_launches if x.is_kernel)
+        total: Counter[str] = Counter()
+        for launch in self.all_launches:
+            if launch.is_kernel and launch.is_estimated in estimated:
+                total[launch.kind] += launch.runs
+        return total
 
     def unknown_work(self) -> Counter[str]:
         """Return the kernels among these whose FLOPs are not known, and count as 0."""
-        kernels = (x for x in self.all_launches if x.is_kernel)
-        return _runs((x.kind, x.runs) for x in kernels if not x.is_estimated)
+        return self.kernels(estimated=(False,))
 
     def copies(self) -> list[Launch]:
         """Return the launches that only move or convert numbers, the largest result first."""
@@ -120,13 +122,6 @@ class Program:
             compute, memory = launch.seconds(device, use_cycles=use_cycles)
             total[compute < memory] += max(compute, memory) * launch.runs
         return total[0], total[1]
-
-
-def _runs(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for name, runs in pairs:
-        total[name] += runs
-    return total
 
 
 def read_program(program: jax.stages.Compiled | str) -> Program:
@@ -260,11 +255,10 @@ def describe_program(
         ("  kernels", kernels),
         ("  loops of unknown length", loops),
     ]
-    copies: dict[str, int] = {}
+    copies: Counter[str] = Counter()
     for copy in program.copies():
         name = _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
-        text = f"{format_bytes(copy.moved)}: {name}"
-        copies[text] = copies.get(text, 0) + copy.runs
+        copies[f"{format_bytes(copy.moved)}: {name}"] += copy.runs
     shown = list(copies.items())[:COPIES_SHOWN]
     lines += [("  copies", f"{runs} × {text}") for text, runs in shown]
     if device is not None:

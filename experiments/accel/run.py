@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,11 @@ import jax
 
 from dsv3_jax.cli.main import take_gpu_memory
 from dsv3_jax.host.files import write_atomic
-from dsv3_jax.kernels import choose, verdicts
+from dsv3_jax.kernels import check_apart, choose, verdicts
 from experiments import apart
 from experiments.accel import model_parts, op_parts
 from experiments.accel.kernels import gpu_latent_attention
-from experiments.accel.measuring import Figure, Part
-from experiments.accel.right import right
-from experiments.accel.sizes import TOY, Sizes
+from experiments.accel.measuring import TOY, Figure, Part, Sizes
 from experiments.accel.table import report, write_cards
 
 HERE = Path(__file__).resolve().parent
@@ -41,22 +40,20 @@ ROOT = HERE.parents[1]
 # Parts by value, and seconds below which one is not begun: it would not come far.
 PARTS: dict[str, tuple[Callable[[Sizes], Part], int]] = {
     "bounds": (op_parts.bounds, 10),
-    "right": (right, 60),
+    "right": (op_parts.right, 60),
     "layer": (op_parts.layer, 25),
     "attention": (op_parts.attention, 40),
-    "grouped": (op_parts.grouped, 30),
+    "grouped": (partial(op_parts.grouped, models=slice(1)), 30),
     "step": (model_parts.step, 40),
-    "decode": (model_parts.decode, 30),
+    "decode": (lambda sizes: model_parts.decode(sizes, [sizes.decode_bar]), 30),
     "exact": (model_parts.exact, 40),
     "few_rows": (op_parts.few_rows, 20),
-    "more_decode": (model_parts.more_decode, 40),
-    "more_grouped": (op_parts.more_grouped, 40),
+    "more_decode": (lambda sizes: model_parts.decode(sizes, sizes.decode_batches), 40),
+    "more_grouped": (partial(op_parts.grouped, models=slice(1, None)), 40),
     "drafts": (model_parts.drafts, 60),
     "loss": (op_parts.loss, 20),
     "eight_bits": (op_parts.eight_bits, 30),
 }
-# of each part: programs, and CPU seconds that compiling them takes
-COMPILING = HERE / "compile_seconds.json"
 # of the parts' processes: a later run does not compile again
 SETTINGS = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "accel-cache"),
@@ -130,7 +127,7 @@ def measure(names: list[str], results: dict, path: Path, start: float, end: floa
             save(results, path)
             continue
 
-        say(start, f"{name}: {compiling(name)}")
+        say(start, name)
         doing = name
         try:
             for reply in replies_of(name, max(left, 1.0)):
@@ -146,15 +143,6 @@ def measure(names: list[str], results: dict, path: Path, start: float, end: floa
             say(start, f"{name}: {part['why']}")
         part["seconds"] = round(time.perf_counter() - began, 1)
         save(results, path)
-
-
-def compiling(name: str) -> str:
-    """The programs that a part compiles, by COMPILING."""
-    found = json.loads(COMPILING.read_text())["parts"].get(name)
-    if found is None:
-        return "not known how long it compiles"
-    programs, seconds = found["programs"], found["seconds"]
-    return f"{programs} programs take {seconds:.0f} CPU s to compile, if none is kept"
 
 
 def checked(figure: dict) -> dict:
@@ -257,4 +245,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--case"]:
         sys.exit(apart.answer(said_by(sys.argv[2])))
+    if sys.argv[1:2] == ["--check"]:  # a process of `right`
+        del sys.argv[1]
+        gpu_latent_attention.add()
+        sys.exit(check_apart.main())
     sys.exit(main())

@@ -1,16 +1,11 @@
 """The table of the figures: each against its bound, and the bars that it must reach."""
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from dsv3_jax.planning.devices import ACCELERATORS
 from experiments import cards
+from experiments.markdown import markdown_table
 
 H100 = "NVIDIA H100 80GB HBM3"
 # JAX's names of devices whose data sheet `dsv3 plan --device` knows
@@ -58,42 +53,15 @@ CARDS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A figure of the table, judged."""
 
     part: str
     figure: dict
-    bound: float | None
-    bound_name: str
-    bar: Bar | None  # None: no bar is set for this device
-
-    @property
-    def unit(self) -> str:
-        return self.figure.get("unit", "")
-
-    @property
-    def ratio(self) -> float | None:
-        value = self.figure["value"]
-        return value / self.bound if self.bound and value is not None else None
-
-    @property
-    def missed(self) -> bool:
-        """The bar was not reached, or could not be measured."""
-        if self.bar is None:
-            return False
-        found = self.ratio if self.bar.of == "ratio" else self.figure["value"]
-        over = found is not None and found - self.bar.limit
-        return found is None or (over < 0 if self.bar.sign == "≥" else over > 0)
-
-    @property
-    def verdict(self) -> str:
-        """The bar and whether it is met, as text."""
-        if self.bar is None:
-            return ""
-        of_ratio, limit = self.bar.of == "ratio", self.bar.limit
-        text = f"{limit:.2f}" if of_ratio else scaled(limit, self.unit)
-        return f"{self.bar.sign} {text} {'MISSED' if self.missed else 'met'}"
+    bound: str  # with its unit and name
+    ratio: float | None
+    verdict: str  # the bar, and whether it is met
+    missed: bool  # the bar was not reached, or could not be measured
 
 
 def rows_of(results: dict) -> list[Row]:
@@ -106,14 +74,23 @@ def rows_of(results: dict) -> list[Row]:
         bounds |= {"sheet flops": sheet.flops, "sheet bytes": sheet.memory_bandwidth}
     rows = []
     for part, figure in figures:
+        value, unit = figure["value"], figure.get("unit", "")
         against = figure.get("against", "")
         words, instead = BOUNDS.get(against, ("", ""))
         if against not in bounds and instead and figure.get("bound") != instead:
             words, against = BOUNDS[instead][0], instead
-        bar = BARS.get(figure.get("bar", ""))
-        if bar and not bar.everywhere and (kind != H100 or results["toy"]):
-            bar = None
-        rows.append(Row(part, figure, bounds.get(against), words, bar))
+        bound = bounds.get(against)
+        ratio = value / bound if bound and value is not None else None
+
+        verdict, missed, bar = "", False, BARS.get(figure.get("bar", ""))
+        if bar and (bar.everywhere or (kind == H100 and not results["toy"])):
+            of_ratio = bar.of == "ratio"
+            found = ratio if of_ratio else value
+            missed = found is None or (found < bar.limit if bar.sign == "≥" else found > bar.limit)
+            limit = f"{bar.limit:.2f}" if of_ratio else scaled(bar.limit, unit)
+            verdict = f"{bar.sign} {limit} {'MISSED' if missed else 'met'}"
+        bound = f"{scaled(bound, unit)} {words}" if bound else ""
+        rows.append(Row(part, figure, bound, ratio, verdict, missed))
     return rows
 
 
@@ -134,26 +111,15 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:,.0f}{' tokens/s' if unit == 'tokens/s' else ''}"
 
 
-def table_of(rows: list[Row]) -> Table:
-    """Lay the rows out, by part."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("part", "figure", "value", "bound", "ratio", "bar"):
-        justify = "right" if name in ("value", "bound", "ratio") else "left"
-        table.add_column(name, justify=justify, no_wrap=name != "figure", overflow="fold")
-    before = ""
-    for row in rows:
-        if before and row.part != before:
-            table.add_section()
-        value, note = row.figure["value"], row.figure.get("note")
-        name = row.figure["name"] + (f" ({note})" if note else "")
-        bound = f"{scaled(row.bound, row.unit)} {row.bound_name}" if row.bound else ""
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        cells = (name, "" if value is None else scaled(value, row.unit), bound, ratio)
-        if value is None:
-            cells = (f"{name}: {row.figure['why']}", "–", "", "")
-        table.add_row(row.part if row.part != before else "", *cells, row.verdict)
-        before = row.part
-    return table
+def cells(row: Row) -> list[str]:
+    """Return a figure's cells of the table."""
+    figure = row.figure
+    name = figure["name"] + (f" ({figure['note']})" if "note" in figure else "")
+    if figure["value"] is None:
+        return [row.part, f"{name}: {figure['why']}", "–", "", "", row.verdict]
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    value = scaled(figure["value"], figure.get("unit", ""))
+    return [row.part, name, value, row.bound, ratio, row.verdict]
 
 
 def write_cards(results: dict, folder: Path = cards.FOLDER) -> None:
@@ -169,7 +135,8 @@ def write_cards(results: dict, folder: Path = cards.FOLDER) -> None:
                 counts[name] = row.figure.get("why") or row.figure["note"]
         elif value is not None:
             share = f", {row.ratio:.2f} of bound" if row.ratio else ""
-            found.setdefault(CARDS[row.part], {})[name] = scaled(value, row.unit) + share
+            text = scaled(value, row.figure.get("unit", "")) + share
+            found.setdefault(CARDS[row.part], {})[name] = text
     kind, versions = results["card"]["kind"], results["card"]["versions"]
     for (model, task), figures in found.items():
         command = "python experiments/accel/run.py"
@@ -178,26 +145,22 @@ def write_cards(results: dict, folder: Path = cards.FOLDER) -> None:
 
 def report(results: dict, path: Path) -> int:
     """Print the table, what is missing and the verdict; return the exit code."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     card, rows, parts = results["card"], rows_of(results), results["parts"]
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
-
-    say(f"{card['kind']}, " + ", ".join(f"{name} {v}" for name, v in card["versions"].items()))
+    print(f"{card['kind']}, " + ", ".join(f"{name} {v}" for name, v in card["versions"].items()))
     if card.get("driver"):
-        say(f"driver: {card['driver']}")
-    console.print(table_of(rows))
+        print(f"driver: {card['driver']}")
+    header = ["part", "figure", "value", "bound", "ratio", "bar"]
+    print(f"\n{markdown_table(header, list(map(cells, rows)))}\n")
     for name, part in parts.items():
         if part["state"] != "done":
-            say(f"{name}: {part['why'] or 'stopped'}")
+            print(f"{name}: {part['why'] or 'stopped'}")
     if results["toy"]:
-        say("Toy sizes: these figures show that the parts work, and say nothing of speed.")
+        print("Toy sizes: these figures show that the parts work, and say nothing of speed.")
     elif card["kind"] != H100:
-        say(f"No bars of speed are set for {card['kind']}: read the ratios.")
+        print(f"No bars of speed are set for {card['kind']}: read the ratios.")
     missed = [row.figure for row in rows if row.missed]
     for figure in missed:
         why = figure.get("why") or figure.get("note", "")
-        say(f"MISSED: {figure['name']}{f' ({why})' if why else ''}")
-    say(f"written to {path}")
+        print(f"MISSED: {figure['name']}{f' ({why})' if why else ''}")
+    print(f"written to {path}")
     return int(bool(missed) or any(part["state"] == "failed" for part in parts.values()))

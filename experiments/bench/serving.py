@@ -19,8 +19,8 @@ from dsv3_jax.ops.sampling import GREEDY
 from dsv3_jax.serve.app import Service
 from dsv3_jax.serve.engine import Engine
 from dsv3_jax.serve.requests import Settings
-from experiments.bench.process import draw_tokens, in_turns, ratio
-from experiments.bench.results import Rows
+from experiments.bench.harness import Rows, in_turns, ratio
+from experiments.bench.worker import draw_tokens
 
 
 def serving(name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16) -> Rows:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.lab.results import Results
+from experiments.markdown import markdown_table
 
 ABOVE = "the row above"
 MINUS = "−"
@@ -84,9 +85,3 @@ def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
 def _references(column: Column) -> tuple[str, ...]:
     """Return the variants that a column's differences refer to; "" means the first variant."""
     return (("",) if column.paired else ()) + column.against
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

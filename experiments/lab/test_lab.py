@@ -167,7 +167,7 @@ STUDY = Study("Why?", "x", variants, base="facts",
 def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     """The real worker: SIGTERM stops it, finished runs are kept, the command makes the rest."""
     shutil.copytree(HERE / "experiments" / "lab", tmp_path / "experiments" / "lab")
-    for name in ("__init__.py", "apart.py"):
+    for name in ("__init__.py", "apart.py", "markdown.py"):
         shutil.copy(HERE / "experiments" / name, tmp_path / "experiments")
     folder = tmp_path / "experiments" / "01_one"
     folder.mkdir()

@@ -7,12 +7,10 @@ in V3) does not fit in one warpgroup's registers. The shares of a sequence are c
 by their log-sums. Rows beyond a sequence's last are not read.
 
 It has not run on a GPU yet. Compiled for an H100 at V3's width it spills 288 bytes of registers a
-thread, or 448 with 8-bit rows. It spills more with 64 or 32 columns at a time, or with other shares
-of registers.
-
-8-bit rows are copied as they are, and widened to bfloat16, scales included, in shared memory. With
-V3's 576 numbers a row that takes 225 KB of the 227 KB that a block may use. Fits no library:
-cuDNN's heads have at most 256 numbers, and tokamax's kernel needs 286 KB or more for 576 and 512.
+thread. It spills more with 64 or 32 columns at a time, or with other shares of registers. Commit
+ef1ed35f also has 8-bit rows, which take 225 KB of the 227 KB of shared memory that a block may use.
+Fits no library: cuDNN's heads have at most 256 numbers, and tokamax's kernel needs 286 KB or more
+for 576 and 512.
 Source: the design of FlashMLA (github.com/deepseek-ai/FlashMLA); arXiv 2205.14135; the split is
 Flash-Decoding's.
 """
@@ -59,30 +57,19 @@ def why_not(target: Any) -> str:
     return ""
 
 
-def is_latent(
-    queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any
-) -> bool:
-    """Whether a cache is latents and rotated keys, of one head."""
-    return len(keys) == 2 and values.rows.shape == keys[0].rows.shape and values.rows.shape[1] == 1
-
-
 def fits(
     queries: Sequence[Any], keys: Sequence[Stored], values: Stored, *others: Any, **settings: Any
 ) -> bool:
-    """Whether a cache is latents, in blocks of the kernel's size that shared memory holds."""
+    """Whether a cache is latents and rotated keys, in blocks that shared memory holds."""
+    latent = len(keys) == 2 and values.rows.shape == keys[0].rows.shape
+    one_head = values.rows.shape[1] == 1
     widths = [key.rows.shape[-1] for key in keys]
-    small = _shared_bytes(sum(widths), values.rows.dtype) < MOST_SHARED
+    # Queries and blocks of rows, with weights, maxima, last rows and barriers.
+    shared = 2 * TILE * sum(widths) * (1 + BUFFERS) + 2 * TILE * TILE + 3 * 4 * TILE + 128
+    small = values.rows.dtype == jnp.bfloat16 and shared < MOST_SHARED
     by_block = values.rows.shape[2] % TILE == 0
     in_tiles = all(width % COLUMNS_OF_A_TILE == 0 for width in widths)
-    return is_latent(queries, keys, values) and by_block and in_tiles and small
-
-
-def _shared_bytes(width: int, dtype: Any) -> int:
-    # `wide` is for queries, or a block of rows.
-    wide, eight_bits = 2 * TILE * width, jnp.dtype(dtype).itemsize == 1
-    rows = wide + BUFFERS * TILE * (width + 8) if eight_bits else BUFFERS * wide
-    # With weights, maxima, last rows and barriers.
-    return wide + rows + 2 * TILE * TILE + 3 * 4 * TILE + 128
+    return latent and one_head and by_block and in_tiles and small
 
 
 def latent_attention(
@@ -117,7 +104,6 @@ def latent_attention(
     ends = last.max(axis=1).astype(jnp.int32) + 1  # rows of each sequence that some query sees
     last = jnp.pad(last, ((0, 0), (0, padding))).astype(jnp.float32)  # exact up to 2^24 rows
     splits = splits or max(1, min(THREAD_BLOCKS // (batch * tiles), capacity // TILE))
-    scales = [key.scales[:, 0, :, 0] for key in keys if key.scales is not None]
     value = jax.ShapeDtypeStruct((splits, batch, tiles * size, value_width), queries[0].dtype)
     logs = jax.ShapeDtypeStruct((splits, batch, tiles * size), jnp.float32)
     out, log_sums = plgpu.kernel(
@@ -128,7 +114,7 @@ def latent_attention(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(ends, last, *queries, *rows, *scales)
+    )(ends, last, *queries, *rows)
     if splits == 1:
         return out[0][:, None, :count]
     share = jax.nn.softmax(log_sums * math.log(2), axis=0)[..., None]
@@ -136,7 +122,17 @@ def latent_attention(
 
 
 def _kernel(
-    ends_ref, last_ref, q_latent_ref, q_key_ref, latent_ref, key_ref, *refs, splits: int, size: int
+    ends_ref,
+    last_ref,
+    q_latent_ref,
+    q_key_ref,
+    latent_ref,
+    key_ref,
+    out_ref,
+    logs_ref,
+    *,
+    splits: int,
+    size: int,
 ):
     """One thread block, see the module.
 
@@ -144,8 +140,6 @@ def _kernel(
     """
     pl, plgpu = _pallas()
 
-    *scale_refs, out_ref, logs_ref = refs
-    eight_bits = bool(scale_refs)
     parts, q_refs = (latent_ref, key_ref), (q_latent_ref, q_key_ref)
     capacity, widths = latent_ref.shape[1], [ref.shape[2] for ref in parts]
     # Columns of the output, and rows of a block, of a warpgroup.
@@ -161,28 +155,20 @@ def _kernel(
         transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    def blocks_of(count: int, dtype: Any) -> list[Any]:
-        return [tiled((count, TILE, width), dtype) for width in widths]
-
     scratch = {
         "queries": [tiled((TILE, width), jnp.bfloat16) for width in widths],
-        "wide": blocks_of(1 if eight_bits else BUFFERS, jnp.bfloat16),
+        "stored": [tiled((BUFFERS, TILE, width), jnp.bfloat16) for width in widths],
         "weights": tiled((2, TILE, part), jnp.bfloat16),
         # last rows; what the warpgroups found in their parts of a block
         "shared": plgpu.SMEM((3, TILE), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=1 + len(parts)),
         # a block's copies
-        "filled": plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=len(parts) + len(scale_refs)),
+        "filled": plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=len(parts)),
         "barriers": plgpu.Barrier(num_barriers=1 + BUFFERS, num_arrivals=2),
     }
-    if eight_bits:
-        scratch["narrow"] = blocks_of(BUFFERS, latent_ref.dtype)
-        scratch["scales"] = plgpu.SMEM((BUFFERS, 2, TILE), jnp.float32)
 
     @partial(pl.run_scoped, collective_axes="warpgroup", **scratch)
-    def _thread_block(
-        queries, wide, weights, shared, loaded, filled, barriers, narrow=None, scales=None
-    ):
+    def _thread_block(queries, stored, weights, shared, loaded, filled, barriers):
         meeting = barriers.at[0]
         batch, split = jax.lax.axis_index("batch"), jax.lax.axis_index("split")
         # Rows beyond `own_rows` hold anything.
@@ -210,13 +196,9 @@ def _kernel(
 
             def copy(i, slot):
                 rows = pl.ds(first_row(i), TILE)
-                for rows_ref, block in zip(parts, narrow or wide, strict=True):
+                for rows_ref, block in zip(parts, stored, strict=True):
                     plgpu.copy_gmem_to_smem(
                         rows_ref.at[batch, rows], block.at[slot], filled.at[slot]
-                    )
-                for n, scale_ref in enumerate(scale_refs):
-                    plgpu.copy_gmem_to_smem(
-                        scale_ref.at[batch, rows], scales.at[slot, n], filled.at[slot]
                     )
 
             for i in range(BUFFERS):
@@ -235,33 +217,14 @@ def _kernel(
             own = pl.ds(which * part, part)
             columns = [pl.ds(which * half + at, step) for at in range(0, half, step)]
 
-            def widen(slot):
-                """Write this warpgroup's columns of a block in bfloat16, times their scales."""
-                for n, width in enumerate(widths):
-                    scale = plgpu.load(scales.at[slot, n], layout=by_row)
-                    for at in range(which * COLUMNS_OF_A_TILE, width, 2 * COLUMNS_OF_A_TILE):
-                        at = pl.ds(at, COLUMNS_OF_A_TILE)
-                        some = plgpu.load(
-                            narrow[n].at[slot, :, at], layout=plgpu.Layout.WGMMA, optimized=False
-                        )
-                        scales_of_rows = jax.lax.broadcast_in_dim(scale, some.shape, [0])
-                        some = some.astype(jnp.float32) * scales_of_rows
-                        wide[n].at[0, :, at][...] = some.astype(jnp.bfloat16)
-
             def visit(i, carry):
                 acc, top, total = carry
                 slot = jax.lax.rem(i, jnp.int32(BUFFERS))
                 plgpu.barrier_wait(filled.at[slot])
-                if eight_bits:
-                    meet()  # nobody reads the block before any more
-                    widen(slot)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(barriers.at[1 + slot])
-                    meet()
-                blocks = [x.at[0 if eight_bits else slot] for x in wide]
+                visited = [block.at[slot] for block in stored]
 
                 def score(acc_ref):
-                    for q, block in zip(queries, blocks, strict=True):
+                    for q, block in zip(queries, visited, strict=True):
                         plgpu.wgmma(acc_ref, q, block.at[own].transpose((1, 0)))
                     return acc_ref[...]
 
@@ -285,7 +248,7 @@ def _kernel(
                 def add(acc_ref, columns):
                     for n in range(2):
                         plgpu.wgmma(
-                            acc_ref, weights.at[n], blocks[0].at[pl.ds(n * part, part), columns]
+                            acc_ref, weights.at[n], visited[0].at[pl.ds(n * part, part), columns]
                         )
                     return acc_ref[...]
 
@@ -295,8 +258,7 @@ def _kernel(
                     + pl.run_scoped(partial(add, columns=at), plgpu.ACC((TILE, step), jnp.float32))
                     for old, at in zip(acc, columns, strict=True)
                 )
-                if not eight_bits:
-                    plgpu.barrier_arrive(barriers.at[1 + slot])
+                plgpu.barrier_arrive(barriers.at[1 + slot])
                 return acc, new_top, total
 
             def full(shape, value, layout):

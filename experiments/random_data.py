@@ -1,7 +1,7 @@
 """Random arrays, weights and batches: a chip runs faster on constant data."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import RouterBias
 
 
@@ -34,28 +33,37 @@ def keys(seed: int = 0) -> Iterator[Any]:
         yield one
 
 
-def filled(shapes: nnx.Module, std: float, dtype: str) -> tuple[Any, Any]:
-    """(Graph, arrays) of a module, given as shapes, with random weights cast as `hf.load` does."""
+def filled(shapes: nnx.Module, std: float, dtype: str, draw: Callable = draw) -> tuple[Any, Any]:
+    """(Graph, arrays) of a module, given as shapes, with random weights cast as `hf.load` does.
+
+    Args: draw: as `draw` above.
+    """
     graph, state = nnx.split(shapes)
     arrays, key = {}, keys()
     for path, variable in nnx.to_flat_state(state):
+        shape = tuple(variable.shape)
         if isinstance(variable, RouterBias):
-            value = jnp.zeros(variable.shape, jnp.float32)
+            value = jnp.zeros(shape, jnp.float32)
         elif not variable.get_metadata().get("decay", True):  # a norm's scale
-            value = jnp.ones(variable.shape, dtype)
+            value = jnp.ones(shape, dtype)
         else:
-            value = draw(
-                next(key),
-                tuple(variable.shape),
-                "float32" if path[-1] == "w_router" else dtype,
-                std,
-            )
+            value = draw(next(key), shape, "float32" if path[-1] == "w_router" else dtype, std)
         arrays[path] = variable.replace(value)
     return graph, nnx.from_flat_state(arrays)
 
 
-def random_batch(cfg: ModelConfig, rows: int, length: int) -> dict[str, jax.Array]:
-    """A training batch of random tokens, one document a row."""
-    tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, cfg.vocab_size, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+def filled_cache(shapes: Any) -> Any:
+    """A cache with random rows for one of these shapes; its lengths are 0."""
+    key = keys()
+
+    def fill(x: Any) -> jax.Array:
+        return draw(next(key), x.shape, x.dtype) if x.ndim > 1 else jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def batch_of(tokens: Any) -> dict[str, jax.Array]:
+    """A training batch of tokens [B, T], one document a row."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
