@@ -43,7 +43,7 @@ def made_up(
         gates=rng.dirichlet(np.ones(k), (total, n)).astype(np.float32),
         counted=counted,
     )
-    cells, steps = (total, experts), np.arange(10, 410, 10)
+    cells = (total, experts)
     document_load = rng.integers(50, 400, (60, *cells))
     pairs = rng.integers(1, 99, (total, experts, experts))
     pairs += pairs.swapaxes(1, 2)
@@ -61,14 +61,11 @@ def made_up(
         ),
         rows=rows,
     )
-    header = {"preset": "tiny", "parameters": 1_234_567, "active_parameters": 654_321, "steps": 400}
-    header |= {
-        "tokens_seen": 1_638_400,
-        "router": "sigmoid",
-        "balance_rule": "sign",
-        "version": "0.1.0",
-    }
-    header |= {"commit": "0" * 40, "loss": 3.456, "bits_per_byte": 2.1, "max_vio_training_mix": 0.5}
+    header = dict(
+        preset="tiny", parameters=1_234_567, active_parameters=654_321, steps=400,
+        tokens_seen=1_638_400, router="sigmoid", balance_rule="sign", version="0.1.0",
+        commit="0" * 40, loss=3.456, bits_per_byte=2.1, max_vio_training_mix=0.5,
+    )  # fmt: skip
     more = {"run": "made-up", "step": 400, "data": "made-up text", "header": header}
     bits = {name: rng.uniform(0.1, 1.5, total) for name in NAMES}
     ends = {"": 1.0, "_low": 0.8, "_high": 1.2, "_chance": 0.5}
@@ -77,25 +74,21 @@ def made_up(
     }
     log = None
     if measured:
-        log = LoadLog(steps, rng.integers(1, 9, (40, *cells)), rng.normal(0, 0.1, (40, *cells)))
+        loads, biases = rng.integers(1, 9, (40, *cells)), rng.normal(0, 0.1, (40, *cells))
+        log = LoadLog(np.arange(10, 410, 10), loads, biases)
         delta = rng.gamma(1.0, 0.004, (layers, experts))
         worth = Worth(3.0, 3.0 + delta, delta - 0.002, delta + 0.002, 20_000, 80, 100)
-        found = {"match": [rng.permutation(experts).tolist() for _ in names]}
-        found |= {key: rng.uniform(0.2, 0.8, total).tolist() for key in ("shared", "by_chance")}
+        share = [*rng.uniform(0.4, 1, (2, total)).tolist(), [1] * total]
+        other = dict(run="other", step=300, same_text=True, loss=3.4, bits_per_byte=2.0, note=None)
+        other |= {"layers": names, "match": [rng.permutation(experts).tolist() for _ in names]}
+        for key in ("shared", "by_chance", "max_vio"):
+            other[key] = rng.uniform(0.2, 0.8, total).tolist()
         more |= {
             "worth": worth_json(worth, total),
-            "saturation": {
-                "steps": [100, 200, 400],
-                "share": [*rng.uniform(0.4, 1, (2, total)).tolist(), [1] * total],
-            },
+            "saturation": {"steps": [100, 200, 400], "share": share},
             "groups": {"load": rng.integers(1, 900, (total, 4)).tolist()},
             "devices": {"count": 8, "load": rng.integers(1, 900, (total, 8)).tolist()},
-            "against": {"run": "other", "step": 300, "same_text": True, "layers": names, **found}
-            | {
-                "load": rng.integers(200, 1600, cells).tolist(),
-                "max_vio": rng.uniform(0.2, 0.9, total).tolist(),
-            }
-            | {"loss": 3.4, "bits_per_byte": 2.0, "note": None},
+            "against": other | {"load": rng.integers(200, 1600, cells).tolist()},
         }
     else:
         stats = replace(stats, bias=None)
@@ -116,9 +109,8 @@ def hostile(numbers: dict) -> dict:
     numbers = json.loads(json.dumps(numbers).replace(json.dumps(old), json.dumps(HOSTILE)))
     numbers["run"] = numbers["data"] = HOSTILE
     numbers["against"]["run"] = numbers["against"]["note"] = HOSTILE
-    numbers["header"] |= dict.fromkeys(
-        ("preset", "router", "balance_rule", "version", "commit"), HOSTILE
-    )
+    texts = ("preset", "router", "balance_rule", "version", "commit")
+    numbers["header"] |= dict.fromkeys(texts, HOSTILE)
     numbers["favourites"][0][0][0][1] = HOSTILE
     numbers["contexts"][0][0][0][:3] = [HOSTILE] * 3
     numbers["texts"][0]["tokens"] = [HOSTILE] * len(numbers["texts"][0]["tokens"])

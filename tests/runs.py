@@ -10,7 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,11 +23,14 @@ from flax import nnx
 from models import DENSE, random_model
 
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.presets import recipe
 from dsv3_jax.report import speed
 from dsv3_jax.runs import loop, steps
+from dsv3_jax.runs.checkpoint import Checkpoints, open_checkpoints
+from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.training.state import Job, TrainState, init_optimizer
 
 # Two sparse layers and an MTP block, so that every kind of router bias is there; little else, to
@@ -69,6 +72,12 @@ def write_text(folder: Path) -> str:
     return str(folder)
 
 
+def write_lines(file: Path, records: Iterable) -> str:
+    """Write JSON lines. Returns: the file's name."""
+    file.write_text("\n".join(map(json.dumps, records)))
+    return str(file)
+
+
 def make_run(text: str, **changes) -> RunConfig:
     """A run on `text`; only another model, execution, optimizer or `steps` compiles a new step."""
     data = DataConfig(paths=(text,), seq_len=16, batch_size=4, val_fraction=0.3)
@@ -90,6 +99,23 @@ def new_state(run: RunConfig, params: nnx.State, bias: nnx.State, step: int = 0)
     opt = jax.eval_shape(lambda: init_optimizer(Job(run), params))
     zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), opt)
     return TrainState(params, bias, zeros, jnp.asarray(step, jnp.int32))
+
+
+def save_run(folder: Path, run: RunConfig, step: int = 7) -> RunConfig:
+    """Make the folder of a run with a checkpoint of random weights. Returns: its run."""
+    run = claim(folder, run)
+    state = fresh_state(run, step)
+    state = replace(state, opt=jax.tree.map(lambda x: x + 1, state.opt))  # no new optimizer's
+    with Checkpoints(folder, run) as checkpoints:
+        checkpoints.save(state, {}, wait=True)
+    return run
+
+
+def last_state(folder: Path | str, run: RunConfig | None = None) -> tuple[TrainState, dict]:
+    """The state and the data position of a run's last checkpoint, also of one in a bucket."""
+    folder = fetched(folder)
+    with open_checkpoints(folder, run or read_run(folder), read_only=True) as checkpoints:
+        return checkpoints.restore()
 
 
 def packed_batch(
@@ -156,6 +182,19 @@ def said_by(function, *args) -> tuple[object, str]:
     with contextlib.redirect_stdout(out):
         result = function(*args)
     return result, out.getvalue()
+
+
+def by_command(*argv, lines: str = "") -> tuple[int, str, str]:
+    """Run `dsv3 …` in this process, with these lines of stdin.
+
+    Returns: (exit code, stdout, stderr).
+    """
+    out, err = io.StringIO(), io.StringIO()
+    to_out, to_err = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with to_out, to_err, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(lines))
+        code = unhooked_cli().main([str(word) for word in argv])
+    return code, out.getvalue(), err.getvalue()
 
 
 # `fit` spends seconds on these, however short the training: the machine's FLOP/s, pictures, the

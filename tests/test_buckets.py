@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import runs
 from buckets import serve
-from runs import assert_bitwise, flags, fresh_state, make_run, refused, rows_of, start, unhooked_cli
+from runs import (
+    assert_bitwise,
+    by_command,
+    flags,
+    fresh_state,
+    last_state,
+    make_run,
+    refused,
+    rows_of,
+    start,
+)
 from test_cluster import pair
 
 import dsv3_jax as ds
@@ -25,8 +35,8 @@ from dsv3_jax.host.lock import LOCK_FILE, FolderInUse
 from dsv3_jax.host.mirror import INDEX, fetched, mirror_of
 from dsv3_jax.mesh import sharding
 from dsv3_jax.runs.bucket_checkpoint import SETTINGS
-from dsv3_jax.runs.checkpoint import Checkpoints, load_run, open_checkpoints, steps_of
-from dsv3_jax.runs.folder import claim
+from dsv3_jax.runs.checkpoint import load_run, open_checkpoints, steps_of
+from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.loop import fit
 
 RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1), keep=2)
@@ -45,15 +55,12 @@ def url(server, request) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(server, tmp_path_factory):
+def trained(server, whole):
     """A run that was trained in the bucket, in two parts, and the same run on the disk."""
-    text = runs.write_text(tmp_path_factory.mktemp("text"))
-    run = make_run(text, model=replace(runs.MODEL, num_layers=1, mtp_depth=0))
-    disk = tmp_path_factory.mktemp("disk") / "run"
-    fit(run, disk, quiet=True)
-    fit(run, "gs://bucket/trained", stop_after=6, quiet=True)
-    assert fit(run, "gs://bucket/trained", quiet=True).resumed_from == 6
-    return run, "gs://bucket/trained", disk
+    url = "gs://bucket/trained"
+    fit(whole.run, url, stop_after=6, quiet=True)
+    assert fit(whole.run, url, quiet=True).resumed_from == 6
+    return whole.run, url, whole.folder
 
 
 def save(url, *steps, run=RUN):
@@ -76,16 +83,14 @@ def index_of(url: str) -> dict:
 
 
 def assert_same_run(run, url, disk):
-    """Rows, state, data position and settings are equal."""
+    """Rows, state, data position, steps and settings are equal."""
     folder = fetched(url)
     assert rows_of(folder) == rows_of(disk)
-    with open_checkpoints(folder, run, read_only=True) as ours, Checkpoints(disk, run) as theirs:
-        (state, position), (expected, expected_position) = ours.restore(), theirs.restore()
-        assert ours.latest == theirs.latest and steps_of(ours.folder) == steps_of(theirs.folder)
+    (state, position), (expected, expected_position) = last_state(folder, run), last_state(disk)
     assert_bitwise(state, expected)
     assert position == expected_position
-    ours, theirs = (json.loads((path / "run.json").read_text()) for path in (folder, disk))
-    assert ours["run"] == theirs["run"]
+    assert steps_of(folder / "checkpoints") == steps_of(disk / "checkpoints")
+    assert read_run(folder) == read_run(disk)
 
 
 # objects
@@ -134,7 +139,7 @@ def test_two_writers(url, trained):
         name = f"process {os.getpid()} on {socket.gethostname()}, which started at"
         with pytest.raises(FolderInUse, match=f"^out='{url}' is in use by {name}.*10 minutes"):
             Lease(Bucket(url))
-        code = unhooked_cli().main(["train", "tiny", "--out", url, *flags(trained[0])])
+        code, *_ = by_command("train", "tiny", "--out", url, *flags(trained[0]))
         assert code == 2 and contents(url) == before
         lock.check()
     assert LOCK_FILE not in contents(url)
@@ -142,7 +147,7 @@ def test_two_writers(url, trained):
         assert lock.sentence == ""
 
 
-def test_a_lock_is_taken_over_when_it_is_old_or_its_process_has_ended(url, monkeypatch):
+def test_a_lock_is_taken_over_when_it_is_old_or_its_process_has_ended(url):
     bucket = Bucket(url)
     dead = {"host": socket.gethostname(), "boot": lease._BOOT.read_text().strip(), "pid": 1 << 23}
     bucket.write(LOCK_FILE, other_lock())
@@ -206,10 +211,7 @@ def test_checkpoints_are_independent_of_the_mesh(url):
 
 def test_a_state_may_be_donated_while_it_is_written(url):
     state = fresh_state(RUN, step=3)
-    expected = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
-    step = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x * 0 - x.dtype.type(1), tree), donate_argnums=0
-    )
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     folder = fetched(url)
     with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
         claim(folder, RUN)
@@ -217,8 +219,7 @@ def test_a_state_may_be_donated_while_it_is_written(url):
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
-    with open_checkpoints(folder, RUN, read_only=True) as checkpoints:
-        assert_bitwise(checkpoints.restore()[0], expected)
+    assert_bitwise(last_state(url)[0], fresh_state(RUN, step=3))
 
 
 def test_old_checkpoints_and_what_a_dead_process_left_are_deleted(url):
@@ -235,11 +236,8 @@ def test_a_step_can_be_chosen_and_damage_is_passed_over(url):
     save(url, 4, 8)
     folder = fetched(url)
     with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
-        with refused(r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
-            checkpoints.rewind(5)
         (sentence,) = checkpoints.rewind(4)
-        kept = "the checkpoint of step 8 is kept as 8.superseded"
-        assert sentence == f"{kept}: training resumes from step 4"
+        assert sentence.startswith("the checkpoint of step 8 is kept as 8.superseded: ")
         checkpoints.save(fresh_state(RUN, 8), {"offset": 9}, wait=True)
         assert checkpoints.restore()[1] == {"offset": 9}
     assert index_of(url)["aside"] == {"8.superseded": "checkpoints/8.1"}
@@ -262,14 +260,14 @@ def test_a_flipped_bit_is_refused_or_changes_nothing_and_an_absent_object_is_ref
     content = bucket.read(largest)[0]
     refusals = 0
     with open_checkpoints(fetched(url), RUN, read_only=True) as checkpoints:
-        for at in range(len(content) // 18, len(content), len(content) // 9):
+        for at in range(len(content) // 8, len(content), len(content) // 4):
             bucket.write(largest, content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
             try:
                 assert_bitwise(checkpoints.restore()[0], fresh_state(RUN, 4))
             except ValueError as error:
                 assert str(error).startswith("step=4: the checkpoint in "), error
                 refusals += 1
-        assert refusals >= 5
+        assert refusals >= 2
         bucket.write(largest, None)
         with refused("^step=4: the checkpoint in .* cannot be read: "):
             checkpoints.restore()
@@ -280,19 +278,15 @@ def test_a_flipped_bit_is_refused_or_changes_nothing_and_an_absent_object_is_ref
 # training and reading
 
 
-def test_a_run_in_a_bucket_is_that_on_a_disk(trained, capsys, tmp_path):
+def test_a_run_in_a_bucket_is_that_on_a_disk(trained, tmp_path):
     """To the bit, after a stop too; and every reader opens it."""
     run, url, disk = trained
     assert_same_run(run, url, disk)
-    assert not any("Traceback" in text for text in capsys.readouterr())
-    options = ["--prompt", "a", "--max-new-tokens", "4", "--temperature", "0"]
-    for place in (url, str(disk)):
-        assert unhooked_cli().main(["generate", place, *options]) == 0
-    said = capsys.readouterr().out
-    assert said[: len(said) // 2] == said[len(said) // 2 :]
-    assert unhooked_cli().main(["runs", "check", url]) == 0
-    said = capsys.readouterr().out
-    assert "step 12: in a bucket, where arrays are checked" in said
+    options = ["--prompt", "a", "--max-new-tokens", 4, "--temperature", 0]
+    ours, theirs = (by_command("generate", place, *options)[:2] for place in (url, disk))
+    assert ours == theirs and ours[0] == 0
+    code, said, _ = by_command("runs", "check", url)
+    assert code == 0 and "step 12: in a bucket, where arrays are checked" in said
     assert "metrics.jsonl: 14 rows" in said
 
     ends = []
@@ -335,10 +329,7 @@ def test_each_of_two_processes_writes_its_shards(server, url, root, tmp_path):
     fit(run, tmp_path / "alone", quiet=True)
     for process in range(2):
         assert any(name.startswith(f"checkpoints/8.1/{process}/d/") for name in contents(url))
-    with open_checkpoints(fetched(url), run, read_only=True) as ours:
-        state, position = ours.restore()
-    with Checkpoints(tmp_path / "alone", run) as theirs:
-        expected, expected_position = theirs.restore()
+    (state, position), (expected, expected_position) = map(last_state, (url, tmp_path / "alone"))
     assert position == expected_position
     assert_bitwise(state.bias, expected.bias)  # every count of every step was the same
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
@@ -349,48 +340,42 @@ def test_each_of_two_processes_writes_its_shards(server, url, root, tmp_path):
 # what is refused
 
 
-def test_what_is_no_bucket_of_ours_is_refused_in_a_sentence(trained, server, url, capsys):
+def test_what_is_no_bucket_of_ours_is_refused_in_a_sentence(trained, server, url, monkeypatch):
     """With exit code 2; nothing is written."""
-    run = trained[0]
+    run, finished, _ = trained
 
-    def refuse(place, sentence, command=None):
-        argv = command or ["train", "tiny", "--out", place, *flags(run)]
-        assert unhooked_cli().main(argv) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and sentence in said, said
+    def refuse(sentence, *argv):
+        code, _, said = by_command(*argv)
+        assert code == 2 and said.count("\n") == 1 and sentence in said, said
 
-    refuse("gs://absent/run", "gs://absent/run/run.lock cannot be written: NOT_FOUND")
-    refuse("gs://BAD_/run", "gs://BAD_/run/ cannot be opened: ")
-    refuse("", "gs://absent/run' is neither a run", ["generate", "gs://absent/run"])
+    def refuse_training(sentence, out, run=run):
+        refuse(sentence, "train", "tiny", "--out", out, *flags(run))
+
+    refuse_training("gs://absent/run/run.lock cannot be written: NOT_FOUND", "gs://absent/run")
+    refuse_training("gs://BAD_/run/ cannot be opened: ", "gs://BAD_/run")
+    refuse("gs://absent/run' is neither a run", "generate", "gs://absent/run")
     Bucket(url).write("notes/mine.txt", b"mine")
-    refuse(url, f"out='{url}' holds other files and no index.json; choose another --out")
+    refuse_training(f"out='{url}' holds other files and no index.json; choose another --out", url)
     assert contents(url) == {"notes/mine.txt": b"mine"}
 
     # An index that is another's, or names files outside of the run.
-    index = index_of(trained[1])
+    index = index_of(finished)
     outside = ({"files": ["../a"]}, {"files": ["/etc/a"]}, {"steps": {"a": "b"}}, {"aside": 3})
     for data in (b"{}", b"[1]", b"a", *(json.dumps(index | one).encode() for one in outside)):
         Bucket(url).write(INDEX, data)
-        refuse(url, f"file='{url}/index.json' is damaged, or no run's")
-        refuse(url, "is damaged, or no run's", ["runs", "check", url])
+        refuse_training(f"file='{url}/index.json' is damaged, or no run's", url)
+        refuse("is damaged, or no run's", "runs", "check", url)
     Bucket(url).write(INDEX, json.dumps(index).encode())
-    refuse(url, f"file='{url}/load.jsonl' is absent", ["generate", url])
+    refuse(f"file='{url}/load.jsonl' is absent", "generate", url)
 
     # Another run's; one that the bucket does not let in; commands that write to a disk.
-    before = contents(trained[1])
-    refuse("", "seed=9 is not that of the run in gs://bucket/trained", [
-        "train", "tiny", "--out", trained[1], *flags(replace(run, seed=9))
-    ])  # fmt: skip
-    after = contents(trained[1])
-    assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in after if name != INDEX)
-    report = ["stats", trained[1], "--out", "gs://bucket/report"]
+    before = contents(finished)
+    refuse_training(f"seed=9 is not that of the run in {finished}", finished, replace(run, seed=9))
+    after = contents(finished)
+    assert after | {INDEX: before[INDEX]} == before
     only = "only `dsv3 train` writes into a bucket; name a folder"
-    refuse("", f"out='gs://bucket/report': {only}", report)
-    refuse("", f"out='gs://bucket/model': {only}", ["convert", trained[1], "gs://bucket/model"])
-    refuse("", f"run='{trained[1]}' is in a bucket, and its report is not; name a", report[:2])
-    server.refused = True
-    try:
-        refuse(trained[1], "cannot be read: PERMISSION_DENIED")
-    finally:
-        server.refused = False
+    for words in (("stats", finished, "--out"), ("convert", finished)):
+        refuse(f"out='gs://bucket/out': {only}", *words, "gs://bucket/out")
+    refuse(f"run='{finished}' is in a bucket, and its report is not; name a", "stats", finished)
+    monkeypatch.setattr(server, "refused", True)
+    refuse_training("cannot be read: PERMISSION_DENIED", finished)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import by_command
 from test_grouped_product import gpu_interpreter
 
-from dsv3_jax.cli import main
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels import check, check_apart, table, verdicts
 from dsv3_jax.kernels.cases import CASES, Draw
@@ -65,33 +65,28 @@ ROWS = [Implementation("bad", wrong, fits=lambda *arrays, **settings: True)]
 
 @pytest.mark.long
 def test_one_percent_in_one_small_expert_is_found_and_left_out(
-    folder, monkeypatch, capsys, tmp_path_factory
+    folder, monkeypatch, tmp_path_factory
 ):
     """Expert 1 has one row in a case. Then "auto" takes the next row, and its line says why."""
     command = checker(tmp_path_factory.mktemp("checker"), "grouped_swiglu", ONE_PERCENT)
     monkeypatch.setattr(check_apart, "COMMAND", command)
-    # for a machine that is busy with other tests
-    monkeypatch.setattr(check_apart, "SECONDS", 600.0)
-    assert main.main(["info", "tiny", "--check"]) == 1
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    monkeypatch.setattr(check_apart, "SECONDS", 600.0)  # for a machine that is busy
+    code, said, _ = by_command("info", "tiny", "--check")
+    assert code == 1
+    lines = {line.split()[0]: line for line in said.splitlines()}
     assert "WRONG: gradient of w_down[1] is 1.0" in lines.pop("grouped_swiglu=bad")
     bad = Implementation("bad", dispatch.grouped_swiglu, dtypes=("float32",))
     monkeypatch.setitem(table.TABLE, "grouped_swiglu", (bad, *table.TABLE["grouped_swiglu"]))
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] != "bad"
-    assert (
-        "; not grouped_swiglu=bad, which is wrong here: gradient of w_down[1]" in kernels.describe()
-    )
+    said = "; not grouped_swiglu=bad, which is wrong here: gradient of w_down[1]"
+    assert said in kernels.describe()
     # if it is named
     assert prepare(Execution(kernels="grouped_swiglu=bad")).chosen()["grouped_swiglu"] == "bad"
     (path,) = folder.iterdir()
     kept = json.loads(path.read_text())
-    for text in (
-        path.read_text()[:-9],
-        "[1]",
-        json.dumps(kept | {"versions": {}}),
-        json.dumps(kept | {"wrong": [1]}),
-    ):
+    others = (json.dumps(kept | other) for other in ({"versions": {}}, {"wrong": [1]}))
+    for text in (path.read_text()[:-9], "[1]", *others):
         path.write_text(text)
         assert prepare().wrong == ()
 
@@ -119,8 +114,8 @@ def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(
     folder, tmp_path_factory
 ):
     """So has one that ends its process. Each verdict is on disk when the next kernel begins."""
-    command, kept = checker(tmp_path_factory.mktemp("checker"), "exact_product", HANGS), []
-    found = {}
+    command = checker(tmp_path_factory.mktemp("checker"), "exact_product", HANGS)
+    found, kept = {}, []
     for verdict in check_apart.check_and_keep(Execution(), command=command, seconds=10.0):
         found[verdict.name.removeprefix("exact_product=")] = verdict.wrong
         kept.append(dict(prepare().wrong))
@@ -137,11 +132,8 @@ def test_a_check_that_is_stopped_leaves_the_kernel_out(folder):
 
     def replies(command, seconds):
         if len(command) == len(check_apart.COMMAND) + 1:
-            yield {
-                "platform": "cpu",
-                "chip": "",
-                "rows": {"product=cpu": True, "product=xla": False},
-            }
+            rows = {"product=cpu": True, "product=xla": False}
+            yield {"platform": "cpu", "chip": "", "rows": rows}
         else:
             yield {"trying": "product=cpu"}
             raise KeyboardInterrupt
@@ -156,9 +148,8 @@ def test_a_check_that_is_stopped_leaves_the_kernel_out(folder):
 def test_one_number_that_is_not_finite_is_wrong(bad):
     op, draw = "exact_product", Draw(jnp.dtype("float32"), np.random.default_rng(0))
     row = Implementation("bad", lambda x, w: products.exact_product(x, w).at[-1, 0].set(bad))
-    (verdict,) = check._check_case(
-        op, [row], check.reference_of(op, "none"), list(CASES[op](draw, False))[1], draw, "none"
-    )
+    case, reference = list(CASES[op](draw, False))[1], check.reference_of(op, "none")
+    (verdict,) = check._check_case(op, [row], reference, case, draw, "none")
     assert "exact_product[2] is inf% off" in verdict.wrong
 
 
@@ -175,17 +166,14 @@ KERNELS = {  # the platform, the op, and which of its cases Pallas' interpreter 
     "two_rows": ("cuda", "swiglu", 2, nullcontext),
 }
 
-# "mosaic" takes a minute: its interpreter also looks for races of threads.
-IN_CI = ("by_product", "one_product", "in_place", "two_rows")
+
+def marked(name):
+    """The one of "mosaic" takes a minute: its interpreter also looks for races of threads."""
+    in_ci = name in ("by_product", "one_product", "in_place", "two_rows")
+    return pytest.param(name, marks=pytest.mark.long if in_ci else pytest.mark.rare)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.long if name in IN_CI else pytest.mark.rare)
-        for name in KERNELS
-    ],
-)
+@pytest.mark.parametrize("name", [marked(name) for name in KERNELS])
 def test_kernels_are_right_where_they_are_interpreted(name):
     platform, op, number, interpreter = KERNELS[name]
     reference = check.reference_of(op, "none")

@@ -14,18 +14,12 @@ import pytest
 import runs
 from flax import nnx
 from models import DENSE, random_model
-from runs import assert_bitwise, make_run, refused, unhooked_cli
+from runs import assert_bitwise, by_command, make_run, refused
 
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs import checkpoint, checksums
 from dsv3_jax.runs.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed, load_run
-from dsv3_jax.runs.checksums import (
-    LATE,
-    MANIFEST,
-    find_damage,
-    read_manifest,
-    write_manifest,
-)
+from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, read_manifest, write_manifest
 from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.training import optim
@@ -101,24 +95,17 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Checkpoints, "_sync", fail)
-    with (
-        pytest.raises(
-            SaveFailed,
-            match=r"^the checkpoint of step 9 cannot be written to .*: the disk is gone;",
-        ),
-        Checkpoints(run, RUN) as checkpoints,
-    ):
-        checkpoints.save(make_state(9), PLACE)
+    sentence = "^the checkpoint of step 9 cannot be written to .*: the disk is gone;"
+    with pytest.raises(SaveFailed, match=sentence):
+        save(run, 9)
     assert steps_in(run) == {"4", "8"}
 
 
 def test_a_path_that_orbax_takes_for_a_pattern(saved, tmp_path):
     """A run trained elsewhere is read there; none begins there, and no save counts older ones."""
     run = Path(shutil.copytree(saved, tmp_path / "in[1]" / "run"))
-    with pytest.raises(
-        SaveFailed,
-        match=r"^the checkpoint of step 9 .* Orbax has not written state/manifest.ocdbt;",
-    ):
+    sentence = "^the checkpoint of step 9 .* Orbax has not written state/manifest.ocdbt;"
+    with pytest.raises(SaveFailed, match=sentence):
         save(run, 9, run=replace(RUN, keep=1))
     assert steps_in(run) == {"8"} and load_run(run).step == LAST
     for name in ("a[1]", "a*", "a?", "in[1]/b"):
@@ -184,10 +171,9 @@ def test_damage_is_named_by_file(run, tmp_path):
         assert ("the guide to training says how to make another" in found) == (number == 3)
 
 
-@pytest.mark.parametrize("count", [2, 5])
-def test_each_process_lists_and_checks_its_share(run, count):
+def test_each_process_lists_and_checks_its_share(run):
     """Each file is in one share, where its damage is found. Without a share nothing is checked."""
-    folder = last(run)
+    folder, count = last(run), 3
     listed = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).unlink()
     for index in range(count):
@@ -205,14 +191,13 @@ def test_each_process_lists_and_checks_its_share(run, count):
     assert find_damage(folder) == "" and read_manifest(folder) is None
 
 
-def test_a_checkpoint_without_checksums_is_there(run, capsys):
+def test_a_checkpoint_without_checksums_is_there(run):
     """A process that dies before it has written them leaves a checkpoint that was not checked."""
     (last(run) / MANIFEST).unlink()
     with Checkpoints(run, RUN) as checkpoints:
         assert checkpoints.rewind() == [] and checkpoints.restore()[1]["offset"] == LAST
-    assert unhooked_cli().main(["runs", "check", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "step 4: whole" in said and "step 8: not checked" in said
+    code, said, _ = by_command("runs", "check", run)
+    assert code == 0 and "step 4: whole" in said and "step 8: not checked" in said
 
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monkeypatch):
@@ -231,9 +216,8 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monke
 
 def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
     flip(array_file(last(run)))
-    with pytest.raises(
-        DamagedCheckpoint, match=rf"^step=8: .*{last(run)}.*; `dsv3 runs check` says"
-    ):
+    sentence = f"^step=8: .*{last(run)}.*; `dsv3 runs check` says"
+    with pytest.raises(DamagedCheckpoint, match=sentence):
         load_run(run)
     assert load_run(run, step=EARLIER).step == EARLIER
     with Checkpoints(run, RUN) as checkpoints:
@@ -263,11 +247,9 @@ def test_a_step_can_be_chosen(run):
         assert sentence == f"{kept}: training resumes from step 4"
         assert checkpoints.latest == EARLIER
     flip(run / "checkpoints" / "4" / "data" / "metadata")
-    with (
-        Checkpoints(run, RUN) as checkpoints,
-        pytest.raises(DamagedCheckpoint, match="step=4: .*data/metadata"),
-    ):
-        checkpoints.rewind(EARLIER)
+    with Checkpoints(run, RUN) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match="step=4: .*data/metadata"):
+            checkpoints.rewind(EARLIER)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -294,52 +276,40 @@ def test_a_reader_beside_a_trainer_takes_the_next_newest_checkpoint(run, monkeyp
     assert place == PLACE | {"offset": 12} and steps == [LAST, 12]
 
 
-def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch, capsys):
+def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch):
     monkeypatch.setattr(checksums, "find_damage", lambda folder: shutil.rmtree(folder) or "absent")
-    assert unhooked_cli().main(["runs", "check", str(run)]) == 0
-    assert "step" not in capsys.readouterr().out
-
-
-def test_a_checkpoint_of_another_model_is_refused(run):
-    """run.json was edited by hand: one sentence, not a page of Orbax."""
-    text = (run / RUN_FILE).read_text()
-    (run / RUN_FILE).write_text(text.replace('"mtp_depth": 1', '"mtp_depth": 2'))
-    with refused(
-        "^step=8: the checkpoint in .*: model.mtp_depth=2 is not that of the checkpoint, 1$"
-    ):
-        load_run(run)
+    code, said, _ = by_command("runs", "check", run)
+    assert code == 0 and "step" not in said
 
 
 TWO = [[8, 260], "uint8"], [[1, 260], "float32"]
 PACKED_LISTS = [
-    *(5, [5], {"a": 1}, [[["head"], [[5, 5]] * 2]]),
+    *(5, [5], [[["head"], [[5, 5]] * 2]], [[["head"], TWO[:1]]]),
     [[["head"], [[[8, 260], "float8_e4m3fn"], TWO[1]]]],  # it is not packed
-    *([[path, TWO]] for path in (["nowhere"], [3], "head", ["head"])),
-    *([[["head"], x]] for x in (TWO[:1], [[[8, 260], "x"], TWO[1]], [[[-8, 260], "uint8"]] * 2)),
+    *([[path, TWO]] for path in (["nowhere"], [3], ["head"])),
+    *([[["head"], x]] for x in ([[[8, 260], "x"], TWO[1]], [[[-8, 260], "uint8"]] * 2)),
 ]
-CHANGES = {  # a file of the checkpoint → what it holds instead
-    "config": [
-        *(lambda config, packed=packed: config | {"packed": packed} for packed in PACKED_LISTS),
-        *(lambda config: [config], lambda config: {}, lambda config: None),
-    ],
-    "data": [lambda data: [data], lambda data: 3],
-}
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_checkpoint_that_is_sealed_again_is_refused_in_a_sentence(run, name):
-    """Anyone can write checksums. The sentence names the checkpoint and its step."""
-    file = last(run) / name / "metadata"
-    before = file.read_text()
-    for change in CHANGES[name]:
-        file.write_text(json.dumps(change(json.loads(before))))
+def test_a_changed_checkpoint_that_is_sealed_again_is_refused_in_a_sentence(run):
+    """Anyone can write checksums, and edit run.json. The sentence names the checkpoint's step."""
+    unreadable = f"^step=8: the checkpoint in {run}/checkpoints cannot be read: "
+    config, data = (last(run) / name / "metadata" for name in ("config", "data"))
+    values = json.loads(config.read_text())
+    lists = (values | {"packed": packed} for packed in PACKED_LISTS)
+    changes = [(config, json.dumps(x), unreadable) for x in (*lists, [values], {}, None)]
+    changes += [(data, text, unreadable) for text in ("[{}]", "3")]
+    changes += [(file, '{"a": 1', f"^step=8: .*{file} is not JSON: ") for file in (config, data)]
+    edited = (run / RUN_FILE).read_text().replace('"mtp_depth": 1', '"mtp_depth": 2')
+    other = "model.mtp_depth=2 is not that of the checkpoint, 1$"
+    changes.append((run / RUN_FILE, edited, f"^step=8: the checkpoint in .*: {other}"))
+    for file, text, sentence in changes:
+        before = file.read_text()
+        file.write_text(text)
         write_manifest(last(run))
-        with refused(f"^step=8: the checkpoint in {run}/checkpoints cannot be read: "):
+        with refused(sentence):
             load_run(run)
-    file.write_text(before[:9])
-    write_manifest(last(run))
-    with refused(f"^step=8: .*{file} is not JSON: "):
-        load_run(run)
+        file.write_text(before)
 
 
 def test_an_array_without_its_file_and_a_router_bias_of_nan(run):
@@ -367,16 +337,11 @@ def test_a_folder_is_claimed_once(tmp_path):
     first = claim(tmp_path, RUN)
     assert first == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
     assert read_run(tmp_path) == claim(tmp_path, RUN) == first
+    text, model = replace(RUN.data, paths=("/a", "b")), replace(MODEL, q_latent_dim=3)
     for change, key in (
         ({"seed": 7}, "seed=7 is not that of the run in .*, 0"),
-        (
-            {"data": replace(RUN.data, paths=("/a", "b"))},
-            r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)",
-        ),
-        (
-            {"model": replace(MODEL, q_latent_dim=3)},
-            "model.q_latent_dim=3 is not that of the run in .*, None",
-        ),
+        ({"data": text}, r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)"),
+        ({"model": model}, "model.q_latent_dim=3 is not that of the run in .*, None"),
     ):
         with refused(f"^{key}; choose another --out$"):
             claim(tmp_path, replace(RUN, **change))

@@ -1,16 +1,14 @@
 """The command line: bad input gets one sentence and exit code 2, and nothing is overwritten."""
 
-import contextlib
 import io
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import pytest
-from runs import rows_of, unhooked_cli
+from runs import by_command, rows_of, unhooked_cli
 
 from dsv3_jax.cli import main as cli
 from dsv3_jax.cli import options
@@ -28,7 +26,7 @@ COMMANDS = (
     "demo", "train", "eval", "stats", "generate", "chat", "convert", "runs list", "runs check",
     "data tokenize", "data check", "data example", "plan", "info", "tokenizer",
 )  # fmt: skip
-# Refused in one sentence: what it must hold. {…} are the paths of `Place`.
+# Refused in one sentence: what it must hold. {…} are the paths of `place`.
 BAD = {
     "--fly": "command '--fly' is not one of demo",
     "eval {run} more": "'more' is no option, and no argument is left for it",
@@ -49,18 +47,19 @@ BAD = {
     "train tiny --out {new} --model.num-groups 3": "dsv3: num_groups=3 does not divide num_experts",
     "train tiny --config {run} --out {new}": "takes the place of PRESET 'tiny'; leave one out",
     "train --config {one} --out {new}": "folder='{one}' holds no run: there is no run.json in it",
-    "train --config {text} --out {new}": "folder='{text}' holds no run: there is no run.json in it",
     "train tiny --out {new} --report wandb": "not installed: pip install wandb",
     "train tiny --out {new} --report wandb --report tensorboard": "--report is given twice",
     "trian tiny": "command 'trian' is not one of demo, train, eval",
     "info v9": "'v9' is not one of tiny",
     "train --out {new}": "argument PRESET is missing",
+    "runs list {absent}": "does not exist; name a folder with runs",
     "runs chek {run}": "subcommand 'chek' is not one of list, check; did you mean 'check'?",
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
     "CUDA train tiny --out {new} --execution.kernels cpu": "'cpu' is not available on cuda in",
     "plan tinny --memory 80": "did you mean 'tiny'?",
     "plan tiny --memory 80": "memory='80'",
     "train sft --out {new}": "preset 'sft' fine-tunes a model",
+    "train sft --start {run} --out {new}": "has no chat template; train with a Jinja file",
     "train tiny --out {new} --processes 2": "--processes and --process-id need --cluster",
     "train tiny --out {new} --profile 5:2": "profile='5:2' is not START:STOP",
     "train tiny --out {new} --data.paths {absent}": "{absent}",
@@ -68,6 +67,11 @@ BAD = {
         "vocab_size=260 is below the tokenizer's"
     ),
     "eval {run} --batches 0": "batches=0",
+    "eval {run} --limit 2": "shots, limit and out are for tasks; add --tasks FOLDER or --lm-eval",
+    "eval {run} --lm-eval piqa --tasks {text}": "choose one",
+    "eval {run} --lm-eval piqa": "which is not installed: pip install lm_eval",
+    "stats {run} --devices 3 --out {new}": "devices=3 does not divide the 8 experts",
+    "stats {run} --against {run}:3 --out {new}": "step=3 has no checkpoint",
     "stats {run} --tokens rows.parquet": "tokens='rows.parquet' does not end in .npz",
     "generate {run} --samples 2": "samples=2 is for --prompts FILE.jsonl --out OUT.jsonl",
     "generate {run} --prompts {one}": "prompts and out go together",
@@ -95,30 +99,20 @@ GOOD = {
 }
 
 
-class Place(NamedTuple):
-    """Files for the commands."""
-
-    run: str  # a finished run
-    text: str  # a folder of documents
-    new: str  # never created
-    absent: str
-    one: str
-    words: str
-
-
 @pytest.fixture(scope="module")
-def place(root, whole) -> Place:
+def place(root, whole) -> dict[str, str]:
+    """A finished run, a folder of documents, names that stay free, a document, a tokenizer."""
     folder = root / "cli"
     folder.mkdir()
-    names = {name: str(folder / name) for name in Place._fields}
-    place = Place(**names | {"run": str(whole.folder), "text": whole.run.data.paths[0]})
-    Path(place.one).write_text("one document")
-    train_bpe(["a b c d e f g h i j k l m n o p " * 9, "the same words, " * 18], 280, place.words)
-    return place
+    places = {name: str(folder / name) for name in ("new", "absent", "one", "words")}
+    Path(places["one"]).write_text("one document")
+    texts = ["a b c d e f g h i j k l m n o p " * 9, "the same words, " * 18]
+    train_bpe(texts, 280, places["words"])
+    return places | {"run": str(whole.folder), "text": whole.run.data.paths[0]}
 
 
-def contents(place: Place) -> dict[Path, bytes]:
-    roots = map(Path, (place.run, place.text, Path(place.new).parent))
+def contents(place) -> dict[Path, bytes]:
+    roots = map(Path, (place["run"], place["text"], Path(place["new"]).parent))
     files = [path for root in roots for path in root.rglob("*") if path.is_file()]
     return {path: path.read_bytes() for path in files if "tensorboard" not in path.parts}
 
@@ -126,18 +120,17 @@ def contents(place: Place) -> dict[Path, bytes]:
 @pytest.fixture(scope="module")
 def answers(place) -> dict[str, tuple[int, str, str]]:
     """The answers to all commands of GOOD and BAD, and under "files" the files before and after."""
-    found, before, main = {}, contents(place), unhooked_cli().main
+    found, before = {}, contents(place)
     for name, line in ({line: line for line in BAD} | GOOD).items():
-        words = [word.format(**place._asdict()) for word in line.split()]
-        out, err = io.StringIO(), io.StringIO()
-        to_out, to_err = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with to_out, to_err, pytest.MonkeyPatch.context() as patch:
+        words = [word.format(**place) for word in line.split()]
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("COLUMNS", "100")
-            patch.setitem(sys.modules, "wandb", None)  # not installed
+            for package in ("wandb", "lm_eval"):
+                patch.setitem(sys.modules, package, None)  # not installed
             if words[:1] == ["CUDA"]:  # the default device pretends to be one
                 patch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
                 words = words[1:]
-            found[name] = main(words), out.getvalue(), err.getvalue()
+            found[name] = by_command(*words)
     return found | {"files": (0, before, contents(place))}
 
 
@@ -146,26 +139,26 @@ def test_bad_input_is_one_sentence(answers, place, line):
     code, out, err = answers[line]
     assert (code, out) == (2, ""), err
     assert re.fullmatch(r"dsv3: .{,390}\n", err), err
-    assert BAD[line].format(**place._asdict()) in err
+    assert BAD[line].format(**place) in err
 
 
 def test_bad_input_writes_nothing(answers, place):
     _, before, after = answers["files"]
     assert before == after
-    assert not Path(place.new).exists() and not Path(place.absent).exists()
+    assert not Path(place["new"]).exists() and not Path(place["absent"]).exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_help_text_fits_two_screens(answers, command):
+def test_a_help_text_fits_two_screens(answers):
     """A screen has 24 lines of 100 columns. The text explains own options, and lists a run's."""
-    code, out, err = answers[f"help of {command}"]
-    assert (code, err) == (0, "")
-    assert 5 < sum(max(1, -(-len(line) // 100)) for line in out.splitlines()) <= 48
-    if command == "train":
-        verbose = answers["long help"][1]
-        assert "--optim.learning-rate" in verbose and "  learning-rate=0.003" in out
-        assert "--model.qk-norm" in verbose and "  no-qk-norm" in out
-        assert "largest learning rate" in verbose and "largest learning rate" not in out
+    for command in COMMANDS:
+        code, out, err = answers[f"help of {command}"]
+        assert (code, err) == (0, "")
+        rows = sum(max(1, -(-len(line) // 100)) for line in out.splitlines())
+        assert 5 < rows <= 48, command
+    verbose, out = answers["long help"][1], answers["help of train"][1]
+    assert "--optim.learning-rate" in verbose and "  learning-rate=0.003" in out
+    assert "--model.qk-norm" in verbose and "  no-qk-norm" in out
+    assert "largest learning rate" in verbose and "largest learning rate" not in out
 
 
 SPELLINGS = [
@@ -208,10 +201,8 @@ def test_a_runs_file_is_a_recipe(whole):
 
 def test_every_command_is_a_file_and_in_the_usage(answers):
     files = {path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py")}
-    assert (
-        files - {"common", "demo_end", "main", "options", "sample", "tokenize", "trackers"}
-        == cli.COMMANDS.keys()
-    )
+    parts = {"common", "demo_end", "main", "options", "sample", "tokenize", "trackers"}
+    assert files - parts == cli.COMMANDS.keys()
     code, out, err = answers["help"]
     assert (code, err) == (0, "") and all(f"\n  {command} " in out for command in cli.COMMANDS)
     assert ", ".join(MODELS) in out and out.count("\n") < 30
@@ -257,11 +248,10 @@ def test_eval_says_what_training_said(answers, whole):
         assert f"{domain} {bits:.4f}" in lines["bits_per_byte_by_domain"]
     note, exact, rounded = out.splitlines()[-3:]
     assert "documents attend to one another" in note and "differ from val_loss" in note
-    for dtype, line, percent in (
-        ("float32", exact, r"\+0\.000"),
-        ("int8", rounded, r"[+-]\d\.\d{3}"),
+    for dtype, line, percent, same in (
+        ("float32", exact, r"\+0\.000", r"100\.00"),
+        ("int8", rounded, r"[+-]\d\.\d{3}", r"\d+\.\d\d"),
     ):
-        same = r"100\.00" if dtype == "float32" else r"\d+\.\d\d"
         start = rf"through {dtype} cache +\d\.\d{{4}} \({percent}%\), "
         assert re.match(f"{start}greedy tokens the same {same}%", line)
 

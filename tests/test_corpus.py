@@ -1,9 +1,11 @@
-"""Documents get their domain, equal texts the same side, and errors name file and position."""
+"""Documents get their domain, equal texts the same side, and errors name file and position.
+
+Hugging Face's datasets are read as files of the same rows; without the package: a sentence.
+"""
 
 import datetime
 import decimal
 import gzip
-import json
 import re
 import sys
 import tracemalloc
@@ -11,9 +13,11 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import refused
+from runs import refused, write_lines
 
+from dsv3_jax.chat.examples import contents
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data import hub
 from dsv3_jax.data.corpus import load_corpus, read_documents
 from dsv3_jax.data.text_files import rows_of_path
 
@@ -67,32 +71,21 @@ def test_files_of_gzip_are_unpacked(tmp_path, monkeypatch):
         read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.txt.gz",
-            gzip.compress(b"a text" * 99, mtime=0)[:-9],
-            "a.txt.gz is no whole gzip file: ",
-        ),
+def test_bad_files_are_named(tmp_path):
+    for name, content, sentence in (
+        ("a.txt.gz", gzip.compress(b"a text" * 99)[:-9], "a.txt.gz is no whole gzip file: "),
         ("a.txt.gz", b"a text", "a.txt.gz is no whole gzip file: Not a gzipped file"),
-        (
-            "a.txt.gz",
-            gzip.compress(b"a\xff", mtime=0),
-            "a.txt.gz is not UTF-8: .*0xff in position 1",
-        ),
+        ("a.txt.gz", gzip.compress(b"a\xff"), "a.txt.gz is not UTF-8: .*0xff in position 1"),
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
-        ("a.jsonl", b'{"text": "a\\ud800"}\n', "a.jsonl, line 1, .* holds half a surrogate pair"),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 in all"),
-        ("b.txt", b"", "path='.*a.txt' does not exist"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with refused(message):
-        read(tmp_path / name.replace("b", "a"))
+    ):
+        (tmp_path / name).write_bytes(content)
+        with refused(sentence):
+            read(tmp_path / name)
+    with refused("path='.*b.txt' does not exist"):
+        read(tmp_path / "b.txt")
 
 
 def test_parquet(tmp_path, monkeypatch):
@@ -177,14 +170,12 @@ def test_a_parquet_file_that_says_another_number_of_rows(tmp_path):
 
 def test_split_is_by_text(tmp_path):
     """Equal texts share a side, of about val_fraction; other documents do not change the side."""
-    lines = [json.dumps({"text": f"text {i % 400}", "domain": str(i // 400)}) for i in range(800)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    corpus, _ = read(tmp_path / "a.jsonl", val_fraction=0.2)
+    lines = [{"text": f"text {i % 400}", "domain": str(i // 400)} for i in range(800)]
+    corpus, _ = read(write_lines(tmp_path / "a.jsonl", lines), val_fraction=0.2)
     train, val = ({d.text for d in side} for side in (corpus.train, corpus.val))
     assert not train & val and len(corpus.train) + len(corpus.val) == 800
     assert abs(len(val) / 400 - 0.2) < 5 * (0.2 * 0.8 / 400) ** 0.5  # five standard deviations
-    (tmp_path / "b.jsonl").write_text("\n".join(lines[:100]))
-    fewer, _ = read(tmp_path / "b.jsonl", val_fraction=0.2)
+    fewer, _ = read(write_lines(tmp_path / "b.jsonl", lines[:100]), val_fraction=0.2)
     assert {d.text for d in fewer.val} <= val and fewer.fingerprint != corpus.fingerprint
 
 
@@ -205,3 +196,55 @@ def test_default_corpus_has_its_domains():
     sizes, documents = corpus.sizes(), corpus.train + corpus.val
     assert sum(map(sum, sizes.values())) == sum(len(d.text.encode()) for d in documents)
     assert all(train > 0 for train, _ in sizes.values())
+
+
+# Hugging Face's datasets
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Rows as JSONL, and as `datasets` saves them: one dataset, and one with two splits."""
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    root = tmp_path_factory.mktemp("hub")
+    domains = "web", "code"
+    rows = [{"body": f"text {i} " * (1 + i % 5), "domain": domains[i % 2]} for i in range(40)]
+    (root / "rows").mkdir()
+    write_lines(root / "rows" / "rows.jsonl", rows)
+    made = datasets.Dataset.from_list(rows)
+    made.save_to_disk(str(root / "one"))
+    datasets.DatasetDict(train=made, test=made.select(range(3))).save_to_disk(str(root / "splits"))
+    return root
+
+
+def test_a_dataset_has_the_documents_of_its_rows(saved):
+    expected = list(read_documents([str(saved / "rows")], "body"))
+    for name in ("one", "splits", "rows"):  # "rows" by load_dataset, streamed
+        assert list(read_documents([f"hf:{saved / name}"], "body")) == expected
+    assert list(read_documents([f"hf:{saved / 'splits'}@test"], "body")) == expected[:3]
+    with refused(f"hf:{saved}/splits@dev.*there is no split 'dev' among"):
+        list(read_documents([f"hf:{saved}/splits@dev"], "body"))
+
+
+def test_a_time_in_a_message_is_no_value_of_json(saved):
+    import datasets
+
+    turns = [{"role": "user", "content": "hi", "time": datetime.datetime(2026, 1, 2)}]
+    datasets.Dataset.from_list([{"body": turns}]).save_to_disk(str(saved / "times"))
+    with refused("times cannot be read after row 0: Object of type datetime is not JSON"):
+        list(contents((f"hf:{saved / 'times'}",), "body"))
+
+
+def test_the_column_of_chats_can_have_another_name(tmp_path):
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    file = write_lines(tmp_path / "chats.jsonl", [{"turns": turns, "id": 7, "domain": "sums"}])
+    [(record, domain, _)] = contents((file,), "turns")
+    assert (record, domain) == ({"messages": turns, "tools": None}, "sums")
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with refused(r"hf:a/b .* needs datasets.*pip install datasets"):
+        list(read_documents(["hf:a/b"]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    assert hub.absolute("hf:saved@test") == f"hf:{tmp_path}/saved@test"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from runs import assert_bitwise, write_lines
 
 from dsv3_jax.chat.examples import load_examples
 from dsv3_jax.chat.text_settings import plain_settings
@@ -40,7 +41,7 @@ def sources(tmp_path_factory):
     texts = [{"text": f"{i}: {'xyz' * (i % 25)}"} for i in range(40)]
     for name, lines in (("chats", chats), ("text", texts)):
         lines = [line | {"domain": "ab"[i % 2]} for i, line in enumerate(lines)]
-        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write_lines(root / f"{name}.jsonl", lines)
     size = {"row_tokens": 32, "val_fraction": 0.2, "shard_mb": 0.0004}
     tokenize(job := Tokenize((str(root / "text.jsonl"),), root / "shards", "bytes", **size))
     shards = replace(CFG, paths=(str(job.out),), format="shards")
@@ -66,11 +67,6 @@ def epoch(source, passes=1):
     return take(Batches(source.train_batches()._order, 1), passes * source.rows_per_epoch())
 
 
-def assert_same(left, right):
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sources, kind):
     """From any position, through JSON, over a pass's end; reading the position changes nothing."""
@@ -84,9 +80,9 @@ def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sour
         resumed = source.train_batches()
         take(resumed, n % 3)  # a used iterator resumes as exactly as a new one
         resumed.set_state(json.loads(position))
-        assert_same(take(resumed, min(2, 12 - n)), whole[n : n + 2])
+        assert_bitwise(take(resumed, min(2, 12 - n)), whole[n : n + 2])
         a, b, c = (next(part) for part in parts)
-        assert_same([{k: np.stack([a[k][0], b[k][0], c[k][0], a[k][1]]) for k in a}], [whole[n]])
+        assert_bitwise([{k: np.stack([a[k][0], b[k][0], c[k][0], a[k][1]]) for k in a}], [whole[n]])
     with pytest.raises(ValueError, match="is not the saved one, 'other'"):
         resumed.set_state({"corpus": "other", "row": 4})
     for wrong in ({}, {"row": "a"}, {"row": -1}, {"row": None}, {"row": 1.5}):
@@ -170,11 +166,11 @@ def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources):
     """And every token once, whatever the seed; a window of each document comes first."""
     for source in sources.values():
         everything = source.val_batches(1000)
-        assert_same(everything[:1], source.val_batches(1))
+        assert_bitwise(everything[:1], source.val_batches(1))
         assert everything[0]["domains"][:, 0].tolist() == [0, 1, 0, 1]
     corpus, cfg = make_corpus(), replace(CFG, seq_len=8, batch_size=2, fim_rate=1.0)
     everything = from_corpus(corpus, BYTES, cfg).val_batches(1000)
-    assert_same(everything, from_corpus(corpus, BYTES, replace(cfg, seed=9)).val_batches(1000))
+    assert_bitwise(everything, from_corpus(corpus, BYTES, replace(cfg, seed=9)).val_batches(1000))
     names = ("tokens", "segment_ids", "documents")
     tokens, real, numbers = (np.concatenate([b[name] for b in everything]) for name in names)
     for i, document in enumerate(corpus.val):

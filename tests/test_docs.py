@@ -1,7 +1,7 @@
 """Every command and Python block of the README and the site runs, with small steps."""
 
 import contextlib
-import io
+import importlib.util
 import json
 import re
 import shlex
@@ -18,7 +18,7 @@ import pytest
 import tyro
 from browser import Browser, needs_browser
 from released import GRID, Cell, write_folder
-from runs import MODEL, environment, finished, flags, make_run, refused, unhooked_cli, write_text
+from runs import MODEL, by_command, environment, flags, make_run, refused, write_lines, write_text
 from texts import ANSWER, TEMPLATES, TEXTS, TOOLS, USER, write_text_files
 
 import dsv3_jax as ds
@@ -32,12 +32,10 @@ from dsv3_jax.scores.made import write_tasks
 from experiments.cards import TASKS, read_cards, write_card
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PAGES = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("docs/guides/*.md")),
-]
+GUIDES = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
+PAGES = [ROOT / "README.md", *GUIDES]
 
 
 class Parsed(BaseException):
@@ -61,7 +59,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [*filter(commands, PAGES)], ids=lambda page: page.stem)
-def test_commands(page, monkeypatch, capsys):
+def test_the_options_of_each_command_are_there(page, monkeypatch):
     parse = tyro.cli
 
     def stop(*args, **options):
@@ -75,8 +73,7 @@ def test_commands(page, monkeypatch, capsys):
     refused = []
     for argv in commands(page):
         with contextlib.suppress(Parsed):
-            unhooked_cli().main(argv)
-            refused.append((argv, capsys.readouterr().err))
+            refused.append((argv, by_command(*argv)))
     assert refused == []
 
 
@@ -107,6 +104,7 @@ INSTEAD = {
     "--steps 40": "--steps 2",
     "--against runs/other:200": "--against runs/other:12",
     "plan v3 --mesh data=128,expert=16": "plan tiny --mesh data=2,expert=4",
+    "--experts 32 --parts 4": "--experts 8 --parts 2",  # dense layers have ten hidden units
 }  # fmt: skip
 RELEASED = {  # cells of the parity grid by place
     "Moonlight-16B-A3B-Instruct": "Moonlight",
@@ -141,7 +139,7 @@ def shorter(argv: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(root, tmp_path_factory):
+def place(whole, tmp_path_factory):
     """A folder with all that the pages name: texts, chats, runs and released folders."""
     folder = tmp_path_factory.mktemp("pages")
     write_text(folder / "notes")
@@ -151,13 +149,12 @@ def place(root, tmp_path_factory):
     chats = [{"messages": [USER, {**ANSWER, "content": f"the end {i}"}]} for i in range(9)]
     tasks = [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(9)]
     for name, records in {"chats": chats, "tasks": tasks, "prompts": tasks}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        write_lines(folder / f"{name}.jsonl", records)
     guide = (ROOT / "docs" / "guides" / "chat.md").read_text()
-    (folder / "judge.py").write_text(
-        re.findall(r"```python\n(def reward.*?)```", guide, re.DOTALL)[0]
-    )
+    (reward,) = re.findall(r"```python\n(def reward.*?)```", guide, re.DOTALL)
+    (folder / "judge.py").write_text(reward)
     for name in ("demo", "other"):
-        shutil.copytree(finished(root).folder, folder / "runs" / name)
+        shutil.copytree(whole.folder, folder / "runs" / name)
     write_tasks(folder / "runs" / "demo" / "tasks", [Path(__file__).read_text()], rows=8)
     for name, cell in RELEASED.items():
         write_folder(folder / name, Cell(cell, GRID[cell].config | {"vocab_size": 384}))
@@ -167,8 +164,8 @@ def place(root, tmp_path_factory):
     (folder / "tools.json").write_text(json.dumps(TOOLS))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        argv = ["tokenizer", "mine.json", "--vocab-size", "300", "--paths", "notes/"]
-        assert unhooked_cli().main(argv) == 0
+        words = "mine.json --vocab-size 300 --paths notes/"
+        assert by_command("tokenizer", *words.split())[0] == 0
         ds.train.fit(make_run("notes/", steps=2), "runs/first", quiet=True)
     return folder
 
@@ -177,13 +174,12 @@ IN_CI = ("README",)  # the others compile for minutes
 
 
 def marked(page: Path):
-    return pytest.param(
-        page, id=page.stem, marks=pytest.mark.long if page.stem in IN_CI else pytest.mark.rare
-    )
+    mark = pytest.mark.long if page.stem in IN_CI else pytest.mark.rare
+    return pytest.param(page, id=page.stem, marks=mark)
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if lines(page)])
-def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, capsys):
+def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch):
     monkeypatch.chdir(place)
     shutil.rmtree("released", ignore_errors=True)  # of another page
     failed = []
@@ -192,9 +188,9 @@ def test_each_command_runs_or_is_named_with_a_reason(page, place, monkeypatch, c
         if argv[0] == "make":
             assert re.search(rf"^{argv[1]}:", MAKEFILE, re.MULTILINE)
         elif argv[0] == "dsv3" and not any(words in line for words in NOT_RUN):
-            monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
-            if unhooked_cli().main(shorter(argv[1:])) != 0:
-                failed.append((line, capsys.readouterr().err))
+            code, _, err = by_command(*shorter(argv[1:]), lines="hello\n/exit\n")
+            if code != 0:
+                failed.append((line, err))
         else:
             assert any(words in line for words in NOT_RUN), line
     assert failed == []
@@ -236,13 +232,6 @@ def test_a_card_holds_what_was_measured_and_the_site_says_what_has_not_run(tmp_p
     assert {card["task"] for card in read_cards()} <= TASKS.keys()
 
 
-SOURCES = [
-    *PAGES[1:],
-    *sorted(ROOT.glob("notebooks/*.ipynb")),
-    *sorted(ROOT.glob("experiments/**/*.md")),
-]
-
-
 def formulas(source: Path) -> list[str]:
     """The formulas of a page: what stands between dollars, outside of code."""
     text = source.read_text(encoding="utf-8")
@@ -253,6 +242,11 @@ def formulas(source: Path) -> list[str]:
     return re.findall(r"\$\$.+?\$\$|\$[^$]+\$", prose, re.DOTALL)
 
 
+SOURCES = [
+    *GUIDES,
+    *sorted(ROOT.glob("notebooks/*.ipynb")),
+    *sorted(ROOT.glob("experiments/**/*.md")),
+]
 WITH_FORMULAS = [source for source in SOURCES if formulas(source)]
 
 
@@ -326,3 +320,52 @@ def test_the_glossary_has_every_metric_of_a_run():
     metrics = drawn.union(run_plots.NOT_DRAWN, *of_files)
     glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
     assert {name for name in metrics - {"step"} if f"`{name}`" not in glossary} == set()
+
+
+# links, files and commands that pages name
+
+
+def test_the_readme_is_short_and_its_tree_is_there():
+    tree = re.search(r"^```\ndsv3_jax/\n((?:.*\n)+?)```", README, re.MULTILINE)
+    assert tree and README.count("\n") <= 200
+    named = []
+    for line in tree[1].splitlines():
+        folder = ROOT / "dsv3_jax" if line.startswith(" ") else ROOT
+        named += [folder / name for name in line.strip().split("  ")[0].split()]
+    assert len(named) > 10 and [path for path in named if not path.exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs", "experiments", "notebooks"])
+def test_links_lead_to_files(page):
+    pages = [ROOT / page] if page.endswith(".md") else (ROOT / page).rglob("*.md")
+    targets = []
+    for path in pages:
+        if not {"generated", "_build"} & set(path.parts):
+            text = path.read_text(encoding="utf-8")
+            links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
+            targets += [path.parent / link for link in links if "generated/" not in link]
+    assert targets and [target for target in targets if not target.exists()] == []
+
+
+@pytest.mark.parametrize("page", ["AGENTS.md", "CONTRIBUTING.md"])
+def test_what_contributors_read_names_files_and_commands_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 65
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    words = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    named = re.findall(r"`([\w./]*/[\w./]*|\w+\.(?:py|md|toml|txt|json))`", text)
+    named += [
+        word for line in words for word in line if "/" in word and not word.startswith(".venv")
+    ]
+    # a table's row names a file beside the first
+    folders = (ROOT, ROOT / "dsv3_jax", *(ROOT / "dsv3_jax").iterdir())
+    assert words and named
+    assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+    targets = [line[1] for line in words if line[0] == "make"] + re.findall(r"`make ([\w-]+)", text)
+    for target in targets:
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
+    modules = [line[line.index("-m") + 1] for line in words if "-m" in line]
+    assert [module for module in modules if not importlib.util.find_spec(module)] == []
+    for name, path in re.findall(r"`([A-Z_]+)` in `([\w/.]+)`", text):
+        code = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^{name}\b", code, re.MULTILINE), name

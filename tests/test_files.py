@@ -69,16 +69,6 @@ def test_a_link_stays_a_link_and_a_pipe_is_written_directly(tmp_path):
         os.close(reader)
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path):
-    path = tmp_path / "new" / "folder"
-    with atomic_folder(path) as part:
-        (part / "a").write_text("a")
-        assert not path.exists()
-    assert names(path) == ["a"] and names(path.parent) == ["folder"]
-    (tmp_path / "plain").mkdir()
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 def test_only_overwrite_replaces_a_folder_and_a_failure_does_not(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()
@@ -89,9 +79,11 @@ def test_only_overwrite_replaces_a_folder_and_a_failure_does_not(tmp_path):
     with pytest.raises(OSError), atomic_folder(path):
         pass
     assert names(path) == ["old"] and names(tmp_path) == ["folder"]
+    mode = path.stat().st_mode
     with atomic_folder(path, overwrite=True) as part:
         (part / "new").write_text("new")
     assert names(path) == ["new"] and names(tmp_path) == ["folder"]
+    assert path.stat().st_mode == mode
 
 
 def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):

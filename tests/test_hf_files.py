@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
-from models import arrays_of, random_model, small
-from runs import assert_bitwise, new_state, unhooked_cli
+from models import INDEXED, arrays_of, random_model, small
+from runs import assert_bitwise, by_command, refused, save_run
 from safetensors.numpy import save_file
 
 from dsv3_jax import hf
@@ -19,9 +18,7 @@ from dsv3_jax.config import DataConfig, RunConfig, replace
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf import tensor_files
 from dsv3_jax.hf.places import find
-from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.runs.checkpoint import Checkpoints, load_run
-from dsv3_jax.runs.folder import claim
+from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.open_model import load_text
 
 CFG = small(
@@ -138,7 +135,7 @@ def test_allow_nonfinite_accepts_nan(folder):
     out = folder.parent / "out"
     loaded = hf.load(folder, allow_nonfinite=True)
     assert np.isnan(np.asarray(loaded.sparse.moe.experts.w_up[...])).sum() == 1
-    with pytest.raises(ValueError, match=f"{UP} holds NaN or Inf"):
+    with refused(f"{UP} holds NaN or Inf"):
         hf.save(loaded, out)
     assert list(folder.parent.iterdir()) == [folder]
     hf.save(loaded, out, allow_nonfinite=True)
@@ -146,10 +143,10 @@ def test_allow_nonfinite_accepts_nan(folder):
 
 def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
     (tmp_path / "taken").touch()
-    with pytest.raises(ValueError, match="taken exists"):
+    with refused("taken exists"):
         hf.save(model, tmp_path / "taken")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    with pytest.raises(ValueError, match=f"{tmp_path} has no room for 0 MB: 1 MB are free"):
+    with refused(f"{tmp_path} has no room for 0 MB: 1 MB are free"):
         hf.save(model, tmp_path / "more")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
@@ -157,17 +154,18 @@ def test_saving_needs_a_new_folder_and_room(model, tmp_path, monkeypatch):
 # the command
 
 
-def test_convert_there_and_back(good, model, tmp_path, capsys):
-    """Released → run → released, bitwise; `load_run`, as in generate and eval, loads the run."""
-    assert unhooked_cli().main(["convert", str(good), str(tmp_path / "run")]) == 0
-    assert "a run at step 0, its tokenizer tokenizer.json" in capsys.readouterr().out
+def test_convert_there_and_back(good, model, tmp_path):
+    """Released → run → released, bitwise; `load_run`, as in generate and eval, loads the run.
+
+    test_chat has the files of text.
+    """
+    code, said, _ = by_command("convert", good, tmp_path / "run")
+    assert code == 0 and "a run at step 0, its tokenizer tokenizer.json" in said
     loaded, run, step = load_run(tmp_path / "run")
     assert step == 0 and run.model == replace(CFG, balance=run.model.balance, init_std=CFG.init_std)
     assert_bitwise(arrays_of(loaded), arrays_of(model))
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
     assert_bitwise(arrays_of(hf.load(tmp_path / "back")), arrays_of(model))
-    back, tokenizer = (place / "tokenizer.json" for place in (tmp_path / "back", good))
-    assert back.read_bytes() == tokenizer.read_bytes()
 
     # The card of the model: what it is, how to load it, and nothing of this machine.
     card = (tmp_path / "back" / "README.md").read_text()
@@ -196,31 +194,23 @@ def test_convert_between_dtypes(good, tmp_path):
     hf.convert(good, tmp_path / "fp8", dtype="fp8")
     hf.convert(tmp_path / "fp8", tmp_path / "float32", dtype="float32")
     hf.convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
-    assert "quantization_config" not in json.loads(
-        (tmp_path / "float32" / "config.json").read_text()
-    )
+    assert "quantization_config" not in (tmp_path / "float32" / "config.json").read_text()
     assert_bitwise(*(arrays_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
-    contents = (
+    one, two = (
         {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again")
     )
-    assert next(contents) == next(contents)
+    assert one == two
 
 
-def test_a_setting_that_a_released_folder_cannot_hold_is_named(good, tmp_path, capsys):
+def test_a_setting_that_a_released_folder_cannot_hold_is_named(tmp_path, capsys):
     """By `save` and by `convert`; nothing is said of a model whose folder computes the same."""
-    cfg = small(
-        num_layers=1, vocab_size=260, attention="dsa", index_heads=2, index_dim=32, index_topk=4
-    )
-    for name, precision in (("plain", "none"), ("rounding", "fp8")):
-        hf.save(random_model(replace(cfg, index_precision=precision)), tmp_path / name)
+    cfg = small(num_layers=1, vocab_size=260, **INDEXED | {"index_dim": 32})
+    rounding = replace(cfg, index_precision="fp8")
+    for name, model in (("plain", cfg), ("rounding", rounding)):
+        hf.save(random_model(model), tmp_path / name)
     said = "index_precision='fp8' is lost, since config.json has no key for it"
     assert capsys.readouterr().err.count(said) == 1
-
-    params, bias = nnx.split(random_model(cfg), nnx.Param, RouterBias)[1:]
-    run = RunConfig(replace(cfg, index_precision="fp8"), data=DataConfig(seq_len=8))
-    claim(tmp_path / "run", run)
-    with Checkpoints(tmp_path / "run", run) as checkpoints:
-        checkpoints.save(new_state(run, params, bias), {}, wait=True)
+    save_run(tmp_path / "run", RunConfig(rounding, data=DataConfig(seq_len=8)))
     assert said in hf.convert(tmp_path / "run", tmp_path / "back")
 
 
@@ -228,14 +218,12 @@ def test_convert_refuses_what_it_cannot_do(good, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
-    for source, out, options, sentence in (
-        (tmp_path, "out", {}, f"folder='{tmp_path}' is neither a run"),
-        (good, "out", {"step": 3}, "step=3 is for runs"),
-        (run, "out", {"mtp": False}, "mtp=False"),
-        (good, good, {}, f"{good} exists"),
+    for source, options, sentence in (
+        (good, {"step": 3}, "step=3 is for runs"),
+        (run, {"mtp": False}, "mtp=False"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            hf.convert(source, tmp_path / out, **options)
+        with refused(sentence):
+            hf.convert(source, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == [run]
 
 
@@ -257,10 +245,8 @@ def cached(good, tmp_path, monkeypatch):
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     (repo / "blobs" / "template").write_text("{{ 'other' }}")
     (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/template")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
-    )
+    for module in ("constants", "_snapshot_download.constants"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
     return repo
 
 
@@ -268,14 +254,12 @@ def test_a_hub_cache_is_read_by_path_and_by_id(cached, good, monkeypatch):
     assert_bitwise(*(arrays_of(hf.load(place)) for place in ("deep/small", good)))
     for place in (cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
         assert load_text(place).template is None  # "rag" is another
-    with pytest.raises(
-        ValueError, match="'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"
-    ):
+    with refused("'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"):
         hf.load("deep/small@v2")
     monkeypatch.chdir(cached.parent)
     assert find(f"{cached.name}/none") == Path(cached.name, "none")  # a path with a typing error
     template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
     template.unlink()
     template.symlink_to(cached.parents[1])
-    with pytest.raises(ValueError, match="rag.jinja is a link out of its folder"):
+    with refused("rag.jinja is a link out of its folder"):
         load_text("deep/small")

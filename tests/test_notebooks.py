@@ -28,47 +28,33 @@ def kinds(path):
 def shortened(path: Path, to: Path) -> Path:
     """A copy of the notebook in `to`: a twentieth of the steps, from two seeds at most."""
     book = nbformat.read(path, as_version=4)
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            cell.source = re.sub(
-                r"\b((?:steps|tokens|\w+_every)=)(\d+)\b",
-                lambda m: m[1] + str(max(1, int(m[2]) // 20)),
-                cell.source,
-            )
-            # 00's on a CPU
-            cell.source = cell.source.replace("rows, steps = (4, 200)", "rows, steps = (4, 10)")
-            cell.source = re.sub(r"^seeds = .*", "seeds = (0, 1)", cell.source, flags=re.MULTILINE)
-            if ".fit(" in cell.source:
-                cell.source = SPEND_NO_SECONDS + cell.source
+    for cell in (cell for cell in book.cells if cell.cell_type == "code"):
+        text = re.sub(
+            r"\b((?:steps|tokens|\w+_every)=)(\d+)\b",
+            lambda m: m[1] + str(max(1, int(m[2]) // 20)),
+            cell.source,
+        )
+        text = text.replace("rows, steps = (4, 200)", "rows, steps = (4, 10)")  # 00's on a CPU
+        text = re.sub(r"^seeds = .*", "seeds = (0, 1)", text, flags=re.MULTILINE)
+        cell.source = SPEND_NO_SECONDS * (".fit(" in text) + text
     nbformat.write(book, to / path.name)
     return to / path.name
 
 
-# CI runs the notebook of a released model. `make test-all` and `make notebooks` run all.
-IN_CI = "05"
+def marked(path: Path):
+    """CI runs the notebook of a released model. `make test-all` and `make notebooks` run all."""
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.rare] * (path.stem[:2] != "05"))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.rare] * (path.stem[:2] != IN_CI))
-        for path in BOOKS
-    ],
-)
+@pytest.mark.parametrize("path", [marked(path) for path in BOOKS])
 def test_it_runs_and_gives_the_stored_kinds_of_outputs(path, tmp_path, root, monkeypatch):
     """The numbers differ: training is shorter, and other Python versions come with other text."""
     monkeypatch.delenv("DSV3_RUN", raising=False)
     env = environment(root) | {"JAX_NUM_CPU_DEVICES": "1"}
-    command = [
-        sys.executable,
-        str(HERE / "notebooks" / "execute.py"),
-        "--to",
-        str(tmp_path / "run"),
-    ]
-    done = subprocess.run(
-        [*command, str(shortened(path, tmp_path))], env=env, capture_output=True, text=True
-    )
+    program, book = HERE / "notebooks" / "execute.py", shortened(path, tmp_path)
+    command = [sys.executable, str(program), "--to", str(tmp_path / "run"), str(book)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert kinds(tmp_path / "run" / path.name) == kinds(path)
 
@@ -78,34 +64,23 @@ def test_stored_outputs_are_complete_and_of_no_machine():
     for path in BOOKS:
         book = nbformat.read(path, as_version=4)
         cells = code_cells(path)
-        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
-            "cells not run in order"
-        )
+        in_order = list(range(1, len(cells) + 1))
+        assert [cell.execution_count for cell in cells] == in_order, path
         outputs = [out for cell in cells for out in cell.outputs]
-        assert re.fullmatch("[0-9a-f]{12}", book.metadata["dsv3_jax"]["commit"]), (
-            "the code of no commit"
-        )
+        assert re.fullmatch("[0-9a-f]{12}", book.metadata["dsv3_jax"]["commit"]), path
         assert any("image/png" in out.get("data", {}) for out in outputs)
-        assert not [
-            out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"
-        ]
         texts = [cell.source for cell in book.cells]
         for out in outputs:
-            texts += [
-                out.get("text", ""),
-                *(text for kind, text in out.get("data", {}).items() if kind[:5] != "image"),
-            ]
-        assert not re.search(
-            r"/(home|root|tmp|Users|usr)/|site-packages|0x[0-9a-f]{10}", "\n".join(texts)
-        ), path
+            assert out.output_type != "error" and out.get("name") != "stderr", path
+            texts.append(out.get("text", ""))
+            texts += [text for kind, text in out.get("data", {}).items() if kind[:5] != "image"]
+        of_a_machine = r"/(home|root|tmp|Users|usr)/|site-packages|0x[0-9a-f]{10}"
+        assert not re.search(of_a_machine, "\n".join(texts)), path
 
 
 def test_the_picture_of_the_readme_is_the_last_one_of_03():
-    outputs = [
-        out
-        for cell in code_cells(HERE / "notebooks/03_where_tokens_go.ipynb")
-        for out in cell.outputs
-    ]
+    cells = code_cells(HERE / "notebooks/03_where_tokens_go.ipynb")
+    outputs = [out for cell in cells for out in cell.outputs]
     pictures = [out.data["image/png"] for out in outputs if "image/png" in out.get("data", {})]
     shown = (HERE / "assets/notebook_tokens.png").read_bytes()
     assert base64.b64decode(pictures[-1]) == shown, "write it to assets/notebook_tokens.png"

@@ -6,15 +6,14 @@ from itertools import cycle, islice
 
 import pyarrow
 import pyarrow.parquet
-import pytest
-from runs import refused, unhooked_cli
+from runs import by_command, refused, write_lines
+from texts import message as turn
 
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.checkers import Checker
 from dsv3_jax.chat.examples import encode, load_examples, load_tasks
-from dsv3_jax.chat.template import ChatTemplate
-from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, plain_settings, with_template
+from dsv3_jax.chat.text_settings import plain_settings, with_template
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.presets import sft_sized
 from dsv3_jax.report.unread_keys import unread_keys, unread_line
@@ -32,17 +31,14 @@ ADD = [{"type": "function", "function": {"name": "add"}}]
 CALL = [{"function": {"name": "add", "arguments": {"a": 1}}}]
 
 
-def turn(role, content, **more):
-    return {"role": role, "content": content} | more
-
-
 def pair(i):
     return [turn("user", f"{i}?"), turn("assistant", f"{i}.")]
 
 
 def seen(i):
     """A call of a tool, its result, and the answer."""
-    return [pair(i)[0], turn("assistant", None, tool_calls=CALL), turn("tool", "2"), pair(i)[1]]
+    called = turn("assistant", None, tool_calls=CALL), turn("tool", "2")
+    return [pair(i)[0], *called, pair(i)[1]]
 
 
 # Name of a file: (its record i, the same as plain messages and tools).
@@ -86,7 +82,7 @@ def write(file, records):
     elif file.suffix == ".json":
         file.write_text(json.dumps(records, indent=1))
     else:
-        file.write_text("\n".join(map(json.dumps, records)))
+        write_lines(file, records)
     return str(file)
 
 
@@ -136,6 +132,30 @@ def test_two_hundred_chats_of_eight_forms_are_read_or_counted(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_records_of_other_forms_are_the_same_conversation():
+    """ShareGPT's, Alpaca's, other names of roles in any letters, and further keys."""
+    hello = [turn("user", "hi"), turn("assistant", "hey")]
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hey"}
+    turns = [turn("human", "hi"), turn("bot", "hey")]
+    for record in (
+        {"messages": hello, "prompt": "hi", "prompt_id": "7", "text": "hi hey", "source": None},
+        {"conversations": [human, gpt], "id": 1},
+        {"messages": turns},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"instruction": "hi", "input": "", "output": "hey", "text": "Below is an instruction"},
+        # a task whose messages end in an answer has its answer already
+        {"messages": [turn("User", "hi"), turn("GPT", "hey")], "answer": "hey"},
+    ):
+        assert encode(record, PLAIN) == encode({"messages": hello}, PLAIN), record
+    call, seen = {"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}
+    record = {"system": "s", "conversations": [human, call, seen, gpt]}
+    spoken = turn("assistant", "add(1)"), turn("tool", "2")
+    same = [turn("developer", "s"), hello[0], *spoken, hello[1]]
+    assert encode(record, PLAIN) == encode({"messages": same}, PLAIN)
+    task = encode({"instruction": "add", "input": "1 2", "output": "3"}, PLAIN)
+    assert PLAIN.tokenizer.decode(i for i, m in zip(*task, strict=True) if m) == "3"
+
+
 def test_unread_keys_are_looked_for_in_the_first_records(tmp_path):
     """A key is read if one of the first records that have it needs it; functions are tools."""
     tools = {"tools": ADD, "functions": ADD}
@@ -151,10 +171,7 @@ def test_unread_keys_are_looked_for_in_the_first_records(tmp_path):
 
 def test_a_file_of_bad_records_alone_is_one_sentence(tmp_path):
     cfg = chats_of(write(tmp_path / "a.json", [BROKEN[2]] * 4))
-    sentence = (
-        r"give no example .*left out: 4 that cannot be learnt from, the first: .*a\.json, row 1"
-    )
-    with refused(sentence):
+    with refused(r"give no example .* 4 that cannot be learnt from, the first: .*a\.json, row 1"):
         load_examples(cfg, PLAIN)
 
 
@@ -173,9 +190,7 @@ def test_a_broken_file_and_an_unsafe_template_end_the_run(tmp_path, monkeypatch)
             load_examples(cfg, PLAIN)
     write(file, [{"messages": pair(i)} for i in range(9)])
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
-    loop = (
-        "{% for i in range(99999) %}" * 3 + "{% if i in range(i) %}{% endif %}" + "{% endfor %}" * 3
-    )
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     for source, sentence in {
         loop: "row 1: the chat template runs for more than",
         "{{ messages.__class__.__mro__ }}": "row 1: the chat template fails with SecurityError",
@@ -189,8 +204,7 @@ def test_a_json_file_may_also_hold_lines(tmp_path):
     """Alone: in a folder it may be about the data, and only lists are read."""
     records = [{"messages": pair(i)} for i in range(20)]
     listed = load_examples(chats_of(write(tmp_path / "chats.json", records)), PLAIN)
-    lines = "\n".join(map(json.dumps, records))
-    (tmp_path / "chats.json").write_text(lines)
+    write_lines(tmp_path / "chats.json", records)
     assert load_examples(chats_of(tmp_path / "chats.json"), PLAIN).fingerprint == listed.fingerprint
     with refused("give no example"):
         load_examples(chats_of(tmp_path), PLAIN)
@@ -209,49 +223,6 @@ def test_tasks_that_cannot_be_asked_are_left_out(tmp_path):
         load_tasks(replace(cfg, bad_records="refuse"), PLAIN, check)
     write(tmp_path / "tasks.jsonl", [{"prompt": "", "answer": "2"}, *records])
     assert counts_of(load_tasks(replace(cfg, prompts="text"), PLAIN, check)[0].summary)[2] == 1
-
-
-@pytest.mark.parametrize(
-    "source", [PLAIN_TEMPLATE, re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE)]
-)
-def test_a_turn_of_weight_0_is_no_target(source):
-    """With blocks that mark the assistant's turns, and without."""
-    chat = ChatTemplate(source, PLAIN.tokenizer, PLAIN.chat.special_tokens)
-
-    def targets(*weights):
-        more = ({} if weight is None else {"weight": weight} for weight in weights)
-        answers = [turn("assistant", f"{i}.", **w) for i, w in enumerate(more)]
-        messages = [m for answer in answers for m in (turn("user", "a", weight=0), answer)]
-        found = chat.render(messages, assistant_mask=True)
-        assert found.ids == chat.render(messages).ids
-        text = PLAIN.tokenizer.decode(i for i, m in zip(*found, strict=True) if m)
-        return text.replace("\n", "")  # without blocks the line's end is the assistant's, too
-
-    assert targets(0, None, 1) == "1.2." and targets(1.0, 0) == "0." and targets(0) == ""
-    for weight in (0.5, "0", [0]):
-        with refused(r"weight=.* must be 0 or 1"):
-            targets(1, weight)
-
-
-def test_weight_is_read_in_other_forms_and_ambiguous_marks_are_refused():
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
-    assert not any(encode({"conversations": turns}, PLAIN)[1])
-    twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
-    messages = [turn("user", "a"), turn("assistant", "b", weight=0)]
-    with refused("for each of the 4 that the chat template marks"):
-        ChatTemplate(twice, PLAIN.tokenizer).render(messages, assistant_mask=True)
-
-
-def test_roles_in_other_letters_are_answers_too():
-    """A task whose messages end in an answer has its answer already."""
-    record = {"messages": [turn("User", "a"), turn("GPT", "b")], "answer": "b"}
-    assert encode(record, PLAIN) == encode(
-        {"messages": [turn("user", "a"), turn("assistant", "b")]}, PLAIN
-    )
-    system = [turn("developer", "s"), *pair(1)]
-    assert encode({"messages": system}, PLAIN) == encode(
-        {"messages": [turn("system", "s"), *pair(1)]}, PLAIN
-    )
 
 
 def test_the_sft_recipe_goes_by_the_examples_and_the_width():
@@ -285,14 +256,13 @@ def test_the_sft_recipe_goes_by_the_examples_and_the_width():
 def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
     """Their tasks are none of the chats, and the checker of GRPO's recipe can use all of them."""
     for _ in range(2):
-        assert unhooked_cli().main(["data", "example", str(tmp_path / "new")]) == 0
+        assert by_command("data", "example", tmp_path / "new")[0] == 0
     chats, tasks = write_chats(tmp_path / "new")
     source, asked = load_tasks(chats_of(tasks), PLAIN, Checker("exact").look_at)[:2]
     assert counts_of(source.summary) == [len(asked), 200 - len(asked)]
     assert sum(counts_of(load_examples(chats_of(chats), PLAIN).summary)) == 50
-    questions = {
-        json.loads(line)["messages"][0]["content"] for line in chats.read_text().splitlines()
-    }
+    records = map(json.loads, chats.read_text().splitlines())
+    questions = {record["messages"][0]["content"] for record in records}
     assert len(questions) == 50 and not questions & {task.record["prompt"] for task in asked}
     for task in asked:
         number = int(task.record["prompt"].split()[1])

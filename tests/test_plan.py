@@ -7,9 +7,9 @@ import jax
 import pytest
 from flax import nnx
 from jax.experimental import topologies
-from runs import MODEL, fresh_state, make_run
+from runs import MODEL, fresh_state, make_run, refused
 
-from dsv3_jax.config import ConfigError, Execution, Layout
+from dsv3_jax.config import Execution, Layout
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.planning import cost as costs
@@ -28,26 +28,17 @@ RUN = replace(RUN, data=replace(RUN.data, batch_size=8, seq_len=12))
 
 def on_first_device(state, *mesh: int, fsdp: bool = False) -> dict[str, int]:
     """Bytes of the first device's shards of a state on a mesh, by kind."""
-    state = jax.device_put(
-        state, sharding.state_sharding(state, sharding.make_mesh(*mesh), fsdp=fsdp)
-    )
+    shardings = sharding.state_sharding(state, sharding.make_mesh(*mesh), fsdp=fsdp)
+    state = jax.device_put(state, shardings)
     experts, rest = nnx.split_state(state.params, lambda path, _: "experts" in path, ...)
-    parts = {
-        "routed experts": experts,
-        "other parameters": rest,
-        "router bias": state.bias,
-        "optimizer": state.opt,
-    }
-    first = jax.devices()[0]
-    return {
-        name: sum(
-            s.data.nbytes
-            for x in jax.tree.leaves(tree)
-            for s in x.addressable_shards
-            if s.device == first
-        )
-        for name, tree in parts.items()
-    }
+
+    def on_first(tree) -> int:
+        shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
+
+    parts = {"routed experts": experts, "other parameters": rest}
+    parts |= {"router bias": state.bias, "optimizer": state.opt}
+    return {name: on_first(tree) for name, tree in parts.items()}
 
 
 @pytest.mark.long
@@ -74,14 +65,8 @@ def test_a_training_step_on_a_mesh_of_three_axes():
 
 @pytest.mark.long
 def test_memory_of_a_decoding_step_equals_the_meshs():
-    cost = decode_cost(
-        replace(PLAIN, mtp_depth=1),
-        BFLOAT16,
-        sharding.make_mesh(2, 2),
-        8,
-        20,
-        weight_dtype="float32",
-    )
+    cfg, mesh = replace(PLAIN, mtp_depth=1), sharding.make_mesh(2, 2)
+    cost = decode_cost(cfg, BFLOAT16, mesh, 8, 20, weight_dtype="float32")
     held = on_first_device(fresh_state(RUN), 2, 2)
     del held["optimizer"]
     # a device has two of eight sequences
@@ -103,13 +88,11 @@ def test_programs_of_v3_have_the_same_size_at_any_depth(monkeypatch):
 
     monkeypatch.setattr(costs, "compile_with_hlo", record_text)
     run, mesh = recipe("v3"), sharding.make_mesh(2, 4)
+    execution = replace(run.execution, layout=Layout(fsdp=True, expert_comm="all_to_all"))
+    run = replace(run, execution=execution, data=replace(run.data, batch_size=8))
     for layers in (8, 61):
         model = replace(run.model, num_layers=layers)
-        execution = replace(run.execution, layout=Layout(fsdp=True, expert_comm="all_to_all"))
-        train_cost(
-            replace(run, model=model, execution=execution, data=replace(run.data, batch_size=8)),
-            mesh,
-        )
+        train_cost(replace(run, model=model), mesh)
         # tests allow no silent promotion
         decode_cost(model, execution, mesh, 8, 4096, weight_dtype="float32")
     for few, many in zip(texts[:2], texts[2:], strict=True):
@@ -126,17 +109,14 @@ def test_programs_of_v3_have_the_same_size_at_any_depth(monkeypatch):
 
 def example_cost(**changes) -> Cost:
     members = tuple(range(8))
-    sent = Traffic(
-        [
-            Collective("all-gather", 8 * 10**9, members, ("expert",), 2, True),
-            Collective("all-reduce", 10**9, (0, 8), ("data",), 1, True),
-            Collective("all-gather", 10**9, members, ("expert",), 1, False),
-        ],
-        1,
-    )
+    collectives = [
+        Collective("all-gather", 8 * 10**9, members, ("expert",), 2, True),
+        Collective("all-reduce", 10**9, (0, 8), ("data",), 1, True),
+        Collective("all-gather", 10**9, members, ("expert",), 1, False),
+    ]
     cost = Cost(
         "training step", {"data": 2, "expert": 8}, 16, {"parameters": 10**9}, {"gradients": 10**9},
-        2e12, 0.0, 3 * 10**9, sent, 1.0,
+        2e12, 0.0, 3 * 10**9, Traffic(collectives, 1), 1.0,
     )  # fmt: skip
     return replace(cost, **changes)
 
@@ -157,9 +137,9 @@ def test_memory_and_verdict():
     assert lines["  in all"] == "4 GB: does not fit in 3 GB"
     assert lines["    all-gather"] == "14 GB along expert"
     assert lines["    and"] == "875 MB in each iteration of loops of unknown length (1)"
-    refused = example_cost(temporaries=None, compile_error="It needs 9G.", sent=Traffic([], 0))
-    assert refused.total == 2 * 10**9 and not refused.fits(1e12)
-    lines = dict(cost_lines(refused, 16, 1, 1e12, ACCELERATORS["h800"]))
+    other = example_cost(temporaries=None, compile_error="It needs 9G.", sent=Traffic([], 0))
+    assert other.total == 2 * 10**9 and not other.fits(1e12)
+    lines = dict(cost_lines(other, 16, 1, 1e12, ACCELERATORS["h800"]))
     assert lines["  in all"] == "2 GB and more: the compiler ran out of memory. It needs 9G."
 
 
@@ -167,14 +147,11 @@ def test_invalid_options_are_rejected_before_compiling(capsys):
     for changes, sentence in (
         (dict(mesh="rows=2"), "mesh='rows=2'"),
         (dict(mesh="data=2", batch=3), "=3 rows are not divisible by mesh data=2"),
-        (
-            dict(mesh="data=2", decode_batch=3),
-            "decode_batch=3 is not divisible by the 2 parts of mesh=data=2",
-        ),
+        (dict(mesh="data=2", decode_batch=3), "decode_batch=3 is not divisible by the 2 parts of"),
         (dict(context=65), "context=65 is not between 1 and the model's max_positions=64"),
         (dict(target="gpu:b200"), "target='gpu:b200': 'b200' is not one of h100"),
     ):
-        with pytest.raises(ConfigError, match=sentence):
+        with refused(sentence):
             plan(PlanOptions(PLAIN, BFLOAT16, **{"seq_len": 12} | changes), RUN, "plain")
     assert capsys.readouterr().out == ""
 
@@ -182,30 +159,22 @@ def test_invalid_options_are_rejected_before_compiling(capsys):
 ONE = {"data": 1, "expert": 1, "tensor": 1}
 
 
-def test_a_mesh_takes_the_first_devices_of_its_target(monkeypatch):
+def test_a_mesh_takes_the_first_devices_of_its_target_which_needs_its_compiler(monkeypatch):
     class Topology:
         devices = jax.devices()[:4]
 
-    asked = []
-    monkeypatch.setattr(
-        topologies, "get_topology_desc", lambda **options: asked.append(options) or Topology
-    )
-    assert devices.target_mesh("tpu:v6e:2x2", ONE).devices.flat[0] == jax.devices()[0]
-    assert asked[-1] == {"platform": "tpu", "topology_name": "v6e:2x2"}
-    with pytest.raises(
-        ConfigError, match="mesh=data=8 needs 8 devices, but target='gpu:h100:4' has 4"
-    ):
-        devices.target_mesh("gpu:h100:4", {"data": 8})
-    devices.target_mesh("gpu:h100:16", ONE)
-    assert asked[-1]["topology"] == "1x2x8"  # two nodes
-
-
-def test_a_target_needs_its_compiler(monkeypatch):
     def missing(**_):
         raise NotImplementedError("topology not implemented for cuda")
 
+    asked = []
+    found = lambda **options: asked.append(options) or Topology  # noqa: E731
+    monkeypatch.setattr(topologies, "get_topology_desc", found)
+    assert devices.target_mesh("tpu:v6e:2x2", ONE).devices.flat[0] == jax.devices()[0]
+    assert asked[-1] == {"platform": "tpu", "topology_name": "v6e:2x2"}
+    with refused("mesh=data=8 needs 8 devices, but target='gpu:h100:4' has 4"):
+        devices.target_mesh("gpu:h100:4", {"data": 8})
+    devices.target_mesh("gpu:h100:16", ONE)
+    assert asked[-1]["topology"] == "1x2x8"  # two nodes
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(
-        ConfigError, match="'gpu:h100' needs JAX's CUDA plugin .*cuda13-local.* for cuda"
-    ):
+    with refused("'gpu:h100' needs JAX's CUDA plugin .*cuda13-local.* for cuda"):
         devices.target_mesh("gpu:h100", ONE)

@@ -1,11 +1,10 @@
 """`dsv3 runs`: a table of the runs below a folder."""
 
-import json
 import os
 
 import pytest
 from flax import nnx
-from runs import make_run, unhooked_cli
+from runs import by_command, make_run, write_lines
 
 from dsv3_jax.host.lock import acquire
 from dsv3_jax.runs.folder import RUN_FILE, claim
@@ -17,11 +16,8 @@ def folder(tmp_path):
     run = make_run("some text")
     for place, rows in (("first", 12), ("group/[b]", 5), ("new", 0)):
         claim(tmp_path / place, run)
-        lines = [
-            json.dumps({"step": i + 1, "loss": 9.0 - i, "tokens_per_s": 1234.5})
-            for i in range(rows)
-        ]
-        (tmp_path / place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        lines = [{"step": i + 1, "loss": 9.0 - i, "tokens_per_s": 1234.5} for i in range(rows)]
+        write_lines(tmp_path / place / "metrics.jsonl", lines)
     (tmp_path / "first" / "checkpoints" / "12").mkdir(parents=True)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / RUN_FILE).write_text("{")
@@ -32,16 +28,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def listed(folder, capsys):
-    code = unhooked_cli().main(["runs", "list", str(folder)])
-    out, err = capsys.readouterr()
+def listed(folder):
+    code, out, err = by_command("runs", "list", folder)
     lines = [line.replace(str(folder) + "/", "").split() for line in out.splitlines()]
     return code, lines, err
 
 
-def test_runs_are_listed_the_last_changed_first(folder, capsys):
+def test_runs_are_listed_the_last_changed_first(folder):
     with acquire(folder / "group" / "[b]"):
-        code, lines, err = listed(folder, capsys)
+        code, lines, err = listed(folder)
     assert code == 0 and [line[0] for line in lines] == ["run", "first", "group/[b]", "new"]
     assert lines[1][1:5] == ["12/12", "finished", "-2.000", "1,234"]
     assert lines[2][1:4] == ["5/12", "training", "5.000"]
@@ -49,17 +44,13 @@ def test_runs_are_listed_the_last_changed_first(folder, capsys):
     assert err.startswith("dsv3: passed over: ")
     assert "run.json is not JSON" in err
     assert len(err.splitlines()) == 1
-    assert "stopped" in listed(folder, capsys)[1][2]
+    assert "stopped" in listed(folder)[1][2]
+
+    notes = folder / "notes"
+    assert by_command("runs", "list", notes) == (0, f"no run in {notes}\n", "")
 
 
-def test_folders_without_runs(folder, capsys):
-    assert unhooked_cli().main(["runs", "list", str(folder / "notes")]) == 0
-    assert capsys.readouterr().out == f"no run in {folder / 'notes'}\n"
-    assert unhooked_cli().main(["runs", "list", str(folder / "absent")]) == 2
-    assert "does not exist; name a folder with runs" in capsys.readouterr().err
-
-
-def test_runs_are_listed_without_making_a_model(folder, capsys, monkeypatch):
+def test_runs_are_listed_without_making_a_model(folder, monkeypatch):
     """A list of 200 takes two CPU seconds so; tracing a model takes a tenth of a second a run."""
     monkeypatch.setattr(nnx, "Rngs", None)  # every model needs them
-    assert len(listed(folder, capsys)[1]) == 4
+    assert len(listed(folder)[1]) == 4

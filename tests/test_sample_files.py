@@ -6,7 +6,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from runs import finished, unhooked_cli
+from runs import by_command
 
 from dsv3_jax.cli.sample import write_samples
 from dsv3_jax.data.tokenizer import ByteTokenizer
@@ -25,37 +25,32 @@ BROKEN = {
 
 
 @pytest.fixture
-def folder(tmp_path_factory):
-    return finished(tmp_path_factory.getbasetemp()).folder
-
-
-@pytest.fixture
-def sample(folder, tmp_path, capsys, monkeypatch):
+def sample(whole, tmp_path, monkeypatch):
     """A command of the finished run, stopped after some parts: (exit code, lines, stderr)."""
-    whole = generate.generate_in_parts
+    all_parts = generate.generate_in_parts
 
-    def command(prompts, out, *options, parts=None, model=folder):
+    def command(prompts, out, *options, parts=None, model=whole.folder):
         def some(*args, **settings):
-            yield from itertools.islice(whole(*args, **settings), parts)
+            yield from itertools.islice(all_parts(*args, **settings), parts)
             if parts:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(generate, "generate_in_parts", some)
         words = "--prompts", tmp_path / prompts, "--out", tmp_path / out, "--max-new-tokens", 24
-        code = unhooked_cli().main(list(map(str, ("generate", model, *words, *options))))
+        code, _, err = by_command("generate", model, *words, *options)
         lines = (tmp_path / out).read_text().splitlines() if (tmp_path / out).exists() else []
-        return code, list(map(json.loads, lines)), capsys.readouterr().err
+        return code, list(map(json.loads, lines)), err
 
     return command
 
 
 @pytest.mark.long
-def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
+def test_a_stopped_command_resumes_to_the_same_file(whole, sample, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, RECORDS)))
     how = "--samples", 2, "--temperature", 1.5
-    code, whole, err = sample("in.jsonl", "whole.jsonl", *how)
-    assert code == 0 and "6 texts; " in err and whole[0]["text"] != whole[1]["text"]
-    for row, line in enumerate(whole):
+    code, want, err = sample("in.jsonl", "whole.jsonl", *how)
+    assert code == 0 and "6 texts; " in err and want[0]["text"] != want[1]["text"]
+    for row, line in enumerate(want):
         assert line | RECORDS[row // 2] == line and line["sample"] == row % 2
         assert line["logprob"] < -1 and (line["tokens"] == 24 or line["ended"])
     part, how = tmp_path / "out.jsonl.part", (*how, "--batch-size", 2)
@@ -68,12 +63,13 @@ def test_a_stopped_command_resumes_to_the_same_file(folder, sample, tmp_path):
     assert part.read_bytes().startswith(kept)
     code, lines, _ = sample("in.jsonl", "out.jsonl", *how)
     assert code == 0 and not part.exists()
-    assert [line | {"logprob": 0} for line in lines] == [line | {"logprob": 0} for line in whole]
-    assert [line["logprob"] for line in lines] == pytest.approx([line["logprob"] for line in whole])
+    for line, other in zip(lines, want, strict=True):
+        assert line == other | {"logprob": pytest.approx(other["logprob"])}
     # A released model that changes at its place is another one.
-    assert unhooked_cli().main(["convert", str(folder), str(tmp_path / "hf")]) == 0
-    assert sample("in.jsonl", "hf.jsonl", *how, parts=2, model=tmp_path / "hf")[0] == 130
-    hf, again = tmp_path / "hf", lambda: sample("in.jsonl", "hf.jsonl", *how, model=tmp_path / "hf")
+    hf = tmp_path / "hf"
+    assert by_command("convert", whole.folder, hf)[0] == 0
+    assert sample("in.jsonl", "hf.jsonl", *how, parts=2, model=hf)[0] == 130
+    again = lambda: sample("in.jsonl", "hf.jsonl", *how, model=hf)  # noqa: E731
     words = (hf / "tokenizer.json").read_text()
     bos = {"add_bos_token": True, "bos_token": "<eos>"}
     for file, content, said in (

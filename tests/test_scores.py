@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from models import LIGHT, random_model
-from runs import finished, unhooked_cli
+from runs import by_command, refused, write_lines
 
 import dsv3_jax as ds
 from dsv3_jax.chat.text_settings import plain_settings
@@ -33,8 +33,7 @@ def first(value, other):
 
 def write(folder: Path, **files) -> str:
     for name, rows in files.items():
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        write_lines(folder / f"{name}.jsonl", rows)
     return str(folder)
 
 
@@ -42,17 +41,13 @@ def test_each_kind_is_answered_by_log_p_a_token(tmp_path, monkeypatch):
     """log p is minus the sum of the new bytes and the context's first; "t" is the likeliest."""
 
     def small_bytes(model, pairs):
-        return [
-            (-float(sum(more) + len(more) * context[0]), more[0] == ord("t"))
-            for context, more in pairs
-        ]
+        sums = [-float(sum(more) + len(more) * context[0]) for context, more in pairs]
+        return [(log_p, more[0] == ord("t")) for log_p, (_, more) in zip(sums, pairs, strict=True)]
 
     monkeypatch.setattr(score, "loglikelihood", small_bytes)
     mean = {"query": "q", "choices": ["b", "aab"], "gold": 1}  # a sum would prefer "b"
-    single = [SINGLE, {**SINGLE, "continuation": "x"}]
-    folder = write(
-        tmp_path, choice=[CHOICE, mean, {**CHOICE, "gold": 0}], schema=[SCHEMA], single=single
-    )
+    choices, single = [CHOICE, mean, CHOICE | {"gold": 0}], [SINGLE, SINGLE | {"continuation": "x"}]
+    folder = write(tmp_path, choice=choices, schema=[SCHEMA], single=single)
     said: list[str] = []
     found = ds.score_tasks(abstract(MODEL), plain_settings(), folder, say=said.append)
     chance = (1 / 3 + 1 / 2 + 1 / 3) / 3
@@ -60,12 +55,11 @@ def test_each_kind_is_answered_by_log_p_a_token(tmp_path, monkeypatch):
     assert [task.rows for task in found.tasks] == [3, 1, 2]
     assert [task.chance for task in found.tasks] == pytest.approx([chance, 1 / 2, 0])
     assert [task.centred for task in found.tasks] == pytest.approx(centred)
-    assert all(
-        task.centred_interval[0] <= task.centred <= task.centred_interval[1] for task in found.tasks
-    )
+    for task in found.tasks:
+        low, high = task.centred_interval
+        assert low <= task.centred <= high
     assert found.core == pytest.approx(sum(centred) / 3)
-    assert len(said) == 5
-    assert f"{found.core:.3f}" in said[-1]
+    assert len(said) == 5 and f"{found.core:.3f}" in said[-1]
 
 
 @pytest.mark.parametrize("words", ["bytes", "pairs"])
@@ -75,20 +69,16 @@ def test_context_and_continuation_are_the_prompts_own_tokens(tmp_path, words):
         train_bpe(["f() g(x) " * 50], 265, words := str(tmp_path / "pairs.json"))
     text, calls = plain_settings(words), {"query": "f(", "choices": [")", ")x", "x)"], "gold": 0}
     nothing = {"query": "", "choices": ["\n)", " x"], "gold": 0}
-    folder = write(
-        tmp_path, call=[calls] * 3, none=[nothing], schema=[SCHEMA] * 3, single=[SINGLE] * 3
-    )
-    for task in read_tasks(folder):
+    rows = dict(call=[calls] * 3, none=[nothing], schema=[SCHEMA] * 3, single=[SINGLE] * 3)
+    for task in read_tasks(write(tmp_path, **rows)):
         for i, row in enumerate(task.rows):
             pairs, _ = score.pairs_of(task, i, text, 99)
             ids = [[*context, *more] for context, more in pairs]
             first = [text.tokenizer.eos_id] * (task.label == "none")
             assert all(map(all, pairs))
             assert ids == [first + text.encode(prompt) for prompt in task.prompts(i)]
-            assert (
-                task.kind == "multiple_choice"
-                or text.tokenizer.decode(pairs[0][1]).strip() == row.options[0][1]
-            )
+            if task.kind != "multiple_choice":
+                assert text.tokenizer.decode(pairs[0][1]).strip() == row.options[0][1]
             short, cut = score.pairs_of(task, i, text, 2)  # loses its beginning, never its end
             assert [[*context, *more] for context, more in short] == [tokens[-2:] for tokens in ids]
             assert cut == any(len(tokens) > 2 for tokens in ids) and all(map(all, short))
@@ -105,9 +95,8 @@ def test_a_bundle_of_core_says_examples_delimiter_and_chance(tmp_path):
         '  continuation_delimiter: "\\nAnswer: "\n'
         "-\n  label: count\n  dataset_uri: count.jsonl\n  num_fewshot: [0, 8]\n"
     )
-    (tmp_path / "eval_meta_data.csv").write_text(
-        'Eval Task,"Random baseline",x\narc_easy,25,\nother,60.5,\n'
-    )
+    table = 'Eval Task,"Random baseline",x\narc_easy,25,\nother,60.5,\n'
+    (tmp_path / "eval_meta_data.csv").write_text(table)
     arc, none, task = read_tasks(tmp_path)
     assert (arc.label, arc.shots, arc.chance) == ("arc_easy", 0, 0.25)
     assert arc.prompts(0)[2] == "q\nAnswer: b"
@@ -131,57 +120,47 @@ def test_made_tasks_are_the_texts_own(tmp_path):
 
 
 def test_bad_tasks_are_refused_with_file_and_line(tmp_path):
+    one = {**CHOICE, "choices": ["a"], "gold": 0}
     for lines, said in (
-        (["", "{"], "a.jsonl, line 2, is not JSON"),
         ([SINGLE, CHOICE], "a.jsonl, line 2, is no object with the keys context, continuation"),
         ([{**CHOICE, "gold": 3}], "line 1: gold=3 is not the index of one of choices="),
         ([{**CHOICE, "choices": ["a", 1, ""]}], "'q' and 1 are not a text"),
-        (
-            [{**CHOICE, "choices": ["a"], "gold": 0}],
-            "a.jsonl has one text in the choices of each row",
-        ),
+        ([one], "a.jsonl has one text in the choices of each row"),
         ([SINGLE] * 2, "shots=2 is no number of examples for .*a.jsonl, which has 2 rows"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with refused(said):
             read_tasks(write(tmp_path, a=lines), shots=2)
     write(tmp_path, a=[SINGLE] * 3)
-    for task, said in (
+    task = "{label: a, dataset_uri: a.jsonl}"
+    for tasks, said in (
         ("{label: a}", "core.yaml has no list icl_tasks"),
         ("!!timestamp x", "core.yaml has no list icl_tasks"),  # AttributeError
         (f"!!float '{'1:' * 400}1'", "core.yaml has no list icl_tasks"),  # OverflowError
         ('{label: a, dataset_uri: "a\\0b"}', f"{tmp_path} has a task 'a': a name has one line"),
         ('{label: "a\\nb", dataset_uri: a.jsonl}', r"has a task 'a\\nb': a name has one line"),
-        (f"{{label: {'a' * 10**6}, dataset_uri: a.jsonl}}", "has a task 'aaa"),
-        (
-            "{label: a, dataset_uri: a.jsonl, num_fewshot: []}",
-            r"shots=\[\] is no number of examples for .*a.jsonl",
-        ),
-        (
-            "{label: a, dataset_uri: a.jsonl}, {label: a, dataset_uri: a.jsonl}",
-            "has task 'a' with shots=0 twice",
-        ),
+        (task.replace("label: a", f"label: {'a' * 10**6}"), "has a task 'aaa"),
+        (task.replace("}", ", num_fewshot: []}"), r"shots=\[\] is no number of examples for .*a"),
+        (f"{task}, {task}", "has task 'a' with shots=0 twice"),
     ):
-        (tmp_path / "core.yaml").write_text(f"icl_tasks: [{task}]")
-        with pytest.raises(ValueError, match=said) as refused:
+        (tmp_path / "core.yaml").write_text(f"icl_tasks: [{tasks}]")
+        with refused(said) as error:
             read_tasks(tmp_path)
-        assert len(str(refused.value)) < 1000
+        assert len(str(error.value)) < 1000
     (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,25\na,50\n")
-    with pytest.raises(ValueError, match=r"eval_meta_data.csv is no table .*, or a task has two"):
+    with refused(r"eval_meta_data.csv is no table .*, or a task has two"):
         read_tasks(tmp_path)
 
 
-def test_eval_prints_and_writes_the_scores(root, tmp_path, capsys):
-    out, main = tmp_path / "scores.json", unhooked_cli().main
-    command = ["eval", str(finished(root).folder), "--tasks", write(tmp_path, choice=[CHOICE] * 3)]
-    assert main([*command, "--limit", "2", "--shots", "1", "--out", str(out)]) == 0
-    written, said = json.loads(out.read_text()), capsys.readouterr().out
-    assert written["tasks"][0]["rows"] == 2
-    assert f"{written['core']:.3f}" in said
-    assert written["step"] == 12
-    write(tmp_path, choice=["{"])
-    assert main(command) == main([*command[:2], "--limit", "2"]) == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert "choice.jsonl, line 1" in first and "--tasks" in second
+def test_eval_prints_and_writes_the_scores(whole, tmp_path):
+    out = tmp_path / "scores.json"
+    command = ("eval", whole.folder, "--tasks", write(tmp_path, choice=[CHOICE] * 3))
+    code, said, _ = by_command(*command, "--limit", 2, "--shots", 1, "--out", out)
+    written = json.loads(out.read_text())
+    assert code == 0 and f"{written['core']:.3f}" in said
+    assert (written["tasks"][0]["rows"], written["step"]) == (2, 12)
+    (tmp_path / "choice.jsonl").write_text("{")
+    code, _, err = by_command(*command)
+    assert code == 2 and "choice.jsonl, line 1" in err
 
 
 @pytest.fixture
@@ -208,27 +187,18 @@ def harness(monkeypatch):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**values))
 
 
-def test_eval_scores_on_tasks_of_the_harness(harness, root, tmp_path, capsys):
-    folder, out, main = finished(root).folder, tmp_path / "scores.json", unhooked_cli().main
-    command = ["eval", str(folder), "--lm-eval", "piqa", "hellaswag"]
-    assert main([*command, "--limit", "5", "--shots", "2", "--out", str(out)]) == 0
-    assert "table of piqa, hellaswag" in capsys.readouterr().out
+def test_eval_scores_on_tasks_of_the_harness(harness, whole, tmp_path):
+    out, ask = tmp_path / "scores.json", ("eval", whole.folder, "--lm-eval")
+    words = "piqa hellaswag --limit 5 --shots 2 --out".split()
+    code, said, _ = by_command(*ask, *words, out)
+    assert code == 0 and "table of piqa, hellaswag" in said
     written = json.loads(out.read_text())
-    ((nats, _),) = ds.loglikelihood(ds.load_model(folder), [([1, 2], [3])])
+    ((nats, _),) = ds.loglikelihood(ds.load_model(whole.folder), [([1, 2], [3])])
     want = {"nats": pytest.approx(nats), "shots": 2, "limit": 5}
     assert written["lm_eval"] == {"piqa": want, "hellaswag": want} and written["step"] == 12
 
-    assert main(["eval", str(folder), "--lm-eval", "hellaswg"]) == 2
-    said = "dsv3: lm_eval='hellaswg' is no task of lm-evaluation-harness; did you mean 'hellaswag'?"
-    assert capsys.readouterr().err == said + "\n"
-    assert main([*command, "--tasks", str(tmp_path)]) == 2
-    assert "choose one" in capsys.readouterr().err
-
-
-def test_without_the_harness_its_package_is_named(root, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert unhooked_cli().main(["eval", str(finished(root).folder), "--lm-eval", "piqa"]) == 2
-    assert "which is not installed: pip install lm_eval" in capsys.readouterr().err
+    unknown = "'hellaswg' is no task of lm-evaluation-harness; did you mean 'hellaswag'?"
+    assert by_command(*ask, "hellaswg") == (2, "", f"dsv3: lm_eval={unknown}\n")
 
 
 @pytest.mark.parity
@@ -241,12 +211,8 @@ def test_the_harness_runs_its_own_tasks_on_a_model(tmp_path):
     rows = [
         {"query": f"{i} + {i} =", "choices": [str(2 * i), "none"], "gold": i % 2} for i in range(12)
     ]
-    file = Path(write(tmp_path, sums=rows), "sums.jsonl")
-    data = {
-        "dataset_path": "json",
-        "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(file)}},
-    }
+    files = {"data_files": {"test": write_lines(tmp_path / "sums.jsonl", rows)}}
+    data = {"dataset_path": "json", "test_split": "test", "dataset_kwargs": files}
     data |= {"doc_to_text": "{{query}}", "doc_to_target": "gold", "doc_to_choice": "{{choices}}"}
     settings = {"until": ["\n"], "max_gen_toks": 6}
     tasks = [
@@ -254,11 +220,8 @@ def test_the_harness_runs_its_own_tasks_on_a_model(tmp_path):
         {**data, "task": "until", "output_type": "generate_until", "generation_kwargs": settings},
     ]
     found = lm_eval.simple_evaluate(harness_model(model, text), tasks=tasks, bootstrap_iters=0)
-    pairs = [
-        (text.encode(row["query"]), text.encode(f" {choice}"))
-        for row in rows
-        for choice in row["choices"]
-    ]
+    options = [(row["query"], f" {choice}") for row in rows for choice in row["choices"]]
+    pairs = [tuple(map(text.encode, option)) for option in options]
     nats = [log_p for log_p, _ in ds.loglikelihood(model, pairs)]
     right = [(nats[2 * i] < nats[2 * i + 1]) == row["gold"] for i, row in enumerate(rows)]
     assert found["results"]["choice"]["acc,none"] == pytest.approx(sum(right) / 12)

@@ -4,14 +4,13 @@ import json
 import re
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
-from runs import MODEL, refused, rows_of, said_by, unhooked_cli
+from runs import MODEL, by_command, refused, rows_of, save_run, write_lines
 
 import dsv3_jax as ds
 from dsv3_jax import hf, reference
@@ -26,6 +25,7 @@ from dsv3_jax.hf import released_folder
 from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs import steps
+from dsv3_jax.runs.callbacks import KeepOrigin
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.open_model import load_text
@@ -40,10 +40,8 @@ def chat(i):
     return [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]
 
 
-def write(folder, records, name="chats.jsonl"):
-    file = folder / name
-    file.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
-    return str(file)
+def write(folder, records):
+    return write_lines(folder / "chats.jsonl", records)
 
 
 def targets_of(record, text=PLAIN):
@@ -68,27 +66,6 @@ def test_a_completion_or_all_of_a_text_is_the_target():
     assert targets_of({"text": "abc"})[1:] == ([*b"abc", PLAIN.tokenizer.eos_id], [True] * 4)
 
 
-def test_records_of_other_forms_are_the_same_conversation():
-    """ShareGPT's, Alpaca's, other names of roles, and further keys."""
-    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hey"}
-    messages = [{"role": "human", "content": "hi"}, {"role": "bot", "content": "hey"}]
-    for record in (
-        {"messages": HELLO, "prompt": "hi", "prompt_id": "7", "text": "hi hey", "source": None},
-        {"conversations": [human, gpt], "id": 1},
-        {"messages": messages},
-        {"prompt": messages[:1], "completion": messages[1:]},
-        {"instruction": "hi", "input": "", "output": "hey", "text": "Below is an instruction"},
-    ):
-        assert encode(record, PLAIN) == encode({"messages": HELLO}, PLAIN), record
-    call, seen = {"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}
-    turns = "system: s, user: hi, assistant: add(1), tool: 2, assistant: hey".split(", ")
-    pairs = [turn.split(": ") for turn in turns]
-    record = {"system": "s", "conversations": [human, call, seen, gpt]}
-    same = {"messages": [{"role": role, "content": content} for role, content in pairs]}
-    assert encode(record, PLAIN) == encode(same, PLAIN)
-    assert targets_of({"instruction": "add", "input": "1 2", "output": "3"})[0] == "3"
-
-
 def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(tmp_path):
     records = [{"messages": chat(i)} for i in range(9)]
     records += [{"text": "x" * 100}, {"messages": HELLO[:1]}]
@@ -104,10 +81,9 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
     cfg = replace(cfg, bad_records="refuse")
     with refused(r"line 3: prompt='a' and completion=\[1\] are not two texts or two lists"):
         load_examples(cfg, PLAIN)
-    pair, turn = {"prompt": "a", "chosen": "b"}, {"from": 5, "value": "hi"}
     for record, sentence in (
-        (pair, " has chosen, prompt; give it messages, conversations, prompt and "),
-        ({"conversations": [turn]}, ": message 0 has role=5; give one of system, user"),
+        ({"prompt": "a", "chosen": "b"}, " has chosen, prompt; give it messages, conversations, "),
+        ({"conversations": [{"from": 5, "value": "hi"}]}, ": message 0 has role=5; give one of "),
     ):
         write(tmp_path, [{"text": "a"}, record])
         with refused(f"line 2{sentence}"):
@@ -182,9 +158,9 @@ def tuned(base, tmp_path_factory):
     argv = ["train", "sft", "--start", start, "--out", out, "--data.paths", file]
     argv += ["--data.chat-template", "plain", "--data.seq-len", 48, "--data.batch-size", 2]
     argv += ["--optim.learning-rate", "3e-2", "--epochs", 6, "--optim.warmup-steps", 1]
-    argv = [*map(str, argv), "--execution.kernels", "grouped_swiglu=dense"]
-    code, said = said_by(unhooked_cli().main, argv)
-    assert code == 0, said
+    argv += ["--execution.kernels", "grouped_swiglu=dense"]
+    code, said, err = by_command(*argv)
+    assert code == 0, err
     return out, said, argv
 
 
@@ -201,7 +177,7 @@ def test_a_run_learns_its_answers(tuned, base):
     before, after = (nnx.state(m, RouterBias) for m in (hf.load(base[0]), load_run(out).model))
     jax.tree.map(np.testing.assert_array_equal, before, after)
     at = argv.index("--epochs")
-    code, said = said_by(unhooked_cli().main, argv[:at] + argv[at + 2 :])
+    code, said, _ = by_command(*argv[:at], *argv[at + 2 :])
     assert code == 0 and f"resumed from the checkpoint of step {run.steps}" in said, said
     text, (ids, mask) = load_text(out), encode({"messages": chat(5)}, PLAIN)
     prompt = text.chat.render(chat(5)[:1], add_generation_prompt=True).ids
@@ -209,7 +185,7 @@ def test_a_run_learns_its_answers(tuned, base):
 
 
 @pytest.mark.rare
-def test_fifty_chats_are_learnt_by_default(tmp_path, capsys):
+def test_fifty_chats_are_learnt_by_default(tmp_path):
     """Without a word on passes, batch and rate: the command says what it chose.
 
     The model has seen a little text. Most chats are answered right, each letter, and a capital is
@@ -219,15 +195,15 @@ def test_fifty_chats_are_learnt_by_default(tmp_path, capsys):
     run = ds.recipe("tiny")
     data = replace(run.data, seq_len=128, max_documents=60, val_fraction=0.2)
     ds.train.fit(replace(run, data=data, steps=100), start, quiet=True)
-    file = str(write_chats(tmp_path)[0])
-    argv = ["train", "sft", "--start", str(start), "--data.paths", file]
-    argv += ["--data.chat-template", "plain", "--out", str(tmp_path / "run")]
-    code, said = said_by(unhooked_cli().main, argv)
+    file = write_chats(tmp_path)[0]
+    argv = ["train", "sft", "--start", start, "--data.paths", file]
+    argv += ["--data.chat-template", "plain", "--out", tmp_path / "run"]
+    code, said, _ = by_command(*argv)
     assert code == 0 and "a model of dim=128: --epochs 20 --data.batch-size 4" in said, said
     tuned = read_run(tmp_path / "run")
     assert tuned.optim.learning_rate == 1e-3 and tuned.data.batch_size == 4
 
-    asked = [json.loads(line)["messages"] for line in Path(file).read_text().splitlines()]
+    asked = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     model, text = ds.load_model(tmp_path / "run"), load_text(tmp_path / "run")
     prompts = [text.chat.render(turns[:1], add_generation_prompt=True).ids for turns in asked]
     answers = ds.generate(model, prompts, 16, stop_tokens=text.stop_ids).tokens
@@ -236,24 +212,20 @@ def test_fifty_chats_are_learnt_by_default(tmp_path, capsys):
         for answer, turns in zip(answers, asked, strict=True)
     ]
     assert sum(right) >= 40, right
-    assert unhooked_cli().main(argv) == 0
-    said = capsys.readouterr().out
+    code, said, _ = by_command(*argv)
+    assert code == 0, said
     assert f"finished at step {tuned.steps}; nothing to do; more steps go on" in said, said
 
 
 @pytest.mark.long
-def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tmp_path):
-    """Released → SFT, and released → text: dtype, BOS and the ids that end a text stay."""
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"to be or not to be {name}. " * 9)
-    text = ["train", "tiny", "--start", str(base[0]), "--out", str(tmp_path / "text")]
-    text += ["--steps", "1", "--data.paths", *(str(tmp_path / f"{name}.txt") for name in "ab")]
-    text += ["--data.batch-size", "2", "--execution.kernels", "grouped_swiglu=dense"]
-    code, said = said_by(unhooked_cli().main, text)
-    assert code == 0, said
-    for run, back in ((tuned[0], tmp_path / "chats-back"), (tmp_path / "text", tmp_path / "back")):
-        code, said = said_by(unhooked_cli().main, ["convert", str(run), str(back)])
-        assert code == 0, said
+def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, tmp_path):
+    """Released → SFT → any other run: dtype, BOS and the ids that end a text stay."""
+    child = tmp_path / "child"
+    run = save_run(child, replace(read_run(tuned[0]), start=str(tuned[0])))
+    KeepOrigin().on_start(run, child, 0)
+    for made, back in ((tuned[0], tmp_path / "first"), (child, tmp_path / "second")):
+        code, said, err = by_command("convert", made, back)
+        assert code == 0, err
         config = json.loads((back / "config.json").read_text())
         assert {key: config[key] for key in ORIGIN} == ORIGIN and "tensors in bfloat16" in said
 
@@ -261,7 +233,7 @@ def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, base, tm
 @pytest.mark.parametrize(
     "words", ["sft", "sft --lora.rank 2", "grpo --grpo.group 4 --grpo.max-new-tokens 4"]
 )
-def test_a_start_is_opened_once(base, tmp_path, monkeypatch, capsys, words):
+def test_a_start_is_opened_once(base, tmp_path, monkeypatch, words):
     """From the command's options to its weights: its tokenizer is parsed once, and its headers."""
     calls = Counter()
 
@@ -285,13 +257,6 @@ def test_a_start_is_opened_once(base, tmp_path, monkeypatch, capsys, words):
     argv = ["train", *words.split(), "--start", base[0], "--out", tmp_path / "run"]
     argv += ["--data.paths", file]
     argv += ["--data.chat-template", "plain", "--data.seq-len", 48, "--data.batch-size", 8]
-    assert unhooked_cli().main(list(map(str, argv))) == 2
-    assert "the weights are read" in capsys.readouterr().err
+    code, _, err = by_command(*argv)
+    assert code == 2 and "the weights are read" in err
     assert calls == {"__init__": 1, "open_folder": 1}
-
-
-def test_a_model_without_a_template_is_refused(base, tmp_path, capsys):
-    argv = ["train", "sft", "--out", str(tmp_path / "x"), "--start", str(base[0])]
-    code, said = unhooked_cli().main(argv), capsys.readouterr().err
-    assert code == 2 and "base has no chat template; train with a Jinja file" in said, said
-    assert len(said.splitlines()) == 1 and not (tmp_path / "x").exists()

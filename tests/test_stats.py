@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, random_model
-from runs import MODEL, refused
+from runs import MODEL, packed_batch, refused
 
+from dsv3_jax import reference
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.stats import (
     RoutingStats,
     collect,
     decisions,
     favourites,
-    lift,
     measures,
     specialisation,
 )
@@ -33,18 +33,11 @@ def make_batch(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     segment_ids = np.sort(rng.integers(1, 5, (B, T)), axis=1)
     segment_ids[-1, 9:] = 0
-    starts = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    columns = np.arange(T)[None]
     drawn = np.take_along_axis(rng.integers(0, 7, (B, 5)), segment_ids, axis=1)
     documents = np.where(segment_ids, drawn, 7)
-    batch = {
-        "tokens": rng.integers(97, 101, (B, T)),
-        "segment_ids": segment_ids,
-        "positions": columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1),
-        "domains": documents % 2,
-        "documents": documents,
-    }
-    return {name: array.astype(np.int32) for name, array in batch.items()}
+    batch = packed_batch(rng, segment_ids, vocab_size=4)
+    batch |= {"domains": documents % 2, "documents": documents}
+    return {name: np.asarray(array, np.int32) for name, array in batch.items()}
 
 
 BATCHES = [make_batch(1), make_batch(2)]
@@ -122,13 +115,8 @@ def test_counts_equal_the_definitions(counted):
 
 
 def choose(choice: np.ndarray, count: int) -> np.ndarray:
-    """The largest `choice` scores within the groups whose best two have the largest sums."""
-    grouped = choice.reshape(-1, MODEL.num_groups, E // MODEL.num_groups)
-    order = np.argsort(-np.sort(grouped)[..., -2:].sum(-1), kind="stable")
-    best = order[:, : MODEL.groups_per_token]
-    allowed = (np.arange(MODEL.num_groups) == best[..., None]).any(1)
-    within = np.where(allowed[..., None], grouped, -np.inf).reshape(-1, E)
-    return np.argsort(-within, kind="stable")[:, :count]
+    """The experts with the largest `choice` in a token's best groups."""
+    return reference.top_k(reference.in_best_groups(MODEL, choice[None], np)[0], count, np)
 
 
 def test_bias_and_margins_equal_the_definitions(counted):
@@ -219,16 +207,6 @@ def test_information_of_experts_by_domain_at_random_and_by_document(rng):
     assert (result.bits[1:] <= np.quantile(drawn, 0.99, axis=0)[1:]).all()
     # Documents with few experts each: a shuffle of tokens would count this as specialisation.
     assert result.shuffled_mean[2] > 10 * result.shuffled_mean[1]
-
-
-def test_lift_of_experts_chosen_together(rng):
-    taken = np.eye(5, dtype=int)[np.argsort(rng.random((50, 5)) * [1, 1, 2, 3, 4])[:, :2]].sum(1)
-    pairs = taken.T @ taken
-    chance, apart = np.outer(np.diag(pairs), np.diag(pairs)), ~np.eye(5, dtype=bool)
-    lifts = lift(pairs[None])[0]
-    even = pairs[apart].sum() / chance[apart].sum()
-    np.testing.assert_allclose(lifts[apart], (pairs / chance)[apart] / even)
-    assert np.isnan(np.diag(lifts)).all()
 
 
 def test_favourites_are_ranked_by_their_part_of_the_information():

@@ -15,11 +15,10 @@ pytestmark = [needs_browser, pytest.mark.long]
 
 NUMBERS = made_up()
 RATIO = np.array(NUMBERS["load"]) / np.mean(NUMBERS["load"], axis=-1, keepdims=True)
+ONE = made_up(heads=0, domains=("text",), experts_per_token=1, measured=False) | {"texts": []}
 SHAPES = {
     "tiny": lambda: NUMBERS,
-    "one": lambda: (
-        made_up(heads=0, domains=("text",), experts_per_token=1, measured=False) | {"texts": []}
-    ),
+    "one": lambda: ONE,
     "v3": version_three,
     "hostile": lambda: hostile(NUMBERS),
 }

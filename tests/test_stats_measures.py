@@ -1,7 +1,6 @@
 """Measures of token rows equal their definitions; knock-outs equal models without the expert."""
 
 import itertools
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from dsv3_jax.stats import (
     worth,
 )
 from dsv3_jax.stats.bits import WIDE
+from dsv3_jax.stats.page import findings
 from dsv3_jax.stats.token_rows import TokenRows, rows_of
 
 E, K, N = 6, 2, 400
@@ -138,7 +138,7 @@ def test_matched_experts_share_the_most_choices(rng):
 @pytest.mark.long
 def test_a_muted_expert_is_one_without_weights():
     """Gate 0 equals zeros as output matrix, by complete logits. One program serves all experts."""
-    model = random_model(replace(MODEL, mtp_depth=1), seed=2, execution=DENSE)
+    model = random_model(MODEL, seed=2, execution=DENSE)
     before, found = knockouts._nll._cache_size(), worth(model, BATCHES, resamples=50)
     assert knockouts._nll._cache_size() == before + 1
 
@@ -157,3 +157,80 @@ def test_a_muted_expert_is_one_without_weights():
         assert loss == pytest.approx(np.mean(nll), rel=1e-5) and found.tokens == len(nll)
     assert np.abs(found.without - found.loss).max() > 1e-3  # the experts matter here
     assert (found.low <= found.high).all()
+
+
+# texts from known processes, and what the page says of luck
+
+
+DOMAINS, EXPERTS, SHARED, OWN = 3, 8, 20, 60  # words of all domains, and of each alone
+DOCUMENTS, LENGTH, WORLDS = 48, 150, 8
+
+
+def world(rng, pull):
+    """Draw p(word | domain) [D, W] and p(expert | word, domain) [D, W, E].
+
+    Half of a text is of its domain's own words. `pull`: how far a domain moves a word's experts.
+    """
+    words = SHARED + DOMAINS * OWN
+    of_word = np.zeros((DOMAINS, words))
+    for d in range(DOMAINS):
+        of_word[d, :SHARED] = rng.dirichlet(np.ones(SHARED)) / 2
+        own = SHARED + d * OWN
+        of_word[d, own : own + OWN] = rng.dirichlet(np.ones(OWN)) / 2
+    of_all, own = (rng.normal(size=(n, words, EXPERTS)) for n in (1, DOMAINS))
+    experts = np.exp(of_all + pull * own)
+    return of_word, experts / experts.sum(-1, keepdims=True)
+
+
+def truth(of_word, of_expert):
+    """Return I(expert; domain | word) in bits, of domains with equal shares."""
+    joint = (of_word[..., None] * of_expert) / DOMAINS  # [D, W, E]
+    given = joint / joint.sum((0, 2), keepdims=True)
+    apart = given.sum(2, keepdims=True) * given.sum(0, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.nansum(joint * np.log2(given / apart)))
+
+
+def text(rng, of_word, of_expert):
+    """Draw documents of each domain, with one expert a token."""
+    domain = np.repeat(np.arange(DOCUMENTS) % DOMAINS, LENGTH)
+    odds = (of_word[i % DOMAINS] for i in range(DOCUMENTS))
+    words = np.concatenate([rng.choice(of_word.shape[1], LENGTH, p=p) for p in odds])
+    sums = of_expert[domain, words].cumsum(-1)
+    experts = (rng.random(len(words))[:, None] > sums).sum(-1).clip(max=EXPERTS - 1)
+    rows = rows_of(experts[None, :, None], np.repeat(np.arange(DOCUMENTS), LENGTH))
+    return rows._replace(token=words.astype(np.int32), domain=domain.astype(np.int32))
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.8])
+def test_what_the_domain_tells_beyond_the_token(pull):
+    """Domains have words of their own. Shuffled domains alone would take off too much there."""
+    rng, covered, errors = np.random.default_rng(0), [], []
+    for _ in range(WORLDS):
+        process = world(rng, pull)
+        rows = text(rng, *process)
+        found = information(rows, EXPERTS, DOMAINS, draws=10, resamples=40).domain_given_token
+        want = truth(*process)
+        assert want > 0.02 or not pull
+        covered.append(found.low[0] <= want <= found.high[0])
+        errors.append(found.bits[0] - want)
+    assert abs(np.mean(errors)) < 0.012
+    assert np.mean(covered) >= 0.75  # 95 % of worlds; six of eight leave room for chance
+
+
+def test_the_largest_of_many_is_partly_luck():
+    """The page counts the experts that it chose among, and what chance alone would give."""
+    worth = {
+        "loss": 3.0,
+        "without": [[3.1, 3.0], [3.02, None]],
+        "low": [[0.05, -0.1], [-0.1, None]],
+        "high": [[0.2, 0.1], [0.1, None]],
+        "documents": 40,
+    }
+    numbers = {"layers": ["layer 1", "layer 2"], "load": [[1, 1], [1, 1]], "worth": worth}
+    found = findings(numbers)["worth"]
+    assert "Without expert 0 of layer 1 the loss of 3.000 nats is 0.1000 higher" in found
+    assert "the largest of 3 and so partly luck. For 2 of 3 experts the interval holds 0" in found
+    assert "2.5% (0.1) would lie above 0 by chance" in found and "documents" not in found
+    few = findings(numbers | {"worth": worth | {"documents": 8}})["worth"]
+    assert few == f"{found} The intervals are percentiles of 8 documents, and may be too narrow."

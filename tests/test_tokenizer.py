@@ -211,9 +211,30 @@ def test_a_copy_keeps_the_end_of_a_document(tmp_path):
     assert tok.keep_copy(str(own), own.parent) == own
 
 
-def test_bytes_as_a_tokenizer_file(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(tok.byte_tokenizer_json())
-    ours, theirs = tok.ByteTokenizer(), tok.load(str(tmp_path))
-    assert theirs.same_ids(ours) and theirs.encode(TEXT) == ours.encode(TEXT) == list(TEXT.encode())
-    assert theirs.decode([65, 256]) == "A"
-    assert (ours.vocab_size, ours.eos_id, ours.fim_ids) == (260, 256, (257, 258, 259))
+def with_parts(folder, **parts):
+    """A tokenizer of bytes with another normalizer or pre-tokenizer."""
+    inner = tokenizers.Tokenizer.from_str(tok.byte_tokenizer_json())
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    inner.save(str(folder / "tokenizer.json"))
+    return tok.load(str(folder))
+
+
+def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
+    """Those of released models pass."""
+    made, regex = tokenizers.normalizers, tokenizers.Regex
+    doubles = made.Sequence([made.Replace(regex("(?=q)"), "q")] * 30)
+    for normalizer in (made.Replace("", "a" * 1000), doubles, made.Prepend("a" * 1000)):
+        with refused("normalizer that may make .* letters of one"):
+            with_parts(tmp_path, normalizer=normalizer)
+    usual = [made.Prepend("▁"), made.Replace(regex(" {2,}"), " "), made.NFKC()]
+    assert with_parts(tmp_path, normalizer=made.Sequence(usual)).encode("a") == [*"▁a".encode()]
+
+
+def test_a_panic_of_the_library_is_one_sentence(tmp_path):
+    """Its regular expressions give up on such a text, and Rust's panic is no Exception."""
+    slow = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a|aa)+$"), "isolated")
+    words = with_parts(tmp_path, pre_tokenizer=slow)
+    for name in ("encode", "encode_prompt", "encode_with_specials", "encode_plain"):
+        with refused("the tokenizer cannot encode .*aaa!'.*: Onig"):
+            getattr(words, name)("a" * 60 + "!")

@@ -1,11 +1,10 @@
 """`dsv3 train --report`: other programs get the rows of metrics.jsonl."""
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from runs import MODEL, make_run, rows_of, write_text
+from runs import CLOCK, make_run, rows_of
 
 from dsv3_jax.cli.trackers import trackers
 from dsv3_jax.config import to_dict
@@ -26,9 +25,8 @@ def calls(monkeypatch):
     return calls
 
 
-def test_wandb_gets_each_row_and_a_run_that_resumes_goes_on_there(calls, tmp_path):
-    small = replace(MODEL, num_layers=1, mtp_depth=0)
-    run, out = make_run(write_text(tmp_path / "text"), model=small), tmp_path / "run"
+def test_wandb_gets_each_row_and_a_run_that_resumes_goes_on_there(calls, whole, tmp_path):
+    run, out = whole.run, tmp_path / "run"
     for stop in (2, 6):
         with trackers(("wandb",)) as callbacks:
             loop.fit(run, out, stop_after=stop, quiet=True, callbacks=callbacks)
@@ -38,12 +36,8 @@ def test_wandb_gets_each_row_and_a_run_that_resumes_goes_on_there(calls, tmp_pat
     assert begins[0][0]["id"] == (out / "wandb_id").read_text().strip() != ""
     assert [code for name, code, *_ in calls if name == "finish"] == [0, 0]
 
-    clock = ("tokens_per_s", "mfu")
-    sent = [
-        {"step": call[1]} | {k: v for k, v in call[2].items() if k not in clock}
-        for call in calls
-        if call[0] == "log"
-    ]
+    rows = [{"step": step} | row[0] for name, step, *row in calls if name == "log"]
+    sent = [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
     assert sent == [{"step": row["step"]} | flat(row) for row in rows_of(out)]
     assert len(sent) == 7  # 6 steps and an evaluation
 

@@ -9,16 +9,27 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import flat
-from runs import MODEL, assert_bitwise, fresh_state, make_run, packed_batch, rows_of, unhooked_cli
+from runs import (
+    MODEL,
+    assert_bitwise,
+    by_command,
+    fresh_state,
+    last_state,
+    make_run,
+    packed_batch,
+    refused,
+    rows_of,
+    save_run,
+)
 from runs import write_text as text_in
 
-from dsv3_jax.config import Balance, ConfigError, DataConfig, Execution, Layout, Yarn
+from dsv3_jax.config import Balance, Execution, Layout, Yarn
 from dsv3_jax.data import tokenizer
 from dsv3_jax.mesh import sharding
 from dsv3_jax.runs import loop
 from dsv3_jax.runs import start as starts
-from dsv3_jax.runs.checkpoint import Checkpoints, load_run
-from dsv3_jax.runs.folder import claim, read_run
+from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.start import on_trunk, on_weights
 from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
@@ -31,7 +42,7 @@ LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balanc
 
 @pytest.fixture(scope="module")
 def other(root) -> str:
-    """A run folder whose checkpoint of step 7 is random throughout, biases and optimizer too."""
+    """A run folder whose checkpoint of step 7 is random, biases too."""
     return save(root / "warm start" / "other", make_run(text_in(root / "warm start" / "text")))
 
 
@@ -42,17 +53,8 @@ def trunk(root) -> str:
 
 
 def save(folder: Path, run) -> str:
-    run = claim(folder, run)
-    state = fresh_state(run, 7)
-    state = replace(state, opt=jax.tree.map(lambda x: x + 1, state.opt))
-    with Checkpoints(folder, run) as checkpoints:
-        checkpoints.save(state, {}, wait=True)
+    save_run(folder, run)
     return str(folder)
-
-
-def last_state(folder, run):
-    with Checkpoints(folder, run, read_only=True) as checkpoints:
-        return checkpoints.restore()
 
 
 RECIPE = dict(eval_every=4, steps=4, save_every=2)
@@ -108,10 +110,8 @@ def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
     half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
     half.mkdir()
     state, sentence = begin(run_on(trunk))
-    assert half.exists()
-    assert sentence.startswith(
-        f"the trunk is that of step 7 in {trunk}; only the multi-token heads"
-    )
+    said = f"the trunk is that of step 7 in {trunk}; only the multi-token heads"
+    assert half.exists() and sentence.startswith(said)
     frozen = cut(state)[1]
     assert_bitwise(frozen, cut(fresh_state(sparse))[1])
     assert frozen["sparse", "moe", "bias"].all()
@@ -125,9 +125,7 @@ def test_it_resumes_without_the_other(trunk, tmp_path):
     assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
     shutil.rmtree(mine)
     assert loop.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
-    (whole, position), (parts, again) = (
-        last_state(tmp_path / name, run) for name in ("whole", "parts")
-    )
+    (whole, position), (parts, again) = (last_state(tmp_path / x) for x in ("whole", "parts"))
     assert_bitwise(parts, whole)
     assert again == position and rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
     assert_bitwise(cut(whole)[1], cut(fresh_state(read_run(trunk)))[1])
@@ -135,11 +133,9 @@ def test_it_resumes_without_the_other(trunk, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
-    with pytest.raises(ConfigError, match=f"^model.num_heads=1 is not that of start='{other}', 2$"):
+    with refused(f"^model.num_heads=1 is not that of start='{other}', 2$"):
         loop.fit(run_from(other, num_heads=1), tmp_path / "new", quiet=True)
-    with pytest.raises(
-        ConfigError, match="is given for a run with start=None; make the run by on_w"
-    ):
+    with refused("is given for a run with start=None; make the run by on_w"):
         plain = replace(run_from(other), start=None)
         loop.fit(plain, tmp_path / "new", start=starts.open_start(other), quiet=True)
     assert not (tmp_path / "new").exists()
@@ -176,23 +172,20 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk, kind, dense):
             np.testing.assert_array_equal(after[path], before)
 
 
-def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path, capfd):
+def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path):
     """Options not given are the other's; its tokenizer is copied; without the other it resumes."""
-    main = unhooked_cli().main
-    mine = tmp_path / "mine"
-    out = tmp_path / "out"
-    text = read_run(trunk).data.paths[0]
-    mine.mkdir()
-    tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, str(mine / "tokenizer.json"))
-    data = DataConfig(
-        (text,), str(mine / "tokenizer.json"), seq_len=16, batch_size=4, val_fraction=0.3
-    )
-    save(mine, make_run(text, model=replace(TRUNK, mtp_depth=0), data=data))
-    argv = ["train", "tiny", f"--out={out}", "--trunk", str(mine)]
-    argv += ["--model.mtp-kind", "medusa", "--steps", "2"]
-    assert main(argv) == 0 and "the trunk is that of step 7" in capfd.readouterr().out
+    mine, out, run = tmp_path / "mine", tmp_path / "out", read_run(trunk)
+    words = str(mine / "tokenizer.json")
+    tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, words)
+    data = replace(run.data, tokenizer=words)
+    save(mine, replace(run, model=replace(TRUNK, mtp_depth=0), data=data))
+    argv = ["train", "tiny", f"--out={out}", "--trunk", mine]
+    argv += ["--model.mtp-kind", "medusa", "--steps", 2]
+    code, said, _ = by_command(*argv)
+    assert code == 0 and "the trunk is that of step 7" in said
     run = read_run(out)
     assert run.model == replace(TRUNK, mtp_depth=1, mtp_kind="medusa") and run.trunk == str(mine)
     assert run.data == replace(data, tokenizer=str(out / "tokenizer.json"))
     shutil.rmtree(mine)
-    assert main(argv) == 0 and "resumed from the checkpoint of step 2" in capfd.readouterr().out
+    code, said, _ = by_command(*argv)
+    assert code == 0 and "resumed from the checkpoint of step 2" in said

@@ -7,14 +7,17 @@ transformers' results holds for every version of the tokenizers library.
 
 import base64
 import json
+import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from dsv3_jax.chat.text_settings import TextSettings, read_settings
 from dsv3_jax.data.file_tokenizers import byte_by_character
 
 GOLDEN = Path(__file__).parent / "golden" / "chat.json"
@@ -30,6 +33,14 @@ V3, KIMI, GLM, STRICT = (
     (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     for name in ("v3", "kimi", "glm", "strict")
 )
+
+
+class Clock(datetime):
+    """A clock that says NOW."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return NOW
 
 
 def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -206,6 +217,13 @@ def write_text_files(folder: Path, text: Text) -> Path:
     if text.jinja is not None:
         (folder / "chat_template.jinja").write_text(text.jinja, encoding="utf-8")
     return folder
+
+
+@cache
+def settings_of(name: str) -> TextSettings:
+    """The settings of a folder of `TEXTS`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_settings(write_text_files(Path(folder), TEXTS[name]))
 
 
 def tiktoken_lines() -> bytes:

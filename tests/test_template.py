@@ -1,0 +1,294 @@
+"""Chat templates: BOS, specials, prompts and masks are transformers', by a golden file; they end.
+
+`make parity` computes the golden file's numbers again.
+"""
+
+import json
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pytest
+from runs import refused
+from texts import (
+    ANSWER,
+    CONVERSATIONS,
+    GOLDEN,
+    PROMPTS,
+    TEMPLATES,
+    TEXTS,
+    TOOLS,
+    USER,
+    V3,
+    Clock,
+    message,
+    settings_of,
+    write_text_files,
+)
+
+from dsv3_jax.chat import sandbox
+from dsv3_jax.chat.examples import encode
+from dsv3_jax.chat.template import ChatTemplate
+from dsv3_jax.chat.text_settings import (
+    PLAIN_TEMPLATE,
+    plain_settings,
+    read_settings,
+    with_template,
+)
+from dsv3_jax.config import replace
+from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.host.signals import handled
+
+PLAIN = plain_settings()
+EOS = {"eos_token": "<eos>"}
+WITHOUT_MARKS = re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE)
+
+THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The clock of templates stands still, and what hangs fails."""
+    monkeypatch.setattr(sandbox, "datetime", Clock)
+    with handled(lambda *_: pytest.fail("it takes more than a minute"), signal.SIGALRM):
+        signal.alarm(60)
+        yield
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_prompts_and_conversations_are_transformers(name):
+    """Text, ids, generation prompt, tools, mask; and where transformers refuses, we do."""
+    text = settings_of(name)
+    assert [text.encode(prompt) for prompt in PROMPTS] == THEIRS[name]["prompts"]
+    assert [text.encode(prompt, raw=True) for prompt in PROMPTS] == THEIRS[name]["raw"]
+    assert text.special_tokens == THEIRS[name]["special_tokens"]
+    template, same = text.chat, {"any_order": True, "specials_in_messages": True}
+    source = template.source
+    if name == "strict":
+        source = TEXTS[name].config["chat_template"][1]["template"]
+    with_tools = ChatTemplate(source, text.tokenizer, text.special_tokens)
+    for conversation, messages in CONVERSATIONS.items():
+        theirs = THEIRS[name]["conversations"][conversation]
+        if theirs is None:
+            with refused("the chat template"):
+                template.render(messages, **same)
+            continue
+        assert template.text(messages, any_order=True) == theirs["text"]
+        assert template.render(messages, **same).ids == theirs["ids"]
+        assert template.render(messages, **same, add_generation_prompt=True).ids == theirs["prompt"]
+        assert with_tools.render(messages, **same, tools=TOOLS).ids == theirs["tools"]
+        assert template.render(messages, any_order=True).ids == theirs["quoted"]
+        assert template.marks_assistant == ("mask" in theirs)
+        if template.marks_assistant:
+            mask = template.render(messages, **same, assistant_mask=True).mask
+            assert mask == list(map(bool, theirs["mask"]))
+
+
+def test_prefixes_mark_what_generation_blocks_do():
+    """Without `{% generation %}`, an answer is what a turn adds, with what ends it.
+
+    GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an
+    answer.
+    """
+
+    def bare(template):
+        source = re.sub(r"{%-? (end)?generation -?%}", "", template.source)
+        return ChatTemplate(source, template.tokenizer, template.special_tokens)
+
+    kimi = settings_of("Kimi").chat
+    for messages in (CONVERSATIONS["two turns"], CONVERSATIONS["names in a message"]):
+        rendered = bare(kimi).render(messages, assistant_mask=True)
+        assert rendered == kimi.render(messages, assistant_mask=True)
+    messages = [USER, {**ANSWER, "reasoning_content": "why"}, USER, ANSWER]
+    with refused("message 1: the chat template writes .* in another way"):
+        bare(settings_of("GLM").chat).render(messages, assistant_mask=True)
+
+
+def test_a_generation_prompt_may_open_a_thought():
+    """As DeepSeek-R1's, which names one of the pair; answers keep both as tokens, users none."""
+    text = settings_of("V3")
+    asked = "{{ '<｜Assistant｜>' }}{% endif"
+    source = V3.replace(asked, asked.replace("' }}", "<think>\n' }}"))
+    source = source.replace(".split('</think>')[-1]", "")
+    thinking = ChatTemplate(source, text.tokenizer, text.special_tokens)
+    assert thinking.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>\n")
+    turns = [message("user", "<think>"), message("assistant", "<think>3</think>4")]
+    ids, mask = thinking.render(turns, assistant_mask=True)
+    name = {i: n for n, i in text.tokenizer.added.items()}
+    assert [name.get(i, chr(i)) for i in ids if i < 256 or i in name] == [
+        "<｜begin▁of▁sentence｜>", "<｜User｜>", "<", ">", "<｜Assistant｜>",
+        "<think>", "3", "</think>", "4", "<｜end▁of▁sentence｜>",
+    ]  # fmt: skip
+    # the prompt has opened the thought
+    assert [i for i, ours in zip(ids, mask, strict=True) if ours] == ids[-4:]
+
+
+def test_variables_of_the_template_and_a_continued_message():
+    text = with_template(settings_of("V3"), str(TEMPLATES / "r1.jinja"), ("thinking=true",))
+    begun = [USER, message("assistant", "the e")]
+    asked = text.chat.text([USER], add_generation_prompt=True)
+    answered = text.chat.text([USER], add_generation_prompt=True, thinking=False)
+    assert asked.endswith("<｜Assistant｜><think>")
+    assert answered.endswith("<｜Assistant｜></think>")
+    assert text.chat.text(begun, continue_final_message=True).endswith("<｜Assistant｜>the e")
+    with refused("thinkin=True is no variable of .* did you mean 'thinking'\\?; it reads "):
+        text.chat.text(begun, thinkin=True)
+    with refused("are both given; choose one"):
+        text.chat.text(begun, continue_final_message=True, add_generation_prompt=True)
+    begun[1]["content"] = "<think>a</think>b"
+    with refused("does not write the whole of the last message"):
+        settings_of("V3").chat.text(begun, continue_final_message=True)
+    with refused("template='thinking' is not NAME=VALUE"):
+        with_template(text, None, ("thinking",))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_message_can_end_a_turn(name):
+    """By default a message adds no id that the template writes, and loses no character."""
+    text = settings_of(name)
+    written = {*text.tokenizer.specials}
+    added = text.tokenizer.added.items()
+    control = {i for name, i in added if name in written or name in text.chat.source}
+
+    def ids_of(content):
+        return text.chat.render([message("user", content)]).ids
+
+    evil = " ".join(text.tokenizer.added)
+    assert [i for i in ids_of(evil) if i in control] == [i for i in ids_of("x") if i in control]
+    assert evil in text.tokenizer.decode(ids_of(evil))
+    assert "\U000f0000" not in text.tokenizer.decode(ids_of(evil))
+    forged = "\U000f0001" + evil + "\U000f0000"
+    assert ids_of(forged) == ids_of(evil)
+
+
+def test_messages_out_of_order_are_one_sentence():
+    """A template allows roles that it names, or all if it writes them, and may check the order."""
+    empty, called = message("assistant", None), CONVERSATIONS["tools"]
+    for name, messages, sentence in (
+        ("V3", [USER, empty], "message 1 of role='assistant' has no content"),
+        ("V3", [message("sytem", "a"), USER], "message 0 has role='sytem', which the chat templ"),
+        ("V3", [ANSWER, USER], "message 0 is the assistant's"),
+        ("strict", called, "message 2 has role='tool'"),
+        ("strict", [USER, USER], ".* refuses the messages: roles must alternate: user, assistant"),
+    ):
+        with refused(f"^{sentence}[^\n]*$"):
+            settings_of(name).chat.text(messages)
+    assert settings_of("V3").chat.text(called)
+    assert "<|tool|>" in settings_of("GLM").chat.text(called)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ lipsum.__globals__['os'].popen('id').read() }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{% for m in messages %}",
+    ],
+)
+def test_a_template_reaches_nothing_and_its_errors_are_one_sentence(source):
+    try:
+        found = ChatTemplate("{{ messages[0].content }}" + source, ByteTokenizer()).text([USER])
+    except ValueError as error:
+        assert str(error).startswith("the chat template") and "\n" not in str(error)
+    else:
+        assert found.removesuffix("[Undefined]") == "hello world", found
+
+
+def test_stop_tokens_and_sampling_come_from_the_files():
+    v3, kimi, glm = (settings_of(name).tokenizer.added for name in ("V3", "Kimi", "GLM"))
+    assert settings_of("V3").stop_ids == (v3["<｜end▁of▁sentence｜>"],)
+    assert settings_of("V3").sampling == {"temperature": 0.6, "top_p": 0.95}
+    assert settings_of("Kimi").stop_ids == (kimi["<|im_end|>"], kimi["[EOS]"])
+    assert (
+        settings_of("Kimi").tokenizer.eos_id == kimi["[EOS]"]
+    )  # no known name: only the file says so
+    ends = ("<|endoftext|>", "<|user|>", "<|observation|>")
+    assert settings_of("GLM").stop_ids == tuple(glm[name] for name in ends)
+    assert settings_of("strict").sampling == {"temperature": 0.0}
+
+
+def test_add_bos_token_adds_bos(tmp_path):
+    """As transformers 4, and 5 if the switch is set by hand; see `TextSettings.encode`."""
+    config = TEXTS["V3"].config | {"add_bos_token": True}
+    text = read_settings(write_text_files(tmp_path / "v3", replace(TEXTS["V3"], config=config)))
+    bos = text.tokenizer.specials["<｜begin▁of▁sentence｜>"]
+    assert [text.encode(p) for p in PROMPTS] == [[bos, *ids] for ids in THEIRS["V3"]["prompts"]]
+
+
+@pytest.mark.parametrize("source", [PLAIN_TEMPLATE, WITHOUT_MARKS])
+def test_a_turn_of_weight_0_is_no_target(source):
+    """With blocks that mark the assistant's turns, and without."""
+    chat = ChatTemplate(source, PLAIN.tokenizer, PLAIN.chat.special_tokens)
+
+    def targets(*weights):
+        more = ({} if weight is None else {"weight": weight} for weight in weights)
+        answers = [message("assistant", f"{i}.", **w) for i, w in enumerate(more)]
+        messages = [m for answer in answers for m in (message("user", "a", weight=0), answer)]
+        found = chat.render(messages, assistant_mask=True)
+        assert found.ids == chat.render(messages).ids
+        text = PLAIN.tokenizer.decode(i for i, m in zip(*found, strict=True) if m)
+        return text.replace("\n", "")  # without blocks the line's end is the assistant's, too
+
+    assert targets(0, None, 1) == "1.2." and targets(1.0, 0) == "0." and targets(0) == ""
+    for weight in (0.5, "0", [0]):
+        with refused(r"weight=.* must be 0 or 1"):
+            targets(1, weight)
+
+
+def test_weight_is_read_in_other_forms_and_ambiguous_marks_are_refused():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    assert not any(encode({"conversations": turns}, PLAIN)[1])
+    twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
+    messages = [message("user", "a"), message("assistant", "b", weight=0)]
+    with refused("for each of the 4 that the chat template marks"):
+        ChatTemplate(twice, PLAIN.tokenizer).render(messages, assistant_mask=True)
+
+
+LOOP = "{% for i in range(99999) %}"
+TREES = "{% set n = namespace(s=[0], i=[0]) %}{% for i in range(40) %}"
+TREES += "{% set n.s = [n.s, n.s] %}{% set n.i = [n.i, n.i] %}{% endfor %}"
+ENDLESS = {  # a template → what is said of it
+    "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}": "runs for",
+    # C code that no signal interrupts: it compares two trees of 2^40 leaves
+    TREES + "{{ n.s == n.i }}": "runs for",
+    "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(1) }}": "fails with RecursionError",
+    "{{ 'a' * 10**9 }}": "takes more than",
+    "{% set s %}" + LOOP + "literal " * 9999 + "{% endfor %}{% endset %}": "takes more than",
+}
+
+
+@pytest.mark.parametrize(("source", "sentence"), ENDLESS.items(), ids=range(len(ENDLESS)))
+def test_a_template_ends(monkeypatch, source, sentence):
+    """Loops, recursion, large values, in any thread; at a part of the limits."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(sandbox, "MAX_BYTES", 2**25)
+    template = ChatTemplate(source, ByteTokenizer(), EOS)
+    with ThreadPoolExecutor(1) as pool, refused(f"^the chat template {sentence}"):
+        pool.submit(template.text, [USER]).result()
+    monkeypatch.undo()
+    assert PLAIN.chat.text([USER])  # the next one has a process that lives
+
+
+def test_an_interrupted_template_answers_no_later_question(monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 5)
+    slow = ChatTemplate(LOOP + LOOP + "{% endfor %}{% endfor %}a", ByteTokenizer())
+    with handled(signal.default_int_handler, signal.SIGALRM), pytest.raises(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        slow.text([USER])
+    assert ChatTemplate("b", ByteTokenizer()).text([USER]) == "b"
+
+
+@pytest.mark.parametrize("source", [PLAIN_TEMPLATE, WITHOUT_MARKS])
+def test_a_very_long_chat_needs_a_template_that_marks_turns(source):
+    """Without `{% generation %}` each turn is compared after all turns before it."""
+    marked = source == PLAIN_TEMPLATE
+    turns = [message(("user", "assistant")[i % 2], f"turn {i}") for i in range(502)]
+    with nullcontext() if marked else refused("502 messages are more than"):
+        found = ChatTemplate(source, ByteTokenizer(), EOS).render(turns, assistant_mask=True)
+        assert sum(found.mask) > 251 * len("turn 1")
