@@ -39,6 +39,8 @@ from dsv3_jax.runs.checkpoint import load_run, open_checkpoints, steps_of
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.loop import fit
 
+pytestmark = pytest.mark.long
+
 RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1), keep=2)
 
 
@@ -299,7 +301,6 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(trained, tmp_path):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.long
 def test_a_run_that_is_killed_while_it_writes_ends_as_the_uninterrupted_one(
     trained, server, url, root
 ):

@@ -85,6 +85,7 @@ def test_all_but_experts_and_routers_is_as_it_was(cfg):
     assert {path for path in old if "ffn" not in path} - new.keys() == set()
 
 
+@pytest.mark.long
 def test_more_experts_of_a_mixture_are_copies_with_their_router_rows():
     """Sent to any copy of its old experts, a token gets the old output, up to the router's noise.
 
