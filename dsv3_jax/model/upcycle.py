@@ -158,19 +158,29 @@ def upcycle(model: Transformer, how: Upcycling) -> Transformer:
     for path, v in new.items():
         name = path[-1]
         if "experts" in path:
-            x = old[*path[:-3], "ffn", name] if from_dense else old[path]
-            x = _divided(x, how.parts, -2 if name == "w_down" else -1) if from_dense else x
+            # Copies of the dense layer's parts, or of the old experts.
+            if from_dense:
+                units = -2 if name == "w_down" else -1
+                x = _divided(old[*path[:-3], "ffn", name], how.parts, units)
+            else:
+                x = old[path]
             x = jnp.repeat(x, how.experts // x.shape[-3], axis=-3)
+
         elif path[-2:] == ("moe", "w_router") and from_dense:
+            # A copy's parts have one new row: a token is sent to all of them.
             x = jnp.tile(v[..., : how.experts // how.parts], how.parts)
+
         elif path[-2:] == ("moe", "w_router"):
+            # Copies have their expert's row, and noise that tells them apart.
             x = jnp.repeat(old[path], how.experts // old[path].shape[-1], axis=-1)
             x += NOISE * old[path].std() / cfg.init_std * v[...]
+
         elif path[-2:] == ("moe", "bias") and from_dense:
             continue  # 0, as of any new router
         elif path[-2:] == ("moe", "bias"):
             x = jnp.repeat(old[path], how.experts // old[path].shape[-1], axis=-1)
-        else:
+
+        else:  # attention, norms, embedding, shared experts: as they were
             x = old[path]
         new[path] = v.replace(x)
 
