@@ -58,7 +58,9 @@ def sigmoid(
 
     Source: DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664.
     """
-    return _biased(jax.nn.sigmoid(logits), bias, normalize, scale, limits)
+    scores = jax.nn.sigmoid(logits)
+    expert_ids = choose(jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None]), **limits)
+    return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
 def sqrtsoftplus(
@@ -88,7 +90,9 @@ def sqrtsoftplus(
     far = jnp.log(jnp.finfo(logits.dtype).eps).astype(logits.dtype)
     near = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, far)))
     scores = jnp.where(logits > far, near, jnp.exp(jnp.minimum(logits, far) / 2))
-    return _biased(scores, bias, normalize, scale, limits)
+
+    expert_ids = choose(jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None]), **limits)
+    return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
 def softmax(
@@ -210,14 +214,6 @@ def hash_tokens(
 
     expert_ids = choose(mixed_nE, **limits)
     scores = jax.nn.sigmoid(logits)
-    return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
-
-
-def _biased(
-    scores: Array, bias: Array, normalize: bool, scale: float, limits: dict[str, Any]
-) -> Routing:
-    """Choose by s + bias within the best groups, with gates from s."""
-    expert_ids = choose(jax.lax.stop_gradient(scores + bias.astype(scores.dtype)[None]), **limits)
     return Routing(expert_ids, _gates(scores, expert_ids, normalize, scale), scores)
 
 
