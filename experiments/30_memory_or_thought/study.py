@@ -230,7 +230,7 @@ STUDY = Study(
             FACTS,
         ),
     ),
-    facts={"3.61, 0.50, 3.60, 0.005": "trials on seeds 100 and 101"},
+    facts={"0.50, 3.60": "trials on seeds 100 and 101"},
     stakes={
         FACTS: bits_stake(
             "no experts: dense by FLOPs, beyond 2 bits",
