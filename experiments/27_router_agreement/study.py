@@ -389,8 +389,8 @@ STUDY = Study(
         ),
     ),
     facts={
-        "82 %": lambda results: results.values(BASE, of(BFLOAT16, "near")).mean(),
-        "56 %": lambda results: results.values(GROUPS, of(BFLOAT16, "near")).mean(),
+        "81 %": lambda results: results.values(BASE, of(BFLOAT16, "near")).mean(),
+        "57 %": lambda results: results.values(GROUPS, of(BFLOAT16, "near")).mean(),
     },
     stakes={
         "experts": Stake(
