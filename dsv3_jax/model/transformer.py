@@ -1,6 +1,7 @@
 """The whole model: embedding, dense layers, sparse layers, norm and head; the heads on the side."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -231,30 +232,10 @@ class Transformer(nnx.Module):
         metrics, rows = {}, {}
         for path, first in (("dense", 0), ("sparse", cfg.num_dense_layers)):
             # Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
-            replays = ctx.given if path == "sparse" else None
-
-            def layer(
-                block: DenseBlock | SparseBlock,
-                carry: tuple,
-                index: Array | int,
-                first: int = first,
-                replays: Array | None = replays,
-            ) -> tuple[tuple, tuple[dict, dict]]:
-                # The layer before passes these on; the experts to replay are the layer's own.
-                x, cache, chosen = carry
-                given = None if replays is None else replays[index]
-                own = dict(cache=cache, chosen=chosen, layer=first + index, given=given)
-                x, after, metrics = block(x, ctx._replace(**own))
-                if not training:  # of a step's decisions, decoding reads the experts alone
-                    routed = metrics.get("routing")
-                    told = () if routed is None else ("expert_ids", *ctx.how.watch & {"gates"})
-                    metrics = {name: getattr(routed, name) for name in told}
-                carry = x, after.cache, None if chosen is None else after.chosen
-                return carry, (metrics, {name: after.rows[name] for name in keep})
-
+            of_stack = ctx if path == "sparse" else ctx._replace(given=None)
             carry, found = loop_layers(
                 getattr(self, path),
-                layer,
+                partial(_run_layer, ctx=of_stack, first=first, keep=keep),
                 carry,
                 layers=layers and getattr(layers, path),
                 remat=remat,
@@ -317,6 +298,35 @@ class Transformer(nnx.Module):
     @property
     def compute_dtype(self) -> np.dtype:
         return jnp.dtype(self.execution.compute_dtype)
+
+
+def _run_layer(
+    block: DenseBlock | SparseBlock,
+    carry: tuple,
+    index: Array | int,
+    *,
+    ctx: Context,
+    first: int,
+    keep: Sequence[str],
+) -> tuple[tuple, tuple[dict, dict]]:
+    """Run one layer of a stack whose first one is the trunk's layer `first`.
+
+    Returns: (what the next layer gets, (metrics, rows that are kept)).
+    """
+    # The layer before passes these on; the experts to replay are the layer's own.
+    x, cache, chosen = carry
+    given = None if ctx.given is None else ctx.given[index]
+    own = ctx._replace(cache=cache, chosen=chosen, layer=first + index, given=given)
+    x, after, metrics = block(x, own)
+
+    # Of a step's decisions, decoding reads the experts alone.
+    if ctx.how.mode == "decode":
+        routed = metrics.get("routing")
+        told = () if routed is None else ("expert_ids", *ctx.how.watch & {"gates"})
+        metrics = {name: getattr(routed, name) for name in told}
+
+    carry = x, after.cache, None if chosen is None else after.chosen
+    return carry, (metrics, {name: after.rows[name] for name in keep})
 
 
 def _check_ids(tokens: Array, cfg: ModelConfig) -> None:
