@@ -355,9 +355,7 @@ def attend_to_cache(
     part, index = ctx.cache.place(ctx.layer)
     batch, length, heads, _ = next(iter(queries.values())).shape
     groups, width = ctx.rows[values].shape[2:]  # in a cache, rows may be padded
-    # On a mesh JAX sorts a dict's names. Dense kernels expect the order of the queries; a sum over
-    # chosen rows has none, and keeps that of the mesh, whose digits runs have.
-    names = list(queries)
+    names = list(queries)  # in the kernels' order; a mesh hands them on by letter
     dense = ctx.chosen is None
 
     def local(
@@ -369,9 +367,8 @@ def attend_to_cache(
     ) -> dict[str, Array]:
         cache = Cache([stored], lengths)
         arrays = cache.read(index)
-        order = names if dense else list(queries)
-        own = [queries[name] for name in order]
-        to = ([arrays[name] for name in order], arrays[values])
+        own = [queries[name] for name in names]
+        to = ([arrays[name] for name in names], arrays[values])
         if chosen is not None:
             out = ctx.run("sparse_attention", own, *to, chosen, scale=scale)
             return {"out": out[..., :width]}
