@@ -12,18 +12,18 @@ import dsv3_jax as ds
 from dsv3_jax.model.counting import distinct_experts
 from dsv3_jax.model.transformer import abstract
 from experiments.apart import Failed
-from experiments.bench import cases, decode, harness, train_step
+from experiments.bench import cases, commits, decode, harness, train_step
 from experiments.bench.copying import decode_bytes
+from experiments.scale import plans
 
 TINY = ds.recipe("tiny")
 TOY_RUN = ds.replace(TINY, model=LIGHT, data=ds.replace(TINY.data, seq_len=8, batch_size=2))
 TOY_CASES = {
-    "commits": dict(against=[], cells=["16x2"], rounds=2),
+    "commits": dict(against=[], cells=["16x2", "step"], rounds=2),
     "step": dict(rounds=2),
     "sizes": dict(names=["1 x 8"], rounds=1),
     "caches": dict(cells=["16x2", "8x1"], rounds=1),
-    "optimizer": dict(rounds=1),
-    "sampler": dict(rounds=1, samples=[2], batch_sizes=[2], prompts=2, new=4),
+    "serving": dict(name="tiny", prompt=3, new=4, rows=2, rounds=1),
 }
 RARE = [case for case in TOY_CASES if case != "commits"]
 
@@ -52,12 +52,11 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setattr(train_step, "MINI", cfg)
     monkeypatch.setitem(train_step.SIZES, "1 x 8", (cfg, 1, 8))
     monkeypatch.setattr(decode, "MINI", cfg)
+    monkeypatch.setattr(commits, "MINI", cfg)
     monkeypatch.setattr(decode, "TOGETHER", 8)
     monkeypatch.setattr(decode, "copy_bandwidth", lambda: 1e9)
     monkeypatch.delitem(decode.SIDES, "expanded")
     monkeypatch.setattr(harness, "start_peer", lambda *_, **__: Peer())
-    monkeypatch.delitem(train_step.OPTIMIZERS, "muon")
-    monkeypatch.delitem(train_step.OPTIMIZERS, "muon, qk_clip 100")
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results.json")
     harness.RESULTS.write_text("{}")
 
@@ -67,8 +66,7 @@ def toy(monkeypatch, tmp_path):
 )
 @pytest.mark.long
 def test_cases_measure_and_store_rows(case, toy, monkeypatch):
-    if case == "optimizer":
-        monkeypatch.setattr(ds, "recipe", lambda name: TOY_RUN)
+    monkeypatch.setattr(ds, "recipe", lambda name: TOY_RUN)
     words = [f"{key}={json.dumps(value)}" for key, value in TOY_CASES[case].items()]
     monkeypatch.setattr("sys.argv", ["cases.py", case, *words])
     cases.main()
@@ -89,7 +87,7 @@ def test_cases_measure_and_store_rows(case, toy, monkeypatch):
         latent, int8 = (rows[f"8x1, {side}"] for side in ("latent", "latent int8"))
         assert latent["cache_bytes_per_token"] > int8["cache_bytes_per_token"]
     if case == "commits":
-        assert rows["16x2, this tree"]["step_over"] == 1
+        assert [rows[f"{cell}, this tree"]["step_over"] for cell in ("16x2", "step")] == [1, 1]
 
 
 def test_unknown_names_are_errors(monkeypatch, capsys):
@@ -101,6 +99,21 @@ def test_unknown_names_are_errors(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             cases.main()
         assert message in capsys.readouterr().err
+
+
+def test_sides_change_their_order_and_ratios_are_of_one_turn():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert harness.in_turns(sides, 2) == {"a": [3, 6], "b": [4, 5]}  # after an uncounted round
+    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert harness.ratio([1, 2, 9], [2, 4, 3]) == 0.5
+
+
+def test_the_page_of_plans_has_the_tables_of_its_results():
+    results = json.loads(plans.RESULTS.read_text())
+    assert plans.tables(results) in (plans.HERE / "README.md").read_text()
+    stored = {(group, key) for group, rows in results.items() for key in rows}
+    assert {(group, key) for group, key, _ in plans.cases()} == stored
 
 
 def test_a_worker_reports_its_error():

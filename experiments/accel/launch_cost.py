@@ -20,10 +20,6 @@ _ELEMENTWISE = {"bitcast", "bitcast-convert", "convert", "copy", "negate", "resh
 _SLICES = {"dynamic-slice", "gather", "slice"}
 # operation → the operand that it writes into its first
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-# Operations that only move or convert numbers.
-_MOVES = _ELEMENTWISE - {"negate"} | _SLICES | {
-    "concatenate", "copy-start", "dynamic-update-slice", "pad", "reverse",
-}  # fmt: skip
 # Custom calls for kernels of any name, and what such a kernel is called if it has none.
 _FOREIGN = {
     "tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call", "__gpu$xla.gpu.triton",
@@ -213,30 +209,6 @@ class LaunchCost:
             found = [self._written(computation, part, launch) for part in parts]
             return sum(found, 0.0) if found or i.opcode == "tuple" else _bytes_of(i.arrays)
         return 0.0 if launch.arrays and all(map(on_chip, launch.arrays)) else _bytes_of(i.arrays)
-
-    def moved(self, computation: str, i: Instruction) -> float:
-        """Bytes that a launch writes if it only moves or converts numbers, else 0.
-
-        A TPU's compiler moves arrays into its own memory and back, ahead of their use; this does
-        not count.
-        """
-        if not self._only_moves(i) or any(map(on_chip, i.arrays[:2])):
-            return 0.0
-        if i.opcode in CALLS:
-            inner = i.called("calls", "to_apply")[0]
-            return self._written(inner, self.module.root(inner), i)
-        if i.opcode.endswith("-start"):
-            return i.arrays[0].nbytes
-        return self._written(computation, i, i)
-
-    def _only_moves(self, i: Instruction) -> bool:
-        """Say whether a launch, and all that is fused into it, only moves or converts numbers."""
-        if i.opcode not in CALLS:
-            return i.opcode in _MOVES
-        inside = self.module.computations[i.called("calls", "to_apply")[0]].values()
-        # Scalars are indices.
-        work = [x for x in inside if x.opcode not in FREE and x.arrays and x.arrays[0].dims]
-        return bool(work) and all(map(self._only_moves, work))
 
 
 def attributes(i: Instruction) -> str:

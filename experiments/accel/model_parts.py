@@ -1,9 +1,12 @@
-"""The parts that measure a whole model: training, decoding, drafts, numbers that must be equal."""
+"""The parts that measure a whole model: training, decoding, drafts, numbers that must be equal.
+
+Defaults are the shapes for a device with 80 GB or more. Smaller ones skip what does not fit.
+"""
 
 import operator
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +21,27 @@ from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import bytes_per_token, train_flops_per_token
 from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.presets import recipe
+from dsv3_jax.presets import preset, recipe
 from dsv3_jax.training.state import Job, init_state
 from dsv3_jax.training.step import make_step
-from experiments.accel.measuring import BFLOAT16, Figure, Part, Sizes, kernels_for, ran, seconds_of
+from experiments.accel.measuring import (
+    BFLOAT16,
+    Figure,
+    Part,
+    kernels_for,
+    longest,
+    ran,
+    seconds_of,
+)
 from experiments.apart import sentence
 from experiments.bench.copying import decode_bytes
 from experiments.random_data import batch_of, filled, filled_cache, keys
+
+LITE = preset("v2_lite")
+FEW_LAYERS = replace(LITE, num_layers=4)
+WITH_HEAD = replace(LITE, mtp_depth=1)
+SMALL = replace(preset("mini"), num_layers=2, mtp_depth=1)
+BATCH_OF_BAR = 64  # of `decode`, whose bar is held
 
 
 def does_not_fit(error: BaseException) -> bool:
@@ -39,22 +56,21 @@ def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
     return RunConfig(model=cfg, execution=execution, data=data)
 
 
-def step(sizes: Sizes) -> Part:
+def step(cfg: ModelConfig = FEW_LAYERS, rows: int = 8, length: int = 4096) -> Part:
     """A training step: time, MFU, and memory against the plan. Fewer rows where it does not fit."""
-    rows, length = sizes.step_batch
+    tried = rows
     while True:
         try:
-            yield from _step(sizes, rows, length)
+            yield from _step(cfg, tried, length, is_first=tried == rows)
             return
         except jax.errors.JaxRuntimeError as error:
-            if not does_not_fit(error) or rows == 1:
+            if not does_not_fit(error) or tried == 1:
                 raise
-        yield f"{rows} rows do not fit; {rows // 2} are tried"
-        rows //= 2
+        yield f"{tried} rows do not fit; {tried // 2} are tried"
+        tried //= 2
 
 
-def _step(sizes: Sizes, rows: int, length: int) -> Part:
-    cfg = sizes.step
+def _step(cfg: ModelConfig, rows: int, length: int, *, is_first: bool) -> Part:
     run = train_run(cfg, rows, length)
     shape = (rows, length)
     batch = batch_of(jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size, jnp.int32))
@@ -76,7 +92,7 @@ def _step(sizes: Sizes, rows: int, length: int) -> Part:
 
     yield f"{label}: run"
     steps(1)
-    count = max(1, round(sizes.seconds / steps(1) / 2))
+    count = max(1, round(longest() / steps(1) / 2))
     took = statistics.median(steps(count) for _ in range(5))
     note = f"remat {run.execution.remat}"
     yield Figure(f"{label}, a step", took, "s", ran=chosen, note=note)
@@ -88,7 +104,7 @@ def _step(sizes: Sizes, rows: int, length: int) -> Part:
     limits = dict(bound="planned memory", note="state and the compiler's temporaries")
     yield Figure(f"{label}, planned memory", planned, "B", **limits)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if peak and rows == sizes.step_batch[0]:  # else a larger batch, which was tried, counts too
+    if peak and is_first:  # else a larger batch, which was tried, counts too
         yield Figure(f"{label}, most memory used", peak, "B", against="planned memory")
 
     yield f"{label}: the same bits twice"
@@ -116,94 +132,97 @@ def sums_of_bits(tree: Any) -> Any:
     return jax.tree.map(of, tree)
 
 
-def decode(sizes: Sizes, batches: Sequence[int]) -> Part:
+def decode(
+    cfg: ModelConfig = LITE,
+    batches: Sequence[int] = (BATCH_OF_BAR,),
+    context: int = 4096,
+    count: int = 32,
+) -> Part:
     """Plain decoding after a long text: seconds a step, and the bytes that it must read a second.
 
     The cache is filled with random rows, because the prefill of the largest batch would need more
     memory than is there. Each step reads random tokens: random weights would soon repeat one token,
     and then few experts are read.
+
+    Args:
+        context: cached tokens of each sequence.
+        count: steps of a program.
     """
-    cfg = sizes.decode
     yield "weights"
     graph, state = filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16")
     weights = jax.jit(lambda state: prepare_decode(nnx.merge(graph, state)))(state)
-    steps = jax.jit(partial(_decode_steps, graph), donate_argnums=2)
+    kind = pick_kind(cfg, None)
+
+    @partial(jax.jit, donate_argnums=2)
+    def steps(state, weights, cache, drawn):
+        """(The cache, the last tokens) after a step for each row of tokens `drawn`."""
+        model = nnx.merge(graph, state)
+
+        def one(carry, tokens):
+            cache, last = carry
+            tokens = (tokens + last) % cfg.vocab_size  # each step needs the one before
+            x, cache, _ = run_layers(model, tokens[:, None], cache, weights)
+            last = jnp.argmax(model.logits(model.norm(x))[:, 0], axis=-1).astype(jnp.int32)
+            return (cache.at_lengths(cache.lengths + 1), last), None
+
+        last = jnp.zeros(drawn.shape[1:], jnp.int32)
+        return jax.lax.scan(one, (cache.at_lengths(last + context), last), drawn)[0]
+
+    def seconds_of_step(batch: int) -> float:
+        model = nnx.merge(graph, state)
+        made = partial(make_cache, model, batch, context + count, kind, jnp.bfloat16)
+        cache = filled_cache(jax.eval_shape(made))
+        drawn = jax.random.randint(next(keys()), (count, batch), 0, cfg.vocab_size, jnp.int32)
+
+        def call():
+            nonlocal cache
+            cache, last = steps(state, weights, cache, drawn)
+            return last
+
+        return seconds_of(call, samples=3) / count
+
     for batch in batches:
-        label = f"{cfg.num_layers} layers, batch {batch}, {sizes.context} cached"
+        label = f"{cfg.num_layers} layers, batch {batch}, {context} cached"
         yield label
         ran()
         try:
-            run = partial(steps, state, weights)
-            took = _decode_seconds(sizes, batch, nnx.merge(graph, state), run)
+            took = seconds_of_step(batch)
         except jax.errors.JaxRuntimeError as error:
             if not does_not_fit(error):
                 raise
             yield Figure(label, None, why=f"does not fit in memory: {sentence(error)}")
             continue
         yield Figure(f"{label}, a step", took, "s", ran=ran(), note=f"{batch / took:,.0f} tokens/s")
-        held = bytes_per_token(cfg, pick_kind(cfg, None), "bfloat16")
-        cached = sizes.context + sizes.decode_steps // 2
-        must = decode_bytes(cfg, batch, cached, held, weight_bytes=2)
-        limits = dict(against="copy", bar="decode" if batch == sizes.decode_bar else "")
+        held = bytes_per_token(cfg, kind, "bfloat16")
+        must = decode_bytes(cfg, batch, context + count // 2, held, weight_bytes=2)
+        limits = dict(against="copy", bar="decode" if batch == BATCH_OF_BAR else "")
         yield Figure(f"{label}, weights and cache read", must / took, "B/s", **limits)
 
 
-def _decode_steps(graph, state, weights, cache, drawn):
-    """(The cache, the last tokens) after a step for each row of tokens `drawn`."""
-    model = nnx.merge(graph, state)
-
-    def one(carry, tokens):
-        cache, last = carry
-        tokens = (tokens + last) % model.cfg.vocab_size  # each step needs the one before
-        x, cache, _ = run_layers(model, tokens[:, None], cache, weights)
-        last = jnp.argmax(model.logits(model.norm(x))[:, 0], axis=-1).astype(jnp.int32)
-        return (cache.at_lengths(cache.lengths + 1), last), None
-
-    return jax.lax.scan(one, (cache, jnp.zeros(drawn.shape[1:], jnp.int32)), drawn)[0]
-
-
-def _decode_seconds(
-    sizes: Sizes, batch: int, model: Transformer, steps: Callable[..., Any]
-) -> float:
-    """Seconds of a step. Args: steps: gets a cache, which it overwrites, and tokens."""
-    slots, kind = sizes.context + sizes.decode_steps, pick_kind(model.cfg, None)
-    made = partial(make_cache, model, batch, slots, kind, jnp.bfloat16)
-    shape = (sizes.decode_steps, batch)
-    drawn = jax.random.randint(next(keys()), shape, 0, model.cfg.vocab_size, jnp.int32)
-
-    def at_context(cache):
-        return cache.at_lengths(jnp.full((batch,), sizes.context, jnp.int32))
-
-    current = [at_context(filled_cache(jax.eval_shape(made)))]
-
-    def call():
-        after, last = steps(current.pop(), drawn)
-        current.append(at_context(after))
-        return last
-
-    return seconds_of(call, sizes.seconds, samples=3) / sizes.decode_steps
-
-
-def drafts(sizes: Sizes) -> Part:
+def drafts(
+    cfg: ModelConfig = WITH_HEAD,
+    batches: Sequence[int] = (1, 32),
+    prompt: int = 1024,
+    new: int = 64,
+) -> Part:
     """Decoding with the model's own MTP head as the draft, and without, by batch.
 
     At temperature 1: untrained weights give nearly even distributions, of which a large share of
     drafts is accepted. Greedy text of random weights would accept none.
     """
-    cfg, rng = sizes.drafts, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     yield "weights"
     model = nnx.merge(*filled(abstract(cfg, BFLOAT16, kernels_for()), cfg.init_std, "bfloat16"))
     gains = []
-    for batch in sizes.draft_batches:
-        prompts = rng.integers(0, cfg.vocab_size, (batch, sizes.draft_prompt)).tolist()
+    for batch in batches:
+        prompts = rng.integers(0, cfg.vocab_size, (batch, prompt)).tolist()
         rates, steps, accepted = {}, {}, 0.0
         for draft, words in {None: "no drafts", "mtp": "MTP drafts"}.items():
             label, note = f"batch {batch}, {words}", ""
             yield label
             ran()
             _, *timed = (  # the first compiles
-                generate(model, prompts, sizes.draft_tokens, temperature=1.0, draft=draft)
-                for _ in range(4)
+                generate(model, prompts, new, temperature=1.0, draft=draft) for _ in range(4)
             )
             rates[draft] = statistics.median(run.tokens_per_s for run in timed)
             steps[draft] = statistics.median(run.decode_seconds / run.steps for run in timed)
@@ -213,35 +232,34 @@ def drafts(sizes: Sizes) -> Part:
             name = f"{cfg.num_layers} layers, {label}"
             yield Figure(name, rates[draft], "tokens/s", ran=ran(), note=note)
         note = f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times "
-        gains.append(
-            (rates["mtp"] / rates[None], f"{note}as long, and {accepted:.0%} are accepted")
-        )
+        note += f"as long, and {accepted:.0%} are accepted"
+        gains.append((rates["mtp"] / rates[None], note))
     gain, note = max(gains)
     yield Figure("drafts over none, best batch", gain, "times", bar="drafts", note=note)
 
 
-def exact(sizes: Sizes) -> Part:
+def exact(cfg: ModelConfig = SMALL, new: int = 64) -> Part:
     """Numbers that must be equal: greedy ids without drafts, and the bits of two runs of a seed."""
-    cfg, rng = sizes.exact, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (5, 17, 30)]
     # With less, two tokens about as likely may change places.
     with jax.default_matmul_precision("highest"):
         yield "greedy ids: no drafts"
         model = Transformer(cfg, Execution(), rngs=nnx.Rngs(0), kernels=kernels_for("float32"))
-        plain = generate(model, prompts, sizes.exact_tokens).tokens
+        plain = generate(model, prompts, new).tokens
         # Its untrained head's drafts are mostly rejected; the model's own are accepted.
         for name, draft in {"MTP drafts": "mtp", "the model's own drafts": model}.items():
             yield f"greedy ids: {name}"
-            found = generate(model, prompts, sizes.exact_tokens, draft=draft, draft_length=2)
+            found = generate(model, prompts, new, draft=draft, draft_length=2)
             note = f"{found.mean_accepted:.2f} tokens a step, float32"
             differ = _different_ids(plain, found.tokens)
             label = f"greedy ids that differ with {name}"
             yield Figure(label, differ, "ids", bar="equal", note=note)
+
     yield "the same ids twice: sampling"
     model = Transformer(cfg, BFLOAT16, rngs=nnx.Rngs(0), kernels=kernels_for())
     first, second = (
-        generate(model, prompts, sizes.exact_tokens, temperature=1.0, seed=1).tokens
-        for _ in range(2)
+        generate(model, prompts, new, temperature=1.0, seed=1).tokens for _ in range(2)
     )
     differ = _different_ids(first, second)
     yield Figure("sampled ids that differ, same seed", differ, "ids", bar="equal", ran=ran())

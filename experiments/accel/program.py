@@ -1,4 +1,4 @@
-"""One run of a compiled program: its work, kernels, copies and loops, read off its text.
+"""One run of a compiled program: its work, kernels and loops, read off its text.
 
 python experiments/accel/program.py v2_lite --target gpu:h100:8 --mesh data=8 --only train
 
@@ -37,7 +37,7 @@ from dsv3_jax.planning.plan import cost_lines, device_of, jobs_of, print_row
 from dsv3_jax.report.units import format_bytes, format_count, format_seconds
 from experiments.accel.launch_cost import FREE, LaunchCost, attributes, call_target, is_float
 
-COPIES_SHOWN = 3  # of a program's, the largest
+LAUNCHES_SHOWN = 5  # the longest
 # Custom calls that run nothing.
 _NO_KERNELS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 
@@ -55,7 +55,6 @@ class Launch:
     wide_flops: float  # of these, in float32 or more
     nbytes: float  # read and written in memory
     cycles: int  # the TPU compiler's estimate; 0 if it has none
-    moved: float  # bytes of the result if the launch only moves or converts numbers, else 0
     is_kernel: bool  # a custom call, alone or in a fusion: the compiler does not see into it
     is_estimated: bool  # its FLOPs are counted or estimated, not unknown
 
@@ -104,10 +103,6 @@ class Program:
     def unknown_work(self) -> Counter[str]:
         """Return the kernels among these whose FLOPs are not known, and count as 0."""
         return self.kernels(estimated=(False,))
-
-    def copies(self) -> list[Launch]:
-        """Return the launches that only move or convert numbers, the largest result first."""
-        return sorted((x for x in self.all_launches if x.moved), key=lambda x: -x.moved)
 
     def roofline(self, device: Accelerator, *, use_cycles: bool = True) -> tuple[float, float]:
         """Return the least seconds of launches bound by computing, and of those bound by memory.
@@ -231,7 +226,6 @@ class _Reader:
             wide_flops=work.wide,
             nbytes=self.cost.traffic(computation, i),
             cycles=int(cycles[1]) if cycles else 0,
-            moved=self.cost.moved(computation, i),
             is_kernel=kernel is not None,
             is_estimated=(self.cost.work(*kernel) if kernel else work).known,
         )
@@ -255,21 +249,23 @@ def describe_program(
         ("  kernels", kernels),
         ("  loops of unknown length", loops),
     ]
-    copies: Counter[str] = Counter()
-    for copy in program.copies():
-        name = _short(copy.source) or re.sub(r"[.\d]+$", "", copy.name)
-        copies[f"{format_bytes(copy.moved)}: {name}"] += copy.runs
-    shown = list(copies.items())[:COPIES_SHOWN]
-    lines += [("  copies", f"{runs} × {text}") for text, runs in shown]
-    if device is not None:
-        compute, memory = program.roofline(device)
-        bound = "FLOPs" if compute >= memory else "memory"
-        parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
-        total = f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"
-        lines.append(("  the program's roofline", total))
-        if device.clock:
-            least = format_seconds(sum(program.roofline(device, use_cycles=False)))
-            lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
+    if device is None:
+        return lines
+    compute, memory = program.roofline(device)
+    bound = "FLOPs" if compute >= memory else "memory"
+    parts = f"{format_seconds(compute)} bound by FLOPs, {format_seconds(memory)} by memory"
+    total = f"{format_seconds(compute + memory)}, mostly {bound}: {parts}"
+    lines.append(("  the program's roofline", total))
+    if device.clock:
+        least = format_seconds(sum(program.roofline(device, use_cycles=False)))
+        lines.append(("    without cycles", f"{least}, by FLOPs and bytes alone"))
+    seconds, runs = Counter[str](), Counter[str]()
+    for launch in program.all_launches:
+        name = f"{launch.kind}: {_short(launch.source) or launch.name}"
+        seconds[name] += max(launch.seconds(device)) * launch.runs
+        runs[name] += launch.runs
+    for name, longest in seconds.most_common(LAUNCHES_SHOWN):
+        lines.append(("    of it", f"{format_seconds(longest)} in {runs[name]:,} × {name}"))
     return lines
 
 

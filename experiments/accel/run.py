@@ -2,8 +2,8 @@
 
 python experiments/accel/run.py                           # all parts; results/<device>.json
 python experiments/accel/run.py --parts attention loss    # some, and `bounds` if not measured yet
-python experiments/accel/run.py --resume                  # only what is not done yet
 
+Figures of parts that are not named are kept if they are of this device and these versions.
 Exit code: 0; 1 where a bar is missed or a part fails; 2 for bad input.
 """
 
@@ -27,32 +27,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 import jax
 
 from dsv3_jax.cli.main import take_gpu_memory
+from dsv3_jax.config import replace
 from dsv3_jax.host.files import write_atomic
 from dsv3_jax.kernels import check_apart, choose, verdicts
+from dsv3_jax.presets import preset
 from experiments import apart
 from experiments.accel import model_parts, op_parts
 from experiments.accel.kernels import gpu_latent_attention
-from experiments.accel.measuring import TOY, Figure, Part, Sizes
+from experiments.accel.measuring import Figure, Part
 from experiments.accel.table import report, write_cards
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Parts by value, and seconds below which one is not begun: it would not come far.
-PARTS: dict[str, tuple[Callable[[Sizes], Part], int]] = {
-    "bounds": (op_parts.bounds, 10),
-    "right": (op_parts.right, 60),
-    "layer": (op_parts.layer, 25),
-    "attention": (op_parts.attention, 40),
-    "grouped": (partial(op_parts.grouped, models=slice(1)), 30),
-    "step": (model_parts.step, 40),
-    "decode": (lambda sizes: model_parts.decode(sizes, [sizes.decode_bar]), 30),
-    "exact": (model_parts.exact, 40),
-    "few_rows": (op_parts.few_rows, 20),
-    "more_decode": (lambda sizes: model_parts.decode(sizes, sizes.decode_batches), 40),
-    "more_grouped": (partial(op_parts.grouped, models=slice(1, None)), 40),
-    "drafts": (model_parts.drafts, 60),
-    "loss": (op_parts.loss, 20),
-    "eight_bits": (op_parts.eight_bits, 30),
+LEAST = 30  # seconds that are left when a part begins
+PARTS: dict[str, Callable[..., Part]] = {  # by value
+    "bounds": op_parts.bounds,
+    "right": op_parts.right,
+    "layer": op_parts.layer,
+    "attention": op_parts.attention,
+    "step": model_parts.step,
+    "decode": model_parts.decode,
+    "exact": model_parts.exact,
+    "ops": op_parts.ops,
+    "more_decode": partial(model_parts.decode, batches=(1, 32, 128)),
+    "drafts": model_parts.drafts,
+    "eight_bits": op_parts.eight_bits,
+}
+
+HEADED = replace(
+    preset("tiny"), num_layers=1, num_dense_layers=0, num_experts=8, experts_per_token=2,
+    num_groups=2, groups_per_token=1,
+)  # fmt: skip
+PLAIN = replace(HEADED, mtp_depth=0)
+# Sizes with which a CPU runs every part within a minute: this only shows that the parts work.
+TOY: dict[str, dict[str, Any]] = {
+    "bounds": dict(n=128, copied=1 << 16),
+    "layer": dict(cfg=PLAIN, rows=2, length=64),
+    "attention": dict(batch=1, length=64, heads=2, k_dim=24, v_dim=16, documents=2),
+    "step": dict(cfg=HEADED, rows=2, length=32),
+    "decode": dict(cfg=PLAIN, batches=(2,), context=32, count=4),
+    "exact": dict(cfg=HEADED, new=12),
+    "more_decode": dict(cfg=PLAIN, batches=(1,), context=32, count=4),
+    "drafts": dict(cfg=HEADED, batches=(3,), prompt=30, new=12),
+    "eight_bits": dict(tokens=128, dim=128, width=128),
 }
 # of the parts' processes: a later run does not compile again
 SETTINGS = {
@@ -89,11 +106,12 @@ def said_by(name: str) -> Iterator[dict]:
         yield card()
         return
     gpu_latent_attention.add()
-    yield from said(name, TOY if choose.platform_of() == "cpu" else Sizes())
+    sizes = TOY.get(name, {}) if choose.platform_of() == "cpu" else {}
+    yield from said(PARTS[name](**sizes))
 
 
-def said(name: str, sizes: Sizes) -> Iterator[dict]:
-    for found in PARTS[name][0](sizes):
+def said(part: Part) -> Iterator[dict]:
+    for found in part:
         yield {"figure": asdict(found)} if isinstance(found, Figure) else {"doing": found}
 
 
@@ -107,7 +125,7 @@ def replies_of(name: str, seconds: float) -> Iterator[Any]:
         return
     # Its own processes check, and need the device.
     end = time.perf_counter() + seconds
-    for reply in said(name, Sizes()):
+    for reply in said(PARTS[name]()):
         yield reply
         if time.perf_counter() > end:
             raise apart.Failed(f"the time was over, after {seconds:.0f} s")
@@ -116,30 +134,24 @@ def replies_of(name: str, seconds: float) -> Iterator[Any]:
 def measure(names: list[str], results: dict, path: Path, start: float, end: float) -> None:
     """Measure parts in order, until the time is over; the file is written after each figure."""
     for name in names:
-        began, least = time.perf_counter(), PARTS[name][1]
-        left = end - began
-        part: dict[str, Any] = {"state": "stopped", "why": "", "figures": []}
-        results["parts"][name] = part
-        if not results["toy"] and left < least:
-            why = f"skipped: {max(left, 0):.0f} s are left, and it takes {least} s or more"
-            part |= {"state": "skipped", "why": why}
-            say(start, f"{name}: {why}")
-            save(results, path)
-            continue
-
+        began = time.perf_counter()
+        if end - began < LEAST:
+            return
         say(start, name)
         doing = name
+        part: dict[str, Any] = {"why": "stopped", "figures": []}
+        results["parts"][name] = part
         try:
-            for reply in replies_of(name, max(left, 1.0)):
+            for reply in replies_of(name, end - began):
                 if "doing" in reply:
                     doing = reply["doing"]
                     say(start, f"{name}: {doing}")
                 else:
                     part["figures"].append(checked(reply["figure"]))
                     save(results, path)
-            part["state"] = "done"
+            part["why"] = ""
         except (apart.Failed, ValueError) as error:  # ValueError: kernels that cannot be checked
-            part |= {"state": "failed", "why": f"failed at {doing}: {error}"}
+            part["why"] = f"failed at {doing}: {error}"
             say(start, f"{name}: {part['why']}")
         part["seconds"] = round(time.perf_counter() - began, 1)
         save(results, path)
@@ -162,30 +174,21 @@ def say(start: float, text: str) -> None:
     print(f"[{time.perf_counter() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def default_path(kind: str, toy: bool) -> Path:
+def default_path(card: dict) -> Path:
     """Name the file for a device's results; toy sizes give no results."""
-    name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
-    return ROOT / "runs" / f"accel-toy-{name}.json" if toy else HERE / "results" / f"{name}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", card["kind"].lower()).strip("-")
+    if card["platform"] == "cpu":
+        return ROOT / "runs" / f"accel-toy-{name}.json"
+    return HERE / "results" / f"{name}.json"
 
 
-def begin(path: Path, card: dict, resume: bool) -> dict:
-    """The results so far, if they are of this device, sizes and versions; else none.
-
-    Raises: ValueError, with `resume`, for results of others.
-    """
-    toy = card["platform"] == "cpu"
-    if path.exists():
-        with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
-            found = json.loads(path.read_text())
-            same = found["toy"] == toy and found["parts"].keys() <= PARTS.keys()
-            if same and all(found["card"][key] == card[key] for key in ("kind", "versions")):
-                return found
-        if resume:
-            text = "holds no results of this device, these sizes and versions"
-            raise ValueError(
-                f"out={str(path)!r} {text}; run without --resume, or name another file"
-            )
-    return {"card": card, "toy": toy, "parts": {}}
+def begin(path: Path, card: dict) -> dict:
+    """The results so far, if they are of this device, sizes and versions; else none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        if all(found["card"][key] == card[key] for key in ("kind", "versions")):
+            return found
+    return {"card": card, "toy": card["platform"] == "cpu", "parts": {}}
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -197,12 +200,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
         help=f"of {', '.join(PARTS)}; default: all")  # fmt: skip
     add("--minutes", type=float, default=9.5, help="time for all parts; default: 9.5")
-    add("--resume", action="store_true", help="keep the parts that are done")
     add("--out", type=Path, help="file of the results; default: results/<device>.json")
     args = parser.parse_args(argv)
-    shortest = min(PARTS[name][1] for name in args.parts)
-    if not shortest <= 60 * args.minutes < math.inf:
-        parser.error(f"--minutes={args.minutes:g}: a part takes {shortest} s or more")
+    if not LEAST <= 60 * args.minutes < math.inf:
+        parser.error(f"--minutes={args.minutes:g}: a part needs {LEAST} s")
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out={str(args.out)!r} is a folder; name a file")
     return args
@@ -215,23 +216,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         say(start, "starting the device")
         found = apart.result([sys.executable, __file__, "--case", "card"])
-        path = args.out or default_path(found["kind"], found["platform"] == "cpu")
-        results = begin(path, found, args.resume)
-        kept = {name for name, part in results["parts"].items() if part["state"] == "done"}
-        names = [name for name in PARTS if name in args.parts]
-        if args.resume:
-            names = [name for name in names if name not in kept]
-        if names and "bounds" not in kept | set(names):  # ratios need them
-            names.insert(0, "bounds")
-
-        # In order; those that are measured now start empty.
-        empty = {name: {"state": "stopped", "why": "", "figures": []} for name in names}
-        parts = results["parts"] | empty
-        results["parts"] = {name: parts[name] for name in PARTS if name in parts}
+        path = args.out or default_path(found)
+        results = begin(path, found)
+        done = {name for name, part in results["parts"].items() if not part["why"]}
+        needed = {*args.parts} | {"bounds"} - done  # ratios need the bounds
+        names = [name for name in PARTS if name in needed]
         measure(names, results, path, start, start + 60 * args.minutes)
         if args.out is None and not results["toy"]:
             write_cards(results)
-        return report(results, path)
+        return report(results, path, names)
     except apart.Failed as error:
         print(f"run.py: no device can be used: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ from experiments.markdown import markdown_table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
+CELLS = ("1024x1", "1024x8", "4096x1", "4096x8", "16384x1", "16384x8")  # cached tokens × sequences
 Rows = Iterator[tuple[str, dict]]  # what a case yields: figures with their name
 # Gives the peer our side's memory settings (dsv3_jax/kernels/cpu/memory.py): its best case.
 KEEP_MEMORY = {
@@ -29,6 +30,16 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+
+
+def shape_of(cell: str) -> tuple[int, int]:
+    """Return (cached tokens, sequences).
+
+    >>> shape_of("1024x8")
+    (1024, 8)
+    """
+    context, _, batch = cell.partition("x")
+    return int(context), int(batch)
 
 
 def start(

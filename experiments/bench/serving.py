@@ -23,7 +23,9 @@ from experiments.bench.harness import Rows, in_turns, ratio
 from experiments.bench.worker import draw_tokens
 
 
-def serving(name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16) -> Rows:
+def serving(
+    name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16, rounds: int = 7
+) -> Rows:
     """What does a server add to generate, and what do 16 texts at once gain?"""
     cfg = ds.recipe(name).model
     model = ds.Transformer(cfg, rngs=nnx.Rngs(0))
@@ -34,7 +36,7 @@ def serving(name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16
         ds.generate(model, prompts[:1], count)
         return time.perf_counter() - start
 
-    with served(model, rows) as ask:
+    with served(model, rows, prompt + new) as ask:
         sides: dict[str, Callable[[], float]] = {
             "generate": partial(generate, new),
             "generate, one token": partial(generate, 1),
@@ -42,7 +44,7 @@ def serving(name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16
             "served, first token": lambda: ask(prompts[:1], new)[0],
             f"served, {rows} at once": lambda: ask(prompts, new)[1],
         }
-        times = in_turns(sides, rounds=7)
+        times = in_turns(sides, rounds)
 
     base = times["generate"]
     for side, found in times.items():
@@ -54,12 +56,13 @@ def serving(name: str = "mini", prompt: int = 24, new: int = 256, rows: int = 16
 
 
 @contextmanager
-def served(model: ds.Transformer, rows: int):
-    """Serve a model on a free port. Gives a function: (prompts, new) → seconds to the first
-    token of any, and to the last."""
-    text = plain_settings()
-    engine = Engine(model, stop_tokens=(), rows=rows, context=1024)
-    settings = Settings(text, model.cfg.vocab_size, engine.context, GREEDY)
+def served(model: ds.Transformer, rows: int, context: int):
+    """Serve a model on a free port.
+
+    Gives a function: (prompts, new) → seconds to the first token of any, and to the last.
+    """
+    engine = Engine(model, stop_tokens=(), rows=rows, context=context)
+    settings = Settings(plain_settings(), model.cfg.vocab_size, engine.context, GREEDY)
     service = Service(engine, settings, name="bench")
     server = uvicorn.Server(
         uvicorn.Config(service.app, port=0, log_level="warning", timeout_graceful_shutdown=5)
@@ -71,7 +74,7 @@ def served(model: ds.Transformer, rows: int):
     port = server.servers[0].sockets[0].getsockname()[1]
 
     def one(prompt: list[int], new: int) -> tuple[float, float]:
-        body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
+        body = {"prompt": prompt, "max_tokens": new, "temperature": 0.0, "stream": True}
         start = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", port)
         headers = {"content-type": "application/json"}

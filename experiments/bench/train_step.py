@@ -1,29 +1,17 @@
-"""Training steps in turns: ours against transformers', by optimizer, and by the model's sizes."""
+"""Training steps in turns: ours against transformers', and by the model's sizes."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
-import dsv3_jax as ds
 from dsv3_jax.config import ModelConfig, replace, to_dict
-from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.model.counting import size, train_flops_per_token
 from dsv3_jax.presets import preset
-from dsv3_jax.training import optim
-from dsv3_jax.training.state import Job, init_state, split_trainable
-from dsv3_jax.training.step import make_step
 from experiments.apart import Worker
 from experiments.bench import harness
-from experiments.bench.harness import KEEP_MEMORY, Rows, in_turns, ratio
-from experiments.bench.worker import draw_tokens
-from experiments.random_data import batch_of
+from experiments.bench.harness import KEEP_MEMORY, Rows, in_turns
 
 MINI = preset("mini")
 TOKENS = 4 * 512
@@ -114,65 +102,3 @@ def sizes(names: Sequence[str] = tuple(SIZES), rounds: int = 4) -> Rows:
             "peak_memory_gb": reply["peak_rss_bytes"] / 1e9,
         }
         yield name, row
-
-
-CHAIN = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(2.2e-4, 0.9, 0.95, weight_decay=0.1)
-)
-OPTIMIZERS: dict[str, tuple[dict, optax.GradientTransformation | None]] = {
-    "adamw": ({}, None),
-    "muon": ({"name": "muon"}, None),
-    "optax chain of adamw": ({}, CHAIN),
-    "muon, qk_clip 100": ({"name": "muon", "qk_clip": 100.0}, None),
-}
-
-
-class Optimizer:
-    """One optimizer: a complete step, and its update alone on gradients that are there."""
-
-    def __init__(self, run: ds.RunConfig, tx: optax.GradientTransformation | None, batch: dict):
-        kernels = prepare(run.execution)
-        job = Job(run, kernels=kernels, optimizer=tx)
-        self.state, self.batch, self.step_fn = init_state(job), batch, make_step(job)
-        update = optim.make(run.optim, run.steps, kernels, tx).update
-        self.update_fn = jax.jit(update, donate_argnums=(1, 2))
-        self.params = jax.tree.map(jnp.copy, split_trainable(run, self.state.params)[0])
-        self.opt = jax.tree.map(jnp.copy, self.state.opt)
-        self.grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), self.params)
-
-    def step(self) -> Any:
-        self.state, metrics = self.step_fn(self.state, self.batch)
-        return metrics
-
-    def update(self) -> Any:
-        # QK-clip's own part is in `step` alone: it needs the forward pass.
-        args = self.state.step, self.params, self.opt, self.grads, jnp.float32(1), jnp.bool_(True)
-        self.params, self.opt = self.update_fn(*args)
-        return self.params
-
-
-def optimizer(name: str = "tiny", rounds: int = 7) -> Rows:
-    """How much longer is a step with Muon, QK-clip or an optax chain than with the fused AdamW?"""
-    run = ds.recipe(name)
-    batch = batch_of(draw_tokens(run.data.batch_size, run.data.seq_len, run.model.vocab_size))
-
-    def seconds(work: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        return time.perf_counter() - start
-
-    calls = {}
-    for side, (changes, tx) in OPTIMIZERS.items():
-        one = Optimizer(replace(run, optim=replace(run.optim, **changes)), tx, batch)
-        calls[side, "step"] = partial(seconds, one.step)
-        calls[side, "update"] = partial(seconds, one.update)
-    times = in_turns(calls, rounds)
-    for side in OPTIMIZERS:
-        step, update = times[side, "step"], times[side, "update"]
-        row = {
-            "step_s": median(step),
-            "step_over_adamw": ratio(step, times["adamw", "step"]),
-            "update_ms": 1e3 * median(update),
-            "update_over_adamw": ratio(update, times["adamw", "update"]),
-        }
-        yield side, row

@@ -40,14 +40,19 @@ def timed_steps(step: Callable[[], float], count: int) -> dict:
         seconds.append(time.perf_counter() - start)
         # A step's memory is freed shortly after its results; the next step then reuses it.
         time.sleep(0.05)
-    return {"seconds": seconds, "loss": losses, "peak_rss_bytes": apart.peak_memory()}
+    return {
+        "seconds": seconds,
+        "step_seconds": statistics.median(seconds),
+        "loss": losses,
+        "peak_rss_bytes": apart.peak_memory(),
+    }
 
 
 def train(config: dict, batch: int = 4, length: int = 512, kernels: str = "auto") -> Prepared:
     """Compile our training step.
 
     Args:
-        config: a ModelConfig as `config.to_dict` returns it.
+        config: a ModelConfig's fields; those left out have their defaults.
         batch, length: sequences and tokens of a step.
         kernels: as Execution.kernels; "xla" means no hand-written kernels.
     Returns: what is known of the program, and what answers `steps` (run so many) and `gemm` (the
@@ -129,7 +134,7 @@ def filled_caches() -> Iterator[None]:
 
 
 def decode(config: dict) -> Prepared:
-    """Make our model. Args: config: a ModelConfig's fields; those left out have their defaults."""
+    """Make our model. Args: config: as of `train`."""
     from dsv3_jax.kernels.cpu.memory import keep_memory
 
     keep_memory()
@@ -200,10 +205,9 @@ def peer(
             **config, attn_implementation="sdpa", experts_implementation=experts
         )
     ).float()
-    info = {"parameters": sum(p.numel() for p in net.parameters())}
     if decoding:
-        return info, _peer_decodes(net.eval())
-    return info, _peer_trains(net.train(), draw_tokens(batch, length, net.config.vocab_size))
+        return {}, _peer_decodes(net.eval())
+    return {}, _peer_trains(net.train(), draw_tokens(batch, length, net.config.vocab_size))
 
 
 def _peer_trains(net: Any, tokens: np.ndarray) -> Callable[..., dict]:

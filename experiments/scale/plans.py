@@ -1,24 +1,21 @@
 """Plan DeepSeek-V3 on clusters' sizes, and its bytes sent by the number of devices.
 
 python experiments/scale/plans.py                # all cases that plan_results.json lacks
-python experiments/scale/plans.py train decode   # some of train, decode, weak; `draw` only draws
+python experiments/scale/plans.py train decode   # some of train, decode, weak; `table`: none
 
-Writes plan_results.json, the tables of README.md and weak.png. Each case compiles in a process of
-its own.
+Writes plan_results.json and the tables of README.md. Each case compiles in a process of its own.
 """
 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from matplotlib.figure import Figure
-
-from dsv3_jax.config import Layout, RunConfig, replace
+from dsv3_jax.config import Layout, replace
 from dsv3_jax.host.files import write_atomic
 from dsv3_jax.mesh import sharding
 from dsv3_jax.planning import cost, devices
@@ -52,11 +49,11 @@ DECODE = [
 FEW_LAYERS = dict(num_layers=3, num_dense_layers=1, mtp_depth=0)
 NO_GROUPS = dict(num_groups=1, groups_per_token=1)
 WEAK = {
-    "data: replicated": ("data", dict(), {}),
-    "data: fsdp": ("data", dict(fsdp=True), {}),
     "expert: gather": ("expert", dict(expert_comm="gather"), {}),
     "expert: all to all": ("expert", dict(expert_comm="all_to_all"), {}),
     "expert: all to all, no node limit": ("expert", dict(expert_comm="all_to_all"), NO_GROUPS),
+    "data: replicated": ("data", dict(), {}),
+    "data: fsdp": ("data", dict(fsdp=True), {}),
     "tensor": ("tensor", dict(), {}),
 }
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -65,25 +62,28 @@ TABLES = {"train": ("Training step", "expert_comm"), "decode": ("Decoding step",
 HEADER = ["held, GB", "gradients", "temporaries", "total: fits", "sent, GB", "FLOPs, s", "wire, s"]
 
 
-def v3_run(changes: dict, layout: dict, rows: int) -> RunConfig:
-    """V3's recipe with another model, layout and batch."""
-    run = recipe("v3")
-    return replace(
+def case(
+    device: str,
+    mesh: Mapping[str, int],
+    layout: Mapping[str, Any] = {},
+    changes: Mapping[str, Any] = {},
+    rows: int = 0,
+) -> dict:
+    """Compile one step of V3 for a mesh, and return its memory, FLOPs and traffic.
+
+    Args:
+        layout: settings of Layout.
+        changes: of V3's model.
+        rows: sequences of a decoding step; 0 means training.
+    """
+    devices.fake_cpus(math.prod(mesh.values()))
+    on, run = sharding.make_mesh(**mesh), recipe("v3")
+    run = replace(
         run,
         model=replace(run.model, **changes),
         execution=replace(run.execution, layout=Layout(**layout)),
-        data=replace(run.data, batch_size=rows),
+        data=replace(run.data, batch_size=cost.batch_parts(on)),
     )
-
-
-def case(device: str, mesh: dict, layout: dict, changes: dict, rows: int = 0) -> dict:
-    """Compile one step of V3 for a mesh, and return its memory, FLOPs and traffic.
-
-    Args: rows: sequences of a decoding step; 0 means training.
-    """
-    devices.fake_cpus(math.prod(mesh.values()))
-    on = sharding.make_mesh(**mesh)
-    run = v3_run(changes, layout, cost.batch_parts(on))
     if rows:
         compiled = cost.decode_cost(run.model, run.execution, on, rows, 4096)
     else:
@@ -109,17 +109,21 @@ def case(device: str, mesh: dict, layout: dict, changes: dict, rows: int = 0) ->
 
 def cases() -> Iterator[tuple[str, str, dict]]:
     """Yield all cases: (group, key in the results, arguments of `case`)."""
-    step = [("train", lay.get("expert_comm", "two hops"), d, m, lay, 0) for d, m, lay in TRAIN]
-    step += [("decode", f"{n} sequences of 4096", d, m, {}, n) for d, m, n in DECODE]
-    for group, detail, device, mesh, layout, rows in step:
+
+    def named(device: str, mesh: dict, layout: dict, detail: str) -> str:
         axes = "×".join(f"{axis} {size}" for axis, size in mesh.items())
-        where = axes + (", fsdp" if layout.get("fsdp") else "")
-        arguments = dict(device=device, mesh=mesh, layout=layout, changes={}, rows=rows)
-        yield group, f"{device} | {where} | {detail}", arguments
+        return f"{device} | {axes}{', fsdp' if layout.get('fsdp') else ''} | {detail}"
+
+    for device, mesh, layout in TRAIN:
+        key = named(device, mesh, layout, layout.get("expert_comm", "two hops"))
+        yield "train", key, dict(device=device, mesh=mesh, layout=layout)
+    for device, mesh, rows in DECODE:
+        key = named(device, mesh, {}, f"{rows} sequences of 4096")
+        yield "decode", key, dict(device=device, mesh=mesh, rows=rows)
     for label, (axis, layout, changes) in WEAK.items():
         for count in SIZES:
-            arguments = dict(mesh={axis: count}, layout=layout, changes=FEW_LAYERS | changes)
-            yield "weak", f"{label} | {count}", dict(device="h800") | arguments
+            step = dict(device="h800", mesh={axis: count}, layout=layout)
+            yield "weak", f"{label} | {count}", step | {"changes": FEW_LAYERS | changes}
 
 
 def gb(count: float) -> str:
@@ -138,40 +142,26 @@ def cells(r: dict) -> list[str]:
     return [gb(held), gb(known), temporaries, total, gb(r["sent"]), *times]
 
 
+def sent(label: str, count: int, results: dict) -> str:
+    """Return the GB that a device of so many sends, of a line of WEAK."""
+    case = results.get(f"{label} | {count}", {})
+    if "sent" not in case:
+        return case.get("failed", "")
+    # Along expert, all-reduces are the gradients of replicated parameters.
+    gradients = case["sent_by_kind"].get("all-reduce", 0) if label.startswith("expert") else 0
+    return gb(case["sent"] - gradients)
+
+
 def tables(results: dict) -> str:
-    """Return Markdown tables of the plans."""
+    """Return Markdown tables of the plans, and of what a device sends by their number."""
     parts = []
     for group, (title, detail) in TABLES.items():
         rows = [[*key.split(" | "), *cells(r)] for key, r in results.get(group, {}).items()]
         table = markdown_table(["device", "mesh", detail, *HEADER], rows)
         parts.append(f"### {title}\n\n{table}")
-    return "\n\n".join(parts)
-
-
-def draw(results: dict[str, Any]) -> None:
-    """Draw weak.png: a panel per mesh axis."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel, axis in zip(panels, ("data", "expert", "tensor"), strict=True):
-        for label in (label for label, (grows, *_) in WEAK.items() if grows == axis):
-            rows = {count: results.get(f"{label} | {count}", {}) for count in SIZES}
-            sent = {count: row["sent"] for count, row in rows.items() if "sent" in row}
-            if axis == "expert":  # its all-reduces are the gradients of replicated parameters
-                sent = {
-                    n: s - rows[n]["sent_by_kind"].get("all-reduce", 0) for n, s in sent.items()
-                }
-            name = label.partition(": ")[2] or "heads, hidden units and vocabulary sharded"
-            panel.plot(list(sent), [s / 1e9 for s in sent.values()], marker="o", label=name)
-        title = f"along {axis}" + (": tokens to their experts and back" * (axis == "expert"))
-        panel.set(title=title, xlabel="devices")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(SIZES, [str(n) for n in SIZES])
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
-    panels[0].set_ylabel("GB sent per device and step")
-    figure.suptitle("V3's widths, 1 dense and 2 sparse layers, 4,096 tokens per device")
-    figure.savefig(HERE / "weak.png", dpi=130)
+    rows = [[label, *(sent(label, n, results.get("weak", {})) for n in SIZES)] for label in WEAK]
+    table = markdown_table(["GB sent, by devices", *map(str, SIZES)], rows)
+    return "\n\n".join([*parts, f"### Weak scaling\n\n{table}"])
 
 
 def main() -> None:
@@ -181,11 +171,9 @@ def main() -> None:
         if group in chosen and key not in results.setdefault(group, {}):
             results[group][key] = r = apart.run_case(__file__, **arguments)
             write_atomic(RESULTS, json.dumps(results, indent=1) + "\n")
-            print(
-                key, r.get("failed") or f"{gb(r['total'])} GB, {gb(r['sent'])} GB sent", flush=True
-            )
+            done = r.get("failed") or f"{gb(r['total'])} GB, {gb(r['sent'])} GB sent"
+            print(f"{key}: {done}", flush=True)
     replace_block(HERE / "README.md", tables(results))
-    draw(results["weak"])
 
 
 if __name__ == "__main__":
