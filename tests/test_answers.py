@@ -1,16 +1,16 @@
-"""What a run of GRPO shows: rewards that are numbers, answers.jsonl, progress, its picture."""
+"""What a run of GRPO shows: rewards that are numbers, answers.jsonl, progress."""
 
-import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from runs import make_run, refused, said_by
 
 from dsv3_jax.chat.checkers import CHECKERS, Checker
 from dsv3_jax.config import DataConfig, Grpo
-from dsv3_jax.report import run_plots
 from dsv3_jax.report.metrics_files import ANSWERS_FILE, AnswersFile, read_rows
 from dsv3_jax.report.progress import Progress
 from dsv3_jax.training.policy import advantages
@@ -19,8 +19,7 @@ from dsv3_jax.training.policy import advantages
 def test_a_reward_is_any_finite_number(monkeypatch):
     given = []
     monkeypatch.setitem(CHECKERS, "own", (lambda text, row: given[-1], str))
-    right = {True: 1, np.bool_(False): 0, -3: -3, 0.25: 0.25, np.float32(0.5): 0.5}
-    for value, wanted in [*right.items(), (jnp.float32(0.5), 0.5)]:
+    for value, wanted in ((True, 1), (np.bool_(False), 0), (-3, -3), (jnp.float32(0.5), 0.5)):
         given.append(value)
         found = Checker("own").check("text", {}, "line 3")
         assert (type(found), found) == (float, wanted)
@@ -28,33 +27,32 @@ def test_a_reward_is_any_finite_number(monkeypatch):
         given.append(value)
         with refused("^grpo checker='own' fails at line 3 with") as caught:
             Checker("own").check("text", {}, "line 3")
-        assert f"it returns {value!r:.60}, not a number up to 1e+30" in str(caught.value)
+        assert f"it returns {value!r:.60}, not a number" in str(caught.value)
 
 
-def test_bad_checkers_and_tasks_are_named(monkeypatch):
+def test_a_checker_is_stopped_and_changes_no_task(monkeypatch):
     assert Checker("regex").check("so 12", {"answer": r"\b12$"}, "")
-    monkeypatch.setitem(CHECKERS, "none", (lambda text, row: None, str))
-    monkeypatch.setattr("dsv3_jax.chat.checkers.MAX_SECONDS", 0.05)
-    for name, answer, said in (
-        ("regex", "(a+)+$b", "more than 0.05 seconds"),
-        ("none", "", "fails at line 3 with TypeError: it returns None, not a number up to 1e.30"),
-    ):
-        with refused(said):
-            Checker(name).check("a" * 40, {"answer": answer}, "line 3")
     row = {"answer": "", "seen": []}
     monkeypatch.setitem(CHECKERS, "writes", (lambda text, row: not row["seen"].append(text), str))
     assert Checker("writes").check("a", row, "") and row == {"answer": "", "seen": []}
-    for name, answer, said in (
+    monkeypatch.setattr("dsv3_jax.chat.checkers.MAX_SECONDS", 0.05)
+    with refused("more than 0.05 seconds"):
+        Checker("regex").check("a" * 40, {"answer": "(a+)+$b"}, "line 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "said"),
+    [
         ("number", "none", "line 3: answer='none' does not fit 'number': it holds no number"),
         ("regex", "(", r"line 3: answer='\(' does not fit 'regex': missing"),
         ("exact", 4, "line 3 has answer=4, not a text"),
-    ):
-        with refused(said):
-            Checker(name).look_at({"answer": answer}, "line 3")
-    unknown = {"exakt": "did you mean 'exact'", "none:such": "cannot be imported: ModuleNotFound"}
-    for name, said in unknown.items():
-        with refused(said):
-            Checker(name)
+        ("exakt", "", "did you mean 'exact'"),
+        ("none:such", "", "cannot be imported: ModuleNotFound"),
+    ],
+)
+def test_bad_checkers_and_tasks_are_named(name, answer, said):
+    with refused(said):
+        Checker(name).look_at({"answer": answer}, "line 3")
 
 
 def test_advantages_are_the_same_in_any_unit_and_equal_rewards_teach_nothing(rng):
@@ -94,34 +92,22 @@ def test_a_resumed_run_writes_the_answers_after_its_checkpoint_again(tmp_path):
         again.keep(step, groups)
     assert read_rows(path) == rows
 
-    long = AnswersFile(tmp_path / "long", 0, replace(run, steps=4000))
-    (tmp_path / "long").mkdir(exist_ok=True)
+    long = AnswersFile(tmp_path, 0, replace(run, steps=4000))
     for step in range(1, 4001):
         long.keep(step, [[{"prompt": "p", "answer": "a", "reward": 1.0}]])
-    assert len((tmp_path / "long" / ANSWERS_FILE).read_text().splitlines()) == 1000
+    assert len(read_rows(path)) == 1000
 
 
 def test_progress_says_what_a_step_learnt_from():
-    row = {"loss": -0.0, "reward": 0.25, "mismatch": 0.0, "max_vio": 0.0, "skipped": 1, "groups": 9}
-    bar = Progress(steps=9)
-    said = said_by(bar.update, 2, row | {"tokens_per_s": 1000.0})[1]
-    assert said == "step 2  no step: none of 9 groups teaches  reward 0.250  1,000 tokens/s\n"
-    said = said_by(bar.update, 2, row | {"skipped": 0.875})[1]
-    assert said.startswith("step 2  loss -0.000  reward 0.250  mismatch 0.0e+00  MaxVio 0.00")
+    row = {"loss": -0.0, "reward": 0.25, "mismatch": 0.0, "max_vio": 0.0, "groups": 9}
     numbers = {"val_loss": 1.0, "val_bits_per_byte": 2.0, "val_reward": 0.5}
-    said = said_by(bar.show_evaluation, 4, numbers)[1]
-    assert said == "step 4  validation: reward 0.500, loss 1.000, 2.000 bits a byte\n"
     sample = {"prompt": "user\n1+1", "answer": 300 * "a\x1b", "reward": 1 / 3}
-    said = said_by(bar.show_sample, 4, sample)[1]
-    assert said.startswith("step 4  sample: 'user\\n1+1' → 'a\\x1ba") and said.count("\n") == 1
-    assert said.endswith(" … " + 100 * "a\\x1b" + "', reward 0.333\n") and "\x1b" not in said
-
-
-def test_the_picture_has_rewards_in_one_panel(tmp_path):
-    rows = [{"step": i, "loss": 0.0, "reward": i / 9} for i in range(1, 9)]
-    rows += [{"step": i, "val_loss": 1.0, "val_reward": -i / 9} for i in (4, 8)]
-    figure = run_plots.training_curves(json.loads(json.dumps(rows)), tmp_path / "run.png")
-    (panel,) = (ax for ax in figure.axes if ax.get_title() == "Reward")
-    sampled, likeliest = (line.get_ydata().tolist() for line in panel.lines)
-    assert sampled == [i / 9 for i in range(1, 9)] and likeliest == [-4 / 9, -8 / 9]
-    assert [line.get_marker() for line in panel.lines] == ["", "o"]
+    bar = Progress(steps=9)
+    for said, expected in (
+        (said_by(bar.update, 4, row | {"skipped": 1}), "no step: none of 9 groups .* reward 0.250"),
+        (said_by(bar.update, 4, row | {"skipped": 0.9}), "loss -0.000  reward 0.250 .*MaxVio 0.00"),
+        (said_by(bar.show_evaluation, 4, numbers), "validation: reward 0.500, loss 1.000, 2.000 b"),
+        (said_by(bar.show_sample, 4, sample), r"sample: 'user\\n1\+1' → 'a\\x1b.* ….*reward 0.333"),
+    ):
+        assert re.match(f"step 4  {expected}", said[1]), said
+        assert said[1].count("\n") == 1 and "\x1b" not in said[1]

@@ -102,11 +102,11 @@ def test_a_file_of_messages_is_answered_as_chat_answers(talker, tmp_path):
     assert code == 2 and "raw=True is for prompts of text, and " in err and "line 1 has" in err
 
 
-@pytest.mark.parametrize("name", ["GLM", "R1, thinking", "R1"])
+@pytest.mark.parametrize("name", ["GLM", "R1, thinking"])
 def test_grpo_asks_what_chat_asks(talker, tmp_path, monkeypatch, name):
     """A task's prompt is what the command feeds, with generation prompt and variables."""
     fed = []
-    words = ("thinking=true",) if "," in name else ()
+    words = ("thinking=true",) if name != "GLM" else ()
     r1 = replace(TEXTS["V3"], jinja=(TEMPLATES / "r1.jinja").read_text())
     folder = Path(shutil.copytree(talker, tmp_path / "model"))
     for file in folder.glob("*_config.json"):
@@ -165,13 +165,11 @@ def test_tools_are_those_of_training(talker, tmp_path, monkeypatch):
         assert read_example(task, text, "").prompt.tolist() == fed[0]
     called = [USER, message("assistant", "the"), message("tool", "2 é")]
     assert fed[1:] == [text.chat.render(called, tools=tools, add_generation_prompt=True).ids]
-    for content, sentence in {"{}": "is not a list of functions", "[": "is not JSON: "}.items():
-        file.write_text(content)
-        code, out, err = by_command("chat", talker, "--tools", file)
-        assert (code, out) == (2, "")
-        assert f"{file} cannot be read: tools='{content}' {sentence}" in err
+    file.write_text("{}")
+    code, out, err = by_command("chat", talker, "--tools", file)
+    assert (code, out) == (2, "") and f"{file} cannot be read: tools='{{}}'" in err
     other = Path(shutil.copytree(talker, tmp_path / "model"))
-    (other / "chat_template.jinja").write_text(V3)
+    (other / "chat_template.jinja").write_text(V3)  # it has no tools
     file.write_text(json.dumps(tools))
     assert by_command("chat", other, "--tools", file)[0] == 2
 
@@ -195,24 +193,17 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talker, monkeypatch):
     assert out == f"{one}\n{two}\n"
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "sentence"),
-    [
+def test_a_wrong_folder_is_one_sentence(talker, tmp_path):
+    for file, content, sentence in (
         ("chat_template.jinja", "{{ 1 / 0 }}", "template fails with ZeroDivisionError"),
-        ("tokenizer_config", {"add_bos_token": True, "bos_token": "x"}, "add_bos_token=true, and"),
-        ("generation_config", {"eos_token_id": "x"}, "eos_token_id='x', which is neither an id"),
-        ("generation_config", {"temperature": "hot"}, 'has temperature="hot", which is not'),
-    ],
-)
-def test_a_wrong_folder_is_one_sentence(talker, tmp_path, file, content, sentence):
-    folder = Path(shutil.copytree(talker, tmp_path / "model"))
-    if file == "chat_template.jinja":
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id='x', which is neither"),
+        ("generation_config.json", '{"temperature": "hot"}', 'temperature="hot", which is not'),
+        ("tokenizer_config.json", '{"add_bos_token": true}', "add_bos_token=true, and bos_token="),
+    ):
+        folder = Path(shutil.copytree(talker, tmp_path / "model", dirs_exist_ok=True))
         (folder / file).write_text(content)
-    else:
-        path = folder / f"{file}.json"
-        write_json(path, json.loads(path.read_text()) | content)
-    code, out, err = by_command("chat", folder, lines="hello\n")
-    assert (code, out, err.count("\n")) == (2, "", 1) and sentence in err, err
+        code, out, err = by_command("chat", folder, lines="hello\n")
+        assert (code, out, err.count("\n")) == (2, "", 1) and sentence in err, err
 
 
 def test_defaults_of_the_sampling():
@@ -220,8 +211,7 @@ def test_defaults_of_the_sampling():
     command = unhooked("dsv3_jax.cli.generate")
     for said, given, expected in (
         ({}, {}, (0.8, None, 0.95)),
-        ({"temperature": 0.6, "top_p": 0.9}, {}, (0.6, None, 0.9)),
-        ({"temperature": 0.0}, {"top_p": 0.5, "top_k": 3}, (0.0, 3, 0.5)),
+        ({"temperature": 0.6, "top_p": 0.9}, {"top_k": 3, "top_p": 0.5}, (0.6, 3, 0.5)),
     ):
         text = SimpleNamespace(sampling=said, stop_ids=(1,))
         options = command.Generate(Path("m"), **given)

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from models import arrays_of, random_model, small
-from released import GRID, differences, golden, ours, probed, stored, without_int4, write_folder
+from released import GRID, assert_equal, golden, ours, probed, stored, without_int4, write_folder
 from runs import assert_bitwise, refused
 from safetensors.numpy import load_file, save_file
 
@@ -55,41 +55,34 @@ def test_transformers_numbers(folders, name):
     reference = golden(name)
     left_out = (set() if gradients else {"grads", "loss"}) | (set() if greedy else {"greedy"})
     assert reference.keys() - results.keys() == left_out
-    worst = differences(results, reference)
-    assert worst.pop("expert_ids") == worst.pop("mtp_expert_ids", 0) == worst.pop("greedy", 0) == 0
-    assert worst.pop("loss", 0) < 5e-6
-    assert all(value < 1e-4 for value in worst.values()), worst  # float32 sums in a different order
+    assert_equal(results, reference)
 
 
 def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
     """From released tensors. transformers does not round, so it chooses other tokens at times."""
     cfg = small(attention="dsa", index_heads=11, index_dim=128, index_topk=32, max_positions=512)
+    cfg = replace(cfg, index_precision="fp8_ue8m0")
     positions = jnp.arange(100, 300, dtype=jnp.int32)[None]
     shapes = {"wq_b.weight": (11 * 128, cfg.q_latent_dim), "wk.weight": (128, cfg.dim)}
     shapes |= {"k_norm.weight": (128,), "k_norm.bias": (128,), "weights_proj.weight": (11, cfg.dim)}
     w = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     x, c_q = (rng.standard_normal((200, width)) for width in (cfg.dim, cfg.q_latent_dim))
-    ctx, chosen = make_context(cfg, positions), {}
-    for precision in ("none", "fp8_ue8m0"):
-        indexer = Indexer(replace(cfg, index_precision=precision), nnx.Rngs(0))
-        for parameter, value in (
-            (indexer.w_iq, w["wq_b.weight"].reshape(11, 128, -1).transpose(2, 0, 1)),
-            (indexer.w_ik, w["wk.weight"].T),
-            (indexer.w_iw, w["weights_proj.weight"].T),
-            (indexer.k_norm.scale, w["k_norm.weight"]),
-            (indexer.k_norm.bias, w["k_norm.bias"]),
-        ):
-            parameter.set_value(jnp.asarray(value))
-        rows = jax.jit(indexer)(jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx)
-        keys, last = Stored(rows["index_key"].swapaxes(1, 2), None), positions - 100
-        ids = index_choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)
-        chosen[precision] = [[s for s in row if s >= 0] for row in ids[0].tolist()]
+    ctx, indexer = make_context(cfg, positions), Indexer(cfg, nnx.Rngs(0))
+    for parameter, value in (
+        (indexer.w_iq, w["wq_b.weight"].reshape(11, 128, -1).transpose(2, 0, 1)),
+        (indexer.w_ik, w["wk.weight"].T),
+        (indexer.w_iw, w["weights_proj.weight"].T),
+        (indexer.k_norm.scale, w["k_norm.weight"]),
+        (indexer.k_norm.bias, w["k_norm.bias"]),
+    ):
+        parameter.set_value(jnp.asarray(value))
+    rows = jax.jit(indexer)(jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx)
+    keys, last = Stored(rows["index_key"].swapaxes(1, 2), None), positions - 100
+    ids = index_choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)
     cos, sin = (np.asarray(a[0], float) for a in (ctx.cos, ctx.sin))
     scores = oracles.deepseek_index_scores(w, x, c_q, cos, sin)
     expected = [oracles.best(row, 32, range(t + 1)) for t, row in enumerate(scores)]
-    assert chosen["fp8_ue8m0"] == expected
-    differing = [set(a) != set(b) for a, b in zip(chosen["none"], expected, strict=True)]
-    assert 10 < sum(differing) < 190
+    assert [[s for s in row if s >= 0] for row in ids[0].tolist()] == expected
 
 
 # both ways

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from runs import by_command
 from dsv3_jax.cli.sample import write_samples
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.decoding import generate
+from dsv3_jax.hf.tensor_files import write_json
 
 RECORDS = [{"prompt": "def f", "answer": [1.5, "é"]}, {"prompt": "x"}]
 RECORDS += [{"id": 7, "prompt": "for in range(9)"}]
+BOS = {"add_bos_token": True, "bos_token": "<eos>"}
 BROKEN = {
     "[1]": "bad.jsonl, line 2, is not an object",
     '{"prompt": ""}': "bad.jsonl, line 2: \"prompt\" is '', not a text",
@@ -46,69 +49,53 @@ def sample(whole, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_stopped_command_resumes_to_the_same_file(whole, sample, tmp_path):
+    """That of a released model is the file of the run that it was made of."""
     (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, RECORDS)))
-    how = "--samples", 2, "--temperature", 1.5
+    how = "--samples", 2, "--temperature", 1.5, "--batch-size", 2
     code, want, err = sample("in.jsonl", "whole.jsonl", *how)
     assert code == 0 and "6 texts; " in err and want[0]["text"] != want[1]["text"]
     for row, line in enumerate(want):
         assert line | RECORDS[row // 2] == line and line["sample"] == row % 2
         assert line["logprob"] < -1 and (line["tokens"] == 24 or line["ended"])
-    part, how = tmp_path / "out.jsonl.part", (*how, "--batch-size", 2)
-    assert sample("in.jsonl", "out.jsonl", *how, parts=3)[:2] == (130, [])
+    part, hf = tmp_path / "out.jsonl.part", tmp_path / "hf"
+    assert by_command("convert", whole.folder, hf)[0] == 0
+    assert sample("in.jsonl", "out.jsonl", *how, model=hf, parts=3)[:2] == (130, [])
     kept = part.read_bytes()
     assert 1 < kept.count(b"\n") < 7
     part.write_bytes(kept + b'{"row": 5, "li')  # killed while it wrote
-    code, lines, err = sample("in.jsonl", "out.jsonl", *how, "--seed", 1)
+    code, lines, err = sample("in.jsonl", "out.jsonl", *how, "--seed", 1, model=hf)
     assert (code, lines) == (2, []) and "seed=1 is not the 0 that" in err
     assert part.read_bytes().startswith(kept)
-    code, lines, _ = sample("in.jsonl", "out.jsonl", *how)
+    code, lines, _ = sample("in.jsonl", "out.jsonl", *how, model=hf)
     assert code == 0 and not part.exists()
     for line, other in zip(lines, want, strict=True):
         assert line == other | {"logprob": pytest.approx(other["logprob"])}
-    # A released model that changes at its place is another one.
-    hf = tmp_path / "hf"
-    assert by_command("convert", whole.folder, hf)[0] == 0
-    assert sample("in.jsonl", "hf.jsonl", *how, parts=2, model=hf)[0] == 130
-    again = lambda: sample("in.jsonl", "hf.jsonl", *how, model=hf)  # noqa: E731
-    words = (hf / "tokenizer.json").read_text()
-    bos = {"add_bos_token": True, "bos_token": "<eos>"}
-    for file, content, said in (
-        ("tokenizer.json", swapped(words), "tokenizer='"),
-        ("generation_config.json", json.dumps({"eos_token_id": 7}), "stop_ids=[7, "),
-        ("tokenizer_config.json", json.dumps(bos), "add_bos=True is not the False"),
+
+    # A model that changes at its place is another one.
+    (tmp_path / "out.jsonl").unlink()
+    part.write_bytes(kept)
+    weights = next(hf.glob("*.safetensors"))
+    swapped = (hf / "tokenizer.json").read_text().replace('"a":97,"b":98', '"a":98,"b":97')
+    for change, said in (  # the first setting that differs is named: the last one changes first
+        (lambda: os.utime(weights, (0, 0)), "weights="),
+        (lambda: write_json(hf / "tokenizer_config.json", BOS), "add_bos=True"),
+        (lambda: write_json(hf / "generation_config.json", {"eos_token_id": 7}), "stop_ids="),
+        (lambda: (hf / "tokenizer.json").write_text(swapped), "tokenizer="),
     ):
-        before = (hf / file).read_bytes() if (hf / file).exists() else b"{}"
-        (hf / file).write_text(content)
-        code, _, err = again()
-        assert code == 2 and said in err and "is not the " in err, err
-        (hf / file).write_bytes(before)
-    for weights in hf.glob("*.safetensors"):
-        os.utime(weights, (0, 0))
-    code, _, err = again()
-    assert code == 2 and "weights=[" in err and "is not the [" in err
+        change()
+        code, _, err = sample("in.jsonl", "out.jsonl", *how, model=hf)
+        assert code == 2 and re.search(f"{said}.* is not the ", err), err
 
 
-def swapped(words: str) -> str:
-    """A tokenizer.json in which two ids have changed places."""
-    values = json.loads(words)
-    vocab = values["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    return json.dumps(values)
-
-
-OTHER = b'{"row": 1, "line": {"a": 1}}'
-DAMAGE = {
-    "a letter is changed": lambda a, b, *rest: [a, b.replace(b'"text": "1', b'"text": "9'), *rest],
-    "zeros after a loss of power": lambda a, b, *rest: [a, b"\0" * 40, *rest],
-    "two lines are one": lambda a, b, c, *rest: [a, b + b" " + c, *rest],
-    "a line of somebody else": lambda a, b, *rest: [a, OTHER, *rest],
-    "a carriage return": lambda a, b, *rest: [a, b + b"\r", *rest],
-    "a line stands twice": lambda *lines: [*lines, lines[-1]],
+DAMAGE = {  # of the lines of rows 0 to 4 → the rows that are drawn again
+    "a letter is changed": (lambda a, b, *more: [a, b.replace(b'"1', b'"9'), *more], [1, 5]),
+    "two lines are one": (lambda a, b, c, *more: [a, b + b" " + c, *more], [1, 2, 5]),
+    "a line stands twice": (lambda *lines: [*lines, lines[-1]], [5]),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_line_is_sampled_again(tmp_path, monkeypatch, capsys, damage):
+@pytest.mark.parametrize(("damage", "again"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_is_sampled_again(tmp_path, monkeypatch, capsys, damage, again):
     """The other lines are kept, and the output is that of a command that was not stopped."""
     drawn: list[int] = []
 
@@ -134,9 +121,9 @@ def test_a_damaged_line_is_sampled_again(tmp_path, monkeypatch, capsys, damage):
     head, *lines = part.read_bytes().splitlines()
     part.write_bytes(b"\n".join([head, *damage(*lines), b'1234 {"row": 5, "li']))
     assert write("out.jsonl") == whole
-    twice = damage is DAMAGE["a line stands twice"]
-    assert drawn[-1] == 5 and (len(drawn) == 1) == twice and len(drawn) <= 3
-    assert ("out.jsonl.part: 1; texts to sample: " in capsys.readouterr().err) == (not twice)
+    assert drawn == again
+    said = f"damaged lines in {part}: 1; texts to sample: {len(again)}"
+    assert (said in capsys.readouterr().err) == (len(again) > 1)
 
 
 def test_a_broken_line_is_named(sample, tmp_path):

@@ -122,11 +122,11 @@ def test_made_tasks_are_the_texts_own(tmp_path):
 def test_bad_tasks_are_refused_with_file_and_line(tmp_path):
     one = {**CHOICE, "choices": ["a"], "gold": 0}
     for lines, said in (
-        ([SINGLE, CHOICE], "a.jsonl, line 2, is no object with the keys context, continuation"),
-        ([{**CHOICE, "gold": 3}], "line 1: gold=3 is not the index of one of choices="),
+        ([SINGLE, CHOICE], "a.jsonl, line 2, is no object with the keys"),
+        ([{**CHOICE, "gold": 3}], "line 1: gold=3 is not the index"),
         ([{**CHOICE, "choices": ["a", 1, ""]}], "'q' and 1 are not a text"),
-        ([one], "a.jsonl has one text in the choices of each row"),
-        ([SINGLE] * 2, "shots=2 is no number of examples for .*a.jsonl, which has 2 rows"),
+        ([one], "a.jsonl has one text in the choices"),
+        ([SINGLE] * 2, "shots=2 is no number of examples for .*a.jsonl"),
     ):
         with refused(said):
             read_tasks(write(tmp_path, a=lines), shots=2)

@@ -1,9 +1,7 @@
 """`dsv3 serve` over HTTP: OpenAI's client gets `ds.generate`'s texts; bad input is a sentence."""
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import http.client
 import itertools
 import json
@@ -16,17 +14,16 @@ import httpx2
 import openai
 import pytest
 from models import LIGHT, random_model, small
-from runs import finished, start, unhooked_cli
-from serving import TEXT, answers, app, requests, served, wait_for
+from runs import by_command, start
+from serving import TEXT, answers, requests, served, wait_for
 
 import dsv3_jax as ds
 from dsv3_jax.decoding.sampler import New
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.serve.engine import Busy, Changes, Engine
 
+NEW = 20  # tokens of an answer
 SPELLING = answers.Spelling(TEXT)
-
-
 WRONG = {b"!va": ValueError("expert=9 is beyond"), b"!bu": Busy("full"), b"!ke": KeyError("fault")}
 
 
@@ -82,11 +79,9 @@ def post(address, body, path="/v1/completions", **headers):
 
 
 def events_of(response):
-    """The JSON of each event, after a look at their form."""
-    *lines, last, end = response.text.split("\n\n")
-    assert response.headers["content-type"].startswith("text/event-stream")
-    assert (last, end) == ("data: [DONE]", "")
-    assert all(re.fullmatch("data: {.*}", line) for line in lines)
+    """The JSON of each event. OpenAI's client reads their form."""
+    *lines, last, _ = response.text.split("\n\n")
+    assert last == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
@@ -100,18 +95,13 @@ BAD = {  # a body, and how the sentence begins about it
     CHAT + ', "tools": []}': "'tools' is not a key of ChatCompletion",
     '{"prompt": "a", "n": 0}': "n=0 is outside [1, 128]",
     json.dumps({"prompt": ["a"] * 65, "n": 2}): "n=2 makes 130 texts, more than 128",
-    '{"prompt": "a", "stream": 1}': "stream=1 is not of type bool",
-    '{"prompt": "a", "temperature": -1}': "temperature=-1.0 is outside [0, ",
     '{"prompt": "a", "presence_penalty": 1}': "presence_penalty=1 is not of type one of 0",
     '{"prompt": "a", "logit_bias": {"5": 1}}': "logit_bias={'5': 1} is not empty",
-    '{"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}': "stop=['a', 'b', 'c', 'd', 'e'] is not",
     json.dumps({"prompt": "a", "stop": "a" * 3 * 10**6}): "stop='aaaa",
     json.dumps({"prompt": "a" * 64}): "max_tokens=1 after a prompt of 64 tokens is beyond",
     '{"prompt": "a", "max_tokens": 0}': "max_tokens=0 asks for no text",
     "{}": "prompt 0=None is not a list of token ids",
     '{"prompt": [[1], [260]]}': "prompt 1 holds token 260, which is no id",
-    json.dumps({"prompt": [10**90]}): "prompt 0 holds token 1000",
-    '{"messages": [{"role": "user"}]}': "message 0 of role='user' has no content",
     '{"prompt": "a", "glass": {"off": [[1]]}}': "off=([1],) is not a list of [layer, expert]",
     '{"prompt": "!va"}': "expert=9 is beyond",
 }
@@ -120,8 +110,7 @@ BAD = {  # a body, and how the sentence begins about it
 @pytest.mark.parametrize("body", BAD, ids=range(len(BAD)))
 def test_bad_input_is_a_sentence_and_the_server_goes_on(fake, body):
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    streamed = body if "stream" in body else re.sub("(?<=[^{])}$", ', "stream": true}', body)
-    for data in (body, streamed):
+    for data in (body, re.sub("(?<=[^{])}$", ', "stream": true}', body)):
         response = post(fake, data.encode(), path)
         error = response.json()["error"]
         assert (response.status_code, error["type"]) == (400, "invalid_request_error")
@@ -137,7 +126,6 @@ def test_other_errors_have_a_status_each(fake):
         (post(fake, {"prompt": "!ke", "stream": True}), 500, "a fault, KeyError"),
         (post(fake, b" " * 5 * 10**6), 413, "more than 4,000,000 bytes"),
         (post(fake, ask, **{"content-type": "text/plain"}), 415, "content-type='text/plain'"),
-        (post(fake, ask, host="evil.example"), 421, "host='evil.example'"),
         (post(fake, ask, host="127.0.0.1.evil.example:80"), 421, "host='127.0.0.1.evil"),
         (post(fake, ask, "/v1/complete"), 404, "POST '/v1/complete' is not served"),
         (post(fake, ask, "/v1/models"), 405, "POST '/v1/models' is not served"),
@@ -146,8 +134,7 @@ def test_other_errors_have_a_status_each(fake):
         assert words in response.json()["error"]["message"]
         assert "access-control-allow-origin" not in response.headers
         assert ("retry-after" in response.headers) == (status == 429)
-    for host in ("localhost", "127.0.0.1:99", "[::1]:8000"):
-        assert post(fake, ask, host=host).status_code == 200
+    assert post(fake, ask, host="[::1]:8000").status_code == 200
     with pytest.raises(openai.APIError, match="full"):  # after the first token
         list(client_of(fake).completions.create(model="", prompt="!fi", stream=True))
 
@@ -174,16 +161,13 @@ def test_a_client_that_vanishes_frees_its_rows(prompt, stream):
 
 
 def test_the_page_may_run_its_own_script_alone(fake):
-    response = httpx2.get(f"http://{fake}/")
-    assert response.text == app.PAGE.read_text() and response.headers["cache-control"] == "no-store"
-    policy = response.headers["content-security-policy"]
+    """test_serve_page runs it in a browser."""
+    policy = httpx2.get(f"http://{fake}/").headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; connect-src 'self'; ")
-    found = app._page_of("<script>let b = '<i>';\n</script>").headers["content-security-policy"]
-    digest = base64.b64encode(hashlib.sha256(b"let b = '<i>';\n").digest()).decode()
-    assert f"; script-src 'sha256-{digest}'" in found
+    assert "; script-src 'sha256-" in policy and "unsafe" not in policy
 
 
-@pytest.mark.parametrize("stop", [["cd"], ["é!"], ["abc", "bc"], ["d", "cde", "zz"], ["aab"], []])
+@pytest.mark.parametrize("stop", [["é!"], ["abc", "bc"], ["d", "cde", "zz"], []])
 def test_no_part_of_a_stop_text_is_sent(stop, rng):
     """However tokens come, the text ends before the stop text that is complete first."""
     body = json.dumps({"prompt": "x", "stop": stop, "logprobs": 1}).encode()
@@ -227,7 +211,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def real(model):
-    engine = Engine(model, stop_tokens=TEXT.stop_ids, rows=4)
+    engine = Engine(model, stop_tokens=TEXT.stop_ids, rows=2)
     with served(engine) as (address, _):
         yield address
     engine.close()
@@ -237,14 +221,19 @@ def text_of(tokens):
     return TEXT.tokenizer.decode(t for t in tokens if t not in TEXT.stop_ids)
 
 
+def generated(model, *prompts, **options):
+    """What `generate` gives; of one length and with all that it tells, so that it compiles less."""
+    how = dict(stop_tokens=TEXT.stop_ids, logprobs=True, return_routing=True)
+    return ds.generate(model, prompts, NEW, **how | options)
+
+
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 0.9, "top_k": 40, "seed": 5}])
 def test_completions_are_those_of_generate(model, real, drawn):
     """Texts, log p and counts; a stream has the same in parts."""
     n, prompts = (3 if drawn else 1), ["abc", "one more"]
     ids = [TEXT.encode(prompt) for prompt in prompts]
-    how = dict(stop_tokens=TEXT.stop_ids, samples=n, logprobs=True)
-    want = ds.generate(model, ids, 20, **how, **drawn)
-    wish = dict(model="any", prompt=prompts, n=n, max_tokens=20, logprobs=2, extra_body=drawn)
+    want = generated(model, *ids, samples=n, **drawn)
+    wish = dict(model="any", prompt=prompts, n=n, max_tokens=NEW, logprobs=2, extra_body=drawn)
     create = client_of(real).completions.create
     whole = create(**wish)
     assert [choice.text for choice in whole.choices] == [*map(text_of, want.tokens)]
@@ -270,9 +259,9 @@ def test_chats_are_those_of_generate(model, real):
     turns = [{"role": "user", "content": "hé<eos>"}]
     ids = TEXT.chat.render(turns, add_generation_prompt=True).ids
     assert ids.count(256) == 1
-    (want,) = ds.generate(model, [ids], 24, stop_tokens=TEXT.stop_ids).tokens
+    (want,) = generated(model, ids).tokens
     create = client_of(real).chat.completions.create
-    wish = dict(model="", messages=turns, max_completion_tokens=24, logprobs=True)
+    wish = dict(model="", messages=turns, max_completion_tokens=NEW, logprobs=True)
     choice = create(**wish, top_logprobs=5).choices[0]
     assert (choice.message.content, choice.message.role) == (text_of(want), "assistant")
     told = choice.logprobs.content
@@ -293,7 +282,7 @@ def test_chats_are_those_of_generate(model, real):
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_an_echo_scores_its_prompt(model, real, most):
     """As lm_eval asks: log p of the continuation, and whether it is the likeliest, are ours."""
-    (likely,) = ds.generate(model, [[*b"abc"]], 4).tokens
+    likely = generated(model, [*b"abc"], stop_tokens=()).tokens[0][:4]
     for more in (likely, [*b"xyz"]):
         ids = [*b"abc", *more]
         wish = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": most}
@@ -303,14 +292,14 @@ def test_an_echo_scores_its_prompt(model, real, most):
         [(want, is_likeliest)] = ds.loglikelihood(model, [([*b"abc"], more)])
         assert (sum(nats[3 : len(ids)]), greedy) == (pytest.approx(want, abs=1e-4), is_likeliest)
         assert (len(nats), nats[0], tops[0]) == (len(ids) + most, None, None)
-        new = ds.generate(model, [ids], most).tokens[0] if most else []
+        new = generated(model, ids).tokens[0][:most]
         assert choice["text"] == text_of([*ids, *new])
 
 
 def test_what_the_page_gets_is_what_generate_returns(model, real):
     """Experts by position; one that is forced is read at its token, and changes none before it."""
-    wish = {"prompt": "abcd", "max_tokens": 9, "stream": True, "glass": {}}
-    want = ds.generate(model, [[*b"abcd"]], 9, stop_tokens=TEXT.stop_ids, return_routing=True)
+    wish = {"prompt": "abcd", "max_tokens": NEW, "stream": True, "glass": {}}
+    want = generated(model, [*b"abcd"])
     parts = [event["glass"] for event in events_of(post(real, wish))]
     tokens = [token["id"] for part in parts for token in part["tokens"]]
     experts = [row for part in parts for row in part["experts"]["ids"]]
@@ -337,34 +326,34 @@ def test_what_the_page_gets_is_what_generate_returns(model, real):
     with pytest.raises(ValueError, match="bias=False leaves out"):
         dense._check(Changes(bias=False))
     about = httpx2.get(f"http://{real}/glass/model").json()
-    assert (about["name"], about["chat"], about["rows"], about["experts"]) == ("tiny", True, 4, 8)
+    assert (about["name"], about["chat"], about["rows"], about["experts"]) == ("tiny", True, 2, 8)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_command_and_its_streams(root, number):
-    if signal.getsignal(number) is signal.SIG_IGN:
+def test_a_signal_ends_the_command_and_its_streams(whole, root):
+    """test_serve_page has SIGTERM."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         pytest.skip("what the tests ignore, as in the background, their commands ignore too")
-    process = start(["serve", str(finished(root).folder), "--port", "0", "--rows", "2"], root)
+    process = start(["serve", str(whole.folder), "--port", "0", "--rows", "2"], root)
     address = re.search(r"http://(\S+) ", process.stdout.readline())[1]
     wish = dict(model="", prompt="a", max_tokens=40, temperature=0, stream=True)
     with client_of(address) as client, client.completions.create(**wish) as stream:
         next(iter(stream))
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in err, err
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in err, err
 
 
-def test_the_command_refuses_in_a_sentence(root, monkeypatch, capsys):
-    main = unhooked_cli().main
-    command = ["serve", str(finished(root).folder)]
+def test_the_command_refuses_in_a_sentence(whole, monkeypatch):
+    def said(*options):
+        code, out, err = by_command("serve", whole.folder, *options)
+        assert (code, out) == (2, "")
+        return err
+
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        port = str(taken.getsockname()[1])
-        assert main([*command, "--port", port]) == 2
-    assert main([*command, "--port", "65536"]) == main([*command, "--timeout", "0"]) == 2
-    first, second, third = capsys.readouterr().err.splitlines()
-    assert f"port={port} of host='127.0.0.1' is not free: Address already in use" in first
-    assert "port=65536 is not within" in second and "timeout=0.0 is not" in third
+        port = taken.getsockname()[1]
+        assert f"port={port} of host='127.0.0.1' is not free" in said("--port", port)
+    assert "port=65536 is not within" in said("--port", 65536)
+    assert "timeout=0.0 is not" in said("--timeout", 0)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(command) == 2
-    assert "pip install starlette uvicorn" in capsys.readouterr().err
+    assert "pip install starlette uvicorn" in said()

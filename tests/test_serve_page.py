@@ -24,9 +24,10 @@ KNOWN += "element.style.background]"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A released folder with a chat template and a multi-token head."""
+    """A released folder with a chat template, two layers of experts and a multi-token head."""
     folder = tmp_path_factory.mktemp("served") / "tiny"
     config = GRID["groups"].config | {"vocab_size": 384, "max_position_embeddings": 1024}
+    config |= {"num_hidden_layers": 2, "first_k_dense_replace": 0}
     write_folder(folder, Cell("groups", config))
     return write_text_files(folder, TEXTS["V3"])
 
@@ -43,16 +44,21 @@ def address(folder, root):
     assert server.returncode == 143
 
 
-@pytest.fixture
-def page(address):
-    """The page, open; at the end: nothing thrown or logged, and no other host asked."""
+@pytest.fixture(scope="module")
+def browser():
     with contextlib.closing(Browser()) as browser:
-        browser.open(address)
-        browser.wait_for("$('layer').options.length > 0")
-        fill(browser, max_tokens=NEW)
         yield browser
-        assert browser.errors == []
-        assert {request[: len(address)] for request in browser.requests} == {address}
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, open; at the end: nothing thrown or logged, and no other host asked."""
+    browser.open(address)
+    browser.wait_for("$('layer').options.length > 0")
+    fill(browser, max_tokens=NEW)
+    yield browser
+    assert browser.errors == []
+    assert {request[: len(address)] for request in browser.requests} == {address}
 
 
 def fill(page, **values) -> None:
@@ -103,7 +109,7 @@ def test_a_conversation_is_what_generate_gives(page, folder):
     model, text = ds.load_model(folder), ds.load_text(folder)
     fill(page, seed=3)
     messages = []
-    for words in ("hello world", HOSTILE, "the end\n 1+1 is?"):
+    for words in ("hello\n world", HOSTILE):
         tokens = ask(page, words)
         messages.append({"role": "user", "content": words})
         ids = text.chat.render(messages, add_generation_prompt=True).ids
@@ -113,9 +119,9 @@ def test_a_conversation_is_what_generate_gives(page, folder):
     assert page.texts(".user") == [message["content"] for message in messages[::2]]
     assert page.run("window.hit === undefined && document.querySelector('img') === null")
 
-    # The panel of each token of the last answer, by the keyboard alone.
+    # The panels of some tokens of the last answer, by the keyboard alone.
     page.run(f"document.querySelector('{TURN} .pair .tokens').focus()")
-    for token, logprob, experts, draft, colour in tokens[len(ids) :]:
+    for token, logprob, experts, draft, colour in tokens[len(ids) :][:6]:
         page.press("ArrowRight")
         said = page.texts("#token > p")
         assert said[0].startswith(f"id {token}, ")
@@ -129,7 +135,7 @@ def test_a_conversation_is_what_generate_gives(page, folder):
 
     # Load, MaxVio and bytes are those of these tokens.
     load = np.bincount([e for token in tokens for e in token[2][1]], minlength=8)
-    assert page.texts("#loads p")[1] == f"layer 2: MaxVio {load.max() / load.mean() - 1:.2f}"
+    assert page.texts("#loads p")[1] == f"layer 1: MaxVio {load.max() / load.mean() - 1:.2f}"
     heights = page.run("loads[1].bars.map(bar => parseFloat(bar.style.height))")
     np.testing.assert_allclose(heights, 100 * load / load.max(), rtol=1e-3)  # CSS rounds
     held = 4 * model.cfg.num_layers * (model.cfg.kv_latent_dim + model.cfg.rope_head_dim)

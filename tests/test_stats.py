@@ -13,14 +13,7 @@ from runs import MODEL, packed_batch, refused
 
 from dsv3_jax import reference
 from dsv3_jax.model.transformer import Transformer, abstract
-from dsv3_jax.stats import (
-    RoutingStats,
-    collect,
-    decisions,
-    favourites,
-    measures,
-    specialisation,
-)
+from dsv3_jax.stats import RoutingStats, collect, decisions, favourites, measures, specialisation
 from dsv3_jax.stats.routing_stats import layer_names
 from dsv3_jax.stats.token_rows import AFTER, BEFORE, TOP, find_contexts, rows_of
 

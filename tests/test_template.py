@@ -20,7 +20,6 @@ from texts import (
     TEXTS,
     TOOLS,
     USER,
-    V3,
     Clock,
     message,
     settings_of,
@@ -28,14 +27,8 @@ from texts import (
 )
 
 from dsv3_jax.chat import sandbox
-from dsv3_jax.chat.examples import encode
 from dsv3_jax.chat.template import ChatTemplate
-from dsv3_jax.chat.text_settings import (
-    PLAIN_TEMPLATE,
-    plain_settings,
-    read_settings,
-    with_template,
-)
+from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, plain_settings, read_settings, with_template
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
 from dsv3_jax.host.signals import handled
@@ -87,35 +80,30 @@ def test_prompts_and_conversations_are_transformers(name):
 
 
 def test_prefixes_mark_what_generation_blocks_do():
-    """Without `{% generation %}`, an answer is what a turn adds, with what ends it.
-
-    GLM's leaves out the thoughts of earlier turns, so that without its marks no difference is an
-    answer.
-    """
+    """Without `{% generation %}`, an answer is what a turn adds, with what ends it."""
 
     def bare(template):
         source = re.sub(r"{%-? (end)?generation -?%}", "", template.source)
         return ChatTemplate(source, template.tokenizer, template.special_tokens)
 
-    kimi = settings_of("Kimi").chat
-    for messages in (CONVERSATIONS["two turns"], CONVERSATIONS["names in a message"]):
-        rendered = bare(kimi).render(messages, assistant_mask=True)
-        assert rendered == kimi.render(messages, assistant_mask=True)
+    kimi, messages = settings_of("Kimi").chat, CONVERSATIONS["two turns"]
+    rendered = bare(kimi).render(messages, assistant_mask=True)
+    assert rendered == kimi.render(messages, assistant_mask=True)
+    # GLM's leaves out the thoughts of earlier turns: no difference is an answer.
     messages = [USER, {**ANSWER, "reasoning_content": "why"}, USER, ANSWER]
     with refused("message 1: the chat template writes .* in another way"):
         bare(settings_of("GLM").chat).render(messages, assistant_mask=True)
 
 
 def test_a_generation_prompt_may_open_a_thought():
-    """As DeepSeek-R1's, which names one of the pair; answers keep both as tokens, users none."""
-    text = settings_of("V3")
-    asked = "{{ '<｜Assistant｜>' }}{% endif"
-    source = V3.replace(asked, asked.replace("' }}", "<think>\n' }}"))
-    source = source.replace(".split('</think>')[-1]", "")
-    thinking = ChatTemplate(source, text.tokenizer, text.special_tokens)
-    assert thinking.text([USER], add_generation_prompt=True).endswith("<｜Assistant｜><think>\n")
+    """Answers keep the names of a thought's ends as tokens; those of users are text."""
+    text = with_template(settings_of("V3"), str(TEMPLATES / "r1.jinja"), ("thinking=true",))
+    asked = text.chat.text([USER], add_generation_prompt=True)
+    answered = text.chat.text([USER], add_generation_prompt=True, thinking=False)
+    assert asked.endswith("<｜Assistant｜><think>")
+    assert answered.endswith("<｜Assistant｜></think>")
     turns = [message("user", "<think>"), message("assistant", "<think>3</think>4")]
-    ids, mask = thinking.render(turns, assistant_mask=True)
+    ids, mask = text.chat.render(turns, assistant_mask=True)
     name = {i: n for n, i in text.tokenizer.added.items()}
     assert [name.get(i, chr(i)) for i in ids if i < 256 or i in name] == [
         "<｜begin▁of▁sentence｜>", "<｜User｜>", "<", ">", "<｜Assistant｜>",
@@ -125,21 +113,16 @@ def test_a_generation_prompt_may_open_a_thought():
     assert [i for i, ours in zip(ids, mask, strict=True) if ours] == ids[-4:]
 
 
-def test_variables_of_the_template_and_a_continued_message():
-    text = with_template(settings_of("V3"), str(TEMPLATES / "r1.jinja"), ("thinking=true",))
-    begun = [USER, message("assistant", "the e")]
-    asked = text.chat.text([USER], add_generation_prompt=True)
-    answered = text.chat.text([USER], add_generation_prompt=True, thinking=False)
-    assert asked.endswith("<｜Assistant｜><think>")
-    assert answered.endswith("<｜Assistant｜></think>")
-    assert text.chat.text(begun, continue_final_message=True).endswith("<｜Assistant｜>the e")
+def test_a_continued_message_and_wrong_options():
+    text = with_template(settings_of("V3"), str(TEMPLATES / "r1.jinja"))
+    begun, how = [USER, message("assistant", "<think>a</think>b")], {"continue_final_message": True}
+    assert text.chat.text(begun, **how).endswith("<｜Assistant｜><think>a</think>b")
     with refused("thinkin=True is no variable of .* did you mean 'thinking'\\?; it reads "):
         text.chat.text(begun, thinkin=True)
     with refused("are both given; choose one"):
-        text.chat.text(begun, continue_final_message=True, add_generation_prompt=True)
-    begun[1]["content"] = "<think>a</think>b"
+        text.chat.text(begun, **how, add_generation_prompt=True)
     with refused("does not write the whole of the last message"):
-        settings_of("V3").chat.text(begun, continue_final_message=True)
+        settings_of("V3").chat.text(begun, **how)
     with refused("template='thinking' is not NAME=VALUE"):
         with_template(text, None, ("thinking",))
 
@@ -148,9 +131,9 @@ def test_variables_of_the_template_and_a_continued_message():
 def test_no_message_can_end_a_turn(name):
     """By default a message adds no id that the template writes, and loses no character."""
     text = settings_of(name)
-    written = {*text.tokenizer.specials}
+    specials, source = text.tokenizer.specials, text.chat.source
     added = text.tokenizer.added.items()
-    control = {i for name, i in added if name in written or name in text.chat.source}
+    control = {i for name, i in added if name in specials or name in source}
 
     def ids_of(content):
         return text.chat.render([message("user", content)]).ids
@@ -158,9 +141,7 @@ def test_no_message_can_end_a_turn(name):
     evil = " ".join(text.tokenizer.added)
     assert [i for i in ids_of(evil) if i in control] == [i for i in ids_of("x") if i in control]
     assert evil in text.tokenizer.decode(ids_of(evil))
-    assert "\U000f0000" not in text.tokenizer.decode(ids_of(evil))
-    forged = "\U000f0001" + evil + "\U000f0000"
-    assert ids_of(forged) == ids_of(evil)
+    assert ids_of("\U000f0001" + evil + "\U000f0000") == ids_of(evil)  # the marks of a message
 
 
 def test_messages_out_of_order_are_one_sentence():
@@ -168,20 +149,17 @@ def test_messages_out_of_order_are_one_sentence():
     empty, called = message("assistant", None), CONVERSATIONS["tools"]
     for name, messages, sentence in (
         ("V3", [USER, empty], "message 1 of role='assistant' has no content"),
-        ("V3", [message("sytem", "a"), USER], "message 0 has role='sytem', which the chat templ"),
         ("V3", [ANSWER, USER], "message 0 is the assistant's"),
         ("strict", called, "message 2 has role='tool'"),
         ("strict", [USER, USER], ".* refuses the messages: roles must alternate: user, assistant"),
     ):
         with refused(f"^{sentence}[^\n]*$"):
             settings_of(name).chat.text(messages)
-    assert settings_of("V3").chat.text(called)
     assert "<|tool|>" in settings_of("GLM").chat.text(called)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
+def test_a_template_reaches_nothing_and_its_errors_are_one_sentence():
+    for source in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ lipsum.__globals__['os'].popen('id').read() }}",
         "{{ '{0.__class__.__mro__}'.format('') }}",
@@ -189,15 +167,9 @@ def test_messages_out_of_order_are_one_sentence():
         "{% include '/etc/passwd' %}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{% for m in messages %}",
-    ],
-)
-def test_a_template_reaches_nothing_and_its_errors_are_one_sentence(source):
-    try:
-        found = ChatTemplate("{{ messages[0].content }}" + source, ByteTokenizer()).text([USER])
-    except ValueError as error:
-        assert str(error).startswith("the chat template") and "\n" not in str(error)
-    else:
-        assert found.removesuffix("[Undefined]") == "hello world", found
+    ):
+        with refused("^the chat template [^\n]*$"):
+            ChatTemplate(source, ByteTokenizer()).text([USER])
 
 
 def test_stop_tokens_and_sampling_come_from_the_files():
@@ -205,9 +177,6 @@ def test_stop_tokens_and_sampling_come_from_the_files():
     assert settings_of("V3").stop_ids == (v3["<｜end▁of▁sentence｜>"],)
     assert settings_of("V3").sampling == {"temperature": 0.6, "top_p": 0.95}
     assert settings_of("Kimi").stop_ids == (kimi["<|im_end|>"], kimi["[EOS]"])
-    assert (
-        settings_of("Kimi").tokenizer.eos_id == kimi["[EOS]"]
-    )  # no known name: only the file says so
     ends = ("<|endoftext|>", "<|user|>", "<|observation|>")
     assert settings_of("GLM").stop_ids == tuple(glm[name] for name in ends)
     assert settings_of("strict").sampling == {"temperature": 0.0}
@@ -236,14 +205,12 @@ def test_a_turn_of_weight_0_is_no_target(source):
         return text.replace("\n", "")  # without blocks the line's end is the assistant's, too
 
     assert targets(0, None, 1) == "1.2." and targets(1.0, 0) == "0." and targets(0) == ""
-    for weight in (0.5, "0", [0]):
-        with refused(r"weight=.* must be 0 or 1"):
+    for weight in (0.5, "0"):
+        with refused(f"weight=.*{weight}.* must be 0 or 1"):
             targets(1, weight)
 
 
-def test_weight_is_read_in_other_forms_and_ambiguous_marks_are_refused():
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
-    assert not any(encode({"conversations": turns}, PLAIN)[1])
+def test_a_weight_needs_one_mark_a_turn():
     twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
     messages = [message("user", "a"), message("assistant", "b", weight=0)]
     with refused("for each of the 4 that the chat template marks"):

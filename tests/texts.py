@@ -52,12 +52,7 @@ CALL = {"role": "assistant", "content": None,
         "tool_calls": [{"function": {"name": "add", "arguments": {"é": [1, "<>"]}}}]}  # fmt: skip
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "system": [message("system", "the system é"), message("user", "1+1 is?")],
-    "two turns": [
-        USER,
-        ANSWER,
-        message("user", " 日本語 🚀\n"),
-        message("assistant", "🚀 ok \n"),
-    ],
+    "two turns": [USER, ANSWER, message("user", " 日本語 🚀\n"), message("assistant", "🚀 ok \n")],
     "thoughts": [
         USER,
         message("assistant", "<think>a</think>b", reasoning_content="why"),

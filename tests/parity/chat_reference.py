@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import transformers
-from texts import CONVERSATIONS, GOLDEN, NOW, PROMPTS, TEXTS, TOOLS, Text, write_text_files
+from texts import CONVERSATIONS, GOLDEN, PROMPTS, TEXTS, TOOLS, Clock, Text, write_text_files
 from transformers.utils import chat_template_utils
 
 transformers.logging.set_verbosity_error()
-
-
-class Clock(datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return NOW
-
-
 chat_template_utils.datetime = Clock
 
 
@@ -35,14 +26,13 @@ def theirs(folder: Path, text: Text) -> dict[str, Any]:
     """Compute transformers' results on a folder of `write_text_files`."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     source = json.dumps(text.config.get("chat_template")) + (text.jinja or "")
+    marked = "generation" in source.replace("add_generation_prompt", "")
     return {
         "prompts": [tokenizer(prompt)["input_ids"] for prompt in PROMPTS],
         "raw": [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS],
         "special_tokens": tokenizer.special_tokens_map,
         "conversations": {
-            name: _conversation(
-                tokenizer, messages, "generation" in source.replace("add_generation_prompt", "")
-            )
+            name: _conversation(tokenizer, messages, marked)
             for name, messages in CONVERSATIONS.items()
         },
     }
