@@ -61,22 +61,30 @@ def assert_equal(got, want, atol=1e-10):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
+def on_one_device(held, x, ids, gates, *weights):
+    """(The oracle's arrays, a device's with the first `held` experts, which choices are of these).
+
+    A choice of another expert has id -1 in the oracle. On the device it has id `held` and gate 0.
+    """
+    here, own = ids < held, [w[:held] for w in weights]
+    gates = np.where(here, gates, 0.0)
+    return (x, np.where(here, ids, -1), gates, *own), (x, np.minimum(ids, held), gates, *own), here
+
+
 @pytest.mark.parametrize(
-    "choose, sizes",
-    [
-        ("two take all", {}),
-        # rows of an expert span blocks, and end inside one
-        pytest.param("uneven", dict(n=700, d=3, f=2, num_experts=3), marks=pytest.mark.long),
-    ],
-    ids=["two take all", "many rows"],
+    "choose, held, sizes",
+    # rows of an expert span blocks, and end inside one
+    [("two take all", 6, {}), ("uneven", 2, dict(n=700, d=3, f=2, num_experts=3))],
+    ids=["few rows", "many rows, some of experts elsewhere"],
 )
-def test_backends_and_their_gradients_equal_dense(x64, rng, choose, sizes):
-    arrays = case(rng, choose, **sizes)
-    weight = rng.standard_normal(arrays[0].shape)
-    want = value_and_gradients(oracles.routed_swiglu_jnp, weight, *arrays)
+def test_backends_and_their_gradients_equal_dense(x64, rng, choose, held, sizes):
+    known, arrays, here = on_one_device(held, *case(rng, choose, **sizes))
+    weight = rng.standard_normal(known[0].shape)
+    want = value_and_gradients(oracles.routed_swiglu_jnp, weight, *known)
     for backend in BACKENDS.values():
+        y, (dx, d_gates, *rest) = value_and_gradients(backend, weight, *arrays)
         # hundreds of terms
-        assert_equal(value_and_gradients(backend, weight, *arrays), want, atol=1e-9)
+        assert_equal((y, (dx, np.where(here, d_gates, 0.0), *rest)), want, atol=1e-9)
 
 
 DECODING = (
@@ -88,33 +96,18 @@ DECODING = (
 dense = jax.jit(oracles.routed_swiglu_jnp)
 
 
-@pytest.mark.parametrize("n, choose, held", [(1, "any", 6), (8, "two take all", 4)])
+@pytest.mark.parametrize(
+    "n, choose, held", [(1, "any", 6), (8, "two take all", 4), (8, "uneven", 5)]
+)
 def test_few_tokens_equal_dense(x64, rng, n, choose, held):
-    """Also where some experts are on another device: id E, gate 0."""
-    x, ids, gates, *weights = case(rng, choose, n=n)
-    here, own = ids < held, [w[:held] for w in weights]
-    expected = dense(x, np.where(here, ids, -1), gates, *own)
+    known, arrays, _ = on_one_device(held, *case(rng, choose, n=n))
     for decode in DECODING:
-        y = jax.jit(decode)(x, np.where(here, ids, held), np.where(here, gates, 0.0), *own)
-        np.testing.assert_allclose(y, expected, atol=1e-10)
+        np.testing.assert_allclose(jax.jit(decode)(*arrays), dense(*known), atol=1e-10)
 
 
 def test_counting_equals_sorting(rng):
     ids = jnp.asarray(rng.integers(0, 7, (9, 3)))  # 6: of another device
     jax.tree.map(np.testing.assert_array_equal, count_by_expert(ids, 6), sort_by_expert(ids, 6))
-
-
-def test_an_expert_that_is_elsewhere_adds_nothing(x64, rng):
-    """Id E, gate 0: its rows come last and belong to no expert, in the gradients too."""
-    x, ids, gates, *weights = case(rng, "any", n=8)
-    here, held, weight = ids < 4, [w[:4] for w in weights], rng.standard_normal(x.shape)
-    gates = np.where(here, gates, 0.0)
-    known = x, np.where(here, ids, -1), gates, *held
-    want = value_and_gradients(oracles.routed_swiglu_jnp, weight, *known)
-    for backend in ("blocks", "ragged_dot", "row_blocks"):
-        arrays = x, np.where(here, ids, 4), gates, *held
-        y, (dx, d_gates, *rest) = value_and_gradients(BACKENDS[backend], weight, *arrays)
-        assert_equal((y, (dx, np.where(here, d_gates, 0.0), *rest)), want)
 
 
 @pytest.mark.parametrize("factor, choose", [(0.25, "uneven"), (3.0, "two take all")])
@@ -126,20 +119,14 @@ def test_capacity_drops_later_tokens(x64, rng, factor, choose):
     x, ids, gates, *weights = case(rng, choose)
     kept = oracles.within_capacity(ids, 6, factor)
     assert kept.all() if factor == 3 else 0 < (~kept).sum() < kept.size
-    weight, shares = rng.standard_normal(x.shape), []
-
-    def ours(*args):
-        y, dropped = dispatch.capacity_swiglu(*args, factor=factor)
-        jax.debug.callback(shares.append, dropped)
-        return y
-
-    got = value_and_gradients(ours, weight, x, ids, gates, *weights)
+    weight, ours = rng.standard_normal(x.shape), partial(dispatch.capacity_swiglu, factor=factor)
+    got = value_and_gradients(lambda *arrays: ours(*arrays)[0], weight, x, ids, gates, *weights)
     expected, (dx, d_gates, *d_weights) = value_and_gradients(
         oracles.routed_swiglu_jnp, weight, x, ids, np.where(kept, gates, 0.0), *weights
     )
     assert_equal(got, (expected, (dx, np.where(kept, d_gates, 0.0), *d_weights)))
-    jax.effects_barrier()
-    assert shares[0].dtype == np.float32 and shares[0] == pytest.approx(1 - kept.mean(), abs=1e-6)
+    dropped = jax.jit(ours)(x, ids, gates, *weights)[1]
+    assert dropped.dtype == np.float32 and dropped == pytest.approx(1 - kept.mean(), abs=1e-6)
 
 
 # C++, in float32, whose unit roundoff is 6e-8; the oracle is in float64
@@ -161,45 +148,32 @@ def float32(arrays):
 @needs_cpp
 @pytest.mark.parametrize("choose, sizes", WIDTHS.values(), ids=WIDTHS)
 def test_cpp_and_its_gradients_equal_dense(rng, choose, sizes):
-    """Sums have at most 1,100 products."""
+    """In every run they are the same bits, although threads take the experts in any order."""
     arrays = float32(case(rng, choose, **sizes))
     (weight,) = float32([rng.standard_normal(arrays[0].shape)])
-    # a new lambda, so it is traced again
-    ours = value_and_gradients(lambda *a: grouped_swiglu(*a), weight, *arrays)
+    ours, *again = (value_and_gradients(grouped_swiglu, weight, *arrays) for _ in range(6))
     with jax.enable_x64(True):
         wide = [a if a.dtype == jnp.int32 else a.astype(jnp.float64) for a in (weight, *arrays)]
         theirs = value_and_gradients(oracles.routed_swiglu_jnp, *wide)
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(ours))
-    assert_near(ours, theirs)
+    assert_near(ours, theirs)  # sums have at most 1,100 products
+    for others in again:
+        assert_bitwise(others, ours)
+
+
+FEW = [(1, {}), (5, dict(d=128, f=80)), (40, dict(d=7, f=130))]
 
 
 @needs_cpp
-@pytest.mark.parametrize("n, sizes", [(1, {}), (5, dict(d=128, f=80)), (40, dict(d=7, f=130))])
-def test_cpp_for_few_tokens_equals_dense(rng, n, sizes):
-    x, ids, gates, *weights = float32(case(rng, "two take all" if n > 5 else "any", n=n, **sizes))
-    run = jax.jit(calls.decode_experts)
+@pytest.mark.parametrize(
+    "function, n, sizes",
+    [(calls.decode_experts, *few) for few in FEW] + [(grouped_swiglu, 200, dict(d=48, f=80))],
+)
+def test_in_cpp_a_token_has_the_same_bits_without_other_tokens(rng, function, n, sizes):
+    x, ids, gates, *weights = float32(case(rng, "uneven", n=n, **sizes))
+    run = jax.jit(lambda *arrays: function(*arrays))
     y = run(x, ids, gates, *weights)
     assert_near(y, dense(x, ids, gates, *weights))
-    for i in range(0, n, 3):  # bitwise the same without the other tokens
+    for i in range(0, n, 3):
         one = slice(i, i + 1)
         np.testing.assert_array_equal(run(x[one], ids[one], gates[one], *weights)[0], y[i])
-
-
-@needs_cpp
-def test_in_cpp_a_token_does_not_depend_on_other_tokens(rng):
-    x, ids, gates, *weights = float32(case(rng, "any", n=200, d=48, f=80))
-    run = jax.jit(lambda *a: grouped_swiglu(*a))
-    together = np.asarray(run(x, ids, gates, *weights))
-    for part in (slice(0, 1), slice(30, 200)):
-        alone = run(x[part], ids[part], gates[part], *weights)
-        np.testing.assert_array_equal(alone, together[part])
-
-
-@needs_cpp
-def test_gradients_of_cpp_are_deterministic(rng):
-    """They are bitwise equal in every run, although threads take the experts in any order."""
-    arrays = float32(case(rng, "uneven", n=400, d=64, f=64))
-    weight = jnp.ones_like(arrays[0])
-    first, *others = (value_and_gradients(grouped_swiglu, weight, *arrays) for _ in range(6))
-    for other in others:
-        assert_bitwise(other, first)

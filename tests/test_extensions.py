@@ -1,10 +1,9 @@
 """A new router, rule or head is a row or two; loops and meshes of one's own use the parts."""
 
 import re
-import shlex
-import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,12 @@ from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
 from runs import (
     MODEL,
-    SPEND_NO_SECONDS,
-    environment,
+    by_command,
     flags,
     fresh_state,
     make_run,
     packed_batch,
     refused,
-    unhooked_cli,
     write_text,
 )
 
@@ -32,12 +29,12 @@ from dsv3_jax.config import (
     Balance,
     HeadKind,
     ModelConfig,
-    OptimConfig,
     check_inputs,
     from_dict,
     to_dict,
 )
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.host import imports
 from dsv3_jax.model import counting
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import HEADS, Head
@@ -48,36 +45,58 @@ from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
-NO_GROUPS = dict(num_groups=1, groups_per_token=1)
-PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, **NO_GROUPS)
-OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, eps=0.1)
+PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, num_groups=1, groups_per_token=1)
 SEGMENTS = np.array([[1] * 9 + [2] * 7, [1] * 16, [1] * 12 + [0] * 4, [1] * 5 + [2] * 3 + [0] * 8])
-
-
-def run_of(model: ModelConfig, **optim):
-    return make_run("nowhere", model=model, optim=replace(OPTIM, **optim))
 
 
 def make_batch():
     return packed_batch(np.random.default_rng(0), SEGMENTS)
 
 
+# The router takes experts in turn, by the token's id; the rule adds the load up.
+PROGRAM = """
+import jax
+import jax.numpy as jnp
+
+import dsv3_jax as ds
+from dsv3_jax.ops.balance import Rule
+from dsv3_jax.ops.routing import Router, Routing
+
+
+def in_turn(x, cfg):
+    ids = (x.tokens.ids[:, None] + jnp.arange(cfg.experts_per_token)[None]) % cfg.num_experts
+    scores = jax.nn.softmax(x.logits, axis=-1)
+    return Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
+
+
+print("the program runs")
+ds.register_router("in turn", Router(in_turn, reads_bias=True, reads_tokens=True))
+ds.register_rule("noted", Rule(lambda bias, load, _, rate: bias + rate * load))
+"""
+EXTENDED = replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25))
+
+
+@pytest.fixture
+def forget():
+    """Return a function that forgets imported programs, as a new process does; also do it last."""
+    tables = [(table, dict(table)) for table in (routing.ROUTERS, balance.RULES)]
+
+    def forget():
+        for table, rows in tables:
+            table.clear()
+            table.update(rows)
+        sys.modules.pop("mine", None)
+        imports.IMPORTED.clear()
+
+    yield forget
+    forget()
+
+
 @pytest.mark.long
-def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
-    """The router takes the first experts, in turn by position; the rule notes the load."""
-
-    def in_turn(x, cfg):
-        steps = jnp.arange(cfg.experts_per_token, dtype=jnp.int32)
-        ids = (x.tokens.ids[:, None] + steps[None]) % cfg.num_experts
-        scores = jax.nn.softmax(x.logits, axis=-1)
-        return routing.Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
-
-    router = routing.Router(in_turn, reads_bias=True, reads_tokens=True)
-    noted = balance.Rule(lambda bias, load, _, rate: bias + rate * load)
-    monkeypatch.setitem(routing.ROUTERS, "in turn", router)
-    monkeypatch.setitem(balance.RULES, "noted", noted)
-    run = run_of(replace(PLAIN, router="in turn", balance=Balance(rule="noted", bias_rate=0.25)))
-    batch = make_batch()
+@pytest.mark.usefixtures("forget")
+def test_a_new_router_and_a_new_rule_are_a_row_each():
+    exec(PROGRAM, {})
+    run, batch = make_run("nowhere", model=EXTENDED), make_batch()
     before = fresh_state(run)
     bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])
     after, metrics = make_step(Job(run))(before, batch)
@@ -88,82 +107,56 @@ def test_a_new_router_and_a_new_rule_are_a_row_each(monkeypatch):
     np.testing.assert_allclose(moved, bias[0] + 0.25 * load, rtol=1e-6)
 
 
-PROGRAM = """
-import jax
-import jax.numpy as jnp
-
-import dsv3_jax as ds
-from dsv3_jax.ops.balance import Rule
-from dsv3_jax.ops.routing import Router, Routing
-
-
-def my_hash(x, cfg):
-    ids = (x.tokens.ids[:, None] + jnp.arange(cfg.experts_per_token)) % cfg.num_experts
-    scores = jax.nn.softmax(x.logits, axis=-1)
-    return Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
-
-
-print("the program runs")
-ds.register_router("my_hash", Router(my_hash, reads_bias=True, reads_tokens=True))
-ds.register_rule("drift", Rule(lambda bias, load, _, rate: bias + rate))
-"""
-COMMANDS = """
-import shlex, sys
-from dsv3_jax.cli.main import main
-
-for line in sys.stdin:
-    print("code", main(shlex.split(line)), flush=True)
-"""
+# commands that open a run, and their exit code
+OPENING = {
+    "generate run --max-new-tokens 3": 0,
+    "eval run --batches 1": 0,
+    "stats run --batches 1 --draws 9 --worth-tokens 32": 0,
+    "convert run released": 2,
+}
 
 
 @pytest.mark.long
-def test_a_run_of_registered_names_is_opened_by_all_commands(tmp_path, root):
+def test_a_run_of_registered_names_is_opened_by_all_commands(tmp_path, monkeypatch, forget):
     """Its run.json keeps the program's name; without `--import` it is named, and does not run."""
-    (tmp_path / "mine.py").write_text(PROGRAM)
-    model = replace(PLAIN, router="my_hash", balance=Balance(rule="drift"))
-    words = shlex.join(flags(make_run(write_text(tmp_path / "text"), model=model, steps=2)))
-    train = f"train tiny {words} --out run"
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(PROGRAM)
+    settings = flags(make_run(write_text(Path("text")), model=EXTENDED, steps=2))
+    train, importing = ["train", "tiny", *settings, "--out"], ["--import", "mine.py"]
 
-    def said_by(*commands):
-        how = {"cwd": tmp_path, "env": environment(root), "capture_output": True, "text": True}
-        program = [sys.executable, "-c", SPEND_NO_SECONDS + COMMANDS]
-        found = subprocess.run(program, input="\n".join(commands), timeout=600, **how)
-        return re.findall(r"^code (\d+)$", found.stdout, re.M), found.stdout, found.stderr
-
-    codes, out, error = said_by(train, f"{train} --import mine.py")
-    assert codes == ["2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert "router='my_hash' is not one of " in error
+    code, _, error = by_command(*train, "run")
+    assert code == 2 and "router='in turn' is not one of " in error
     assert "; --import NAME imports a program that registers more" in error
-    assert read_made(tmp_path / "run")[0]["imports"] == ["mine.py"]
+    code, out, error = by_command(*train, "run", *importing)
+    assert code == 0 and out.count("the program runs") == 1, error
+    assert read_made(Path("run"))[0]["imports"] == ["mine.py"]
 
-    opening = "generate run --max-new-tokens 3", "eval run --batches 1", "convert run released"
-    opening = *opening, "stats run --batches 1 --draws 9 --worth-tokens 32"
-    codes, out, error = said_by(*opening, f"train tiny {words} --start run --out more")
-    assert codes == ["2"] * 5 and "the program runs" not in out
-    assert error.count("router='my_hash' of the run in run is registered by a program") == 5, error
-    assert error.count("if you trust that program, add --import mine.py\n") == 5
+    forget()
+    for command in (*map(str.split, OPENING), [*train, "more", "--start", "run"]):
+        code, out, error = by_command(*command)
+        assert code == 2 and "the program runs" not in out
+        assert "router='in turn' of the run in run is registered by a program" in error
+        assert "if you trust that program, add --import mine.py\n" in error
+    for command, wanted in OPENING.items():
+        code, _, error = by_command(*command.split(), *importing)
+        assert code == wanted, error
+    assert "router='in turn' has no released format" in error
 
-    codes, out, error = said_by(*(f"{command} --import mine.py" for command in opening))
-    assert codes == ["0", "0", "2", "0"] and out.count("the program runs") == 1, (out, error)
-    assert "router='my_hash' has no released format" in error
 
-
-def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path):
     """A failing file leaves no module; a file may not take the name of another module."""
-    main = unhooked_cli().main
     files = {name: tmp_path / f"{name}.py" for name in ("failing", "ending", "json")}
     for name, text in {"failing": "1 / 0", "ending": "raise SystemExit(0)", "json": ""}.items():
         files[name].write_text(text)
-    wanted = {
-        f"{files['failing']}": "fails with ZeroDivisionError: division by zero",
-        f"{files['ending']}": "fails with SystemExit: 0",
-        f"{files['json']}": "has the name of the module 'json'; rename it",
+    for name, words in {
+        files["failing"]: "fails with ZeroDivisionError: division by zero",
+        files["ending"]: "fails with SystemExit: 0",
+        files["json"]: "has the name of the module 'json'; rename it",
         "no_such_module": "fails with ModuleNotFoundError: No module named 'no_such_module'",
         "": "is no name; give a Python file or a module",
-    }
-    for name, words in wanted.items():
-        assert main(["info", "tiny", "--import", name]) == 2
-        assert f"dsv3: import={name!r} {words}" in capsys.readouterr().err
+    }.items():
+        code, _, error = by_command("info", "tiny", "--import", name)
+        assert code == 2 and f"dsv3: import={str(name)!r} {words}" in error
     assert not {"failing", "ending"} & sys.modules.keys()
 
 
@@ -223,20 +216,21 @@ def test_names_are_added_once(monkeypatch):
 
 
 def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
-    cfg = ds.replace(LIGHT, mtp_kind="deepseek", mtp_depth=1, balance=ds.Balance(bias_rate=0.25))
+    cfg = ds.replace(LIGHT, mtp_kind="meta", mtp_depth=3, balance=ds.Balance(bias_rate=0.25))
     model = random_model(cfg, execution=DENSE)
-    before = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
-    out = jax.jit(model)(jnp.arange(16, dtype=jnp.int32).reshape(2, 8))
+
+    def biases():
+        return jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
+
+    before, out = biases(), jax.jit(model)(jnp.arange(16, dtype=jnp.int32).reshape(2, 8))
     with refused("routings do not belong to"):
         ds.balance.update(model, out.routing)
     ds.balance.update(model, out.routing, *out.mtp_routing)
-    moved = jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(model, RouterBias)))
-    # as the leaves' paths
-    loads = [routing.load for routing in (*out.mtp_routing, out.routing)]
-    for old, new, load in zip(before, moved, loads, strict=True):
-        layers = zip(*map(np.atleast_2d, (old, load)), strict=True)
-        want = [reference.updated_bias(*layer, 0.25) for layer in layers]
-        np.testing.assert_allclose(np.atleast_2d(new), want, rtol=1e-6)
+    # in the order of the leaves' paths: heads, trunk
+    routings = [*out.mtp_routing, out.routing]
+    for old, new, found in zip(before, biases(), routings, strict=True):
+        want = reference.updated_bias(old.ravel(), found.load.ravel(), 0.25)
+        np.testing.assert_allclose(new.ravel(), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("names", [("dp", "ep"), ("data", "expert")])

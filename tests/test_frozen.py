@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, random_model
+from models import DENSE, flat, random_model
 from released import GRID, write_folder
 from runs import MODEL, assert_bitwise, documents, make_run, on_mesh, refused
 
@@ -72,33 +72,63 @@ def not_routers(params: nnx.State, part: str = "") -> set[tuple]:
     return {path for path in paths if part in path} if part else paths
 
 
-def assert_same_digits(run, state, wide, batch, mesh=None) -> TrainState:
+def assert_same_digits(step, state, wide, batch) -> TrainState:
     """Steps from both states are the same, bitwise; the one from `state` is returned."""
-    step = make_step(Job(run, mesh))
     (theirs, of_wide), (ours, of_ours) = step(wide, batch), step(state, batch)
     assert_bitwise((ours.opt, of_ours), (theirs.opt, of_wide))
     assert of_ours["finite"] and of_ours["grad_norm"] > 0
     return ours
 
 
-def dtypes_of(weight, run, state, batch) -> set[str]:
+def assert_policy_is_merged(run: RunConfig, state: TrainState) -> None:
+    """Samplers have float32 copies of what adapters change; all else is not copied."""
+    policy = dict(nnx.to_flat_state(lora.policy(run.lora, state.params, "float32")))
+    merged = flat(lora.merge(run.lora, widened(run, state).params))
+    adapters, weights = lora.split(state.params)
+    changed = {path[1:-1] for path, _ in nnx.to_flat_state(adapters)}
+    for path, v in nnx.to_flat_state(weights):
+        found = policy[path].get_value()
+        if path in changed:
+            np.testing.assert_allclose(found, merged[path], rtol=1e-6, atol=1e-7, err_msg=str(path))
+            assert found.dtype == jnp.float32
+        else:
+            same = zip(jax.tree.leaves(found), jax.tree.leaves(v), strict=True)
+            assert all(x is y for x, y in same), path
+
+
+def dtypes_of(weight, step, state, batch) -> set[str]:
     """The dtypes in which a step's program has arrays of a weight's shape."""
-    text = make_step(Job(run)).lower(state, batch).as_text()
+    text = step.lower(state, batch).as_text()
     return set(re.findall(f"<{'x'.join(map(str, weight.shape))}x(b?f[0-9]+)>", text))
 
 
+@pytest.fixture
+def plan(monkeypatch):
+    """A function that plans the arrays that training keeps, without compiling a step."""
+
+    def refuse(lowered):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled")
+
+    monkeypatch.setattr(cost, "compile_with_hlo", refuse)
+    return lambda run, **how: cost.train_cost(run, sharding.make_mesh(), **how).persistent
+
+
 @pytest.mark.long
-def test_a_step_on_a_frozen_trunk_gives_the_digits_of_float32_weights(folder):
+def test_a_step_on_a_frozen_trunk_gives_the_digits_of_float32_weights(folder, plan):
     """Each use casts to one dtype; with remat frozen stacks are not in float32."""
     run = run_from(folder, "bfloat16", "trunk")
-    state, batch = begin(run), documents(4, 16, 2, seed=3)
+    state, batch = begin(run), batch_of(run)
     trained, frozen = split_trainable(run, state.params)
     assert narrow(trained) == set() and narrow(frozen) == not_routers(frozen)
     assert jax.tree.structure(state.opt.mu) == jax.tree.structure(trained)
+    planned = plan(run)
+    assert planned["frozen, in bfloat16"] == sum(2 * x.size for x in jax.tree.leaves(frozen))
+    assert planned["other parameters"] == sum(x.nbytes for x in jax.tree.leaves(trained))
     before = jax.tree.map(np.array, frozen)
     experts = frozen["sparse"]["moe"]["experts"]
-    assert dtypes_of(experts["w_gate"], run, state, batch) == {"bf16"}
-    ours = assert_same_digits(run, state, widened(run, state), batch)
+    step = make_step(Job(run))
+    assert dtypes_of(experts["w_gate"], step, state, batch) == {"bf16"}
+    ours = assert_same_digits(step, state, widened(run, state), batch)
     assert_bitwise(split_trainable(run, ours.params)[1], before)
 
 
@@ -109,6 +139,7 @@ def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tm
     with Checkpoints(tmp_path / "run", run) as checkpoints:
         checkpoints.save(state, {}, wait=True)
         assert_bitwise(checkpoints.restore()[0], state)  # so the next step is the same
+    assert_policy_is_merged(run, state)
     read = nnx.state(load_run(tmp_path / "run").model, nnx.Param)
     assert narrow(read) == (not_routers(read) if dtype == "bfloat16" else set())
     again = Job(replace(run, lora=Lora()))  # trained, all is float32
@@ -117,13 +148,15 @@ def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tm
     assert_bitwise(jax.tree.map(np.array, params), jax.tree.map(np.array, want))
 
 
+@pytest.fixture
 def without_tokenizer(monkeypatch):
     """Let released folders without a tokenizer open."""
     monkeypatch.setattr(starts, "load_text", lambda _: plain_settings())
     monkeypatch.setattr(starts, "released_run", lambda _, cfg, text: make_run("nowhere", model=cfg))
 
 
-def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("without_tokenizer")
+def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path):
     """They are rounded once; float32 beside them stays."""
     fp8, int4 = Path(folder).with_name("fp8"), str(write_folder(tmp_path / "int4", KIMI))
     ds.hf.convert(folder, fp8, dtype="fp8", quiet=True)
@@ -131,75 +164,65 @@ def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path, m
     assert_bitwise(*(nnx.state(model, nnx.Param) for model in read))
     params = nnx.state(load(int4, None, quiet=True), nnx.Param)
     assert narrow(params) == not_routers(params, "experts")
-    without_tokenizer(monkeypatch)
     run = starts.on_weights(make_run("nowhere"), start := starts.open_start(int4))
     with refused(f"^start='{int4}' has weights of 4 bits, which do not train; "):
         starts.check_start(run, start)
     starts.check_start(replace(run, lora=Lora(2)), start)
 
 
-def refuse(lowered):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled")
+def packed_run(place: Path, kind: str, **layout) -> RunConfig:
+    """A run from a folder whose weights have FP8, in two groups of 128, or 4 bits."""
+    cfg, how = KIMI.cfg, replace(HOW["bfloat16"], layout=Layout(**layout))
+    if kind == "fp8":
+        cfg = replace(CFG, dim=256)
+        ds.hf.save(random_model(cfg), place, fp8=True, quiet=True)
+    else:
+        write_folder(place, KIMI)
+    return replace(run_from(str(place), "bfloat16"), model=cfg, execution=how)
+
+
+def batch_of(run: RunConfig) -> dict[str, jax.Array]:
+    return documents(4, 16, 2, seed=3, vocab_size=run.model.vocab_size)
 
 
 INT4 = pytest.param("int4", {"w_gate": 4, "w_down": 3}, marks=pytest.mark.rare)
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("without_tokenizer")
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", {"w_gate": 2, "w_up": 2}), INT4])
-def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, monkeypatch, kind, groups):
+def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, plan, kind, groups):
     """In steps, checkpoints and their readers only a layer is unpacked; plans count these bytes."""
-    place, cfg = tmp_path / "model", replace(CFG, dim=256) if kind == "fp8" else KIMI.cfg
-    if kind == "fp8":  # of two groups of 128
-        ds.hf.save(random_model(cfg), place, fp8=True, quiet=True)
-    else:
-        write_folder(place, KIMI)
-    without_tokenizer(monkeypatch)
-    run = replace(run_from(str(place), "bfloat16"), model=cfg)
-    claim(tmp_path / "run", run)
+    run = claim(tmp_path / "run", packed_run(tmp_path / "model", kind))
     state = begin(run)
     experts = state.params["sparse"]["moe"]["experts"]
     for name, count in groups.items():
         assert experts[name].get_value().scales.shape[-2] == count
+    assert_policy_is_merged(run, state)
     wide = widened(run, state, jnp.bfloat16)
-    plain = nnx.state(load(place, jnp.bfloat16, quiet=True), nnx.Param)["sparse"]["moe"]["experts"]
-    assert_bitwise(wide.params["sparse"]["moe"]["experts"], plain)
+    plain = nnx.state(load(tmp_path / "model", jnp.bfloat16, quiet=True), nnx.Param)
+    assert_bitwise(wide.params["sparse"]["moe"]["experts"], plain["sparse"]["moe"]["experts"])
     with Checkpoints(tmp_path / "run", run) as checkpoints:
         checkpoints.save(state, {}, wait=True)
         assert_bitwise(checkpoints.restore()[0], state)
     read = nnx.state(load_run(tmp_path / "run").model, nnx.Param)
     assert_bitwise(read, lora.merge(run.lora, jax.tree.map(jnp.copy, wide.params)))
     if kind == "fp8":
-        monkeypatch.setattr(cost, "compile_with_hlo", refuse)
         nbytes = sum(x.nbytes for x in jax.tree.leaves(split_trainable(run, state.params)[1]))
         # float32, and planned in bfloat16
         nbytes -= state.params["sparse"]["moe"]["w_router"].nbytes // 2
-        planned = cost.train_cost(run, sharding.make_mesh(), frozen="fp8").persistent
-        assert planned["frozen, in fp8"] == nbytes
-    batch = documents(4, 16, 1, seed=3, vocab_size=cfg.vocab_size)
-    assert "bf16" not in dtypes_of(experts["w_gate"], run, state, batch)
-    assert_same_digits(run, state, wide, batch)
+        assert plan(run, frozen="fp8")["frozen, in fp8"] == nbytes
+    step, batch = make_step(Job(run)), batch_of(run)
+    assert "bf16" not in dtypes_of(experts["w_gate"], step, state, batch)
+    assert_same_digits(step, state, wide, batch)
 
 
 @pytest.mark.rare
-def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path, monkeypatch):
-    cfg, mesh = replace(CFG, dim=256), sharding.make_mesh(2, 2, 2)
-    ds.hf.save(random_model(cfg), tmp_path / "model", fp8=True, quiet=True)
-    without_tokenizer(monkeypatch)
-    how = replace(HOW["bfloat16"], layout=Layout(fsdp=True))
-    run = replace(run_from(str(tmp_path / "model"), "bfloat16"), model=cfg, execution=how)
-    batch = documents(4, 16, 1, seed=3, vocab_size=cfg.vocab_size)
+@pytest.mark.usefixtures("without_tokenizer")
+def test_packed_weights_give_the_digits_of_bfloat16_on_a_mesh(tmp_path):
+    run, mesh = packed_run(tmp_path / "model", "fp8", fsdp=True), sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         state, _ = starts.begin(Job(run, mesh), starts.open_start(run.start))
         wide = on_mesh(widened(run, state, jnp.bfloat16), mesh, fsdp=True)
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        assert_same_digits(run, state, wide, batch, mesh)
-
-
-def test_a_plan_counts_them_in_their_dtype(folder, monkeypatch):
-    monkeypatch.setattr(cost, "compile_with_hlo", refuse)
-    run = run_from(folder, "bfloat16")
-    found = cost.train_cost(run, sharding.make_mesh()).persistent
-    trained, frozen = (jax.tree.leaves(part) for part in split_trainable(run, begin(run).params))
-    assert found["frozen, in bfloat16"] == sum(2 * x.size for x in frozen)
-    assert found["routed experts"] + found["other parameters"] == sum(x.nbytes for x in trained)
+        batch = jax.device_put(batch_of(run), sharding.batch_sharding(mesh))
+        assert_same_digits(make_step(Job(run, mesh)), state, wide, batch)

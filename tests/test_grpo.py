@@ -48,7 +48,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rng, outside):
     """Token by token in float64, clipped or masked on both sides, with the KL divergence."""
     cfg, shape = Grpo(clip_low=0.1, clip_high=0.3, kl=0.2, outside=outside), (3, 7)
     new, old, start, gains = rng.normal(0, 0.4, (4, *shape))
-    mask, loss, slope, out = rng.random(shape) < 0.7, 0.0, np.zeros(shape), 0
+    mask, slope = rng.random(shape) < 0.7, np.zeros(shape)
+    loss = sampler_kl = out = 0.0
     for i in zip(*np.nonzero(mask), strict=True):
         ratio, away = np.exp(new[i] - old[i]), np.exp(start[i] - new[i])
         clipped = min(max(ratio, 0.9), 1.3)
@@ -59,21 +60,15 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rng, outside):
             gain = ratio * gains[i] if inside else 0.0
         loss += 0.2 * (away - np.log(away) - 1) - gain
         slope[i] = 0.2 * (1 - away) - (ratio * gains[i] if inside else 0)
+        sampler_kl += ratio - np.log(ratio) - 1
         out += not inside
     args = [*map(jnp.float32, (old, start, gains)), jnp.asarray(mask), cfg]
     loss_of = jax.value_and_grad(lambda new: policy_loss(new, *args), has_aux=True)
     (found, measures), grad = loss_of(jnp.float32(new))
     np.testing.assert_allclose(found, loss, rtol=1e-5)
     np.testing.assert_allclose(grad, slope, atol=1e-6)
+    np.testing.assert_allclose(measures["sampler_kl"], sampler_kl, rtol=1e-5)
     assert measures["clipped"] == out
-
-
-def test_the_samplers_kl_is_that_of_the_distributions(rng):
-    """A sampler with even odds takes each token as often: the mean over all is KL(π_old ‖ π)."""
-    log_p = jax.nn.log_softmax(jnp.float32(rng.normal(0, 1, (1, 50))))
-    even, mask = jnp.full((1, 50), -np.log(50)), jnp.ones((1, 50), bool)
-    found = policy_loss(log_p, even, None, 0 * even, mask, Grpo())[1]["sampler_kl"] / 50
-    np.testing.assert_allclose(found, (even - log_p).mean(), rtol=1e-5)
 
 
 MATRIX_OF = {  # one layer's matrix [inputs, outputs] of a weight, of an expert's last one
@@ -113,7 +108,7 @@ def test_a_samplers_weights_are_rounded_as_in_released_folders():
     "form", ["token_mean", pytest.param("constant_length", marks=pytest.mark.rare)]
 )
 def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
-    """−Σ A ∇ ln π / N, in two parts as in one; N are the answers' tokens, or the most they have."""
+    """−Σ A ∇ ln π / N, summed over two parts; N are the answers' tokens, or the most they have."""
     settings = Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
     graph, params, rest = nnx.split(random_model(DENSE_LAYER), nnx.Param, ...)
     batch = packed_batch(rng, np.ones((4, 12), np.int32))
@@ -130,23 +125,21 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     count = mask.sum(dtype=jnp.float32)
     size = count if form == "token_mean" else 4 * 9
 
-    @partial(jax.jit, static_argnums=2)
-    def grads(params, batch, share):
+    @jax.jit
+    def grads(params, half):
         def loss(params):
-            how = dict(grpo=settings, part=Part(count[None], share=share))
-            out = compute_loss(nnx.merge(graph, params, rest), batch, 0.0, **how)
+            how = dict(grpo=settings, part=Part(count[None], share=0.5))
+            out = compute_loss(nnx.merge(graph, params, rest), half, 0.0, **how)
             return out.main, out.metrics["answers"]
 
         return jax.grad(loss, has_aux=True)(params)
 
     wanted = jax.jit(jax.grad(lambda params: -(gains * logprobs(params)).sum() / size))(params)
-    whole, measures = grads(params, batch, 1.0)
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2)]
-    parts = [grads(params, half, 0.5)[0] for half in halves]
+    parts, measures = zip(*(grads(params, half) for half in halves), strict=True)
     near = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    for found in (whole, jax.tree.map(jnp.add, *parts)):
-        jax.tree.map(near, found, wanted)
-    assert measures["max_mismatch"] < 1e-5 and measures["clipped"] == 0
+    jax.tree.map(near, jax.tree.map(jnp.add, *parts), wanted)
+    assert all(of["max_mismatch"] < 1e-5 and of["clipped"] == 0 for of in measures)
 
 
 @pytest.mark.long
@@ -174,7 +167,6 @@ def test_checkpoints_between_batches_and_other_experts_than_those_of_sampling_ar
 
 
 CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
-MOVE_BIASES = "--optim.bias-freeze 1 --model.balance.bias-rate 0.3".split()
 JUDGE = "import sys\nleft = 1\ndef even(text, row):\n global left\n left -= 1\n"
 JUDGE += " return len(text) % 2 == 0 if left else sys.exit()\n"
 JUDGE += "def odd(text, row):\n return sum(text.encode()) % 2 == 1\n"
@@ -203,32 +195,51 @@ def ready(asked):
 
 
 @pytest.mark.long
-def test_a_run_samples_as_it_trains_and_a_failing_checker_ends_it_saved_to_resume_bitwise(
-    ready, monkeypatch
-):
-    """The run that its checker ended and the same command resumed is the run without an error."""
+def test_a_run_that_its_checker_ends_resumes_as_if_it_had_not(ready, monkeypatch):
+    """It samples as it trains, and ends bitwise the same.
+
+    The checker fails at an answer, which no step follows, and at an evaluation, where the next step
+    completes as after a callback's error.
+    """
     root, argv = ready
     monkeypatch.syspath_prepend(root)
-    settings = ("--grpo.checker", "judge:even", "--grpo.kl", "0.1", "--lora.rank", "2")
-    argv = [*argv, *settings, *MOVE_BIASES]
-    for out, left in ((root / "run", 1000), (root / "again", 20), (root / "again", 1000)):
+    settings = "--grpo.checker judge:even --grpo.kl 0.1 --lora.rank 2 --eval-every 2 "
+    settings += "--optim.bias-freeze 1 --model.balance.bias-rate 0.3"
+    argv, measured = [*argv, *settings.split()], Answers.measured
+
+    def fails(self):
+        raise ValueError("grpo checker='even' fails at line 3")
+
+    def train(out, wanted, left=1000, measure=measured):
         importlib.import_module("judge").left = left
         (root / "judge.py").write_text(JUDGE + f"\n# {left}")
-        code, said, err = by_command(*argv, "--out", out)
-        if left == 20:
-            wanted = "'judge:even' fails at", "line", "SystemExit", "stopped and saved at step"
-            assert code == 2 and all(part in said + err for part in wanted), said + err
+        monkeypatch.setattr(Answers, "measured", measure)
+        code, *texts = by_command(*argv, "--out", root / out)
+        said = "".join(texts)
+        assert all(words in said for words in wanted), said
+        return code
+
+    prompt = "as the model sees it: 'user\\n0+1=<eos>\\nassistant\\n'"
+    assert train("run", ["4 answers each", prompt, "step 4  sample: 'user"]) == 0
+    ended = "'judge:even' fails at", "line", "SystemExit", "stopped and saved at step 1"
+    assert train("again", ended, left=12) == 2
+    changed = "checker='judge:even' has changed since the last start"
+    ended = changed, "'even' fails at line 3", "stopped and saved at step 3"
+    assert train("again", ended, measure=fails) == 2
+    assert train("again", ["resumed from the checkpoint of step 3"]) == 0
+
     assert_bitwise(last_state(root / "run"), last_state(root / "again"))
-    rows = [row for row in rows_of(root / "run") if "reward" in row]
-    assert rows_of(root / "again") == rows_of(root / "run") and len(rows) == 4
     answers, again = (read_rows(root / out / "answers.jsonl") for out in ("run", "again"))
     assert answers == again and {row["step"] for row in answers} == {1, 2, 3, 4}
-    assert "4 answers each" in said
+    rows = rows_of(root / "run")
+    assert [row["step"] for row in rows if "val_reward" in row] == [2, 4]
+    for row in (row for row in rows if row["step"] == 2):
+        row.pop("val_reward", None)
+    assert rows_of(root / "again") == rows
+    rows = [row for row in rows if "reward" in row]
     for row in rows:
         assert row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1, rows
-    assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
-    assert "checker='judge:even' has changed since the last start" in said + err
-    assert "as the model sees it: 'user\\n0+1=<eos>\\nassistant\\n'" in said
+    assert len(rows) == 4 and rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
 
 
 @pytest.mark.long
@@ -275,27 +286,6 @@ def test_a_batch_of_answers_is_used_for_several_updates_and_a_run_stops_after_th
     new = ds.generate(ds.load_model(root / "two"), prompts, 6, stop_tokens=stops).tokens
     texts = [found.text.tokenizer.decode(ids[:-1] if ids[-1] in stops else ids) for ids in new]
     assert last["val_reward"] == np.mean([part(text, {}) for text in texts]) > 0
-
-
-@pytest.mark.long
-def test_a_checker_that_fails_at_an_evaluation_ends_the_run_saved(ready, monkeypatch):
-    """The next step completes, as after a callback's error, and the same command resumes."""
-    (root, argv), measured = ready, Answers.measured
-
-    def fails(self):
-        raise ValueError("grpo checker='odd' fails at line 3")
-
-    monkeypatch.syspath_prepend(root)
-    argv = [*argv, "--grpo.checker", "judge:odd", "--eval-every", "2", "--out", str(root / "held")]
-    for method, wanted in ((fails, 2), (measured, 0)):
-        monkeypatch.setattr(Answers, "measured", method)
-        code, *texts = by_command(*argv)
-        said = "".join(texts)
-        assert code == wanted and ("fails at line 3" in said) == (code == 2), said
-        assert ("stopped and saved at step 3" in said) == (code == 2), said
-    assert "resumed from the checkpoint of step 3" in said and "step 4  sample: 'user" in said
-    rows = {row["step"]: row for row in rows_of(root / "held") if "val_loss" in row}
-    assert "val_reward" not in rows[2] and "val_reward" in rows[4]
 
 
 def write_packed(folder):

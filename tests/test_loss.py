@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, forward, needs_cpp, parameters, random_model, small, tokens_of
+from oracles import softmax_probs
 
 from dsv3_jax import reference
 from dsv3_jax.config import Execution
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.mtp import make_heads
+from dsv3_jax.ops.draft_loss import summed_distance
 from dsv3_jax.training import loss
 
 BATCH, LENGTH, MTP_WEIGHT = 2, 10, 0.3
@@ -125,34 +127,47 @@ def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
         np.testing.assert_array_equal(drafts, out.logits[:, : LENGTH - k])
 
 
-# scores
-
-# so few tokens that a guess is right now and then
-LIGHT = small(vocab_size=4, num_layers=1, num_dense_layers=0, mtp_depth=2, mtp_kind="medusa")
+# heads that learn the trunk's distribution in place of the text's token
 
 
-def test_scores_equal_log_probabilities_and_a_walk_along_the_drafts():
-    # both depths draft some tokens right and some wrong
-    model = random_model(LIGHT, seed=4, execution=DENSE)
-    tokens = np.asarray(tokens_of(LIGHT, BATCH, LENGTH, seed=8))
-    ctx = reference.Context(LIGHT, POSITIONS, SEGMENTS)
-    logits, mtp_logits, *_ = reference.transformer(ctx, parameters(model), tokens)
-    got = jax.jit(lambda b: loss.score_tokens(model, b))(batch_of(tokens))
-    probs = reference.softmax(logits[:, :-1], np)
-    probs = np.take_along_axis(probs, tokens[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(got.nll, -np.log(probs), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(got.mask, reference.same_document(ctx, 1))
-    # Position by position: draft at depth 0, 1, … as long as the model would have said the same.
-    drafted, agree = np.zeros(2), np.zeros(2)
-    for b, i in np.ndindex(BATCH, LENGTH):
-        for k in range(2):
-            target = i + k + 2
-            if target >= LENGTH or not 0 < SEGMENTS[b, i] == SEGMENTS[b, target]:
-                break
-            drafted[k] += 1
-            if mtp_logits[k][b, i].argmax() != logits[b, target - 1].argmax():
-                break
-            agree[k] += 1
-    np.testing.assert_array_equal(got.drafted, drafted)
-    np.testing.assert_array_equal(got.agree, agree)
-    assert (agree > 0).all() and (agree < drafted).all()
+def by_hand(kind, target, drafter):
+    """(distances, gradients by the drafter's logits), in float64, token by token."""
+    values, gradients = [], []
+    for p, q in zip(map(softmax_probs, target), map(softmax_probs, drafter), strict=True):
+        if kind == "kl":
+            values.append((p * np.log(p / q)).sum())
+            gradients.append(q - p)
+        else:
+            values.append(np.abs(p - q).sum() / 2)
+            s = np.where(p > q, -1.0, 0.0)
+            gradients.append(q * (s - (q * s).sum()))
+    return np.array(values), np.array(gradients)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv"])
+def test_the_sum_in_chunks_is_the_masked_sum_and_leaves_the_target_alone(x64, rng, kind):
+    h, own, w = (jnp.asarray(rng.normal(size=shape)) for shape in ((10, 4), (10, 4), (4, 9)))
+    mask = jnp.asarray(rng.integers(2, size=10) == 1)
+    total = jax.jit(lambda h, own: summed_distance(h, own, w, mask, kind, chunk=3))
+    values, gradients = by_hand(kind, np.asarray(own @ w), np.asarray(h @ w))
+    assert float(total(h, own)) == pytest.approx(values[np.asarray(mask)].sum(), rel=1e-12)
+    of_h, of_own = jax.grad(total, argnums=(0, 1))(h, own)
+    gradients *= np.asarray(mask)[:, None]
+    np.testing.assert_allclose(of_h, gradients @ np.asarray(w).T, atol=1e-13)
+    assert not of_own.any()
+    # the minimum is p itself
+    assert abs(total(own, own)) < 1e-14 and abs(jax.grad(total)(own, own)).max() < 1e-14
+
+
+def test_heads_are_compared_with_the_trunk_at_the_position_before_their_token():
+    """By the complete model's logits: head k's at i, the trunk's at i + k, of one document."""
+    cfg = KINDS["medusa"][0]
+    model, batch = random_model(cfg), batch_of(tokens_of(cfg, BATCH, LENGTH))
+    out, ctx = forward(model, *batch.values()), reference.Context(cfg, POSITIONS, SEGMENTS)
+    for kind in ("kl", "tv"):
+        run = jax.jit(lambda kind=kind: loss.compute_loss(model, batch, None, head_loss=kind).mtp)
+        for k, (found, drafts) in enumerate(zip(run(), out.mtp_logits, strict=True), start=1):
+            same = reference.same_document(ctx, k + 1)
+            target, drafter = out.logits[:, k:-1][same], drafts[:, :-1][same]
+            values, _ = by_hand(kind, np.float64(target), np.float64(drafter))
+            assert float(found) == pytest.approx(np.mean(values), rel=2e-5)  # float32

@@ -23,14 +23,8 @@ from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
 B, T = 4, 12
-# Almost no step of the optimizer, so that what moves is the clip
-SMALL_STEP = dict(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
-OPTIM = OptimConfig(**SMALL_STEP, qk_clip=1e9)
 # a stack of two, and a head
 CFG = small(num_layers=2, num_dense_layers=2, mtp_depth=1, vocab_size=260, init_std=0.5)
-RUN = make_run("nowhere", model=CFG, optim=OPTIM)
-
-
 # Rows of documents; the first two end in padding.
 BATCH = documents(B, T, 2, padding=[(0, 4), (1, 4)], seed=3)
 
@@ -95,7 +89,9 @@ def test_a_step_scales_each_head_of_each_layer_by_its_own_logit(monkeypatch):
     assert len(largest) == CFG.num_layers + CFG.mtp_depth
     ordered = np.sort(np.ravel(largest))
     threshold = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # between two heads
-    run = replace(RUN, optim=replace(OPTIM, qk_clip=threshold))
+    # almost no step of the optimizer, so that what moves is the clip
+    still = dict(learning_rate=1e-20, final_learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
+    run = make_run("nowhere", model=CFG, optim=OptimConfig(**still, qk_clip=threshold))
     maxima = {"dense": np.float32(largest[:2]), "mtp.0.block": np.float32(largest[2])}
     maxima, params = jax.tree.map(jnp.asarray, maxima), fresh_state(run).params
     want = qk_clip.clip(params, maxima, threshold, CFG.nope_head_dim, jnp.asarray(True))

@@ -49,48 +49,30 @@ def test_own_ids_change_nothing_and_given_ids_take_their_own_scores(rng, router)
     np.testing.assert_allclose(forced.gates, scale * gates, rtol=1e-5)
 
 
+@jax.jit
+def run(model, batch, expert_ids=None, *of_heads):
+    return model(**batch, expert_ids=expert_ids, mtp_expert_ids=of_heads)
+
+
 @pytest.fixture(scope="module")
-def passes():
-    """(Model, its inputs, a function of expert ids for trunk and head, a free pass)."""
-    model, rng = random_model(CFG, execution=DENSE), np.random.default_rng(0)
-    batch = packed_batch(rng, np.sort(rng.integers(0, 4, (2, 24)), axis=1), CFG.vocab_size)
-
-    @jax.jit
-    def run(model, expert_ids, of_head):
-        ids = () if of_head is None else [of_head]
-        return model(**batch, expert_ids=expert_ids, mtp_expert_ids=ids)
-
-    return model, batch, run, run(model, None, None)
+def model():
+    return random_model(CFG, execution=DENSE)
 
 
-def test_replaying_a_pass_changes_no_bit(passes):
+def test_replaying_a_pass_changes_no_bit(model):
     """With documents and a head. A free V3 loss counts top scores without bias: it alone moves."""
-    model, _, run, free = passes
-    (of_head,) = (r.expert_ids for r in free.mtp_routing)
-    again = run(model, free.routing.expert_ids, of_head)
+    rng = np.random.default_rng(0)
+    batch = packed_batch(rng, np.sort(rng.integers(0, 4, (2, 24)), axis=1), CFG.vocab_size)
+    free = run(model, batch)
+    ids = free.routing.expert_ids, free.mtp_routing[0].expert_ids
 
     def compared(out):
         routings = [r._replace(balance_loss=0) for r in (out.routing, *out.mtp_routing)]
         return out.logits, out.mtp_logits, routings
 
-    chex.assert_trees_all_equal(compared(again), compared(free))
-    none = [jnp.full_like(ids, -1) for ids in (free.routing.expert_ids, of_head)]
-    chex.assert_trees_all_equal(run(model, *none), free)
-
-
-def test_given_experts_are_counted_and_train_the_router(passes):
-    model, batch, run, free = passes
-    shifted = jnp.roll(free.routing.expert_ids, 1, axis=2)
-    out = run(model, shifted, jnp.full_like(free.mtp_routing[0].expert_ids, -1))
-    np.testing.assert_array_equal(out.routing.expert_ids, shifted)
-    mask = batch["segment_ids"] != 0
-    load = [balance.load(ids, CFG.num_experts, mask) for ids in shifted]
-    np.testing.assert_array_equal(out.routing.load, load)
-    assert np.abs(out.logits - free.logits).max() > 0.1
-    scores = jnp.linspace(0.1, 0.9, 16).reshape(1, 2, 8)
-    given = jnp.array([[[0, 1, 2], [-1, -1, -1]]], jnp.int32)
-    want = balance.switch_loss(scores[0], jnp.array([[0, 1, 2], [7, 6, 5]]))
-    np.testing.assert_allclose(balance.sequence_loss(scores, 3, given=given)[0], want, rtol=1e-6)
+    chex.assert_trees_all_equal(compared(run(model, batch, *ids)), compared(free))
+    none = [jnp.full_like(of_some, -1) for of_some in ids]
+    chex.assert_trees_all_equal(run(model, batch, *none), free)
 
 
 @pytest.mark.long
@@ -114,13 +96,6 @@ def test_a_batch_brings_experts_of_trunk_and_head():
     assert np.abs(grads["sparse"]["moe"]["w_router"][...]).max() > 1e-4
 
 
-@pytest.fixture(scope="module")
-def light():
-    """(A model of one sparse layer with a head, its pass over given experts, compiled once.)"""
-    model = random_model(small(num_layers=1, num_dense_layers=0, mtp_depth=1), execution=DENSE)
-    return model, jax.jit(lambda model, text, ids: model(text, expert_ids=ids))
-
-
 # The second row is the first one, refilled; an int8 cache rounds keys to 1 in 254.
 DRAFTED = dict(batch_size=1, draft="mtp", draft_length=2, temperature=0.7, top_p=0.8)
 INT8 = dict(cache_dtype="int8", temperature=1.0)
@@ -132,19 +107,19 @@ HOW = [
 
 
 @pytest.mark.parametrize("settings, atol", HOW)
-def test_what_decoding_recorded_is_the_teacher_forced_pass(light, settings, atol):
+def test_what_decoding_recorded_is_the_teacher_forced_pass(model, settings, atol):
     """Log-probabilities, as the model's own and as drawn from; experts exactly."""
-    (model, run), prompts = light, [[5], [8, 1, 30, 2, 2]]
+    prompts = [[5], [8, 1, 30, 2, 2]]
     result = ds.generate(model, prompts, 8, logprobs=True, return_routing=True, **settings)
-    text, recorded = np.zeros((2, 16), np.int32), np.full((1, 2, 16, 3), -1, np.int32)
+    text, recorded = np.zeros((2, 16), np.int32), np.full((2, 2, 16, 3), -1, np.int32)
     for i, (prompt, new) in enumerate(zip(prompts, result.tokens, strict=True)):
         size, ids = len(prompt) + len(new), result.expert_ids[i]
-        assert ids.shape == (1, size, 3) and (ids[:, -1] == -1).all() and (ids[:, :-1] >= 0).all()
+        assert ids.shape == (2, size, 3) and (ids[:, -1] == -1).all() and (ids[:, :-1] >= 0).all()
         text[i, :size], recorded[:, i, :size] = [*prompt, *new], ids
     if atol < 0.01:
-        free = np.asarray(run(model, text, np.full_like(recorded, -1)).routing.expert_ids)
+        free = run(model, {"tokens": text}, np.full_like(recorded, -1)).routing.expert_ids
         np.testing.assert_array_equal(np.where(recorded < 0, free, recorded), free)
-    logits = np.float64(run(model, text, recorded).logits)
+    logits = np.float64(run(model, {"tokens": text}, recorded).logits)
     law = {key: settings[key] for key in ("temperature", "top_p") if key in settings}
     for i, (prompt, new) in enumerate(zip(prompts, result.tokens, strict=True)):
         row = logits[i, len(prompt) - 1 :][: len(new)]
@@ -157,8 +132,7 @@ def test_what_decoding_recorded_is_the_teacher_forced_pass(light, settings, atol
         np.testing.assert_allclose(result.logprobs[i], drawn, rtol=0, atol=atol)
 
 
-def test_ids_that_no_router_could_have_chosen_are_refused(passes):
-    model, tokens = passes[0], tokens_of(CFG, 2, 24)
+def test_ids_that_no_router_could_have_chosen_are_refused(model):
     ids = np.zeros((2, 2, 24, 3), np.int32) + np.arange(3, dtype=np.int32)
     for wrong, said in (
         (ids[:1], r"int32 \(1, 2, 24, 3\), not an array int32 \(2, 2, 24, 3\)"),
@@ -168,25 +142,27 @@ def test_ids_that_no_router_could_have_chosen_are_refused(passes):
         with refused(said):
             check_expert_ids(CFG, wrong, (2, 2, 24))
     with refused("mtp_expert_ids has 2 arrays, and 1 heads"):
-        model(tokens, mtp_expert_ids=[jnp.asarray(ids[0])] * 2)
+        model(tokens_of(CFG, 2, 24), mtp_expert_ids=[jnp.asarray(ids[0])] * 2)
     with refused("needs routed experts"):
         ds.generate(random_model(small(num_layers=1)), [[1]], 2, return_routing=True)
 
 
 def test_experts_of_another_text_or_shifted_by_one_are_noticed():
     """A fault that no shape shows."""
-    zeros, tokens = np.zeros(6, np.int32), np.int32([5, 6, 7, 8, 9, 0])
-    row = Row(tokens=tokens, segment_ids=zeros + 1, positions=zeros, domains=zeros, documents=zeros)
-    ids = np.zeros((2, 6, 3), np.int32)
-    right = row | {"expert_ids": ids, "routed_tokens": np.int32([5, 6, 7, 8, 9, -1])}
-    names = {"tokens", "segment_ids", "positions", "expert_ids"}
-    assert set(model_inputs(stack([right, right]))) == names
+    names = "segment_ids", "positions", "domains", "documents"
+    row = Row(tokens=np.int32([5, 6, 7, 8, 9, 0]), **dict.fromkeys(names, np.ones(6, np.int32)))
+    right = row | {"expert_ids": np.zeros((2, 6, 3), np.int32)}
+
+    def inputs_of(*routed):
+        return model_inputs(stack([right | {"routed_tokens": np.int32(routed)}]))
+
+    assert "expert_ids" in inputs_of(5, 6, 7, 8, 9, -1)
     for routed, said in (
         ([6, 7, 8, 9, 0, -1], "place 0 for token 6, and the row has 5 there: .* shifted by 1"),
         ([-1, 5, 6, 7, 8, 9], "place 1 for token 5, and the row has 6 there: .* shifted by -1"),
         ([5, 6, 7, 1, 9, -1], "place 3 for token 1, and the row has 8 there: .* of another text"),
     ):
         with refused(said):
-            stack([right, right | {"routed_tokens": np.int32(routed)}])
+            inputs_of(*routed)
     with refused("without routed_tokens"):
-        stack([row | {"expert_ids": ids}])
+        stack([right])

@@ -139,17 +139,10 @@ def losses(base):
     for folder in FOLDERS:
         about = json.loads((folder / "results.json").read_text())
         for variant, seeds in about["runs"].items() if about["base"] == base else ():
-            rows += [
-                (
-                    folder.name,
-                    variant,
-                    int(seed),
-                    r["numbers"]["val_loss"],
-                    (r["recipe"], r["steps"]),
-                )
-                for seed, r in seeds.items()
-                if r["numbers"].get("val_loss") is not None
-            ]
+            for seed, r in seeds.items():
+                loss, version = r["numbers"].get("val_loss"), (r["recipe"], r["steps"])
+                if loss is not None:
+                    rows.append((folder.name, variant, int(seed), loss, version))
     return rows
 
 
@@ -240,19 +233,16 @@ class _Shown:
     def __init__(self, runs):
         self.runs = runs
 
+    def by_seed(self, variant, key):
+        return {int(s): read(record["numbers"], key) for s, record in self.runs[variant].items()}
+
     def values(self, variant, key):
-        rows = sorted(self.runs[variant].items(), key=lambda row: int(row[0]))
-        return np.array([read(record["numbers"], key) for _, record in rows], float)
+        row = self.by_seed(variant, key)
+        return np.array([row[seed] for seed in sorted(row)], float)
 
     def paired(self, variant, other, key):
-        both = sorted(self.runs[variant].keys() & self.runs[other].keys(), key=int)
-        return np.array(
-            [
-                read(self.runs[variant][s]["numbers"], key)
-                - read(self.runs[other][s]["numbers"], key)
-                for s in both
-            ]
-        )
+        a, b = self.by_seed(variant, key), self.by_seed(other, key)
+        return np.array([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
 def covariance(grid, like, related, loss=None):
