@@ -331,17 +331,14 @@ def test_what_the_page_gets_is_what_generate_returns(model, real):
 
 @pytest.mark.long
 def test_a_signal_ends_the_command_and_its_streams(whole, root):
-    """test_serve_page has SIGTERM."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        pytest.skip("what the tests ignore, as in the background, their commands ignore too")
     process = start(["serve", str(whole.folder), "--port", "0", "--rows", "2"], root)
     address = re.search(r"http://(\S+) ", process.stdout.readline())[1]
     wish = dict(model="", prompt="a", max_tokens=40, temperature=0, stream=True)
     with client_of(address) as client, client.completions.create(**wish) as stream:
         next(iter(stream))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in err, err
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err, err
 
 
 def test_the_command_refuses_in_a_sentence(whole, monkeypatch):
