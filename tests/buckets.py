@@ -23,17 +23,15 @@ class Conditions(server.Router):
     Requests are answered one after another, so nothing happens in between.
     """
 
-    writes = 0
-    at_write: dict = {}  # number of a write → what is done before it is carried out
+    at_write: dict = {}  # name of an object → what is done before it is written
     refused = False  # the bucket is another's
 
     def handle(self, method):
         request = server.Request(self._request_handler, method)
-        if method != "GET":
-            Conditions.writes += 1
-            self.at_write.pop(self.writes, lambda: None)()
         bucket = request.path.partition("/b/")[2].split("/")[0]
         names = request.query.get("name") or [server.unquote(request.path.partition("/o/")[2])]
+        if method != "GET":
+            self.at_write.pop(names[0], lambda: None)()
         generation = "0"
         with contextlib.suppress(Exception):  # there is no such object
             found = self._request_handler.storage.get_file_obj(bucket, names[0])

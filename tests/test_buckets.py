@@ -5,21 +5,24 @@ import os
 import signal
 import socket
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 import runs
 from buckets import serve
+from models import arrays_of
 from runs import (
     assert_bitwise,
+    assert_near,
     by_command,
     flags,
     fresh_state,
     last_state,
     make_run,
+    on_mesh,
     refused,
     rows_of,
     start,
@@ -27,7 +30,7 @@ from runs import (
 from test_cluster import pair
 
 import dsv3_jax as ds
-from dsv3_jax.config import OptimConfig
+from dsv3_jax.config import Layout, OptimConfig
 from dsv3_jax.host import lease
 from dsv3_jax.host.bucket import Bucket, Changed
 from dsv3_jax.host.lease import Lease
@@ -38,10 +41,11 @@ from dsv3_jax.runs.bucket_checkpoint import SETTINGS
 from dsv3_jax.runs.checkpoint import load_run, open_checkpoints, steps_of
 from dsv3_jax.runs.folder import claim, read_run
 from dsv3_jax.runs.loop import fit
+from dsv3_jax.training.state import Job
 
 pytestmark = pytest.mark.long
 
-RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1), keep=2)
+RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1, mtp_depth=0), keep=2)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +69,21 @@ def trained(server, whole):
     return whole.run, url, whole.folder
 
 
-def save(url, *steps, run=RUN):
-    folder = fetched(url)
-    with mirror_of(folder).writing():
+@contextmanager
+def writing(place, run=RUN):
+    """The checkpoints of a run, on the disk or in the bucket, which this process writes."""
+    folder = fetched(place)
+    mirror = mirror_of(folder)
+    with mirror.writing() if mirror else nullcontext():
         claim(folder, run)
         with open_checkpoints(folder, run) as checkpoints:
-            for step in steps:
-                checkpoints.save(fresh_state(run, step), {"offset": step})
+            yield checkpoints
+
+
+def save(place, *steps):
+    with writing(place) as checkpoints:
+        for step in steps:
+            checkpoints.save(fresh_state(RUN, step), {"offset": step})
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -88,9 +100,7 @@ def assert_same_run(run, url, disk):
     """Rows, state, data position, steps and settings are equal."""
     folder = fetched(url)
     assert rows_of(folder) == rows_of(disk)
-    (state, position), (expected, expected_position) = last_state(folder, run), last_state(disk)
-    assert_bitwise(state, expected)
-    assert position == expected_position
+    assert_bitwise(last_state(folder, run), last_state(disk))
     assert steps_of(folder / "checkpoints") == steps_of(disk / "checkpoints")
     assert read_run(folder) == read_run(disk)
 
@@ -189,39 +199,72 @@ def test_a_writer_notices_that_it_is_the_writer_no_longer(url, monkeypatch, serv
 # checkpoints
 
 
-def test_checkpoints_are_independent_of_the_mesh(url):
-    """Each device's shard is written by itself; another mesh, or none, reads the same bits."""
-    state = fresh_state(RUN, step=3)
-    folder = fetched(url)
-    with mirror_of(folder).writing():
-        claim(folder, RUN)
-        shardings = sharding.state_sharding(state, sharding.make_mesh(2, 4, 1), fsdp=False)
-        with open_checkpoints(folder, RUN) as checkpoints:
-            checkpoints.save(jax.device_put(state, shardings), {"piece": 5}, wait=True)
-            assert checkpoints.latest == 3
+@pytest.fixture(params=["disk", "bucket"])
+def either(request, url, tmp_path) -> str:
+    return url if request.param == "bucket" else str(tmp_path / "run")
+
+
+def test_checkpoints_are_independent_of_the_mesh(either):
+    """Saved from a mesh of "data" and "expert", restored without one and on another: same bits."""
+    run = replace(RUN, execution=replace(RUN.execution, layout=Layout(fsdp=True)))
+    state = fresh_state(run, step=3)
+    with writing(either, run) as checkpoints:
+        checkpoints.save(on_mesh(state, sharding.make_mesh(2, 4, 1), fsdp=True), {"piece": 5})
+        assert checkpoints.latest == 3
     for sizes in (None, (1, 4, 2)):
         mesh = sizes and sharding.make_mesh(*sizes)
-        with open_checkpoints(folder, RUN, read_only=True) as checkpoints:
+        with open_checkpoints(fetched(either), run, read_only=True) as checkpoints:
             restored, position = checkpoints.restore(mesh)
         assert_bitwise(restored, state)
         assert position == {"piece": 5}
-        expected = sharding.state_sharding(state, mesh, fsdp=False)
+        expected = sharding.state_sharding(state, mesh, fsdp=True)
         for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-    assert ds.load_run(url).step == 3
+    assert ds.load_run(either).step == 3
 
 
-def test_a_state_may_be_donated_while_it_is_written(url):
+def test_a_state_may_be_donated_while_it_is_written(either):
     state = fresh_state(RUN, step=3)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
-    folder = fetched(url)
-    with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
-        claim(folder, RUN)
+    with writing(either) as checkpoints:
         checkpoints.save(state, {})
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
-    assert_bitwise(last_state(url)[0], fresh_state(RUN, step=3))
+    assert_bitwise(last_state(either)[0], fresh_state(RUN, step=3))
+
+
+def remove_settings(place, folder):
+    """Delete what the checkpoint in the folder holds beside the arrays."""
+    if place.startswith("gs:"):
+        Bucket(place).write(f"checkpoints/{folder}.2/{SETTINGS}", None)
+    else:
+        (Path(place) / "checkpoints" / folder / "config" / "metadata").unlink()
+
+
+def test_a_step_can_be_chosen_and_damage_is_refused_by_readers_and_passed_over(either):
+    save(either, 4, 8)
+    with writing(either) as checkpoints:
+        with refused(r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
+            checkpoints.rewind(5)
+        assert checkpoints.rewind(8) == checkpoints.rewind() == []
+        (sentence,) = checkpoints.rewind(4)
+        kept = "the checkpoint of step 8 is kept as 8.superseded"
+        assert sentence == f"{kept}: training resumes from step 4"
+        assert checkpoints.latest == 4
+        checkpoints.save(fresh_state(RUN, 8), {"offset": 9}, wait=True)
+        assert checkpoints.restore()[1] == {"offset": 9}
+
+    remove_settings(either, "8")
+    with refused(r"^step=8: file='.*/checkpoints/8.* is absent; `dsv3 runs check` says"):
+        load_run(either)
+    assert load_run(either, step=4).step == 4
+    with writing(either) as checkpoints:
+        (sentence,) = checkpoints.rewind()
+        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: file='")
+        state, position = checkpoints.restore()
+        assert position == {"offset": 4}
+        assert_bitwise(state, fresh_state(RUN, 4))
 
 
 def test_old_checkpoints_and_what_a_dead_process_left_are_deleted(url):
@@ -234,47 +277,22 @@ def test_old_checkpoints_and_what_a_dead_process_left_are_deleted(url):
     assert index_of(url)["steps"] == {"8": "checkpoints/8.1", "12": "checkpoints/12.2"}
 
 
-def test_a_step_can_be_chosen_and_damage_is_passed_over(url):
-    save(url, 4, 8)
-    folder = fetched(url)
-    with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
-        (sentence,) = checkpoints.rewind(4)
-        assert sentence.startswith("the checkpoint of step 8 is kept as 8.superseded: ")
-        checkpoints.save(fresh_state(RUN, 8), {"offset": 9}, wait=True)
-        assert checkpoints.restore()[1] == {"offset": 9}
-    assert index_of(url)["aside"] == {"8.superseded": "checkpoints/8.1"}
-    assert f"checkpoints/8.1/{SETTINGS}" in contents(url)
-
-    Bucket(url).write(f"checkpoints/8.2/{SETTINGS}", None)
-    with refused("^step=8: file='gs://.*/checkpoints/8.2/run.json' is absent; `dsv3 runs check`"):
-        load_run(url)
-    with mirror_of(folder).writing(), open_checkpoints(folder, RUN) as checkpoints:
-        (sentence,) = checkpoints.rewind()
-        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: file='gs://")
-        assert checkpoints.restore()[1] == {"offset": 4}
-
-
-def test_a_flipped_bit_is_refused_or_changes_nothing_and_an_absent_object_is_refused(url):
+def test_a_flipped_bit_or_an_absent_object_is_refused_and_never_read(url):
     save(url, 4)
     bucket = Bucket(url)
-    arrays = [name for name in bucket.names() if "/0/d/" in name]
-    largest = max(arrays, key=lambda name: len(bucket.read(name)[0]))
-    content = bucket.read(largest)[0]
+    arrays = {name: data for name, data in contents(url).items() if "/0/d/" in name}
+    name, content = max(arrays.items(), key=lambda pair: len(pair[1]))
+    places = (3 * len(content) // 8, 5 * len(content) // 8)
+    damaged = [content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :] for at in places]
     refusals = 0
-    with open_checkpoints(fetched(url), RUN, read_only=True) as checkpoints:
-        for at in range(len(content) // 8, len(content), len(content) // 4):
-            bucket.write(largest, content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
-            try:
-                assert_bitwise(checkpoints.restore()[0], fresh_state(RUN, 4))
-            except ValueError as error:
-                assert str(error).startswith("step=4: the checkpoint in "), error
-                refusals += 1
-        assert refusals >= 2
-        bucket.write(largest, None)
-        with refused("^step=4: the checkpoint in .* cannot be read: "):
-            checkpoints.restore()
-        bucket.write(largest, content)
-        assert_bitwise(checkpoints.restore()[0], fresh_state(RUN, 4))
+    for data in (*damaged, None):
+        bucket.write(name, data)
+        try:
+            assert_bitwise(last_state(url)[0], fresh_state(RUN, 4))  # nothing reads the bit
+        except ValueError as error:
+            assert str(error).startswith("step=4: the checkpoint in "), error
+            refusals += 1
+    assert refusals >= 2
 
 
 # training and reading
@@ -291,39 +309,30 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(trained, tmp_path):
     assert code == 0 and "step 12: in a bucket, where arrays are checked" in said
     assert "metrics.jsonl: 14 rows" in said
 
-    ends = []
-    for place in (url, str(disk)):
-        start = ds.train.open_start(place)
-        child = ds.train.on_weights(replace(run, steps=2), start)
-        out = tmp_path / str(len(ends))
-        fit(child, out, start=start, quiet=True)
-        ends.append(rows_of(out))
-    assert ends[0] == ends[1]
+    starts = [ds.train.open_start(place) for place in (url, str(disk))]
+    ours, theirs = (start.load(Job(replace(run, start=start.place))) for start in starts)
+    assert_bitwise(arrays_of(ours[0]), arrays_of(theirs[0]))
+    assert ours[1] == theirs[1] and starts[0].run.data == starts[1].run.data
 
 
 def test_a_run_that_is_killed_while_it_writes_ends_as_the_uninterrupted_one(
     trained, server, url, root
 ):
-    """The server kills it at some of its writes: of an index, of arrays, of files."""
+    """The server kills it when the arrays of its second checkpoint are there, and nothing else."""
     run, _, disk = trained
-    argv = ["train", "tiny", "--out", url, *flags(run)]
-    for number in (18, 33):
-        process = start(argv, root)
-        server.at_write[server.writes + number] = process.kill
-        with process:
-            assert process.wait(300) == -signal.SIGKILL, process.communicate()
-    with start(argv, root) as process:
-        assert process.wait(300) == 0, process.communicate()
+    last = f"{url.removeprefix('gs://bucket/')}/checkpoints/8.1/{SETTINGS}"
+    with start(["train", "tiny", "--out", url, *flags(run)], root) as process:
+        server.at_write[last] = process.kill
+        assert process.wait(300) == -signal.SIGKILL, process.communicate()
+    assert fit(run, url, quiet=True).resumed_from == 4
     assert_same_run(run, url, disk)
-    assert index_of(url)["starts"] > 2
 
 
 @pytest.mark.rare
 def test_each_of_two_processes_writes_its_shards(server, url, root, tmp_path):
     """What they have written is one process's run, and one resumes it."""
-    model = replace(runs.MODEL, num_layers=1, mtp_depth=0)
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
-    run = make_run(runs.write_text(tmp_path / "text"), model=model, optim=optim, steps=8)
+    run = make_run(runs.write_text(tmp_path / "text"), model=RUN.model, optim=optim, steps=8)
     with pair(root, Path(url), run) as both:
         for process in both:
             assert process.wait(400) == 0, process.communicate()
@@ -333,8 +342,7 @@ def test_each_of_two_processes_writes_its_shards(server, url, root, tmp_path):
     (state, position), (expected, expected_position) = map(last_state, (url, tmp_path / "alone"))
     assert position == expected_position
     assert_bitwise(state.bias, expected.bias)  # every count of every step was the same
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    assert_near(state.params, expected.params)
     assert fit(replace(run, steps=9), url, quiet=True).resumed_from == 8
 
 
@@ -362,18 +370,16 @@ def test_what_is_no_bucket_of_ours_is_refused_in_a_sentence(trained, server, url
     # An index that is another's, or names files outside of the run.
     index = index_of(finished)
     outside = ({"files": ["../a"]}, {"files": ["/etc/a"]}, {"steps": {"a": "b"}}, {"aside": 3})
-    for data in (b"{}", b"[1]", b"a", *(json.dumps(index | one).encode() for one in outside)):
-        Bucket(url).write(INDEX, data)
-        refuse_training(f"file='{url}/index.json' is damaged, or no run's", url)
-        refuse("is damaged, or no run's", "runs", "check", url)
+    for values in ({}, [1], *(index | one for one in outside)):
+        Bucket(url).write(INDEX, json.dumps(values).encode())
+        refuse(f"file='{url}/index.json' is damaged, or no run's", "runs", "check", url)
     Bucket(url).write(INDEX, json.dumps(index).encode())
     refuse(f"file='{url}/load.jsonl' is absent", "generate", url)
 
     # Another run's; one that the bucket does not let in; commands that write to a disk.
     before = contents(finished)
     refuse_training(f"seed=9 is not that of the run in {finished}", finished, replace(run, seed=9))
-    after = contents(finished)
-    assert after | {INDEX: before[INDEX]} == before
+    assert contents(finished) | {INDEX: before[INDEX]} == before
     only = "only `dsv3 train` writes into a bucket; name a folder"
     for words in (("stats", finished, "--out"), ("convert", finished)):
         refuse(f"out='gs://bucket/out': {only}", *words, "gs://bucket/out")

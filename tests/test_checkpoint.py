@@ -28,7 +28,7 @@ from dsv3_jax.training.state import TrainState
 # A save or restore that fails inside Orbax leaves its event loop open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-MODEL = replace(runs.MODEL, num_layers=1)
+MODEL = replace(runs.MODEL, num_layers=1, mtp_depth=0)
 RUN = make_run("some text", model=MODEL, keep=2)
 PLACE = {"corpus": "abc", "seed": 0, "document": 3, "offset": 7}
 EARLIER, LAST = 4, 8
@@ -104,11 +104,10 @@ def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
 def test_a_path_that_orbax_takes_for_a_pattern(saved, tmp_path):
     """A run trained elsewhere is read there; none begins there, and no save counts older ones."""
     run = Path(shutil.copytree(saved, tmp_path / "in[1]" / "run"))
-    sentence = "^the checkpoint of step 9 .* Orbax has not written state/manifest.ocdbt;"
-    with pytest.raises(SaveFailed, match=sentence):
+    with pytest.raises(SaveFailed, match="^the checkpoint of step 9 .* Orbax has not written"):
         save(run, 9, run=replace(RUN, keep=1))
     assert steps_in(run) == {"8"} and load_run(run).step == LAST
-    for name in ("a[1]", "a*", "a?", "in[1]/b"):
+    for name in ("a[1]", "a*", "a?"):
         with refused(f"^out='{re.escape(str(tmp_path / name))}/run' holds '.', which Orbax"):
             fit(RUN, tmp_path / name / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"in[1]"}
@@ -154,21 +153,21 @@ def array_file(folder: Path) -> Path:
     return max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
-def test_damage_is_named_by_file(run, tmp_path):
-    for number, damage in enumerate(
-        (
-            lambda folder: array_file(folder).unlink(),
-            lambda folder: (folder / "state" / "other").write_text("x"),
-            lambda folder: os.mkfifo(folder / "state" / "pipe"),
-            lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
-            lambda folder: (shutil.rmtree(folder), folder.mkdir()),
-        )
-    ):
-        folder = Path(shutil.copytree(last(run), tmp_path / str(number)))
-        damage(folder)
-        found = find_damage(folder)
-        assert f"{folder}/" in found and "\n" not in found and len(found) < 300
-        assert ("the guide to training says how to make another" in found) == (number == 3)
+DAMAGES = (
+    lambda folder: array_file(folder).unlink(),
+    lambda folder: (folder / "state" / "other").write_text("x"),
+    lambda folder: os.mkfifo(folder / "state" / "pipe"),
+    lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
+    lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+)
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_damage_is_named_by_file(run, number):
+    DAMAGES[number](last(run))
+    found = find_damage(last(run))
+    assert f"{last(run)}/" in found and "\n" not in found and len(found) < 300
+    assert ("the guide to training says how to make another" in found) == (number == 3)
 
 
 def test_each_process_lists_and_checks_its_share(run):
@@ -214,42 +213,16 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monke
         Checkpoints(run, RUN, read_only=True).rewind()
 
 
-def test_damage_is_refused_by_readers_and_passed_over_by_training(run):
-    flip(array_file(last(run)))
-    sentence = f"^step=8: .*{last(run)}.*; `dsv3 runs check` says"
-    with pytest.raises(DamagedCheckpoint, match=sentence):
-        load_run(run)
-    assert load_run(run, step=EARLIER).step == EARLIER
-    with Checkpoints(run, RUN) as checkpoints:
-        (sentence,) = checkpoints.rewind()
-        assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: ")
-        assert str(last(run)) in sentence
-        state, place = checkpoints.restore()
-        assert place == PLACE | {"offset": EARLIER}
-        assert_bitwise(state, make_state(EARLIER))
-        checkpoints.save(make_state(LAST), PLACE)  # training comes to that step again
-    assert steps_in(run) == {"4", "8", "8.damaged"} and find_damage(last(run)) == ""
+def test_a_damaged_checkpoint_is_not_chosen(run):
+    """Neither by its step, nor where no other is left. test_buckets.py has what is passed over."""
     for step in (EARLIER, LAST):
         flip(run / "checkpoints" / str(step) / "config" / "metadata")
     with Checkpoints(run, RUN) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match="^step=4: .*config/metadata' is damaged"):
+            checkpoints.rewind(EARLIER)
         with pytest.raises(DamagedCheckpoint, match="no other checkpoint .* is whole"):
             checkpoints.rewind()
-
-
-def test_a_step_can_be_chosen(run):
-    """Later checkpoints get another name; a damaged or absent one is not replaced."""
-    with Checkpoints(run, RUN) as checkpoints:
-        with refused(r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
-            checkpoints.rewind(5)
-        assert checkpoints.rewind(LAST) == checkpoints.rewind() == []
-        (sentence,) = checkpoints.rewind(EARLIER)
-        kept = "the checkpoint of step 8 is kept as 8.superseded"
-        assert sentence == f"{kept}: training resumes from step 4"
-        assert checkpoints.latest == EARLIER
-    flip(run / "checkpoints" / "4" / "data" / "metadata")
-    with Checkpoints(run, RUN) as checkpoints:
-        with pytest.raises(DamagedCheckpoint, match="step=4: .*data/metadata"):
-            checkpoints.rewind(EARLIER)
+    assert steps_in(run) == {"4", "8"}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -283,31 +256,26 @@ def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch):
 
 
 TWO = [[8, 260], "uint8"], [[1, 260], "float32"]
-PACKED_LISTS = [
-    *(5, [5], [[["head"], [[5, 5]] * 2]], [[["head"], TWO[:1]]]),
-    [[["head"], [[[8, 260], "float8_e4m3fn"], TWO[1]]]],  # it is not packed
-    *([[path, TWO]] for path in (["nowhere"], [3], ["head"])),
-    *([[["head"], x]] for x in ([[[8, 260], "x"], TWO[1]], [[[-8, 260], "uint8"]] * 2)),
-]
+NO_DTYPE = [[8, 260], "x"], TWO[1]
+UNPACKED = [[8, 260], "float8_e4m3fn"], TWO[1]  # of the right shape, and not what was saved
+NO_PACKED = [5, [[["nowhere"], TWO]], *([[["head"], x]] for x in (TWO, 3, NO_DTYPE, UNPACKED))]
 
 
 def test_a_changed_checkpoint_that_is_sealed_again_is_refused_in_a_sentence(run):
     """Anyone can write checksums, and edit run.json. The sentence names the checkpoint's step."""
-    unreadable = f"^step=8: the checkpoint in {run}/checkpoints cannot be read: "
     config, data = (last(run) / name / "metadata" for name in ("config", "data"))
     values = json.loads(config.read_text())
-    lists = (values | {"packed": packed} for packed in PACKED_LISTS)
-    changes = [(config, json.dumps(x), unreadable) for x in (*lists, [values], {}, None)]
-    changes += [(data, text, unreadable) for text in ("[{}]", "3")]
-    changes += [(file, '{"a": 1', f"^step=8: .*{file} is not JSON: ") for file in (config, data)]
-    edited = (run / RUN_FILE).read_text().replace('"mtp_depth": 1', '"mtp_depth": 2')
-    other = "model.mtp_depth=2 is not that of the checkpoint, 1$"
-    changes.append((run / RUN_FILE, edited, f"^step=8: the checkpoint in .*: {other}"))
+    edited = (run / RUN_FILE).read_text().replace('"mtp_depth": 0', '"mtp_depth": 1')
+    unreadable = f"the checkpoint in {run}/checkpoints cannot be read: "
+    changes = [(config, json.dumps(values | {"packed": x}), unreadable) for x in NO_PACKED]
+    changes += [(config, text, unreadable) for text in ("[]", "{}", "null")]
+    changes += [(data, "3", unreadable), (data, '{"a": 1', f".*{data} is not JSON: ")]
+    changes += [(run / RUN_FILE, edited, ".*: model.mtp_depth=1 is not that of the checkpoint, 0$")]
     for file, text, sentence in changes:
         before = file.read_text()
         file.write_text(text)
         write_manifest(last(run))
-        with refused(sentence):
+        with refused(f"^step=8: {sentence}"):
             load_run(run)
         file.write_text(before)
 
@@ -317,7 +285,7 @@ def test_an_array_without_its_file_and_a_router_bias_of_nan(run):
     bias = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.bias)
     with Checkpoints(run, RUN) as checkpoints:
         checkpoints.save(replace(state, bias=bias, step=state.step + 1), PLACE)
-    with refused("^step=9: the checkpoint in .* the norm of router bias mtp.* is not finite"):
+    with refused("^step=9: the checkpoint in .* the norm of router bias sparse.* is not finite"):
         load_run(run)
     shutil.rmtree(last(run) / "state" / "ocdbt.process_0" / "d")
     write_manifest(last(run))
@@ -337,16 +305,14 @@ def test_a_folder_is_claimed_once(tmp_path):
     first = claim(tmp_path, RUN)
     assert first == replace(RUN, data=replace(RUN.data, paths=(os.path.abspath("some text"),)))
     assert read_run(tmp_path) == claim(tmp_path, RUN) == first
-    text, model = replace(RUN.data, paths=("/a", "b")), replace(MODEL, q_latent_dim=3)
     for change, key in (
-        ({"seed": 7}, "seed=7 is not that of the run in .*, 0"),
-        ({"data": text}, r"data.paths=\('/a', '.*/b'\) is not .*/some text',\)"),
-        ({"model": model}, "model.q_latent_dim=3 is not that of the run in .*, None"),
+        ({"data": replace(RUN.data, paths=("/a", "b"))}, r"data.paths=\('/a', '.*/b'\) is not"),
+        ({"model": replace(MODEL, q_latent_dim=3)}, "model.q_latent_dim=3 is not that .*, None"),
     ):
-        with refused(f"^{key}; choose another --out$"):
+        with refused(f"^{key}.*; choose another --out$"):
             claim(tmp_path, replace(RUN, **change))
     longer = replace(RUN, steps=RUN.steps + 8, save_every=3)
-    assert claim(tmp_path, longer).steps == RUN.steps + 8
+    claim(tmp_path, longer)
     claim(tmp_path, replace(longer, keep=9))
     assert read_run(tmp_path) == replace(settled(longer, tmp_path), keep=9)
     history = json.loads((tmp_path / RUN_FILE).read_text())["history"]

@@ -20,9 +20,8 @@ from runs import (
     assert_near,
     dsv3,
     flags,
-    fresh_state,
+    last_state,
     make_run,
-    on_mesh,
     refused,
     rows_of,
     start,
@@ -34,7 +33,6 @@ from dsv3_jax.cli.train import Train
 from dsv3_jax.config import Layout, OptimConfig, RunConfig
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.runs import loop
-from dsv3_jax.runs.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +84,15 @@ def test_two_processes_train_as_one(run, root, tmp_path):
     rounds = ("--execution.layout.expert-comm", "all_to_all")
     rounds += ("--execution.layout.capacity-slack", "1")
     with pair(root, folder, run, more=(rounds, rounds), before=KILLED) as both:
-        assert both[1].wait(120) == -signal.SIGKILL, both[1].stderr.read()
-        said, errors = both[0].communicate(timeout=120)
+        assert both[1].wait(300) == -signal.SIGKILL, both[1].stderr.read()
+        said, errors = both[0].communicate(timeout=300)
         assert both[0].returncode in (75, -signal.SIGABRT), errors
         assert "resumed from the checkpoint of step 2" in said
     lists = {path.name for path in folder.glob("checkpoints/[46]/checksums.*")}
     assert lists == {"checksums.0-of-2.json", "checksums.1-of-2.json"}
     assert loop.fit(run, folder, quiet=True).resumed_from in (4, 6)
     loop.fit(run, alone, quiet=True)
-    saved, expected = (last_checkpoint(run, f) for f in (folder, alone))
+    saved, expected = last_state(folder), last_state(alone)
     assert saved[1] == expected[1]  # where the data continues
     assert_bitwise(saved[0].bias, expected[0].bias)  # every count of every step was the same
     assert_near(saved[0].params, expected[0].params)
@@ -105,11 +103,6 @@ def test_two_processes_train_as_one(run, root, tmp_path):
         others = {"bits_per_byte_by_domain", "max_vio_by_domain", "mtp_acceptance"}
         for name in expected_row.keys() - others:
             np.testing.assert_allclose(row[name], expected_row[name], rtol=1e-5, err_msg=name)
-
-
-def last_checkpoint(run, folder):
-    with Checkpoints(folder, run) as checkpoints:
-        return checkpoints.restore()
 
 
 def test_processes_with_different_runs_are_named(monkeypatch):
@@ -128,25 +121,6 @@ def test_invalid_settings_are_refused():
         settings = {"address": "host0:1234", "count": None, "index": 0, "devices": 4} | changes
         with refused(f"^{re.escape(named)}"):
             processes.join(**settings)
-
-
-@pytest.mark.long
-def test_checkpoints_are_independent_of_the_mesh(run, tmp_path):
-    """Saved from a mesh of "data" and "expert", restored without one and on another: same bits."""
-    run = replace(run, execution=replace(run.execution, layout=Layout(fsdp=True)))
-    state, data_state = fresh_state(run, step=3), {"piece": 5, "offset": 7}
-    with Checkpoints(tmp_path, run) as checkpoints:
-        placed = on_mesh(state, sharding.make_mesh(2, 4, 1), fsdp=True)
-        checkpoints.save(placed, data_state, wait=True)
-    for sizes in (None, (1, 4, 2)):
-        mesh = sizes and sharding.make_mesh(*sizes)
-        with Checkpoints(tmp_path, run) as checkpoints:
-            restored, restored_data_state = checkpoints.restore(mesh)
-        where = jax.tree.leaves(sharding.state_sharding(state, mesh, fsdp=True))
-        for leaf, expected in zip(jax.tree.leaves(restored), where, strict=True):
-            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
-        assert_bitwise(restored, state)
-        assert restored_data_state == data_state
 
 
 def test_processes_of_several_cpu_devices_cannot_use_fsdp(monkeypatch):

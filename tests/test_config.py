@@ -49,7 +49,6 @@ FIELDS = [
     (DataConfig, "tokenizer", ("a\x1b[2J",)),
     (OptimConfig, "learning_rate qk_clip", (0.0, -1.0)),
     (Execution, "kernels", ("", "auto,", "auto,xla", "=xla", "optimizer=", "optimizer=xla=cpu")),
-    (Execution, "kernels", (None,)),
     (run, "steps", (0, 2.5)),
     (run, "seed", (-1, 2**32)),
 ]

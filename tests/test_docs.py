@@ -268,50 +268,47 @@ def site(root, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with contextlib.closing(Browser()) as browser:
+        yield browser
+
+
+def assert_alone(browser):
+    """Nothing failed on the page, and it asked for nothing outside the site."""
+    assert browser.errors == []
+    assert {request[:8] for request in browser.requests} == {"file:///"}
+
+
+@needs_browser
 @pytest.mark.long
-def test_every_formula_of_the_sources_is_one_of_the_site(site):
+def test_each_formula_of_the_sources_is_drawn(site, browser):
     assert len(WITH_FORMULAS) > 4
     for source in WITH_FORMULAS:
-        page = (site / source.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
-        text = re.sub(r"<(pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
-        assert "$$" not in text, source
-        assert text.count('class="math ') == len(formulas(source)), source
+        browser.open(site / source.relative_to(ROOT).with_suffix(".html"), width=360)
+        drawn = "document.querySelectorAll('.math > mjx-container > svg').length"
+        browser.wait_for(f"{drawn} === {len(formulas(source))}")
+        assert browser.texts("svg [data-mml-node=merror]") == []
+        # a long formula scrolls in its own box
+        assert browser.run("document.documentElement.scrollWidth") == 360
+        others = "document.querySelectorAll('pre, code, script, mjx-container')"
+        browser.run(f"{others}.forEach(e => e.remove())")
+        assert not re.findall(r"\$.*\$|\\[a-zA-Z({\[]+", browser.text("article"))
+        assert_alone(browser)
 
 
 @needs_browser
 @pytest.mark.long
-def test_formulas_are_drawn_and_nothing_outside_the_site_is_asked_for(site):
-    with contextlib.closing(Browser()) as browser:
-        for source in WITH_FORMULAS:
-            browser.open(site / source.relative_to(ROOT).with_suffix(".html"), width=360)
-            count = len(formulas(source))
-            drawn = "document.querySelectorAll('.math > mjx-container > svg').length"
-            browser.wait_for(f"{drawn} === {count}")
-            assert browser.texts("svg [data-mml-node=merror]") == []
-            # a long formula scrolls in its own box
-            assert browser.run("document.documentElement.scrollWidth") == 360
-            others = "document.querySelectorAll('pre, code, script, mjx-container')"
-            browser.run(f"{others}.forEach(e => e.remove())")
-            assert not re.findall(r"\$.*\$|\\[a-zA-Z({\[]+", browser.text("article"))
-            assert browser.errors == []
-            assert {request[:8] for request in browser.requests} == {"file:///"}
-
-
-@needs_browser
-@pytest.mark.long
-def test_a_search_shows_where_each_page_has_the_word(site):
-    with contextlib.closing(Browser()) as browser:
-        browser.open(site / "search.html", "?q=tokens")
-        browser.wait_for("document.querySelectorAll('#search-results .excerpt').length > 1")
-        assert all("tokens" in text.lower() for text in browser.texts("#search-results .excerpt"))
-        scores = browser.run(
-            """["docs/guides/decoding", "experiments/01_attention/README", "docs/generated/api/ops"]
-            .map(page => Scorer.score([page, "", "", null, 5]))"""
-        )
-        assert scores == sorted(scores, reverse=True)  # guides, studies, the API
-        assert len(set(scores)) == 3
-        assert browser.errors == []
-        assert {request[:8] for request in browser.requests} == {"file:///"}
+def test_a_search_shows_where_each_page_has_the_word(site, browser):
+    browser.open(site / "search.html", "?q=tokens")
+    browser.wait_for("document.querySelectorAll('#search-results .excerpt').length > 1")
+    assert all("tokens" in text.lower() for text in browser.texts("#search-results .excerpt"))
+    scores = browser.run(
+        """["docs/guides/decoding", "experiments/01_attention/README", "docs/generated/api/ops"]
+        .map(page => Scorer.score([page, "", "", null, 5]))"""
+    )
+    assert scores == sorted({*scores}, reverse=True)  # guides, studies, the API
+    assert_alone(browser)
 
 
 def test_the_glossary_has_every_metric_of_a_run():

@@ -71,23 +71,21 @@ def test_every_document_is_in_a_pass_once(folder, shards):
     source = open_shards(config(shards), BYTES)
     file = folder / "text.jsonl"
     corpus = load_corpus(DataConfig((str(file),), val_fraction=0.2, text_column="body"))
-    lines = map(json.loads, file.read_text().splitlines())
-    numbers = {line["body"]: i for i, line in enumerate(lines)}
+    texts = [json.loads(line)["body"] for line in file.read_text().splitlines()]
     rows = epoch(source, passes=2)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert [row["tokens"].tolist() for row in first] != [row["tokens"].tolist() for row in second]
     held_out = source.val_batches(10_000)
     for documents, part in ((corpus.train, first), (corpus.train, second), (corpus.val, held_out)):
-        expected = {numbers[d.text]: d for d in documents}
-        found = {i: [] for i in expected}
+        found = {texts.index(d.text): [] for d in documents}
         for piece in documents_in(part):
-            i = int(piece["documents"][0])
-            assert source.domains[piece["domains"][0]] == expected[i].domain
-            found[i].append(piece["tokens"].tolist())
-        for i, pieces in found.items():
-            text = expected[i].text.encode()
-            assert sorted(sum(pieces, [])) == sorted([*text, BYTES.eos_id])
-            assert all(bytes(t for t in piece if t < 256) in text for piece in pieces)
+            found[int(piece["documents"][0])].append(piece)
+        for document in documents:
+            text, pieces = document.text.encode(), found[texts.index(document.text)]
+            ids = [piece["tokens"].tolist() for piece in pieces]
+            assert sorted(sum(ids, [])) == sorted([*text, BYTES.eos_id])
+            assert all(bytes(t for t in piece if t < 256) in text for piece in ids)
+            assert {source.domains[piece["domains"][0]] for piece in pieces} == {document.domain}
     assert source.summary.startswith("shards: ") and ", 60 documents" in source.summary
 
 
@@ -122,17 +120,22 @@ def counted(monkeypatch, limit=10_000):
     return calls
 
 
+def interrupt(job):
+    """Tokenize until Ctrl-C. No manifest is there, so nothing reads the shards."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, 50)
+        tokenize(job)
+    with refused("has no manifest.json"):
+        open_shards(config(job.out), BYTES)
+
+
 def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
     """Complete shards are not written again, damaged ones and marks are, to the same end."""
     job = job_of(folder, "interrupted")
     job.out.mkdir()
     (job.out / ".settings.json.1.part").touch()  # of a killed process
-    counted(monkeypatch, 50)
-    with pytest.raises(KeyboardInterrupt):
-        tokenize(job)
-    assert not (job.out / MANIFEST).exists() and not list(job.out.glob(".*"))
-    with refused("has no manifest.json"):
-        open_shards(config(job.out), BYTES)
+    interrupt(job)
+    assert not list(job.out.glob(".*"))
     complete = {file: file.stat().st_mtime_ns for file in sorted(job.out.glob("*.array_record"))}
     torn, hole, *_ = complete
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
@@ -144,40 +147,39 @@ def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
     tokenize(job)
     assert 0 < len(calls) < 60
     kept = [file for file, when in complete.items() if file.stat().st_mtime_ns == when]
-    assert len(kept) < len(complete) and not {torn, hole} & {*kept}
+    assert kept and not {torn, hole} & {*kept}
     for file in [*shards.glob("*.array_record"), shards / MANIFEST]:
         assert file.read_bytes() == (job.out / file.name).read_bytes()
+
+
+def test_changed_text_has_no_manifest_until_all_of_it_is_written(folder, tmp_path, capsys):
+    """The old manifest cannot see a new shard of equal size; a shorter text's rest is deleted."""
+    file, job = tmp_path / "text.jsonl", job_of(tmp_path)
+    lines = (folder / "text.jsonl").read_text().splitlines()
+    file.write_text("\n".join(lines))
+    tokenize(job)
+    lines = [line.replace("1", "2") for line in lines]  # as many bytes
+    file.write_text("\n".join(lines))
+    interrupt(job)
+    file.write_text("\n".join(lines[:30]))
+    tokenize(job)
+    assert {path.name for path in job.out.glob("*.array_record")} == {*read_manifest(job.out).files}
+    assert "deleted " in capsys.readouterr().out and open_shards(config(job.out), BYTES)
+
+
+def test_shards_of_other_settings_or_another_process_are_refused(folder):
+    job = job_of(folder, "others")
+    tokenize(job)
     with refused(f"row_tokens=64 is not what .*{SETTINGS} has"):
         tokenize(replace(job, row_tokens=64))
+    with acquire(job.out, LOCK), refused("is in use by process"):
+        tokenize(job)
     settings = job.out / SETTINGS
     settings.write_text(settings.read_text().replace("chat_template", "chat_templa"))
     with refused(f"chat_templa=None is not what .*{SETTINGS} has"):
         tokenize(job)
-    with acquire(job.out, LOCK), refused("is in use by process"):
-        tokenize(job)
     with refused("shard_mb=inf is .* no finite number"):
         tokenize(job_of(folder, "inf", shard_mb=float("inf")))
-
-
-def test_changed_text_has_no_manifest_until_all_of_it_is_written(
-    folder, tmp_path, monkeypatch, capsys
-):
-    """The old manifest cannot see a new shard of equal size; a shorter text's rest is deleted."""
-    lines = (folder / "text.jsonl").read_text().splitlines()
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    tokenize(job := job_of(tmp_path))
-    lines = [line.replace("1", "2") for line in lines]  # as many bytes
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    with monkeypatch.context() as patch:
-        counted(patch, 20)
-        with pytest.raises(KeyboardInterrupt):
-            tokenize(job)
-    with refused(r"has no manifest\.json"):
-        open_shards(config(job.out), BYTES)
-    (tmp_path / "text.jsonl").write_text("\n".join(lines[:30]))
-    tokenize(job)
-    assert {path.name for path in job.out.glob("*.array_record")} == {*read_manifest(job.out).files}
-    assert "deleted " in capsys.readouterr().out and open_shards(config(job.out), BYTES)
 
 
 def test_damaged_shards_are_named(folder):
@@ -185,21 +187,19 @@ def test_damaged_shards_are_named(folder):
     tokenize(job)
     file = max(job.out.glob("train-*.array_record"), key=lambda path: path.stat().st_size)
     data = file.read_bytes()
-    want, sentences = epoch(open_shards(config(job.out), BYTES)), []
+    want, refusals = epoch(open_shards(config(job.out), BYTES)), 0
     written = [i for i, byte in enumerate(data) if byte]  # the rest is padding
-    places = written[:: len(written) // 15]
+    places = written[:: len(written) // 8]
     flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in places]
     for content in (data[:-10], bytes(len(data)), *flipped):
         file.write_bytes(content)
         assert any(file.name in x for x in check_files(read_manifest(job.out), wholly=True))
-        try:
-            assert_bitwise(
-                epoch(open_shards(config(job.out), BYTES)), want
-            )  # nothing reads the byte
+        try:  # nothing may read the byte
+            assert_bitwise(epoch(open_shards(config(job.out), BYTES)), want)
         except ValueError as error:
-            sentences.append(str(error))
-    assert len(sentences) > 8
-    assert all(file.name in text and "dsv3 data" in text for text in sentences)
+            assert file.name in str(error) and "dsv3 data" in str(error)
+            refusals += 1
+    assert refusals > 4
     file.unlink()
     with refused(f"{file.name}' is missing"):
         open_shards(config(job.out), BYTES)
@@ -209,14 +209,12 @@ def test_damaged_shards_are_named(folder):
 
 SEALED = {  # a value of the manifest or of its first file → what it may not be; None: absent
     "row_tokens": (None, 0, "x", 64.0),
-    "vocab_size": (-1, 10**9),
-    "documents": (1.5,),
+    "vocab_size": (10**9,),
     "tokenizer": (5,),
-    "domains": (5, [], ["\x1b[2J"]),
+    "domains": (5, ["\x1b[2J"]),
     "format": ("tar",),
     "files": (5, {}, {"train-0": {}, "val-0": 5}, {"../train-00000.array_record": {}}),
     "extra": (1,),
-    "version": (None,),
     "file.side": ("x", []),
     "file.bytes": (None, -1),
     "file.records": (0, 7),
@@ -250,7 +248,6 @@ RECORDS = {
     "text, id 260": lambda r: r._replace(tokens=r.tokens + 4),
     "text, starts": lambda r: r._replace(starts=r.starts + 1),
     "text, another domain": lambda r: r._replace(domains=(r.domains + 1) % 3),
-    "text, no such domain": lambda r: r._replace(domains=r.domains + 77),
     "text, shorter": lambda r: with_tokens(r, -1),
     "text, a mask": lambda r: r._replace(loss_mask=np.ones(len(r.tokens), bool)),
     "chat, no mask": lambda r: r._replace(loss_mask=None),
@@ -288,54 +285,30 @@ def test_refusals(shards, tmp_path):
         open_shards(config(shards, mixture=("Code=1",)), BYTES)
 
 
-def test_chats_are_held_out_by_what_is_learnt(tmp_path):
-    """Chats that occur twice, under other ids, are on one side: the side that they have in memory.
-
-    By public names and the command. Shards of chats of version 2 were split by ids, too, and are
-    refused.
-    """
+def test_chats_by_command_are_those_in_memory(tmp_path):
+    """With their masks, uncut, and held out by what is learnt: equal chats are on one side."""
     chats = [[message("user", f"{i}?"), message("assistant", f"{i}.")] for i in range(100)]
     lines = [{"id": f"{i}{x}", "messages": chat} for x in "ab" for i, chat in enumerate(chats)]
+    lines.append({"prompt": "too long", "completion": "p" * R})
     file, out = write_lines(tmp_path / "chats.jsonl", lines), tmp_path / "shards"
-    words = "--row-tokens 64 --val-fraction 0.1 --format chat --chat-template plain"
-    assert by_command("data", "tokenize", file, "--out", out, *words.split())[0] == 0
-    cfg = ds.DataConfig((str(out),), format="shards", seq_len=64, batch_size=1)
-    in_memory = replace(cfg, paths=(file,), format="chat", val_fraction=0.1)
-    stored, sides = ds.data.open_source(cfg, ds.tokenizer.load("bytes")), []
-    for source in (stored, load_examples(in_memory, plain_settings())):
-        rows = source.train_batches()
-        train = [next(rows) for _ in range(source.rows_per_epoch())]
-        both = (train, source.val_batches(1000))
-        sides.append([[part["tokens"].tobytes() for part in documents_in(rows)] for rows in both])
-    for train, val in sides:
-        assert len(train) + len(val) == 200 and val and not {*train} & {*val}
-    assert [*map(sorted, sides[0])] == [*map(sorted, sides[1])]
-    values = read_sealed(out / MANIFEST)
-    (out / MANIFEST).write_text(sealed(values | {"version": 2}))
-    with refused(f"{MANIFEST} is not of version 3; tokenize again"):
-        read_manifest(out)
-
-
-def test_chats_by_command_keep_their_mask_and_are_never_cut(folder):
-    lines = [
-        {"prompt": f"{i}+1=", "completion": "x" * (i % 20), "domain": "ab"[i % 2]}
-        for i in range(40)
-    ]
-    long, out = {"prompt": "p" * 40, "completion": "too long"}, folder / "chats"
-    argv = ["data", "tokenize", write_lines(folder / "chats.jsonl", [*lines, long]), "--out", out]
-    argv += f"--row-tokens {R} --val-fraction 0.2 --format chat --chat-template plain".split()
+    argv = ["data", "tokenize", file, "--out", out, "--row-tokens", R, "--val-fraction", 0.1]
+    argv += ["--format", "chat", "--chat-template", "plain"]
     code, _, err = by_command(*argv, "--template.thinking", "true")
     assert code == 2 and "thinking=True is no variable of the chat template" in err
     code, said, _ = by_command(*argv)
-    assert code == 0 and "40 documents" in said and "left out: 1 " in said
-    source, seen = open_shards(config(out, seq_len=R), BYTES), []
-    for piece in documents_in([*epoch(source), *source.val_batches(1000)]):
-        seen.append(int(piece["documents"][0]))
-        record = lines[seen[-1]]
-        text = record["prompt"] + record["completion"]
-        assert piece["tokens"].tolist() == [*text.encode(), BYTES.eos_id]
-        assert piece["loss_mask"].sum() == len(record["completion"]) + 1
-    assert sorted(seen) == list(range(40))
+    assert code == 0 and "200 documents" in said and "left out: 1 " in said
+    cfg = ds.DataConfig((str(out),), format="shards", seq_len=R, batch_size=1)
+    in_memory = replace(cfg, paths=(file,), format="chat", val_fraction=0.1)
+    sources = ds.data.open_source(cfg, BYTES), load_examples(in_memory, plain_settings())
+    sides = []
+    for source in sources:
+        both = [documents_in(rows) for rows in (epoch(source), source.val_batches(1000))]
+        learnt = [[(x["tokens"].tobytes(), x["loss_mask"].tobytes()) for x in of] for of in both]
+        sides.append([*map(sorted, learnt)])
+    assert sides[0] == sides[1]
+    train, val = sides[0]
+    assert len(train) + len(val) == 200 and val and not {*train} & {*val}
+
     with refused(f"seq_len=16 does not equal the {R} tokens"):
         open_shards(config(out), BYTES)
     assert by_command("data", "check", out)[0] == 0
@@ -343,3 +316,7 @@ def test_chats_by_command_keep_their_mask_and_are_never_cut(folder):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     code, said, err = by_command("data", "check", out)
     assert code == 2 and f"{file.name}' has other bytes" in said and "1 damaged shards" in err
+    values = read_sealed(out / MANIFEST)
+    (out / MANIFEST).write_text(sealed(values | {"version": 2}))
+    with refused(f"{MANIFEST} is not of version 3; tokenize again"):
+        read_manifest(out)

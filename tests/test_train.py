@@ -32,7 +32,7 @@ from dsv3_jax.report.metrics_files import numbers_beside, parse_rows
 from dsv3_jax.runs import loop, steps
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, claim, read_run
-from dsv3_jax.runs.prepare import Callback
+from dsv3_jax.runs.prepare import Callback, FitOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BEGUN = 5  # steps taken in the folders that are begun
@@ -142,25 +142,6 @@ def error_of(run, folder) -> str:
     return said
 
 
-def change_steps(patch, before, after) -> None:
-    """Let `before(state)` and `after(state)` run around each step."""
-
-    def make(job):
-        good = steps.make_step(job)
-
-        def step(state, batch, go):
-            with jax.transfer_guard("allow"):
-                before(state)
-            state, metrics = good(state, batch, go)
-            with jax.transfer_guard("allow"):
-                after(state)
-            return state, metrics
-
-        return step
-
-    patch.setattr(steps, "_compiled_step", make)
-
-
 NAN = np.float32("nan")
 SPOILED = {
     "parameter head": lambda state: (state.params, "head", 1e30),
@@ -169,47 +150,49 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(what, marks=[pytest.mark.long] * (what != "parameter head")) for what in SPOILED],
-)
-def test_what_an_update_spoiled_is_not_saved(what, whole, begun, monkeypatch):
-    def spoil(state):
-        part, name, factor = SPOILED[what](state)
-        if state.step == 8:
-            part[name] = part[name].replace(part[name][...] * factor)
-
-    change_steps(monkeypatch, lambda state: None, spoil)
-    said = error_of(whole.run, begun)
-    assert f"step 8 has {what}, whose norm is not finite" in said
-    assert f"the last good checkpoint is step {BEGUN} in {begun}" in said
+def test_what_an_update_spoiled_is_not_saved(whole, begun):
+    with loop.open_training(whole.run, begun, FitOptions(quiet=True, report=False)) as training:
+        training.step = 8
+        for what, part_of in SPOILED.items():
+            part, name, factor = part_of(training.state)
+            good = part[name]
+            part[name] = good.replace(good[...] * factor)
+            kept = f"the last good checkpoint is step {BEGUN} in {begun}"
+            with refused(f"^step 8 has {what}, whose norm is not finite; .*; {kept}"):
+                training.save()
+            part[name] = good
     assert not (begun / "checkpoints" / "8").exists()
 
 
 @pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch):
-    steps = []
+    calls = []
 
-    def spoil(state):
-        if len(steps) == 3:
-            head = state.params["head"]
-            state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
+    def make(job):
+        good = steps.make_step(job)
+
+        def step(state, *rest):
+            calls.append(state)
+            if len(calls) == 4:
+                with jax.transfer_guard("allow"):
+                    head = state.params["head"]
+                    state.params["head"] = head.replace(head[...].at[0, 0].set(np.inf))
+            return good(state, *rest)
+
+        return step
 
     with monkeypatch.context() as patch:
-        change_steps(patch, spoil, lambda state: steps.append(int(state.step)))
+        patch.setattr(steps, "_compiled_step", make)
         said = error_of(whole.run, begun)
-    assert steps == [6, 7, 8, 8]
-    assert "step 8 met" in said and "first bad tensor: parameter head" in said
+    assert len(calls) == 4 and "step 8 met" in said
+    assert "first bad tensor: parameter head" in said
     assert "last good checkpoint is step 8" in said
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 8  # without the poison
     assert_same_run(begun, whole.folder)
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(
-    whole, begun, monkeypatch, ahead
-):
-    """Training saves the step before the record, and goes on once the record is mended."""
+def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch):
+    """Steps in flight are saved; training goes on once the record is mended."""
     good = Batches.__next__
 
     def read(self):
@@ -219,7 +202,7 @@ def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(
 
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "__next__", read)
-        patch.setattr(steps, "AHEAD", {"cpu": ahead})
+        patch.setattr(steps, "AHEAD", {"cpu": 2})
         said = error_of(whole.run, begun)
     assert said == "dsv3: shard 'a' is damaged in record 82"
     assert rows_of(begun) == rows_of(whole.folder)[:8]  # 7 steps, and an evaluation
@@ -280,23 +263,19 @@ class Numbers(Callback):
 
 
 def test_numbers_of_a_callback_join_the_rows_and_later_callbacks_see_them(whole, begun):
-    """Numbers that cannot join end the run after it is saved, as a callback's error does."""
-    seen, wrong = Recorder(), Numbers()
-    wrong.on_step = lambda row: {"loss": 1.0}
-    with refused("a callback's metric 'loss' is no name, or another metric's"):
-        loop.fit(whole.run, begun, quiet=True, callbacks=[wrong])
-    plain = rows_of(whole.folder)
-    assert rows_of(begun) == plain[: BEGUN + 3]  # 7 steps, and an evaluation
-
-    result = loop.fit(whole.run, begun, quiet=True, callbacks=[Numbers(), seen])
-    assert result.resumed_from == BEGUN + 2
-    rows = rows_of(begun)[BEGUN + 3 :]
+    seen = Recorder()
+    loop.fit(whole.run, begun, quiet=True, callbacks=[Numbers(), seen])
+    plain, rows = rows_of(whole.folder)[BEGUN:], rows_of(begun)[BEGUN:]
     added = [{"twice": 2 * row["loss"]} if "loss" in row else {"rank": 3} for row in rows]
-    assert rows == [row | more for row, more in zip(plain[BEGUN + 3 :], added, strict=True)]
+    assert rows == [row | more for row, more in zip(plain, added, strict=True)]
     kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in seen.rows]
     assert kept == rows and parse_rows(begun / "metrics.jsonl")[1] == []
+
+
+def test_numbers_of_a_callback_that_cannot_join_are_refused():
     for found, sentence in (
         (3, "a callback returns 3, not a dict of numbers by name"),
+        ({"step": 1.0}, "metric 'step' is no name, or another"),
         ({"load": 1.0}, "metric 'load' is no name, or another"),  # a matrix in other files
         ({"x": math.nan}, "metric x=nan is no finite number"),
         ({"x": "3"}, "metric x='3' is no finite number"),
@@ -328,11 +307,10 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     loop.fit(run, there / "renamed", stop_after=BEGUN, quiet=True, report=False)
     shutil.rmtree(tmp_path / "words")
     monkeypatch.chdir(there)
-    written = json.loads((there / "renamed" / RUN_FILE).read_text())["run"]["data"]
     moved = Path("renamed")
+    written = json.loads((moved / RUN_FILE).read_text())["run"]["data"]
     assert (written["tokenizer"], written["paths"]) == (TOKENIZER_FILE, [str(text)])
     assert load_run(moved).step == BEGUN
-    assert read_run(moved).data.tokenizer == "renamed/tokenizer.json"
 
     def reading_by(name):
         return replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=name))

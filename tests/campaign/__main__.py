@@ -1,7 +1,4 @@
-"""Run campaigns: a line a trial, what fell short, and one table.
-
-`python -m tests.campaign --minutes 10 --seed 0 --commands data "runs c"`
-"""
+"""Run campaigns: a line a trial, what fell short, and one table."""
 
 import argparse
 import itertools

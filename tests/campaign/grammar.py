@@ -1,7 +1,4 @@
-"""Changes of a file by what it is: a tree of JSON, lines of it, text, bytes.
-
-The kind is found in the content, so a new file of a known kind needs nothing here.
-"""
+"""Changes of a file by what its content is: a tree of JSON, lines of it, text, bytes."""
 
 import contextlib
 import json
@@ -19,7 +16,7 @@ TEXTS = [*HOSTILE["texts"], "é" * 300, "a b\n" * 10**6, "9" * 5000, "e\u0301" *
 def value_near(old: Any, rng: Random) -> Any:
     """A value in another's place: of its type near or at a limit, or of another type."""
     near = [None, True, [], {}, [old], {"a": old}]
-    near += [rng.choice(some) for some in (TEXTS, NUMBERS, PARTS)]
+    near += map(rng.choice, (TEXTS, NUMBERS, PARTS))
     if isinstance(old, int | float):
         near += [old - 1, old + 1, -old, float(old), str(old), *NUMBERS]
     if isinstance(old, str):
@@ -72,22 +69,19 @@ def change_text(data: bytes, rng: Random) -> bytes:
 
 
 def change_bytes(data: bytes, rng: Random) -> bytes:
-    """Change bytes: flip bits, cut, take out, zero, grow, or replace all."""
+    """Change bytes: flip a bit, cut, take out, zero, grow, or replace all."""
     at, size = rng.randrange(len(data) + 1), rng.choice([1, 8, 100, 10_000])
-    flipped = bytearray(data)
-    for _ in range(rng.choice([1, 1, 3]) if data else 0):
-        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     before, after = data[:at], data[at + size :]
+    flipped = before + bytes(x ^ 1 << rng.randrange(8) for x in data[at : at + 1]) + data[at + 1 :]
     zeros = bytes(len(data) - len(before) - len(after))
     parts = [before, data[at:], before + after, before + zeros + after, data + bytes(size)]
-    return rng.choice([*[bytes(flipped)] * 3, b"", *parts, data * 2, rng.randbytes(len(data))])
+    return rng.choice([*[flipped] * 3, b"", *parts, data * 2, rng.randbytes(len(data))])
 
 
 def change(data: bytes, rng: Random) -> tuple[str, bytes]:
     """Change a file's content. Returns: (what it was taken for, the new content)."""
     for name, kind in {"JSON": change_json, "lines": change_lines, "text": change_text}.items():
-        # a change of another kind of file fails
-        with contextlib.suppress(ValueError, IndexError, TypeError):
+        with contextlib.suppress(ValueError, IndexError, TypeError):  # it is of another kind
             if rng.random() < 0.8:
                 return name, kind(data, rng)
     return "bytes", change_bytes(data, rng)
