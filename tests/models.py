@@ -46,16 +46,6 @@ SMALL = ModelConfig(
 )
 
 
-# The multi-token heads that drafting is tested with, as changes of a configuration.
-HEADS = {
-    "deepseek of 1": dict(mtp_depth=1),
-    "deepseek of 3": dict(mtp_depth=3),
-    "eagle": dict(mtp_kind="eagle", mtp_depth=1),
-    "meta": dict(mtp_kind="meta", mtp_depth=3),
-    "medusa": dict(mtp_kind="medusa", mtp_depth=4),
-}
-
-
 # Sparse attention, as a change of a small configuration.
 INDEXED = dict(attention="dsa", q_latent_dim=7, index_heads=2, index_dim=6, index_topk=5)
 

@@ -11,11 +11,12 @@ import numpy as np
 import oracles
 import pytest
 from models import LIGHT, decode_program, needs_cpp, small
+from runs import refused
 
 from dsv3_jax.kernels.choose import prepare
 from dsv3_jax.kernels.cpu import calls
 from dsv3_jax.kernels.xla.cached_blocks import cached_attention_in_blocks
-from dsv3_jax.model.cache import empty_cache, pick_dtype, pick_kind
+from dsv3_jax.model.cache import empty_cache, pick_kind
 from dsv3_jax.model.counting import bytes_per_token, elements_per_token
 from dsv3_jax.model.decode import make_cache
 from dsv3_jax.model.transformer import abstract
@@ -212,43 +213,26 @@ def test_bytes_a_token_are_those_of_the_arrays():
     assert elements_per_token(gqa) == {"expanded": 3 * 2 * 15, "mha": 3 * 6 * 15}
 
 
-def test_which_cache():
-    mqa = small(attention="mqa")
-    assert pick_kind(mqa, None) == "expanded"
-    with pytest.raises(ValueError, match="^cache='latent' needs attention='mla'.*'mqa'"):
-        pick_kind(mqa, "latent")
-    for name in ("float8_e4m3", jnp.float8_e4m3fn):
-        assert pick_dtype("float32", name) == jnp.float8_e4m3fn
+def test_a_latent_cache_needs_a_latent():
+    with refused("^cache='latent' needs attention='mla'.*'mqa'"):
+        pick_kind(small(attention="mqa"), "latent")
 
 
 # The compiled step
 
-KEPT = {  # by the cache's rows: the model, the kind of cache
-    "latent": (LIGHT, "latent"),
-    "expanded": (LIGHT, "expanded"),
-    "heads": (replace(LIGHT, attention="mha", num_kv_heads=None), "expanded"),
-    "index keys": (SPARSE, "latent"),
-}
-STEPS = [  # rows kept, dtype, batch, draft
-    *(("latent", dtype, 1, None) for dtype in ("float32", "float8_e4m3")),
-    *((kept, "float32", 1, None) for kept in ("expanded", "index keys")),
-    *(("latent", "float32", 3, draft) for draft in (None, "lookup", "model", "mtp")),
-]
-RARE = [
-    ("heads", "bfloat16", 3, None),
-    ("expanded", "int8", 3, None),
-    ("index keys", "float8_e4m3", 1, "mtp"),
+INDEX_KEYS = {"fusion", "convert", "dot", "multiply", "broadcast"}  # multiplied in float32
+STEPS = [  # the model, the cache, its dtype, batch, draft, what else XLA may do with its arrays
+    (LIGHT, "latent", "float8_e4m3", 1, None, set()),
+    (LIGHT, "expanded", "float32", 1, None, set()),
+    (SPARSE, "latent", "float32", 1, None, INDEX_KEYS),
+    *((LIGHT, "latent", "float32", 3, draft, set()) for draft in (None, "lookup", "model", "mtp")),
 ]
 
 
-@pytest.mark.parametrize(
-    "kept, dtype, batch, draft",
-    [*STEPS, *(pytest.param(*step, marks=pytest.mark.rare) for step in RARE)],
-)
+@pytest.mark.parametrize("cfg, kind, dtype, batch, draft, more", STEPS)
 @needs_cpp
-def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draft):
+def test_a_step_on_the_cpu_copies_no_array_of_the_cache(cfg, kind, dtype, batch, draft, more):
     """A copy costs as much as reading the cache: long contexts would be up to twice as slow."""
-    cfg, kind = KEPT[kept]
     slots, length = 1000, 2 if draft else 0
     model = abstract(replace(cfg, mtp_kind="deepseek", mtp_depth=1) if draft == "mtp" else cfg)
     drafter = model if draft == "model" else draft
@@ -258,10 +242,4 @@ def test_a_step_on_the_cpu_copies_no_array_of_the_cache(kept, dtype, batch, draf
     text = made.decode.lower(leaves, loop, until).compile().as_text()
     made_by = Counter(re.findall(rf"\[[\d,]*\b{slots},\d+\]\S* (\S+?)\(", text))
     assert made_by["custom-call"]  # the pattern finds the cache, which a kernel writes
-    in_place = {"custom-call", "get-tuple-element", "bitcast", "parameter"}
-    # the indexer multiplies its keys in float32, and XLA gathers the chosen rows
-    if kept == "index keys":
-        in_place |= {"fusion", "convert", "dot", "multiply", "broadcast"}
-        if dtype == "float8_e4m3":  # a gather of 8-bit floats goes through float16
-            in_place |= {"copy"}
-    assert set(made_by) <= in_place
+    assert set(made_by) <= {"custom-call", "get-tuple-element", "bitcast", "parameter"} | more

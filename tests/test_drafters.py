@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, HEADS, LIGHT, random_model
+from models import DENSE, LIGHT, random_model
 
 from dsv3_jax.decoding.drafters import Prompt, Unread, make_drafter
 from dsv3_jax.decoding.prompt_lookup import LONGEST_MATCH
@@ -51,14 +51,20 @@ def teacher_drafts(model, rows, newest, count):
     return np.argmax(np.stack(drafts, axis=1), axis=-1)
 
 
+HEADS = [  # kind, depth, what they read, tokens drafted a step, the cache
+    ("deepseek", 2, "raw", 4, "latent"),
+    ("eagle", 1, "normed", 3, "expanded"),
+    ("meta", 2, "raw", 2, "expanded"),
+    ("medusa", 3, "normed", 2, "latent"),
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("heads", HEADS)
-def test_drafts_are_those_of_the_full_text(rng, heads):
+@pytest.mark.parametrize("heads, depth, reads, count, kind", HEADS)
+def test_drafts_are_those_of_the_full_text(rng, heads, depth, reads, count, kind):
     """Each step accepts a random number of tokens. Slots beyond them hold arbitrary numbers."""
-    reads = "normed" if heads in ("eagle", "medusa") else "raw"
-    cfg = replace(LIGHT, mtp_input=reads, **HEADS[heads])
-    model, count = random_model(cfg, execution=DENSE), 3 if heads in ("meta", "medusa") else 5
-    kind = "expanded" if heads in ("meta", "eagle") else "latent"
+    cfg = replace(LIGHT, mtp_kind=heads, mtp_depth=depth, mtp_input=reads)
+    model = random_model(cfg, execution=DENSE)
     lengths, batch = np.array([1, 1, 2, 3, 7, 4], np.int32), np.arange(6)
     text = rng.integers(cfg.vocab_size, size=(6, 128)).astype(np.int32)
     x, h = map(np.asarray, full_pass(*nnx.split(model), jnp.asarray(text))[:2])

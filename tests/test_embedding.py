@@ -18,7 +18,7 @@ def gradient(look_up, table, tokens, d_rows):
     return run(table, tokens, d_rows)
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (64, 8), (100, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (64, 8), (100, 9)], ids=str)
 def test_rows_and_gradient_are_those_of_a_sum_by_token(x64, rng, shape):
     """Tokens that fill blocks, come once, or never; ids out of range are clipped, as usual."""
     table = rng.standard_normal((11, 4))

@@ -121,17 +121,16 @@ def test_every_load_is_a_single_devices(rng, sizes, tokens, layout, expected):
 
 
 # Nodes along "expert", tokens, kernel. Several rounds, in both hops.
-HOPS = [
-    pytest.param((1, 8, 1), 2, 64, "ragged_dot", ONE, id="2 x 4"),
-    pytest.param((2, 4, 1), 2, 64, "blocks", replace(MANY, fsdp=True), id="2 of 2 x 2, fsdp"),
-    pytest.param((1, 4, 2), 2, 32, "ragged_dot", MANY, id="2 x 2, tensor"),
-]
+HOPS = {
+    "2 of 2 x 2, fsdp": ((2, 4, 1), 2, 64, "blocks", replace(MANY, fsdp=True)),
+    "2 x 2, tensor": ((1, 4, 2), 2, 32, "ragged_dot", MANY),
+}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes, nodes, tokens, backend, layout", HOPS)
+@pytest.mark.parametrize("sizes, nodes, tokens, backend, layout", HOPS.values(), ids=HOPS)
 def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layout):
-    """Of all choices on one device, on one node, and on every one; the first hop sends the less."""
+    """All choices are on one device, on one node, or on every one; the first hop sends less."""
     layout, senders = replace(layout, expert_nodes=nodes), sizes[0] * sizes[1]
     n = tokens // senders
     size = rounds.round_size(CFG, layout, n, nodes)
@@ -143,47 +142,30 @@ def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layou
         assert sent > far
 
 
-def test_a_round_brings_a_second_hop_no_slack_of_its_own():
-    """By even load its size is that of one hop among all devices, for the tokens of its node."""
-    for slack in (1.0, 1.25):
-        layout = Layout(capacity_slack=slack)
-        first = rounds.round_size(CFG, layout, 1000, 2)
-        spread = rounds.mean_reach(CFG, 8) / rounds.mean_reach(CFG, 2)
-        second = rounds.second_size(first, 2, 4, spread, most=2)
-        flat = rounds.round_size(CFG, layout, 2000, 8)
-        assert second.tokens == pytest.approx(flat.tokens, abs=3)
-        assert second.choices == pytest.approx(flat.choices, abs=3)
+def test_gathered_tokens_are_a_single_devices(rng):
+    """Hidden units are in parts along "tensor"."""
+    layout = Layout(expert_comm="gather")
+    run = sharded(CFG, layout, sharding.make_mesh(1, 2, 2), "ragged_dot")
+    assert [load for load, *_ in by_load(rng, run, 8)] == list(LOADS)
 
 
-@pytest.mark.parametrize(
-    "sizes, fsdp, tokens",
-    [
-        ((1, 2, 2), False, 8),
-        # experts that are gathered along "data" are transposed for a TPU
-        pytest.param((2, 2, 2), True, 64, marks=pytest.mark.long),
-    ],
-    ids=["hidden units in parts", "transposed"],
-)
-def test_gathered_tokens_and_experts_are_a_single_devices(rng, monkeypatch, sizes, fsdp, tokens):
-    if fsdp:
-        monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
-    layout = Layout(expert_comm="gather", fsdp=fsdp)
-    run = sharded(CFG, layout, sharding.make_mesh(*sizes), "ragged_dot")
-    assert [load for load, *_ in by_load(rng, run, tokens)] == list(LOADS)
+@pytest.mark.long
+def test_gathered_experts_are_a_single_devices(rng, monkeypatch):
+    """Those that are gathered along "data" are transposed for a TPU."""
+    monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
+    layout = Layout(expert_comm="gather", fsdp=True)
+    run = sharded(CFG, layout, sharding.make_mesh(2, 2, 2), "ragged_dot")
+    assert [load for load, *_ in by_load(rng, run, 64)] == list(LOADS)
 
 
-@pytest.mark.parametrize(
-    "experts, groups, per_token, k, peers",
-    [(16, 8, 2, 2, 8), (16, 8, 2, 2, 2), (16, 4, 3, 5, 16), (12, 1, 1, 4, 6), (12, 2, 1, 4, 6)],
-)
-def test_reach_is_that_of_all_choices(experts, groups, per_token, k, peers):
-    in_groups = dict(num_groups=groups, groups_per_token=per_token)
-    cfg = small(num_experts=experts, experts_per_token=k, **in_groups)
-    size, reach = experts // groups, []
+@pytest.mark.parametrize("groups, per_token, k, peers", [(4, 3, 5, 16), (8, 2, 2, 2), (1, 1, 4, 8)])
+def test_reach_is_that_of_all_choices(groups, per_token, k, peers):
+    cfg = small(experts_per_token=k, num_experts=E, num_groups=groups, groups_per_token=per_token)
+    size, reach = E // groups, []
     for chosen in itertools.combinations(range(groups), per_token):
         pool = [g * size + e for g in chosen for e in range(size)]
         chosen = itertools.combinations(pool, k)
-        reach += [len({e // (experts // peers) for e in ids}) for ids in chosen]
+        reach += [len({e // (E // peers) for e in ids}) for ids in chosen]
     assert rounds.mean_reach(cfg, peers) == pytest.approx(np.mean(reach), rel=1e-12)
 
 

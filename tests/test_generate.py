@@ -1,8 +1,9 @@
 """Cached decoding and scores against the teacher-forced forward, and what is refused."""
 
+import re
 import sys
 from dataclasses import replace
-from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, LIGHT, decode_program, random_model, small, teacher_logits
-from runs import on_mesh, unhooked
+from runs import on_mesh, refused, unhooked
 
 import dsv3_jax as ds
-from dsv3_jax.config import Execution
 from dsv3_jax.decoding.batch import _pad
 from dsv3_jax.decoding.decode_config import DecodeConfig
 from dsv3_jax.decoding.generate import generate, generate_in_parts
@@ -79,35 +79,34 @@ def test_a_baseline_decodes_the_tokens_of_its_forward():
 
 
 @pytest.mark.rare
-def test_layers_are_read_by_xla_and_in_a_loop(model, greedy, monkeypatch):
-    """A loop over layers has stacked caches."""
-    by_xla = nnx.merge(nnx.graphdef(abstract(CFG, Execution(kernels="xla"))), nnx.state(model))
-    assert "cpu" not in by_xla.kernels.chosen().values()
-    assert generate(by_xla, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
+def test_layers_may_be_read_in_a_loop(model, greedy, monkeypatch):
+    """A model of more layers than UNROLLED has stacked caches."""
     monkeypatch.setattr(decode, "UNROLLED", 0)
     looped = nnx.merge(nnx.graphdef(abstract(replace(CFG, init_std=0.2))), nnx.state(model))
-    parts = jax.eval_shape(lambda: decode.make_cache(looped, 1, 8, "latent", jnp.float32)).parts
-    assert decode.prepare_decode(looped) is None and len(parts) == 1
+    assert decode.prepare_decode(looped) is None
     assert generate(looped, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens == greedy
 
 
-@pytest.mark.long
-def test_decoding_drops_no_token(light):
+@pytest.fixture(scope="module")
+def dropping(light):
     """With half of its even share of slots an expert drops tokens that depend on the batch."""
     graphdef = nnx.graphdef(abstract(replace(LIGHT, capacity_factor=0.5), DENSE))
-    dropping = nnx.merge(graphdef, nnx.state(light))
+    return nnx.merge(graphdef, nnx.state(light))
+
+
+@pytest.mark.long
+def test_decoding_drops_no_token(light, dropping):
     got = generate(dropping, PROMPTS[:2], NEW).tokens
-    both = [teacher_logits(model, PROMPTS, got) for model in (light, dropping)]
-    kept, dropped = ([x.argmax(-1).tolist() for x in logits] for logits in both)
-    assert got == kept != dropped  # as a model without capacity
+    assert_teacher_forced(light, got)  # as a model without capacity
+    assert got != [x.argmax(-1).tolist() for x in teacher_logits(dropping, PROMPTS, got)]
 
 
 def test_parts_give_the_tokens_of_generate(model, greedy):
     for cache, part in ((None, 1), (None, 100), ("none", 3)):
         config = DecodeConfig(NEW, stop_tokens=(UNUSED,), cache=cache)
-        *_, last = parts = list(generate_in_parts(model, PROMPTS[1:2], config, part=part))
+        *_, last = parts = list(generate_in_parts(model, PROMPTS, config, part=part))
         assert [len(got.tokens[0]) for got in parts] == [*range(1, NEW, part), NEW]
-        assert last.tokens == greedy[1:2]
+        assert last.tokens == greedy
 
 
 def until(row, stop):
@@ -133,31 +132,15 @@ def test_one_compilation_a_shape(model, greedy, monkeypatch):
     generate(model, [[1], [2], [7] * 50], NEW, stop_tokens=[3])
 
 
+SIZES = (20, 1, 9, 5), (3, 1, 20, 1)  # of contexts, and of what follows
 DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
-
-
-@pytest.mark.long
-def test_the_seed_fixes_the_draws(light):
-    """Each by seed, prompt and place in the text: parts and certain drafts do not change them."""
-    one, three = (generate(light, [[5], [8, 1]], NEW, seed=seed, **DRAWN).tokens for seed in (0, 1))
-    assert one != three and one[0] != one[1]
-    assert generate(light, [[5], [8, 1]], NEW, cache="none", **DRAWN).tokens == one
-    drafted = generate(light, [[5], [8, 1]], NEW, draft="lookup", draft_length=3, **DRAWN)
-    assert drafted.tokens == one
-    *_, last = generate_in_parts(light, [[5], [8, 1]], DecodeConfig(NEW, Sampling(**DRAWN)), part=3)
-    assert last.tokens == one
 
 
 @pytest.mark.long
 def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
-    read = []
-
-    def noting(new, *shape):
-        read.extend(new)
-        return _pad(new, *shape)
-
-    monkeypatch.setattr("dsv3_jax.decoding.batch._pad", noting)
+    reads = Mock(wraps=_pad)
+    monkeypatch.setattr("dsv3_jax.decoding.batch._pad", reads)
     how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
     # equal prompts keep their order: the second has samples 3 to 5
     prompts, order = [*PROMPTS, [5]], [2, 0, 1, 3]
@@ -166,7 +149,9 @@ def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
     rows = [3 * i + sample for i in order for sample in range(3)]
     assert queued.tokens == [whole.tokens[row] for row in rows]
     assert len(set(map(tuple, whole.tokens))) > 8 and len(set(map(len, whole.tokens))) > 3
+    read = [prompt for call in reads.call_args_list for prompt in call.args[0]]
     assert sorted(read) == sorted(2 * [tuple(prompt) for prompt in PROMPTS])
+    assert generate(light, prompts, 24, seed=1, **how).tokens != whole.tokens
     assert sorted(queued.ended) == [*range(12)] and queued.steps > whole.steps
     for name in ("logprobs", "model_logprobs", "expert_ids"):
         for got, row in zip(getattr(queued, name), rows, strict=True):
@@ -194,36 +179,22 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
     assert memory.alias_size_in_bytes >= cache_bytes
 
 
-# scores of continuations are the teacher-forced pass's, whatever else is in the batch
-
-
 @pytest.mark.long
-def test_pairs_of_any_lengths_are_the_teacher_forced_pass():
+def test_scores_of_pairs_are_the_teacher_forced_pass_also_on_a_mesh(light, dropping):
     """Batches by length keep the pairs' order; nothing is dropped: a score is of its pair."""
-    rng, model = np.random.default_rng(0), random_model(LIGHT)
-    tight = random_model(ds.replace(LIGHT, capacity_factor=0.5))
-    pairs = [
-        (rng.integers(37, size=n).tolist(), rng.integers(37, size=m).tolist())
-        for n, m in ((40, 3), (1, 1), (9, 30))
-    ]
-    greedy = ds.generate(model, [pairs[0][0]], 4).tokens[0]
-    pairs.append((pairs[0][0], greedy))
-    scores = ds.loglikelihood(tight, pairs, batch_size=3)
-    contexts, continued = zip(*pairs, strict=True)
-    for i, logits in enumerate(teacher_logits(model, contexts, continued)):
-        logits, more, (score, is_greedy) = np.float64(logits), continued[i], scores[i]
+    rng = np.random.default_rng(0)
+    contexts, texts = ([rng.integers(37, size=n).tolist() for n in of] for of in SIZES)
+    likeliest = [x.argmax(-1).tolist() for x in teacher_logits(light, contexts, texts)]
+    texts[3] = likeliest[3][:1]
+    pairs = [*zip(contexts, texts, strict=True)]
+    scores = ds.loglikelihood(dropping, pairs, batch_size=2)
+    for i, logits in enumerate(teacher_logits(light, contexts, texts)):
+        logits, more, (score, is_greedy) = np.float64(logits), texts[i], scores[i]
         logp = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[range(len(more)), more]
         np.testing.assert_allclose(score, logp.sum(), rtol=1e-5)
         assert is_greedy == (logits.argmax(-1) == more).all() == (i == 3)
-
-
-@pytest.mark.long
-def test_a_mesh_gives_the_same_scores():
-    model = random_model(replace(LIGHT, capacity_factor=0.5))
-    pairs = [([1, 2, 3], [4, 5]), ([6], [7])]
-    placed = on_mesh(model, sharding.make_mesh(2, 2))
-    want, got = ds.loglikelihood(model, pairs), ds.loglikelihood(placed, pairs)
-    np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], rtol=1e-5)
+    there = ds.loglikelihood(on_mesh(dropping, sharding.make_mesh(2, 2)), pairs, batch_size=2)
+    np.testing.assert_allclose(there, scores, rtol=1e-5)
 
 
 # requests: what is refused, wrong types too; without the import hook, which would refuse them first
@@ -234,60 +205,52 @@ unhooked("dsv3_jax.decoding.decode_config", "dsv3_jax.decoding.decode_config")
 plain = unhooked("dsv3_jax.decoding.generate")
 sys.modules["dsv3_jax.decoding.decode_config"] = hooked
 
-REFUSED = {  # setting: (values, sentence)
-    "max_new_tokens": ([0, True], "is not an int of 1 or above"),
-    "batch_size": ([0, 2.5], "is not an int of 1 or above"),
-    "draft_length": ([2.0, -1, "most"], "is not an int of 0 or above"),
-    "draft": (["medusa"], "is not None, 'mtp', 'lookup' or a Transformer"),
-    "temperature": ([-0.5, float("nan"), None, True], "is not a float of 0 or above"),
-    "top_p": ([0.0, 1.5, "all"], "is not a float within (0, 1]"),
-    "cache": (["paged", 3], "is not one of latent, expanded, none"),
-    "cache_dtype": (["int4", np.float64], "is not one of float32, bfloat16, int8, float8_e4m3"),
-    "stop_tokens": ([None, "ab"], "is not a list of token ids"),
-}
-NO_ID = "which is no id of a vocabulary of 37"
-REQUESTS = [
-    ("Hello", "prompts='Hello' is not a list of prompts"),
-    ([1, 2, 3], "prompt 0=1 is not a list of token ids; encode text with a tokenizer first"),
-    ([[1], []], "prompt 1 is empty; give at least one token"),
-    ([[True]], f"prompt 0 holds token True, {NO_ID}"),
-    (np.array([[1], [37]]), f"prompt 1 holds token np.int64(37), {NO_ID}"),
-    ([[1], [2] * 28], "max_new_tokens=101 does not fit: prompt 1 has 28, the most, and max_p"),
-]
-TOGETHER = [
+REFUSED = [  # what is asked for beside one prompt and three tokens, how the sentence begins
+    (dict(prompts="Hello"), "prompts='Hello' is not a list of prompts"),
+    (dict(prompts=[1, 2, 3]), "prompt 0=1 is not a list of token ids"),
+    (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[True]]), "prompt 0 holds token True"),
+    (dict(prompts=np.array([[1], [37]])), "prompt 1 holds token np.int64(37)"),
+    (dict(stop_tokens=[1, 37]), "stop_tokens holds token 37"),
+    (dict(stop_tokens="ab"), "stop_tokens='ab' is not a list"),
+    (
+        dict(prompts=[[1], [2] * 28], max_new_tokens=101),
+        "max_new_tokens=101 does not fit",
+    ),
+    (dict(max_new_tokens=True), "max_new_tokens=True is not an int"),
+    (dict(batch_size=2.5), "batch_size=2.5 is not an int"),
+    (dict(draft_length="most"), "draft_length='most' is not an int"),
+    (dict(draft="medusa"), "draft='medusa' is not None, 'mtp', 'lookup'"),
     (dict(draft="mtp", cache="none"), "cache='none' decodes without drafts"),
-    (dict(samples=8), "samples=8 would be equal texts at temperature 0"),
-    (dict(sampling=(0.5, None, None)), "sampling=(0.5, None, None) is not a Sampling"),
+    (dict(temperature=float("nan")), "temperature=nan is not a float"),
+    (dict(top_p=1.5), "top_p=1.5 is not a float within (0, 1]"),
+    (dict(samples=8), "samples=8 would be equal texts"),
+    (dict(seed=-1), "seed=-1 is not an int within"),
+    (dict(cache="paged"), "cache='paged' is not one of latent"),
+    (dict(cache_dtype=np.float64), "cache_dtype=<class 'numpy.float64'> is not one of float32"),
 ]
 
 
-def test_requests_are_refused(light):
-    asked = partial(plain.generate, light, [[1]])
-    wrong = [(partial(plain.generate, light, prompts, 101), said) for prompts, said in REQUESTS]
-    wrong += [(partial(plain.DecodeConfig, 3, **two), said) for two, said in TOGETHER]
-    wrong += [(partial(asked, 3, stop_tokens=[1, 37]), "stop_tokens holds token 37, which is no")]
-    for name, (values, said) in REFUSED.items():
-        wrong += [
-            (partial(asked, **{"max_new_tokens": 3, name: value}), f"{name}={value!r} {said}")
-            for value in values
-        ]
-    for request, sentence in wrong:
-        with pytest.raises(ValueError) as caught:
-            request()
-        assert str(caught.value).startswith(sentence) and "\n" not in str(caught.value)
-    # arrays, and requests up to the last position, are taken
-    sampling = Sampling(1.0, top_k=1, top_p=1.0)
-    config = plain.DecodeConfig(100, sampling, stop_tokens=np.array([UNUSED]))
+@pytest.mark.parametrize("asked, sentence", REFUSED)
+def test_a_request_is_refused(light, asked, sentence):
+    with refused(f"^{re.escape(sentence)}.*$"):
+        plain.generate(light, **{"prompts": [[1]], "max_new_tokens": 3} | asked)
+
+
+def test_arrays_and_requests_up_to_the_last_position_are_taken():
+    config = plain.DecodeConfig(100, stop_tokens=np.array([UNUSED]))
     config.check(CFG, [np.array([1, 2]), (3,), range(4), [1] * 28])
     assert config.stop_tokens == (UNUSED,)
 
 
-def test_bad_pairs_are_refused():
-    for pairs, said in (
-        ([([1], [])], "the continuation of pair 0 is empty"),
-        ([([1], [2]), ([], [2])], "the context of pair 1 is empty"),
-        ([([1], [37])], "the continuation of pair 0 holds token 37, which is no id of a voc"),
-        ([([1] * 128, [2])], "pair 0 has 129 tokens, over max_positions=128"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            ds.loglikelihood(abstract(small()), pairs)
+PAIRS = [
+    (([1], []), "the continuation of pair 0 is empty"),
+    (([1], [37]), "the continuation of pair 0 holds token 37"),
+    (([1] * 128, [2]), "pair 0 has 129 tokens, over max_positions=128"),
+]
+
+
+@pytest.mark.parametrize("pair, sentence", PAIRS)
+def test_a_bad_pair_is_refused(pair, sentence):
+    with refused(sentence):
+        ds.loglikelihood(abstract(CFG), [pair])

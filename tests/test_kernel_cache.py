@@ -4,6 +4,7 @@ import ctypes
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,63 +18,55 @@ echo library > "$2"
 """
 
 
-class Cache:
-    """A cache folder, and a compiler of two words that writes a one-line file and keeps a log."""
-
-    def __init__(self, root: Path):
-        self.folder, self.loaded, self.script = root / "dsv3_jax", [], root / "compiler"
-        self.script.write_text(COMPILER)
-
-    def load(self, *more: str) -> Path:
-        library.load(["sh", str(self.script), *more])
-        return self.loaded[-1]
-
-    def compiled(self) -> float:
-        """How often all was compiled: each source, and the library."""
-        return len(Path(f"{self.script}.log").read_text().splitlines()) / (len(library.SOURCES) + 1)
-
-
 @pytest.fixture
-def cache(monkeypatch, tmp_path) -> Cache:
+def compiler(monkeypatch, tmp_path) -> list[str]:
+    """A command that writes a one-line file, which is not loaded, and keeps a log."""
+    script = tmp_path / "compiler"
+    script.write_text(COMPILER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cache, process = Cache(tmp_path), ctypes.CDLL(None)
-
-    def load(path):
-        assert Path(path).read_text() == "library\n"
-        cache.loaded.append(Path(path))
-        return process
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    return cache
+    monkeypatch.setattr(ctypes, "CDLL", Mock(return_value=ctypes.CDLL(None)))
+    return ["sh", str(script)]
 
 
-def test_what_is_compiled_is_kept_in_a_private_folder(cache, monkeypatch, capfd):
-    path = cache.load()
-    assert {file.name for file in cache.folder.iterdir()} == {path.name, "build.lock"}
-    assert stat.S_IMODE(cache.folder.stat().st_mode) == 0o700
+def load(compiler: list[str]) -> Path:
+    library.load(compiler)
+    return Path(ctypes.CDLL.call_args.args[0])
+
+
+def compiled(compiler: list[str]) -> float:
+    """How often all was compiled: each source, and the library."""
+    log = Path(f"{compiler[1]}.log").read_text()
+    return len(log.splitlines()) / (len(library.SOURCES) + 1)
+
+
+def test_what_is_compiled_is_kept_in_a_private_folder(compiler, monkeypatch, capfd):
+    path = load(compiler)
+    assert path.read_text() == "library\n"
+    assert {file.name for file in path.parent.iterdir()} == {path.name, "build.lock"}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     said = capfd.readouterr().err
-    assert said.startswith(f"compiling the CPU kernels with sh {cache.script}, once")
-    assert cache.load() == path and cache.compiled() == 1 and capfd.readouterr().err == ""
-    assert cache.load("-g") != path
+    assert said.startswith(f"compiling the CPU kernels with sh {compiler[1]}, once")
+    assert load(compiler) == path and compiled(compiler) == 1
+    assert capfd.readouterr().err == ""
+    assert load([*compiler, "-g"]) != path
     monkeypatch.setattr(library, "_processor", lambda: "another")
-    assert cache.load() != path
+    assert load(compiler) != path
 
 
-def test_of_several_first_runs_at_once_one_compiles(cache):
+def test_of_several_first_runs_at_once_one_compiles(compiler):
     with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(lambda _: cache.load(), range(4)))) == 1
-    assert cache.compiled() == 1
+        assert len(set(pool.map(lambda _: load(compiler), range(4)))) == 1
+    assert compiled(compiler) == 1
 
 
-def test_a_folder_that_is_not_private_is_refused(cache, monkeypatch):
-    cache.load()
-    cache.folder.chmod(0o777)
+def test_a_folder_that_is_not_private_is_refused(compiler, monkeypatch):
+    load(compiler).parent.chmod(0o777)
     with pytest.raises(OSError, match="is not private; set XDG_CACHE_HOME"):
-        cache.load()
+        load(compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # would be another one in each current folder
     with pytest.raises(OSError, match="folder=caches/dsv3_jax is relative"):
-        cache.load()
+        load(compiler)
 
 
 def test_why_there_are_no_kernels(monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """The door: which implementation of an op runs where, what is refused, and what is printed."""
 
-from dataclasses import replace
+from unittest.mock import Mock
 
 import jax.numpy as jnp
 import pytest
@@ -80,29 +80,28 @@ def test_a_name_forces_an_op_or_all_that_have_it():
         ("dense", "grouped_swiglu", "dense"),
         ("xla,grouped_swiglu=dense", "grouped_swiglu", "dense"),
         ("xla,grouped_swiglu=dense", "causal_attention", "xla"),
-        ("cached_attention=xla", "cached_attention", "xla"),
     ):
         assert Kernels(Target("cpu", kernels)).chosen()[op] == name
 
 
 REFUSED = [
-    ("cuda", "cpu", "kernels='cpu' is not available on cuda in precision='none': causal_"),
-    ("tpu", "grouped_swiglu=blocks", "kernels='grouped_swiglu=blocks' is not available on tpu"),
-    ("cpu", "magic", "kernels='magic' is not one of auto, "),
-    ("cpu", "optimizer=dense", "kernels=optimizer=dense: 'dense' is not one of cpu, xla"),
-    ("abacus", "auto", "platform='abacus' is not one of cpu, cuda, rocm, tpu"),
+    ("cuda", Execution(kernels="cpu"), "'cpu' is not available on cuda in precision='none'"),
+    ("tpu", Execution(kernels="grouped_swiglu=blocks"), "'grouped_swiglu=blocks' is not available"),
+    ("cpu", Execution("bfloat16", kernels="cpu"), "'cpu' does not serve causal_attention in bfl"),
+    ("cpu", Execution(kernels="magic"), "'magic' is not one of auto, "),
+    ("cpu", Execution(kernels="optimizer=dense"), "optimizer=dense: 'dense' is not one of cpu, "),
 ]
 
 
-@pytest.mark.parametrize("platform, kernels, sentence", REFUSED)
-def test_what_a_target_does_not_have_is_refused_in_a_sentence(platform, kernels, sentence):
-    with refused(f"^{sentence}"):
-        prepare(Execution(kernels=kernels), platform=platform)
+@pytest.mark.parametrize("platform, execution, sentence", REFUSED)
+def test_what_a_target_does_not_have_is_refused(platform, execution, sentence):
+    with refused(f"^kernels={sentence}"):
+        prepare(execution, platform=platform)
 
 
-def test_a_forced_kernel_that_cannot_compute_is_refused_and_what_is_no_choice():
-    with refused("^kernels='cpu' does not serve causal_attention in bfloat16"):
-        prepare(Execution("bfloat16", kernels="cpu"), platform="cpu")
+def test_a_platform_and_a_choice_that_are_none_are_refused():
+    with refused("^platform='abacus' is not one of cpu, cuda, rocm, tpu"):
+        Target("abacus")
     with refused("kernels='cpu' does not serve grouped_swiglu in bfloat16 with devices=1"):
         experts(Kernels(Target("cpu", "cpu")), X.astype(jnp.bfloat16), STACK)
     for kernels in ("", "a b", "cpu,xla", "a=b=c"):
@@ -142,17 +141,6 @@ def test_who_multiplies_experts_on_each_chip(
             assert experts(kernels, x, stack) == "ragged_dot"
 
 
-def test_where_a_kernel_of_dw_is_wrong_the_next_has_another_one():
-    """Mosaic's forward and dx stay; where the check finds them wrong too, no Mosaic is left."""
-    wrong: tuple[tuple[str, str], ...] = ()
-    for name in ("mosaic", "mosaic_but_dw", "row_blocks"):
-        kernels = Kernels(Target("cuda", chip="9.0"), wrong=wrong)
-        assert kernels.chosen("bfloat16")["grouped_swiglu"] == name
-        # it has no dw, and a verdict of its own
-        assert kernels.chosen("bfloat16")["decode_experts"] == "mosaic"
-        wrong += ((f"grouped_swiglu={name}", "it did not end in 60 s"),)
-
-
 def test_a_row_that_is_added_runs_if_it_is_named(monkeypatch):
     monkeypatch.setitem(TABLE, "grouped_swiglu", TABLE["grouped_swiglu"])
     table.add("grouped_swiglu", table.Implementation("mine", dispatch.dense_swiglu))
@@ -160,15 +148,11 @@ def test_a_row_that_is_added_runs_if_it_is_named(monkeypatch):
     assert experts(Kernels(Target("cpu")), X, STACK) == "cpu"
 
 
-def test_the_default_device_says_the_platform():
+def test_a_gpu_is_of_nvidia_or_of_amd():
     assert choose.platform_of() == "cpu" == choose.platform_of(sharding.make_mesh(data=2))
-
-    class Device:
-        platform, client = "gpu", type("Client", (), {"platform_version": "cuda 13000"})
-
-    assert choose._platform_name(Device) == "cuda"
-    Device.client.platform_version = "PJRT ROCm 6"
-    assert choose._platform_name(Device) == "rocm"
+    for version, name in (("cuda 13000", "cuda"), ("PJRT ROCm 6", "rocm")):
+        device = Mock(platform="gpu", client=Mock(platform_version=version))
+        assert choose._platform_name(device) == name
 
 
 def test_without_a_compiler_xla_runs_and_the_line_says_so(monkeypatch):
@@ -184,10 +168,5 @@ def test_without_a_compiler_xla_runs_and_the_line_says_so(monkeypatch):
 
 def test_nothing_is_compiled_that_nobody_wants(monkeypatch):
     monkeypatch.setattr(library, "why_not", lambda: 1 / 0)
-    assert "without" not in prepare(Execution(kernels="xla")).describe()
+    prepare(Execution(kernels="xla"))
     prepare(platform="cuda")
-
-
-def test_equal_targets_share_compiled_programs():
-    a, b = (Kernels(Target("cpu", "xla")) for _ in range(2))
-    assert a == b and hash(a) == hash(b) and a != replace(a, target=Target("cpu"))

@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, parameters, random_model, small, teacher_logits, tokens_of
-from runs import MODEL, make_run, on_mesh, refused, write_text
+from models import DENSE, flat, parameters, random_model, small, teacher_logits
+from runs import MODEL, documents, fresh_state, make_run, on_mesh, refused, save_run
 
 import dsv3_jax as ds
 from dsv3_jax import reference
-from dsv3_jax.config import Lora, from_dict, to_dict
+from dsv3_jax.config import Lora, OptimConfig, from_dict, to_dict
 from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.hf.tensor_names import tensor_table
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model import blocks, counting
+from dsv3_jax.training.state import Job, abstract_state
+from dsv3_jax.training.step import make_step
 
 WIDTH = 6  # of content and of the rotated part
 CHANGES = dict(
@@ -98,32 +100,35 @@ def test_it_decodes_with_each_cache_as_the_forward_pass_also_with_heads_on_two_d
     assert found == [x.argmax(-1).tolist() for x in teacher_logits(alone, PROMPTS, found)]
 
 
-@pytest.mark.long
-def test_a_run_trains_and_what_has_no_form_is_refused(summed, tmp_path, monkeypatch):
-    """With adapters of LoRA and Muon, too: they read the names of its weights' axes."""
-    monkeypatch.setattr("dsv3_jax.runs.folder.IMPORTED", ["mine.py"])
-    sizes = {"attention": "summed", "nope_head_dim": 4, "rope_head_dim": 4}
-    run = make_run(write_text(tmp_path / "text"), model=replace(MODEL, **sizes), steps=4)
-    first = ds.train.fit(run, tmp_path / "run", quiet=True)
-    more = replace(run, start=str(tmp_path / "run"), lora=Lora(rank=2))
-    more = replace(more, optim=replace(run.optim, name="muon"))
-    then = ds.train.fit(more, tmp_path / "more", quiet=True)
-    losses = [result.evaluation["val_loss"] for result in (first, then)]
-    assert np.isfinite(losses).all() and losses[1] < losses[0] < np.log(260)
-    assert ds.load_model(tmp_path / "run").cfg == run.model
+def run_of(**changes):
+    """A run of one dense layer."""
+    model = replace(MODEL, num_layers=1, num_dense_layers=1, mtp_depth=0, attention="summed")
+    return make_run("nowhere", model=replace(model, nope_head_dim=4, rope_head_dim=4), **changes)
 
+
+@pytest.mark.long
+def test_a_step_trains_it_or_its_adapters():
+    """Muon and LoRA read the names of its weights' axes."""
+    run, batch = run_of(optim=OptimConfig(name="muon", warmup_steps=0)), documents(4, 16)
+    before = flat(fresh_state(run).params)
+    new, metrics = make_step(Job(run))(fresh_state(run), batch)
+    trained = {path for path, x in flat(new.params).items() if (x != before[path]).any()}
+    assert metrics["finite"] and trained == before.keys()
+    job = Job(replace(run, start="nowhere", lora=Lora(rank=2)))
+    jax.eval_shape(make_step(job), abstract_state(job), batch)  # traced, not compiled
+
+
+def test_what_has_no_form_is_refused(summed, tmp_path):
+    run = save_run(tmp_path / "run", run_of())
+    assert ds.load_model(tmp_path / "run").cfg == run.model
     for refuses in (lambda: tensor_table(run.model), lambda: ds.hf.convert(tmp_path / "run", "x")):
         with refused("attention='summed' has no released format; use 'mla' or 'dsa'"):
             refuses()
     with refused("attention='summed' has no equations on this page"):
-        model = random_model(summed)
         ctx = reference.Context(summed, np.arange(5)[None], np.ones((1, 5), np.int32))
-        reference.transformer(ctx, parameters(model), np.asarray(tokens_of(summed, 1, 5)))
+        reference.transformer(ctx, parameters(random_model(summed)), np.zeros((1, 5), int))
     with refused("optim.qk_clip=9.0 is for attention='mla', not 'summed'"):
         replace(run, optim=replace(run.optim, qk_clip=9.0))
-    monkeypatch.delitem(ATTENTION_KINDS, "summed")  # as in a process without that program
-    with refused("attention='summed' of the run in .* by a program, .* add --import mine.py"):
-        ds.load_model(tmp_path / "run")
 
 
 def test_counts_follow_its_rows(summed):

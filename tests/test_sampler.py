@@ -22,7 +22,7 @@ from dsv3_jax.serve.engine import Changes, changed_model
 CFG = small(num_layers=1, num_dense_layers=0, mtp_depth=1)
 CONTEXT = 64
 LONGEST = 15  # tokens of a text
-LAWS = [Sampling(), Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, None, 0.6)]
+LAWS = [Sampling(), Sampling(1.3, top_k=5), Sampling(0.7, None, 0.6)]
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,18 @@ def two_layers():
     return random_model(small(num_layers=2, num_dense_layers=0), seed=2)
 
 
-def prompts(count, seed=0):
+def prompt(i):
     """The first four are of any length, and others of over one step of 32."""
-    draw = random.Random(seed)
-    lengths = [draw.randrange(33 if i > 3 else 1, 40) for i in range(count)]
-    return [tuple(draw.randrange(CFG.vocab_size) for _ in range(n)) for n in lengths]
+    draw = random.Random(i)
+    length = draw.randrange(33 if i > 3 else 1, 40)
+    return tuple(draw.randrange(CFG.vocab_size) for _ in range(length))
 
 
-def asks(seed=0):
-    return [
-        Ask(prompt, 3 + 4 * (i // 2), LAWS[i % 4], seed=i % 4, sample=i // 4 if i % 4 else 0)
-        for i, prompt in enumerate(prompts(8, seed))
-    ]
+# of two prompts for each law; the second one's text is a second sample
+ASKS = [
+    Ask(prompt(i), 3 + 6 * (i // 2), LAWS[i % 3], seed=i % 3, sample=i // 3 if i % 3 else 0)
+    for i in range(6)
+]
 
 
 def alone(model, asks, **options):
@@ -64,6 +64,11 @@ def alone(model, asks, **options):
             experts = texts.expert_ids[row][:, : len(ask.prompt) + len(tokens) - 1]
             found[ask] = tokens, texts.model_logprobs[row][: len(tokens)], experts
     return found
+
+
+@pytest.fixture(scope="module")
+def wants(model):
+    return alone(model, ASKS)
 
 
 def finish(sampler, found=None):
@@ -98,18 +103,19 @@ def assert_same(news, want):
 
 
 @pytest.mark.parametrize("draft", [None, "lookup", pytest.param("mtp", marks=pytest.mark.long)])
-def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, draft):
+def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draft):
+    if draft == "mtp":  # certain drafts change no text, and no draft changes a greedy one
+        drawn = [ask for ask in ASKS if ask.sampling == LAWS[1]]
+        wants = {ASKS[0]: wants[ASKS[0]]} | alone(model, drawn, draft=draft)
     sampler = OpenSampler(model, rows=4, context=CONTEXT, stop_tokens=(3,), draft=draft)
     # They come while others decode.
     found, numbers = {}, {}
-    for ask in asks():
+    for ask in ASKS:
         numbers[ask] = sampler.add(ask)
         for number, new in sampler.step(part=2).items():
             found.setdefault(number, []).append(new)
     finish(sampler, found)
-    # certain drafts change no text
-    how = {"draft": draft} if draft == "mtp" else {}
-    for ask, want in alone(model, asks(), **how).items():
+    for ask, want in wants.items():
         assert_same(found[numbers[ask]], want)
 
 
@@ -151,13 +157,13 @@ def test_a_cache_that_grows_holds_long_prompts_and_rows_that_come_and_go(model, 
     assert sampler.batch.slots == CONTEXT
 
 
-def test_random_arrivals_and_cancellations_lose_nothing(model):
-    """Of texts that wait, decode or have ended; a row that is free takes another one."""
-    draw, pool = random.Random(1), asks(seed=2)
+def test_random_arrivals_and_cancellations_lose_nothing(model, wants):
+    """Texts wait, decode or have ended; a row that is free takes another one."""
+    draw = random.Random(1)
     sampler = OpenSampler(model, rows=4, context=CONTEXT, stop_tokens=(3,))
     numbers, found, cancelled = {}, {}, set()
     for i in range(60):
-        numbers[sampler.add(pool[i % 8])] = pool[i % 8]
+        numbers[sampler.add(ASKS[i % 6])] = ASKS[i % 6]
         if draw.random() < 0.4:
             victim = draw.choice(list(numbers))
             sampler.cancel(victim)
@@ -169,7 +175,6 @@ def test_random_arrivals_and_cancellations_lose_nothing(model):
     finish(sampler, found)
     sampler.cancel(99)  # nothing is there
 
-    wants = alone(model, pool)
     complete = {n for n, news in found.items() if news[-1].ended}
     assert complete >= set(numbers) - cancelled
     for number in complete:
@@ -179,7 +184,7 @@ def test_random_arrivals_and_cancellations_lose_nothing(model):
 
 def test_reading_gives_log_p_alternatives_experts_and_gates(two_layers):
     model = two_layers
-    tokens = list(prompts(1, seed=8)[0]) + [1, 2]
+    tokens = [*prompt(8), 1, 2]
     read = read_tokens(model, tokens)
     out = forward(model, jnp.asarray([tokens]))
     logp = np.asarray(jnp.log(jnp.exp(out.logits[0]) / jnp.exp(out.logits[0]).sum(-1)[:, None]))
@@ -212,9 +217,7 @@ def test_what_cannot_be_answered_is_refused(model):
     sampler = OpenSampler(model, rows=1, context=CONTEXT)
     for ask, problem in (
         (Ask((), 3), "prompt 0 is empty"),
-        (Ask((99,), 3), "prompt 0 holds token 99"),
         (Ask((1,) * 60, 9), "max_new_tokens=9 does not fit: the prompt has 60 tokens, and"),
-        (Ask((1,), 0), "max_new_tokens=0"),
         (Ask((1,), 1, Sampling(-1.0)), "temperature=-1.0"),
         (Ask((1,), 1, seed=-1), "seed=-1"),
     ):
@@ -232,7 +235,7 @@ def test_a_changed_model_shares_all_other_arrays(two_layers):
     assert before == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(nnx.state(model))]
 
     # An expert is off as by a gate of 0, in its layer and for all tokens.
-    tokens = jnp.asarray([prompts(1, seed=8)[0]])
+    tokens = jnp.asarray([prompt(8)])
 
     def mute(layer, ids, gates):
         return jnp.where((layer == 1) & (ids == 2), 0.0, gates)

@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, HEADS, LIGHT, forward, random_model, small, tokens_of
+from models import DENSE, LIGHT, forward, random_model, small, tokens_of
 from runs import refused
 from test_generate import until
 from test_sampling import within
@@ -52,69 +51,54 @@ def leaning(model, share):
     return changed(model, change)
 
 
-def trunk_of(model):
-    """The model without its heads."""
-    graphdef = nnx.graphdef(abstract(replace(model.cfg, mtp_depth=0), DENSE))
-    others = nnx.split_state(nnx.state(model), lambda path, _: path[0] != "mtp", ...)[0]
-    return nnx.merge(graphdef, others)
-
-
-@lru_cache
-def drafting(scheme):
-    """{quality: (the model, what drafts for it)}: of equal graphs, which share a compilation."""
-    if scheme == "model":
-        rng, target = np.random.default_rng(5), random_model(LIGHT, execution=DENSE)
-        against = changed(target, lambda path, x: -x if path == ("head",) else x)
-        near = changed(target, lambda _, x: x + np.float32(0.02 * rng.standard_normal(x.shape)))
-        other = random_model(LIGHT, seed=1, execution=DENSE)
-        made = {"right": target, "partly": near, "random": other, "wrong": against}
-        return {quality: (target, draft) for quality, draft in made.items()}
-    model = random_model(replace(LIGHT, **HEADS[scheme]), execution=DENSE)
-    right = leaning(model, 0)
-    # its heads draft what they would find least likely
-    wrong = changed(right, lambda p, x: -x if p[0] == "mtp" and "norm" in p[2:4] else x)
-    made = {"right": right, "partly": leaning(model, 0.1), "random": model, "wrong": wrong}
-    return {quality: (model, "mtp") for quality, model in made.items()}
-
-
-@lru_cache
-def plain(scheme, quality, cache_dtype):
-    """The model's tokens without a draft."""
-    model = trunk_of(drafting(scheme)[quality][0])
-    return generate(model, PROMPTS, NEW, stop_tokens=[UNUSED], cache_dtype=cache_dtype).tokens
+def drafting(case):
+    """(The model, what drafts for it); cases of one graph share a compilation."""
+    if case.endswith("heads"):
+        model = random_model(replace(LIGHT, mtp_depth=2), execution=DENSE)
+        return leaning(model, 0 if case == "right heads" else 0.1), "mtp"
+    rng, target = np.random.default_rng(5), random_model(LIGHT, execution=DENSE)
+    if case == "wrong model":  # it drafts what the model would find least likely
+        return target, changed(target, lambda path, x: -x if path == ("head",) else x)
+    near = changed(target, lambda _, x: x + np.float32(0.02 * rng.standard_normal(x.shape)))
+    return target, near
 
 
 # Greedy: whatever the drafts, the tokens are those of plain decoding. test_drafters has all heads.
 
 
-DRAFTS = [("deepseek of 3", 8, None), ("model", 6, "int8")]
+DRAFTS = [  # tokens drafted a step, the cache's dtype
+    ("right heads", 8, None),
+    ("partly right heads", 8, None),
+    ("partly right model", 6, "int8"),
+    ("wrong model", 6, "int8"),
+]
 
 
-@pytest.mark.parametrize("scheme, length, dtype", DRAFTS)
-def test_greedy_speculation_gives_the_tokens_of_plain_decoding(scheme, length, dtype):
-    for quality, (model, draft) in drafting(scheme).items():
-        how = dict(draft=draft, draft_length=length, stop_tokens=[UNUSED], cache_dtype=dtype)
-        got = generate(model, PROMPTS, NEW, **how)
-        assert got.tokens == plain(scheme, quality, dtype), quality
-        assert len(got.acceptance) == length
-        # a draft is accepted only if those before it are
-        assert got.acceptance == sorted(got.acceptance, reverse=True)
-        if quality == "right":
-            assert got.acceptance == [1.0] * length
-            assert got.steps == math.ceil((NEW - 1) / (length + 1))
-            assert got.mean_accepted == length + 1
-        elif quality == "wrong":
-            assert (got.acceptance, got.steps) == ([0.0] * length, NEW - 1)
-        else:
-            # a model that repeats one token could not fail
-            assert len({t for row in got.tokens for t in row}) > 5
-            assert quality == "random" or 0 < got.acceptance[0] < 1
+@pytest.mark.parametrize("case, length, dtype", DRAFTS)
+def test_greedy_speculation_gives_the_tokens_of_plain_decoding(case, length, dtype):
+    model, draft = drafting(case)
+    how = dict(stop_tokens=[UNUSED], cache_dtype=dtype)
+    got = generate(model, PROMPTS, NEW, draft=draft, draft_length=length, **how)
+    assert got.tokens == generate(model, PROMPTS, NEW, **how).tokens
+    assert len(got.acceptance) == length
+    # a draft is accepted only if those before it are
+    assert got.acceptance == sorted(got.acceptance, reverse=True)
+    if case == "right heads":
+        assert got.acceptance == [1.0] * length
+        assert got.steps == math.ceil((NEW - 1) / (length + 1))
+        assert got.mean_accepted == length + 1
+    elif case == "wrong model":
+        assert (got.acceptance, got.steps) == ([0.0] * length, NEW - 1)
+    else:
+        # a model that repeats one token could not fail
+        assert len({t for row in got.tokens for t in row}) > 5
+        assert 0 < got.acceptance[0] < 1
 
 
 def test_a_stop_token_within_a_run_ends_its_row_and_no_other():
     """In runs of up to 9 tokens."""
-    model, _ = drafting("deepseek of 3")["partly"]
-    rows = plain("deepseek of 3", "partly", None)
+    model, _ = drafting("partly right heads")
+    rows = generate(model, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens
     assert not any(UNUSED in row for row in rows)
     stops = {rows[0][4], rows[3][3], rows[6][8], rows[2][0]}
     for stop in stops:
@@ -130,15 +114,14 @@ TINY = small(num_layers=1, num_dense_layers=1, vocab_size=5)
 DRAWS = 4096
 
 
-@pytest.mark.parametrize("draft", ["mtp", "lookup"])
-def test_sampled_speculation_follows_the_model(draft):
+def test_sampled_speculation_follows_the_model():
     """Three new tokens of rows of one prompt: by prefill, then accepted and rejected drafts.
 
-    A head drafts with probabilities, as a model does, and look-up without.
+    test_sampler has look-up's drafts, which are certain and change no text.
     """
     model = random_model(replace(TINY, mtp_depth=1), execution=DENSE)
     how = dict(temperature=2.0, top_k=4, top_p=0.95)  # far from the bare logits
-    got = generate(model, [[1, 4]] * DRAWS, 3, draft=draft, draft_length=2, seed=2, **how)
+    got = generate(model, [[1, 4]] * DRAWS, 3, draft="mtp", draft_length=2, seed=2, **how)
     shares = np.zeros((5, 5, 5))
     np.add.at(shares, tuple(np.array(got.tokens).T), 1 / DRAWS)
     law = three_tokens(model, [1, 4], how)
@@ -150,7 +133,7 @@ def test_sampled_speculation_follows_the_model(draft):
 def three_tokens(model, prompt, how):
     """The probabilities [W, W, W] of three tokens after a prompt, by the logits of every text."""
     texts = [[*prompt, a, b] for a in range(5) for b in range(5)]
-    logits = forward(trunk_of(model), jnp.asarray(texts, jnp.int32)).logits
+    logits = forward(model, jnp.asarray(texts, jnp.int32)).logits
     laws = [[oracles.sampling_probs(row, **how) for row in text[-3:]] for text in logits]
     first, second, third = np.array(laws).reshape(5, 5, 3, 5).transpose(2, 0, 1, 3)
     return first[0, 0][:, None, None] * second[:, 0][:, :, None] * third
@@ -170,24 +153,25 @@ def test_a_draft_model_may_be_of_another_kind_and_shorter():
     assert generate(model, [prompt], 4, draft=draft, draft_length=2).tokens == want
 
 
-def test_drafts_that_do_not_fit_are_refused():
-    model, heads = abstract(LIGHT), abstract(replace(LIGHT, mtp_depth=1))
-    medusa = abstract(replace(LIGHT, **HEADS["medusa"]))
+MODEL = abstract(LIGHT)
+OTHER = abstract(replace(LIGHT, vocab_size=38))
+WITH_HEAD = abstract(replace(LIGHT, mtp_depth=1))
+WITH_MEDUSA = abstract(replace(LIGHT, mtp_kind="medusa", mtp_depth=4))
+REFUSED = [
+    (MODEL, OTHER, 1, "vocab_size=38 of the draft model is not the model's 37"),
+    (MODEL, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),
+    (WITH_MEDUSA, "mtp", 5, "draft_length=5 is more than mtp_depth=4"),
+    (WITH_HEAD, "mtp", 9, "max_new_tokens=100 with 9 drafts a step does not fit: prompt 1 has 20"),
+]
 
-    def check(model, draft, length):
-        config = DecodeConfig(100, draft=draft, draft_length=length)
-        config.check(model.cfg, [[1] * 5, [1] * 20])
-        return config.num_drafts
 
-    assert check(model, None, 0) == check(model, None, 7) == 0
-    assert check(model, model, 8) == check(heads, "mtp", 8) == 8  # up to the last position
-    other = abstract(replace(LIGHT, vocab_size=38))
-    full = "max_new_tokens=100 with 9 drafts a step does not fit: prompt 1 has 20, the most, and "
-    for target, draft, length, sentence in (
-        (model, other, 1, "vocab_size=38 of the draft model is not the model's 37"),
-        (model, "mtp", 1, "draft='mtp' needs multi-token heads, and the model's mtp_depth is 0"),
-        (medusa, "mtp", 5, "draft_length=5 is more than mtp_depth=4"),
-        (heads, "mtp", 9, full),
-    ):
-        with refused(f"^{sentence}"):
-            check(target, draft, length)
+def check(model, draft, length):
+    config = DecodeConfig(100, draft=draft, draft_length=length)
+    config.check(model.cfg, [[1] * 5, [1] * 20])
+
+
+@pytest.mark.parametrize("model, draft, length, sentence", REFUSED)
+def test_drafts_that_do_not_fit_are_refused(model, draft, length, sentence):
+    check(model, model, 8)  # up to the last position
+    with refused(f"^{sentence}"):
+        check(model, draft, length)

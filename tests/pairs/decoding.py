@@ -18,11 +18,11 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from models import forward, random_model
+from runs import on_mesh
 
 import dsv3_jax as ds
 from dsv3_jax.config import RunConfig
@@ -38,7 +38,7 @@ from .covering import Row, refusal
 from .settings import bases, named
 from .training import changed, mesh_of
 
-PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [5, 9]]
+PROMPTS = [[66, 7, 190, 3, 3, 80, 21], [5, 9], [250, 17, 6, 200, 31], [4]]
 NEW, SEED = 7, 3
 NEAR = 0.5  # of the logits' standard deviation
 
@@ -116,12 +116,9 @@ class Plan:
 
 def model_of(plan: Plan, mesh: Any, **changes: Any) -> Any:
     """A random model, on a mesh or on one device."""
-    model = random_model(ds.replace(plan.run.model, **changes), 0, plan.run.execution)
-    if mesh is None:
-        return model
-    graph, state = nnx.split(model)
-    fsdp = plan.run.execution.layout.fsdp
-    return nnx.merge(graph, jax.device_put(state, sharding.state_sharding(state, mesh, fsdp=fsdp)))
+    execution = plan.run.execution
+    model = random_model(ds.replace(plan.run.model, **changes), 0, execution)
+    return model if mesh is None else on_mesh(model, mesh, execution.layout.fsdp)
 
 
 def check_row(row: Row, scratch: Path) -> str:
@@ -144,14 +141,11 @@ def check_row(row: Row, scratch: Path) -> str:
         draft_alone = None
         same.pop("draft_length", None)
         same |= {} if rounded else {"cache": "none"}
-    texts, apart = iter(range(len(found.tokens))), [0.0]
+    apart = [0.0]
     for i, prompt in enumerate(PROMPTS):
-        # a prompt that occurs again has the next samples
-        earlier = 0 if greedy else PROMPTS[:i].count(prompt)
-        prompts = [prompt] * (1 + earlier)
-        plain = ds.generate(alone, prompts, NEW, seed=SEED, draft=draft_alone, **same)
-        for k in range(earlier * samples, len(plain.tokens)):
-            text = next(texts)
+        plain = ds.generate(alone, [prompt], NEW, seed=SEED, draft=draft_alone, **same)
+        for k in range(samples):
+            text = i * samples + k
             if found.tokens[text] == plain.tokens[k]:
                 if plan.exact:
                     check_numbers(found, text, plain, k, bound=1e-3 if rounded else 1e-4)

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from models import random_model
 from released import INT4, Cell, write_folder
-from runs import assert_bitwise, fresh_state, rows_of, unhooked_cli, write_text
+from runs import assert_bitwise, rows_of, save_run, unhooked_cli, write_text
 
 import dsv3_jax as ds
 from dsv3_jax import hf
@@ -40,7 +40,7 @@ from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.runs import start as starts
 from dsv3_jax.runs.chats import read_chats
 from dsv3_jax.runs.checkpoint import Checkpoints
-from dsv3_jax.runs.folder import claim, read_run
+from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.open_model import measured_on
 
 from .covering import Row, refusal
@@ -146,9 +146,7 @@ class Plan:
             how: dict[str, Any] = {"fp8": True} if self.kind == "FP8" else {"dtype": self.kind}
             hf.save(random_model(self.start_model), folder, quiet=True, **how)
         else:
-            run = claim(folder, replace(RUN, model=self.start_model))
-            with Checkpoints(folder, run) as checkpoints:
-                checkpoints.save(fresh_state(run, 7), {}, wait=True)
+            save_run(folder, replace(RUN, model=self.start_model))
         if self.kind in RELEASED:
             shutil.copy(self.scratch / "tokenizer.json", folder)
 
