@@ -145,6 +145,7 @@ def test_fp8_is_within_a_step_and_requantizing_changes_nothing(rng, shape):
     np.testing.assert_array_equal(value, dequantized(numbers, scales))
     # A step of e4m3 is an eighth of the next lower power of two, at least 2^-9.
     exact = np.abs(weight) / np.repeat(np.repeat(scales, 128, 0), 128, 1)[: shape[0], : shape[1]]
+    assert exact.max() <= 448  # scales are rounded up, so nothing is clipped
     step = np.exp2(np.maximum(np.floor(np.log2(np.maximum(exact, 2**-9))), -6) - 3)
     error = np.abs(numbers.astype(np.float32)) - exact
     assert (np.abs(error) <= step / 2 * (1 + 1e-5)).all()
