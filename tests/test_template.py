@@ -220,7 +220,7 @@ def test_a_weight_needs_one_mark_a_turn():
 LOOP = "{% for i in range(99999) %}"
 TREES = "{% set n = namespace(s=[0], i=[0]) %}{% for i in range(40) %}"
 TREES += "{% set n.s = [n.s, n.s] %}{% set n.i = [n.i, n.i] %}{% endfor %}"
-ENDLESS = {  # a template → what is said of it
+UNBOUNDED = {  # a template → the sentence that refuses it
     "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}": "runs for",
     # C code that no signal interrupts: it compares two trees of 2^40 leaves
     TREES + "{{ n.s == n.i }}": "runs for",
@@ -230,7 +230,7 @@ ENDLESS = {  # a template → what is said of it
 }
 
 
-@pytest.mark.parametrize(("source", "sentence"), ENDLESS.items(), ids=range(len(ENDLESS)))
+@pytest.mark.parametrize(("source", "sentence"), UNBOUNDED.items(), ids=range(len(UNBOUNDED)))
 def test_a_template_ends(monkeypatch, source, sentence):
     """Loops, recursion, large values, in any thread; at a part of the limits."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)

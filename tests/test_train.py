@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch):
 
 
 def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch):
-    """Steps in flight are saved; training goes on once the record is mended."""
+    """All steps before it are saved; training goes on once the record is mended."""
     good = Batches.__next__
 
     def read(self):
