@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dsv3_jax.data.batches import Batch, Batches, model_inputs
 from dsv3_jax.host.lock import FolderLock
@@ -38,7 +37,14 @@ from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.runs.prepare import FitOptions, Prepared
 from dsv3_jax.runs.tracing import StepTrace
 from dsv3_jax.training.metrics import as_row
-from dsv3_jax.training.state import Job, TrainState, first_nonfinite, model_of, split_trainable
+from dsv3_jax.training.state import (
+    Job,
+    TrainState,
+    first_nonfinite,
+    model_of,
+    norm,
+    split_trainable,
+)
 from dsv3_jax.training.step import first_bad_tensor, make_step
 
 # Steps started before the oldest one is looked at. While they run, the next batch is read and
@@ -284,7 +290,7 @@ class Training:
         # A checkpoint resumes: none is made of numbers that no step can mend.
         moved = split_trainable(self.job.run, self.state.params)[0], self.state.bias, self.state.opt
         arrays = [x for x in jax.tree.leaves(moved) if x.ndim]  # optax begins at infinity
-        if not jnp.isfinite(jax.jit(optax.tree.norm)(arrays)):
+        if not jnp.isfinite(jax.jit(norm)(arrays)):
             bad = first_nonfinite("parameter", self.state.params)
             bad = bad or first_nonfinite("router bias", self.state.bias) or "an optimizer state"
             raise self._not_good(

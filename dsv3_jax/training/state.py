@@ -215,6 +215,16 @@ def first_nonfinite(kind: str, tree: nnx.State) -> str:
         'parameter attn.w_o'
     """
     for path, x in nnx.to_flat_state(tree):
-        if not jnp.isfinite(optax.tree.norm(x)):
+        if not jnp.isfinite(norm(x)):
             return f"{kind} {'.'.join(map(str, path))}"
     return ""
+
+
+def norm(tree: Any) -> Array:
+    """The norm of all arrays together, in float32 whatever their dtypes.
+
+    Example:
+        >>> norm({"mean": jnp.array([3.0], jnp.bfloat16), "w": jnp.array([4.0])})
+        Array(5., dtype=float32)
+    """
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
