@@ -12,12 +12,12 @@ from runs import by_command, rows_of, unhooked_cli
 
 from dsv3_jax.cli import main as cli
 from dsv3_jax.cli import options
-from dsv3_jax.cli.common import guarded
-from dsv3_jax.config import Execution
+from dsv3_jax.cli.common import all_devices, guarded
+from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
 from dsv3_jax.decoding.generate import generate as decode
 from dsv3_jax.kernels import choose, table
-from dsv3_jax.presets import MODELS
+from dsv3_jax.presets import MODELS, recipe
 from dsv3_jax.report.progress import say, text_console
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
@@ -309,6 +309,17 @@ def test_jax_takes_most_of_a_gpus_memory_unless_the_user_says_otherwise(monkeypa
         monkeypatch.setattr(cli.os, "environ", dict(given))
         cli.take_gpu_memory()
         assert cli.os.environ == want
+
+
+def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
+    tiny = recipe("tiny")
+    assert all_devices(tiny) is None and capsys.readouterr().out == ""
+    monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
+    assert dict(all_devices(tiny).shape) == {"data": 8, "expert": 1, "tensor": 1}
+    assert capsys.readouterr().out == "training on the 8 devices here; --mesh data=1 uses one\n"
+    odd = replace(tiny, optim=replace(tiny.optim, microbatches=2))
+    with pytest.raises(ConfigError, match="batch_size/microbatches=4 rows"):
+        all_devices(odd)
 
 
 def test_programs_of_accelerators_are_kept(monkeypatch, tmp_path):

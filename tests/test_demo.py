@@ -1,7 +1,9 @@
 """How the demo ends: places where its model is good, and commands that work as pasted."""
 
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -85,3 +87,16 @@ def test_the_estimate_is_of_the_steps_that_are_left(capsys):
     for row in ({"step": 1}, {"step": 10, "tokens_per_s": 64.0}, {"step": 20, "tokens_per_s": 1.0}):
         estimate.on_step(row)
     assert capsys.readouterr().out == "at this speed the 100 steps end in about 90 seconds\n"
+
+
+@pytest.mark.parametrize(
+    "accelerator, code, said",
+    [("tpu", 0, "'jax[tpu]>=0.11'"), ("cuda99", 2, "ACCELERATOR='cuda99'")],
+)
+def test_make_demo_installs_what_a_device_needs(monkeypatch, accelerator, code, said):
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of a make that runs these tests
+        monkeypatch.delenv(name, raising=False)
+    command = ["make", "--dry-run", "demo", f"ACCELERATOR={accelerator}"]
+    command += [f"PYTHON={sys.executable}", "VENV=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == code and said in done.stdout + done.stderr

@@ -13,11 +13,7 @@ import jax
 import pytest
 from runs import environment
 
-from dsv3_jax.cli import common
-from dsv3_jax.config import ConfigError, replace
-from dsv3_jax.kernels import choose
 from dsv3_jax.kernels.table import TABLE, Implementation
-from dsv3_jax.presets import recipe
 from experiments import apart, cards
 from experiments.accel import measuring, model_parts, op_parts, run, table
 
@@ -213,30 +209,3 @@ sys.exit(10 * code + main.main(["runs", "check", "nowhere"]))
     assert done.returncode == 22, done.stderr
     for name, line in zip(("tyro", "docstring_parser"), done.stderr.splitlines()[-2:], strict=True):
         assert line.startswith("dsv3: ") and f"'{name}'" in line
-
-
-# Beside it: all devices, and the Makefile
-
-
-def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
-    tiny = recipe("tiny")
-    assert common.all_devices(tiny) is None and capsys.readouterr().out == ""
-    monkeypatch.setattr(choose, "platform_of", lambda mesh=None: "cuda")
-    assert dict(common.all_devices(tiny).shape) == {"data": 8, "expert": 1, "tensor": 1}
-    assert capsys.readouterr().out == "training on the 8 devices here; --mesh data=1 uses one\n"
-    odd = replace(tiny, optim=replace(tiny.optim, microbatches=2))
-    with pytest.raises(ConfigError, match="batch_size/microbatches=4 rows"):
-        common.all_devices(odd)
-
-
-@pytest.mark.parametrize(
-    "accelerator, code, said",
-    [("tpu", 0, "'jax[tpu]>=0.11'"), ("cuda99", 2, "ACCELERATOR='cuda99'")],
-)
-def test_make_demo_installs_what_a_device_needs(monkeypatch, accelerator, code, said):
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of a make that runs these tests
-        monkeypatch.delenv(name, raising=False)
-    command = ["make", "--dry-run", "demo", f"ACCELERATOR={accelerator}"]
-    command += [f"PYTHON={sys.executable}", "VENV=nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == code and said in done.stdout + done.stderr
