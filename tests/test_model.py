@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, forward, parameters, random_model, small, tokens_of
+from models import DENSE, LIGHT, forward, parameters, random_model, small, tokens_of
 from runs import refused
 
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import Execution, Yarn
 from dsv3_jax.model import moe
+from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 
@@ -223,3 +224,12 @@ def test_near_ties_are_counted_among_the_allowed_experts():
     near = jax.jit(lambda bias: moe.near_ties(scores, bias, cfg))
     assert near(np.zeros(6, np.float32)).tolist() == [False, True, False]
     assert not near(0.01 * np.eye(6, dtype=np.float32)[1]).any()  # of the scores that choose
+
+
+@pytest.mark.parametrize(("counts", "share"), [("1111", 0.75), ("0011", 0.5), ("0000", 0.0)])
+def test_near_ties_are_a_share_of_the_tokens_that_count(monkeypatch, counts, share):
+    monkeypatch.setattr(moe, "near_ties", lambda scores, bias, cfg: jnp.arange(len(scores)) < 3)
+    ctx = make_context(LIGHT, from_zero(1, 4), jnp.array([[int(c) for c in counts]]))
+    layer = ds.MoE(LIGHT, rngs=nnx.Rngs(0))
+    _, metrics = layer.route(jnp.ones((1, 4, LIGHT.dim)), ctx)
+    assert metrics["near_ties"] == share

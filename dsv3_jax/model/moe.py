@@ -221,7 +221,10 @@ class MoE(nnx.Module):
             measure,
             rows.scores if "scores" in ctx.how.watch else None,
         )
-        return routed, {"near_ties": rows.near.mean(dtype=jnp.float32)}
+
+        # A share of the tokens that count: of a head, a sharded row has places without one.
+        count = jnp.maximum(ctx.mask.sum(dtype=jnp.float32), 1)
+        return routed, {"near_ties": (rows.near & ctx.mask).sum(dtype=jnp.float32) / count}
 
     def _route_rows(
         self, run: Callable, w_router: Array, bias: Array, tokens: routing.Tokens
