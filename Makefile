@@ -22,7 +22,8 @@ FIND_DEVICE := $(if $(ACCELERATOR),@$(BIN)/python -c 'import jax; print(*jax.dev
 
 # What one run of the tests compiled, the next one finds.
 JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/programs
-PYTEST := JAX_COMPILATION_CACHE_DIR=$(JAX_COMPILATION_CACHE_DIR) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Threads of NumPy's small products wait for one another in loops, beside other processes for half of a file's time.
+PYTEST := OPENBLAS_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(JAX_COMPILATION_CACHE_DIR) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,routing.py cross_entropy.py kernels.py \
   attention.py::test_expanded_equals_absorbed \

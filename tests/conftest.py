@@ -120,6 +120,8 @@ LONG_EXAMPLES = (
     "dsv3_jax.runs.loop.fit",
     "dsv3_jax.decoding.generate.generate",
     "dsv3_jax.decoding.generate.generate_in_parts",
+    "dsv3_jax.decoding.sampler.OpenSampler",
+    "dsv3_jax.model.upcycle.upcycle",
     "dsv3_jax.runs.convert.convert",
 )
 

@@ -225,7 +225,11 @@ STEPS = [  # the model, the cache, its dtype, batch, draft, what else XLA may do
     (LIGHT, "latent", "float8_e4m3", 1, None, set()),
     (LIGHT, "expanded", "float32", 1, None, set()),
     (SPARSE, "latent", "float32", 1, None, INDEX_KEYS),
-    *((LIGHT, "latent", "float32", 3, draft, set()) for draft in (None, "lookup", "model", "mtp")),
+    (LIGHT, "latent", "float32", 3, "lookup", set()),
+    *(
+        pytest.param(LIGHT, "latent", "float32", 3, draft, set(), marks=pytest.mark.long)
+        for draft in (None, "model", "mtp")
+    ),
 ]
 
 

@@ -215,6 +215,7 @@ def test_names_are_added_once(monkeypatch):
         ds.register_rule("sign", None)
 
 
+@pytest.mark.long
 def test_a_loop_of_ones_own_moves_every_bias_as_the_reference():
     cfg = ds.replace(LIGHT, mtp_kind="meta", mtp_depth=3, balance=ds.Balance(bias_rate=0.25))
     model = random_model(cfg, execution=DENSE)

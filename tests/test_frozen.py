@@ -132,7 +132,8 @@ def test_a_step_on_a_frozen_trunk_gives_the_digits_of_float32_weights(folder, pl
     assert_bitwise(split_trainable(run, ours.params)[1], before)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_has_their_dtype_and_readers_that_of_computation(folder, tmp_path, dtype):
     run = claim(tmp_path / "run", run_from(folder, dtype))
     state = begin(run)

@@ -54,6 +54,7 @@ def test_factors_follow_from_which_axes_grow():
     assert found["w_router"] == found["head"] != found["w_down"] == found["w_uk"]
 
 
+@pytest.mark.long
 def test_at_the_base_width_nothing_changes():
     """Steps and initial weights are those without muP; at another width they are scaled."""
     jobs = [Job(run_of(1, base_width)) for base_width in (None, 16, 8)]

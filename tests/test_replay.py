@@ -101,11 +101,12 @@ DRAFTED = dict(batch_size=1, draft="mtp", draft_length=2, temperature=0.7, top_p
 INT8 = dict(cache_dtype="int8", temperature=1.0)
 HOW = [
     pytest.param(dict(batch_size=1), 1e-5, id="plain"),
-    pytest.param(DRAFTED, 1e-5, id="mtp", marks=pytest.mark.long),
+    pytest.param(DRAFTED, 1e-5, id="mtp"),
     pytest.param(INT8, 0.05, id="int8", marks=pytest.mark.rare),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings, atol", HOW)
 def test_what_decoding_recorded_is_the_teacher_forced_pass(model, settings, atol):
     """Log-probabilities, as the model's own and as drawn from; experts exactly."""

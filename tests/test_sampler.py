@@ -102,7 +102,8 @@ def assert_same(news, want):
             assert dict(five).get(token, value) == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.parametrize("draft", [None, "lookup", pytest.param("mtp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("draft", [None, "lookup", "mtp"])
 def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draft):
     if draft == "mtp":  # certain drafts change no text, and no draft changes a greedy one
         drawn = [ask for ask in ASKS if ask.sampling == LAWS[1]]
@@ -119,6 +120,7 @@ def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draf
         assert_same(found[numbers[ask]], want)
 
 
+@pytest.mark.long
 def test_drafts_are_told_with_their_fate(model):
     sampler = OpenSampler(model, rows=1, context=CONTEXT, draft="lookup", draft_length=2)
     ask = Ask((5, 6, 7, 5, 6, 7, 5, 6), 12)
@@ -157,6 +159,7 @@ def test_a_cache_that_grows_holds_long_prompts_and_rows_that_come_and_go(model, 
     assert sampler.batch.slots == CONTEXT
 
 
+@pytest.mark.long
 def test_random_arrivals_and_cancellations_lose_nothing(model, wants):
     """Texts wait, decode or have ended; a row that is free takes another one."""
     draw = random.Random(1)
@@ -182,6 +185,7 @@ def test_random_arrivals_and_cancellations_lose_nothing(model, wants):
     assert not sampler.rows and not sampler.waiting
 
 
+@pytest.mark.long
 def test_reading_gives_log_p_alternatives_experts_and_gates(two_layers):
     model = two_layers
     tokens = [*prompt(8), 1, 2]

@@ -113,6 +113,7 @@ def test_eighty_requests_with_clients_that_vanish(model):
         assert asyncio.run(ask(port, pool[1][0]))[1] == pool[1][1]
 
 
+@pytest.mark.long
 def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
     body = {"prompt": [1, 2, 3], "max_tokens": 40, "temperature": 0}
 

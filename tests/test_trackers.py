@@ -25,6 +25,7 @@ def calls(monkeypatch):
     return calls
 
 
+@pytest.mark.long
 def test_wandb_gets_each_row_and_a_run_that_resumes_goes_on_there(calls, whole, tmp_path):
     run, out = whole.run, tmp_path / "run"
     for stop in (2, 6):

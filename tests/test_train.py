@@ -150,6 +150,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.long
 def test_what_an_update_spoiled_is_not_saved(whole, begun):
     with loop.open_training(whole.run, begun, FitOptions(quiet=True, report=False)) as training:
         training.step = 8

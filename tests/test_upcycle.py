@@ -30,9 +30,9 @@ def arrays_of(model):
 @pytest.mark.parametrize(
     ("how", "width", "scale"),
     [
-        (Upcycling(4), 20, 1.0),
+        pytest.param(Upcycling(4), 20, 1.0, marks=pytest.mark.long),
         (Upcycling(12, parts=4), 5, 4.0),
-        (Upcycling(6, parts=2, experts_per_token=2), 10, 2.0),
+        pytest.param(Upcycling(6, parts=2, experts_per_token=2), 10, 2.0, marks=pytest.mark.long),
     ],
     ids=["copies", "quarters", "one copy of halves"],
 )
