@@ -152,9 +152,10 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether all is computed in float32."""
-        execution = self.run.execution
-        return execution.compute_dtype == "float32" and execution.precision == "none"
+        """Whether all is computed in float32; an indexer's FP8 turns last digits into choices."""
+        run = self.run
+        precisions = {run.execution.precision, run.model.index_precision}
+        return run.execution.compute_dtype == "float32" and precisions == {"none"}
 
     def plain(self) -> RunConfig:
         """The same run on one device, by the simplest kernels.
