@@ -230,6 +230,7 @@ def test_what_cannot_be_answered_is_refused(model):
     assert sampler.is_idle
 
 
+@pytest.mark.long
 def test_a_changed_model_shares_all_other_arrays(two_layers):
     model = two_layers
     before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(nnx.state(model))]
