@@ -1,4 +1,4 @@
-"""How the demo ends: places where its model is good, and commands that work as pasted."""
+"""What the demo installs, and how it ends: good places, and commands that work as pasted."""
 
 import shlex
 import subprocess
