@@ -80,7 +80,7 @@ clean: ## remove environments and caches, but not runs/
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' Makefile)
 
 # The environment, and a stamp for each set of extras: nothing is installed twice until its inputs change.
-PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --constraint constraints.txt
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-compile --constraint constraints.txt
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 $(VENV)/.with-base $(ACCELERATOR:%=$(VENV)/.with-base-%): pyproject.toml constraints.txt | $(BIN)/python

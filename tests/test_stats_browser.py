@@ -13,14 +13,14 @@ from dsv3_jax.stats.page import render_page
 
 pytestmark = [needs_browser, pytest.mark.long]
 
-NUMBERS = made_up()
-RATIO = np.array(NUMBERS["load"]) / np.mean(NUMBERS["load"], axis=-1, keepdims=True)
-ONE = made_up(heads=0, domains=("text",), experts_per_token=1, measured=False) | {"texts": []}
+numbers = cache(made_up)
 SHAPES = {
-    "tiny": lambda: NUMBERS,
-    "one": lambda: ONE,
+    "tiny": numbers,
+    "one": lambda: (
+        made_up(heads=0, domains=("text",), experts_per_token=1, measured=False) | {"texts": []}
+    ),
     "v3": version_three,
-    "hostile": lambda: hostile(NUMBERS),
+    "hostile": lambda: hostile(numbers()),
 }
 MAP = "#load-charts .map canvas:last-child"
 
@@ -92,9 +92,9 @@ def test_a_click_opens_an_expert_and_its_address_opens_it_again(tiny, pages):
     tiny.click(MAP, x=(width - 62) / 16 * 5.5, y=34 + 26 * 2.5)
     assert tiny.text("#panel h2") == "layer 3, expert 5" and tiny.text("#layer-name") == "layer 3"
     assert tiny.run("location.hash") == "#layer=3&expert=5"
-    framed = sum(5 in chosen for chosen in NUMBERS["texts"][0]["experts"][2])
+    framed = sum(5 in chosen for chosen in numbers()["texts"][0]["experts"][2])
     assert len(tiny.texts(".tokens span.own")) == framed
-    assert tiny.text("#panel .text") == NUMBERS["favourites"][2][5][0][1]
+    assert tiny.text("#panel .text") == numbers()["favourites"][2][5][0][1]
     tiny.send("Page.reload")
     tiny.settle()
     tiny.wait_for("document.readyState === 'complete' && !document.getElementById('panel').hidden")
@@ -112,7 +112,7 @@ def test_a_click_opens_an_expert_and_its_address_opens_it_again(tiny, pages):
 
 
 def test_the_slider_and_the_texts(tiny):
-    texts = NUMBERS["texts"]
+    texts = numbers()["texts"]
 
     def firsts() -> list[int]:
         return [int(e) for e in tiny.texts(".tokens sub")]
@@ -141,7 +141,7 @@ def test_search_and_the_sorted_table(tiny):
     tiny.type("#search", "e")
     found = "[...document.querySelectorAll('#found tbody tr')]"
     found = tiny.run(f"{found}.map(r => [...r.cells].map(c => c.textContent))")
-    rows = [row for layer in NUMBERS["favourites"] for expert in layer for row in expert]
+    rows = [row for layer in numbers()["favourites"] for expert in layer for row in expert]
     rows = [row for row in rows if row[1] == "e"]
     assert len(found) == min(50, len(rows)) > 5 and all(cells[0] == "e" for cells in found)
     bits = sorted((row[4] for row in rows), reverse=True)
@@ -156,10 +156,12 @@ def test_search_and_the_sorted_table(tiny):
         tiny.settle()
         return tiny.texts(f"#all-experts tbody tr td:nth-child({place + 1})")
 
+    load = np.array(numbers()["load"])
+    ratio = load / load.mean(-1, keepdims=True)
     loads = [float(x.removeprefix("× ")) for x in column("load")]
-    assert loads == sorted(loads, reverse=True) and loads[0] == round(RATIO.max(), 2)
+    assert loads == sorted(loads, reverse=True) and loads[0] == round(ratio.max(), 2)
     assert tiny.text("th[aria-sort=descending]") == "load ▼"
-    lowest = sorted(RATIO.ravel().round(2))[:50]
+    lowest = sorted(ratio.ravel().round(2))[:50]
     assert [float(x.removeprefix("× ")) for x in column("load")] == lowest
     tiny.type("#filter", "mtp 1")
     assert len(tiny.texts("#all-experts tbody tr")) == 16
