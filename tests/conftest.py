@@ -118,6 +118,7 @@ LONG_EXAMPLES = (
     "dsv3_jax.model.transformer.Transformer",
     "dsv3_jax.training.router_bias.update",
     "dsv3_jax.runs.loop.fit",
+    "dsv3_jax.runs.tracing.StepTrace",
     "dsv3_jax.decoding.generate.generate",
     "dsv3_jax.decoding.generate.generate_in_parts",
     "dsv3_jax.decoding.sampler.OpenSampler",

@@ -227,7 +227,10 @@ def generated(model, *prompts, **options):
     return ds.generate(model, prompts, NEW, **how | options)
 
 
-@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.9, "top_k": 40, "seed": 5}])
+@pytest.mark.parametrize(
+    "drawn",
+    [{}, pytest.param({"temperature": 0.9, "top_k": 40, "seed": 5}, marks=pytest.mark.long)],
+)
 def test_completions_are_those_of_generate(model, real, drawn):
     """Texts, log p and counts; a stream has the same in parts."""
     n, prompts = (3 if drawn else 1), ["abc", "one more"]
@@ -279,6 +282,7 @@ def test_chats_are_those_of_generate(model, real):
     assert (choice.message.content, choice.finish_reason) == (text_of(want).split(stop)[0], "stop")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_an_echo_scores_its_prompt(model, real, most):
     """As lm_eval asks: log p of the continuation, and whether it is the likeliest, are ours."""
