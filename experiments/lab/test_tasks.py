@@ -4,9 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from runs import assert_bitwise
 
 from dsv3_jax.config import DataConfig, replace
+from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
+from dsv3_jax.data.source import open_source
+from dsv3_jax.presets import recipe
+from experiments.lab import sources
 from experiments.lab.tasks import (
     TASKS,
     Chains,
@@ -50,11 +55,38 @@ def test_a_task_is_a_source_that_resumes():
         again.set_state(position)
         np.testing.assert_array_equal(next(again)["tokens"], second["tokens"])
         assert (first["tokens"] != second["tokens"]).any() and first["loss_mask"].any()
-        part = source.train_batches(rows=[2, 0])
-        np.testing.assert_array_equal(next(part)["tokens"], first["tokens"][[2, 0]])
+        part = next(source.train_batches(rows=[2, 0]))
+        np.testing.assert_array_equal(part["tokens"], first["tokens"][[2, 0]])
+        assert part["documents"][:, 0].tolist() == [2, 0]
         other = TaskSource(task, replace(source.cfg, seed=4)).train_batches()
         with pytest.raises(ValueError, match="-4' is not the saved one"):
             other.set_state(position)
+
+
+def test_a_last_held_out_batch_ends_in_padding():
+    """A table has no more rows than it has."""
+    source = TaskSource(SMALL[0], DataConfig(seq_len=3, batch_size=24))
+    whole, last = source.val_batches(9)
+    assert whole["segment_ids"].all() and whole["documents"][:, 0].tolist() == [*range(24)]
+    assert last["segment_ids"].any(1).tolist() == [True] * 8 + [False] * 16
+
+
+def test_the_text_is_encoded_once_for_all_seeds(tmp_path):
+    for i, text in enumerate(("one text", "another text", "and a third one")):
+        (tmp_path / f"{i}.txt").write_text(text * 20)
+    run = recipe("tiny")
+    data = replace(run.data, paths=(str(tmp_path),), seq_len=16, batch_size=2, val_fraction=0.4)
+    sources._remembering.cache_clear()
+    for seed in (0, 1):
+        run = replace(run, data=replace(data, seed=seed))
+        found = sources.source_of(run, None).train_batches()
+        want = open_source(run.data, tokenizer.load(run.data.tokenizer)).train_batches()
+        for _ in range(9):
+            assert_bitwise(next(found), next(want))
+    words = sources._remembering(run.data.tokenizer)
+    assert words is sources._remembering(run.data.tokenizer)
+    first, again = (next(words.encode_arrays(["one text" * 20])) for _ in range(2))
+    assert first is again
 
 
 def test_facts_are_a_fixed_table_and_held_out_rows_are_all_of_it():

@@ -17,7 +17,8 @@ import numpy as np
 from dsv3_jax.config import RunConfig
 from dsv3_jax.host.files import write_atomic
 from experiments.lab.results import thin_curves
-from experiments.lab.tasks import Task, TaskSource
+from experiments.lab.sources import source_of
+from experiments.lab.tasks import Task
 from experiments.lab.trained import Measure, TrainedRun, read_metrics
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
@@ -117,9 +118,7 @@ def _train(run: RunConfig, folder: Path, task: Task | None) -> tuple[dict, float
     from dsv3_jax.runs.loop import fit
 
     start = time.perf_counter()
-    result = fit(
-        run, folder, report=False, source=None if task is None else TaskSource(task, run.data)
-    )
+    result = fit(run, folder, report=False, source=source_of(run, task))
     if not result.finished:
         return None
     assert result.evaluation is not None
