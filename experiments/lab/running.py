@@ -15,7 +15,6 @@ from experiments import apart
 from experiments.lab import overview
 from experiments.lab.bases import base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
-from experiments.lab.fingerprints import RECIPE
 from experiments.lab.results import MissingRuns, Results, replace_block
 from experiments.lab.runner import run_all
 from experiments.lab.study import RUNS_FOLDER, Study, StudyRun
@@ -185,8 +184,7 @@ def _publish(study: Study, results: Results) -> None:
     )
     if not results.is_current:
         caption += (
-            " These are not of the present configuration and text "
-            f"(recipe {RECIPE}); run the study again."
+            " These are not of the present configuration, text and recipe; run the study again."
         )
     elif results.not_run:
         caption += " Not run yet: " + ", ".join(f'"{name}"' for name in results.not_run) + "."

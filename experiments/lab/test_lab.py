@@ -18,7 +18,7 @@ from dsv3_jax.config import Layout, replace
 from dsv3_jax.presets import recipe
 from experiments.lab import Results, fingerprints, running, work
 from experiments.lab.__main__ import main
-from experiments.lab.fingerprints import RECIPE, identify, settings_of
+from experiments.lab.fingerprints import RECIPE_OF_TEXT, identify, settings_of
 from experiments.lab.measuring import alike
 from experiments.lab.study import load
 from experiments.lab.tasks import Facts
@@ -94,7 +94,7 @@ def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     assert "| second | 1,000 (100) | 8 | 1.7500 ± 0.7071 | +0.2500 ± 0.0000 |" in page
     assert "| the second is lower | +0.250 (" in page
     assert "trained at commit 0123abc. Machine: " in page
-    assert f'Recipe {RECIPE}. Not run yet: "bad", "heads".\n' in page
+    assert f'Recipe {RECIPE_OF_TEXT}. Not run yet: "bad", "heads".\n' in page
     assert "\nold\n" not in page
     assert page.startswith("# A question?") and page.endswith("It does.\n")
     assert (lab.folder / "fake.png").read_bytes()[:4] == b"\x89PNG"
