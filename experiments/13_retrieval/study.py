@@ -356,9 +356,9 @@ STUDY = Study(
         "13 points": "99.9 - 86.7",
         "768, 0.4 %": "64 questions of 4 distances for each of three seeds; 3 / 768 of them",
         "176 steps": "a setting: 160 and a tenth more",
-        "0.91": "2.529 - 1.615",
-        "0.15": "1.761 - 1.615",
-        "3.14": lambda results: results.values("text: L", "loss/own")[:, -1].mean(),
-        "1.73": lambda results: results.values("text: L, then 4L", "loss/own")[:, -1].mean(),
+        "1.15": "2.629 - 1.480",
+        "0.16": "1.641 - 1.480",
+        "3.38": lambda results: results.values("text: L", "loss/own")[:, -1].mean(),
+        "1.57": lambda results: results.values("text: L, then 4L", "loss/own")[:, -1].mean(),
     },
 )
