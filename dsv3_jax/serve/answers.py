@@ -106,6 +106,8 @@ class Answer:
         before = self.count
         told: list[dict[str, Any]] = []
         ends = cut = False
+
+        # A token that ends the text is told, and adds no character.
         for token, logprob, others in zip(new.tokens, new.logprobs, new.alternatives, strict=True):
             self.count += 1
             told.append(self.spelling.told(token, logprob, others) if self.tells else {})
@@ -115,8 +117,11 @@ class Answer:
                 break
 
         glass = self._glass(new, before, told) if self.shows_glass else None
+        # It goes on: all is sent but what may be the beginning of a stop string.
         if not cut and not new.ended:
             return self._send(self._kept())._replace(new=len(told), glass=glass)
+
+        # It ends by a stop string or token, or where it is long enough.
         piece = self._send() if cut else self.end()
         reason = "stop" if cut or ends else "length"
         return piece._replace(new=len(told), glass=glass, finish_reason=reason)
@@ -134,6 +139,8 @@ class Answer:
         """Cut the text before the stop string that is complete first, if there is one."""
         starts = [(self._held.find(stop), len(stop)) for stop in self.stop]
         found = [(start + length, start) for start, length in starts if start >= 0]
+
+        # Tokens that begin in what is cut off are not told either.
         if found:
             self._held = self._held[: min(found)[1]]
             end = self._sent + len(self._held)
@@ -165,14 +172,19 @@ class Answer:
         """What the page shows: probabilities, drafts, and experts by position."""
         first = len(self.prompt) + before
         alone = self.spelling.alone
+
+        # Each new token, and what had been drafted in its place.
         tokens = [
             entry | {"draft": {"id": draft, "text": alone(draft)} if draft >= 0 else None}
             for entry, draft in zip(told, new.drafted[: len(told)], strict=True)
         ]
+
+        # Experts of what was read so far; a stop string may end before the last of them.
         read = max(0, first + len(told) - new.experts_from)
         ids = listed(new.expert_ids)[:read]
         experts = {"first": new.experts_from, "ids": ids}
         shown = {"first": first, "tokens": tokens, "experts": experts}
+
         if before == 0:
             shown["prompt"] = [{"id": token, "text": alone(token)} for token in self.prompt]
         return shown

@@ -121,12 +121,15 @@ class Service:
             "created": int(time.time()),
             "model": self.name,
         }
+
+        # As events, of which the first is waited for.
         if asked.stream:
             first = await anext(pieces)  # an error before it has its own status
             head["object"] += ".chunk" if asked.chat else ""
             events = self._events(request, head, first, pieces)
             return StreamingResponse(events, headers=_HEADERS, media_type="text/event-stream")
 
+        # Or whole, once all choices have ended.
         found = [piece async for piece in pieces]
         choices = [
             answers.choice_of(piece, request, self._spelling) for piece in answers.joined(found)
@@ -142,6 +145,7 @@ class Service:
         pieces: AsyncGenerator[Piece, None],
     ) -> AsyncGenerator[str, None]:
         """Yield the server-sent events of a stream."""
+        # The status is sent already: an error later is an event of its own.
         new = 0
         piece: Piece | None = first
         async with aclosing(pieces):
@@ -175,12 +179,15 @@ class Service:
                 for choice in range(len(request.asks)):
                     group.create_task(self._choice(request, choice, deadline, queue.put_nowait))
 
+        # The choices run beside this; a client that vanishes ends them.
         work = asyncio.create_task(run())
         self._running.add(work)
         work.add_done_callback(self._running.discard)
         work.add_done_callback(lambda _: queue.put_nowait(None))
         gone = asyncio.create_task(_disconnected(http))
         gone.add_done_callback(lambda _: work.cancel())
+
+        # None says that all of them have ended, or that one of them failed.
         try:
             while (piece := await queue.get()) is not None:
                 yield piece
@@ -200,6 +207,7 @@ class Service:
         answer = Answer(request, choice, self._spelling)
         try:
             async with asyncio.timeout_at(deadline):
+                # The prompt comes first, if it is asked for.
                 read = None
                 if request.asked.echo:
                     if request.asked.alternatives is not None:
@@ -212,10 +220,14 @@ class Service:
                     return send(answer.add(answers.likeliest_next(read)))
                 if ask.max_new_tokens == 0:
                     return send(answer.end())
+
+                # Forced experts take places that a pass of its own finds.
                 if forced:
                     with _refusals():
                         given = await self.engine.forced_ids(ask.prompt, forced, changes)
                     ask = ask._replace(given=given)
+
+                # New tokens, until the model, a stop string or the length ends them.
                 async with aclosing(self.engine.text(ask, changes)) as parts:
                     while True:
                         with _refusals():

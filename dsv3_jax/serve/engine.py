@@ -79,6 +79,8 @@ class Engine:
         self.samplers[UNCHANGED].check(ask)
         if self.asked >= self.most:
             raise Busy(f"{self.asked} texts wait or decode; try again later")
+
+        # What comes of the text passes from the engine's thread to this loop by a queue.
         self.asked += 1
         news = asyncio.Queue[Any]()
         loop = asyncio.get_running_loop()
@@ -88,6 +90,8 @@ class Engine:
 
         place: list[tuple[Changes, int]] = []  # once the engine has it
         self._calls.put(partial(self._add, ask, changes, tell, place))
+
+        # Whoever leaves the iteration, also by an error, frees the row.
         try:
             ended = False
             while not ended:
@@ -152,8 +156,10 @@ class Engine:
                     f"layer {layer}, expert {expert} is none of the model's {layers} sparse layers "
                     f"with {experts if layers else 0} experts, which count from 0"
                 )
+
         if not changes.bias and not self._biases():
             raise ValueError("bias=False leaves out the routers' bias, and the model has none")
+
         for position, *_ in forced:
             if not 0 <= position < length:
                 raise ValueError(
@@ -198,12 +204,14 @@ class Engine:
             for changes, sampler in list(self.samplers.items()):
                 if sampler.is_idle or self._closed:
                     continue
+                # A part takes a fraction of a second, so new texts and calls need not wait long.
                 part = max(1, min(int(PART_SECONDS / sampler.seconds), MOST_PART))
                 try:
                     news = sampler.step(part)
                 except Exception as error:  # its texts are lost; the server goes on
                     self._lose(changes, error)
                     continue
+
                 for number, new in news.items():
                     self._tell((changes, number), new, new.ended)
                 self._answer_calls()
@@ -219,6 +227,8 @@ class Engine:
             while not self._closed:
                 self._calls.get(block=idle and not self._cold)()
                 idle = False
+
+        # Nobody asks, and a size is not compiled yet.
         if idle and self._cold:
             for _ in range(self._cold.pop(0)):
                 self.samplers[UNCHANGED].add(Ask((0,), 1 if self.context == 2 else 2))
@@ -256,6 +266,7 @@ class Engine:
         if changes not in self.samplers:
             changed = [of for of in self.samplers if of != UNCHANGED]
             idle = [of for of in changed if self.samplers[of].is_idle]
+            # Each has a cache of its own.
             if len(changed) >= MOST_CHANGED:
                 if not idle:
                     raise Busy(f"{len(changed)} changed models are in use; try again later")
@@ -270,8 +281,12 @@ class Engine:
     def _forced(self, tokens: Sequence[int], forced: Sequence, changes: Changes) -> Any:
         if not forced:
             return None
+
+        # What the routers choose freely says whose place a forced expert takes.
         free = read_tokens(self._sampler(changes).model, tokens)
         assert free.expert_ids is not None and free.gates is not None
+
+        # A token with a forced expert has all of its experts given; the others stay free.
         given = np.full_like(free.expert_ids.swapaxes(0, 1), -1)
         for position, layer, expert in forced:
             ids = given[layer, position]
@@ -289,6 +304,8 @@ def changed_model(model: Transformer, changes: Changes) -> Transformer:
     """
     changed = nnx.merge(*nnx.split(model), copy=True)  # else it shares the variables
     w_down = changed.sparse.moe.experts.w_down
+
+    # An expert whose last matrix is zero adds nothing; its gate stays.
     for layer, expert in changes.off:
         w_down[...] = w_down[...].at[layer, expert].set(0)
     if not changes.bias:
