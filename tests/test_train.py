@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch):
 
 
 def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch):
-    """It has saved the steps before the record. Once that is mended, it goes on."""
+    """The run saves the steps before the bad record. With a good record it continues."""
     good = Batches.__next__
 
     def read(self):

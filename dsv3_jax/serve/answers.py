@@ -107,7 +107,7 @@ class Answer:
         told: list[dict[str, Any]] = []
         ends = cut = False
 
-        # A token that ends the text is told, and adds no character.
+        # The token that ends a text is sent like the others, and adds no character.
         for token, logprob, others in zip(new.tokens, new.logprobs, new.alternatives, strict=True):
             self.count += 1
             told.append(self.spelling.told(token, logprob, others) if self.tells else {})
@@ -117,11 +117,12 @@ class Answer:
                 break
 
         glass = self._glass(new, before, told) if self.shows_glass else None
-        # It goes on: all is sent but what may be the beginning of a stop string.
+
+        # The text goes on. What may be the beginning of a stop string is held back.
         if not cut and not new.ended:
             return self._send(self._kept())._replace(new=len(told), glass=glass)
 
-        # It ends by a stop string or token, or where it is long enough.
+        # The text ends: a stop string or token is there, or it is long enough.
         piece = self._send() if cut else self.end()
         reason = "stop" if cut or ends else "length"
         return piece._replace(new=len(told), glass=glass, finish_reason=reason)
@@ -140,7 +141,7 @@ class Answer:
         starts = [(self._held.find(stop), len(stop)) for stop in self.stop]
         found = [(start + length, start) for start, length in starts if start >= 0]
 
-        # Tokens that begin in what is cut off are not told either.
+        # Tokens that begin in what is cut off go with it.
         if found:
             self._held = self._held[: min(found)[1]]
             end = self._sent + len(self._held)
@@ -212,6 +213,8 @@ def choice_of(piece: Piece, request: Request, spelling: Spelling) -> dict[str, A
         form = _chat_logprobs if asked.chat else _logprobs
         logprobs = form(piece.tokens, asked.alternatives, spelling)
     found = {"index": piece.choice, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    # A chat has messages, whose role comes with the first part; a completion has plain text.
     if not asked.chat:
         return found | {"text": piece.text}
     role = {"role": "assistant"} if piece.begins else {}

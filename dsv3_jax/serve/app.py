@@ -221,7 +221,7 @@ class Service:
                 if ask.max_new_tokens == 0:
                     return send(answer.end())
 
-                # Forced experts take places that a pass of its own finds.
+                # A pass of its own finds whose places the forced experts take.
                 if forced:
                     with _refusals():
                         given = await self.engine.forced_ids(ask.prompt, forced, changes)
