@@ -1,4 +1,6 @@
-"""Rules of balancing at several strengths: MaxVio against loss, on the mix and by domain."""
+"""Rules of balancing: MaxVio on the mix and by domain, and what a capacity drops."""
+
+from functools import partial
 
 import jax
 import numpy as np
@@ -7,59 +9,70 @@ from flax import nnx
 from dsv3_jax.config import Balance, replace
 from dsv3_jax.model.moe import RouterBias
 from experiments.lab import Column, Study, drawing
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.measuring import late_mean
 
 NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+UNBALANCED = "none"
+BIAS, SLOW, FAST = (f"loss-free, γ {rate}" for rate in ("3e-3", "1e-4", "1e-2"))
+PROPORTIONAL, QUANTILE = "proportional, γ 1e-2", "quantile, γ 0.1"
 BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
-BIAS, SEQUENCE, PROPORTIONAL = "loss-free, γ 3e-3", "sequence-wise, α 3e-3", "proportional, γ 1e-2"
 SWITCH = "Switch loss, α 1e-2"  # Switch Transformer's
-RULES = {  # rule → the strengths that it is tried at, by variant
-    "sign of the load's error (loss-free)": {
-        f"loss-free, γ {rate}": replace(NONE, bias_rate=float(rate))
-        for rate in ("1e-4", "1e-3", "3e-3", "1e-2")
-    },
-    "proportional to the error": {
-        f"proportional, γ {rate}": replace(NONE, bias_rate=float(rate), rule="proportional")
-        for rate in ("3e-3", "1e-2", "3e-2")
-    },
-    "quantile": {
-        f"quantile, γ {rate}": replace(NONE, bias_rate=rate, rule="quantile")
-        for rate in (0.03, 0.1, 0.3)
-    },
-    "batch-wise loss (Switch)": {
-        f"Switch loss, α {alpha}": replace(NONE, switch_alpha=float(alpha))
-        for alpha in ("1e-3", "1e-2", "1e-1")
-    },
-    "sequence-wise loss": {
-        f"sequence-wise, α {alpha}": replace(NONE, sequence_alpha=float(alpha))
-        for alpha in ("3e-4", "3e-3", "3e-2")
-    },
+SEQUENCE = "sequence-wise, α 3e-3"
+BALANCES = {
+    UNBALANCED: NONE,
+    BIAS: replace(NONE, bias_rate=3e-3),
+    SLOW: replace(NONE, bias_rate=1e-4),
+    FAST: replace(NONE, bias_rate=1e-2),
+    PROPORTIONAL: replace(NONE, bias_rate=1e-2, rule="proportional"),
+    QUANTILE: replace(NONE, bias_rate=0.1, rule="quantile"),
+    BASELINE: replace(NONE, switch_alpha=1e-3),
+    SWITCH: replace(NONE, switch_alpha=1e-2),
+    SEQUENCE: replace(NONE, sequence_alpha=3e-3),
+    # V3's own, whose sequence-wise loss is weak
+    "loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4),
 }
-# The sequence-wise α is DeepSeek-V3's.
-BOTH = {"loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4)}
+CAPACITY = 1.25
+LIMITED, LIMITED_UNBALANCED = (f"capacity {CAPACITY}, {name}" for name in (BIAS, UNBALANCED))
 
 
 def variants(base):
-    balances = {"none": NONE}
-    balances |= {name: balance for rule in RULES.values() for name, balance in rule.items()}
-    balances |= BOTH
-    return {
-        name: replace(base, model=replace(base.model, balance=balance))
-        for name, balance in balances.items()
+    models = {name: replace(base.model, balance=balance) for name, balance in BALANCES.items()}
+    models |= {
+        LIMITED: replace(models[BIAS], capacity_factor=CAPACITY),
+        LIMITED_UNBALANCED: replace(models[UNBALANCED], capacity_factor=CAPACITY),
     }
+    return {name: replace(base, model=model) for name, model in models.items()}
 
 
 def measure(trained):
-    """Measure the range of the biases within a layer (largest − smallest), mean over layers."""
-    biases = [
-        np.ptp(np.asarray(b), axis=-1)
-        for b in jax.tree.leaves(nnx.state(trained.model, RouterBias))
-    ]
-    return {"bias_range": float(np.mean(np.concatenate([b.ravel() for b in biases])))}
+    """Measure the biases' range within a layer, mean over layers; with a capacity, what it drops.
+
+    `dropped_held_out` is the share of held-out text's assignments, in the evaluation's batches.
+    """
+    biases = jax.tree.leaves(nnx.state(trained.model, RouterBias))
+    ranges = [np.ptp(np.asarray(b), axis=-1).ravel() for b in biases]
+    numbers = {"bias_range": float(np.mean(np.concatenate(ranges)))}
+    if trained.run.model.capacity_factor is not None:
+        graphdef, state = nnx.split(trained.model)
+        shares = [
+            dropped_share(graphdef, state, batch["tokens"], batch["segment_ids"])
+            for batch in trained.held_out()
+        ]
+        numbers["dropped_held_out"] = float(np.mean(shares))
+    return numbers
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def dropped_share(graphdef, state, tokens, segment_ids):
+    """Return the dropped share of a batch's assignments, mean over layers."""
+    found = nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids)
+    return found.metrics["sparse"]["dropped"].mean()
 
 
 late_max_vio = late_mean("max_vio")  # of a step's tokens
+dropped_in_training = late_mean("dropped")  # share of assignments
+DROPPED = logit("dropped_held_out", 100_000, 1.0)  # assignments of held-out text, at least
 
 
 def in_domains(numbers):
@@ -95,17 +108,17 @@ def balance(
 
 STUDY = Study(
     question=(
-        "Does the loss-free bias balance experts better than an auxiliary loss, "
-        "and at a lower loss?"
+        "Does the loss-free bias balance experts better than auxiliary losses, "
+        "and does balance make dropping unnecessary?"
     ),
     published=(
-        "MaxVio 0.72 → 0.04, perplexity 9.56 → 9.50 (1B, auxiliary loss → loss-free); "
-        "γ 1e-4 slow, 1e-2 unstable"
+        "MaxVio 0.72 → 0.04 (1B, auxiliary loss → loss-free); γ 1e-4 slow, 1e-2 unstable; "
+        "V3 drops no token, thanks to its balance"
     ),
     variants=variants,
     measure=measure,
     columns=(
-        Column("validation loss", "val_loss", 4, paired=True, against=(BASELINE,)),
+        Column("validation loss", "val_loss", 4, paired=True),
         Column("MaxVio, training mix", "max_vio_training_mix", 2),
         Column("MaxVio, equal shares of the domains", "max_vio_global", 2),
         Column(
@@ -115,6 +128,8 @@ STUDY = Study(
         ),
         Column("MaxVio of a step, last fifth", late_max_vio, 2),
         Column("range of biases", "bias_range", 3),
+        Column("dropped in training, %", dropped_in_training, 2, scale=100.0),
+        Column("dropped of held-out text, %", "dropped_held_out", 2, scale=100.0),
     ),
     draw=drawing.claims_and_variants(
         log_max_vio,
@@ -131,15 +146,15 @@ STUDY = Study(
             published=-2.89,
         ),
         balance("the bias balances better than a sequence-wise loss", BIAS, SEQUENCE),
-        balance("γ 1e-4 balances worse than 3e-3", "loss-free, γ 1e-4", BIAS, "higher"),
-        balance("γ 1e-2 balances worse than 3e-3", "loss-free, γ 1e-2", BIAS, "higher"),
+        balance("γ 1e-4 balances worse than 3e-3", SLOW, BIAS, "higher"),
+        balance("γ 1e-2 balances worse than 3e-3", FAST, BIAS, "higher"),
         balance(
             "steps in proportion to the error balance better than its sign",
             PROPORTIONAL,
             BIAS,
             published=-0.45,
         ),
-        balance("the quantile rule balances better than the sign", "quantile, γ 0.1", BIAS),
+        balance("the quantile rule balances better than the sign", QUANTILE, BIAS),
         balance(
             "the bias leaves domains less even than a sequence-wise loss",
             BIAS,
@@ -156,29 +171,21 @@ STUDY = Study(
             apart,
             "ln ratio",
         ),
-        Claim(
-            "at equal balance, batch-wise has a lower loss than sequence-wise",
-            "Switch loss, α 1e-1",
-            "sequence-wise, α 3e-2",
-            published=-0.005,
-        ),
-        Claim(
-            "the bias has a lower loss than the auxiliary loss",
-            BIAS,
-            BASELINE,
-            stake="balance",
-            published=-0.0063,
-        ),
-        Claim(
-            "the bias has a lower loss than a sequence-wise loss",
-            BIAS,
-            SEQUENCE,
-            stake="balance",
-            published=-0.005,
+        balance(
+            f"balance lowers the share that a capacity of {CAPACITY} drops",
+            LIMITED,
+            LIMITED_UNBALANCED,
+            key=DROPPED,
+            unit="logits",
         ),
     ),
     stakes={
-        "balance": Stake("no balance", lambda results: results.paired("none", BIAS, "val_loss"))
+        "balance": Stake(
+            "no balance",
+            lambda results: results.paired(UNBALANCED, BIAS, log_max_vio),
+            "ln MaxVio",
+            2,
+        )
     },
     facts={
         "1e5": "published",

@@ -11,6 +11,7 @@ from experiments.lab.claims import Claim, Stake, logit
 OFF, ONE, LONGER = "off", "DeepSeek, depth 1", "off, with the FLOPs of depth 1"
 TWO, META = "DeepSeek, depth 2", "Meta, 2 heads"
 WEIGHTS = (0.1, 0.3, 1.0)
+TOO_LARGE = 10.0  # the check's: the module's loss then outweighs the next token's
 DRAFTS = 10_000  # that are counted at each position, at least
 
 
@@ -34,7 +35,7 @@ def variants(base):
         constantly(x): replace(
             runs[ONE], optim=replace(base.optim, mtp_weight=x, mtp_final_weight=x)
         )
-        for x in WEIGHTS
+        for x in (*WEIGHTS, TOO_LARGE)
     }
     return runs | {LONGER: longer} | weighed
 
@@ -70,6 +71,10 @@ def words(results):
     ).format(*changes, *shares)
 
 
+def loss(text, variant, against, expect="lower", published=None):
+    return Claim(text, variant, against, expect=expect, published=published, stake="loss")
+
+
 def drafts(text, variant, against, key, expect="higher", stake=""):
     return Claim(text, variant, against, key, expect, unit="logits", digits=2, stake=stake)
 
@@ -96,22 +101,22 @@ STUDY = Study(
     draw=drawing.claims_and_variants(text=words),
     claims=(
         # The papers expect no direction: equal at scale, worse in small models.
-        Claim("one module lowers the next token's loss", ONE, OFF, expect="none", published=0.0),
-        Claim("two modules lower the next token's loss", TWO, OFF, expect="none"),
-        Claim("Meta's heads lower the next token's loss", META, OFF, expect="none"),
-        Claim("one module lowers it more than longer training with its FLOPs", ONE, LONGER),
+        loss("one module lowers the next token's loss", ONE, OFF, "none", published=0.0),
+        loss("two modules lower the next token's loss", TWO, OFF, "none"),
+        loss("Meta's heads lower the next token's loss", META, OFF, "none"),
+        loss("one module lowers it more than longer training with its FLOPs", ONE, LONGER),
         drafts(
             "a chain's second draft is accepted more often than a parallel head's",
             TWO,
             META,
             SECOND,
         ),
-        Claim("λ of 1 gives a higher loss than V3's", constantly(1.0), ONE, expect="higher"),
-        Claim(
+        loss("λ of 1 gives a higher loss than V3's", constantly(1.0), ONE, "higher"),
+        loss(
             "λ of 0.1 throughout gives a higher loss than V3's",
             constantly(0.1),
             ONE,
-            expect="higher",
+            "higher",
         ),
         drafts("λ of 1 has more drafts accepted", constantly(1.0), ONE, FIRST, stake="module"),
         drafts(
@@ -124,9 +129,13 @@ STUDY = Study(
         ),
     ),
     stakes={
+        "loss": Stake(
+            f"a module whose loss weighs {TOO_LARGE:g}",
+            lambda results: results.paired(constantly(TOO_LARGE), OFF, "val_loss"),
+        ),
         "module": Stake(
             "no module, no draft", lambda results: results.values(ONE, accepted(0)), "points", 1
-        )
+        ),
     },
     facts={
         "0.3": "a weight, and published sizes",

@@ -151,7 +151,6 @@ STUDY = Study(
         "0.31": lambda results: results.difference(*shared_at("half"), unknown_bits),
         "0.78": lambda results: results.difference(*shared_at("double"), unknown_bits),
         "0.42": lambda results: results.difference(CAPPED_UNBALANCED, CAPPED, unknown_bits),
-        "0.037": "3.6753 - 3.6385",
         "5e-3": "a rate",
         "0.17, 2.5e-3": "trials on seed 100",
         "800, 2.3, 1,500": "runs at twice the rate, which results.json does not hold",

@@ -361,10 +361,10 @@ STUDY = Study(
     },
     facts={
         "60 %, 40 %, 80 %, 50,000": "published: 1 % of 5 trillion tokens; here 1 million",
-        "3.1": "1.18 * exp(0.96)",
-        "0.27": "0.66 - 0.39",
-        **{f"{share} %": f"0.{share}" for share in (21, 39, 41, 45, 51, 62, 66)},
+        "3.0": "0.96 * exp(1.15)",
+        "0.30": "0.68 - 0.38",
+        **{f"{share} %": f"0.{share}" for share in (21, 38, 41, 44, 48, 60, 68)},
         "55 %": lambda results: results.values(BIAS, "changed").mean(0).max(),
-        "4.3": lambda results: results.values(BIAS, "max_vio_without").mean(0).max(),
+        "4.7": lambda results: results.values(BIAS, "max_vio_without").mean(0).max(),
     },
 )

@@ -20,10 +20,14 @@ def format_number(value: float, digits: int, *, sign: bool = False) -> str:
 def mean_spread(values: np.ndarray, digits: int = 3, *, sign: bool = False) -> str:
     """Format mean ± sample standard deviation over seeds; one seed has no spread.
 
+    "–" if a seed lacks the number, which NaN says.
+
     >>> mean_spread(np.array([1.0, 2.0, 3.0]), 2), mean_spread(np.array([-0.5]), 1, sign=True)
     ('2.00 ± 1.00', '−0.5')
+    >>> mean_spread(np.array([1.0, np.nan]))
+    '–'
     """
-    if not len(values) or np.isnan(values).all():
+    if not len(values) or np.isnan(values).any():
         return "–"
     spread = f" ± {format_number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else ""
     return format_number(float(np.mean(values)), digits, sign=sign) + spread

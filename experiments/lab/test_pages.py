@@ -183,6 +183,7 @@ def test_every_number_of_the_overview_is_that_of_a_table():
     assert unexplained(page, "", tables, LAB_FACTS, Results(HERE / "none")) == []
     page = (HERE / "experiments/verdicts.md").read_text()
     before: Facts = {
-        "0.047, 0.049, 0.018, 0.019, 0.023, 0.034, 0.035, 0.009, 0.720": "verdicts that changed",
+        "0.047, 0.049, 0.018, 0.019, 0.023, 0.034, 0.035": "verdicts that changed",
+        "0.009, 0.061, 0.720": "verdicts that changed",
     }
     assert unexplained(page, "", tables, before, Results(HERE / "none")) == []
