@@ -120,6 +120,24 @@ def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draf
         assert_same(found[numbers[ask]], want)
 
 
+@pytest.mark.parametrize("kind", ["meta", "model"])
+def test_a_row_without_a_text_reads_no_token_before_the_first(kind):
+    """A third row waits while two texts decode, also for drafters that read the token before."""
+    cfg = small(num_layers=1, num_dense_layers=1, mtp_depth=int(kind == "meta"), mtp_kind="meta")
+    model = random_model(cfg, seed=2)
+    draft = model if kind == "model" else "mtp"
+    sampler = OpenSampler(model, rows=3, context=CONTEXT, draft=draft)
+    asks = [Ask((5, 6, 7), 6), Ask((9, 8), 4)]
+    news = {}
+    for ask in asks:  # the first one decodes alone, in a batch of one row
+        sampler.add(ask)
+        for _ in range(2):
+            for number, new in sampler.step(part=1).items():
+                news.setdefault(number, []).append(new)
+    texts = [[t for new in of for t in new.tokens] for of in finish(sampler, news).values()]
+    assert texts == [generate(model, [ask.prompt], ask.max_new_tokens).tokens[0] for ask in asks]
+
+
 @pytest.mark.long
 def test_drafts_are_told_with_their_fate(model):
     sampler = OpenSampler(model, rows=1, context=CONTEXT, draft="lookup", draft_length=2)

@@ -335,11 +335,13 @@ def take_rows(loop: Loop, rows: Array) -> Loop:
     index = jnp.maximum(rows, 0)
     taken = _over_rows(lambda x: x[index], lambda cache: cache.take(index), loop)
 
-    # A row without a text holds no tokens: the longest row says when the cache must grow.
+    # A row without a text is as short as a text can be: the longest row says when the cache must
+    # grow, and a drafter reads the token before the newest.
     is_free = rows < 0
-    lengths = jnp.where(is_free, 0, taken.cache.lengths)
+    lengths, unread = (jnp.where(is_free, 1, x) for x in (taken.cache.lengths, taken.unread))
     cache = keep_sharded(taken.cache.at_lengths(lengths))
-    return taken._replace(cache=cache, done=constrain(taken.done | is_free))
+    done = constrain(taken.done | is_free)
+    return taken._replace(cache=cache, unread=constrain(unread), done=done)
 
 
 def with_slots(tree: Any, slots: int) -> Any:
