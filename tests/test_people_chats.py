@@ -12,7 +12,7 @@ from texts import message as turn
 import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.checkers import Checker
-from dsv3_jax.chat.examples import encode, load_examples, load_tasks
+from dsv3_jax.chat.examples import asked_ids, encode, load_examples, load_tasks
 from dsv3_jax.chat.text_settings import plain_settings, with_template
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.presets import sft_sized
@@ -147,6 +147,20 @@ def test_records_of_other_forms_are_the_same_conversation():
     assert encode(record, PLAIN) == encode({"messages": same}, PLAIN)
     task = encode({"instruction": "add", "input": "1 2", "output": "3"}, PLAIN)
     assert PLAIN.tokenizer.decode(i for i, m in zip(*task, strict=True) if m) == "3"
+
+
+def test_a_records_own_system_message_comes_first():
+    first, *turns = same = [turn("system", "s"), turn("user", "hi"), turn("assistant", "hey")]
+    want = encode({"messages": same}, PLAIN)
+    for record in (
+        {"system": "s", "messages": turns},
+        {"system": "another", "messages": same},
+        {"system": "s", "prompt": turns[:1], "completion": turns[1:]},
+        {"system": "s", "question": turns[:1], "answer": "hey"},
+    ):
+        assert encode(record, PLAIN) == want, record
+    asked = asked_ids({"system": "s", "messages": turns}, PLAIN)
+    assert asked == PLAIN.chat.render([first, turns[0]], add_generation_prompt=True).ids
 
 
 def test_unread_keys_are_looked_for_in_the_first_records(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dsv3_jax.chat.forms import as_task, is_answer, turns_of, usual
+from dsv3_jax.chat.forms import as_task, is_answer, turns_of, usual, with_system
 from dsv3_jax.chat.messages import read_tools
 from dsv3_jax.chat.sandbox import UnsafeTemplate
 from dsv3_jax.chat.text_settings import TextSettings
@@ -289,6 +289,7 @@ def asked_ids(task: dict[str, Any], text: TextSettings) -> list[int] | None:
     For messages they are what `dsv3 chat` feeds. Of a conversation, the last answer is the one that
     is asked for.
     """
+    task = with_system(task)
     turns = usual(turns_of(task), text)
     if isinstance(turns, list):
         asked = turns[:-1] if turns and is_answer(turns[-1]) else turns
@@ -347,5 +348,6 @@ def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, An
                 if record.get(column) is None:
                     raise ValueError(f"{location}, has no {column!r}; it has {sorted(record)}")
                 key = "text" if isinstance(record[column], str) else "messages"
-                record = {key: record[column], "tools": record.get("tools")}
+                others = {name: record.get(name) for name in ("tools", "system")}
+                record = {key: record[column]} | others
             yield record, domain, location

@@ -24,6 +24,7 @@ def as_task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
         >>> as_task({"question": "1+1=", "answer": "2"}, "text")
         {'prompt': '1+1=', 'completion': '2'}
     """
+    record = with_system(record)
     found = (record.get(key) for key in ("prompt", "question", "messages"))
     prompt = next((value for value in found if value is not None), None)
     answer = record.get("answer")
@@ -45,7 +46,11 @@ def as_task(record: dict[str, Any], prompts: str) -> dict[str, Any]:
 
 def is_answer(turn: Any) -> bool:
     """Whether it is an assistant's turn."""
-    return isinstance(turn, dict) and _role_of(turn) == "assistant"
+    return _is_of(turn, "assistant")
+
+
+def _is_of(turn: Any, role: str) -> bool:
+    return isinstance(turn, dict) and _role_of(turn) == role
 
 
 def _role_of(turn: dict[str, Any]) -> str | None:
@@ -68,6 +73,16 @@ def turns_of(record: dict[str, Any]) -> Any:
 
 def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": record["system"]}] if record.get("system") else []
+
+
+def with_system(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose messages begin with its own system message, if they have none."""
+    lists = {key: record.get(key) for key in ("prompt", "question", "messages")}
+    return record | {
+        key: [*_system(record), *turns]
+        for key, turns in lists.items()
+        if isinstance(turns, list) and not any(_is_of(turn, "system") for turn in turns[:1])
+    }
 
 
 def usual(turns: Any, text: TextSettings) -> Any:
