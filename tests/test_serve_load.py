@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import random
+import threading
 import tracemalloc
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -13,8 +14,9 @@ from models import LIGHT, random_model
 from serving import TEXT, served, wait_for
 
 from dsv3_jax.decoding.generate import generate
+from dsv3_jax.decoding.sampler import Ask
 from dsv3_jax.ops.sampling import Sampling
-from dsv3_jax.serve.engine import Engine
+from dsv3_jax.serve.engine import UNCHANGED, Engine
 
 STOP = TEXT.stop_ids
 REQUESTS_CODE = [
@@ -126,3 +128,33 @@ def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
         status, ids, done = asyncio.run(ask(port, body))
         assert (status, done, engine.asked) == (200, True, 0)
         assert ids == generate(model, [[1, 2, 3]], 40, stop_tokens=STOP).tokens[0]
+
+
+def test_a_text_that_is_lost_takes_no_other_with_it(model):
+    """Both are a sampler's first text: the other one comes while the lost one's step fails."""
+    engine = Engine(model, rows=1, context=32)
+    go = threading.Event()
+
+    def fails(part):
+        go.wait(60)
+        raise RuntimeError("lost")
+
+    async def text():
+        return [token async for new in engine.text(Ask((5, 6), 4)) for token in new.tokens]
+
+    async def lose(others):
+        wait_for(lambda: engine.samplers[UNCHANGED].is_idle and not engine._cold)
+        go.clear()
+        engine.samplers[UNCHANGED].step = fails
+        lost = asyncio.create_task(text())
+        await asyncio.sleep(0.2)
+        tasks = [asyncio.create_task(text()) for _ in range(others)]
+        await asyncio.sleep(0)  # they wait for the engine
+        go.set()
+        with pytest.raises(RuntimeError, match="lost"):
+            await lost
+        return await asyncio.wait_for(asyncio.gather(*tasks), 30)
+
+    with closing(engine):
+        assert asyncio.run(lose(0)) == []
+        assert asyncio.run(lose(1)) == generate(model, [[5, 6]], 4).tokens

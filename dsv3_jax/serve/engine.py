@@ -102,7 +102,7 @@ class Engine:
                 yield new
         finally:
             self.asked -= 1
-            self._calls.put(partial(self._cancel, place))
+            self._calls.put(partial(self._cancel, tell, place))
 
     async def read(
         self,
@@ -248,18 +248,21 @@ class Engine:
         place.append((changes, number))
         self.listeners[changes, number] = tell
 
-    def _cancel(self, place: list[tuple[Changes, int]]) -> None:
+    def _cancel(self, tell: Callable, place: list) -> None:
         for changes, number in place:
-            if self.listeners.pop((changes, number), None) and changes in self.samplers:
+            # A sampler that took another one's place may have given the number again.
+            if self.listeners.get((changes, number)) is tell:
+                del self.listeners[changes, number]
                 self.samplers[changes].cancel(number)
 
     def _lose(self, changes: Changes, error: Exception) -> None:
         """Tell a sampler's texts what happened, and replace it."""
         for place in [place for place in self.listeners if place[0] == changes]:
             self._tell(place, error, last=True)
-        self.samplers.pop(changes)
-        if changes == UNCHANGED:
+        if changes == UNCHANGED:  # others check their texts by the old one meanwhile
             self.samplers[UNCHANGED] = OpenSampler(self.model, **self.options)
+        else:
+            del self.samplers[changes]
 
     def _sampler(self, changes: Changes) -> OpenSampler:
         """The sampler of a changed model; one that is idle makes room for it."""
