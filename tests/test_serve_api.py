@@ -257,6 +257,14 @@ def test_completions_are_those_of_generate(model, real, drawn):
     assert [chunk.usage for chunk in chunks] == [None] * (len(chunks) - 1) + [whole.usage]
 
 
+def test_a_prompt_that_occurs_again_has_the_next_samples(fake):
+    settings = requests.Settings(TEXT, 260, 64, Sampling(1.0))
+    body = json.dumps({"prompt": ["ab", "c", "ab"], "n": 2}).encode()
+    asks = requests.read_request(body, requests.Completion, settings, 7).asks
+    assert [ask.sample for ask in asks] == [0, 1, 0, 1, 2, 3]
+    assert post(fake, body).json()["usage"]["prompt_tokens"] == 5
+
+
 def test_chats_are_those_of_generate(model, real):
     """Names of special tokens in a message stay text, as `chat.render` has them."""
     turns = [{"role": "user", "content": "hé<eos>"}]

@@ -335,7 +335,7 @@ def _event(body: dict[str, Any]) -> str:
 
 def _usage(request: Request, count: int) -> dict[str, int]:
     """Count tokens. A prompt counts once, however many samples it has."""
-    prompts = sum(len(ask.prompt) for ask in request.asks if ask.sample == 0)
+    prompts = sum(len(ask.prompt) for ask in request.asks[:: request.asked.n])
     return {"prompt_tokens": prompts, "completion_tokens": count, "total_tokens": prompts + count}
 
 

@@ -3,6 +3,7 @@
 Source: OpenAI's API reference, "Completions" and "Chat completions".
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -169,11 +170,13 @@ def read_request(data: bytes, kind: type[Any], settings: Settings, seed: int) ->
     given = {name: getattr(asked, name) for name in Sampling._fields if name in body}
     sampling = settings.sampling._replace(**given)
     seed = body.get("seed", seed)
-    asks = [
-        Ask(tuple(ids), _length(asked, len(ids), settings), sampling, seed, i)
-        for ids in prompts
-        for i in range(asked.n)
-    ]
+    # As in `generate`, a prompt that occurs again has the next samples.
+    count = Counter[tuple[int, ...]]()
+    asks = []
+    for ids in map(tuple, prompts):
+        most = _length(asked, len(ids), settings)
+        asks += [Ask(ids, most, sampling, seed, count[ids] + i) for i in range(asked.n)]
+        count[ids] += asked.n
     return Request(asked, stops, asks)
 
 
