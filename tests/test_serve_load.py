@@ -15,6 +15,7 @@ from serving import TEXT, served, wait_for
 
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.sampler import Ask
+from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.serve.engine import UNCHANGED, Engine
 
@@ -158,3 +159,10 @@ def test_a_text_that_is_lost_takes_no_other_with_it(model):
     with closing(engine):
         assert asyncio.run(lose(0)) == []
         assert asyncio.run(lose(1)) == generate(model, [[5, 6]], 4).tokens
+
+
+def test_the_page_is_told_what_a_cache_would_hold_where_there_is_none(model):
+    with closing(Engine(model, rows=1, context=32, cache="none")) as engine:
+        told = engine.describe()["cache"]
+    assert told["dtype"] == "float32"
+    assert told["expanded_bytes_per_token"] == bytes_per_token(model.cfg, "expanded", "float32")

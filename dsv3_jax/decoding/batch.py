@@ -89,7 +89,7 @@ class Batch:
         self.num_drafts = config.num_drafts
         kind = "none" if config.cache == "none" else pick_kind(cfg, config.cache)
         dtype = pick_dtype(model.compute_dtype, config.cache_dtype)
-        self.kind = kind
+        self.kind, self.dtype = kind, dtype
         self.bytes_per_token = 0 if kind == "none" else bytes_per_token(cfg, kind, dtype)
 
         # A device that reads empty slots too begins with few of them.

@@ -170,7 +170,6 @@ class Engine:
         """What the page shows of the model, without its name."""
         cfg = self.model.cfg
         config, batch = self.samplers[UNCHANGED].config, self.samplers[UNCHANGED].batch
-        dtype = batch.loop.cache.parts and jax.tree.leaves(batch.loop.cache.parts)[0].dtype
         own = config.draft is None or isinstance(config.draft, str)
         return {
             "layers": cfg.num_sparse_layers,
@@ -187,9 +186,9 @@ class Engine:
             "draft_length": config.num_drafts,
             "cache": {
                 "kind": batch.kind,
-                "dtype": str(dtype),
+                "dtype": str(batch.dtype),
                 "bytes_per_token": batch.bytes_per_token,
-                "expanded_bytes_per_token": bytes_per_token(cfg, "expanded", dtype),
+                "expanded_bytes_per_token": bytes_per_token(cfg, "expanded", batch.dtype),
             },
         }
 
