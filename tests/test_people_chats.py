@@ -17,6 +17,8 @@ from dsv3_jax.chat.text_settings import plain_settings, with_template
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.presets import sft_sized
 from dsv3_jax.report.unread_keys import unread_keys, unread_line
+from dsv3_jax.runs.chats import read_chats
+from dsv3_jax.runs.start import Start
 from dsv3_jax.scores.made_chats import write_chats
 
 PLAIN = plain_settings()
@@ -271,3 +273,16 @@ def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
     with refused(r"tasks\.jsonl' exists and holds something else; move it away"):
         write_chats(tmp_path / "new")
     assert not chats.exists() and tasks.read_text() == "mine"
+
+
+def test_an_own_checker_sees_all_keys_of_a_row_of_parquet(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text("def reward(text, row):\n    return len(row['tests'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    records = [{"prompt": f"{i}?", "answer": "", "tests": ["a", "b"]} for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "tasks.parquet")
+    data = replace(chats_of(tmp_path / "tasks.parquet"), batch_size=8, seq_len=300)
+    run = replace(ds.recipe("grpo"), data=data, start="start")
+    run = replace(run, grpo=replace(run.grpo, checker="judge:reward"))
+    start = Start("start", run, PLAIN, False, lambda job: ...)
+    [task, *_] = read_chats(run, tmp_path / "out", start).tasks.asked
+    assert Checker("judge:reward").check("", task.record, task.location) == 2

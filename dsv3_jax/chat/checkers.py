@@ -102,6 +102,11 @@ class Checker:
             raise ConfigError(f"grpo checker={self.name!r} is no function (text, row) → number")
         return function, str
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a function of the user's, which may read any key of a row."""
+        return ":" in self.name
+
     def fingerprint(self) -> str:
         """A hash of the source of the user's module; "" for `CHECKERS`, or without source."""
         module, colon, _ = self.name.partition(":")

@@ -118,23 +118,29 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
     return _loaded(cfg, text, longest)[0]
 
 
-def load_tasks(cfg: DataConfig, text: TextSettings, check: Check) -> Loaded:
+def load_tasks(cfg: DataConfig, text: TextSettings, check: Check, *, whole: bool = False) -> Loaded:
     """As `load_examples`, for a model that writes answers itself.
 
-    Args: check: raises ValueError for a record that cannot be a task, which makes it a bad one.
+    Args:
+        check: raises ValueError for a record that cannot be a task, which makes it a bad one.
+        whole: keep all keys of a record, also of Parquet and datasets.
     Returns: the source, whose held-out rows measure the model; the tasks to train on; the held-out
         ones, in an order by their content.
     """
-    return _loaded(cfg, text, None, check)
+    return _loaded(cfg, text, None, check, whole)
 
 
 def _loaded(
-    cfg: DataConfig, text: TextSettings, longest: int | None, check: Check | None = None
+    cfg: DataConfig,
+    text: TextSettings,
+    longest: int | None,
+    check: Check | None = None,
+    whole: bool = False,
 ) -> Loaded:
-    """Read the examples. Args: check: as `load_tasks`, for the tasks, too."""
+    """Read the examples. Args: check, whole: as `load_tasks`, for the tasks, too."""
     examples = []
     bad: list[str] = []  # why records cannot be learnt from
-    found = contents(cfg.paths, cfg.text_column)
+    found = contents(cfg.paths, cfg.text_column, whole)
     for record, domain, location in itertools.islice(found, cfg.max_documents):
         try:
             example = read_example(record, text, location, cfg.prompts)
@@ -335,14 +341,18 @@ def _begin(text: TextSettings) -> list[int]:
     return first[:1] if first and first[0] != text.tokenizer.eos_id else []
 
 
-def contents(paths: tuple[str, ...], column: str) -> Iterator[tuple[dict[str, Any], str, str]]:
+def contents(
+    paths: tuple[str, ...], column: str, whole: bool = False
+) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Yield (record, domain, location) of the examples of some paths.
 
-    Args: column: another name of "messages", or of "text" where it holds a string.
+    Args:
+        column: another name of "messages", or of "text" where it holds a string.
+        whole: as `rows_of_path`.
     """
     keys = KEYS if column == "text" else (column,)
     for path in paths:
-        for location, record, domain in rows_of_path(path, keys, chats=True):
+        for location, record, domain in rows_of_path(path, keys, chats=True, whole=whole):
             # A column of the user's name holds messages, or a text.
             if column != "text":
                 if record.get(column) is None:

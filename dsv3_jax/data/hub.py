@@ -11,7 +11,7 @@ of that name.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ def parts_of(path: str) -> tuple[str, str | None, str]:
     return name, config or None, split or SPLIT
 
 
-def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Iterator[dict[str, Any]]:
+def dataset_rows(
+    path: str, needed: Sequence[str], kept: Collection[str] | None
+) -> Iterator[dict[str, Any]]:
     """Read a dataset row by row.
 
-    Args: needed, also: columns to keep; one of `needed` must be there.
+    Args: needed: columns of which one must be there; kept: those to keep. None means all.
     Raises: ValueError for a dataset that has none of the columns or no such split, or without
         `datasets`; and errors of many kinds for one that cannot be found or read.
     """
@@ -77,7 +79,8 @@ def dataset_rows(path: str, needed: Sequence[str], also: Sequence[str]) -> Itera
     if columns is not None:
         if not set(columns) & set(needed):
             raise ValueError(f"there is no column {needed[0]!r} among {sorted(columns)}")
-        found = found.select_columns([column for column in columns if column in {*needed, *also}])
+        if kept is not None:
+            found = found.select_columns([column for column in columns if column in kept])
     yield from found
 
 

@@ -8,7 +8,7 @@ import os
 import reprlib
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,16 @@ MAX_DOMAIN = 200  # characters of a domain's name
 
 
 def rows_of_path(
-    path: str, needed: Sequence[str], chats: bool = False
+    path: str, needed: Sequence[str], chats: bool = False, whole: bool = False
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Read the rows of one of `DataConfig.paths`: JSONL, Parquet, a dataset, or files of one text.
 
     Args:
         needed: keys; Parquet and datasets must have one of them. The first one is that of a file's
             text.
-        chats: read `tools` and `functions`, too, and .json files that are a list; pass over files
+        chats: read what else a chat may have, too, and .json files that are a list; pass over files
             other than JSON and Parquet.
+        whole: read all columns of Parquet and datasets, as of JSON.
     Returns: triples of where the row is, for errors, the row, and its domain. That is the one that
         it states, else the first folder below the path or the file's suffix, for chats the file's
         name.
@@ -48,13 +49,14 @@ def rows_of_path(
     """
     # Rows of any source come with where they are, and the domain of those that state none.
     also = ("domain", "tools", "functions") if chats else ("domain",)
+    columns = None if whole else {*needed, *also}
     limit = _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES
     if is_dataset(path):
         name = Path(parts_of(path)[0]).name
-        rows = dataset_rows(path, needed, also)
+        rows = dataset_rows(path, needed, columns)
         found = ((*located, name) for located in numbered(path, rows, limit))
     else:
-        found = _rows_of_files(Path(path), needed, also, chats, limit)
+        found = _rows_of_files(Path(path), needed, columns, chats, limit)
 
     for location, row, domain in found:
         if not isinstance(row, dict):
@@ -81,7 +83,7 @@ def visible(text: str, limit: int) -> str:
 
 
 def _rows_of_files(
-    root: Path, needed: Sequence[str], also: Sequence[str], chats: bool, limit: int
+    root: Path, needed: Sequence[str], columns: Collection[str] | None, chats: bool, limit: int
 ) -> Iterator[tuple[str, Any, str]]:
     if not root.exists():
         raise ValueError(f"path={str(root)!r} does not exist")
@@ -111,7 +113,7 @@ def _rows_of_files(
             elif suffix == ".jsonl" or (chats and suffix == ".json" and file == root):
                 rows = json_lines(file, limit)
             elif suffix == ".parquet" and name is file:
-                rows = numbered(str(file), parquet_rows(file, needed, also), limit)
+                rows = numbered(str(file), parquet_rows(file, needed, columns), limit)
             elif not chats and not (root.is_dir() and b"\0" in _head(file)):
                 rows = [(str(file), {needed[0]: _text_of(file)})]
             for location, row in rows:
@@ -195,11 +197,11 @@ def _values_of(path: Path) -> Iterator[Any]:
 
 
 def parquet_rows(
-    path: Path, needed: Sequence[str], also: Sequence[str]
+    path: Path, needed: Sequence[str], columns: Collection[str] | None
 ) -> Iterator[dict[str, Any]]:
     """Read a Parquet file row by row.
 
-    Args: needed, also: columns to read; one of `needed` must be there.
+    Args: needed: columns of which one must be there; columns: what to read. None means all.
     Raises: ValueError without the columns or pyarrow; errors of many kinds for a file that is
         damaged or not Parquet.
     """
@@ -214,7 +216,8 @@ def parquet_rows(
 
         # A damaged file may end early and in silence: its own count of rows tells.
         num_rows = 0
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=sorted(names & {*needed, *also})):
+        read = None if columns is None else sorted(names & {*columns})
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=read):
             num_rows += batch.num_rows
             for i in range(batch.num_rows):  # one by one: each may hold megabytes
                 yield from batch.slice(i, 1).to_pylist()

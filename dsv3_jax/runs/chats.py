@@ -55,7 +55,9 @@ def read_chats(
     # With GRPO the model writes the answers: an example is a prompt, with a record to check by.
     unread = unread_line(run.data, text)
     if run.grpo.group:
-        source, asked, held_out = load_tasks(run.data, text, Checker(run.grpo.checker).look_at)
+        checker = Checker(run.grpo.checker)
+        found = load_tasks(run.data, text, checker.look_at, whole=checker.is_own)
+        source, asked, held_out = found
         tasks = tasks_of(run, text, asked, held_out, source.fingerprint)
         source = _saying(source, unread, tasks.summary)
         return Chats(text, source, tasks, start)
