@@ -214,7 +214,7 @@ def test_the_column_of_chats_can_have_another_name(tmp_path):
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     file = write_lines(tmp_path / "chats.jsonl", [{"turns": turns, "id": 7, "domain": "sums"}])
     [(record, domain, _)] = contents((file,), "turns")
-    assert (record, domain) == ({"messages": turns, "tools": None}, "sums")
+    assert (record, domain) == ({"messages": turns, "id": 7, "domain": "sums"}, "sums")
 
 
 def test_names(tmp_path, monkeypatch):

@@ -286,3 +286,12 @@ def test_an_own_checker_sees_all_keys_of_a_row_of_parquet(tmp_path, monkeypatch)
     start = Start("start", run, PLAIN, False, lambda job: ...)
     [task, *_] = read_chats(run, tmp_path / "out", start).tasks.asked
     assert Checker("judge:reward").check("", task.record, task.location) == 2
+
+
+def test_messages_of_another_name_keep_the_answer_and_other_keys(tmp_path):
+    records = [{"chat": [turn("user", f"{i}?")], "answer": "", "tests": i} for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
+    for file in (write(tmp_path / "a.jsonl", records), tmp_path / "b.parquet"):
+        cfg = chats_of(file, text_column="chat")
+        asked = load_tasks(cfg, PLAIN, Checker("exact").look_at, whole=True)[1]
+        assert asked and all(f"{task.record['tests']}?" in str(task.record) for task in asked)

@@ -353,11 +353,12 @@ def contents(
     keys = KEYS if column == "text" else (column,)
     for path in paths:
         for location, record, domain in rows_of_path(path, keys, chats=True, whole=whole):
-            # A column of the user's name holds messages, or a text.
+            # A column of the user's name holds messages, or a text, in place of the usual keys.
             if column != "text":
                 if record.get(column) is None:
                     raise ValueError(f"{location}, has no {column!r}; it has {sorted(record)}")
                 key = "text" if isinstance(record[column], str) else "messages"
-                others = {name: record.get(name) for name in ("tools", "system")}
-                record = {key: record[column]} | others
+                unused = {*KEYS, column} - {"answer", "system"}
+                others = {name: record[name] for name in record if name not in unused}
+                record = others | {key: record[column]}
             yield record, domain, location

@@ -48,7 +48,7 @@ def rows_of_path(
     Raises: ValueError that names the path, file or row.
     """
     # Rows of any source come with where they are, and the domain of those that state none.
-    also = ("domain", "tools", "functions") if chats else ("domain",)
+    also = ("domain", "tools", "functions", "system", "answer") if chats else ("domain",)
     columns = None if whole else {*needed, *also}
     limit = _MAX_CHAT_BYTES if chats else _MAX_LINE_BYTES
     if is_dataset(path):
