@@ -295,3 +295,16 @@ def test_messages_of_another_name_keep_the_answer_and_other_keys(tmp_path):
         cfg = chats_of(file, text_column="chat")
         asked = load_tasks(cfg, PLAIN, Checker("exact").look_at, whole=True)[1]
         assert asked and all(f"{task.record['tests']}?" in str(task.record) for task in asked)
+
+
+def test_tasks_may_have_a_long_answer_or_one_without_a_target(tmp_path):
+    """The model learns from its own answers."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!"
+    )
+    text = with_template(PLAIN, str(tmp_path / "t.jinja"))
+    records = [{"prompt": f"{i}?", "answer": "so " * 9 * (i % 2)} for i in range(20)]
+    cfg = chats_of(write(tmp_path / "tasks.jsonl", records), seq_len=16)
+    source, asked, held_out = load_tasks(cfg, text, Checker("exact").look_at)
+    assert len(asked) + len(held_out) == 20 and source.val_batches(1)[0]["tokens"].shape == (2, 16)
+    assert {len(task.prompt) for task in asked} == {3, 4}

@@ -66,6 +66,10 @@ class Example(NamedTuple):
         """
         return self.digest if self.prompt is None else _hash(self.prompt.tobytes())
 
+    def first(self, size: int) -> "Example":
+        """The example with its first `size` tokens alone."""
+        return self._replace(ids=self.ids[:size], targets=self.targets[:size])
+
 
 def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=8).digest()
@@ -121,6 +125,9 @@ def load_examples(cfg: DataConfig, text: TextSettings, longest: int | None = Non
 def load_tasks(cfg: DataConfig, text: TextSettings, check: Check, *, whole: bool = False) -> Loaded:
     """As `load_examples`, for a model that writes answers itself.
 
+    A given answer is not learnt, so it may be empty, and of a long one the held-out rows measure
+    the beginning.
+
     Args:
         check: raises ValueError for a record that cannot be a task, which makes it a bad one.
         whole: keep all keys of a record, also of Parquet and datasets.
@@ -159,14 +166,18 @@ def _loaded(
     tasks: list[Task | None] = []
     counts = Counter({"that cannot be learnt from": len(bad)} if bad else {})
     for example, domain, task in examples:
-        if len(example.ids) > cfg.seq_len:
+        if check is not None:
+            # No answer that is given is learnt: it may be long, or nothing.
+            example = example.first(cfg.seq_len)
+        elif len(example.ids) > cfg.seq_len:
             counts[f"longer than seq_len={cfg.seq_len}"] += 1
+            continue
         elif not example.targets[1:].any():  # no token predicts the first one
             counts["without an assistant's turn"] += 1
-        else:
-            kept.append(example)
-            domains.append(domain)
-            tasks.append(task)
+            continue
+        kept.append(example)
+        domains.append(domain)
+        tasks.append(task)
 
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not kept:
