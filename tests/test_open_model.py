@@ -8,8 +8,9 @@ from models import arrays_of, random_model, small
 from runs import assert_bitwise, refused
 
 from dsv3_jax import hf
+from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import byte_tokenizer_json, train_bpe
-from dsv3_jax.runs.open_model import load_model, load_text, open_draft, open_model
+from dsv3_jax.runs.open_model import load_model, load_text, open_draft, open_model, with_paths
 
 CFG = small(num_layers=2, vocab_size=260, mtp_depth=1)
 
@@ -52,3 +53,10 @@ def test_text_needs_a_tokenizer_and_weights_do_not(folder, model, tmp_path):
         with refused("has no tokenizer: neither tokenizer.json nor tiktoken.model is in it$"):
             read(tmp_path / "model")
     assert_bitwise(arrays_of(load_model(tmp_path / "model")), arrays_of(model))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.JSON", "a.jsonl.gz", "a.parquet"])
+def test_a_run_of_chats_is_measured_on_files_of_chats(name):
+    """As they are trained on: a list in a .json file is no text."""
+    assert with_paths(DataConfig(format="chat"), (f"notes/{name}",)).format == "chat"
+    assert with_paths(DataConfig(), (name,)).format == "text"

@@ -18,6 +18,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.manifest import MANIFEST
 from dsv3_jax.data.source import open_source
+from dsv3_jax.data.text_files import PACKED
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, Tokenizer
 from dsv3_jax.hf import loading, tensor_files
 from dsv3_jax.hf.places import find
@@ -28,6 +29,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import Loaded, load_run
 from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, read_run
 
+RECORDS = (".json", ".jsonl", ".parquet")  # ends of names of files of chats
 SEQ_LEN = 256  # tokens of a row of text that a released model is measured on, at most
 
 
@@ -214,10 +216,10 @@ def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:
         'text'
     """
     # A folder of shards says so; records are chats if the run was trained on chats.
-    suffixes = {Path(path).suffix.lower() for path in paths}
+    names = [path.lower().removesuffix(PACKED) for path in paths]
     if len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file():
         format = "shards"
-    elif cfg.format == "chat" and suffixes & {".jsonl", ".parquet"}:
+    elif cfg.format == "chat" and any(name.endswith(RECORDS) for name in names):
         format = "chat"
     else:
         format = "text"
