@@ -202,3 +202,11 @@ def test_the_largest_of_many_is_partly_luck():
     assert "2.5% (0.1) would lie above 0 by chance" in found and "documents" not in found
     few = findings(numbers | {"worth": worth | {"documents": 8}})["worth"]
     assert few == f"{found} The intervals are percentiles of 8 documents, and may be too narrow."
+
+
+def test_a_trunk_without_experts_leaves_the_sentences_to_its_heads():
+    bias = {"changed_choices": [0.2, 0.4], "max_vio": [0.5, 0.5], "max_vio_without": [2.0, 3.0]}
+    numbers = {"layers": ["MTP 1", "MTP 2"], "load": [[3, 1], [2, 2]], "bias": bias}
+    assert "changes 30% of the choices; without it, MaxVio is 2.50" in findings(numbers)["bias"]
+    numbers["layers"] = ["layer 1", "MTP 1"]
+    assert "changes 20% of the choices" in findings(numbers)["bias"]

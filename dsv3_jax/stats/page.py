@@ -90,7 +90,9 @@ def _has(numbers: Mapping[str, Any], key: str) -> bool:
 
 
 def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
-    """Say in a sentence what each main part shows, by key; means are over the trunk's layers.
+    """Say in a sentence what each main part shows, by key.
+
+    Means are over the trunk's layers, or over the heads of a trunk without experts.
 
     Example:
         >>> bias = {"changed_choices": [0.2, 0.4], "max_vio": [0.5, 0.5]}
@@ -103,13 +105,10 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, str]:
     found = {"load": load_finding(numbers["load"], numbers["layers"])}
 
     def mean(values: Any) -> float:
-        """Mean of the known numbers of the trunk; NaN without any."""
-        trunk = [
-            x
-            for x, name in zip(values, layers, strict=True)
-            if not name.startswith("MTP") and x is not None
-        ]
-        return float(np.mean(trunk)) if trunk else float("nan")
+        """Mean of the known numbers of the trunk, else of the heads; NaN without any."""
+        known = [(x, name) for x, name in zip(values, layers, strict=True) if x is not None]
+        trunk = [x for x, name in known if not name.startswith("MTP")]
+        return float(np.mean(trunk or [x for x, _ in known])) if known else float("nan")
 
     # A part that was not measured has no sentence.
     if bias := numbers.get("bias"):
