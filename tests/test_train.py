@@ -98,6 +98,19 @@ def test_tensorboard_holds_the_same_scalars(whole):
             assert found[row["step"], name] == np.float32(row[name])
 
 
+def test_an_error_before_the_first_step_saves_nothing_and_does_not_say_so(
+    whole, tmp_path, monkeypatch, capsys
+):
+    def fails(self):
+        raise ValueError("record 0 is damaged")
+
+    monkeypatch.setattr(Batches, "__next__", fails)
+    with refused("record 0 is damaged"):
+        loop.fit(whole.run, tmp_path / "run", report=False)
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+    assert "saved" not in "".join(capsys.readouterr())
+
+
 def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
     """Twice, and without a report; rows of metrics after the checkpoint, or cut, are dropped."""
     first, said = stopped

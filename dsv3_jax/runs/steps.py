@@ -311,7 +311,7 @@ class Training:
             # it may have been finished before
             self.evaluation = self.evaluation or self._measured()
             order2 = self._show(self.evaluation)
-        else:
+        elif self.step:  # else an error came before the first step, and nothing is saved
             self.progress.say(
                 f"stopped and saved at step {self.step}; the same command resumes from there"
             )
