@@ -27,6 +27,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batches
+from dsv3_jax.data.source import open_source
 from dsv3_jax.report import speed
 from dsv3_jax.report.metrics_files import numbers_beside, parse_rows
 from dsv3_jax.runs import loop, steps
@@ -109,6 +110,12 @@ def test_an_error_before_the_first_step_saves_nothing_and_does_not_say_so(
         loop.fit(whole.run, tmp_path / "run", report=False)
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
     assert "saved" not in "".join(capsys.readouterr())
+
+
+def test_a_source_that_holds_out_nothing_is_refused_before_the_first_step(whole, tmp_path):
+    source = replace(open_source(whole.run.data, tokenizer.load("bytes")), held_out=list)
+    with refused("^the source holds out no row"):
+        loop.fit(whole.run, tmp_path / "run", source=source, quiet=True)
 
 
 def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):

@@ -189,6 +189,8 @@ def open_training(run: RunConfig, out: Path, options: FitOptions) -> Iterator["T
     ):
         batches = _batches_of(ready, options.start)
         held_out = ready.source.val_batches(job.run.eval_batches)
+        if not held_out:  # of a caller's source; the first evaluation would come too late
+            raise ValueError("the source holds out no row, so there is nothing to measure on")
         speed = Speed(job.run, _devices_that_add_up(job) if options.report else 0)
 
         # The state and the position of the data belong together: both of one checkpoint, or new.
