@@ -276,16 +276,16 @@ def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
 
 
 def test_an_own_checker_sees_all_keys_of_a_row_of_parquet(tmp_path, monkeypatch):
-    (tmp_path / "judge.py").write_text("def reward(text, row):\n    return len(row['tests'])\n")
+    (tmp_path / "own_judge.py").write_text("def reward(text, row):\n    return len(row['tests'])\n")
     monkeypatch.syspath_prepend(tmp_path)
     records = [{"prompt": f"{i}?", "answer": "", "tests": ["a", "b"]} for i in range(20)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "tasks.parquet")
     data = replace(chats_of(tmp_path / "tasks.parquet"), batch_size=8, seq_len=300)
     run = replace(ds.recipe("grpo"), data=data, start="start")
-    run = replace(run, grpo=replace(run.grpo, checker="judge:reward"))
+    run = replace(run, grpo=replace(run.grpo, checker="own_judge:reward"))
     start = Start("start", run, PLAIN, False, lambda job: ...)
     [task, *_] = read_chats(run, tmp_path / "out", start).tasks.asked
-    assert Checker("judge:reward").check("", task.record, task.location) == 2
+    assert Checker("own_judge:reward").check("", task.record, task.location) == 2
 
 
 def test_messages_of_another_name_keep_the_answer_and_other_keys(tmp_path):
