@@ -118,7 +118,7 @@ class Answer:
 
         glass = self._glass(new, before, told) if self.shows_glass else None
 
-        # The text goes on. What may be the beginning of a stop string is held back.
+        # While the text goes on, characters that may begin a stop string are held back.
         if not cut and not new.ended:
             return self._send(self._kept())._replace(new=len(told), glass=glass)
 
