@@ -60,3 +60,11 @@ def test_a_run_of_chats_is_measured_on_files_of_chats(name):
     """As they are trained on: a list in a .json file is no text."""
     assert with_paths(DataConfig(format="chat"), (f"notes/{name}",)).format == "chat"
     assert with_paths(DataConfig(), (name,)).format == "text"
+
+
+def test_a_run_of_chats_is_measured_on_folders_of_chats(tmp_path):
+    """A folder with another file is text: it may hold notes beside its tables."""
+    (tmp_path / "a.jsonl").write_text('{"messages": []}')
+    assert with_paths(DataConfig(format="chat"), (str(tmp_path),)).format == "chat"
+    (tmp_path / "notes.md").write_text("no chats")
+    assert with_paths(DataConfig(format="chat"), (str(tmp_path),)).format == "text"

@@ -18,7 +18,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.manifest import MANIFEST
 from dsv3_jax.data.source import open_source
-from dsv3_jax.data.text_files import PACKED
+from dsv3_jax.data.text_files import PACKED, files_below
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, Tokenizer
 from dsv3_jax.hf import loading, tensor_files
 from dsv3_jax.hf.places import find
@@ -216,10 +216,9 @@ def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:
         'text'
     """
     # A folder of shards says so; records are chats if the run was trained on chats.
-    names = [path.lower().removesuffix(PACKED) for path in paths]
     if len(paths) == 1 and (Path(paths[0]) / MANIFEST).is_file():
         format = "shards"
-    elif cfg.format == "chat" and any(name.endswith(RECORDS) for name in names):
+    elif cfg.format == "chat" and any(map(_holds_records, paths)):
         format = "chat"
     else:
         format = "text"
@@ -228,6 +227,13 @@ def with_paths(cfg: DataConfig, paths: tuple[str, ...]) -> DataConfig:
     defaults = vars(DataConfig())
     others = {name: defaults[name] for name, formats in ONLY_FOR.items() if format not in formats}
     return replace(cfg, paths=paths, format=format, **others)
+
+
+def _holds_records(path: str) -> bool:
+    """Whether a file may hold chats by its name, or each file of a folder may."""
+    files = list(files_below(Path(path))) if Path(path).is_dir() else [Path(path)]
+    names = [file.name.lower().removesuffix(PACKED) for file in files]
+    return bool(names) and all(name.endswith(RECORDS) for name in names)
 
 
 def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()) -> Source:
