@@ -93,9 +93,11 @@ BAD = {  # a body, and how the sentence begins about it
     "[" * 10**5: "the body is not JSON: it is nested more than 64 deep",
     '{"promt": "a"}': "'promt' is not a key of Completion; did you mean 'prompt'?",
     CHAT + ', "tools": []}': "'tools' is not a key of ChatCompletion",
+    CHAT.replace('"hi"', '[{"type": "image_url"}]') + "}": "content={'type': 'image_url'} is not {",
+    CHAT + ', "max_tokens": "3"}': "max_tokens='3' is not of type int or None",
     '{"prompt": "a", "n": 0}': "n=0 is outside [1, 128]",
     json.dumps({"prompt": ["a"] * 65, "n": 2}): "n=2 makes 130 texts, more than 128",
-    '{"prompt": "a", "presence_penalty": 1}': "presence_penalty=1 is not of type one of 0",
+    '{"prompt": "a", "presence_penalty": 1}': "presence_penalty=1 is not 0",
     '{"prompt": "a", "logit_bias": {"5": 1}}': "logit_bias={'5': 1} is not empty",
     json.dumps({"prompt": "a", "stop": "a" * 3 * 10**6}): "stop='aaaa",
     json.dumps({"prompt": "a" * 64}): "max_tokens=1 after a prompt of 64 tokens is beyond",
@@ -263,6 +265,17 @@ def test_a_prompt_that_occurs_again_has_the_next_samples(fake):
     asks = requests.read_request(body, requests.Completion, settings, 7).asks
     assert [ask.sample for ask in asks] == [0, 1, 0, 1, 2, 3]
     assert post(fake, body).json()["usage"]["prompt_tokens"] == 5
+
+
+def test_a_content_of_several_texts_is_one():
+    """As OpenAI's clients may send it, whatever the template reads."""
+    parts = [{"type": "text", "text": words} for words in ("a", "b")]
+    settings = requests.Settings(TEXT, 260, 64, Sampling(1.0))
+    asks = []
+    for content in (parts, "a\nb"):
+        body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+        asks += requests.read_request(body, requests.ChatCompletion, settings, 7).asks
+    assert asks[0] == asks[1]
 
 
 def test_chats_are_those_of_generate(model, real):

@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar
 
 V = TypeVar("V")
@@ -101,7 +102,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         if type(value) is int and hint in (float, float | None) and abs(value) < 2**127:
             value = float(value)
             object.__setattr__(config, item.name, value)
-        require(_matches(value, hint), f"{name}={_short(value)} is not of type {_spell(hint)}")
+        require(_matches(value, hint), f"{name}={_short(value)} is not {_spell(hint)}")
 
         bounds = _bounds_of(with_bounds[item.name])
         if bounds is not None and value is not None:
@@ -146,7 +147,7 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
         dsv3_jax.config.fields.ConfigError: cfg=3 is not of type Layout
     """
     if not isinstance(value, kind):
-        raise ConfigError(f"{name}={_short(value)} is not of type {_spell(kind)}")
+        raise ConfigError(f"{name}={_short(value)} is not {_spell(kind)}")
 
 
 def check_inputs(width: int | None, **inputs: Any) -> None:
@@ -196,9 +197,22 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    """What values of a type are, in words.
+
+    Example:
+        >>> _spell(int | None), _spell(Literal["on", "off"])
+        ('of type int or None', "one of 'on', 'off'")
+    """
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if origin is Literal:
+        names = ", ".join(map(repr, args))
+        return names if len(args) == 1 else f"one of {names}"
+    if origin in (typing.Union, UnionType):
+        return " or ".join(map(_spell, args))
+    if hint is NoneType:
+        return "None"
+    return f"of type {hint if args else getattr(hint, '__name__', hint)}"
 
 
 def replace(config: V, /, **changes: Any) -> V:

@@ -319,7 +319,8 @@ async def _body_of(http: HTTPRequest) -> bytes:
     # A page elsewhere may post forms and texts without being allowed to, but no JSON.
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, f"content-type={kind!r:.80} is not application/json")
+        problem = f"content-type={kind!r:.80} is not application/json; send that header"
+        raise HTTPException(415, problem)
     return bytes(data)
 
 

@@ -201,7 +201,10 @@ def _prompts(free: dict[str, Any], chat: bool, settings: Settings) -> list[list[
     """The ids of a conversation; or of a text, of several, of ids, or of several lists of ids."""
     text = settings.text
     if chat:
-        return [text.chat.render(free.get("messages", []), add_generation_prompt=True).ids]
+        messages = free.get("messages", [])
+        if isinstance(messages, list):
+            messages = [_with_one_text(message) for message in messages]
+        return [text.chat.render(messages, add_generation_prompt=True).ids]
     prompt: Any = free.get("prompt")
     many = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
     parts = prompt if many else [prompt]
@@ -209,6 +212,21 @@ def _prompts(free: dict[str, Any], chat: bool, settings: Settings) -> list[list[
     for i, ids in enumerate(prompts):
         check_tokens(f"prompt {i}", ids, settings.vocab_size)
     return prompts
+
+
+def _with_one_text(message: Any) -> Any:
+    """A message; a content that is a list of texts, as OpenAI's clients may send it, is joined.
+
+    Few chat templates read such lists. The texts are lines, as in vLLM.
+    """
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return message
+    for part in parts:
+        right = isinstance(part, dict) and part.get("type") == "text"
+        right = right and isinstance(part.get("text"), str)
+        require(right, f"content={part!r:.80} is not {{'type': 'text', 'text': …}}")
+    return message | {"content": "\n".join(part["text"] for part in parts)}
 
 
 def _length(asked: Any, prompt: int, settings: Settings) -> int:
