@@ -56,7 +56,7 @@ BAD = {
     "CUDA train tiny --out {new} --execution.kernels cpu": "'cpu' is not available on cuda in",
     "plan tiny --memory 80": "memory='80'",
     "train sft --out {new}": "preset 'sft' fine-tunes a model",
-    "train sft --start {run} --out {new}": "has no chat template; train with a Jinja file",
+    "train sft --start {run} --out {new}": "has no chat template; train with one, --data",
     "train tiny --out {new} --processes 2": "--processes and --process-id need --cluster",
     "train tiny --out {new} --profile 5:2": "profile='5:2' is not START:STOP",
     "train tiny --out {new} --data.paths {absent}": "{absent}",

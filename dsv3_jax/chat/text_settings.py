@@ -99,8 +99,8 @@ class TextSettings:
         """
         if self.template is None:
             raise ValueError(
-                f"{self.name} has no chat template; train with a Jinja file as data.chat_template, "
-                "or with 'plain'; `dsv3 generate` continues a text without one"
+                f"{self.name} has no chat template; train with one, --data.chat-template FILE "
+                "or plain; `dsv3 generate` continues a text without one"
             )
         template = ChatTemplate(self.template, self.tokenizer, self.special_tokens | self.variables)
         template.values(self.variables)  # raises for one that it does not read

@@ -152,5 +152,5 @@ def commands(dsv3: str, out: Path) -> list[str]:
     return [
         f"{dsv3} generate {run} --prompt 'def '",
         f"{dsv3} stats {run} --text 'def add(a, b): return a + b'  # the experts of your own text",
-        f"{dsv3} train --config {run} --out {longer} steps=800  # learn for twice the steps",
+        f"{dsv3} train --config {run} --out {longer} steps=800  # learn longer",
     ]

@@ -211,5 +211,5 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size} ids; "
-            "increase it"
+            f"increase it, as by --model.vocab-size {tokenizer.vocab_size}"
         )

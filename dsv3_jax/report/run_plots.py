@@ -40,6 +40,7 @@ PANELS = (
     ("Learning rate", "learning rate", (("lr", "train", "this"),)),
     ("Gradient norm, before clipping", "L2 norm", (("grad_norm", "train", "this"),)),
     ("Speed", "tokens a second", (("tokens_per_s", "train", "this"),)),
+    ("Tokens with a near tie of experts", "share", (("near_ties", "train", "this"),)),
     ("MTP drafts accepted", "share", (("mtp_acceptance", "head", "heads"),)),
     ("Tokens sent to other devices", "copies a token", (
         ("tokens_sent", "train", "this"), ("tokens_sent_far", "to other nodes", "heads"),
@@ -51,7 +52,9 @@ OF_EVALUATIONS = {
     "mtp_acceptance",
 }  # fmt: skip
 # A panel with one of these starts at 0.
-FROM_ZERO = {"max_vio", "lr", "grad_norm", "tokens_per_s", "mtp_acceptance", "tokens_sent"}
+FROM_ZERO = {
+    "max_vio", "lr", "grad_norm", "tokens_per_s", "near_ties", "mtp_acceptance", "tokens_sent",
+}  # fmt: skip
 # Not drawn. Any other number in a row, such as a new metric of layers, has its own panel.
 NOT_DRAWN = {
     "step", "feature_loss", "balance_loss", "accuracy", "dropped", "wire_bytes", "load_entropy",
