@@ -206,6 +206,12 @@ def test_a_wrong_folder_is_one_sentence(talker, tmp_path):
         assert (code, out, err.count("\n")) == (2, "", 1) and sentence in err, err
 
 
+def test_an_argument_of_render_is_no_variable_of_a_template(talker):
+    for name in ("messages", "add_generation_prompt", "any_order"):
+        code, out, err = by_command("chat", talker, f"--template.{name}", "true", lines="hello\n")
+        assert (code, out) == (2, "") and f"{name}=True is no variable of the chat template" in err
+
+
 def test_defaults_of_the_sampling():
     """The command's own, where the folder says nothing; options come first."""
     command = unhooked("dsv3_jax.cli.generate")

@@ -128,11 +128,13 @@ def _prompt(
 ) -> list[int]:
     """The ids after which an answer to the messages begins.
 
-    Raises: ValueError when the template refuses them.
+    Raises: ValueError when the template refuses them, or does not read a variable.
     """
     from dsv3_jax.chat.text_settings import variables_of
 
+    # A word is never an argument of `render`, as `messages` would be.
     variables = variables_of(args.template)
+    text.chat.values(variables)
     if args.prefill is None:
         return text.chat.render(messages, tools=tools, add_generation_prompt=True, **variables).ids
     messages = [*messages, {"role": "assistant", "content": args.prefill}]
