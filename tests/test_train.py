@@ -128,6 +128,9 @@ def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
     second = loop.fit(whole.run, begun, stop_after=7, quiet=True, report=False)
     assert (second.step, second.finished, second.resumed_from) == (7, False, BEGUN)
+    again, said = said_by(lambda: loop.fit(whole.run, begun, stop_after=7, report=False))
+    assert (again.step, again.finished, again.resumed_from) == (7, False, 7)
+    assert "compiling" not in said
     third, said = said_by(lambda: loop.fit(whole.run, begun, report=False))
     assert (third.step, third.finished, third.resumed_from) == (STEPS, True, 7)
     assert "resumed from the checkpoint of step 7" in said

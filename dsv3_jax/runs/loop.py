@@ -84,8 +84,9 @@ def fit(  # noqa: PLR0913 - the contract
             call, with one shared `out`.
         step: resume from the checkpoint of this step, and rename later ones. None means the newest
             that is whole.
-        stop_after: save and return once this step is reached, as after SIGTERM. With several
-            updates of GRPO, once the batch of this step is used up.
+        stop_after: save and return once this step is reached, as after SIGTERM; at once if an
+            earlier call has reached it. With several updates of GRPO, once the batch of this step
+            is used up.
         quiet: True prints nothing.
         report: False leaves out what only readers need: MFU, for which a matrix product is timed,
             the order-2 model and the pictures. Thus short runs end some seconds earlier.

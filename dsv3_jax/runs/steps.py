@@ -140,11 +140,12 @@ class Training:
         ahead = AHEAD.get(self.job.chosen().target.platform, AHEAD_ELSEWHERE)
         if self.ready.tasks is not None:
             ahead = 0  # the model answers once it has learnt from the batch before
-        if self.step < self.job.run.steps:
+        self.stopped = self._reached()  # an earlier call may have
+        if self.step == self.job.run.steps:
+            self.progress.say(f"finished at step {self.step}; nothing to do; more steps go on")
+        elif not self.stopped:
             again = " …" if self.step == 0 else " (again) …"
             self.progress.say("compiling the training step" + again)
-        else:
-            self.progress.say(f"finished at step {self.step}; nothing to do; more steps go on")
 
         # Whether a step may change the state; made of the state, to be on its devices as the steps'
         # own flags are.
@@ -207,12 +208,10 @@ class Training:
         logged = step % run.log_every == 0
 
         # Several processes wait for the step when they ask.
-        updates = run.grpo.updates
-        after = self.options.stop_after
-        self.stopped = after is not None and step - updates < after <= step
+        self.stopped = self._reached()
         if ask_often or logged or jax.process_count() == 1:
             self.stopped |= processes.any_of(self.asked.is_set())
-        self.stopped &= step % updates == 0  # no checkpoint holds a batch of answers
+        self.stopped &= step % run.grpo.updates == 0  # no checkpoint holds a batch of answers
 
         logged |= last or self.stopped or step == 1
         evaluates = last or step % run.eval_every == 0
@@ -220,6 +219,11 @@ class Training:
         ends_trace = self.options.profile is not None and step == self.options.profile[1]
         waits = evaluates or saves or ends_trace
         return Done(step, batch, metrics, logged, evaluates, saves, waits)
+
+    def _reached(self) -> bool:
+        """Whether the caller wants no step after this one."""
+        after = self.options.stop_after
+        return after is not None and self.step >= after
 
     def _complete(self, done: Done) -> Iterator[Done]:
         """Wait for a step, and yield it. Raises: NonFiniteLoss."""
