@@ -128,6 +128,15 @@ def test_capacity_drops_later_tokens(x64, rng, factor, choose):
     dropped = jax.jit(ours)(x, ids, gates, *weights)[1]
     assert dropped.dtype == np.float32 and dropped == pytest.approx(1 - kept.mean(), abs=1e-6)
 
+    # Padding gets what other tokens leave, and is not counted as dropped.
+    mask = np.arange(len(x)) % 3 > 0
+    order = np.argsort(~mask, kind="stable")
+    kept[order] = oracles.within_capacity(ids[order], 6, factor)
+    expected = oracles.routed_swiglu_jnp(x, ids, np.where(kept, gates, 0.0), *weights)
+    y, dropped = jax.jit(partial(ours, mask=jnp.asarray(mask)))(x, ids, gates, *weights)
+    np.testing.assert_allclose(y, expected, atol=1e-10)
+    assert dropped == pytest.approx(1 - kept[mask].mean(), abs=1e-6)
+
 
 # C++, in float32, whose unit roundoff is 6e-8; the oracle is in float64
 

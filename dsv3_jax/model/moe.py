@@ -116,7 +116,7 @@ class MoE(nnx.Module):
         """Mix the experts, for training.
 
         Args:
-            mask: tokens that count for load and balance losses. None means all.
+            mask: tokens that count for load, balance losses and capacity. None means all.
             tokens: ids, for router "hash".
             expert_ids: experts in place of the router's choice, see `ops.routing.replay`.
             execution: which kernels compute; None means the best of the default device.
@@ -167,9 +167,11 @@ class MoE(nnx.Module):
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
         args = (x, ids, gates)
 
-        # Experts with room for a share of the tokens: what does not fit is dropped.
+        # Experts with room for a share of the tokens: what does not fit is dropped, and
+        # padding first.
         if cfg.capacity_factor is not None and how.mode == "train":
-            y, dropped = ctx.run("capacity_swiglu", *args, *experts, factor=cfg.capacity_factor)
+            limits: dict[str, Any] = {"factor": cfg.capacity_factor, "mask": ctx.mask.reshape(-1)}
+            y, dropped = ctx.run("capacity_swiglu", *args, *experts, **limits)
             return y, dropped, nothing_sent
 
         # So few tokens that most experts are not chosen: only the chosen ones' weights are read.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.ops.dtypes import sum_dtype
 from dsv3_jax.ops.grouped_product import RAGGED_DOT, GroupedProduct
@@ -264,7 +264,7 @@ def _product_by_expert(x: Float[Array, "E m K"], w: Float[Array, "E K N"]) -> Fl
     return jnp.einsum("ecd,edf->ecf", x, w)
 
 
-def capacity_swiglu(
+def capacity_swiglu(  # noqa: PLR0913 - six arrays, and how
     x: Float[Array, "n D"],
     expert_ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
@@ -273,6 +273,7 @@ def capacity_swiglu(
     w_down: Float[Array, "E F D"],
     *,
     factor: float,
+    mask: Bool[Array, " n"] | None = None,
     product: Callable[[Array, Array], Array] = _product_by_expert,
 ) -> tuple[Float[Array, "n D"], Float[Array, ""]]:
     """Drop tokens: each expert takes at most ceil(factor·n·K/E) assignments, earlier tokens first.
@@ -281,8 +282,9 @@ def capacity_swiglu(
 
     Args:
         factor: capacity of an expert, over its even share.
+        mask: tokens that count. Others, as padding, get what these leave. None means all count.
         product: of each expert's rows with its matrix.
-    Returns: (y, share of assignments dropped).
+    Returns: (y, share of assignments dropped, of the tokens that count).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
 
     Example:
@@ -299,13 +301,18 @@ def capacity_swiglu(
     capacity = min(-int(-factor * n * num_choices // num_experts), n)
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
 
-    # A choice's slot is its rank at its expert. Those beyond the capacity c are dropped.
-    p = sort_by_expert(expert_ids, num_experts)
-    slot_nK = p.row - p.starts[expert_ids]
+    # A choice's slot is its rank at its expert, where tokens that do not count come last. Those
+    # beyond the capacity c are dropped.
+    counts_nK = jnp.ones(expert_ids.shape, jnp.bool_)
+    if mask is not None:
+        counts_nK = jnp.broadcast_to(mask[:, None], expert_ids.shape)
+    p = sort_by_expert(2 * expert_ids + (~counts_nK).astype(expert_ids.dtype), 2 * num_experts)
+    starts_E = p.starts[::2]
+    slot_nK = p.row - starts_E[expert_ids]
     kept_nK = slot_nK < capacity
 
     # Each expert's slots, filled with its tokens; a slot that stays empty holds any token.
-    rows_Ec = p.starts[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
+    rows_Ec = starts_E[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
     tokens_Ec = p.order[jnp.minimum(rows_Ec, p.order.size - 1)] // num_choices
     x_EcD = x[tokens_Ec]
     h_EcF = jax.nn.silu(product(x_EcD, w_gate)) * product(x_EcD, w_up)
@@ -314,7 +321,9 @@ def capacity_swiglu(
     # Each token fetches what its kept choices gave.
     picked_nKD = y_EcD[expert_ids, jnp.minimum(slot_nK, capacity - 1)]
     weight_nK = jnp.where(kept_nK, gates.astype(x.dtype), 0)
-    return (picked_nKD * weight_nK[..., None]).sum(axis=1), (~kept_nK).mean(dtype=jnp.float32)
+    y_nD = (picked_nKD * weight_nK[..., None]).sum(axis=1)
+    dropped = (counts_nK & ~kept_nK).sum(dtype=jnp.float32)
+    return y_nD, dropped / jnp.maximum(counts_nK.sum(dtype=jnp.float32), 1)
 
 
 # A few tokens
