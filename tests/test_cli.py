@@ -66,6 +66,8 @@ BAD = {
     "eval {run} --batches 0": "batches=0",
     "eval {run} --limit 2": "shots, limit and out are for tasks; add --tasks FOLDER or --lm-eval",
     "eval {run} --lm-eval piqa --tasks {text}": "choose one",
+    "eval {run} --tasks {text} --cache-dtype int8": "cache_dtype=('int8',) is for held-out text",
+    "eval {run} --lm-eval piqa --paths {text}": "paths=('{text}',) is for held-out text, not for t",
     "eval {run} --lm-eval piqa": "which is not installed: pip install lm_eval",
     "stats {run} --devices 3 --out {new}": "devices=3 does not divide the 8 experts",
     "stats {run} --tokens rows.parquet": "tokens='rows.parquet' does not end in .npz",

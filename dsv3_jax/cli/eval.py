@@ -53,10 +53,11 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"batches={args.batches} is below 1")
     if args.tasks is not None and args.lm_eval:
         raise ValueError(f"tasks={str(args.tasks)!r} and lm_eval={args.lm_eval}: choose one")
-    if args.tasks is not None:
-        return _score(args, argv)
-    if args.lm_eval:
-        return _score_by_harness(args, argv)
+    if args.tasks is not None or args.lm_eval:
+        for name in ("paths", "batches", "cache_dtype"):
+            if (value := getattr(args, name)) != getattr(Eval, name):
+                raise ValueError(f"{name}={value!r} is for held-out text, not for tasks")
+        return _score(args, argv) if args.tasks is not None else _score_by_harness(args, argv)
     if not args.shots is args.limit is args.out is None:
         raise ValueError("shots, limit and out are for tasks; add --tasks FOLDER or --lm-eval NAME")
     return _measure(args)
