@@ -48,6 +48,7 @@ BAD = {
     "train --config {one} --out {new}": "folder='{one}' holds no run: there is no run.json in it",
     "train tiny --out {new} --report wandb": "not installed: pip install wandb",
     "train tiny --out {new} --report wandb --report tensorboard": "--report is given twice",
+    "train tiny --config {run} --config {one} --out {new}": "config='{one}' takes the place",
     "info v9": "'v9' is not one of tiny",
     "train --out {new}": "argument PRESET is missing",
     "runs list {absent}": "does not exist; name a folder with runs",

@@ -130,14 +130,17 @@ def named_preset(
 def value_of(argv: list[str], option: str) -> str | None:
     """An option's value before parsing, because the parser's defaults depend on it.
 
+    The last one counts, as for the parser.
+
     Example:
-        >>> value_of(["tiny", "--mesh", "data=2", "--steps=9"], "--steps")
+        >>> value_of(["tiny", "--steps", "3", "--mesh", "data=2", "--steps=9"], "--steps")
         '9'
     """
+    value = None
     for word, after in itertools.pairwise([*argv, ""]):
         if word == option or word.startswith(option + "="):
-            return word.removeprefix(option).removeprefix("=") or after
-    return None
+            value = word.removeprefix(option).removeprefix("=") or after
+    return value
 
 
 def with_variables(argv: list[str], option: str) -> list[str]:
