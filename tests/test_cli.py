@@ -48,6 +48,7 @@ BAD = {
     "train --config {one} --out {new}": "folder='{one}' holds no run: there is no run.json in it",
     "train tiny --out {new} --report wandb": "not installed: pip install wandb",
     "train tiny --out {new} --report wandb --report tensorboard": "--report is given twice",
+    "eval {run} --paths {absent} --paths {text}": "--paths is given twice; name all after one",
     "train tiny --config {run} --config {one} --out {new}": "config='{one}' takes the place",
     "info v9": "'v9' is not one of tiny",
     "train --out {new}": "argument PRESET is missing",

@@ -131,6 +131,7 @@ def shorter(argv: list[str]) -> list[str]:
         taken = ("--model.",) if {"--start", "--trunk"} & set(argv) else ()  # the other run's
         # kernels are not named with 8 bits
         taken += ("--execution.kernels",) if "--execution.precision" in argv else ()
+        taken += ("--data.paths",) if "--data.paths" in argv else ()  # a list is given once
         options = re.split(r" (?=--)", " ".join(flags(make_run("notes/", steps=2))))
         small = " ".join(option for option in options if not option.startswith(taken)).split(" ")
         small += ["--data.batch-size", "8"] * ("--mesh" in argv)

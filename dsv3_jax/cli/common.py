@@ -31,10 +31,11 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
     """
     import tyro  # late: `guarded` says that it is missing
 
-    from dsv3_jax.cli.options import names_of, one_sentence, spelled
+    from dsv3_jax.cli.options import check_lists, names_of, one_sentence, spelled
 
     names = names_of(kind)
     argv = spelled(argv, names)
+    check_lists(argv, kind)
     if default is not None and {"-h", "--help"} & set(argv):
         _short_help(kind, command, default)
     how = {"prog": f"dsv3 {command}", "default": default, "compact_help": default is not None}

@@ -26,7 +26,7 @@ _OPTION = re.compile(r"--[a-zA-Z][\w.-]*(=.*)?", re.DOTALL)
 _FRAME = re.compile(r"^[│|]|[│|]$")  # of tyro, at both ends of a line; ASCII where it must be
 
 
-def names_of(kind: Any, prefix: str = "") -> dict[str, bool]:
+def names_of(kind: Any) -> dict[str, bool]:
     """The names of a dataclass's options, and whether each is a flag.
 
     Example:
@@ -35,6 +35,16 @@ def names_of(kind: Any, prefix: str = "") -> dict[str, bool]:
         ['fsdp', 'no-fsdp', 'expert-comm']
     """
     names: dict[str, bool] = {}
+    for name, own in _types(kind):
+        names[name] = own is bool
+        if own is bool:
+            head, dot, last = name.rpartition(".")
+            names[f"{head}{dot}no-{last}"] = True
+    return names
+
+
+def _types(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The names of a dataclass's options, and the types of their values."""
     for field, hint in typing.get_type_hints(kind, include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
         if tyro.conf.Positional in marks or tyro.conf.Suppress in marks:
@@ -43,12 +53,28 @@ def names_of(kind: Any, prefix: str = "") -> dict[str, bool]:
         name = field.replace("_", "-")
         if dataclasses.is_dataclass(own):
             unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
-            names |= names_of(own, prefix if unnamed else f"{prefix}{name}.")
-        elif own is bool:
-            names |= {f"{prefix}{name}": True, f"{prefix}no-{name}": True}
+            yield from _types(own, prefix if unnamed else f"{prefix}{name}.")
         else:
-            names[prefix + name] = False
-    return names
+            yield prefix + name, own
+
+
+def check_lists(argv: list[str], kind: Any) -> None:
+    """Refuse an option of several values that is given twice: the first ones would be lost.
+
+    Args: argv: as `spelled` returns it.
+    Raises: ValueError naming the option.
+
+    Example:
+        >>> from dsv3_jax.config import Lora
+        >>> check_lists(["--on", "routed", "--rank", "8", "--on", "shared"], Lora)
+        Traceback (most recent call last):
+            ...
+        ValueError: --on is given twice; name all after one: --on A B
+    """
+    given = [word.partition("=")[0] for word in argv]
+    for name, own in _types(kind):
+        if typing.get_origin(own) is tuple and given.count(f"--{name}") > 1:
+            raise ValueError(f"--{name} is given twice; name all after one: --{name} A B")
 
 
 def spelled(argv: list[str], names: Mapping[str, bool]) -> list[str]:

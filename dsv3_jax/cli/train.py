@@ -101,8 +101,6 @@ def _fit(args: Train, mesh: Any) -> int:
 def options(argv: list[str]) -> Train:
     """Parse the arguments; defaults are those of PRESET or --config, or of --start or --trunk."""
     argv = spelled(with_variables(argv, "--data.template"), names_of(Train))
-    if argv.count("--report") > 1:
-        raise ValueError("--report is given twice; name all after one: --report wandb tensorboard")
     config = value_of(argv, "--config")
     if config is None:
         run, rest = named_preset(argv, "train", recipe)
