@@ -14,12 +14,14 @@ from dsv3_jax.cli import main as cli
 from dsv3_jax.cli import options
 from dsv3_jax.cli.common import all_devices, guarded
 from dsv3_jax.config import ConfigError, Execution
+from dsv3_jax.data.batches import one_row
 from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
 from dsv3_jax.decoding.generate import generate as decode
 from dsv3_jax.kernels import choose, table
 from dsv3_jax.presets import MODELS, recipe
 from dsv3_jax.report.progress import say, text_console
 from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.runs.folder import read_run
 
 COMMANDS = (
@@ -94,6 +96,7 @@ GOOD = {
     "kernels here": "info tiny --kernels",
     "kernels of CUDA": "CUDA info tiny --kernels",
     "eval": "eval {run} --batches 2 --cache-dtype int8",
+    "eval of a document": "eval {run} --paths {one}",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
 }
 
@@ -255,6 +258,13 @@ def test_eval_says_what_training_said(answers, whole):
     ):
         start = rf"through {dtype} cache +\d\.\d{{4}} \({percent}%\), "
         assert re.match(f"{start}greedy tokens the same {same}%", line)
+
+
+def test_eval_reads_all_of_other_text(answers, whole):
+    """None of it is left for training: one document is enough."""
+    row = one_row([*b"one document", ByteTokenizer().eos_id])
+    loss = evaluate(load_run(whole.folder).model, [row], ByteTokenizer())["val_loss"]
+    assert f"val_loss                  {loss:.4f}\n" in answers["eval of a document"][1]
 
 
 def test_generate_is_greedy_decoding_and_names_the_kernels(answers, whole):

@@ -25,7 +25,7 @@ class Eval:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """a run's folder, a released folder, or a hub id that is in the local cache"""
     paths: tuple[str, ...] = ()
-    """other text to measure on; empty means the run's own validation text"""
+    """other text to measure on, all of it; empty means the run's own validation text"""
     step: int | None = None
     """step of the checkpoint; None means the last"""
     batches: int = 8
@@ -67,16 +67,16 @@ def _measure(args: Eval) -> int:
     from dsv3_jax.data import tokenizer
     from dsv3_jax.report.progress import text_console
     from dsv3_jax.runs.evaluate import evaluate
-    from dsv3_jax.runs.open_model import measured_on, open_model
+    from dsv3_jax.runs.open_model import open_model
     from dsv3_jax.stats.cache_quality import cache_quality
+    from dsv3_jax.stats.reading import open_text
 
     # The held-out text of the run, or other text that the user names.
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
-    source = measured_on(run.data, args.run, args.paths)
     text = tokenizer.load(run.data.tokenizer)
-    batches = source.val_batches(args.batches)
-    mix = None if args.paths else source.training_bytes
-    measures = evaluate(model, batches, text, source.domains, mix=mix)
+    reading = open_text(run.data, args.run, text, paths=args.paths, batches=args.batches)
+    batches = reading.batches
+    measures = evaluate(model, batches, text, reading.domains, mix=reading.mix)
 
     console = text_console()
     console.print(f"step {step}")

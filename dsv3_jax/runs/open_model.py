@@ -236,15 +236,12 @@ def _holds_records(path: str) -> bool:
     return bool(names) and all(name.endswith(RECORDS) for name in names)
 
 
-def measured_on(cfg: DataConfig, folder: str | Path, paths: tuple[str, ...] = ()) -> Source:
+def measured_on(cfg: DataConfig, folder: str | Path) -> Source:
     """Open the data that a model in a folder is measured on.
 
-    Args:
-        cfg: of the model's run.
-        paths: other data. Files of chat examples are read as such if the run was trained on chats.
+    Args: cfg: of the model's run.
     Raises: ValueError as `open_source` and `load_examples`.
     """
-    cfg = with_paths(cfg, paths) if paths else cfg
     if cfg.format == "chat":
         return load_examples(cfg, load_text(folder))
     return open_source(cfg, tokenizer.load(cfg.tokenizer))
