@@ -5,6 +5,7 @@ Its page: one file, every name escaped, and small for V3's shape.
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from routing_reports import HOSTILE, hostile, made_up, version_three
 from runs import MODEL, by_command, refused, rows_of, write_lines
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.tokenizer import ByteTokenizer
+from dsv3_jax.data.tokenizer import ByteTokenizer, train_bpe
 from dsv3_jax.model.counting import size
 from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.runs.open_model import open_model
-from dsv3_jax.stats import ReportOptions, agreement, read_load, reading, report, tokens
+from dsv3_jax.stats import ReportOptions, agreement, others, read_load, reading, report, tokens
 from dsv3_jax.stats.page import SCRIPTS, WEB, render_page
 
 TOKENIZER, DATA = ByteTokenizer(), DataConfig(seq_len=16, batch_size=4, val_fraction=0.1)
@@ -45,6 +46,14 @@ def test_loads_of_wrong_types_are_no_rows(tmp_path):
     log = read_load(tmp_path)
     assert log.steps.tolist() == [0, 4] and log.load.tolist() == [[[1, 2]]] * 2
     assert log.bias.tolist() == [[[0, 0.5]], [[0, 1.5]]]
+
+
+def test_another_tokenizer_reads_text_and_no_chats(whole, tmp_path):
+    trained = train_bpe(["the same words " * 9], 270, str(tmp_path / "tokenizer.json"))
+    other = replace(others.open_other(str(whole.folder)), tokenizer=trained)
+    others.check_text(other, TOKENIZER, DATA)
+    with refused("has another tokenizer, and format='chat' is read by its own alone"):
+        others.check_text(other, TOKENIZER, replace(DATA, format="chat"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from scipy.optimize import linear_sum_assignment
 
-from dsv3_jax.config import replace
+from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.data.byte_tokenizer import Tokenizer
@@ -150,6 +150,19 @@ def open_other(place: str, *, kernels: str | None = None) -> Other:
     folder, step = split_step(place)
     loaded = open_model(folder, step=step, kernels=kernels)
     return Other(loaded, tokenizers.load(loaded.run.data.tokenizer), Path(folder).absolute().name)
+
+
+def check_text(other: Other, tokenizer: Tokenizer, data: DataConfig) -> None:
+    """Check that another checkpoint can read the text of a report.
+
+    Args: tokenizer: of the report; data: what it reads.
+    Raises: ValueError for chats and shards if the tokenizers differ.
+    """
+    if data.format != "text" and not tokenizer.same_ids(other.tokenizer):
+        raise ValueError(
+            f"against={other.name!r} has another tokenizer, and format={data.format!r} is read by "
+            "its own alone; name text by --paths"
+        )
 
 
 def split_step(place: str) -> tuple[str, int | None]:

@@ -21,7 +21,7 @@ from dsv3_jax.host.files import atomic_folder, check_writable, write_atomic
 from dsv3_jax.host.mirror import fetched
 from dsv3_jax.ops import routing
 from dsv3_jax.report.run_plots import routing_heatmap
-from dsv3_jax.runs.open_model import open_model
+from dsv3_jax.runs.open_model import open_model, with_paths
 from dsv3_jax.stats import flow, others
 from dsv3_jax.stats.header import make_header
 from dsv3_jax.stats.knockouts import TOKENS as WORTH_TOKENS
@@ -123,7 +123,8 @@ def report(
         options: None means the default of each.
         follow: wraps what takes long, to show progress.
     Raises: ValueError if `run` or `against` holds no run or no such checkpoint, for a model without
-        experts, unreadable text, devices or tokens out of range, and if `out` holds other files.
+        experts, unreadable text, devices or tokens out of range, if `out` holds other files, and
+        as `others.check_text`.
 
     Example:
         >>> report("runs/demo", options=ReportOptions(batches=0))
@@ -155,6 +156,9 @@ def report(
 
     # One pass over the text counts everything; the user's own text is read apart.
     tokenizer = tokenizers.load(config.data.tokenizer)
+    data = with_paths(config.data, paths) if paths else config.data
+    if other is not None:
+        others.check_text(other, tokenizer, data)
     reading = open_text(
         config.data, run, tokenizer, paths=paths, text=options.text, batches=options.batches
     )
