@@ -9,7 +9,7 @@ from flax import nnx
 from jax.experimental import topologies
 from runs import MODEL, fresh_state, make_run, refused
 
-from dsv3_jax.config import Execution, Layout
+from dsv3_jax.config import Execution, Layout, Lora
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.planning import cost as costs
@@ -149,6 +149,8 @@ def test_invalid_options_are_rejected_before_compiling(capsys):
         (dict(mesh="data=2", batch=3), "=3 rows are not divisible by mesh data=2"),
         (dict(mesh="data=2", decode_batch=3), "decode_batch=3 is not divisible by the 2 parts of"),
         (dict(context=65), "context=65 is not between 1 and the model's max_positions=64"),
+        (dict(weight_dtype="fp8"), "weight_dtype='fp8' is for weights that LoRA freezes"),
+        (dict(weight_dtype="int4", only="decode", lora=Lora(2)), "weight_dtype='int4' is for wei"),
         (dict(target="gpu:b200"), "target='gpu:b200': 'b200' is not one of h100"),
     ):
         with refused(sentence):

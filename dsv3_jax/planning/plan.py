@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from dsv3_jax.config import Execution, Lora, ModelConfig, RunConfig, replace
+from dsv3_jax.config import ConfigError, Execution, Lora, ModelConfig, RunConfig, replace
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.planning import devices
@@ -52,7 +52,8 @@ class PlanOptions:
     context: int | None = None
     """cached tokens a sequence. Default: 4,096 or max_positions"""
     weight_dtype: Literal["float32", "bfloat16", "fp8", "int4"] | None = None
-    """dtype of weights in decoding, and of those that LoRA freezes. Default: the compute dtype"""
+    """dtype of weights in decoding, and of those that LoRA freezes; fp8 and int4 for the latter
+    alone. Default: the compute dtype"""
     device: Literal["h800", "h100", "v5p", "v5e", "v6e"] | None = None
     """report whether each step fits this device, and its shortest time. Default: the target's"""
     memory: str | None = None
@@ -95,6 +96,12 @@ def jobs_of(options: PlanOptions, run: RunConfig) -> list[tuple[int, int, Callab
 
     Raises: ConfigError before anything is compiled.
     """
+    freezes = options.lora.rank > 0 and options.only != "decode"
+    if options.weight_dtype in PACKED and not freezes:
+        raise ConfigError(
+            f"weight_dtype={options.weight_dtype!r} is for weights that LoRA freezes in training; "
+            "give --lora.rank, or bfloat16"
+        )
     sizes = {
         step: parse_mesh(options.mesh)
         for step in ("train", "decode")
