@@ -45,7 +45,7 @@ FIELDS = [
     (model, "num_dense_layers num_shared_experts mtp_depth", (-1, 1.0, True, "1")),
     (model, "capacity_factor norm_eps init_std", (0.0, float("nan"), float("inf"), "small")),
     (DataConfig, "seq_len", (1,)),
-    (DataConfig, "paths", (("a", 3), "a")),
+    (DataConfig, "paths", (("a", 3), "a", ("a", ""))),
     (DataConfig, "tokenizer", ("a\x1b[2J",)),
     (OptimConfig, "learning_rate qk_clip", (0.0, -1.0)),
     (Execution, "kernels", ("", "auto,", "auto,xla", "=xla", "optimizer=", "optimizer=xla=cpu")),

@@ -154,7 +154,7 @@ def test_the_command_makes_a_run_to_start_from(dense_run, tmp_path):
     assert code == 0 and sentence in said.replace("\n", " ")
     made, dense = load_run(out), load_run(dense_run)
     assert_bitwise(arrays_of(made.model), arrays_of(upcycle(dense.model, how)))
-    run = on_weights(make_run(""), open_start(str(out)))
+    run = on_weights(make_run("unread"), open_start(str(out)))
     assert made.step == 0 and run.model == made.run.model and run.data == dense.run.data
 
     ds.hf.convert(dense_run, tmp_path / "released", quiet=True)

@@ -62,13 +62,13 @@ RECIPE = dict(eval_every=4, steps=4, save_every=2)
 
 def run_from(other: str, **model):
     """A run of four steps that begins with the other's weights."""
-    run = on_weights(make_run("", **RECIPE), starts.open_run(other))
+    run = on_weights(make_run("unread", **RECIPE), starts.open_run(other))
     return replace(run, model=replace(run.model, **LONGER | model))
 
 
 def run_on(trunk: str, **model):
     """A run of four steps of Medusa's heads, which compile fastest, and what `model` changes."""
-    run = on_trunk(make_run("", **RECIPE), starts.open_run(trunk))
+    run = on_trunk(make_run("unread", **RECIPE), starts.open_run(trunk))
     return replace(run, model=replace(run.model, **{"mtp_kind": "medusa", "mtp_depth": 2, **model}))
 
 

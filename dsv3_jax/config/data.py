@@ -85,6 +85,7 @@ class DataConfig:
                 f"{name}={value!r} is for format={either}, not {self.format!r}",
             )
         self.weights()  # refuses a mixture that is none
+        require("" not in self.paths, f"paths={self.paths} has an empty path; name the file")
         require(
             self.format != "shards" or len(self.paths) == 1,
             f"paths={self.paths} is not one folder of shards; name what `dsv3 data tokenize` wrote",
