@@ -90,6 +90,7 @@ BAD = {
 GOOD = {
     **{f"help of {command}": f"{command} --help" for command in (*COMMANDS, "runs", "data")},
     "long help": "train tiny --help-verbose",
+    **{f"long {command}": f"{command} --help-verbose" for command in ("train sft", "generate")},
     "help": "--help",
     "info": "info v3",
     "changed info": "info v3 --mtp-depth 0 --execution.compute-dtype float32",
@@ -157,6 +158,7 @@ def test_a_help_text_fits_two_screens(answers):
         assert (code, err) == (0, "")
         rows = sum(max(1, -(-len(line) // 100)) for line in out.splitlines())
         assert 5 < rows <= 48, command
+    assert answers["long train sft"][:1] == answers["long generate"][:1] == (0,)
     verbose, out = answers["long help"][1], answers["help of train"][1]
     assert "--optim.learning-rate" in verbose and "  learning-rate=0.003" in out
     assert "--model.qk-norm" in verbose and "  no-qk-norm" in out

@@ -20,6 +20,8 @@ from dsv3_jax.report.units import printable
 
 # Options
 
+HELPS = {"-h", "--help", "--help-verbose"}
+
 
 def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any:
     """Make an options dataclass from arguments; tyro ends the process for --help.
@@ -39,8 +41,8 @@ def parse(kind: type, argv: list[str], command: str, default: Any = None) -> Any
     if default is not None and {"-h", "--help"} & set(argv):
         _short_help(kind, command, default)
     how = {"prog": f"dsv3 {command}", "default": default, "compact_help": default is not None}
-    if {"-h", "--help", "--help-verbose"} & set(argv):
-        return tyro.cli(kind, args=argv, **how)
+    if HELPS & set(argv):
+        return tyro.cli(kind, args=argv if default is not None else ["--help"], **how)
     with one_sentence(names):
         return tyro.cli(kind, args=argv, **how)
 
@@ -122,7 +124,7 @@ def named_preset(
         ('TINY', ['--steps', '9'])
     """
     if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
+        if HELPS & set(argv):
             return find("tiny"), argv
         raise ValueError(f"argument PRESET is missing: name one first, as in: dsv3 {command} tiny")
     return find(argv[0]), argv[1:]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dsv3_jax.cli.common import (
+    HELPS,
     all_devices,
     devices_here,
     fail,
@@ -121,7 +122,7 @@ def options(argv: list[str]) -> Train:
 
         opened = open_start(start, value_of(rest, "--out"))
         run = on_weights(run, opened)
-    elif argv[0] in NEEDS_START and not {"-h", "--help"} & set(rest):
+    elif argv[0] in NEEDS_START and not HELPS & set(rest):
         raise ValueError(
             f"preset {argv[0]!r} fine-tunes a model: name a run or a released model by --start "
             "MODEL"
