@@ -200,7 +200,7 @@ def test_a_runs_file_is_a_recipe(train, whole):
     run = read_run(whole.folder)
     for place in (whole.folder, whole.folder / "run.json"):
         words = ["--config", str(place), "--out", "new"]
-        assert train.options(words).run == run
+        assert train.options(words).run == train.options([*words, "--start", "None"]).run == run
         changed = train.options([*words, "--lr", "0.5", "steps=3"]).run
         assert changed == replace(run, steps=3, optim=replace(run.optim, learning_rate=0.5))
 

@@ -133,7 +133,7 @@ def named_preset(
 def value_of(argv: list[str], option: str) -> str | None:
     """An option's value before parsing, because the parser's defaults depend on it.
 
-    The last one counts, as for the parser.
+    The last one counts, and None is none, as for the parser.
 
     Example:
         >>> value_of(["tiny", "--steps", "3", "--mesh", "data=2", "--steps=9"], "--steps")
@@ -143,7 +143,7 @@ def value_of(argv: list[str], option: str) -> str | None:
     for word, after in itertools.pairwise([*argv, ""]):
         if word == option or word.startswith(option + "="):
             value = word.removeprefix(option).removeprefix("=") or after
-    return value
+    return None if value == "None" else value
 
 
 def with_variables(argv: list[str], option: str) -> list[str]:
