@@ -45,6 +45,13 @@ def test_a_mesh_gives_the_tokens_of_one_device():
         generate(model_of(mesh), PROMPTS[:1], NEW, draft=model_of())
 
 
+def test_two_sequences_on_four_devices_have_the_tokens_of_one_device():
+    """They are sharded by "data" alone, and "tensor" shards the vocabulary."""
+    mesh, cfg = sharding.make_mesh(2, 2, 2), replace(CFG, num_layers=2, mtp_depth=0)
+    want, got = (generate(model_of(at, cfg), PROMPTS[:2], NEW).tokens for at in (None, mesh))
+    assert got == want and len({token for row in got for token in row}) > 2
+
+
 @pytest.mark.rare
 def test_layers_that_are_gathered_give_the_tokens_of_one_device():
     """Three sequences do not divide evenly over two devices."""

@@ -338,7 +338,7 @@ def shard_map_over_batch(f: Callable, replicated: Sequence, *batched: Any) -> An
     # Sums leave with no axis, as they are alike on all devices; rows leave as they came.
     in_specs = (P(),) * len(replicated) + (P(*shards),) * len(batched)
     out_specs = (P(), P(*shards))
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS))
     return mapped(*replicated, *batched)
 
 
