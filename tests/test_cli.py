@@ -76,6 +76,8 @@ BAD = {
     "stats {run} --devices 3 --out {new}": "devices=3 does not divide the 8 experts",
     "stats {run} --tokens rows.parquet": "tokens='rows.parquet' does not end in .npz",
     "generate {run} --samples 2": "samples=2 is for --prompts FILE.jsonl --out OUT.jsonl",
+    "generate {run} --batch-size 8": "batch_size=8 is for --prompts FILE.jsonl --out OUT.jsonl",
+    "generate {run} --draft-length 2": "draft_length=2 is for --draft mtp, lookup or a folder",
     "generate {run} --prompts {one}": "prompts and out go together",
     "generate {run} --prompts {one} --out {one}": "'{one}' exists; delete it, or name another file",
     "generate {text}": "folder='{text}' is neither a run (no run.json) nor released",

@@ -78,8 +78,9 @@ def run(argv: list[str]) -> int:
     args = parse(Generate, argv, "generate")
     if args.prompts is not None or args.out is not None:
         return write_texts(args)
-    if args.samples != 1:
-        raise ValueError(f"samples={args.samples} is for --prompts FILE.jsonl --out OUT.jsonl")
+    for name in ("samples", "batch_size"):
+        if (value := getattr(args, name)) != getattr(Generate, name):
+            raise ValueError(f"{name}={value} is for --prompts FILE.jsonl --out OUT.jsonl")
     from dsv3_jax.decoding.generate import generate_in_parts
     from dsv3_jax.report.progress import say
     from dsv3_jax.runs.open_model import load_text
@@ -239,6 +240,9 @@ def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> A
     """Make the `DecodeConfig` of the options, with generation_config.json for what is left out."""
     from dsv3_jax.decoding.decode_config import DecodeConfig
     from dsv3_jax.decoding.generate import Sampling
+
+    if draft is None and args.draft_length > 1:
+        raise ValueError(f"draft_length={args.draft_length} is for --draft mtp, lookup or a folder")
 
     # An option comes before the folder's file, and that before the defaults here.
     usual = text.sampling or {"temperature": TEMPERATURE, "top_p": TOP_P}
