@@ -240,6 +240,7 @@ def test_a_request_is_refused(light, asked, sentence):
 def test_arrays_and_requests_up_to_the_last_position_are_taken():
     config = plain.DecodeConfig(100, stop_tokens=np.array([UNUSED]))
     config.check(CFG, [np.array([1, 2]), (3,), range(4), [1] * 28])
+    replace(config, stop_tokens=jnp.array([UNUSED])).check(CFG, jnp.array([[1, 2], [3, 4]]))
     assert config.stop_tokens == (UNUSED,)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import jax
 import numpy as np
 
 from dsv3_jax.config import CacheKind, ModelConfig
@@ -94,7 +95,7 @@ class DecodeConfig:
             raise ValueError(
                 f"samples={self.samples} would be equal texts at temperature 0; raise temperature"
             )
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        object.__setattr__(self, "stop_tokens", tuple(_numbers(self.stop_tokens)))
 
     @property
     def num_drafts(self) -> int:
@@ -207,7 +208,7 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, may_be_empty: bool = F
         )
     if not len(tokens) and not may_be_empty:
         raise ValueError(f"{name} is empty; give at least one token")
-    for token in tokens:
+    for token in _numbers(tokens):
         whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
         if not whole or not 0 <= token < vocab_size:
             raise ValueError(
@@ -221,6 +222,11 @@ def _is_int(value: Any, least: int) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(tokens: Any) -> Any:
+    """Tokens one by one: those of a JAX array would be arrays themselves."""
+    return np.asarray(tokens) if isinstance(tokens, jax.Array) else tokens
 
 
 def _is_list(value: Any) -> bool:
