@@ -172,6 +172,10 @@ def test_tools_are_those_of_training(talker, tmp_path, monkeypatch):
     (other / "chat_template.jinja").write_text(V3)  # it has no tools
     file.write_text(json.dumps(tools))
     assert by_command("chat", other, "--tools", file)[0] == 2
+    asked = write_lines(tmp_path / "asked.jsonl", [{"messages": [USER], "tools": tools}])
+    words = ("generate", other, "--prompts", asked, "--out", tmp_path / "out.jsonl")
+    code, _, err = by_command(*words)
+    assert code == 2 and "line 1: tools are for a chat template that reads them" in err
 
 
 @pytest.mark.long

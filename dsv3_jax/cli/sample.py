@@ -74,9 +74,11 @@ def read_prompts(
     as `dsv3 chat` does; an assistant's turn at their end is left out.
 
     Args: text: the model's `TextSettings`; raw: as of `TextSettings.encode`, for texts alone.
-    Raises: ValueError with the number of a line that is no such object.
+    Raises: ValueError with the number of a line that is no such object, or has tools that the
+        template does not read.
     """
     from dsv3_jax.chat.examples import asked_ids, located
+    from dsv3_jax.chat.messages import read_tools
 
     record = None
     for location, record in json_lines(path, MAX_LINE):
@@ -97,6 +99,11 @@ def read_prompts(
                 f"{location}: key {min(taken)!r} is one that the output adds; rename it"
             )
         with located(location):
+            tools = None if is_text else read_tools(record.get("tools"))
+            if tools and not text.chat.reads_tools:
+                raise ValueError(
+                    "tools are for a chat template that reads them, and this one does not"
+                )
             ids = text.encode(prompt, raw=raw) if is_text else asked_ids(record, text)
         yield record, ids or []
     if record is None:
