@@ -135,9 +135,16 @@ def test_kimis_special_tokens(tiktoken, tmp_path):
     assert tok.load(str(folder / "tiktoken.model")).vocab_size == BASE + 301
     with refused("has no fill-in-the-middle"):
         _ = tiktoken.fim_ids
-    for lines in (b"YQ== 0\nYg==\n", b"!! 0\n", b"YQ== 0\nYg== 2\n"):
+    good = tiktoken_lines()
+    twice = good.replace(b" 255\n", b" 254\n")
+    for lines in (b"YQ== 0\nYg==\n", b"!! 0\n", twice, b"", b"YQ== 0\nYg== 1\n"):
         (folder / "tiktoken.model").write_bytes(lines)
         with refused(r"tiktoken\.model' .*cannot be read"):
+            tok.load(str(folder))
+    (folder / "tiktoken.model").write_bytes(good)
+    for name in (5, None, ["[EOS]"]):
+        kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 1): {"content": name}})
+        with refused(r"tokenizer_config\.json has content=.* not the name of a token"):
             tok.load(str(folder))
 
 

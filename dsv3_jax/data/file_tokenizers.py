@@ -190,6 +190,15 @@ class TiktokenTokenizer(Tokenizer):
 
         # Specials follow the ranks: those that are named, and the others of the block.
         base = len(ranks)
+        if wrong := [name for name in names.values() if not isinstance(name, str)]:
+            raise ValueError(
+                f"{file.parent / CONFIG_FILE} has content={wrong[0]!r:.80} in "
+                "added_tokens_decoder, which is not the name of a token"
+            )
+        if absent := [i for i in range(256) if bytes([i]) not in ranks]:
+            raise ValueError(
+                f"tokenizer={str(file)!r} cannot be read: it lacks the byte {absent[0]}"
+            )
         end = max([base + 256, *(i + 1 for i in names)])
         specials = {
             names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, min(end, MAX_IDS))
