@@ -200,6 +200,24 @@ def test_convert_between_dtypes(good, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("where", ["wrapper", "text_config"])
+def test_a_wrappers_ids_and_dtype_stay_wherever_they_are(folder, tmp_path, where):
+    """As a run that is written back, and in another dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    ids = {"bos_token_id": 5, "eos_token_id": [256, 7]}
+    inner = {k: v for k, v in config.items() if k not in {*ids, "torch_dtype"}}
+    outer = {"model_type": "kimi_k25", "text_config": inner}
+    (outer if where == "wrapper" else inner).update(ids | {"dtype": "bfloat16"})
+    tensor_files.write_json(folder / "config.json", outer)
+    hf.convert(folder, tmp_path / "run")
+    hf.convert(tmp_path / "run", tmp_path / "back")
+    hf.convert(folder, tmp_path / "half", dtype="bfloat16")
+    for name in ("back", "half"):
+        found = json.loads((tmp_path / name / "config.json").read_text())
+        assert ids | {"torch_dtype": "bfloat16"} == {k: found[k] for k in (*ids, "torch_dtype")}
+    assert load_text(folder).stop_ids == load_text(tmp_path / "run").stop_ids == (256, 7)
+
+
 def test_a_setting_that_a_released_folder_cannot_hold_is_named(tmp_path, capsys):
     """By `save` and by `convert`; nothing is said of a model whose folder computes the same."""
     cfg = small(num_layers=1, vocab_size=260, **INDEXED | {"index_dim": 32})

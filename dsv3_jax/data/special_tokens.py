@@ -57,7 +57,10 @@ def end_ids(folder: Path, name: str, key: str = "eos_token_id") -> list[int]:
 
     Raises: ValueError when it is neither an id nor a list of ids.
     """
-    value = read_object(folder / name).get(key)
+    values = read_object(folder / name)
+    inner = values.get("text_config")  # a wrapper's, of its language model
+    value = inner.get(key) if isinstance(inner, dict) else None
+    value = values.get(key) if value is None else value
     if value is None:
         return []
     ids = value if isinstance(value, list) else [value]

@@ -58,6 +58,10 @@ FAMILIES: dict[str, Family] = {
     "youtu_llm": _YOUTU,
 }
 WRAPPERS = ("kimi_k25",)  # labels whose language model is described by their `text_config`
+# keys of the language model that a wrapper may have in place of its `text_config`
+_OF_THE_WRAPPER = frozenset(
+    "quantization_config dtype torch_dtype bos_token_id eos_token_id".split()
+)
 
 # Keys that change no number that this package computes.
 HARMLESS = frozenset(
@@ -108,10 +112,11 @@ def text_config(values: dict[str, Any]) -> dict[str, Any]:
             f"model_type={values['model_type']!r} needs the object text_config, not {inner!r}"
         )
 
-    # The wrapper alone may have two keys of the language model.
+    # The wrapper alone may have some keys of the language model.
     inner = {"model_type": "deepseek_v3"} | inner
-    if "quantization_config" in values:
-        inner.setdefault("quantization_config", values["quantization_config"])
+    for key in _OF_THE_WRAPPER & values.keys():
+        if inner.get(key) is None:
+            inner[key] = values[key]
     if "tie_word_embeddings" in values:  # the head is the wrapper's
         inner["tie_word_embeddings"] = values["tie_word_embeddings"]
     return inner

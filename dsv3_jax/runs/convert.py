@@ -170,7 +170,7 @@ def _released_to_dtype(folder: ReleasedFolder, out: Path, dtype: DType, quiet: b
     # The files of text are copied as they are, once they are found to fit the model.
     for key in ("bos_token_id", "eos_token_id"):
         end_ids(folder.path, tensor_files.CONFIG, key)  # refuses what is no id
-        config[key] = folder.config.get(key)
+        config[key] = text_config(folder.config).get(key)
     texts = {name: read_bytes(file) for name, file in text_files(folder.path).items()}
     texts |= card_of_folder(folder.path)
     if TOKENIZER_FILE in texts or (TIKTOKEN_FILE in texts and find_spec("tiktoken")):
