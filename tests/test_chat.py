@@ -20,6 +20,7 @@ from texts import (
     Clock,
     message,
     settings_of,
+    tiktoken_lines,
     write_text_files,
 )
 
@@ -252,8 +253,22 @@ def test_a_run_reads_text_as_it_was_trained(tmp_path):
     text = load_text(tmp_path / "run")
     assert text.encode("<eos>") == text.encode("<eos>", raw=True) == list(b"<eos>")
     assert text.stop_ids == (256,) and text.sampling == {}
+
     folder = write_text_files(tmp_path / "glm", TEXTS["GLM"])
     run = make_run(str(tmp_path))
     claim(tmp_path / "tuned", replace(run, data=replace(run.data, tokenizer=str(folder))))
     copy_to_run(folder, tmp_path / "tuned")
     assert load_text(tmp_path / "tuned").stop_ids == load_text(folder).stop_ids
+
+    # Nor with Kimi's tokenizer, whose names are in a file of released folders.
+    pytest.importorskip("tiktoken")
+    lines = tiktoken_lines()
+    added = {str(lines.count(b"\n")): {"content": "[EOS]"}}
+    kimi = tmp_path / "kimi" / "tiktoken.model"
+    kimi.parent.mkdir()
+    kimi.write_bytes(lines)
+    names = {"added_tokens_decoder": added, "bos_token": "[EOS]", "eos_token": "[EOS]"}
+    write_json(kimi.with_name("tokenizer_config.json"), names | {"add_bos_token": True})
+    claim(tmp_path / "own", replace(run, data=replace(run.data, tokenizer=str(kimi))))
+    text = load_text(tmp_path / "own")
+    assert text.encode("[EOS]") == text.tokenizer.encode("[EOS]")

@@ -176,16 +176,21 @@ def variables_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def read_settings(
-    folder: str | Path, tokenizer: str | None = None, words: Sequence[str] = ()
+    folder: str | Path,
+    tokenizer: str | None = None,
+    words: Sequence[str] = (),
+    *,
+    documents: bool = False,
 ) -> TextSettings:
     """Read the text settings of a released folder or a run.
 
     Args: tokenizer: of a run, as `DataConfig.tokenizer`. None means a released folder, which has
-        its own; words: as of `variables_of`.
+        its own; words: as of `variables_of`; documents: it is a run that was trained on documents.
     Raises: ValueError when the tokenizer is absent or cannot be read, or another file is damaged.
     """
     folder = Path(folder)
-    released = tokenizer is None or (folder / CONFIG_FILE).is_file()
+    # Kimi's tokenizer has that file beside it in a run on documents, too.
+    released = tokenizer is None or ((folder / CONFIG_FILE).is_file() and not documents)
     text = _read(folder, tokenizers.load(tokenizer or str(folder)), released=released)
     return replace(text, variables=variables_of(words))
 

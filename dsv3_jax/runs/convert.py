@@ -30,7 +30,7 @@ from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.model.upcycle import Upcycling, upcycle
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
-from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, check_place, claim
+from dsv3_jax.runs.folder import ORIGIN, RUN_FILE, TOKENIZER_FILE, check_place, claim
 from dsv3_jax.runs.open_model import (
     check_text,
     find_released,
@@ -41,7 +41,6 @@ from dsv3_jax.runs.open_model import (
 from dsv3_jax.training.optim import AdamState
 from dsv3_jax.training.state import TrainState
 
-ORIGIN = "released_config.json"  # in a run: config.json of the released folder that it was made of
 DType = Literal["float32", "bfloat16", "fp8"]
 
 

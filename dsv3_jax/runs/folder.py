@@ -34,6 +34,7 @@ from dsv3_jax.ops.balance import RULES
 from dsv3_jax.ops.routing import ROUTERS
 
 RUN_FILE, TOKENIZER_FILE = "run.json", "tokenizer.json"
+ORIGIN = "released_config.json"  # in a run: config.json of the released folder that it was made of
 # files that training writes
 REPLACED = (RUN_FILE, "metrics.jsonl", "load.jsonl", "training.png", "routing.png")
 # of run folders: raised when parameters or data positions change so that older ones cannot be read

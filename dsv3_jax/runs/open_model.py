@@ -27,7 +27,7 @@ from dsv3_jax.host.mirror import fetched
 from dsv3_jax.kernels.choose import platform_of
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.checkpoint import Loaded, load_run
-from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, read_run
+from dsv3_jax.runs.folder import ORIGIN, RUN_FILE, TOKENIZER_FILE, read_run
 
 RECORDS = (".json", ".jsonl", ".parquet")  # ends of names of files of chats
 SEQ_LEN = 256  # tokens of a row of text that a released model is measured on, at most
@@ -199,8 +199,13 @@ def load_text(folder: str | Path) -> TextSettings:
 
     # A run names its tokenizer in run.json, and the template's variables that it trained with.
     if is_run:
-        data = read_run(place).data
-        return text_settings.read_settings(place, data.tokenizer, data.template)
+        run = read_run(place)
+        data = run.data
+        made_here = run.start or run.trunk or not (place / ORIGIN).exists()
+        documents = data.format != "chat" and bool(made_here)
+        return text_settings.read_settings(
+            place, data.tokenizer, data.template, documents=documents
+        )
     if not names.keys() & {TOKENIZER_FILE, TIKTOKEN_FILE}:
         raise ValueError(
             f"{place} has no tokenizer: neither {TOKENIZER_FILE} nor {TIKTOKEN_FILE} is in it"
