@@ -82,6 +82,7 @@ BAD = {
     "generate {run} --prompts {one} --out {one}": "'{one}' exists; delete it, or name another file",
     "generate {text}": "folder='{text}' is neither a run (no run.json) nor released",
     "chat {run}": "{run} has no chat template",
+    "data tokenize {one} --format chat --start {run} --tokenizer {words} --out {new}": "choose one",
     "data tokenize --out {new}": "argument PATHS is missing",
     "convert {run} {text}": "{text} exists and is not an empty folder",
     "convert {run} {new} --parts 2": "parts=2 is for a mixture; give --experts too",

@@ -76,6 +76,10 @@ def _chat_encoder(args: Tokenize) -> Encoder:
         raise ValueError(
             "format='chat' needs a template; name a model by --start, or give --chat-template plain"
         )
+    if args.start is not None and args.tokenizer != "bytes":
+        raise ValueError(
+            f"tokenizer={args.tokenizer!r} and start={args.start!r} bring one each; choose one"
+        )
     text = plain_settings(args.tokenizer) if args.start is None else load_text(args.start)
     text = with_template(text, args.chat_template, args.template)
 
