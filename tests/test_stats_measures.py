@@ -21,7 +21,7 @@ from dsv3_jax.stats import (
 )
 from dsv3_jax.stats.bits import WIDE
 from dsv3_jax.stats.page import findings
-from dsv3_jax.stats.token_rows import TokenRows, rows_of
+from dsv3_jax.stats.token_rows import TokenRows, first_rows, rows_of
 
 E, K, N = 6, 2, 400
 
@@ -131,6 +131,8 @@ def test_matched_experts_share_the_most_choices(rng):
     assert of_match == np.max(of_one, axis=1).tolist()
     np.testing.assert_allclose(agreement(rows, others), np.trace(shared, axis1=1, axis2=2) / total)
     assert np.abs(found.shared - found.by_chance).max() < 0.05  # these two are unrelated
+    fewer = match_experts(rows, first_rows(others, 9), 5)  # it has more layers, so fewer rows
+    assert fewer.shared.tolist() == match_experts(first_rows(rows, 9), others, 5).shared.tolist()
     order = rng.permutation(5)
     renamed = match_experts(rows, rows._replace(expert_ids=order[rows.expert_ids]), 5)
     assert renamed.match.tolist() == [order.tolist()] * 2 and renamed.shared.tolist() == [1, 1]

@@ -55,8 +55,8 @@ def agreement(rows: TokenRows, earlier: TokenRows) -> Float64[np.ndarray, " L"]:
 def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed: int = 0) -> Match:
     """Match experts by the tokens they share: exactly the matching with the most shared choices.
 
-    Args: others: the rows of another model with as many layers and experts, of the same tokens;
-        seed: of the shuffles.
+    Args: others: the rows of another model with as many layers and experts, of the same tokens, or
+        of the first of them; seed: of the shuffles.
 
     Example:
         >>> from dsv3_jax.stats.token_rows import rows_of
@@ -66,6 +66,10 @@ def match_experts(rows: TokenRows, others: TokenRows, num_experts: int, *, seed:
         >>> found.match.tolist(), found.shared.tolist()
         ([[1, 0]], [1.0])
     """
+    # A model of more layers keeps fewer rows of a long text.
+    kept = min(len(rows.token), len(others.token))
+    rows, others = first_rows(rows, kept), first_rows(others, kept)
+
     rng = np.random.default_rng(seed)
     found = []
     for counted, ids, other in zip(rows.counted, rows.expert_ids, others.expert_ids, strict=True):
