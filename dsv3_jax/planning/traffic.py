@@ -210,12 +210,17 @@ def first_group(attributes: str, num_devices: int) -> list[int]:
         [0, 2]
         >>> first_group("replica_groups={}", 4)
         [0, 1, 2, 3]
+        >>> first_group("source_target_pairs={{0,0},{1,2},{2,1},{3,3}}", 4)
+        [1, 2]
     """
+    # Pairs of a sender and a receiver, which may be one device: then nothing is sent.
+    if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+        pairs = [[int(i) for i in pair.split(",")] for pair in re.findall(r"\d+,\d+", match[1])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), [0])
+
     # All groups listed; or all devices in one.
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return [int(i) for i in match[1].split(",")]
-    if "source_target_pairs={}" in attributes:
-        return [0]
     if "replica_groups={}" in attributes or "replica_groups" not in attributes:
         return list(range(num_devices))
 
