@@ -100,6 +100,8 @@ def test_a_mixture_follows_its_weights_and_repeats_nothing_within_a_pass(shards)
         different = {(row["tokens"].tobytes(), row["documents"].tobytes()) for row in own}
         assert len(different) == len(own)
     assert open_shards(config(shards, temperature=1e9), BYTES).weights == pytest.approx([1 / 3] * 3)
+    cold = open_shards(config(shards, mixture=mixture, temperature=1e-3), BYTES)  # 4^-1000 is 0
+    assert cold.weights == (1.0,) and next(cold.train_batches())["domains"].max() == 0
 
 
 TEXT = work.encoder_of(Tokenize((), Path("unused")))

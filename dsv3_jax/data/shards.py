@@ -180,12 +180,11 @@ def proportions(sizes: dict[str, int], cfg: DataConfig) -> dict[str, float]:
                 f"mixture={cfg.mixture} names domain {name!r}, and the shards have {known}"
             )
 
-    # Relative to the largest weight, so that no power overflows at a low temperature.
+    # Relative to the largest weight, so that no power overflows at a low temperature. One that
+    # underflows to 0 is left out, as a weight of 0 is.
     most = max(weights.values())
-    scaled = {
-        name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items() if weight
-    }
-    return {name: weight / sum(scaled.values()) for name, weight in scaled.items()}
+    scaled = {name: (weight / most) ** (1 / cfg.temperature) for name, weight in weights.items()}
+    return {name: weight / sum(scaled.values()) for name, weight in scaled.items() if weight}
 
 
 def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
