@@ -81,7 +81,7 @@ def _measure(args: Eval) -> int:
     console = text_console()
     console.print(f"step {step}")
     for name, value in measures.items():
-        if name != "load":
+        if name != "load" and value != []:  # no heads, no drafts
             console.print(f"{name:25s} {_format(value)}")
 
     # The same text once more for each dtype of a cache.
