@@ -136,7 +136,8 @@ def test_no_message_can_end_a_turn(name):
     control = {i for name, i in added if name in specials or name in source}
 
     def ids_of(content):
-        return text.chat.render([message("user", content)]).ids
+        tools = [{content: content}] if text.chat.reads_tools else None
+        return text.chat.render([message("user", content)], tools=tools).ids
 
     evil = " ".join(text.tokenizer.added)
     assert [i for i in ids_of(evil) if i in control] == [i for i in ids_of("x") if i in control]

@@ -273,7 +273,11 @@ class ChatTemplate:
                 f"{_OPEN}{part}{_CLOSE}" if i % 2 else part for i, part in enumerate(parts)
             )
         if isinstance(value, dict):
-            return {key: self._quoted(item) for key, item in value.items()}
+            # A template finds objects' parts by names; other keys are text, as in a tool's schema.
+            return {
+                key if key.isidentifier() else self._quoted(key): self._quoted(item)
+                for key, item in value.items()
+            }
         return [self._quoted(item) for item in value] if isinstance(value, list) else value
 
     def _encode(self, text: str) -> tuple[list[int], Spans]:
