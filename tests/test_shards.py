@@ -171,6 +171,8 @@ def test_changed_text_has_no_manifest_until_all_of_it_is_written(folder, tmp_pat
 
 def test_shards_of_other_settings_or_another_process_are_refused(folder):
     job = job_of(folder, "others")
+    with refused("/absent' does not exist"):  # which can be mended in the same folder
+        tokenize(replace(job, paths=(f"{folder}/absent",)))
     tokenize(job)
     with refused(f"row_tokens=64 is not what .*{SETTINGS} has"):
         tokenize(replace(job, row_tokens=64))

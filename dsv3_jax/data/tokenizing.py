@@ -174,16 +174,20 @@ def _summary(shards: list[dict[str, Any]], seconds: float) -> str:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new folder, or compare with those that are there.
+    """Write the settings into a folder without shards, or compare with those that are there.
 
     Raises: ValueError when they differ, or the folder holds something else.
     """
     file = out / SETTINGS
     for path in out.glob(f".*{PART}"):  # of a killed process
         path.unlink()
-    if not file.is_file():
-        if any(path.name != LOCK for path in out.iterdir()):
-            raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
+    is_there = file.is_file()
+    if not is_there and any(path.name != LOCK for path in out.iterdir()):
+        raise ValueError(f"out={str(out)!r} holds other files; choose an empty folder")
+
+    # Before a shard is complete, nothing depends on them: a wrong path or number can be mended.
+    begun = any(out.glob("shard-*.json"))
+    if not is_there or (not begun and read_json(file).keys() == settings.keys()):
         write_atomic(file, json.dumps(settings, indent=1))
     if difference := first_difference(read_json(file), settings):
         raise ValueError(
