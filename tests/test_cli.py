@@ -58,6 +58,7 @@ BAD = {
     "runs chek {run}": "subcommand 'chek' is not one of list, check; did you mean 'check'?",
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
     "CUDA train tiny --out {new} --execution.kernels cpu": "'cpu' is not available on cuda in",
+    "demo --out {text}": "out='{text}' holds other files and no run.json",
     "plan tiny --memory 80": "memory='80'",
     "train sft --out {new}": "preset 'sft' fine-tunes a model",
     "train sft --start {run} --out {new}": "has no chat template; train with one, --data",

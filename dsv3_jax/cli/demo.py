@@ -55,11 +55,14 @@ def run(argv: list[str]) -> int:
     from dsv3_jax.data.corpus import load_corpus
     from dsv3_jax.report.progress import text_console
     from dsv3_jax.runs.checkpoint import load_run
-    from dsv3_jax.runs.folder import TOKENIZER_FILE
+    from dsv3_jax.runs.folder import RUN_FILE, TOKENIZER_FILE, refuse_other_files
     from dsv3_jax.runs.loop import fit
     from dsv3_jax.runs.open_model import load_text
     from dsv3_jax.scores.made import write_tasks
     from dsv3_jax.scores.score import score_tasks
+
+    if not (out / RUN_FILE).exists():
+        refuse_other_files(out)
 
     # The vocabulary is trained on the text that the model learns.
     console = text_console()

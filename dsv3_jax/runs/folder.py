@@ -162,7 +162,7 @@ def claim(
         return settled(run, folder)
 
     # A new one keeps its tokenizer. run.json comes last: with it the folder is a run.
-    _refuse_other_files(folder)
+    refuse_other_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if run.data.tokenizer != "bytes":
         tokenizer.keep_copy(run.data.tokenizer, folder, words)
@@ -193,7 +193,7 @@ def _refuse_links(folder: Path) -> None:
         )
 
 
-def _refuse_other_files(folder: Path) -> None:
+def refuse_other_files(folder: Path) -> None:
     """Check that a new run's folder is empty, but for its tokenizer. Raises: ValueError."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={str(folder)!r} is a file, not a folder for a run")
