@@ -30,9 +30,11 @@ class Info:
 
 
 def run(argv: list[str]) -> int:
-    """Print the list."""
+    """Print the list. Raises: ValueError for two lists."""
     run, rest = named_preset(argv, "info", recipe_with_model)
     args = parse(Info, rest, "info PRESET", default=Info(run.model, run.execution))
+    if args.kernels and args.check:
+        raise ValueError("kernels and check are two lists; choose one")
     if args.kernels:
         print(*describe_kernels(args.execution), sep="\n")
         return 0

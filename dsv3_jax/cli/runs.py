@@ -96,8 +96,7 @@ def list_runs(argv: list[str]) -> int:
     args = parse(List, argv, "runs list")
     if not args.folder.is_dir():
         raise ValueError(
-            f"folder={str(args.folder)!r} does not exist; name a folder with runs: dsv3 runs list "
-            "FOLDER"
+            f"folder={str(args.folder)!r} is no folder; name one with runs: dsv3 runs list FOLDER"
         )
     # A run that cannot be read is named on stderr, and the others are listed.
     found = [line for folder in _run_folders(args.folder) if (line := _line(folder)) is not None]

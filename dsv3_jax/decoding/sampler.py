@@ -104,8 +104,9 @@ class OpenSampler:
         cache_dtype: Any = None,
     ):
         cfg = model.cfg
-        if context is not None and context < 2:
-            raise ValueError(f"context={context} is not an int of 2 or above")
+        for name, value, least in (("rows", rows, 1), ("context", context, 2)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is not an int of {least} or above")
         self.config = config = DecodeConfig(
             max_new_tokens=1,
             cache=cache,

@@ -49,6 +49,7 @@ def evaluate(
         max_vio_global of all rows, max_vio_by_domain and max_vio_training_mix of the trunk's sparse
         layers, and max_vio_mtp of the heads. Bits a byte divide by the bytes of the target tokens;
         special tokens have none, but their cost counts.
+    Raises: ValueError without batches.
 
     Example:
         >>> import dsv3_jax as ds
@@ -60,6 +61,8 @@ def evaluate(
         >>> round(result["val_bits_per_byte"], 2)  # even odds over 260 tokens: log2 260
         8.02
     """
+    if not batches:
+        raise ValueError("batches=[] holds no held-out rows to measure")
     graphdef, state = nnx.split(model)
     layers = model.cfg.num_sparse_layers
     apart = 1 < len(domains) <= MOST_DOMAINS and layers > 0  # whether load is counted by domain
