@@ -1,8 +1,8 @@
 """DeepSeek-V3 on one page: the model and its losses, equation by equation.
 
 The page is slow and obvious: attention holds all scores at once, and every expert computes every
-token. The tests hold the fast code of this package against it. Not on the page: expert capacity
-and routing by hash.
+token. The tests hold the fast code of this package against it. Not on the page: expert capacity,
+routing by hash, and the rounding of indexers (`index_precision`).
 
 Letters: B batch, T tokens that attend, S tokens attended to, D width, H heads, N nope dim,
 R rope dim, X = N + R, V value dim, Q query latent, C key-value latent, I index heads, E experts,

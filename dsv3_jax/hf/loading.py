@@ -61,7 +61,7 @@ def load(  # noqa: PLR0913 - what to accept, each by name
         quiet: show no progress bar, and no line about what is not read. Without a terminal there is
             no bar.
         packed: with dtype None, feed-forward matrices in FP8 and 4 bits stay so, see
-            `layers.Packed`: for training beside them, not for decoding.
+            `model.parameters.Packed`: for training beside them, not for decoding.
     Raises:
         ConfigError: config.json describes another kind of model.
         ValueError: a file is absent, truncated, outside the folder, or differs from its header.

@@ -13,7 +13,7 @@ results depend on the mesh by the order of additions only.
     auto        `all_to_all` if a round of it is smaller than all the peers' tokens, else `gather`
 
 `all_to_all` is in token_exchange.py. Decoding's few tokens are always gathered. These two files
-are the only ones with hand-written collectives.
+are the only ones that send tokens by hand; elsewhere only sums (`psum`) are written out.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,6 @@ experts' weighted outputs for each token that it was sent, and one sum returns. 
 static shapes, so it sends tokens in rounds of a fixed size, until all are sent: see rounds.py.
 Where several nodes are along the axis, it is used twice: between nodes, and inside each of them.
 
-This file and expert_parallel.py are the only ones with hand-written collectives.
-
 Letters, beside those of reference.py: n tokens of a device, P peers, s slots of a round.
 """
 
@@ -165,7 +163,7 @@ def exchange(
     cfg: ModelConfig,
     layout: Layout,
 ) -> tuple[Float[Array, "n D"], tuple[Float[Array, ""], ...]]:
-    """Run `Kernels.grouped_swiglu` on this device's tokens and all experts, inside `shard_map`.
+    """Run the op "grouped_swiglu" on this device's tokens and all experts, inside `shard_map`.
 
     With `layout.expert_nodes` a token goes first to the device with this one's number in each node
     that has one of its experts. That device sends it to the devices of its node, and adds up what

@@ -150,7 +150,7 @@ class MLA(Attention):
     """Multi-head latent attention.
 
     c_q = norm(x W_dq), q = c_q W_uq;  [c_kv, k_rope] = x W_dkv, c_kv = norm(c_kv);
-    k = c_kv W_uk, v = c_kv W_uv.
+    k = [c_kv W_ukᵀ, k_rope], v = c_kv W_uvᵀ, with W_uk [H, N, C] and W_uv [H, V, C].
     With a latent cache, W_uk is absorbed into the queries and W_uv into the output, see
     `ops/mla.py`.
     Source: DeepSeek-V2 report, section 2.1.

@@ -47,7 +47,7 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> LayerResult:
-        """Training, prefill or decoding, by the context.
+        """Run the block: for training, prefill or decoding, by the context.
 
         Returns: (x, the context for the next layer, metrics).
         """

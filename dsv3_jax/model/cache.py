@@ -203,7 +203,8 @@ def _as_stored(x: Array, like: Stored) -> Stored:
 def pick_kind(cfg: ModelConfig, kind: Any) -> CacheKind:
     """Choose the cache of a model. None means the smallest that the model can use.
 
-    Raises: ValueError for another kind, or a latent cache of a model that has no latent.
+    Raises: ValueError for another kind, or a latent cache of a model whose attention has no latent,
+        unlike mla and dsa.
 
     Example:
         >>> from dsv3_jax.presets import preset

@@ -30,7 +30,9 @@ class ModelSize:
 
 
 def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
-    """Count a model's parameters; attention FLOPs are of the length `context` (default 4,096).
+    """Count a model's parameters. Attention FLOPs are of `context` tokens, by default 4,096.
+
+    A model with a smaller max_positions has that as its default.
 
     Example:
         >>> from dsv3_jax.presets import preset

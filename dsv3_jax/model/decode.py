@@ -1,6 +1,7 @@
 """Decoding: prompts fill a cache, then each step runs the trunk over a few tokens.
 
-Lengths of a cache stay in these functions: their caller knows how many tokens will count.
+`prefill` sets the lengths of a cache. `run_layers` writes rows and leaves the lengths as they are:
+its caller knows how many of the tokens will count.
 """
 
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def prefill(
     lengths: Int[Array, " B"],
     cache: Cache,
     weights: DecodeWeights | None = None,
-    given: Int[Array, "L B T K"] | None = None,
+    given: Int[Array, "Lmoe B T K"] | None = None,
 ) -> Decoded:
     """Read prompts, whose first `lengths` tokens count, into an empty cache.
 

@@ -134,10 +134,11 @@ class MoE(nnx.Module):
     def mix(
         self, x: Float[Array, "B T D"], ctx: Context
     ) -> tuple[Float[Array, "B T D"], LayerRouting, dict[str, Array]]:
-        """Training, prefill or decoding, by the context.
+        """Route tokens, and mix their experts: for training, prefill or decoding, by the context.
 
-        Returns: (y, what the router did, metrics: "dropped", the share of assignments; and as
-            `mesh.expert_parallel.grouped_swiglu`, a token's copies that go to other devices).
+        Returns: (y, what the router did, metrics: "near_ties", see `near_ties`; "dropped", the
+            share of assignments; and as `mesh.expert_parallel.grouped_swiglu`, a token's copies
+            that go to other devices).
         """
         # Each token's experts, as rows of one long sequence: experts know no batch. Where a length
         # is sharded, each device joins its own tokens later.
@@ -174,7 +175,7 @@ class MoE(nnx.Module):
             y, dropped = ctx.run("capacity_swiglu", *args, *experts, **limits)
             return y, dropped, nothing_sent
 
-        # So few tokens that most experts are not chosen: only the chosen ones' weights are read.
+        # So few tokens that reading weights is the cost: a loop reads the chosen experts' alone.
         few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
         if how.mode == "decode" and few:
             if not on_mesh():

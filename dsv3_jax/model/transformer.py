@@ -256,9 +256,10 @@ class Transformer(nnx.Module):
 
     @property
     def trains_unrolled(self) -> bool:
-        """Whether a pass without a cache unrolls its scans: on one CPU, in float32, if not deep.
+        """Whether a pass of mode "train" unrolls its scans: on one CPU, in float32, if not deep.
 
-        In fewer bits XLA rounds inside a fusion or not, and fuses otherwise without the loop.
+        In fewer bits unrolling would change results: XLA fuses differently without the loop, and
+        does not round inside a fusion.
         """
         run = self.execution
         exact = run.compute_dtype == "float32" and run.precision == run.remat == "none"
@@ -291,7 +292,7 @@ class Transformer(nnx.Module):
         return self.kernels.in_compute_dtype("product", h, self.head_matrix())
 
     def unshard(self, v: Any) -> Any:
-        """Prepare weights for use (`layers.in_use`), and gather them (`unshard_weights`)."""
+        """Prepare weights for use (`parameters.in_use`), and gather them (`unshard_weights`)."""
         dtype = self.compute_dtype
         return unshard_weights(in_use(v, dtype), fsdp=self.execution.layout.fsdp, dtype=dtype)
 

@@ -4,11 +4,12 @@ Assignments (token, choice) are sorted by expert, so each expert's rows are cont
 runs one SwiGLU over its rows. The results return by the inverse permutation and are summed over a
 token's choices. No token is dropped, except by `capacity_swiglu`, which is there to compare.
 
-    grouped_swiglu sorted rows, two grouped products (see grouped_product.py), any number of tokens
-    dense_swiglu   every expert on every token, weighted by the gates: the oracle, and the field's
-                   starting point
-    decode_experts a loop over the chosen experts alone, for a few tokens
-    capacity       GShard's and Switch's, which drops what overflows
+    grouped_swiglu   sorted rows, three grouped products (see grouped_product.py), any number of
+                     tokens
+    dense_swiglu     every expert on every token, weighted by the gates: the oracle, and the field's
+                     starting point
+    decode_experts   a loop over the chosen experts alone, for a few tokens
+    capacity_swiglu  GShard's and Switch's, which drops what overflows
 
 Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is
 scattered, so no two additions meet in an order that changes from run to run.
@@ -347,7 +348,7 @@ def decode_experts(
 
     Args:
         expert_ids: an id of E marks an expert of another device; its gate must be 0.
-        rows: rows of a visit. None means 4, or 8 if experts have that many.
+        rows: rows of a visit. None means 4, or 8 if experts have 8 or more rows on average.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1

@@ -100,7 +100,7 @@ def visible(
 def by_query(f: Callable, block: int, *queries: Any) -> Any:
     """Compute f of one query a sequence, for all queries [B, T, …]: `block` of them at once.
 
-    The backward pass computes each block again.
+    If there are several blocks, the backward pass computes each again.
     """
     by_time = jax.tree.map(_swapped, queries)
     length = jax.tree.leaves(queries)[0].shape[1]

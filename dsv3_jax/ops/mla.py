@@ -1,6 +1,6 @@
 """Multi-head latent attention has two equal forms.
 
-    expanded  k = [c_kv W_uk, k_rope], v = c_kv W_uv;  out = softmax(scale · q · k) v
+    expanded  k = [c_kv W_ukᵀ, k_rope], v = c_kv W_uvᵀ;  out = softmax(scale · q · k) v
     absorbed  scores = (q_nope W_uk) · c_kv + q_rope · k_rope;
               out = (softmax(scale · scores) · c_kv) W_uvᵀ
 

@@ -87,7 +87,8 @@ def cos_sin(
 ) -> tuple[Float[Array, "*n half"], Float[Array, "*n half"]]:
     """Cosine and sine of each position's angles, float32.
 
-    YaRN multiplies both by mscale/mscale_all_dim's ratio, which is 1 in the released configs.
+    YaRN multiplies both by m(yarn.mscale) / m(yarn.mscale_all_dim), where m is the function
+    `mscale`. This is 1 in the released configs.
 
     Example:
         >>> freqs = np.array([np.pi / 2], np.float32)  # a quarter turn a position

@@ -354,7 +354,7 @@ def load_run(
         widen: all weights are float32, to be trained.
     Raises: ValueError if the folder holds no run, no checkpoint yet, or none of `step`, or
         (ConfigError) its model does not fit the mesh, its devices do not have the kernels, or its
-        router or rule is not registered.
+        router, rule or attention is not registered.
 
     Example:
         >>> import tempfile

@@ -1,6 +1,6 @@
 """What training minimises: L = L_main + (λ/M)·Σ_k L_k + balance losses, each a mean over targets.
 
-With sparse attention, the indexers' losses are added (`model.attention.DSA`). They share no
+With sparse attention, the indexers' losses are added (`model.sparse.DSA`). They share no
 parameter with the others. In its warm-up they are the total.
 
 L_k is the cross-entropy of head k on the text's own tokens, and what else its kind adds

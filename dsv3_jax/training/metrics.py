@@ -44,7 +44,7 @@ def over_layers(metrics: Metrics) -> dict[str, Array]:
 
     Example:
         >>> trunk, head = {"dropped": jnp.array([0.0, 0.5])}, {"dropped": jnp.ones(())}
-        >>> found = over_layers({"sparse": trunk, "mtp.0": head})
+        >>> found = over_layers({"sparse": trunk, "mtp.0.block": head})
         >>> float(found["dropped"])
         0.5
     """

@@ -12,7 +12,7 @@ small step.
 
 S costs no further product where the attention kernel returns what its softmax keeps: XLA's and the
 C++ one do. Beside libraries' kernels queries and keys are multiplied once more, in blocks
-(`Kernels.attention_and_maxima`).
+(`kernels.table.kept_maxima`).
 
 Source: Kimi K2 (arXiv 2507.20534), section 2.1, where QK-clip with Muon is MuonClip.
 """

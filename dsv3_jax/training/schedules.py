@@ -40,7 +40,7 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
 
 
 def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
-    """λ: the weight of the MTP losses, lowered once the cosine begins; float32.
+    """λ: the weight of the MTP losses, lowered at `decay_start` whatever the schedule; float32.
 
     Example:
         >>> mtp_weight(OptimConfig(decay_start=0.5), 100, jnp.array([49, 50]))
@@ -51,7 +51,7 @@ def mtp_weight(cfg: OptimConfig, steps: int, step: Array) -> Array:
 
 
 def bias_rate(cfg: OptimConfig, rate: float, steps: int, step: Array) -> Array:
-    """γ: the step of the loss-free bias, 0 at the end of training; float32.
+    """γ: the step of the loss-free bias, 0 from the share `bias_freeze` of the steps on; float32.
 
     Example:
         >>> bias_rate(OptimConfig(bias_freeze=0.5), 1e-3, 100, jnp.array([49, 50]))
