@@ -5,15 +5,19 @@ token. The tests hold the fast code of this package against it. Not on the page:
 routing by hash, and the rounding of indexers (`index_precision`).
 
 Letters: B batch, T tokens that attend, S tokens attended to, D width, H heads, N nope dim,
-R rope dim, X = N + R, V value dim, Q query latent, C key-value latent, I index heads, E experts,
-K experts per token, G groups, F expert width, L layers, W vocabulary, M multi-token heads (MTP).
+R rope dim, X = N + R (in `choose`: the width of the indexer), V value dim, Q query latent, C
+key-value latent, I index heads, E experts, K experts per token, G groups, F expert width, L layers,
+W vocabulary, M multi-token heads (MTP).
 Where a shape is not plain from its equation, the name of an array ends with these letters.
 
-Parameters `p` are nested dicts, named as in `model.Transformer`:
+Parameters `p` are nested dicts, named as in `model.Transformer`. A `[None, None]` behind one adds
+the axes of B and T, because the tests let JAX add none by itself.
     model   embed [W,D]; dense and sparse, each stacked along layers; norm; head [D,W] unless tied;
             M heads mtp
     block   attn_norm, attn, ffn_norm, then ffn (dense) or moe (sparse): w_router [D,E], bias [E],
             shared and experts
+    attn    w_dq [D,Q], q_norm, w_uq [Q,H,X] (or w_q [D,H,X]), w_dkv [D,C+R], kv_norm, w_uk [H,N,C],
+            w_uv [H,V,C], w_o [H,V,D]; gqa: w_q, and w_k and w_v of kv_heads
     ffn     w_gate [D,F], w_up [D,F], w_down [F,D], as shared has; those of experts have a leading
             axis [E]
 
@@ -46,7 +50,8 @@ class Context(NamedTuple):
     positions: Array  # int [B,T]: place of each token in its document, from 0
     segment_ids: Array  # int [B,T]: document of each token, from 1; 0 is padding
     xp: ModuleType = np  # array module: numpy for values, in float64; jax.numpy for gradients
-    chosen: Array | None = None  # bool [B,T,S]: the s that t attends to, by an indexer; None: all
+    # bool [B,T,S]: the s that t attends to, by an indexer. None means all that are `visible`
+    chosen: Array | None = None
 
 
 # The functions that every part uses
@@ -205,7 +210,7 @@ def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
 
 
 def choose(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Array:
-    """The k tokens that each token attends to, of sparse attention (DSA): bool [B,T,S].
+    """The k = index_topk tokens that each attends to, of sparse attention (DSA): bool [B,T,S].
 
     q_I = c_q W_iq [I,X];  k_I = LayerNorm(x W_ik) [X];  w = x W_iw [I]
     score_ts = Σ_i w_ti I^-1/2 relu(X^-1/2 q_I,ti · k_I,s);  chosen: min(k, T) largest that t sees

@@ -154,7 +154,7 @@ class ChainDrafter(Drafter):
     def draft(
         self, state: Any, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, Any]:
-        h, text, count, start = unread
+        h, text, num_valid, start = unread
         trained = min(keys.shape[0], len(self.heads))
         rows = jnp.arange(start.size, dtype=jnp.int32)
         states = list(state)
@@ -170,13 +170,13 @@ class ChainDrafter(Drafter):
             width = h.shape[1]
             out, cache = self._continue(k - 1, read, window(h, skipped, width), cache)
             out = window(out, -skipped, width)
-            end = _pick(out, count + k - 2)  # at position m − 1
+            end = _pick(out, num_valid + k - 2)  # at position m − 1
             drawn.append(draw(self.model.logits(end), keys[k - 1], sampling))
             states[k - 1] = _ChainState(
-                cache, jnp.where(count[:, None] > 0, _pick(out, count - 1), head.last)
+                cache, jnp.where(num_valid[:, None] > 0, _pick(out, num_valid - 1), head.last)
             )
             h = jnp.concatenate([head.last[:, None], out], axis=1)
-            tokens = tokens.at[rows, count + k - 1].set(drawn[-1].tokens)
+            tokens = tokens.at[rows, num_valid + k - 1].set(drawn[-1].tokens)
 
         def beyond(
             carry: tuple[Cache, Array, Array], key: Array
@@ -187,7 +187,11 @@ class ChainDrafter(Drafter):
             one = draw(self.model.logits(h[:, 0]), key, sampling)
             return (cache, h, one.tokens), one
 
-        carry = states[trained - 1].cache.at_lengths(start + count), end[:, None], drawn[-1].tokens
+        carry = (
+            states[trained - 1].cache.at_lengths(start + num_valid),
+            end[:, None],
+            drawn[-1].tokens,
+        )
         (cache, *_), drafts = _draw_more(drawn, beyond, carry, keys[trained:])
         states[trained - 1] = states[trained - 1]._replace(cache=cache)
         return drafts, tuple(states)

@@ -148,11 +148,11 @@ def read_tokens(
     most = min(alternatives, model.cfg.vocab_size)
     with sharding.use_mesh(sharding.mesh_of(model)):
         found = jax.device_get(_read(graphdef, state, row, given, most))
-    nats, (their_nats, likeliest_ids), routing = found
-    pairs = zip(likeliest_ids[:count].tolist(), their_nats[:count].tolist(), strict=True)
+    logprobs, (best_logprobs, best_ids), routing = found
+    pairs = zip(best_ids[:count].tolist(), best_logprobs[:count].tolist(), strict=True)
     routed = {name: x[:, 0, :count].swapaxes(0, 1) for name, x in routing.items()}
     return Read(
-        nats[: count - 1].tolist(),
+        logprobs[: count - 1].tolist(),
         [[*zip(*two, strict=True)] for two in pairs],
         routed.get("expert_ids"),
         routed.get("gates"),
@@ -174,13 +174,13 @@ def _read(
     def scores(block: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         h, wanted = block
         logits = model.logits(h[None])
-        best_nats, best_ids = likeliest(logits, most)
-        return log_probability(logits[0], wanted), (best_nats[0], best_ids[0])
+        best_logprobs, best_ids = likeliest(logits, most)
+        return log_probability(logits[0], wanted), (best_logprobs[0], best_ids[0])
 
     h = model.norm(trunk.x)[0]
     h_by_block = h.reshape(-1, BLOCK, h.shape[-1])
     next_by_block = jnp.roll(tokens[0], -1).reshape(-1, BLOCK)
     by_block = jax.lax.map(scores, (h_by_block, next_by_block))
 
-    nats, best = jax.tree.map(lambda x: constrain(x.reshape(-1, *x.shape[2:])), by_block)
-    return nats, best, jax.tree.map(constrain, routing)
+    logprobs, best = jax.tree.map(lambda x: constrain(x.reshape(-1, *x.shape[2:])), by_block)
+    return logprobs, best, jax.tree.map(constrain, routing)

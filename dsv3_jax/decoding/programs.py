@@ -258,8 +258,8 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         column = jnp.where(added, start[:, None] + 1 + index, decoder.capacity)  # past it: dropped
 
         def put(kept: Array, new: Array) -> Array:
-            put = kept.at[rows.T, column].set(new, mode="drop")
-            return constrain(put, "batch", *(None,) * (put.ndim - 1))
+            kept = kept.at[rows.T, column].set(new, mode="drop")
+            return constrain(kept, "batch", *(None,) * (kept.ndim - 1))
 
         text = put(loop.text, tokens)
         logprobs = loop.logprobs

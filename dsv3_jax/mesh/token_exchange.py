@@ -294,7 +294,7 @@ def _round(
     return from_slots(hop.across(y_sD), buffer), further
 
 
-Static = tuple[Run, Hop, RoundSize, RoundSize]  # and the sizes of the first round and later ones
+Static = tuple[Run, Hop, RoundSize, RoundSize]  # (run, hop, size of the first round, of later ones)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -322,17 +322,17 @@ def _rounds_fwd(
 
 
 def _rounds_bwd(static: Static, saved: tuple, d: tuple) -> tuple[Array, Array, Experts, None]:
-    run, hop, _, size = static
+    run, hop, _, later = static
     pull_back, x, gates, experts, plan = saved
     dy, _ = d
 
     # The later rounds are computed again, each with its gradient.
     def add_later(total: tuple, sent: Sent) -> tuple:
-        later = partial(_round, plan, sent, size, run, hop)
-        _, pull_back, _ = jax.vjp(later, x, gates, experts, has_aux=True)
+        again = partial(_round, plan, sent, later, run, hop)
+        _, pull_back, _ = jax.vjp(again, x, gates, experts, has_aux=True)
         return jax.tree.map(jnp.add, total, pull_back(dy))
 
-    dx, d_gates, d_experts = _later_rounds(add_later, pull_back(dy), plan, size)
+    dx, d_gates, d_experts = _later_rounds(add_later, pull_back(dy), plan, later)
     return dx, d_gates, d_experts, None
 
 

@@ -209,10 +209,11 @@ def bytes_per_token(cfg: ModelConfig, kind: CacheKind, dtype: Any) -> int:
         >>> bytes_per_token(preset("v3"), "latent", "bfloat16")
         70272
     """
-    size = jnp.dtype(dtype).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
+    scale = 4 if itemsize == 1 else 0  # a float32 for each row of 8 bits
     rows = ATTENTION[cfg.attention].cache_rows(cfg, kind)
     return cfg.num_layers * sum(
-        heads * (width * size + (4 if size == 1 else 0)) for heads, width in rows.values()
+        heads * (width * itemsize + scale) for heads, width in rows.values()
     )
 
 

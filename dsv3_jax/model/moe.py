@@ -163,8 +163,8 @@ class MoE(nnx.Module):
         """(y [tokens, D], share of assignments dropped, metrics of what is sent away)."""
         cfg = self.cfg
         how = ctx.how
-        none = jnp.zeros((), jnp.float32)
-        nothing_sent = {"tokens_sent": none}
+        zero = jnp.zeros((), jnp.float32)
+        nothing_sent = {"tokens_sent": zero}
         experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
         args = (x, ids, gates)
 
@@ -179,19 +179,19 @@ class MoE(nnx.Module):
         few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
         if how.mode == "decode" and few:
             if not on_mesh():
-                return ctx.run("decode_experts", *args, *experts), none, nothing_sent
+                return ctx.run("decode_experts", *args, *experts), zero, nothing_sent
             y = expert_parallel.decode_experts(
                 *args, experts, kernels=how.kernels, layout=how.layout
             )
-            return y, none, nothing_sent
+            return y, zero, nothing_sent
 
         # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts lie.
         if not on_mesh():
-            return ctx.run("grouped_swiglu", *args, *experts, complete=True), none, nothing_sent
+            return ctx.run("grouped_swiglu", *args, *experts, complete=True), zero, nothing_sent
         y, sent = expert_parallel.grouped_swiglu(
             *args, experts, kernels=how.kernels, cfg=cfg, layout=how.layout
         )
-        return y, none, sent
+        return y, zero, sent
 
     @jax.named_scope("router")
     def route(
@@ -216,13 +216,13 @@ class MoE(nnx.Module):
             k = self.cfg.experts_per_token
             measure = self.rule.of_batch(rows.measure, ctx.mask, self.bias[...], k)
         routed = LayerRouting(
-            rows.expert_ids,
-            rows.gates,
-            rows.entropy,
-            sums.load,
-            self._balance_loss(sums, rows, ctx),
-            measure,
-            rows.scores if "scores" in ctx.how.watch else None,
+            expert_ids=rows.expert_ids,
+            gates=rows.gates,
+            score_entropy=rows.entropy,
+            load=sums.load,
+            balance_loss=self._balance_loss(sums, rows, ctx),
+            bias_measure=measure,
+            scores=rows.scores if "scores" in ctx.how.watch else None,
         )
 
         # A share of the tokens that count: of a head, a sharded row has places without one.

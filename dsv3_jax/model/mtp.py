@@ -261,10 +261,10 @@ def run_heads(
     Args:
         model: a `Transformer`: its heads, embedding and recomputation.
         h: the trunk's output, as `mtp_input` has it.
-        given: of each head, the experts that take the place of its router's choice, int32 [B,
-            T-1-k, K].
+        given: of each head k = 1 … M, the experts that take the place of its router's choice,
+            int32 [B, T-k, K].
         counts: of each head, its context's `divisor`.
-    Returns: (hidden states, head k's (from 0) [B, T-1-k, D]; the metrics of each).
+    Returns: (hidden states, of head k [B, T-k, D]; the metrics of each).
     """
     cfg = model.cfg
     reads_tokens = cfg.head_kind.reads_tokens

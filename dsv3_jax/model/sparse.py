@@ -60,9 +60,9 @@ class Indexer(nnx.Module):
         """Rotate the first R numbers, and round as `index_precision` says."""
         cfg = self.cfg
         # In an indexer the rotated numbers come first, in MLA last.
-        rotated, rest = jnp.split(x, [cfg.rope_head_dim], axis=-1)
+        first, rest = jnp.split(x, [cfg.rope_head_dim], axis=-1)
         cos, sin = ctx.cos[:, :, None], ctx.sin[:, :, None]
-        rotated = rope.rotate(rotated, cos, sin, interleaved=cfg.index_interleaved)
+        rotated = rope.rotate(first, cos, sin, interleaved=cfg.index_interleaved)
         x = jnp.concatenate([rotated, rest], axis=-1)
         if cfg.index_precision == "none":
             return x

@@ -31,7 +31,7 @@ class ForwardOut(NamedTuple):
 
     x: Array  # [B, T, D]: the last layer's output
     h: Array  # [B, T, D]: the same after the final norm
-    # head k (from 0): [B, T-1-k, D], for the shared unembedding; entry i predicts token i+k+2
+    # of head k = 1 … M: [B, T-k, D], for the shared unembedding; entry i predicts token i+k+1
     mtp_h: tuple[Array, ...]
     routing: LayerRouting | None  # of the trunk's sparse layers, stacked along a leading axis
     mtp_routing: tuple[LayerRouting, ...]  # of the heads that have experts
@@ -127,8 +127,8 @@ class Transformer(nnx.Module):
             positions: None counts from 0.
             expert_ids: experts that take the place of the routers' choices, as `routing.expert_ids`
                 of another pass; a token whose ids are −1 chooses freely. See `ops.routing.replay`.
-            mtp_expert_ids: the same of each head that has experts, [B, T-1-k, K], as in
-                `mtp_routing`.
+            mtp_expert_ids: the same of each head that has experts: of head k = 1 … M, [B, T-k, K],
+                as in `mtp_routing`.
         Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are
             others; outside jit, for token or expert ids out of range, or the same expert twice for
             a token.

@@ -17,13 +17,13 @@ def adamw_update(
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Float[Array, "*n"]]:
     """Take one step: μ ← β₁μ + (1−β₁)g, ν ← β₂ν + (1−β₂)g², p ← p − η (μ̂ / (√ν̂ + ε) + decay · p).
 
-    The means may be bfloat16. They are computed in the gradient's dtype, move the parameter so, and
-    are rounded to the nearest when they are stored. Source: DeepSeek-V3 report, section 3.3.2.
+    The means may be bfloat16. They are computed and used in the gradient's dtype, and rounded to
+    the nearest only when they are stored. Source: DeepSeek-V3 report, section 3.3.2.
 
     Args:
         p, mu, nu, g: parameter, running means of the gradient and of its square, gradient.
-        numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 0 to
-            change nothing.
+        numbers: factor of g (clipping), 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), learning rate η, and 1 to
+            take the step or 0 to change nothing.
         betas: β₁, β₂.
     Returns: (p, mu, nu).
 
@@ -34,15 +34,15 @@ def adamw_update(
         >>> p.round(4)  # the first step has the length η, whatever the gradient
         Array([0.9], dtype=float32)
     """
-    clip, to_mean, to_square, rate, keep = numbers
+    clip, to_mean, to_square, rate, takes_step = numbers
     beta1, beta2 = betas
-    keep = keep > 0
+    moves = takes_step > 0
     g = g * clip
     kept_dtype = mu.dtype
     mu, nu = mu.astype(g.dtype), nu.astype(g.dtype)
-    mu = jnp.where(keep, beta1 * mu + (1 - beta1) * g, mu)
-    nu = jnp.where(keep, beta2 * nu + (1 - beta2) * g * g, nu)
+    mu = jnp.where(moves, beta1 * mu + (1 - beta1) * g, mu)
+    nu = jnp.where(moves, beta2 * nu + (1 - beta2) * g * g, nu)
     move = mu * to_mean / (jnp.sqrt(nu * to_square) + eps)
     if decay:
         move = move + decay * p
-    return jnp.where(keep, p - rate * move, p), mu.astype(kept_dtype), nu.astype(kept_dtype)
+    return jnp.where(moves, p - rate * move, p), mu.astype(kept_dtype), nu.astype(kept_dtype)

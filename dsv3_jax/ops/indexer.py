@@ -178,14 +178,14 @@ def divergence(  # noqa: PLR0913 - two distributions
         weights_BHS = jax.nn.softmax(jnp.where(seen_BS[:, None], logits_BHS, -jnp.inf), axis=-1)
         p_BS = weights_BHS.mean(1)
 
-        # q: the softmax of the indexer's scores.
+        # The indexer's distribution i: the softmax of its scores.
         scores_BS = index_scores(q, w, of_indexer)
-        log_q_BS = jax.nn.log_softmax(jnp.where(seen_BS, scores_BS, -jnp.inf), axis=-1)
+        log_i_BS = jax.nn.log_softmax(jnp.where(seen_BS, scores_BS, -jnp.inf), axis=-1)
 
-        # p ln(p/q), which is 0 where p is.
+        # p ln(p / i), which is 0 where p is 0.
         positive = seen_BS & (p_BS > 0)
         log_p_BS = jnp.log(jnp.where(positive, p_BS, 1.0))
-        difference = log_p_BS - jnp.where(seen_BS, log_q_BS, 0.0)
+        difference = log_p_BS - jnp.where(seen_BS, log_i_BS, 0.0)
         return jnp.where(positive, p_BS * difference, 0.0).sum(-1)
 
     # Scores of one query a sequence.

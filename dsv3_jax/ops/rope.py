@@ -78,7 +78,7 @@ def softmax_scale(qk_dim: int, yarn: Yarn) -> float:
         >>> softmax_scale(16, Yarn())
         0.25
     """
-    m = mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
+    m = mscale(yarn.factor, yarn.mscale_all_dim)
     return qk_dim**-0.5 * m * m
 
 
@@ -158,5 +158,5 @@ def rotate_last(
         >>> rotate_last(jnp.array([7.0, 1.0, 2.0]), cos, sin, interleaved=True)
         Array([ 7., -2.,  1.], dtype=float32)
     """
-    rest, rotated = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
-    return jnp.concatenate([rest, rotate(rotated, cos, sin, interleaved=interleaved)], axis=-1)
+    rest, last = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([rest, rotate(last, cos, sin, interleaved=interleaved)], axis=-1)

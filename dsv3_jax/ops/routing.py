@@ -41,7 +41,7 @@ def sigmoid(
     g = scale · s[ids] / (Σ s[ids] + 1e-20)
 
     Args:
-        logits: x W_rᵀ, float32.
+        logits: x W_router, float32.
         bias: loss-free correction of each expert, float32. It takes no gradient.
         normalize: divide the gates of a token by their sum.
         scale: factor of the gates.
@@ -105,7 +105,7 @@ def softmax(
     This is V2's "group_limited_greedy", and with one group V2-Lite's "greedy".
 
     Args:
-        logits: x W_rᵀ, float32.
+        logits: x W_router, float32.
         normalize, scale, limits: as in `sigmoid`; V2's groups are scored by their largest s,
             group_score="max".
     Returns: Routing: expert_ids int32 [n, K], gates [n, K] and scores s [n, E].
@@ -129,7 +129,7 @@ def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None
     """Route to the K largest logits, with gates from a softmax over these K alone.
 
     Args:
-        logits: x W_rᵀ, float32.
+        logits: x W_router, float32.
         k: K, experts for each token.
         given: see `replay`.
     Returns: Routing: expert_ids int32 [n, K], gates [n, K], and scores [n, E], the softmax over all
@@ -154,7 +154,7 @@ def topk(logits: Float[Array, "n E"], *, k: int, given: Int[Array, "n K"] | None
 def dense(logits: Float[Array, "n E"]) -> Routing:
     """Route to every expert, with gates from a softmax over all.
 
-    Args: logits: x W_rᵀ, float32.
+    Args: logits: x W_router, float32.
     Returns: Routing with K = E: expert_ids 0 … E - 1 in this order; gates and scores are the
         softmax.
 
@@ -186,7 +186,7 @@ def hash_tokens(
     allow.
 
     Args:
-        logits: x W_rᵀ, float32: for the gates.
+        logits: x W_router, float32: for the gates.
         tokens: ids.
         normalize, scale: as in `sigmoid`.
         limits: k and given, see `choose`.
@@ -309,7 +309,7 @@ class Tokens(NamedTuple):
 class Inputs(NamedTuple):
     """A router's inputs for n tokens. `Router` says which it needs beside the logits."""
 
-    logits: Array  # float32 [n, E]: x W_rᵀ
+    logits: Array  # float32 [n, E]: x W_router
     bias: Array  # float32 [E]: loss-free correction
     tokens: Tokens
 
@@ -367,7 +367,7 @@ def route(
     """Route with the router and settings in `cfg`.
 
     Args:
-        logits: x W_rᵀ, float32.
+        logits: x W_router, float32.
         bias: loss-free correction, for routers that read it.
         cfg: `router` is a key of `ROUTERS`.
         tokens: what else belongs to the tokens.

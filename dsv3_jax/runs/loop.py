@@ -235,7 +235,7 @@ def _batches_of(ready: Prepared, start: Start | None) -> Batches:
 
 def _devices_that_add_up(job: Job) -> int:
     """A machine's CPU devices share its cores; others add up."""
-    if job.mesh is None or job.chosen().target.platform == "cpu":
+    if job.mesh is None or job.its_kernels().target.platform == "cpu":
         return jax.process_count()
     return job.mesh.size
 

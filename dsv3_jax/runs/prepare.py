@@ -101,7 +101,7 @@ def check_devices(job: Job) -> None:
     if job.mesh is not None:
         sharding.check_run(job.mesh, job.run)
         processes.check_layout(job.run.execution.layout)
-    if job.chosen().target.platform == "cpu":
+    if job.its_kernels().target.platform == "cpu":
         processes.by_each(lambda: check_memory(job, jax.process_count()))
 
 
@@ -224,7 +224,7 @@ def kernels_of(job: Job) -> dict[str, str]:
     """
     run = job.run
     devices = 1 if job.mesh is None else job.mesh.size
-    names = job.chosen().chosen(run.execution.compute_dtype, devices)
+    names = job.its_kernels().chosen(run.execution.compute_dtype, devices)
     adamw = names["optimizer"] if run.optim.moments_dtype == "float32" else "xla"
     others = {"adamw": adamw, "muon": f"muon by xla, adamw by {adamw}"}
     return names | {"optimizer": others.get(run.optim.name, run.optim.name)}

@@ -122,7 +122,7 @@ class Training:
         """Say what the run begins with, and call the callbacks' `on_start`."""
         run = self.job.run
         devices = 1 if self.job.mesh is None else self.job.mesh.size
-        chosen = self.job.chosen().describe(run.execution.compute_dtype, devices)
+        chosen = self.job.its_kernels().describe(run.execution.compute_dtype, devices)
         for line in filter(None, [self.ready.source.summary, chosen, *sentences]):
             self.progress.say(line)
         for callback in self.callbacks:
@@ -137,7 +137,7 @@ class Training:
         what is logged.
         """
         step_fn = _compiled_step(_of_any_seed(self.job))
-        ahead = AHEAD.get(self.job.chosen().target.platform, AHEAD_ELSEWHERE)
+        ahead = AHEAD.get(self.job.its_kernels().target.platform, AHEAD_ELSEWHERE)
         if self.ready.tasks is not None:
             ahead = 0  # the model answers once it has learnt from the batch before
         self.stopped = self._reached()  # an earlier call may have

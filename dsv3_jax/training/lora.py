@@ -39,17 +39,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from dsv3_jax.config import Lora, LoraPart
+from dsv3_jax.config import Lora
 from dsv3_jax.mesh.sharding import names_of
+from dsv3_jax.model.counting import ADAPTED
 from dsv3_jax.model.parameters import Frozen
 
 NAME = "lora"  # of the adapters in a state's parameters
-MODULES: dict[LoraPart, str] = {
-    "attention": "attn",
-    "dense": "ffn",
-    "shared": "shared",
-    "routed": "experts",
-}
 
 
 def sides(names: tuple[str | None, ...]) -> tuple[int, int, bool]:
@@ -85,7 +80,7 @@ def init(cfg: Lora, weights: nnx.State, key: Array) -> nnx.State:
     for path, v in nnx.to_flat_state(weights) if cfg.rank else ():
         names = names_of(v)
         # A norm's scale has no names.
-        if not any(MODULES[part] in path for part in cfg.on) or not names:
+        if not any(ADAPTED[part] in path for part in cfg.on) or not names:
             continue
 
         # The two factors of a weight [batch, left, right]: [batch, left, r] and [batch, r, right].

@@ -197,11 +197,11 @@ def compute_loss(
 
 
 def _given(model: Transformer, expert_ids: Array | None) -> tuple[Array | None, ...]:
-    """A batch's expert_ids as `forward_hidden` takes them: [L, B, T, K], a head's [B, T-1-k, K]."""
+    """A batch's expert_ids for `forward_hidden`: [Lmoe, B, T, K], then head k's [B, T-k, K]."""
     if expert_ids is None:
         return (None,)
     trunk, heads = jnp.split(jnp.moveaxis(expert_ids, 1, 0), [model.cfg.num_sparse_layers])
-    return trunk, *(ids[:, : -1 - k] for k, ids in enumerate(heads))
+    return trunk, *(ids[:, :-k] for k, ids in enumerate(heads, start=1))
 
 
 def _token_losses(
@@ -319,7 +319,7 @@ class Scores(NamedTuple):
 
     nll: Float[Array, "B S"]  # S = T-1: nats of each next token
     mask: Bool[Array, "B S"]
-    agree: Float[Array, " M"]  # positions where head k drafts what the model itself then predicts
+    agree: Float[Array, " M"]  # positions where a head drafts what the model itself then predicts
     drafted: Float[Array, " M"]  # positions counted
     load: Float[Array, "L E"]
     # of the trunk's sparse layers, by the tokens' domain; N = 0 without domains
@@ -344,7 +344,7 @@ def _domain_load(
 def score_tokens(model: Transformer, batch: dict[str, Array], num_domains: int = 0) -> Scores:
     """Compute negative log-likelihoods, and how often greedy decoding would accept a head's draft.
 
-    Head k (from 0) at position i drafts token i+k+2. The model, given the true tokens up to i+k+1,
+    Head k = 1 … M at position i drafts token i+k+1. The model, given the true tokens up to i+k,
     predicts its own. A draft of head k counts only if all drafts before it were right, for parallel
     heads as for a chain.
 

@@ -52,18 +52,18 @@ def advantages(
     """
     if learn_from == "right":
         return (rewards >= 1).astype(rewards.dtype)
-    apart = rewards - rewards.mean(axis=1, keepdims=True)
-    gains = apart / (rewards.std(axis=1, keepdims=True) + EPS)
+    above = rewards - rewards.mean(axis=1, keepdims=True)
+    scaled = above / (rewards.std(axis=1, keepdims=True) + EPS)
 
     # The mean of equal rewards may differ from them in its last digit.
-    return np.where((rewards == rewards[:, :1]).all(axis=1, keepdims=True), 0.0, gains)
+    return np.where((rewards == rewards[:, :1]).all(axis=1, keepdims=True), 0.0, scaled)
 
 
 def policy_loss(
     logprobs: Float[Array, "B S"],
     old: Float[Array, "B S"],
     start: Float[Array, "B S"] | None,
-    gains: Float[Array, "B S"],
+    advantage: Float[Array, "B S"],
     mask: Bool[Array, "B S"],
     cfg: Grpo,
 ) -> tuple[Array, dict[str, Array]]:
@@ -72,7 +72,7 @@ def policy_loss(
     Args:
         logprobs, old, start: log π, log π_old and log π_start of each token. `start` may be None:
             there is no KL.
-        gains: A, the advantage of the answer that each token is of.
+        advantage: A, that of the answer that each token is of.
         mask: tokens of answers.
     Returns: (the sum; sums of the measures "mismatch", "sampler_kl", "clipped" and "kl", and the
         maximum "max_mismatch").
@@ -84,17 +84,17 @@ def policy_loss(
         >>> float(loss), float(found["clipped"])  # twice as likely as it was: it counts 1.25 times
         (-1.25, 1.0)
     """
-    # Clipping takes the gain where a token has moved far enough, so its gradient is 0 there. A mask
-    # takes the gains of tokens that would move back, too.
+    # Clipping makes the gain constant where a token has moved far enough, so its gradient is 0. A
+    # mask also leaves out tokens that would move back.
     apart = jnp.where(mask, logprobs - old, 0.0)
     ratio = jnp.exp(jnp.minimum(apart, MOST))
-    free = ratio * gains
+    free = ratio * advantage
     low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
     if cfg.outside == "mask":
         left_out = (ratio < low) | (ratio > high)
         gain = jnp.where(left_out, 0.0, free)
     else:
-        clipped = jnp.clip(ratio, low, high) * gains
+        clipped = jnp.clip(ratio, low, high) * advantage
         left_out = clipped < free
         gain = jnp.minimum(free, clipped)
     loss = -jnp.where(mask, gain, 0.0).sum()

@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from dsv3_jax.kernels.low_precision import LARGEST, round_to_tiles, spread, tile_scales
 from dsv3_jax.mesh.sharding import names_of
-from dsv3_jax.training.lora import MODULES, sides
+from dsv3_jax.model.counting import ADAPTED
+from dsv3_jax.training.lora import sides
 
 BLOCK = 128  # rows and columns of FP8 with one scale
 GROUP = 32  # inputs of an output with one scale of 4 or 3 bits
@@ -40,7 +41,7 @@ def rounded(params: nnx.State, kind: str) -> nnx.State:
 
     def of(path: tuple, v: nnx.Variable) -> nnx.Variable:
         w, names = v.get_value(), names_of(v)
-        if not {*MODULES.values()} & {*path} or not names or not isinstance(w, jax.Array):
+        if not {*ADAPTED.values()} & {*path} or not names or not isinstance(w, jax.Array):
             return v
         return v.replace(_rounded(w, names, kind))
 

@@ -58,8 +58,8 @@ class Job:
     kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: the default device's
     optimizer: optim.Transform = None  # in place of the run's own, see `optim.make`
 
-    def chosen(self) -> Kernels:
-        """The kernels."""
+    def its_kernels(self) -> Kernels:
+        """The kernels that were given, or else those of the run's execution on its mesh."""
         return self.kernels or prepare(self.run.execution, mesh=self.mesh)
 
 

@@ -54,7 +54,7 @@ def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
         >>> int(state.step), bool(metrics["finite"])  # doctest: +SKIP
         (1, True)
     """
-    job = replace(job, kernels=job.chosen())
+    job = replace(job, kernels=job.its_kernels())
     step = partial(_step, job, graph_of(job))
     return jax.jit(step, donate_argnums=0)
 
@@ -73,7 +73,7 @@ def _step(
     moves = finite & batch["loss_mask"].any() if run.grpo.group else finite
 
     # The weights: the optimizer, then QK-clip.
-    optimizer = optim.make(cfg, run.steps, job.chosen(), job.optimizer, mup.growth(run))
+    optimizer = optim.make(cfg, run.steps, job.its_kernels(), job.optimizer, mup.growth(run))
     params, opt = optimizer.update(state.step, trained, state.opt, grads, norm, moves)
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
@@ -157,15 +157,15 @@ def _gradients(
         )  # fmt: skip
         return out.total, out
 
-    def add(total: nnx.State, piece: DeviceBatch) -> tuple[nnx.State, Losses]:
-        grads, out = grad(used, piece)
-        return _constrain(job, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), out
-
     grad = jax.grad(losses, has_aux=True)
     used = _cast_once(job, trained)
     if parts == 1:
         grads, out = grad(used, batch)
         return _constrain(job, jax.tree.map(lambda w, g: g.astype(w.dtype), trained, grads)), out
+
+    def add(total: nnx.State, piece: DeviceBatch) -> tuple[nnx.State, Losses]:
+        grads, out = grad(used, piece)
+        return _constrain(job, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), out
 
     # Microbatches: a loop adds their gradients up, so that memory holds the activations of one.
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
@@ -181,7 +181,7 @@ def _cast_once(job: Job, trained: nnx.State) -> nnx.State:
     it anyway. Embeddings and routers stay exact.
     """
     run = job.run
-    kernels = job.chosen()
+    kernels = job.its_kernels()
     rounds = (run.execution.layout.fsdp and sharding.on_mesh()) or kernels.device.slices_experts
     if not rounds or run.lora.rank or run.execution.precision != "none":
         return trained
