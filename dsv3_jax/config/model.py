@@ -2,7 +2,7 @@
 
 Letters in brackets are the papers': B batch, T length, D width, H heads, N nope dim, R rope dim, V
 value dim, C key-value latent, Q query latent, E routed experts, K experts a token, G groups, F
-expert width, L layers, W vocabulary.
+expert width, L layers, W vocabulary, M multi-token heads; of an indexer I heads, X width, k tokens.
 """
 
 import math

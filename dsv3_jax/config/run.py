@@ -205,7 +205,7 @@ class RunConfig:
     # attention to its choice weighs most; warm trains the indexers alone, by the dense attention of
     # start
     indexer_stage: Literal["sparse", "warm"] = "sparse"
-    # of heads on a frozen trunk: cross-entropy on the text, or KL or TV to the trunk's law
+    # of heads on a frozen trunk: cross-entropy on the text, or KL or TV to the trunk's distribution
     head_loss: HeadLoss = "ce"
 
     def __post_init__(self) -> None:

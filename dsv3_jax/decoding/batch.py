@@ -1,7 +1,7 @@
-"""The rows that decode at once: their arrays on the devices, and the programs that lead them.
+"""The rows that decode at once: their arrays on the devices, and the programs that they run by.
 
-Whoever leads a batch reads prompts (`read`), lets rows begin (`begin`), and runs the loop in parts
-(`run`). Between two parts, rows that are done make room for other texts.
+A caller reads prompts (`read`), lets rows begin (`begin`), and runs the loop in parts (`run`).
+Between two parts, rows that are done make room for other texts.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.sampling import RowSampling, Sampling
 
 FIRST_SLOTS = 1024  # of a cache whose empty slots are read too: it begins small
-GROWTH = 4  # slots after growing over those before; each number of slots is a compilation
-ALL = 2**31 - 1  # as a row's top_k
+GROWTH = 4  # factor by which a cache's slots grow; each number of slots is a compilation
+ALL = 2**31 - 1  # top_k of a row that keeps all tokens
 
 
 class Shapes(NamedTuple):

@@ -32,22 +32,23 @@ class DecodeConfig:
 
     max_new_tokens: int  # a text
     sampling: Sampling = GREEDY
-    # "latent", "expanded" or "none", see model/cache.py; None: the smallest there is
+    # "latent", "expanded" or "none", see model/cache.py. None means the smallest there is
     cache: str | None = None
-    # "float32", "bfloat16", "int8" or "float8_e4m3"; None: the compute dtype
+    # "float32", "bfloat16", "int8" or "float8_e4m3". None means the compute dtype
     cache_dtype: Any = None
     # None, "mtp" (own heads), "lookup" (the text), or a model
     draft: "str | Transformer | None" = None
     draft_length: int = 1  # tokens drafted a step
     stop_tokens: Sequence[int] = ()  # a row ends with the first of them
     seed: int = 0
-    # tokens at least, with cache slots for them: turns of a chat then share a compilation
+    # prompts are padded to at least so many tokens, with cache slots for them: turns of a chat then
+    # share a compilation
     pad_prompts_to: int = 0
     samples: int = 1  # texts a prompt
-    batch_size: int | None = None  # rows that decode at once; None: all texts
+    batch_size: int | None = None  # rows that decode at once. None means all texts
     logprobs: bool = False  # of each new token
     return_routing: bool = False  # the experts of each token
-    alternatives: int = 0  # likeliest tokens that an open sampler keeps at each place
+    alternatives: int = 0  # likeliest tokens that `sampler.OpenSampler` keeps at each place
 
     def __post_init__(self) -> None:
         temperature, top_k, top_p = self.sampling if isinstance(self.sampling, Sampling) else GREEDY

@@ -97,7 +97,7 @@ class ModelDrafter(Drafter):
     def draft(
         self, state: Cache, unread: Unread, keys: Array, sampling: Sampling | RowSampling
     ) -> tuple[Drafts, Cache]:
-        # Two tokens may not be cached: the newest, and before it a draft that ended a step.
+        # At most two tokens are not cached: the newest, and before it a draft that ended a step.
         first = unread.start + unread.num_valid - 1
         two = window(unread.text, first, 2)
         x, cache, _ = run_layers(self.model, two, state.at_lengths(first), self.weights)
@@ -234,7 +234,7 @@ class LookupDrafter(Drafter):
 
     Source: prompt look-up decoding, as transformers' `prompt_lookup_num_tokens`; LLMA, arXiv
         2304.04487.
-    Departs from transformers: it takes the first occurrence, and its drafts end with the text.
+    Departs from transformers, which takes the first occurrence, and whose drafts end with the text.
     """
 
     def draft(

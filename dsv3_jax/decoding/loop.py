@@ -65,7 +65,7 @@ class Watched(NamedTuple):
 
     drafted: Array  # int32 [B, S]: the token that was drafted for this place; −1: none was
     alternatives: Array  # int32 [B, S, n]: the likeliest tokens
-    logprobs: Array  # float32 [B, S, n]: theirs, of the model's own law
+    logprobs: Array  # float32 [B, S, n]: theirs, at temperature 1
 
 
 class Loop(NamedTuple):
@@ -85,9 +85,9 @@ class Loop(NamedTuple):
     written: Array  # int32 [B]: new tokens of each row
     limits: Array  # int32 [B]: of them, at most
     steps: Array  # int32 [B]: of each row while it was not done, for all its texts
-    num_accepted: Array  # int32 [B, J]: accepted drafts, by position; likewise
-    # two of float32 [B, S], of each new token, see `Generated`; None if nobody asked
-    logprobs: Any = None
-    expert_ids: Any = None  # int32 [B, S, Lmoe, K] of each token that was read; likewise
-    watched: Any = None  # Watched; likewise
-    sampling: RowSampling | None = None  # None: the request's, for all
+    num_accepted: Array  # int32 [B, J]: accepted drafts, by position, for all its texts
+    # None in the next three: nobody asked
+    logprobs: Any = None  # two of float32 [B, S], of each new token, see `Generated`
+    expert_ids: Any = None  # int32 [B, S, Lmoe, K], of each token that was read
+    watched: Any = None  # `Watched`
+    sampling: RowSampling | None = None  # None means the request's, for all

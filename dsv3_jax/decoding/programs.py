@@ -299,7 +299,7 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
 def _log_probabilities(
     sampling: Sampling | RowSampling, raw: Array, logits: Array, tokens: Array
 ) -> tuple[Array, Array]:
-    """Of tokens [B, F], under the law that they were drawn from and under the model's own."""
+    """Of tokens [B, F], under the distribution that they were drawn from and at temperature 1."""
     plain, _ = process_by_rows(raw, GREEDY)
     drawn = log_probability(logits, tokens)
     if sampling.is_greedy:  # what is certain

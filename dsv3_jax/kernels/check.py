@@ -1,4 +1,4 @@
-"""Hold each implementation that a device may use to plain XLA in float32: forward, all gradients.
+"""Compare each implementation that a device may use with plain XLA in float32, gradients too.
 
 An error counts relative to what it is an error of: one expert, one head, one token. A largest error
 over all of them would hide a small expert that is wrong. Two measures see different faults, each
@@ -25,6 +25,7 @@ from dsv3_jax.kernels.cases import CASES, Case, Draw
 from dsv3_jax.kernels.choose import Kernels
 from dsv3_jax.kernels.table import IN_FLOAT32, TABLE, Implementation
 
+# (factor, peak), see above
 BOUNDS = {"float32": (2e-5, 2e-4), "bfloat16": (7e-3, 4e-2), "8 bits": (6e-2, 0.25)}
 # The axes that number the groups of an op's results, or of an argument's gradient.
 HEADS = {

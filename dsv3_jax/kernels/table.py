@@ -95,7 +95,8 @@ class Implementation:
     # of the op's first array, in a kernel that is written by hand; (): any, in XLA
     dtypes: tuple[str, ...] = ()
     one_device: bool = False  # not on a mesh of several
-    # the op's arguments? None: all. If not, the next row is taken
+    # whether it serves these arguments of the op; if not, the next row runs. None means that it
+    # serves all
     fits: Callable[..., bool] | None = None
     # of a `choose.Target`: a library, a compiler or a chip that is missing; "" if none is
     why_not: Callable[[Any], str] | None = None
@@ -122,7 +123,7 @@ SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its 
 MANY_ROWS = 256  # rows that no decoding step on a GPU has, as a rule
 # bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
 LARGE_WEIGHT = 1 << 18
-# on average, up to which a GPU reads an expert's weights for each row by itself
+# rows of an expert, on average, up to which a GPU reads its weights once for each row
 ROWS_OF_AN_EXPERT = 4
 # bytes of a layer's matrix that a GPU's cache does not hold: each row reads it from memory
 LARGE_EXPERTS = 32 << 20

@@ -15,7 +15,8 @@ from dsv3_jax.mesh.fsdp import gathered
 from dsv3_jax.mesh.length import shards_length
 from dsv3_jax.mesh.sharding import constrain, spec
 
-# Names of the axes of arrays [B, T, H, _], in attention and around it.
+# Names of the axes of arrays [B, T, H, _], in attention and around it. "row" has no rule in
+# `sharding.RULES`, so it is complete; `constrain` would take a None behind "batch" for "length".
 HEAD_AXES = ("batch", "row", "attending", None)
 TOKEN_AXES = ("batch", "length", "heads", None)
 
@@ -23,9 +24,9 @@ TOKEN_AXES = ("batch", "length", "heads", None)
 def to_heads(
     q: Float[Array, "B T H _"], rows: Mapping[str, Float[Array, "B T _ _"]], cached: Collection[str]
 ) -> tuple[Float[Array, "B T H _"], Mapping[str, Float[Array, "B T _ _"]]]:
-    """Bring all tokens of a sharded length to each device: of its heads, and what heads share.
+    """Give each device all tokens of its own heads, where a mesh shards the length.
 
-    What heads share is gathered as one array. If rows are complete, nothing changes.
+    What all heads share is gathered as one array. If rows are complete, nothing changes.
 
     Args: cached: names of the rows that a cache would keep; others are left out.
     """
@@ -36,7 +37,7 @@ def to_heads(
         # So the gradient is one array, too, when it is exchanged: RoPE would make parts of it.
         return constrain(constrain(y, *TOKEN_AXES), *HEAD_AXES)
 
-    # Arrays with heads are exchanged.
+    # Arrays with heads are exchanged. If `expand` makes all that a cache keeps, it needs all rows.
     kept = {name: y for name, y in rows.items() if name in cached} or rows
     shared = {name: y for name, y in kept.items() if y.shape[2] == 1}
     found = {name: by_heads(y) for name, y in kept.items() if name not in shared}
@@ -53,7 +54,7 @@ def to_heads(
 
 
 def own_heads(w: Float[Array, "H _ _"]) -> Float[Array, "H _ _"]:
-    """Take of weights those of the heads that a device attends with, if a length is sharded.
+    """Take the weights of the heads that a device attends with, if a length is sharded.
 
     Their gradient is made by heads too, and gathered then. Else XLA may gather the gradients of all
     heads' keys and values, which are of tokens.

@@ -139,7 +139,7 @@ def later(x: Array, k: int, end: int = 0) -> Array:
 
 
 def filled(x: Array | None, k: int, value: int) -> Any:
-    """Rows without their last k places; of sharded rows, these are added, as `value`.
+    """Rows that lack their last k places; to sharded rows these are added, filled with `value`.
 
     Example:
         >>> filled(jnp.array([[5, 6]]), 1, value=-1)

@@ -50,7 +50,7 @@ def process_by_rows(
 
 
 def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling | RowSampling) -> Drafts:
-    """Draw one draft a sequence, with the keys [B]; without the axis of drafts.
+    """Draw one draft for each sequence, with the keys [B]; the result has no axis of drafts.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         Args:
             positions: None means 0, 1, …
             execution: which kernels compute; None means the best of the default device.
-        Raises: ValueError if the shapes are others.
+        Raises: ValueError if a shape is wrong.
         """
         check_inputs(self.cfg.dim, x=x, segment_ids=segment_ids, positions=positions)
         positions = from_zero(*x.shape[:2]) if positions is None else positions
@@ -88,15 +88,19 @@ class Attention(nnx.Module):
         Returns: (output [B, T, D]; the context with these tokens' rows, also in its cache;
             metrics).
         """
+        # A kind with an `attend_to_rows` of its own may need all heads, or complete rows, at once.
         by_heads = type(self).attend_to_rows in (Attention.attend_to_rows, MLA.attend_to_rows)
         check_attention(self.cfg, ctx.how.layout, decodes=ctx.how.mode == "decode", splits=by_heads)
         with jax.named_scope(type(self).__name__):
-            # Each token's queries and rows. Keys and values of every head are formed where they are
-            # read: without a cache, and for one that keeps them.
+            # Each token's queries and rows. Where a mesh shards the length, a device then gets all
+            # tokens of its own heads.
             q, rows = self.project(x, ctx)
             q, rows = to_heads(
                 q, rows, self.cache_rows(self.cfg, "latent" if self.has_latent else "expanded")
             )
+
+            # Keys and values of every head are formed where they are read: without a cache, and for
+            # one that keeps them.
             if ctx.cache is None or "k" in ctx.cache.parts[0]:
                 rows = {**rows, **self.expand(rows, ctx)}
             ctx = ctx._replace(rows=rows)
@@ -208,10 +212,10 @@ class MLA(Attention):
             q = self.rotate(constrain(q, *TOKEN_AXES), ctx)
 
         with jax.named_scope("latents"):
-            both = ctx.run("product", x, self.w_dkv[...])[:, :, None]  # one head, of all to read
+            both = ctx.run("product", x, self.w_dkv[...])[:, :, None]  # one head, which all read
             c_kv, k_rope = jnp.split(both, [self.cfg.kv_latent_dim], axis=-1)
             rows = {"latent": self.kv_norm(c_kv), "k_rope": self.rotate(k_rope, ctx)}
-        return q, {**rows, "c_q": c_q[:, :, None]}
+        return q, {**rows, "c_q": c_q[:, :, None]}  # c_q is for an indexer, see `sparse.DSA`
 
     def expand(self, rows: Rows, ctx: Context) -> Rows:
         latent, k_rope = rows["latent"][:, :, 0], rows["k_rope"][:, :, 0]
@@ -232,7 +236,7 @@ class MLA(Attention):
     def absorb(
         self, q: Float[Array, "B T H K"], ctx: Context
     ) -> dict[str, Float[Array, "B T H _"]]:
-        """The queries of latent rows."""
+        """Turn queries into those of the latent rows: {"latent": q_nope W_uk, "k_rope": q_rope}."""
         q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
 
         # q_nope · k_nope = (q_nope W_uk) · c_kv: no head's keys are formed.
@@ -240,8 +244,8 @@ class MLA(Attention):
         return {"latent": ctx.run("product_by_head", q_nope, w_uk), "k_rope": q_rope}
 
     def up(self, out: Float[Array, "B T H C"], ctx: Context) -> Float[Array, "B T H V"]:
-        """The values of attention's means of latents."""
-        # The mean of values is W_uv of the mean latent: no head's values are formed.
+        """Turn each head's mean of latents into its mean of values."""
+        # Both are linear: the mean of values is the mean latent times W_uvᵀ. No values are formed.
         w_uv = self.w_uv[...].astype(out.dtype)
         return ctx.run("product_by_head", out, w_uv, transposed=True)
 

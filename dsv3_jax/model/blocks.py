@@ -14,7 +14,7 @@ from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.sparse import DSA
 
-# Of the configuration's `attention`. MHA and MQA are GQA with as many or few heads.
+# By the configuration's `attention`. MHA and MQA are GQA with H key-value heads, and with 1.
 ATTENTION: dict[str, type[Attention]] = {"mla": MLA, "dsa": DSA, "mha": GQA, "gqa": GQA, "mqa": GQA}
 
 
@@ -22,7 +22,7 @@ def register_attention(name: str, kind: Any) -> None:
     """Add a kind of attention, for `attention=name` of a model's configuration.
 
     Args: kind: a subclass of `model.attention.Attention`, which says what it must define.
-    Raises: ConfigError if the name is taken, or `kind` is none.
+    Raises: ConfigError if the name is taken, or `kind` is no such class.
 
     Example:
         >>> register_attention("mla", GQA)  # doctest: +ELLIPSIS
@@ -39,7 +39,7 @@ def register_attention(name: str, kind: Any) -> None:
 
 
 class Block(nnx.Module):
-    """x + attention, then + the feed-forward part that a kind of block defines."""
+    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). A kind of block defines `feed_forward`."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)

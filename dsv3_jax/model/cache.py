@@ -25,8 +25,8 @@ from dsv3_jax.ops.quantize import quantize_rows
 
 CACHE_KINDS: tuple[CacheKind, ...] = ("latent", "expanded")
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
-# How a mesh shards arrays [L, B, G, S, X]: by sequences and by key-value heads. A token's row is
-# written and read on the devices that hold its sequence.
+# How a mesh shards the last four axes of [L, B, G, S, X]: by sequences and by key-value heads. A
+# token's row is written and read on the devices that hold its sequence.
 ROW_AXES = ("batch", "heads", None, None)
 
 
@@ -190,6 +190,7 @@ def keep_sharded(cache: Cache) -> Cache:
 
 
 def _as_stored(x: Array, like: Stored) -> Stored:
+    """Rows [..., X] in the dtype and the width that a cache has them."""
     rows = x.astype(like.rows.dtype)
 
     # Rows of 8 bits have a scale each. Rows that a device wants wider end in zeros.

@@ -43,7 +43,7 @@ def how_of(execution: Execution | None = None) -> How:
 
 
 class Context(NamedTuple):
-    """Goes into every layer. A layer returns it with the cache that the next layer needs.
+    """What every layer gets beside x. A layer returns it with the cache that the next layer needs.
 
     Training and prefill have no cache. Prefill keeps each layer's rows.
     """
@@ -62,9 +62,9 @@ class Context(NamedTuple):
     # of the layer that has just run without a cache: arrays [B, T, G, X] by name, of which a cache
     # may keep some
     rows: Any = None
-    # int32 [B, T, k]: the tokens that the last indexer chose; None: all of them
+    # int32 [B, T, k]: the tokens that the last indexer chose. None means all that a token may see
     chosen: Array | None = None
-    # float32 []: of losses that are means over tokens; None: the number of tokens in `mask`
+    # float32 []: of losses that are means over tokens. None means the number of tokens in `mask`
     divisor: Array | None = None
 
     @property

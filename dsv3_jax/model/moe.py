@@ -121,7 +121,7 @@ class MoE(nnx.Module):
             expert_ids: experts in place of the router's choice, see `ops.routing.replay`.
             execution: which kernels compute; None means the best of the default device.
         Returns: (y, what the router did).
-        Raises: ValueError if the router needs tokens and gets none, or the shapes are others.
+        Raises: ValueError if the router needs tokens and gets none, or a shape is wrong.
         """
         check_inputs(self.cfg.dim, x=x, mask=mask, tokens=tokens)
         if expert_ids is not None:
@@ -140,12 +140,12 @@ class MoE(nnx.Module):
             share of assignments; and as `mesh.expert_parallel.grouped_swiglu`, a token's copies
             that go to other devices).
         """
-        # Each token's experts, as rows of one long sequence: experts know no batch. Where a length
-        # is sharded, each device joins its own tokens later.
+        # Each token's experts. Experts know no batch, so tokens become rows of one long sequence;
+        # where a length is sharded, each device joins its own tokens later.
         routed, metrics = self.route(x, ctx)
-        flat, ids, gates = per_token = (x, routed.expert_ids, routed.gates)
+        flat, ids, gates = x, routed.expert_ids, routed.gates
         if not shards_length():
-            flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in per_token)
+            flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in (flat, ids, gates))
         if ctx.how.edit_gates is not None:
             gates = ctx.how.edit_gates(ctx.layer, ids, gates)
 
@@ -185,7 +185,7 @@ class MoE(nnx.Module):
             )
             return y, zero, nothing_sent
 
-        # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts lie.
+        # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts are.
         if not on_mesh():
             return ctx.run("grouped_swiglu", *args, *experts, complete=True), zero, nothing_sent
         y, sent = expert_parallel.grouped_swiglu(
@@ -205,8 +205,8 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]"
             )
-        # Each device its own rows: the compiler would gather the scores of all tokens to find each
-        # one's largest.
+        # Each device routes its own rows. Otherwise the compiler would gather the scores of all
+        # tokens for the top k.
         weights = self.w_router[...], self.bias[...]
         local = partial(self._route_rows, ctx.run)
         sums, rows = shard_map_over_batch(local, weights, ctx.of_tokens(x))
@@ -225,7 +225,8 @@ class MoE(nnx.Module):
             scores=rows.scores if "scores" in ctx.how.watch else None,
         )
 
-        # A share of the tokens that count: of a head, a sharded row has places without one.
+        # A share of the tokens that count. A head's row may have positions without a token, where
+        # its length is sharded.
         count = jnp.maximum(ctx.mask.sum(dtype=jnp.float32), 1)
         return routed, {"near_ties": (rows.near & ctx.mask).sum(dtype=jnp.float32) / count}
 

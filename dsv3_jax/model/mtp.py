@@ -217,7 +217,7 @@ def unshard_head(head: Head, unshard: Callable) -> Head:
 def counted(
     cfg: ModelConfig, mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None, k: int
 ) -> Bool[Array, "B _"]:
-    """The positions that count for losses of load and balance: of head k from 1, or the trunk (0).
+    """The positions that count for load and balance losses: of head k from 1, or of the trunk (0).
 
     A position that reads padding or another document's token is not counted.
 

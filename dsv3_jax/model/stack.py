@@ -1,4 +1,4 @@
-"""Like layers as one, their arrays stacked along a leading axis, and the loop over them."""
+"""Layers of one kind as a stack, their arrays along a leading axis; and the loop over them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ NORMS = "norms"  # each row's factor
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """Make `count` like modules one, whose parameters have a leading layer axis; None for 0.
+    """Make `count` modules as one, whose parameters have a leading layer axis; None for 0.
 
     Example:
         >>> from dsv3_jax.model.layers import RMSNorm
@@ -31,7 +31,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.State]:
-    """The arrays of each module that `stack` made one, as views of its memory if they can be.
+    """Split a stack into the arrays of its modules: views of its memory where they can be.
 
     Args: experts: with the routed experts. False leaves them out, for `loop_layers` to slice them
         where they are read.
@@ -54,10 +54,12 @@ def unstack(stacked: nnx.Module | None, *, experts: bool = True) -> list[nnx.Sta
 def recompute(f: Callable, remat: str) -> Callable:
     """A function whose backward pass recomputes what `remat` does not keep.
 
-    "none" keeps every result; "dots" keeps matrix products and attention; "attention" keeps
-    attention's output and its rows' log-sums, so that its forward pass runs once, and the router's
-    choice; "queries" keeps beside these what a TPU is slow to make again, queries and the factors
-    of norms; "full" keeps only the arguments.
+    none       keeps every result
+    dots       matrix products, and what "attention" keeps
+    attention  attention's output and its rows' log-sums, so that its forward pass runs once, and
+               the router's choice
+    queries    these, and what a TPU is slow to make again: queries and the factors of norms
+    full       only the arguments
     """
     if remat == "none":
         return f

@@ -129,9 +129,8 @@ class Transformer(nnx.Module):
                 of another pass; a token whose ids are −1 chooses freely. See `ops.routing.replay`.
             mtp_expert_ids: the same of each head that has experts: of head k = 1 … M, [B, T-k, K],
                 as in `mtp_routing`.
-        Raises: ValueError if T is over max_positions, or not over mtp_depth, or the shapes are
-            others; outside jit, for token or expert ids out of range, or the same expert twice for
-            a token.
+        Raises: ValueError if T is over max_positions, or not over mtp_depth, or a shape is wrong;
+            outside jit, for token or expert ids out of range, or the same expert twice for a token.
         """
         given = (expert_ids, *mtp_expert_ids)
         out = self.forward_hidden(tokens, segment_ids, positions, expert_ids=given)
@@ -186,7 +185,7 @@ class Transformer(nnx.Module):
         read = h if cfg.mtp_input == "normed" else trunk.x
         mtp_h, of_heads = run_heads(self, read, tokens, ctx, of_heads_given, of_heads_counts)
 
-        # Decisions of the routers are among the blocks' metrics; here they part.
+        # The blocks' metrics hold the routers' decisions, which are taken out here.
         metrics = trunk.metrics | {f"mtp.{k}.block": of_head for k, of_head in enumerate(of_heads)}
         routing = {path: of.pop("routing") for path, of in metrics.items() if "routing" in of}
         of_trunk = routing.pop("sparse", None)
@@ -248,7 +247,7 @@ class Transformer(nnx.Module):
         return Trunk(x, cache, metrics, rows)
 
     def _first_choice(self, shape: tuple[int, ...], ctx: Context) -> Array | None:
-        """Where layers share the choice of an indexer, a place for it, int32 [B, T, k]."""
+        """A placeholder int32 [B, T, k] for an indexer's choice, if layers share one; else None."""
         if self.cfg.attention != "dsa" or all(self.cfg.has_indexer):
             return None
         slots = shape[1] if ctx.cache is None else ctx.cache.capacity
@@ -323,8 +322,8 @@ def _run_layer(
     # Of a step's decisions, decoding reads the experts alone.
     if ctx.how.mode == "decode":
         routed = metrics.get("routing")
-        told = () if routed is None else ("expert_ids", *ctx.how.watch & {"gates"})
-        metrics = {name: getattr(routed, name) for name in told}
+        names = () if routed is None else ("expert_ids", *ctx.how.watch & {"gates"})
+        metrics = {name: getattr(routed, name) for name in names}
 
     carry = x, after.cache, None if chosen is None else after.chosen
     return carry, (metrics, {name: after.rows[name] for name in keep})

@@ -1,6 +1,6 @@
 """Upcycling: a mixture of experts out of a dense model, or one of more experts out of a mixture.
 
-Letters as in `config.model`. A dense layer has F hidden units, and each expert a part of them.
+Letters as in `config.model`. A dense layer has dense_dim hidden units, and each expert F of them.
 """
 
 from dataclasses import dataclass

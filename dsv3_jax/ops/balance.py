@@ -34,8 +34,8 @@ def load(
         >>> load(jnp.array([[0, 1], [0, 2], [0, 1]]), 4)
         Array([3., 2., 1., 0.], dtype=float32)
     """
-    # Whole numbers: they are exact in any order of additions, and beyond 2^24, where adding 1 to a
-    # float32 ends.
+    # Whole numbers: they are exact in any order of additions, and beyond 2^24, where a float32
+    # stays the same if 1 is added.
     counts = jnp.ones(expert_ids.shape, jnp.int32)
     if mask is not None:
         counts = jnp.broadcast_to(mask[..., None], expert_ids.shape).astype(jnp.int32)
@@ -189,8 +189,9 @@ def sequence_loss(
         mask: positions where it is False are left out of both means. None means all count.
         given: experts that are counted in place of the top K, see `routing.replay`. A router's own
             choice is another than the top K if it has a bias or groups.
-        over_rows: for parts of sequences, on several devices: sums what they count of each.
-    Returns: one loss for each sequence, in the dtype of `scores`; of a part its term of the loss.
+        over_rows: sums the counts of a sequence over the devices that hold parts of it. Default:
+            sequences are complete.
+    Returns: one loss for each sequence, in the dtype of `scores`; for a part, its term of it.
 
     Example:
         >>> from functools import partial
@@ -236,7 +237,7 @@ def switch_loss(
         scores: scores of all experts, without bias.
         expert_ids: the chosen experts.
         mask: tokens where it is False are left out. None means all count.
-        counts: assignments of each expert, if they are known. None: they are counted.
+        counts: assignments of each expert, if they are known. None means that they are counted.
     Returns: the loss, in the dtype of `scores`.
 
     Example:

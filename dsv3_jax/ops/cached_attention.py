@@ -63,7 +63,8 @@ def cached_attention(
     """Attend to a cache at once: softmax(scale · Σ_i q_i · keys_i of rows 0 … last) values.
 
     Args:
-        queries: for each array of keys, queries of each key-value head.
+        queries: for each array of keys, the Q queries of each of G key-value heads: those of its
+            query heads, for each new token.
         keys, values: cached arrays of the layer.
         last: the last row that each query may see; at least 0.
         scale: factor of the scores.

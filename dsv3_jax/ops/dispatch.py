@@ -88,11 +88,11 @@ def grouped_swiglu(  # noqa: PLR0913 - six arrays, and how
             expert.
         w_gate, w_up, w_down: the experts' matrices, cast to x's dtype for use.
         product: the backend of the grouped products.
-        rows: choices that name an expert, at most: the arrays have so many rows. None means all,
-            n·K.
-        turned: the three transposed in x's dtype, for a backend whose `dx` would transpose them;
-            they take no gradient.
-        complete: every id names an expert, so that no row must be masked.
+        rows: the most choices that may name an expert: the arrays have so many rows. None means
+            all, n·K.
+        turned: w_gate, w_up and w_down transposed, in x's dtype, for a backend whose `dx` would
+            transpose them; they take no gradient.
+        complete: every id names an expert, so no row needs a mask.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1

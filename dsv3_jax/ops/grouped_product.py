@@ -1,6 +1,7 @@
 """Products of sorted rows, each group of rows with its own matrix: y_i = x_i w_{group of i}.
 
-Rows are sorted by group. Group g has `counts[g]` rows, after group g - 1's. A backend has three
+Rows are sorted by group, such as an expert's. Group g has `counts[g]` rows, after group g - 1's.
+Here G counts these groups, and K and N are the widths of a matrix. A backend has three
 functions, the product and its two gradients, because a kernel for one is no kernel for the others:
 
     forward  y [m, N] = x [m, K] · w [K, N] of each row's group

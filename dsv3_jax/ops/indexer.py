@@ -42,7 +42,7 @@ def index_choose(
             segment.
         most: scores of heads that are held at a time.
         score: computes `index_scores`. None means that function.
-    Returns: int32; -1 stands behind the slots of a query that sees fewer than k.
+    Returns: int32. A query that sees fewer than k slots has -1 after them.
 
     Example:
         >>> q, w, last = jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1)), jnp.array([[0, 1, 2]])

@@ -1,7 +1,8 @@
 """Which drafts are accepted, and the token after: a pass over k drafts gives 1 to k + 1 tokens.
 
-Accept draft x_j with probability min(1, p/q). At the first rejection draw from norm(max(p − q, 0));
-if all are accepted, draw one more from p. The text follows the target's p exactly, whatever q is.
+Accept draft x_j with probability min(1, p/q). At the first rejection draw from max(p − q, 0),
+scaled to sum to 1; if all are accepted, draw one more from p. The text follows the target's p
+exactly, whatever q is.
 Source: arXiv 2211.17192 and 2302.01318.
 """
 
@@ -73,7 +74,8 @@ def accept(
     uniform_BJ = jax.vmap(jax.vmap(_uniform))(keys[:, :-1])
     count = _leading(uniform_BJ * q_BJ < p_BJ)
 
-    # There draw from norm(max(p − q, 0)). After the last draft q is 0, so this is p.
+    # At that one draw from max(p − q, 0), scaled to sum to 1. After the last draft q is 0, so this
+    # is p.
     q_BFW = jnp.concatenate([q, jnp.zeros_like(p_BFW[:, :1])], axis=1)
     rest_BW = _at(jnp.maximum(p_BFW - q_BFW, 0), count)
     # Rounding may reject although p equals q, and leave a rest of 0: then draw from p itself.

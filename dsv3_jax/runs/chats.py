@@ -25,7 +25,7 @@ class Chats(NamedTuple):
     text: TextSettings  # how the run's model reads and ends text
     source: Source  # rows of the examples
     tasks: Tasks | None  # with GRPO: what the model answers
-    start: Start | None  # whose template encodes them. None: the run's own files do
+    start: Start | None  # whose template encodes them. None means that the run's own files do
 
 
 def read_chats(

@@ -168,7 +168,7 @@ class Checkpoints:
         sync(*folder.rglob("*"), folder)
 
     def _tidy(self, keep: int | None = None) -> None:
-        """Delete remains of failed saves, and all checkpoints but the last `keep`; None: none."""
+        """Delete remains of failed saves, and all checkpoints before the last `keep`, if given."""
         if self._read_only or not processes.is_first():
             return
         if keep is not None and (steps := steps_of(self.folder)):

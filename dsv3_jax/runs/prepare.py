@@ -31,7 +31,7 @@ from dsv3_jax.training.state import Job, abstract_state, split_trainable
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a call of `fit` trains a run, which says what each means."""
+    """The options of a call of `fit`, whose docstring says what each means."""
 
     mesh: Mesh | None = None
     step: int | None = None
@@ -60,7 +60,7 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
     source: Source
     tasks: Tasks | None  # with GRPO: what the model answers, in place of the source's rows
-    start: Start | None  # to begin with. None: nothing, or a checkpoint is there
+    start: Start | None  # to begin with. None means that it has none, or resumes from a checkpoint
 
 
 def make_job(run: RunConfig, options: FitOptions) -> Job:

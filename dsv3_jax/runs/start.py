@@ -42,7 +42,7 @@ START_KEYS = (
     "init_std",
 )
 TRUNK_KEYS = ("mtp_depth", "mtp_kind", "mtp_input")
-# beside a start with MLA
+# These may differ too where a start with MLA becomes sparse attention.
 INDEX_KEYS = ("attention", "index_heads", "index_dim", "index_interleaved", "index_types")
 
 
@@ -54,9 +54,10 @@ class Start:
     run: RunConfig  # its model, and what its tokens mean
     text: TextSettings  # how it reads and ends text: tokenizer, template, stops
     released: bool  # then data and execution of `run` mean nothing
-    # (the model, sharded over the job's mesh; which it is). Weights that train are float32.
+    # job → (the model, sharded over its mesh; words on which checkpoint it is, as "of step 9 ").
+    # Weights that train are float32.
     load: Callable[[Job], tuple[Transformer, str]]
-    four_bits: bool = False  # of some weights: these are for a run that freezes them
+    four_bits: bool = False  # some weights have 4 bits, so only a run that freezes them may use it
 
 
 def open_start(place: str, out: str | Path | None = None) -> Start:

@@ -88,7 +88,7 @@ def target_counts(
 
 
 class Part(NamedTuple):
-    """What a part of a batch is of the complete batch: by this its losses add up to the batch's.
+    """How a part of a batch counts in the complete batch, so that losses of parts add up to its.
 
     Attributes:
         counts: divisors of sums over targets, from `target_counts` of the complete batch.
@@ -151,8 +151,8 @@ def compute_loss(
     loss_mask = batch.get("loss_mask")
     share = part.share
 
-    # The forward pass. `share` weights its losses below too; it cancels: they are over the complete
-    # batch's counts.
+    # The forward pass. Its z-losses and indexers' losses are divided by the complete batch's
+    # counts. So the factor `share`, which they get below with all balance losses, must cancel.
     given = _given(model, batch.get("expert_ids"))
     divisors = None if part.token_counts is None else part.token_counts * share
     out = model.forward_hidden(
@@ -275,7 +275,7 @@ def _of_answers(
 def _by_depth(
     out: ForwardOut, batch: dict[str, Array]
 ) -> Iterator[tuple[int, Array, Array, Array]]:
-    """0 for the trunk, or a head's number from 1; its rows that predict tokens; these; mask."""
+    """Yield (k, hidden states, targets, mask): k is 0 for the trunk, else a head's number."""
     for k, h in enumerate((out.h, *out.mtp_h)):
         wanted, mask = targets(batch["tokens"], batch["segment_ids"], k + 1, batch.get("loss_mask"))
         yield k, h[:, : wanted.shape[1]], wanted, mask

@@ -335,8 +335,8 @@ def make(
         transformation: takes the place of `cfg.name`. Clipping and steps that are not taken stay
             `cfg`'s and the step's; learning rate, schedule and weight decay are its own.
         growth: from `mup.growth`.
-    Without the transformation of a run that one trains, the state is empty, and an update raises
-    ConfigError.
+    Returns: the optimizer. Of a run that a transformation trained, opened without it, the state is
+        empty, and an update raises ConfigError.
 
     Example:
         >>> optimizer = make(OptimConfig(), 100, transformation=optax.sgd(0.5, momentum=0.9))

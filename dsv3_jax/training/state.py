@@ -163,7 +163,7 @@ def split_trainable(run: RunConfig, params: nnx.State) -> tuple[nnx.State, nnx.S
 
 
 def map_frozen(f: Callable, run: RunConfig, params: nnx.State) -> nnx.State:
-    """Parameters with f(x) in place of each array x, or what there is for one, that does not train.
+    """Apply f to each frozen parameter: an array, or what takes its place. Others stay as they are.
 
     Example:
         >>> import dsv3_jax as ds

@@ -11,8 +11,8 @@ from jax import Array
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 _MADV_HUGEPAGE = 14  # Linux' mman.h
-_HOLES = 128
-_HOLE = 1 << 20  # bytes
+_HOLES = 128  # free blocks, into which small arrays go
+_HOLE = 1 << 20  # bytes of each
 _LARGE_PAGE = 2 << 20  # bytes
 
 
