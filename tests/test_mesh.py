@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import (
@@ -19,6 +20,7 @@ from runs import (
 
 from dsv3_jax.config import Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
+from dsv3_jax.mesh.logits import score_by_rows
 from dsv3_jax.mesh.shape import parse_mesh
 from dsv3_jax.training.state import Job, model_of
 from dsv3_jax.training.step import make_step
@@ -72,6 +74,17 @@ def test_experts_are_chosen_as_on_a_single_device():
         rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
         got = chosen(replace(run, execution=Execution(layout=rounds)), on_mesh(state, mesh), rows)
     np.testing.assert_array_equal(got, want)
+
+
+def test_the_heads_gradient_by_scores_in_bfloat16_is_a_single_devices(rng):
+    """Its sum over devices is in float32: XLA for CPUs aborts on one in bfloat16."""
+    h, w = (jnp.asarray(rng.normal(size=n), jnp.bfloat16) for n in ((4, 5, 8), (8, 12)))
+    wanted = jnp.asarray(rng.integers(0, 12, (4, 5)), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda w, h, wanted: score_by_rows(h, w, wanted)[0].sum()))
+    want, mesh = np.float32(gradient(w, h, wanted)), sharding.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        got = gradient(w, *jax.device_put((h, wanted), sharding.batch_sharding(mesh)))
+    np.testing.assert_allclose(np.float32(got), want, atol=0.02 * np.abs(want).max())  # 8 bits
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.mesh.sharding import constrain, shard_map_over_batch
 from dsv3_jax.ops.cross_entropy import token_scores
+from dsv3_jax.ops.dtypes import sum_dtype
 from dsv3_jax.ops.sampling import (
     GREEDY,
     RowSampling,
@@ -13,6 +14,7 @@ from dsv3_jax.ops.sampling import (
     processed_logits,
     sample,
 )
+from dsv3_jax.ops.varying import as_varying
 from dsv3_jax.ops.verify_drafts import Drafts, probabilities
 
 
@@ -96,10 +98,13 @@ def score_by_rows(
         (Array([[0.05, 3.05]], dtype=float32), Array([[0, 1]], dtype=int32))
     """
 
-    def score(matrix: Array, h: Array, wanted: Array) -> tuple[tuple, tuple[Array, ...]]:
+    def score(wide: Array, h: Array, wanted: Array) -> tuple[tuple, tuple[Array, ...]]:
+        # Devices add up the gradient of what becomes varying, so that is not in bfloat16.
+        w = as_varying(wide, h).astype(matrix.dtype)
         found = token_scores(
-            h.reshape(-1, h.shape[-1]), matrix, wanted.reshape(-1), temperature=temperature
+            h.reshape(-1, h.shape[-1]), w, wanted.reshape(-1), temperature=temperature
         )
         return (), tuple(x.reshape(wanted.shape) for x in found)
 
-    return shard_map_over_batch(score, (matrix,), h, wanted)[1]
+    wide = matrix.astype(sum_dtype(matrix.dtype))
+    return shard_map_over_batch(score, (wide,), h, wanted)[1]
