@@ -66,7 +66,7 @@ class OptimConfig:
     # down; None: never
     qk_clip: PositiveReal | None = None
     mtp_weight: NonNegative = 0.3  # weight of the multi-token loss (lambda)
-    mtp_final_weight: NonNegative = 0.1  # weight of the multi-token loss once the decay begins
+    mtp_final_weight: NonNegative = 0.1  # weight of the multi-token loss from decay_start on
     bias_freeze: Share = 0.97  # share of all steps after which the router bias no longer moves
     microbatches: Positive = 1  # number of parts of a batch whose gradients are accumulated
     # dtype of the means of AdamW and Muon; bfloat16 halves their memory (DeepSeek-V3 report,
