@@ -268,7 +268,7 @@ def expand(
     w_uv: Float[Array, "H V C"],
     *,
     recipe: Recipe,
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+) -> tuple[Float[Array, "B T H X"], Float[Array, "B T H V"]]:
     """Compute `ops.mla.expand` by a recipe: one product, whose matrix is the released kv_b_proj.
 
     Example:

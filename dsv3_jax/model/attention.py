@@ -38,12 +38,12 @@ class Attention(nnx.Module):
 
         make_weights    draws its weights by `model.parameters.param`, with the names of their axes:
                         a mesh, LoRA, Muon and muP read them. w_o, [H, V, D], is made here
-        project         queries [B, T, H, K], and each token's rows [B, T, G, X] by name.
+        project         queries [B, T, H, X], and each token's rows [B, T, G, …] by name.
                         `rotate` applies RoPE to the last R numbers of each head
-        expand          "k" [B, T, G, K] and "v" [B, T, G, V], where `project` gives other rows.
+        expand          "k" [B, T, G, X] and "v" [B, T, G, V], where `project` gives other rows.
                         G divides H
-        cache_rows      what a cache keeps. "k" of the kind "expanded" has the width K, which
-                        `scale`, counts and plans use. The default: cfg.kv_heads heads, K = N + R
+        cache_rows      what a cache keeps. "k" of the kind "expanded" has the width X, which
+                        `scale`, counts and plans use. The default: cfg.kv_heads heads, X = N + R
         has_latent      True if there is a smaller cache of kind "latent", too. Then
                         `attend_to_rows` attends to its rows, as MLA does
 
@@ -125,11 +125,11 @@ class Attention(nnx.Module):
 
     def project(
         self, x: Float[Array, "B T D"], ctx: Context
-    ) -> tuple[Float[Array, "B T H K"], Rows]:
+    ) -> tuple[Float[Array, "B T H X"], Rows]:
         """(Queries, the rows of each token)."""
         raise NotImplementedError
 
-    def rotate(self, x: Float[Array, "B T H K"], ctx: Context) -> Float[Array, "B T H K"]:
+    def rotate(self, x: Float[Array, "B T H X"], ctx: Context) -> Float[Array, "B T H X"]:
         """Rotate the last R numbers of each head."""
         cos, sin = ctx.cos[:, :, None], ctx.sin[:, :, None]
         return ctx.run("rotate_last", x, cos, sin, interleaved=self.cfg.rope_interleaved)
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         return {}
 
     def attend_to_rows(
-        self, q: Float[Array, "B T H K"], ctx: Context
+        self, q: Float[Array, "B T H X"], ctx: Context
     ) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
         """Attend to the context's rows, or to its cache, which holds them too.
 
@@ -201,7 +201,7 @@ class MLA(Attention):
 
     def project(
         self, x: Float[Array, "B T D"], ctx: Context
-    ) -> tuple[Float[Array, "B T H K"], Rows]:
+    ) -> tuple[Float[Array, "B T H X"], Rows]:
         with jax.named_scope("queries"):
             if self.cfg.q_latent_dim is None:
                 c_q = x
@@ -224,7 +224,7 @@ class MLA(Attention):
         return {"k": k, "v": v}
 
     def attend_to_rows(
-        self, q: Float[Array, "B T H K"], ctx: Context
+        self, q: Float[Array, "B T H X"], ctx: Context
     ) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
         if ctx.cache is None:
             return attend_causally(q, ctx, self.scale)
@@ -234,7 +234,7 @@ class MLA(Attention):
         return self.up(latent, ctx), ctx, {}
 
     def absorb(
-        self, q: Float[Array, "B T H K"], ctx: Context
+        self, q: Float[Array, "B T H X"], ctx: Context
     ) -> dict[str, Float[Array, "B T H _"]]:
         """Turn queries into those of the latent rows: {"latent": q_nope W_uk, "k_rope": q_rope}."""
         q_nope, q_rope = jnp.split(q, [self.cfg.nope_head_dim], axis=-1)
@@ -278,7 +278,7 @@ class GQA(Attention):
 
     def project(
         self, x: Float[Array, "B T D"], ctx: Context
-    ) -> tuple[Float[Array, "B T H K"], Rows]:
+    ) -> tuple[Float[Array, "B T H X"], Rows]:
         q, k, v = (ctx.run("product", x, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (constrain(y, *TOKEN_AXES) for y in (q, k, v))
         if self.cfg.qk_norm:
@@ -287,7 +287,7 @@ class GQA(Attention):
 
 
 def attend_causally(
-    q: Float[Array, "B T H K"], ctx: Context, scale: float
+    q: Float[Array, "B T H X"], ctx: Context, scale: float
 ) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
     """Attend to the keys and values of the context's own rows.
 

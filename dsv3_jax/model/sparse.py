@@ -136,12 +136,12 @@ class DSA(MLA):
 
     def project(
         self, x: Float[Array, "B T D"], ctx: Context
-    ) -> tuple[Float[Array, "B T H K"], Rows]:
+    ) -> tuple[Float[Array, "B T H X"], Rows]:
         q, rows = super().project(x, ctx)
         return q, {**rows, **self.indexer(x, rows["c_q"][:, :, 0], ctx)}
 
     def attend_to_rows(
-        self, q: Float[Array, "B T H K"], ctx: Context
+        self, q: Float[Array, "B T H X"], ctx: Context
     ) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
         watch = ctx.how.watch
         slots = ctx.mask.shape[1] if ctx.cache is None else ctx.cache.capacity

@@ -29,8 +29,8 @@ LARGE_SCORES = 1 << 25
 
 
 def causal_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     v: Float[Array, "B T G V"],
     *,
     scale: float,
@@ -62,8 +62,8 @@ def causal_attention(
 
 
 def attention_and_maxima(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     v: Float[Array, "B T G V"],
     *,
     scale: float,
@@ -90,8 +90,8 @@ def attention_and_maxima(
 
 
 def row_maxima(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -125,7 +125,7 @@ def row_maxima(
 def _in_blocks(
     q: Array, k: Array, scale: float, segment_ids: Array | None, block: int | None, large: bool
 ) -> tuple[Array, Array, Array, int]:
-    """(Scaled queries, keys [B, H, T, K], segments [B, T], the block), padded to whole blocks."""
+    """(Scaled queries, keys [B, H, T, X], segments [B, T], the block), padded to whole blocks."""
     batch, length, heads, _ = q.shape
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)

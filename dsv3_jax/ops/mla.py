@@ -22,8 +22,8 @@ def expand(
     k_rope: Float[Array, "B T R"],
     w_uk: Float[Array, "H N C"],
     w_uv: Float[Array, "H V C"],
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Expand latents into a head's keys [k_nope, k_rope], K = N + R, and values; k_rope repeats.
+) -> tuple[Float[Array, "B T H X"], Float[Array, "B T H V"]]:
+    """Expand latents into a head's keys [k_nope, k_rope], X = N + R, and values; k_rope repeats.
 
     Example:
         >>> c_kv, k_rope = jnp.array([[[2.0]]]), jnp.array([[[5.0]]])  # one token, C = R = 1
@@ -39,7 +39,7 @@ def expand(
 
 def join_keys(
     k_nope: Float[Array, "B T H N"], k_rope: Float[Array, "B T R"]
-) -> Float[Array, "B T H K"]:
+) -> Float[Array, "B T H X"]:
     """The keys of each head, [k_nope, k_rope]; k_rope is repeated.
 
     Example:

@@ -143,7 +143,7 @@ def rotate(
 
 
 def rotate_last(
-    x: Float[Array, "*n K"],
+    x: Float[Array, "*n X"],
     cos: Float[Array, "..."],
     sin: Float[Array, "..."],
     *,

@@ -18,8 +18,8 @@ BLOCK_ELEMENTS = 1 << 16
 
 
 def causal_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     v: Float[Array, "B T G V"],
     *,
     scale: float,

@@ -200,8 +200,8 @@ def experts_swiglu_gradients(
 
 
 def causal_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T H X"],
     v: Float[Array, "B T H V"],
     segment_ids: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H T"], Float[Array, "B H T"]]:
@@ -222,14 +222,14 @@ def causal_attention(
 
 
 def causal_attention_gradients(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T H X"],
     v: Float[Array, "B T H V"],
     segment_ids: Int[Array, "B T"],
     out: Float[Array, "B T H V"],
     lse: Float[Array, "B H T"],
     d_out: Float[Array, "B T H V"],
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+) -> tuple[Float[Array, "B T H X"], Float[Array, "B T H X"], Float[Array, "B T H V"]]:
     """Compute the gradients of `causal_attention` with respect to q, k and v.
 
     Args: q, k, v, segment_ids: its arguments; out, lse: its results; d_out: gradient of `out`.

@@ -48,8 +48,8 @@ def first_of_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def tokamax_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     v: Float[Array, "B T G V"],
     *,
     scale: float,
@@ -168,8 +168,8 @@ def fits_cudnn(
 
 
 def cudnn_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     v: Float[Array, "B T G V"],
     *,
     scale: float,

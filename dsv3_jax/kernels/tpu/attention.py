@@ -37,8 +37,8 @@ def fits(q: Array, k: Array, v: Array, **settings) -> bool:
 
 
 def causal_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
     v: Float[Array, "B T G V"],
     *,
     scale: float,
@@ -91,8 +91,8 @@ def causal_attention(
 
 
 def rotate_last(
-    x: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleaved: bool
-) -> Float[Array, "B T H K"]:
+    x: Float[Array, "B T H X"], cos: Array, sin: Array, *, interleaved: bool
+) -> Float[Array, "B T H X"]:
     """Compute `ops.rope.rotate_last` in bfloat16: a product with signs swaps each pair, exactly.
 
     So no array is cut where a register's columns do not end, which would take as long as several
@@ -147,7 +147,7 @@ def expand(
     k_rope: Float[Array, "B T R"],
     w_uk: Float[Array, "H N C"],
     w_uv: Float[Array, "H V C"],
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
+) -> tuple[Float[Array, "B T H X"], Float[Array, "B T H V"]]:
     """Compute `ops.mla.expand`: one product makes the keys, and its matrix hands k_rope on."""
     rope_dim = k_rope.shape[-1]
     heads, _, latent = w_uk.shape

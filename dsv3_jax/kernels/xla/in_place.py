@@ -13,8 +13,8 @@ def expand_in_place(
     k_rope: Float[Array, "B T R"],
     w_uk: Float[Array, "H N C"],
     w_uv: Float[Array, "H V C"],
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H V"]]:
-    """Compute `ops.mla.expand` with keys as wide as K from the product on, for a GPU.
+) -> tuple[Float[Array, "B T H X"], Float[Array, "B T H V"]]:
+    """Compute `ops.mla.expand` with keys as wide as X from the product on, for a GPU.
 
     The product's last R columns are zeros, and the GPU then writes k_rope alone. The gradient is
     that of `expand`, whose products are not wider.
