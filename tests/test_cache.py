@@ -214,7 +214,7 @@ def test_bytes_a_token_are_those_of_the_arrays():
 
 
 def test_a_latent_cache_needs_a_latent():
-    with refused("^cache='latent' needs attention='mla'.*'mqa'"):
+    with refused("^cache='latent' needs an attention with a latent.*'mqa'"):
         pick_kind(small(attention="mqa"), "latent")
 
 

@@ -66,7 +66,7 @@ def test_bad_files_are_named(tmp_path):
         ("a.txt.gz", gzip.compress(b"a\xff"), "a.txt.gz is not UTF-8: .*0xff in position 1"),
         ("a.txt", b"", "a.txt' holds no text"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
-        ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: "text" is None, not a string, of .*txt'),
+        ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: no key "text" is among .*txt'),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 in all"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -182,6 +182,8 @@ def _loaded(
     left_out = "; left out: " + (", ".join(f"{n:,} {what}" for what, n in counts.items()) or "none")
     if not kept:
         left_out += f", the first: {bad[0]}" if bad else ""
+        if not counts:
+            left_out = ": there is no record of JSON, JSONL or Parquet in them"
         raise ValueError(f"data.paths={list(cfg.paths)} give no example to train on{left_out}")
 
     # Tasks with one prompt share a side; their digests differ.

@@ -35,7 +35,8 @@ class Chat(Decode):
 
 
 FENCE = '"""'
-HELP = """/reset or /clear begins a new conversation; /exit or Ctrl-D ends; Ctrl-C stops an answer
+HELP = """/reset or /clear begins a new conversation; /exit, /quit or Ctrl-D ends the chat
+Ctrl-C stops an answer
 /tool TEXT gives the result of a call to the model
 a turn of several lines: end a line with \\, or write \"\"\" on a line before and after it"""
 
@@ -58,7 +59,7 @@ def run(argv: list[str]) -> int:
     messages = start
     for number, turn in enumerate(_turns(_lines())):
         command = turn.strip()
-        if command == "/exit":
+        if command in ("/exit", "/quit"):
             break
         if command == "/help":
             _say(HELP)

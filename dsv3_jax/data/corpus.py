@@ -136,7 +136,12 @@ def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
     empty = True
     for location, row, domain in rows_of_path(path, (column,)):
-        text = row.get(column)
+        if column not in row:
+            raise ValueError(
+                f'{location}: no key "{column}" is among {sorted(row)!r:.200}; name one by '
+                "data.text_column; `dsv3 train sft` learns chats"
+            )
+        text = row[column]
         if not isinstance(text, str):
             raise ValueError(
                 f'{location}: "{column}" is {reprlib.repr(text)}, not a string, of '

@@ -218,7 +218,8 @@ def pick_kind(cfg: ModelConfig, kind: Any) -> CacheKind:
         raise ValueError(f"cache={kind!r} is not one of {', '.join(CACHE_KINDS)}")
     if kind == "latent" and not cfg.has_latent:
         raise ValueError(
-            f"cache='latent' needs attention='mla', and the model has {cfg.attention!r}"
+            "cache='latent' needs an attention with a latent, as 'mla' or 'dsa', and the model has "
+            f"{cfg.attention!r}"
         )
     return kind
 

@@ -115,8 +115,9 @@ def find_released(place: str | Path) -> Path:
     """
     folder = find(place)
     if not (folder / tensor_files.CONFIG).exists():
+        there = "is" if folder.is_dir() else "is no folder here, and"
         raise ValueError(
-            f"folder={str(folder)!r} is neither a run (no {RUN_FILE}) nor released (no "
+            f"folder={str(folder)!r} {there} neither a run (no {RUN_FILE}) nor released (no "
             f"{tensor_files.CONFIG})"
         )
     return folder
