@@ -26,7 +26,7 @@ def to_heads(
 ) -> tuple[Float[Array, "B T H _"], Mapping[str, Float[Array, "B T _ _"]]]:
     """Give each device all tokens of its own heads, where a mesh shards the length.
 
-    What all heads share is gathered as one array. If rows are complete, nothing changes.
+    Each device gathers the rows that all heads share. If rows are complete, nothing changes.
 
     Args: cached: names of the rows that a cache would keep; others are left out.
     """

@@ -18,7 +18,7 @@ NORMS = "norms"  # each row's factor
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
-    """Make `count` modules as one, whose parameters have a leading layer axis; None for 0.
+    """Make a stack of `count` modules: one module with a leading layer axis. 0 of them give None.
 
     Example:
         >>> from dsv3_jax.model.layers import RMSNorm

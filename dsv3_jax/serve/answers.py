@@ -118,7 +118,7 @@ class Answer:
 
         glass = self._glass(new, before, told) if self.shows_glass else None
 
-        # While the text goes on, characters that may begin a stop string are held back.
+        # Until the text ends, characters that may begin a stop string are not sent.
         if not cut and not new.ended:
             return self._send(self._kept())._replace(new=len(told), glass=glass)
 
