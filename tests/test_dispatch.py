@@ -138,6 +138,13 @@ def test_capacity_drops_later_tokens(x64, rng, factor, choose):
     assert dropped == pytest.approx(1 - kept[mask].mean(), abs=1e-6)
 
 
+def test_a_capacity_is_counted_exactly():
+    """1.1 · 100 / 10 is 11; in floating point it is a little more, which would make 12."""
+    x, ids, weight = jnp.ones((100, 1)), jnp.zeros((100, 1), jnp.int32), jnp.ones((10, 1, 1))
+    dropped = dispatch.capacity_swiglu(x, ids, x, weight, weight, weight, factor=1.1)[1]
+    assert dropped == pytest.approx(0.89)
+
+
 # C++, in float32, whose unit roundoff is 6e-8; the oracle is in float64
 
 # Widths are below and above a register's 16 floats and a panel's 64. With n=900 an expert has more

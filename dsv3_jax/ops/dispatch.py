@@ -18,7 +18,9 @@ Letters, beside those of reference.py: n tokens, m = n K assignments (sorted, in
 an expert.
 """
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -299,7 +301,9 @@ def capacity_swiglu(  # noqa: PLR0913 - six arrays, and how
     """
     n, num_choices = expert_ids.shape
     num_experts = w_gate.shape[0]
-    capacity = min(-int(-factor * n * num_choices // num_experts), n)
+    # exact: in floating point 1.1 × 100 is above 110
+    share = Fraction(str(factor)) * n * num_choices / num_experts
+    capacity = min(math.ceil(share), n)
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
 
     # A choice's slot is its rank at its expert, where tokens that do not count come last. Those
