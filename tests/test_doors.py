@@ -294,6 +294,7 @@ def test_json_is_refused():
         with refused(sentence):
             parse_json(text)
     assert parse_json(b'["\\ud83d\\ude42", 1000000000000000019884624838656]') == ["🙂", int(1e30)]
+    assert parse_json("{}".encode("utf-8-sig")) == {}  # as editors of Windows write it
 
 
 def test_a_model_of_more_tensors_than_there_are(tmp_path):

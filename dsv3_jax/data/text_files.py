@@ -167,7 +167,7 @@ def _read(path: Path, limit: int) -> bytes:
 def _text_of(path: Path) -> str:
     """Read a file that is one text. Raises: ValueError when it is too large or no UTF-8."""
     try:
-        return _read(path, _MAX_TEXT_BYTES).decode("utf-8")
+        return _read(path, _MAX_TEXT_BYTES).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 

@@ -124,6 +124,8 @@ def read_json(path: str | os.PathLike, limit: int = MAX_JSON) -> dict[str, Any]:
 def parse_json(data: str | bytes) -> Any:
     """Parse JSON in linear time; refuse values that later code cannot print, store or convert.
 
+    Bytes may begin with a byte order mark, as some editors of Windows write it.
+
     Raises: ValueError when it is not UTF-8 or not JSON, has a key twice, is nested more than 64
         deep, or holds NaN, half a surrogate pair, an integer of more than 100 digits, or a number
         above float64's range.
@@ -134,7 +136,7 @@ def parse_json(data: str | bytes) -> Any:
             ...
         ValueError: key 'a' occurs twice
     """
-    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     try:
         values = json.loads(
             text,
