@@ -17,7 +17,7 @@ from dsv3_jax.model.upcycle import NOISE, Upcycling, redraw, upcycle, upcycled_c
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.start import on_weights, open_start
 
-DENSE = small(num_layers=2, num_dense_layers=2)
+DENSE = small(num_layers=2, num_dense_layers=2, capacity_factor=0.5)  # dropped no token
 MIXTURE = replace(LIGHT, mtp_depth=1)
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 37, (2, 9)), jnp.int32)
 

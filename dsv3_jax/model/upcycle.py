@@ -100,6 +100,7 @@ def upcycled_config(cfg: ModelConfig, how: Upcycling) -> ModelConfig:
         router="sigmoid",
         normalize_gates=True,
         routed_scale=float(how.parts),
+        capacity_factor=None,
     )
     return _with_units(made, how)
 
