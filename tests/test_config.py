@@ -48,6 +48,7 @@ FIELDS = [
     (DataConfig, "paths", (("a", 3), "a", ("a", ""))),
     (DataConfig, "tokenizer", ("a\x1b[2J",)),
     (OptimConfig, "learning_rate qk_clip", (0.0, -1.0)),
+    (OptimConfig, "beta1 beta2", (0.99999999,)),  # 1 in float32
     (Execution, "kernels", ("", "auto,", "auto,xla", "=xla", "optimizer=", "optimizer=xla=cpu")),
     (run, "steps", (0, 2.5)),
     (run, "seed", (-1, 2**32)),

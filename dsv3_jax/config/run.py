@@ -52,9 +52,9 @@ class OptimConfig:
     decay_start: Share = 0.67
     # share of all steps after which the decay ends; not for schedule cosine
     decay_end: Share = 0.97
-    beta1: Annotated[float, "[0, 1)"] = 0.9  # decay of AdamW's mean of gradients
-    beta2: Annotated[float, "[0, 1)"] = 0.95  # decay of AdamW's mean of squared gradients
-    muon_beta: Annotated[float, "[0, 1)"] = 0.95  # decay of Muon's mean of gradients
+    beta1: Annotated[float, "[0, 0.9999999]"] = 0.9  # decay of AdamW's mean of gradients
+    beta2: Annotated[float, "[0, 0.9999999]"] = 0.95  # decay of AdamW's mean of squared gradients
+    muon_beta: Annotated[float, "[0, 0.9999999]"] = 0.95  # decay of Muon's mean of gradients
     eps: PositiveReal = 1e-8  # epsilon of AdamW's division
     weight_decay: NonNegative = 0.1  # weight decay of matrices; the scales of norms have none
     # muP: the width (model.dim) that init_std and learning_rate were chosen for; in a wider model
