@@ -19,6 +19,7 @@ from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf import tensor_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.runs.checkpoint import load_run
+from dsv3_jax.runs.loop import fit
 from dsv3_jax.runs.open_model import load_text
 
 CFG = small(
@@ -165,6 +166,8 @@ def test_convert_there_and_back(good, model, tmp_path):
     loaded, run, step = load_run(tmp_path / "run")
     assert step == 0 and run.model == replace(CFG, balance=run.model.balance, init_std=CFG.init_std)
     assert_bitwise(arrays_of(loaded), arrays_of(model))
+    with refused("holds a converted model, which has read no text: train in another folder"):
+        fit(run, tmp_path / "run")
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
     assert_bitwise(arrays_of(hf.load(tmp_path / "back")), arrays_of(model))
 
@@ -234,8 +237,9 @@ def test_convert_refuses_what_it_cannot_do(good, tmp_path):
     with refused("step=3 is for runs"):
         hf.convert(good, tmp_path / "out", step=3)
     (tmp_path / "run.json").write_text("{}")
-    with refused("mtp=False"):
-        hf.convert(tmp_path, tmp_path / "out", mtp=False)
+    for name, value in (("mtp", False), ("allow_unknown_keys", True)):
+        with refused(f"{name}={value} is"):
+            hf.convert(tmp_path, tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
 
 

@@ -100,6 +100,10 @@ def convert(  # noqa: PLR0913 - what to accept, each by name
             f"dtype={dtype!r} is for released weights, and a mixture that is made is a run; "
             "leave it out"
         )
+    if from_run and allow_unknown_keys:
+        raise ValueError(
+            f"allow_unknown_keys=True is for a released folder, and folder={str(source)!r} is a run"
+        )
     tensor_files.check_new(out, 0)
     if from_run and upcycling is not None:
         return _upcycle_run(source, out, step, upcycling)

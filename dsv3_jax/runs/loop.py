@@ -241,6 +241,12 @@ def _devices_that_add_up(job: Job) -> int:
 
 
 def _set_position(batches: Batches, position: dict, step: int, checkpoints: Checkpoints) -> None:
+    if not position:
+        place = checkpoints.folder.parent
+        raise ValueError(
+            f"out={str(place)!r} holds a converted model, which has read no text: "
+            "train in another folder, with this one as --start"
+        )
     try:
         batches.set_state(position)
     except ValueError as error:
