@@ -80,6 +80,7 @@ BAD = {
     "generate {run} --samples 2": "samples=2 is for --prompts FILE.jsonl --out OUT.jsonl",
     "generate {run} --batch-size 8": "batch_size=8 is for --prompts FILE.jsonl --out OUT.jsonl",
     "generate {run} --draft-length 2": "draft_length=2 is for --draft mtp, lookup or a folder",
+    "generate {run} --cache none --cache-dtype int8": "cache_dtype='int8' is for a cache, not for",
     "generate {run} --prompts {one}": "prompts and out go together",
     "generate {run} --prompts {one} --out {one}": "'{one}' exists; delete it, or name another file",
     "generate {text}": "folder='{text}' is neither a run (no run.json) nor released",

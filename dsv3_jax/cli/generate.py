@@ -243,6 +243,8 @@ def decode_config(args: Decode, text: Any, draft: Any, max_new_tokens: int) -> A
 
     if draft is None and args.draft_length > 1:
         raise ValueError(f"draft_length={args.draft_length} is for --draft mtp, lookup or a folder")
+    if args.cache == "none" and args.cache_dtype is not None:
+        raise ValueError(f"cache_dtype={args.cache_dtype!r} is for a cache, not for --cache none")
 
     # An option comes before the folder's file, and that before the defaults here.
     usual = text.sampling or {"temperature": TEMPERATURE, "top_p": TOP_P}

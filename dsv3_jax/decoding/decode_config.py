@@ -13,6 +13,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.sampling import GREEDY, Sampling
 
 OWN_DRAFTS = ("mtp", "lookup")  # need no other model
+LEAST = 1e-30  # below it a temperature or top_p would not be a normal float32
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class DecodeConfig:
         new = self.max_new_tokens
         pad_to = self.pad_prompts_to
         is_seed = _is_int(self.seed, 0) and self.seed < 1 << 32
-        not_negative = _is_number(temperature) and temperature >= 0
-        is_share = top_p is None or (_is_number(top_p) and 0 < top_p <= 1)
+        hot = _is_number(temperature) and (temperature == 0 or temperature >= LEAST)
+        is_share = top_p is None or (_is_number(top_p) and LEAST <= top_p <= 1)
         routing = self.return_routing
 
         # Rows of (is it right, name, value, what it should be); the first wrong one is raised.
@@ -72,9 +73,9 @@ class DecodeConfig:
             (is_seed, "seed", self.seed, "an int within [0, 2**32)"),
             # the distribution that tokens are drawn from
             (isinstance(self.sampling, Sampling), "sampling", self.sampling, "a Sampling"),
-            (not_negative, "temperature", temperature, "a float of 0 or above"),
+            (hot, "temperature", temperature, f"0, or a float of {LEAST} or above"),
             (top_k is None or _is_int(top_k, 1), "top_k", top_k, "an int of 1 or above"),
-            (is_share, "top_p", top_p, "a float within (0, 1]"),
+            (is_share, "top_p", top_p, f"a float within [{LEAST}, 1]"),
             # the cache, and who drafts
             (self.cache in (None, *kinds), "cache", self.cache, f"one of {', '.join(kinds)}"),
             (drafts, "draft", self.draft, "None, 'mtp', 'lookup' or a Transformer"),
