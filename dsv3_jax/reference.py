@@ -287,8 +287,10 @@ def route(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Routing:
         scores = 1 / (1 + xp.exp(-logits))
     elif cfg.router == "sqrtsoftplus":
         scores = xp.logaddexp(logits, 0.0) ** 0.5
-    else:
+    elif cfg.router in ("softmax", "topk", "dense"):
         scores = softmax(logits, xp)
+    else:
+        raise ValueError(f"router={cfg.router!r} has no equations on this page")
 
     # The bias takes part in the choice alone (equation 16 of the V3 report): gates are of s.
     choice = scores

@@ -15,8 +15,8 @@ def format_count(count: int | float) -> str:
     """Write a count with four significant digits, and K, M, B or T for powers of a thousand.
 
     Example:
-        >>> [format_count(x) for x in (0, 999, 35_136, 1_234_567, 671e9, 2.5e12)]
-        ['0', '999', '35.14K', '1.235M', '671B', '2.5T']
+        >>> [format_count(x) for x in (0, 999, 35_136, 1_234_567, 671e9, 1e16)]
+        ['0', '999', '35.14K', '1.235M', '671B', '10,000T']
     """
     return _format(count, COUNTS, 4)
 
@@ -60,7 +60,9 @@ def format_duration(seconds: int | float) -> str:
 def _format(value: int | float, units: Sequence[tuple[str, float]], digits: int) -> str:
     """Divide by the largest unit that does not exceed the value, else by the last unit."""
     unit, scale = next((pair for pair in units if value >= pair[1]), units[-1])
-    return f"{value / scale:.{digits}g}{unit}"
+    scaled = value / scale
+    whole = scaled >= 10**digits  # beyond the largest unit
+    return f"{scaled:,.0f}{unit}" if whole else f"{scaled:.{digits}g}{unit}"
 
 
 def shortened(text: str, most: int) -> str:
