@@ -26,7 +26,7 @@ from dsv3_jax.config import Balance, Execution, Grpo, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.length import by_layout
 from dsv3_jax.model.attention import MLA
-from dsv3_jax.model.blocks import SparseBlock
+from dsv3_jax.model.blocks import Block
 from dsv3_jax.model.context import How, how_of, make_context
 from dsv3_jax.planning.cost import check_decode, choose_kernels, train_cost
 from dsv3_jax.training.loss import score_tokens
@@ -105,7 +105,7 @@ def layer_program(mesh):
     )  # fmt: skip
     execution = Execution(compute_dtype="bfloat16", layout=LENGTH)
     how = How(choose_kernels(execution, mesh), LENGTH)
-    graph, state = nnx.split(nnx.eval_shape(lambda: SparseBlock(cfg, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Block(cfg, sparse=True, rngs=nnx.Rngs(0))))
 
     @by_layout
     def gradients(model, state, x, segment_ids, positions):

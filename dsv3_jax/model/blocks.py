@@ -1,4 +1,4 @@
-"""The two kinds of layer: attention, then one wide SwiGLU or a mixture of experts."""
+"""A layer of the model: attention, then one wide SwiGLU or a mixture of experts."""
 
 from typing import Any
 
@@ -39,12 +39,29 @@ def register_attention(name: str, kind: Any) -> None:
 
 
 class Block(nnx.Module):
-    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)). A kind of block defines `feed_forward`."""
+    """x ← x + Attention(norm(x));  x ← x + FFN(norm(x)).
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    Args: sparse: the FFN is a mixture of experts, whose router's decisions are the metric
+        "routing". Else it is one wide SwiGLU.
+
+    Example:
+        >>> from dsv3_jax.presets import preset
+        >>> cfg = preset("tiny")
+        >>> dense = nnx.eval_shape(lambda: Block(cfg, sparse=False, rngs=nnx.Rngs(0)))
+        >>> sparse = nnx.eval_shape(lambda: Block(cfg, sparse=True, rngs=nnx.Rngs(0)))
+        >>> dense.ffn.w_gate.shape, sparse.moe.experts.w_gate.shape
+        ((128, 352), (16, 128, 64))
+    """
+
+    def __init__(self, cfg: ModelConfig, *, sparse: bool, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attn = ATTENTION[cfg.attention](cfg, rngs=rngs)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.sparse = sparse
+        if sparse:
+            self.moe = MoE(cfg, rngs=rngs)
+        else:
+            self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> LayerResult:
         """Run the block: for training, prefill or decoding, by the context.
@@ -52,48 +69,13 @@ class Block(nnx.Module):
         Returns: (x, the context for the next layer, metrics).
         """
         # On a mesh, rows alone are sharded between the parts of a block: norms need all of D.
-        y, ctx, of_attention = self.attn.attend(self.attn_norm(x), ctx)
+        y, ctx, metrics = self.attn.attend(self.attn_norm(x), ctx)
         x = constrain(x + y, "batch", None, None)
-        y, metrics = self.feed_forward(self.ffn_norm(x), ctx)
-        return constrain(x + y, "batch", None, None), ctx, metrics | of_attention
 
-    def feed_forward(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, dict[str, Any]]:
-        """(What is added to x, metrics)."""
-        raise NotImplementedError
-
-
-class DenseBlock(Block):
-    """A block with one wide SwiGLU.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> block = nnx.eval_shape(lambda: DenseBlock(preset("tiny"), rngs=nnx.Rngs(0)))
-        >>> block.ffn.w_gate.shape
-        (128, 352)
-    """
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(cfg, rngs=rngs)
-        self.ffn = SwiGLU(cfg.dim, cfg.dense_dim, cfg.init_std, rngs=rngs)
-
-    def feed_forward(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, dict[str, Any]]:
-        return self.ffn(x, ctx), {}
-
-
-class SparseBlock(Block):
-    """A block with a mixture of experts. Its router's decisions are its metric "routing".
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> block = nnx.eval_shape(lambda: SparseBlock(preset("tiny"), rngs=nnx.Rngs(0)))
-        >>> block.moe.w_router.shape
-        (128, 16)
-    """
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(cfg, rngs=rngs)
-        self.moe = MoE(cfg, rngs=rngs)
-
-    def feed_forward(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, dict[str, Any]]:
-        y, routing, metrics = self.moe.mix(x, ctx)
-        return y, {"routing": routing, **metrics}
+        normed = self.ffn_norm(x)
+        if self.sparse:
+            y, routing, of_experts = self.moe.mix(normed, ctx)
+            metrics = {"routing": routing, **of_experts, **metrics}
+        else:
+            y = self.ffn(normed, ctx)
+        return constrain(x + y, "batch", None, None), ctx, metrics

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.mesh.length import filled, first, later
-from dsv3_jax.model.blocks import DenseBlock, SparseBlock
+from dsv3_jax.model.blocks import Block
 from dsv3_jax.model.context import Context, LayerResult
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.parameters import param
@@ -75,7 +75,7 @@ class MetaHead(Head):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.block = SparseBlock(cfg, rngs=rngs)
+        self.block = Block(cfg, sparse=True, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
@@ -164,7 +164,7 @@ class EagleHead(Head):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.w_eh = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        self.block = DenseBlock(cfg, rngs=rngs)
+        self.block = Block(cfg, sparse=False, rngs=rngs)
 
     def __call__(self, h: Hidden, ctx: Context, embedded: Hidden | None = None) -> LayerResult:
         assert embedded is not None

@@ -14,7 +14,7 @@ from dsv3_jax.config import Execution, ModelConfig, check_inputs, check_kind
 from dsv3_jax.kernels.choose import Kernels, prepare
 from dsv3_jax.mesh.fsdp import unshard_weights
 from dsv3_jax.mesh.sharding import on_mesh, shard_map_over_batch
-from dsv3_jax.model.blocks import DenseBlock, SparseBlock
+from dsv3_jax.model.blocks import Block
 from dsv3_jax.model.context import Context, How, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import Experts, LayerRouting, check_expert_ids
@@ -93,15 +93,17 @@ class Transformer(nnx.Module):
         self.execution = execution or Execution()
         self.kernels = kernels or prepare(self.execution)
 
+        def blocks(count: int, *, sparse: bool) -> Any:
+            return stack(lambda r: Block(cfg, sparse=sparse, rngs=r), count, rngs)
+
         # The order of these lines is that of the random draws.
         table, std = (cfg.vocab_size, cfg.dim), cfg.init_std
         self.embed = param(rngs, table, ("vocab", "dim"), std, exact=True)
-        self.dense = stack(lambda r: DenseBlock(cfg, rngs=r), cfg.num_dense_layers, rngs)
-        sparse: Any = stack(lambda r: SparseBlock(cfg, rngs=r), cfg.num_sparse_layers, rngs)
-        if sparse is not None:
+        self.dense = blocks(cfg.num_dense_layers, sparse=False)
+        self.sparse = blocks(cfg.num_sparse_layers, sparse=True)
+        if self.sparse is not None:
             # one draw of all layers
-            sparse.moe.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs)
-        self.sparse = sparse
+            self.sparse.moe.experts = Experts(cfg, cfg.num_sparse_layers, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         if cfg.tie_embeddings:
             self.head = None
@@ -301,7 +303,7 @@ class Transformer(nnx.Module):
 
 
 def _run_layer(
-    block: DenseBlock | SparseBlock,
+    block: Block,
     carry: tuple,
     index: Array | int,
     *,
