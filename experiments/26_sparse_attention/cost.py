@@ -1,22 +1,15 @@
 """Milliseconds and bytes of a decoded token by context: dense MLA against sparse, in turns.
 
-python experiments/26_sparse_attention/cost.py              # two idle minutes; writes cost.json
-python experiments/26_sparse_attention/cost.py 1024 2048    # only these; the file keeps the others
+python -m experiments.26_sparse_attention.cost      # two idle minutes; writes cost.json
 
 One layer with 16 heads of V3's widths and 8 index heads reads a float32 cache of random rows. It
 has no head.
 """
 
 import json
-import os
-import platform
-import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +23,7 @@ from dsv3_jax.model.cache import Cache
 from dsv3_jax.model.decode import make_cache, prepare_decode, run_layers
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.presets import preset
+from experiments.lab.running import machine
 
 CONTEXTS = tuple(1024 * 2**i for i in range(7))
 ROUNDS, STEPS = 5, 5
@@ -41,7 +35,7 @@ KINDS = {"dense": DENSE, "sparse": replace(DENSE, attention="dsa", index_heads=8
 
 
 def decoder(cfg, context):
-    """A function without arguments: mean ms of STEPS decoded tokens after `context` cached ones."""
+    """Return a function: mean ms of some decoded tokens after `context` cached ones."""
     model, rng = Transformer(cfg, rngs=nnx.Rngs(0)), np.random.default_rng(0)
     graphdef, state = nnx.split(model)
     empty = make_cache(model, 1, context + 1, "latent", jnp.float32)
@@ -61,51 +55,44 @@ def decoder(cfg, context):
             x, cache = step(state, weights, caches.pop(), token)
             caches.append(cache)
         x.block_until_ready()
-        return 1e3 * (time.perf_counter() - start) / steps
+        return round(1e3 * (time.perf_counter() - start) / steps, 3)
 
     timed(2)  # compiles, and again for a donated cache
     return timed
 
 
 def bytes_read(cfg, context):
-    """Bytes of the cache that a new token's attention needs: index keys of all, and k rows."""
-    widths = {
-        name: width
-        for name, (_, width) in ATTENTION[cfg.attention].cache_rows(cfg, "latent").items()
-    }
+    """Return bytes of the cache that a new token needs: index keys of all, and k rows."""
+    rows = ATTENTION[cfg.attention].cache_rows(cfg, "latent")
+    widths = {name: width for name, (_, width) in rows.items()}
     index, slots = widths.pop("index_key", 0), context + 1
     k = min(cfg.index_topk, slots) if index else slots
     return 4 * (slots * (index if k < slots else 0) + k * sum(widths.values()))
 
 
+def measured(context):
+    decoders = {kind: decoder(cfg, context) for kind, cfg in KINDS.items()}
+    rounds = [{kind: timed() for kind, timed in decoders.items()} for _ in range(ROUNDS)]
+    return {
+        "ms": {kind: [times[kind] for times in rounds] for kind in KINDS},
+        "bytes": {kind: bytes_read(cfg, context) for kind, cfg in KINDS.items()},
+    }
+
+
 def main():
-    path, asked = Path(__file__).parent / "cost.json", [int(word) for word in sys.argv[1:]]
-    found = json.loads(path.read_text())["contexts"] if asked else {}
-    for context in asked or CONTEXTS:
-        decoders = {kind: decoder(cfg, context) for kind, cfg in KINDS.items()}
-        times = {kind: [] for kind in KINDS}
-        for _ in range(ROUNDS):
-            for kind, timed in decoders.items():
-                times[kind].append(round(timed(), 3))
-        found[str(context)] = {
-            "ms": times,
-            "bytes": {kind: bytes_read(cfg, context) for kind, cfg in KINDS.items()},
-        }
-        print(context, found[str(context)], flush=True)
-    weights = sum(
-        x.nbytes for x in jax.tree.leaves(prepare_decode(Transformer(DENSE, rngs=nnx.Rngs(0))))
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = (
-        f"{cores} × {platform.machine()}, Python {platform.python_version()}, JAX {version('jax')}"
-    )
-    what = (
-        f"One layer of 16 heads, 8 index heads, k {KINDS['sparse'].index_topk:,}, "
-        "a float32 cache, batch 1. "
-        f"A step also reads the layer's weights, {weights / 2**20:.0f} MiB of float32."
-    )
-    about = {"what": what, "machine": machine, "rounds": ROUNDS, "contexts": found}
-    write_atomic(path, (json.dumps(about, indent=1) + "\n").encode())
+    weights = jax.tree.leaves(prepare_decode(Transformer(DENSE, rngs=nnx.Rngs(0))))
+    mib = sum(x.nbytes for x in weights) / 2**20
+    found = {
+        "what": (
+            f"One layer of 16 heads, 8 index heads, k {DENSE.index_topk:,}, a float32 cache, "
+            f"batch 1. A step also reads the layer's weights, {mib:.0f} MiB of float32."
+        ),
+        "machine": machine(),
+        "rounds": ROUNDS,
+        "contexts": {str(context): measured(context) for context in CONTEXTS},
+    }
+    text = json.dumps(found, indent=1) + "\n"
+    write_atomic(Path(__file__).parent / "cost.json", text.encode())
 
 
 if __name__ == "__main__":

@@ -20,94 +20,88 @@ from dsv3_jax.model.stack import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.runs.evaluate import evaluate
-from experiments.lab import FollowUp, OnTask, Study, drawing, markdown_table, mean_spread
+from experiments.lab import Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake, logit
-from experiments.lab.tables import format_number
+from experiments.lab.tables import results_table
 from experiments.lab.tasks import Retrieval
 
 FACTOR = 4
 INDEX = dict(attention="dsa", index_heads=4, index_dim=32)
-CHOICES = {"text": (8, 16, 32), "keys": (4, 8, 16)}  # k; the middle one has all warm-ups
-FEWEST = 2  # k of keys that even a good choice does not find all
-WARM_UPS = ("no", "short", "long")
-# What is trained with k: (k's place in CHOICES, warm-up).
-TRAINED = ((1, "no"), (1, "short"), (0, "long"), (1, "long"), (2, "long"))
+K = {"text": 16, "keys": 8}  # that a model reads which is not trained to choose
+AFTER = {  # (k, warm-up) of the models that are
+    "text": ((16, "no"), (16, "short"), (8, "long"), (16, "long"), (32, "long")),
+    "keys": (
+        (8, "no"),
+        (8, "short"),
+        (4, "long"),
+        (8, "long"),
+        (16, "long"),
+        (2, "no"),
+        (2, "long"),
+    ),
+}
 LEAST = 64  # tokens that a query of text must see to count: a choice of few is no choice
 LOOKED_AT = 4  # batches of text
 # Questions for each distance; the key's distances, in rows.
 ROWS, DEPTHS = 64, (1 / 8, 3 / 8, 5 / 8, 7 / 8)
-COSTS = Path(__file__).parent / "cost.json"  # from cost.py
 
 
 def variants(base):
-    length, rate = base.data.seq_len, base.optim.learning_rate
+    length = base.data.seq_len
     model = replace(
         base.model, q_latent_dim=base.model.dim // 2, max_positions=FACTOR * length, yarn=Yarn()
     )
-    few = dict(warmup_steps=2, final_learning_rate=base.optim.final_learning_rate)
-    indexers = replace(base.optim, **few)
-    after = replace(base.optim, learning_rate=rate / 3, **few)
-    data = replace(
-        base.data, seq_len=FACTOR * length, batch_size=max(base.data.batch_size // FACTOR, 1)
+    text = replace(
+        base.data,
+        seq_len=FACTOR * length,
+        batch_size=max(base.data.batch_size // FACTOR, 1),
+        max_documents=400,
+        val_fraction=0.1,
     )
-    text = replace(data, max_documents=400, val_fraction=0.1)
-    on_text = replace(base, model=model, data=text, steps=4 * base.steps)
-    found = {}
-    for name, task, first in (
-        ("text", None, replace(on_text, eval_batches=2 * base.eval_batches)),
-        ("keys", Retrieval(tokens=length), replace(base, model=model, steps=2 * base.steps)),
-    ):
-        more = replace(first, optim=after, steps=max(base.steps // 2, 2))
-        found[dense(name)] = of(task, first)
-        found[dense(name, more=True)] = begun(task, dense(name), more)
-        for kind, steps in {"short": max(base.steps // 16, 2), "long": base.steps}.items():
-            sparse_model = replace(model, **INDEX, index_topk=CHOICES[name][1])
-            run = replace(first, model=sparse_model, optim=indexers, steps=steps)
-            found[warmed(name, kind)] = begun(task, dense(name), run, indexer_stage="warm")
-        for place, kind in TRAINED:
-            run = replace(more, model=replace(model, **INDEX, index_topk=CHOICES[name][place]))
-            found[sparse(name, place, kind)] = begun(task, warmed(name, kind), run)
+    on_text = replace(
+        base, model=model, data=text, steps=4 * base.steps, eval_batches=2 * base.eval_batches
+    )
+    on_keys = replace(base, model=model, steps=2 * base.steps)
+    return of_task("text", None, on_text, base) | of_task(
+        "keys", Retrieval(tokens=length), on_keys, base
+    )
 
-        # What the long warm-up's steps give without it: sparse steps, at either rate.
-        if name == "text":
-            sparse_model = replace(model, **INDEX, index_topk=CHOICES[name][1])
-            many = replace(more, steps=more.steps + base.steps)
-            found[DENSE_AS_LONG] = begun(task, dense(name), many)
-            for words, optim in ((AS_LONG, after), (AS_LONG_FASTER, indexers)):
-                run = replace(many, model=sparse_model, optim=optim)
-                found[words] = begun(task, dense(name), run)
-        else:
-            for words, kind in ((FEWEST_NONE, "no"), (FEWEST_LONG, "long")):
-                run = replace(more, model=replace(model, **INDEX, index_topk=FEWEST))
-                found[words] = begun(task, warmed(name, kind), run)
+
+def of_task(name, task, first, base):
+    """Return the variants of a task. Args: first: the dense run that all others continue."""
+
+    def on_task(run):
+        return run if task is None else OnTask(task, run)
+
+    def begun(parent, k=None, **changes):
+        model = first.model if k is None else replace(first.model, **INDEX, index_topk=k)
+        return FollowUp(
+            (parent,), lambda folder: on_task(replace(first, model=model, start=folder, **changes))
+        )
+
+    dense, many = f"{name}: dense", base.steps
+    fast = replace(base.optim, warmup_steps=2)
+    slow = replace(fast, learning_rate=fast.learning_rate / 3)
+    few = max(many // 2, 2)
+    found = {dense: on_task(first), f"{dense}, more steps": begun(dense, optim=slow, steps=few)}
+    for kind, steps in {"short": max(many // 16, 2), "long": many}.items():
+        found[f"{name}: {kind} warm-up"] = begun(
+            dense, K[name], optim=fast, steps=steps, indexer_stage="warm"
+        )
+    for k, kind in AFTER[name]:
+        parent = dense if kind == "no" else f"{name}: {kind} warm-up"
+        found[f"{name}: k {k}, {kind} warm-up"] = begun(parent, k, optim=slow, steps=few)
+
+    # What the long warm-up's steps give without it: sparse steps, at either rate.
+    if name == "text":
+        found[f"{dense}, 240 more steps"] = begun(dense, optim=slow, steps=few + many)
+        for words, optim in ((AS_LONG, slow), (AS_LONG_FASTER, fast)):
+            found[words] = begun(dense, K[name], optim=optim, steps=few + many)
     return found
 
 
-DENSE_AS_LONG = "text: dense, 240 more steps"
 AS_LONG = "text: k 16, no warm-up, 240 steps"
-AS_LONG_FASTER = "text: k 16, no warm-up, 240 steps at the warm-up's rate"
-FEWEST_NONE, FEWEST_LONG = "keys: k 2, no warm-up", "keys: k 2, long warm-up"
-
-
-def dense(name, more=False):
-    return f"{name}: dense" + ", more steps" * more
-
-
-def warmed(name, kind):
-    """The variant whose indexers are warmed up; with none, the dense model's random ones."""
-    return dense(name) if kind == "no" else f"{name}: {kind} warm-up"
-
-
-def sparse(name, place, kind):
-    return f"{name}: k {CHOICES[name][place]}, {kind} warm-up"
-
-
-def of(task, run):
-    return run if task is None else OnTask(task, run)
-
-
-def begun(task, other, run, **stage):
-    return FollowUp((other,), lambda folder: of(task, replace(run, start=folder, **stage)))
+AS_LONG_FASTER = f"{AS_LONG} at the warm-up's rate"
 
 
 # What is measured
@@ -116,24 +110,24 @@ def begun(task, other, run, **stage):
 def measure(trained):
     """By k, or "all" tokens: `loss` of text, `far`, the share of keys found at 4L; and `recall`.
 
-    A dense model reads the middle k with random indexers. `final` is what claims are judged by.
+    A dense model reads K tokens with random indexers. `final` is what claims are judged by.
     """
     run, name = trained.run, "text" if trained.task is None else "keys"
     is_final = bool(run.start) and run.indexer_stage == "sparse"
-    ks = (run.model.index_topk,)
+    ks = [run.model.index_topk]
     if run.model.attention == "mla":
-        ks = ("all",) if is_final else ("all", CHOICES[name][1])
-    key, number = ("loss", loss_of) if name == "text" else ("far", found_far)
+        ks = ["all"] if is_final else ["all", K[name]]
+    key, number, scale = ("loss", loss_of, 1) if name == "text" else ("far", found_far, 100)
     found = {key: {k: number(trained, k) for k in ks}}
     if is_final:
-        found["final"] = {name: found[key][ks[0]] * (1 if name == "text" else 100)}
+        found["final"] = {name: scale * found[key][ks[0]]}
     if name == "text" and ks[-1] != "all":
         found["recall"] = {ks[-1]: recall(trained, ks[-1])}
     return found
 
 
 def model_of(trained, k, **changes):
-    """The model with k tokens for each query. One without indexers gets random ones."""
+    """Return the model with k tokens a query. One without indexers gets random ones."""
     most = trained.run.model.max_positions
     cfg = replace(trained.run.model, **INDEX, index_topk=most if k == "all" else k, **changes)
     model = Transformer(cfg, trained.run.execution, rngs=nnx.Rngs(trained.run.seed))
@@ -148,14 +142,13 @@ def loss_of(trained, k):
 
 
 def found_far(trained, k):
-    """The share of keys found in rows of 4L, with YaRN."""
+    """Return the share of keys found in rows of 4L, with YaRN."""
     most = trained.run.model.max_positions
     yarn = Yarn(factor=float(FACTOR), original_max_positions=most // FACTOR)
     graphdef, state = nnx.split(model_of(trained, k, yarn=yarn))
     asked = [trained.task.questions(most, round(x * most), ROWS).tokens for x in DEPTHS]
-    return float(
-        np.mean([last_choice(graphdef, state, tokens) == tokens[:, -1] for tokens in asked])
-    )
+    right = [last_choice(graphdef, state, tokens) == tokens[:, -1] for tokens in asked]
+    return float(np.mean(right))
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -167,22 +160,25 @@ def last_choice(graphdef, state, tokens):
 def recall(trained, k):
     """Shares of dense attention's mass in the indexer's choice of k tokens, and in the latest k."""
     graphdef, state = nnx.split(model_of(trained, "all"))
-    shares = []
+    found = []
     for batch in trained.held_out()[:LOOKED_AT]:
         inputs = model_inputs(batch)
         rows = (inputs[name] for name in ("tokens", "segment_ids", "positions"))
-        p, s = (np.asarray(x) for x in look(graphdef, state, *rows))
-        counts = np.isfinite(s[0]).sum(-1) >= LEAST
-        p, s = p[:, counts], s[:, counts]
-        latest = np.where(np.isfinite(s), np.arange(s.shape[-1]), -np.inf)
-        shares.append([(p * best(scores, k)).sum(-1) for scores in (s, latest)])
-    mass, of_latest = (float(x.mean()) for x in np.concatenate(shares, axis=-1))
+        weights, scores = (np.asarray(x) for x in look(graphdef, state, *rows))
+        counts = np.isfinite(scores[0]).sum(-1) >= LEAST
+        weights, scores = weights[:, counts], scores[:, counts]
+        latest = np.where(np.isfinite(scores), np.arange(scores.shape[-1]), -np.inf)
+        found.append([(weights * best(x, k)).sum(-1) for x in (scores, latest)])
+    mass, of_latest = (float(x.mean()) for x in np.concatenate(found, axis=-1))
     return {"mass": mass, "latest": of_latest}
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def look(graphdef, state, tokens, segment_ids, positions):
-    """(Dense attention's mean over heads; the indexers' scores, -inf if unseen), [L, B, T, S]."""
+    """Return dense attention's mean over heads, and the indexers' scores, [L, B, T, S].
+
+    Scores of tokens that a query does not see are -inf.
+    """
     model = nnx.merge(graphdef, state)
     x, found, length = model.embedding(tokens), [], tokens.shape[1]
     seen = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -194,66 +190,67 @@ def look(graphdef, state, tokens, segment_ids, positions):
         q, rows = block.attn.project(block.attn_norm(x), ctx)
         k = block.attn.expand(rows, ctx)["k"]
         products = jnp.einsum("bthk,bshk->bths", q, k) * block.attn.scale
-        p = jax.nn.softmax(jnp.where(seen[:, :, None], products, -jnp.inf)).mean(2)
+        weights = jax.nn.softmax(jnp.where(seen[:, :, None], products, -jnp.inf)).mean(2)
+
         one = partial(index_scores, rows=rows["index_key"][:, :, 0])
-        s = jax.vmap(one, 1, 1)(rows["index_query"], rows["index_weight"][:, :, 0])
-        found.append((p, jnp.where(seen, s, -jnp.inf)))
+        scores = jax.vmap(one, 1, 1)(rows["index_query"], rows["index_weight"][:, :, 0])
+        found.append((weights, jnp.where(seen, scores, -jnp.inf)))
         x = block(x, ctx)[0]
     return tuple(jnp.stack(of_layers) for of_layers in zip(*found, strict=True))
 
 
 def best(scores, k):
-    """bool of the same shape: the k largest of the last axis."""
+    """Mark the k largest of the last axis, but none that is unseen."""
     chosen = np.zeros(scores.shape, bool)
     np.put_along_axis(chosen, np.argpartition(-scores, k - 1)[..., :k], True, axis=-1)
     return chosen & np.isfinite(scores)
 
 
-# The table and the picture
+# The tables
 
 
-def lines():
-    """Yield (words, place of k or None for all tokens, task → variant) of the table's rows."""
-    yield "dense", None, dense
-    yield "dense, more steps", None, partial(dense, more=True)
-    for kind in WARM_UPS:
-        yield f"{kind} warm-up, not trained further", 1, partial(warmed, kind=kind)
-    for place, kind in TRAINED:
-        words = f"{kind} warm-up, then more steps"
-        yield words, place, partial(sparse, place=place, kind=kind)
+def of_choice(numbers, key):
+    """Return a number of the model that reads k tokens. Raises: IndexError if none does."""
+    return [number for k, number in numbers[key].items() if k != "all"].pop()
+
+
+def column(title, key, number=lambda found: found, **how):
+    """Return a column of the k tokens' numbers under `key`."""
+
+    def values(results, variant):
+        return results.values(variant, lambda numbers: number(of_choice(numbers, key)))
+
+    return Column(title, values, **how)
+
+
+IN_PERCENT = dict(digits=1, scale=100)
+COLUMNS = {
+    "text": (
+        Column("nats a byte, all tokens", "loss/all", 4),
+        column("nats a byte, k tokens", "loss", digits=4),
+        column("of dense attention's mass: chosen, %", "recall", lambda x: x["mass"], **IN_PERCENT),
+        column("in the latest k, %", "recall", lambda x: x["latest"], **IN_PERCENT),
+    ),
+    "keys": (
+        Column("keys found in rows of 4L, all tokens, %", "far/all", **IN_PERCENT),
+        column("keys found, k tokens, %", "far", **IN_PERCENT),
+    ),
+}
 
 
 def table(results):
-    header = ["indexer", "text: k", "nats a byte", "of dense attention's mass: chosen, %"]
-    header += ["in the latest k, %", "keys: k", "found in rows of 4L, %"]
-    rows = []
-    for words, place, of_task in lines():
-        text, keys = of_task("text"), of_task("keys")
-        k, few = ("all" if place is None else CHOICES[name][place] for name in ("text", "keys"))
-        row = [words, str(k), mean_spread(results.values(text, f"loss/{k}"), 4)]
-        for key in ("mass", "latest"):
-            shares = [] if k == "all" else 100 * results.values(text, f"recall/{k}/{key}")
-            row.append(mean_spread(shares, 1) if len(shares) else "")
-        rows.append([*row, str(few), mean_spread(100 * results.values(keys, f"far/{few}"), 1)])
-    chance = f"Chance finds {100 / Retrieval().values:.1f} % of the keys."
-    return f"{markdown_table(header, rows)}\n\n{arms(results)}\n\n{chance}\n\n{costs()}"
-
-
-def arms(results):
-    """The runs that the other table has no place for, by what claims judge."""
-    digits = dict.fromkeys((DENSE_AS_LONG, AS_LONG, AS_LONG_FASTER), 4)
-    digits |= dict.fromkeys((FEWEST_NONE, FEWEST_LONG), 1)
-    rows = [
-        [name, mean_spread(results.values(name, f"final/{name[:4]}"), digits[name])]
-        for name in digits
-        if name in results.runs
+    tables = [
+        results_table(results, columns, [v for v in results.variants if v.startswith(task)])
+        for task, columns in COLUMNS.items()
     ]
-    return markdown_table(["further runs", "nats a byte, or % of keys found in rows of 4L"], rows)
+    chance = f"Chance finds {100 / Retrieval().values:.1f} % of the keys."
+    return "\n\n".join([*tables, chance, costs()])
 
 
 def costs():
     """Say how much a decoded token's time and bytes fall by context, from cost.py."""
-    cost, parts = json.loads(COSTS.read_text()), []
+    cost = json.loads((Path(__file__).parent / "cost.json").read_text())
+    parts = []
     for context, x in cost["contexts"].items():
         time = np.median(np.divide(x["ms"]["dense"], x["ms"]["sparse"]))
         size = x["bytes"]["dense"] / x["bytes"]["sparse"]
@@ -265,17 +262,15 @@ def costs():
 
 
 def words(results):
-    cost = results.difference(sparse("text", 2, "long"), dense("text", more=True), "final/text")
-    found = results.values(sparse("keys", 1, "long"), "final/keys").mean()
-    return (
-        f"{MOST} of up to 256 bytes cost {format_number(cost, 3, sign=True)} nats; "
-        f"{CHOICES['keys'][1]} tokens find {found:.0f} % of the keys at 4L"
-    )
+    cost = drawing.change(results, MOST, "text: dense, more steps", "final/text")
+    found = results.values("keys: k 8, long warm-up", "final/keys").mean()
+    return f"32 of up to 256 bytes cost {cost} nats; 8 tokens find {found:.0f} % of the keys at 4L"
 
 
 # The claims
 
-K, MOST = CHOICES["text"][1:]
+MOST, LONG = "text: k 32, long warm-up", "text: k 16, long warm-up"
+NONE = "text: k 16, no warm-up"
 FAR_KEYS = ROWS * len(DEPTHS)  # questions at 4L of a run
 MASSES = 10_000  # tokens whose attention is looked at, at least
 
@@ -283,28 +278,18 @@ MASSES = 10_000  # tokens whose attention is looked at, at least
 def chosen_mass(numbers):
     """Dense attention's mass in the choice, in %, of a model that was trained with it."""
     numbers["final"]["text"]
-    ((_, shares),) = numbers["recall"].items()
-    return 100 * shares["mass"]
+    return 100 * of_choice(numbers, "recall")["mass"]
 
 
 def beyond_latest(numbers):
     """How much more of that mass it is than in the latest k tokens, in logits."""
-    chosen, ((_, shares),) = logit(chosen_mass, MASSES)(numbers), numbers["recall"].items()
-    return chosen - logit("latest", MASSES, 1.0)(shares)
+    latest = logit("latest", MASSES, 1.0)(of_choice(numbers, "recall"))
+    return logit(chosen_mass, MASSES)(numbers) - latest
 
 
-def cost_of(name, key, scale):
-    """What a random choice of the middle k costs the dense model, by seed."""
-    middle, variant = CHOICES[name][1], dense(name)
-    return lambda results: (
-        scale * (results.values(variant, f"{key}/{middle}") - results.values(variant, f"{key}/all"))
-    )
-
-
-LONG, NONE = sparse("text", 1, "long"), sparse("text", 1, "no")
-KEYS_LONG, FEW = sparse("keys", 1, "long"), CHOICES["keys"][1]
-LOGITS = dict(expect="higher", unit="logits", digits=2)
-WITHIN_5 = dict(expect="equal", margin=5.0, unit="points", digits=1, questions=FAR_KEYS)
+loss_claim = partial(Claim, key="final/text", stake="choice")
+logits_claim = partial(Claim, expect="higher", unit="logits", digits=2)
+keys_claim = partial(logits_claim, key=logit("final/keys", FAR_KEYS), stake="reach")
 STUDY = Study(
     question="How few tokens does sparse attention need, and does its indexer need a warm-up?",
     published=(
@@ -317,81 +302,70 @@ STUDY = Study(
     table=table,
     draw=drawing.claims_and_variants("final/text", "nats a byte of text", words, linear=1.0),
     claims=(
-        Claim(
-            f"k {MOST} after a long warm-up has dense attention's loss, within 0.02 nats",
-            sparse("text", 2, "long"),
-            dense("text", more=True),
-            "final/text",
-            "equal",
+        loss_claim(
+            "k 32 after a long warm-up has dense attention's loss, within 0.02 nats",
+            MOST,
+            "text: dense, more steps",
+            expect="equal",
             margin=0.02,
-            stake="choice",
         ),
-        Claim(
-            f"k {K}: a long warm-up ends at a lower loss than none",
-            LONG,
-            NONE,
-            "final/text",
-            stake="choice",
+        *(
+            loss_claim(f"k 16: a long warm-up ends at a lower loss than {words}", LONG, other)
+            for words, other in (
+                ("none", NONE),
+                ("as many sparse steps", AS_LONG),
+                ("as many sparse steps at its rate", AS_LONG_FASTER),
+            )
         ),
-        Claim(
-            f"k {K}: a long warm-up ends at a lower loss than as many sparse steps",
-            LONG,
-            AS_LONG,
-            "final/text",
-            stake="choice",
-        ),
-        Claim(
-            f"k {K}: a long warm-up ends at a lower loss than as many sparse steps at its rate",
-            LONG,
-            AS_LONG_FASTER,
-            "final/text",
-            stake="choice",
-        ),
-        Claim(
-            f"k {K}: after a long warm-up more of dense attention's mass is chosen than after none",
+        logits_claim(
+            "k 16: after a long warm-up more of dense attention's mass is chosen than after none",
             LONG,
             NONE,
             logit(chosen_mass, MASSES),
-            **LOGITS,
         ),
-        Claim(
-            f"k {K}: the choice has more of that mass than the latest {K} tokens",
+        logits_claim(
+            "k 16: the choice has more of that mass than the latest 16 tokens",
             LONG,
             0.0,
             beyond_latest,
-            **LOGITS,
         ),
         Claim(
-            f"k {FEW} finds as many keys at 4L as dense attention, within 5 points",
-            KEYS_LONG,
-            dense("keys", more=True),
+            "k 8 finds as many keys at 4L as dense attention, within 5 points",
+            "keys: k 8, long warm-up",
+            "keys: dense, more steps",
             "final/keys",
-            **WITHIN_5,
+            "equal",
+            margin=5.0,
+            unit="points",
+            digits=1,
+            questions=FAR_KEYS,
             stake="reach",
         ),
-        Claim(
+        keys_claim(
             "a long warm-up finds more keys at 4L than none",
-            KEYS_LONG,
-            sparse("keys", 1, "no"),
-            logit("final/keys", FAR_KEYS),
-            **LOGITS,
-            stake="reach",
+            "keys: k 8, long warm-up",
+            "keys: k 8, no warm-up",
         ),
-        Claim(
-            f"k {FEWEST}: a long warm-up finds more keys at 4L than none",
-            FEWEST_LONG,
-            FEWEST_NONE,
-            logit("final/keys", FAR_KEYS),
-            **LOGITS,
-            stake="reach",
+        keys_claim(
+            "k 2: a long warm-up finds more keys at 4L than none",
+            "keys: k 2, long warm-up",
+            "keys: k 2, no warm-up",
         ),
     ),
     stakes={
         "choice": Stake(
-            f"{K} tokens at random, of dense attention's", cost_of("text", "loss", 1.0)
+            "16 tokens at random, of dense attention's",
+            lambda results: results.values(
+                "text: dense", lambda numbers: numbers["loss"]["16"] - numbers["loss"]["all"]
+            ),
         ),
         "reach": Stake(
-            f"{FEW} tokens at random: keys at 4L", cost_of("keys", "far", -100.0), "points", 1
+            "8 tokens at random: keys at 4L",
+            lambda results: results.values(
+                "keys: dense", lambda numbers: 100 * (numbers["far"]["all"] - numbers["far"]["8"])
+            ),
+            "points",
+            1,
         ),
     },
     facts={

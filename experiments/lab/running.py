@@ -123,11 +123,7 @@ def run_missing(
     cores_by_worker = [
         tuple(cores[i * count : (i + 1) * count]) if on_cpu else () for i in range(workers)
     ]
-    machine = (
-        f"{os.cpu_count()} × {platform.machine()}, "
-        f"Python {platform.python_version()}, JAX {version('jax')}"
-    )
-    provenance = {"date": date.today().isoformat(), "machine": machine}
+    provenance = {"date": date.today().isoformat(), "machine": machine()}
     pending: dict[Key, dict] = {}
 
     def add_trained(job: Job, record: dict) -> None:
@@ -153,6 +149,14 @@ def run_missing(
 
 def _job(key: Key, run: StudyRun, *, alone: bool = False) -> Job:
     return Job(*key, run.run, run.folder, run.needed_folders, run.task, alone)
+
+
+def machine() -> str:
+    """Return this machine in words, as results name it."""
+    return (
+        f"{os.cpu_count()} × {platform.machine()}, "
+        f"Python {platform.python_version()}, JAX {version('jax')}"
+    )
 
 
 def _backend() -> str:
