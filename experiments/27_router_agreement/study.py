@@ -4,6 +4,8 @@ Each pass reads the same held-out tokens, so two passes differ by their arithmet
 one pass are then replayed in the other one.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from passes import Pass, read
@@ -20,7 +22,6 @@ STEPS = 180
 WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 CHOICES = 60_000  # that a pass makes, at least
 ROWS = 64  # held-out rows that are read
-
 
 FORWARD, FORWARD_16 = Pass(), Pass("bfloat16")
 DECODE, DECODE_16 = Pass(decodes=True), Pass("bfloat16", decodes=True)
@@ -65,20 +66,20 @@ def measure(trained):
     model, tokens = trained.model, rows_of(trained)
     cfg = model.cfg
     free = np.full((cfg.num_sparse_layers, *tokens.shape, cfg.experts_per_token), -1, np.int32)
-    own = {
-        how: read(model, how, tokens, free)
-        for how in {replaying for _, replaying in PAIRS.values()}
-    }
+    replaying = {how for _, how in PAIRS.values()}
+    own = {how: read(model, how, tokens, free) for how in replaying}
     exact = own[FORWARD]
     gap, pairs = gaps(model, exact.scores), {}
-    for name, (recorded, replaying) in PAIRS.items():
+    for name, (recorded, how) in PAIRS.items():
         other = read(model, recorded, tokens, free)
-        again = read(model, replaying, tokens, other.expert_ids)
-        pairs[name] = compare(own[replaying], again, other, gap)
+        again = read(model, how, tokens, other.expert_ids)
+        pairs[name] = compare(own[how], again, other, gap)
+
+    # Each token has its neighbour's experts.
     shifted = read(model, FORWARD, tokens, np.roll(exact.expert_ids, 1, axis=2))
     return {
         "loss": float(-exact.log_p.mean()),
-        "shifted": float(-shifted.log_p.mean()),  # each token has its neighbour's experts
+        "shifted": float(-shifted.log_p.mean()),
         "pairs": pairs,
     }
 
@@ -122,13 +123,13 @@ def compare(own, again, other, gap):
     }
     for name, one in (("", own), ("replayed_", again)):
         away = np.abs(one.log_p - other.log_p)
-        of_moved = float(away[moved[:, :-1]].mean()) if moved[:, :-1].any() else None
+        of_moved = away[moved[:, :-1]]
         found |= {
             f"{name}mean": float(away.mean()),
-            f"{name}moved": of_moved,
+            f"{name}moved": float(of_moved.mean()) if of_moved.size else None,
             f"{name}max": float(away.max()),
+            f"{name}kl": divergence(other.log_all, one.log_all),
         }
-        found[f"{name}kl"] = divergence(other.log_all, one.log_all)
     return found
 
 
@@ -153,55 +154,53 @@ def of(pair, key):
     return lambda numbers: numbers["pairs"][pair][key]
 
 
-def short(results, pair, key):
-    """The mean over seeds that have the number, in two digits; of "max" the largest."""
-    numbers = [record["numbers"]["pairs"][pair].get(key) for record in results.records(BASE)]
-    values = np.array([number for number in numbers if number is not None])
-    return f"{values.max() if 'max' in key else values.mean():.2g}" if len(values) else "–"
-
-
-DISTANCES = {
-    "kl": "KL, nats",
-    "mean": "log p moves by",
-    "moved": "at tokens that change",
-    "max": "at most",
-}
+def kept_by_replay(key, pair=ENGINES):
+    """Return a function of a run's numbers: % of the distance that is left with replay."""
+    return lambda numbers: 100 * of(pair, f"replayed_{key}")(numbers) / of(pair, key)(numbers)
 
 
 def table(results):
-    """The pairs at the base width, then what other widths and routers change."""
-    header = [f"{BASE}, sigmoid", "choices, %", "routers, %", "tokens, %", *DISTANCES.values()]
+    """Return the pairs at the base width, then what other widths and routers change."""
+    shares = ("choices", "routers", "tokens")
+    distances = {
+        "kl": "KL, nats",
+        "mean": "log p moves by",
+        "moved": "at tokens that change",
+        "max": "at most",
+    }
+    header = [f"{BASE}, sigmoid", *(f"{share}, %" for share in shares), *distances.values()]
     rows = []
     for pair in PAIRS:
-        row = [pair, *(short(results, pair, key) for key in ("choices", "routers", "tokens"))]
-        changes = results.values(BASE, of(pair, "choices")).all()  # in every seed
-        for key in DISTANCES:
+        row = [pair, *(short(results, pair, share) for share in shares)]
+        in_all_seeds = results.values(BASE, of(pair, "choices")).all()
+        for key in distances:
             cell = f"{short(results, pair, key)}, {short(results, pair, f'replayed_{key}')}"
-            if changes:
+            if in_all_seeds:
                 left = mean_spread(results.values(BASE, kept_by_replay(key, pair)), 0)
                 cell += f" ({left} %)"
             row.append(cell)
         rows.append(row)
-    found = markdown_table(header, rows)
-    return "\n\n".join([found, COLUMNS, *(others(results, pair) for pair in (ENGINES, BFLOAT16))])
 
-
-def others(results, pair):
-    """Say the share of choices that each width and router changes."""
-    shares = (
-        f"{name} {mean_spread(results.values(name, of(pair, 'choices')), 2)}"
+    others = (
+        f"{name} {mean_spread(results.values(name, of(BFLOAT16, 'choices')), 2)}"
         for name in results.variants
     )
-    return f"Choices that change, %, {pair}: {'; '.join(shares)}."
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        "A router is a token in a layer; it changes if one of its K experts does. KL is that of "
+        "all next tokens, of the first pass, whose experts are replayed, to the second. Log p is "
+        "that of a next token, in nats. It moves by its absolute difference, in the mean over "
+        'tokens and seeds; "at most" is the largest. '
+        "Each is given without replay, with it, and what is left.\n\n"
+        f"Choices that change, %, {BFLOAT16}: {'; '.join(others)}."
+    )
 
 
-COLUMNS = (
-    "A router is a token in a layer; it changes if one of its K experts does. "
-    "KL is that of all next tokens, of the first pass, whose experts are replayed, to the second. "
-    "Log p is that of a next token, in nats. It moves by its absolute difference, in the mean over "
-    'tokens and seeds; "at most" is the largest. '
-    "Each is given without replay, with it, and what is left."
-)
+def short(results, pair, key):
+    """Format the mean over seeds that have the number, in two digits; of "max" the largest."""
+    values = results.values(BASE, of(pair, key))
+    values = values[~np.isnan(values)]
+    return f"{values.max() if 'max' in key else values.mean():.2g}" if len(values) else "–"
 
 
 def words(results):
@@ -217,29 +216,15 @@ def words(results):
 # The claims
 
 
-def kept_by_replay(key, pair=ENGINES):
-    """% of the two passes' distance that is left with replay."""
-    return lambda numbers: 100 * of(pair, f"replayed_{key}")(numbers) / of(pair, key)(numbers)
-
-
-def share_claim(text, against, pair, key, expect="higher", **more):
-    return Claim(text, BASE, against, of(pair, key), expect, unit="points", **more)
-
-
-def replay_claim(text, key):
-    return Claim(
-        text, BASE, 50.0, kept_by_replay(key), "lower", unit="points", digits=1, stake="experts"
-    )
-
-
 def log_choices(numbers):
-    return float(np.log(numbers["pairs"][BFLOAT16]["choices"]))
+    return float(np.log(of(BFLOAT16, "choices")(numbers)))
 
 
-def compared(text, variant, against, expect="higher", **more):
-    return Claim(text, variant, against, log_choices, expect, unit="ln choices", digits=2, **more)
+def points_claim(text, against, key, expect="higher", **more):
+    return Claim(text, BASE, against, key, expect, unit="points", **more)
 
 
+ln_claim = partial(Claim, key=log_choices, unit="ln choices", expect="higher", digits=2)
 STUDY = Study(
     question="How often do routers disagree with themselves, and what does replay give back?",
     published=(
@@ -259,43 +244,43 @@ STUDY = Study(
     ),
     # Written before any result of these seeds.
     claims=(
-        share_claim(
+        points_claim(
             "bfloat16 decoding and forward differ in 10 % of routers or more",
             10.0,
-            ENGINES,
-            "routers",
+            of(ENGINES, "routers"),
         ),
-        share_claim(
-            "bfloat16 changes more than 1 % of float32's choices", 1.0, BFLOAT16, "choices"
+        points_claim(
+            "bfloat16 changes more than 1 % of float32's choices", 1.0, of(BFLOAT16, "choices")
         ),
-        share_claim(
+        points_claim(
             "in float32 a batch of 32 changes under 0.01 % of choices",
             0.01,
-            BATCHES,
-            "choices",
+            of(BATCHES, "choices"),
             "lower",
             questions=CHOICES,
         ),
-        share_claim(
+        points_claim(
             f"half of bfloat16's changes have a gap below {NEAR:g}",
             50.0,
-            BFLOAT16,
-            "near",
+            of(BFLOAT16, "near"),
             digits=1,
         ),
-        replay_claim("replay halves the KL of bfloat16 decoding and forward", "kl"),
-        replay_claim(
-            "replay halves the difference of log p of bfloat16 decoding and forward", "mean"
+        *(
+            points_claim(text, 50.0, kept_by_replay(key), "lower", digits=1, stake="experts")
+            for key, text in {
+                "kl": "replay halves the KL of bfloat16 decoding and forward",
+                "mean": "replay halves the difference of log p of bfloat16 decoding and forward",
+                "moved": "the same at tokens that change",
+                "max": "the same of the largest difference",
+            }.items()
         ),
-        replay_claim("the same at tokens that change", "moved"),
-        replay_claim("the same of the largest difference", "max"),
-        compared("at double width more choices change than at half", "double width", "half width"),
-        compared("with groups more choices change than without", GROUPS, BASE),
-        compared(
+        ln_claim("at double width more choices change than at half", "double width", "half width"),
+        ln_claim("with groups more choices change than without", GROUPS, BASE),
+        ln_claim(
             "softmax changes as many choices as sigmoid, within 20 %",
             SOFTMAX,
             BASE,
-            "equal",
+            expect="equal",
             margin=0.18,
         ),
     ),
@@ -306,9 +291,7 @@ STUDY = Study(
     stakes={
         "experts": Stake(
             "each token with its neighbour's experts",
-            lambda results: results.values(
-                BASE, lambda numbers: numbers["shifted"] - numbers["loss"]
-            ),
+            lambda results: results.values(BASE, "shifted") - results.values(BASE, "loss"),
         )
     },
 )
