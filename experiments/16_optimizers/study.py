@@ -1,6 +1,11 @@
 """AdamW against Muon and Muon with QK-clip: steps to a loss, and heads' largest logits."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
@@ -36,54 +41,46 @@ def variants(base):
 
 def measure(trained):
     """`head_logits`: each head's largest logit on held-out text [L, H]; `max_logit`: of all."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    graph, state = nnx.split(trained.model)
-
-    @jax.jit
-    def largest(state, tokens, segment_ids, positions):
-        model = nnx.merge(graph, state)
-        how = model.how(watch=frozenset({"max_logit"}))
-        out = model.forward_hidden(tokens, segment_ids, positions, how=how)
-        largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
-        return {path: logits.reshape(-1, logits.shape[-1]) for path, logits in largest.items()}
-
-    found = None
+    graphdef, state = nnx.split(trained.model)
+    found = []
     for batch in trained.held_out(4):
         rows = [jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions")]
-        logits = jax.tree.map(np.asarray, largest(state, *rows))
-        found = logits if found is None else jax.tree.map(np.maximum, found, logits)
+        found.append(largest(graphdef, state, *rows))
+
     # Dense layers come before sparse ones.
-    heads = np.concatenate([found[name] for name in sorted(found)])
+    heads = np.concatenate([np.max([one[kind] for one in found], 0) for kind in sorted(found[0])])
     return {"head_logits": heads.tolist(), "max_logit": float(heads.max())}
 
 
-def steps_to(results, variant, target=ADAMW):
-    """Return, by seed, the share of the target's steps until a run has the target's last loss.
+@partial(jax.jit, static_argnames="graphdef")
+def largest(graphdef, state, tokens, segment_ids, positions):
+    """Return each head's largest logit in a batch, kind of layer → [L, H]."""
+    model = nnx.merge(graphdef, state)
+    how = model.how(watch=frozenset({"max_logit"}))
+    out = model.forward_hidden(tokens, segment_ids, positions, how=how)
+    logits = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
+    return {path: found.reshape(-1, found.shape[-1]) for path, found in logits.items()}
 
-    NaN if it never has.
 
-    The validation loss is interpolated between evaluations.
+def steps_to(results, variant):
+    """Return, by seed, the share of AdamW's steps until a run has AdamW's last loss.
+
+    NaN if it never has. The validation loss is interpolated between evaluations.
     """
-    seeds = results.common_seeds(variant, target)
-    curves = [
-        [results.runs[name][seed]["curves"]["val_loss"] for name in (variant, target)]
-        for seed in seeds
-    ]
     shares = []
-    for (steps, losses), (target_steps, target_losses) in curves:
-        goal, total = target_losses[-1], target_steps[-1]
+    for seed in results.common_seeds(variant, ADAMW):
+        (steps, losses), (target_steps, target_losses) = (
+            results.runs[name][seed]["curves"]["val_loss"] for name in (variant, ADAMW)
+        )
+        goal = target_losses[-1]
         below = np.flatnonzero(np.array(losses) <= goal)
         if not len(below):
             shares.append(np.nan)
-        elif below[0] == 0:
-            shares.append(steps[0] / total)
-        else:
-            i = below[0]
-            part = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
-            shares.append((steps[i - 1] + part * (steps[i] - steps[i - 1])) / total)
+            continue
+        # Between the first evaluation below the goal and the one before; np.interp wants a rise.
+        around = slice(max(below[0] - 1, 0), below[0] + 1)
+        step = np.interp(goal, losses[around][::-1], steps[around][::-1])
+        shares.append(step / target_steps[-1])
     return np.array(shares)
 
 
@@ -103,6 +100,8 @@ def words(results):
     )
 
 
+same_loss = partial(Claim, expect="equal", margin=0.02)
+logit_claim = partial(Claim, key=log_logit, unit="ln logit", digits=2)
 STUDY = Study(
     question=(
         "Does Muon reach AdamW's loss in half the steps, and does QK-clip bound logits for nothing?"
@@ -124,49 +123,11 @@ STUDY = Study(
         Claim(
             "Muon has a lower loss than AdamW after as many steps", MUON, ADAMW, stake="training"
         ),
-        Claim(
-            "Muon is at AdamW's loss after half the steps",
-            HALF,
-            ADAMW,
-            "val_loss",
-            "equal",
-            0.02,
-            stake="training",
-        ),
-        Claim(
-            "QK-clip does not change Muon's loss",
-            CLIPPED,
-            MUON,
-            "val_loss",
-            "equal",
-            0.02,
-            stake="logits",
-        ),
-        Claim(
-            "QK-clip lowers Muon's largest logit",
-            CLIPPED,
-            MUON,
-            log_logit,
-            unit="ln logit",
-            digits=2,
-        ),
-        Claim(
-            "QK-clip lowers AdamW's largest logit",
-            FREE,
-            ADAMW,
-            log_logit,
-            unit="ln logit",
-            digits=2,
-        ),
-        Claim(
-            "Muon has larger logits than AdamW",
-            MUON,
-            ADAMW,
-            log_logit,
-            "higher",
-            unit="ln logit",
-            digits=2,
-        ),
+        same_loss("Muon is at AdamW's loss after half the steps", HALF, ADAMW, stake="training"),
+        same_loss("QK-clip does not change Muon's loss", CLIPPED, MUON, stake="logits"),
+        logit_claim("QK-clip lowers Muon's largest logit", CLIPPED, MUON),
+        logit_claim("QK-clip lowers AdamW's largest logit", FREE, ADAMW),
+        logit_claim("Muon has larger logits than AdamW", MUON, ADAMW, expect="higher"),
     ),
     stakes={
         "training": Stake(
