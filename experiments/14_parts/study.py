@@ -30,30 +30,27 @@ def variants(base):
 def measure(trained):
     """Measure the loss of held-out text without each part, minus that of the whole model."""
     model, batches = trained.model, trained.held_out()
-    cfg = model.cfg
-    graphdef, state = nnx.split(model)
+    cfg, state = model.cfg, nnx.state(model)
 
-    def rebuilt(state, **changes):
+    def loss(state, **changes):
         shapes = abstract(replace(cfg, **changes), trained.run.execution)
-        return nnx.merge(nnx.graphdef(shapes), state)
+        return loss_of(nnx.merge(nnx.graphdef(shapes), state), batches)
 
     whole = loss_of(model, batches)
     k = cfg.experts_per_token
     removed = {
-        "shared expert off": loss_of(nnx.merge(graphdef, without(state, "shared")), batches),
-        "shared expert off, one more routed": loss_of(
-            rebuilt(without(state, "shared"), experts_per_token=k + 1), batches
+        "shared expert off": loss(without(state, "shared")),
+        "shared expert off, one more routed": loss(
+            without(state, "shared"), experts_per_token=k + 1
         ),
-        "routed experts off": loss_of(nnx.merge(graphdef, without(state, "experts")), batches),
-        "all tokens to the same experts": loss_of(
-            nnx.merge(graphdef, same_experts(state, trained.numbers["load"], k)), batches
-        ),
-        "one routed expert fewer": loss_of(rebuilt(state, experts_per_token=k - 1), batches),
-        "half as many routed experts": loss_of(rebuilt(state, experts_per_token=k // 2), batches),
+        "routed experts off": loss(without(state, "experts")),
+        "all tokens to the same experts": loss(same_experts(state, trained.numbers["load"], k)),
+        "one routed expert fewer": loss(state, experts_per_token=k - 1),
+        "half as many routed experts": loss(state, experts_per_token=k // 2),
     }
     for off in TOP_OFF:
         with mock.patch.object(routing, "route", partial(skip_top, routing.route, off)):
-            removed[f"top {off} off"] = loss_of(rebuilt(state, experts_per_token=k + off), batches)
+            removed[f"top {off} off"] = loss(state, experts_per_token=k + off)
     costs = {name: loss - whole for name, loss in removed.items()}
     for w in WINDOWS:
         cost_of_cut = loss_of(model, batches, w, cut=True) - loss_of(model, batches, w)
@@ -63,27 +60,25 @@ def measure(trained):
 
 def without(state, part):
     """Return the state with the last matrices of a part at zero, so that the part adds nothing."""
-    flat = state.flat_state() if hasattr(state, "flat_state") else nnx.to_flat_state(state)
-    changed = {
-        path: leaf.replace(jnp.zeros_like(leaf[...])) if part in path and "w_down" in path else leaf
-        for path, leaf in dict(flat).items()
-    }
-    assert any(part in path and "w_down" in path for path in changed)
-    return nnx.from_flat_state(changed)
+    flat = dict(nnx.to_flat_state(state))
+    last = [path for path in flat if part in path and "w_down" in path]
+    assert last
+    changed = {path: flat[path].replace(jnp.zeros_like(flat[path][...])) for path in last}
+    return nnx.from_flat_state(flat | changed)
 
 
 def same_experts(state, load, k):
     """Return the state with router biases that send all tokens to a layer's k busiest experts."""
-    load = np.asarray(load)
-    flat = dict(nnx.to_flat_state(state))
-    for path, leaf in flat.items():
-        if isinstance(leaf, RouterBias):
-            value = np.zeros(leaf[...].shape, np.float32)
-            rows = value.reshape(-1, value.shape[-1])
-            for row, counts in zip(rows, load, strict=True):
-                row[np.argsort(counts)[-k:]] = 1e3
-            flat[path] = leaf.replace(jnp.asarray(value))
-    return nnx.from_flat_state(flat)
+    busiest = np.argsort(load, axis=-1)[:, -k:]
+    bias = np.zeros(np.shape(load), np.float32)
+    np.put_along_axis(bias, busiest, 1e3, axis=-1)
+
+    def changed(path, leaf):
+        if not isinstance(leaf, RouterBias):
+            return leaf
+        return leaf.replace(jnp.asarray(bias.reshape(leaf[...].shape)))
+
+    return nnx.map_state(changed, state)
 
 
 def loss_of(model, batches, window=None, *, cut=False):
