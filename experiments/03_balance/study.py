@@ -70,11 +70,6 @@ def dropped_share(graphdef, state, tokens, segment_ids):
     return found.metrics["sparse"]["dropped"].mean()
 
 
-late_max_vio = late_mean("max_vio")  # of a step's tokens
-dropped_in_training = late_mean("dropped")  # share of assignments
-DROPPED = logit("dropped_held_out", 100_000, 1.0)  # assignments of held-out text, at least
-
-
 def in_domains(numbers):
     """Return MaxVio of each domain alone, mean over domains."""
     return float(np.mean(list(numbers["max_vio_by_domain"].values())))
@@ -91,21 +86,16 @@ def apart(numbers):
 
 
 def words(results):
-    found = [
+    bias, switch, sequence = (
         results.values(name, "max_vio_training_mix").mean() for name in (BIAS, BASELINE, SEQUENCE)
-    ]
-    text = (
-        "MaxVio is {:.2f} with the bias, {:.2f} and {:.2f} with losses at their published weights"
     )
-    return text.format(*found)
+    return (
+        f"MaxVio is {bias:.2f} with the bias, {switch:.2f} and {sequence:.2f} with losses "
+        "at their published weights"
+    )
 
 
-def balance(
-    text, variant, against, expect="lower", key=log_max_vio, unit="ln MaxVio", published=None
-):
-    return Claim(text, variant, against, key, expect, unit=unit, digits=2, published=published)
-
-
+balance = partial(Claim, key=log_max_vio, unit="ln MaxVio", digits=2)
 STUDY = Study(
     question=(
         "Does the loss-free bias balance experts better than auxiliary losses, "
@@ -126,9 +116,9 @@ STUDY = Study(
             lambda results, variant: results.values(variant, in_domains),
             2,
         ),
-        Column("MaxVio of a step, last fifth", late_max_vio, 2),
+        Column("MaxVio of a step, last fifth", late_mean("max_vio"), 2),
         Column("range of biases", "bias_range", 3),
-        Column("dropped in training, %", dropped_in_training, 2, scale=100.0),
+        Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
         Column("dropped of held-out text, %", "dropped_held_out", 2, scale=100.0),
     ),
     draw=drawing.claims_and_variants(
@@ -146,8 +136,8 @@ STUDY = Study(
             published=-2.89,
         ),
         balance("the bias balances better than a sequence-wise loss", BIAS, SEQUENCE),
-        balance("γ 1e-4 balances worse than 3e-3", SLOW, BIAS, "higher"),
-        balance("γ 1e-2 balances worse than 3e-3", FAST, BIAS, "higher"),
+        balance("γ 1e-4 balances worse than 3e-3", SLOW, BIAS, expect="higher"),
+        balance("γ 1e-2 balances worse than 3e-3", FAST, BIAS, expect="higher"),
         balance(
             "steps in proportion to the error balance better than its sign",
             PROPORTIONAL,
@@ -155,28 +145,25 @@ STUDY = Study(
             published=-0.45,
         ),
         balance("the quantile rule balances better than the sign", QUANTILE, BIAS),
-        balance(
-            "the bias leaves domains less even than a sequence-wise loss",
-            BIAS,
-            SEQUENCE,
-            "higher",
-            apart,
-            "ln ratio",
+        *(
+            Claim(
+                f"the bias leaves domains less even than {words}",
+                BIAS,
+                other,
+                apart,
+                "higher",
+                unit="ln ratio",
+                digits=2,
+            )
+            for words, other in (("a sequence-wise loss", SEQUENCE), ("the Switch loss", SWITCH))
         ),
-        balance(
-            "the bias leaves domains less even than the Switch loss",
-            BIAS,
-            SWITCH,
-            "higher",
-            apart,
-            "ln ratio",
-        ),
-        balance(
+        Claim(
             f"balance lowers the share that a capacity of {CAPACITY} drops",
             LIMITED,
             LIMITED_UNBALANCED,
-            key=DROPPED,
+            logit("dropped_held_out", 100_000, 1.0),  # assignments of held-out text, at least
             unit="logits",
+            digits=2,
         ),
     ),
     stakes={
