@@ -239,10 +239,10 @@ COLUMNS = {
 
 
 def table(results):
-    tables = [
-        results_table(results, columns, [v for v in results.variants if v.startswith(task)])
-        for task, columns in COLUMNS.items()
-    ]
+    tables = []
+    for task, columns in COLUMNS.items():
+        if names := [variant for variant in results.variants if variant.startswith(task)]:
+            tables.append(results_table(results, columns, names))
     chance = f"Chance finds {100 / Retrieval().values:.1f} % of the keys."
     return "\n\n".join([*tables, chance, costs()])
 
