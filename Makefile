@@ -26,7 +26,7 @@ JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/programs
 PYTEST := OPENBLAS_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(JAX_COMPILATION_CACHE_DIR) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # An older Python with its older JAX must pass these: mathematics, kernels, a training step, decoding.
 CORE := $(addprefix tests/test_,routing.py cross_entropy.py kernels.py \
-  attention.py::test_expanded_equals_absorbed \
+  low_precision.py::test_numbers_and_scales_are_the_oracles_bit_by_bit attention.py::test_expanded_equals_absorbed \
   train_step.py::test_the_bias_follows_the_load_of_the_batch \
   generate.py::test_cached_greedy_decoding_equals_the_teacher_forced_forward)
 

@@ -157,8 +157,9 @@ def round_to_e4m3(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
         >>> round_to_e4m3(jnp.array([1.06, 0.001, 300.0]))
         Array([1.000000e+00, 1.953125e-03, 2.880000e+02], dtype=float32)
     """
-    shift = jnp.float32(1.5 * 2**14)  # the sum's last bit is 2⁻⁹
-    small = (x + shift) - shift
+    # Below the normal numbers are multiples of 2⁻⁹. (To add and subtract a large number rounds
+    # too, but XLA may fold the two.)
+    small = jnp.round(x * 2.0**9) * 2.0**-9
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, small, jax.lax.reduce_precision(x, 8, 3))
 
 
