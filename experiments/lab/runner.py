@@ -66,7 +66,7 @@ class _Worker:
         assert self.job is not None and self.process is not None
         try:
             code = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # reset: it was killed before it read the job
             self.process.join()
             code = self.process.exitcode or 1
         if self.job.alone or code == STOPPED:
@@ -189,6 +189,8 @@ def _show_progress(job: Job, task: TaskID, root: Path, bar: Progress) -> None:
 
 def _failure(job: Job, root: Path, code: int) -> str:
     log = root / job.log
+    if code < 0:
+        return f"{job.name} failed: signal {-code} killed it (full log: {log})"
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
     reason = "it was stopped" if code == STOPPED else lines[-1] if lines else f"exit code {code}"

@@ -16,7 +16,7 @@ from runs import HERE, environment
 
 from dsv3_jax.config import Layout, replace
 from dsv3_jax.presets import recipe
-from experiments.lab import Results, fingerprints, running, work
+from experiments.lab import Results, fingerprints, runner, running, work
 from experiments.lab.__main__ import main
 from experiments.lab.fingerprints import RECIPE_OF_TEXT, identify, settings_of
 from experiments.lab.measuring import alike
@@ -198,6 +198,15 @@ def test_a_study_trains_is_interrupted_and_resumes(tmp_path, tmp_path_factory):
     assert results.variants == ["a", "b"] and results.values("b", "layers") == 1
     record = results.records("b")[0]
     assert record["curves"]["loss"][0][-1] == record["steps"] == 40
+
+
+def test_a_killed_worker_fails_its_job_alone(tmp_path):
+    worker, job = runner._Worker(tmp_path, ()), work.Job("a", 0, recipe("lab"), "run", {})
+    worker.give(job)
+    worker.process.kill()  # before it reads the job
+    code = worker.answer()
+    worker.end()
+    assert "a, seed 0 failed: signal 9 killed it" in runner._failure(job, tmp_path, code)
 
 
 def test_a_start_is_made_before_a_run_and_belongs_to_the_run_that_it_is_made_of(
