@@ -167,5 +167,6 @@ def load(folder: Path) -> Study:
     spec = importlib.util.spec_from_file_location(f"study_{folder.name}", folder / "study.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # workers are sent tasks that it defines
     spec.loader.exec_module(module)
     return replace(module.STUDY, folder=folder.resolve())

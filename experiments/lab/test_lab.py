@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,13 @@ def test_a_new_study_is_a_folder_that_lists_its_runs(lab, capsys):
     assert compared <= names and study.stakes
     assert main(["new", "my_question"], lab.folder.parent) == 2
     assert "is taken by 02_my_question" in capsys.readouterr().err
+
+
+def test_a_task_of_a_study_of_its_own_reaches_a_worker(lab):
+    own = "from experiments.lab.tasks import Facts\nclass Mine(Facts):\n    name = 'mine'\n"
+    (lab.folder / "study.py").write_text(own + STUDY.replace('"yes"', "Mine()"))
+    task = load(lab.folder).published
+    assert pickle.loads(pickle.dumps(task)) == task
 
 
 REAL = """
