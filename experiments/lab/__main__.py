@@ -53,6 +53,8 @@ def _run(options: argparse.Namespace, experiments: Path) -> int:
         raise ValueError(f"study={unknown[0]!r} is not one of {', '.join(every)}, or all")
     chosen = every if "all" in options.studies else [number.zfill(2) for number in options.studies]
     studies = [load(every[number]) for number in chosen]
+    for study in studies:
+        running.check(study, options)
     if options.fresh or options.remeasure:
         for study in studies:
             running.forget(study, options)
@@ -67,6 +69,12 @@ def _run(options: argparse.Namespace, experiments: Path) -> int:
         minutes = (time.monotonic() - begun) / 60
         print(f"\n{overview.overview_table(experiments)}\n{minutes:.0f} minutes")
     return worst
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _stored(study) -> bytes:
@@ -88,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     race = commands.add_parser("board", help=text, description=text, allow_abbrev=False)
     race.add_argument("recipe", metavar="RECIPE", help="a file's name without .py, as two_of_16")
     race.add_argument(
-        "--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator"
+        "--workers",
+        type=_positive,
+        help="runs at a time; default: one per core, or 1 on an accelerator",
     )
     race.add_argument(
         "--short", action="store_true", help="run a few steps in a temporary folder, as a check"
@@ -112,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all"
     )
     parser.add_argument(
-        "--workers", type=int, help="runs at a time; default: one per core, or 1 on an accelerator"
+        "--workers",
+        type=_positive,
+        help="runs at a time; default: one per core, or 1 on an accelerator",
     )
     parser.add_argument(
         "--short", action="store_true", help="run a few steps in a temporary folder, as a check"

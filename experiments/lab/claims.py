@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,7 @@ LOSS = "val_loss"  # the number that all studies of a recipe have
 LOSS_PRIOR, PRIOR = 40, 5  # d0 of the loss and of other numbers, see `statistics`
 FEW = 8  # degrees of freedom; a claim with fewer is named below its table
 
+Expected = Literal["lower", "higher", "equal", "none"]
 Answer = Literal["yes", "no", "too small to tell here", "no verdict"]
 
 
@@ -49,13 +50,18 @@ class Claim:
     variant: str
     against: str | float
     key: Key = "val_loss"
-    expect: Literal["lower", "higher", "equal", "none"] = "lower"
+    expect: Expected = "lower"
     margin: float = 0.0
     unit: str = "nats"
     digits: int = 3
     stake: str = ""
     published: float | None = None
     questions: int = 0
+
+    def __post_init__(self):
+        if self.expect not in get_args(Expected):
+            words = ", ".join(get_args(Expected))
+            raise ValueError(f"expect={self.expect!r} of claim={self.text!r} is not one of {words}")
 
 
 @dataclass(frozen=True)
@@ -121,15 +127,17 @@ NoiseOf = Callable[..., Noise]
 
 
 def table_of(results: Results, key: Key) -> Table:
-    """Return the numbers of all variants that have it, variant → seed → number."""
+    """Return the numbers of all variants that have it, variant → seed → number; not NaN."""
     table: dict[str, dict[int, float]] = {}
     for variant, seeds in results.runs.items():
         for seed, record in seeds.items():
             try:
-                table.setdefault(variant, {})[int(seed)] = float(lookup(record["numbers"], key))
+                number = float(lookup(record["numbers"], key))
             except (KeyError, IndexError, TypeError):  # some variants lack some numbers
                 continue
-    return {variant: numbers for variant, numbers in table.items() if numbers}
+            if not np.isnan(number):
+                table.setdefault(variant, {})[int(seed)] = number
+    return table
 
 
 def distinct(table: Table, compared: Sequence[str] = ()) -> Table:

@@ -11,6 +11,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from dsv3_jax.config import RunConfig
 from experiments import apart
 from experiments.lab import overview
 from experiments.lab.bases import base_run, make_tokenizer, short_run
@@ -47,6 +48,14 @@ def run(study: Study, options: argparse.Namespace) -> int:
         return 1 if failures else 0
 
 
+def check(study: Study, options: argparse.Namespace) -> None:
+    """Raise ValueError for options that the study cannot have, or claims that name nothing."""
+    names = list(study.variants(_base(study, options)))
+    if unknown := set(options.only) - set(names):
+        raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
+    study.check_claims(names)
+
+
 def forget(study: Study, options: argparse.Namespace) -> None:
     """Delete named results; with --fresh their runs too, with --remeasure their evaluations."""
     with _asked(study, options) as (results, runs, wanted):
@@ -59,17 +68,25 @@ def forget(study: Study, options: argparse.Namespace) -> None:
                 (folder / EVALUATION).unlink(missing_ok=True)
 
 
+def _base(study: Study, options: argparse.Namespace) -> RunConfig:
+    if options.short:
+        if options.base or options.set:
+            raise ValueError("--short has a base of its own; leave out --base and --set")
+        return short_run(study.base)
+    for change in options.set:
+        if change.partition("=")[0] in ("seed", "data.seed"):
+            raise ValueError(f"--set={change!r} would have no effect; use --seeds")
+    return base_run(options.base or study.base, options.set, RUNS_FOLDER)
+
+
 @contextmanager
 def _asked(study: Study, options: argparse.Namespace):
     """Yield (results, all runs by key, the asked keys); --short has a temporary folder for all."""
     with tempfile.TemporaryDirectory(prefix="lab-") as temporary:
-        name = options.base or study.base
-        if options.short:
-            base, runs_folder, out = short_run(study.base), temporary, Path(temporary)
-        else:
-            base = base_run(name, options.set, RUNS_FOLDER)
-            runs_folder = RUNS_FOLDER
-            out = study.folder
+        name, base = options.base or study.base, _base(study, options)
+        runs_folder, out = temporary, Path(temporary)
+        if not options.short:
+            runs_folder, out = RUNS_FOLDER, study.folder
             # the study's folder has results of the study's base alone
             if name != study.base or options.set:
                 changes = "".join(f"-{change.replace('/', '_')}" for change in options.set)
@@ -85,8 +102,6 @@ def _asked(study: Study, options: argparse.Namespace):
             if study.prepare is not None:
                 study.prepare(base, study.root)
         names = list(study.variants(base))
-        if unknown := set(options.only) - set(names):
-            raise ValueError(f"--only={min(unknown)!r} is not one of {', '.join(names)}")
         seeds = options.seeds or ((0,) if options.short else None)  # None: the study's own
         wanted = {(n, s) for n in options.only or names for s in seeds or study.own_seeds(n)}
         runs = study.list_runs(
@@ -186,6 +201,9 @@ def _publish(study: Study, results: Results) -> None:
         f" Run on {results.provenance('date')}, trained at commit {results.provenance('commit')}."
         f" Machine: {results.provenance('machine')}. Recipe {results.recipe}."
     )
+    found = [verdict.claim for verdict in verdicts]
+    if left := [f'"{claim.text}"' for claim in study.claims if claim not in found]:
+        caption += f" Without runs, numbers or seeds for a verdict: {', '.join(left)}."
     if not results.is_current:
         caption += (
             " These are not of the present configuration, text and recipe; run the study again."

@@ -132,6 +132,24 @@ class Study:
                 runs[name, seed] = StudyRun(run, folder, needed, identity, task)
         return runs
 
+    def check_claims(self, names: Sequence[str]) -> None:
+        """Raise ValueError for a claim that names a variant or a check that the study lacks.
+
+        Args: names: of the variants.
+        """
+        for claim in self.claims:
+            for name in (claim.variant, claim.against):
+                if isinstance(name, str) and name not in names:
+                    raise ValueError(
+                        f"claim={claim.text!r} compares {name!r}, which is not one of the variants "
+                        f"{', '.join(names)}"
+                    )
+            if claim.stake and claim.stake not in self.stakes:
+                raise ValueError(
+                    f"stake={claim.stake!r} of claim={claim.text!r} is not one of the study's "
+                    f"stakes: {', '.join(self.stakes) or 'it has none'}"
+                )
+
     def begun(self) -> dict[str, str]:
         """Return variant → the one whose run it continues, or whose frozen trunk it has."""
         found: dict[str, str] = {}

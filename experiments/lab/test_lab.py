@@ -128,11 +128,37 @@ def test_bad_input_is_one_sentence(lab, capsys):
         (["--set", "model.dimm=3"], "--set='model.dimm=3'"),
         (["--only", "third"], "--only='third' is not one of first, second, bad, heads"),
         (["9"], "study='9' is not one of 01, or all"),
+        (["--short", "--set", "steps=9"], "--short has a base of its own"),
+        (["--set", "seed=5"], "--set='seed=5' would have no effect"),
     ):
         assert lab(*argv) == (2, [])
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1
     assert not (lab.folder / "results.json").exists()
+    with pytest.raises(SystemExit, match="2"):
+        lab("--workers", "-1")
+    assert "argument --workers: '-1' is no number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "claim, sentence",
+    [
+        ('"secnod", "first"', "compares 'secnod', which is not one of the variants first, second"),
+        ('"second", "first", stake="rate"', "stake='rate' of claim='the second is lower' is not"),
+        ('"second", "first", expect="Lower"', "expect='Lower' of claim='the second is lower'"),
+    ],
+)
+def test_a_claim_that_names_nothing_is_refused(lab, capsys, claim, sentence):
+    """Even before --fresh deletes results. One without its number is named below the table."""
+    arguments = ("--seeds", "0", "1", "--only", "first", "second")
+    for measured in ('"second", "first"', '"second", "first", "bits"'):
+        (lab.folder / "study.py").write_text(STUDY.replace('"second", "first"', measured))
+        assert lab(*arguments)[0] == 0
+    page = (lab.folder / "README.md").read_text()
+    assert 'Without runs, numbers or seeds for a verdict: "the second is lower".' in page
+    (lab.folder / "study.py").write_text(STUDY.replace('"second", "first"', claim))
+    assert lab(*arguments, "--fresh") == (2, []) and sentence in capsys.readouterr().err
+    assert lab.results().variants == ["first", "second"]
 
 
 def test_a_new_study_is_a_folder_that_lists_its_runs(lab, capsys):
