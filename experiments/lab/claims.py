@@ -149,6 +149,15 @@ def distinct(table: Table, compared: Sequence[str] = ()) -> Table:
     return kept
 
 
+def _root(variant: str, begun: Mapping[str, str]) -> str:
+    return _root(begun[variant], begun) if variant in begun else variant
+
+
+def related(begun: Mapping[str, str], compared: Sequence[str]) -> bool:
+    """Return whether two variants are compared that begin with the same run. Args: see below."""
+    return len(compared) == 2 and len({_root(variant, begun) for variant in compared}) == 1
+
+
 def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] = ()) -> Table:
     """Return the variants whose differences are of the kind of the compared ones.
 
@@ -162,11 +171,7 @@ def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] 
     >>> [list(independent(table, begun, pair)) for pair in (("b", "c"), ("c", "a"), ())]
     [['b', 'c'], ['c', 'a'], ['a']]
     """
-
-    def root(variant: str) -> str:
-        return root(begun[variant]) if variant in begun else variant
-
-    if len(compared) == 2 and root(compared[0]) == root(compared[1]):
+    if related(begun, compared):
         parent = begun.get(compared[0])
         siblings = parent is not None and begun.get(compared[1]) == parent
         kind = [v for v in table if siblings and begun.get(v) == parent]
@@ -174,7 +179,7 @@ def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] 
 
     chosen: dict[str, str] = {}  # the variant that counts for a family
     for variant in (*compared, *table):
-        chosen.setdefault(root(variant), variant)
+        chosen.setdefault(_root(variant, begun), variant)
     return {variant: table[variant] for variant in chosen.values()}
 
 

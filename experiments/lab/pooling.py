@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from experiments.lab.claims import LOSS, NoiseOf, noise_within
+from experiments.lab.claims import LOSS, NoiseOf, independent, noise_within, related, table_of
 from experiments.lab.results import Key, Results
 from experiments.lab.statistics import Noise, Table, pool
 
@@ -18,7 +18,7 @@ def recipe_noise(
 
     Runs that studies share count once: runs of one seed with equal losses are one run, whatever
     settings a later version has added. Each version of the recipe, and each number of steps, has
-    its own seed effects.
+    its own seed effects. A family counts as one variant, where `Results.begun` says what it is.
 
     Args: without: the compared variants of the first of these studies, see `pool`.
     """
@@ -27,8 +27,10 @@ def recipe_noise(
     for results in all_results:
         if results.about.get("base") != base:
             continue
-        for variant, seeds in results.runs.items():
-            for seed, record in seeds.items():
+        own = results is all_results[0]
+        kept = independent(table_of(results, LOSS), results.begun, without if own else ())
+        for variant in kept:
+            for seed, record in results.runs[variant].items():
                 loss = record["numbers"].get(LOSS)
                 if record["steps"] not in steps or loss is None or (seed, loss) in seen:
                     continue
@@ -36,8 +38,8 @@ def recipe_noise(
                 table = tables.setdefault((record.get("recipe", 1), record["steps"]), {})
                 losses = table.setdefault(f"{results.path.parent.name}: {variant}", {})
                 losses[int(seed)] = float(loss)
-    independent: list[Table] = list(tables.values())
-    return pool(independent, [f"{all_results[0].path.parent.name}: {name}" for name in without])
+    of_steps: list[Table] = list(tables.values())
+    return pool(of_steps, [f"{all_results[0].path.parent.name}: {name}" for name in without])
 
 
 def siblings(experiments: Path) -> list[Results]:
@@ -46,12 +48,15 @@ def siblings(experiments: Path) -> list[Results]:
 
 
 def noise_for(results: Results, experiments: Path) -> NoiseOf:
-    """Return each number's noise: of the validation loss over the recipe, else over this study."""
+    """Return each number's noise: of the validation loss over the recipe, else over this study.
+
+    Of variants of one family the noise is always this study's.
+    """
     within = noise_within(results)
     others = [r for r in siblings(experiments) if r.path != results.path]
 
     def noise(key: Key, compared: Sequence[str] = ()) -> Noise:
-        if key != LOSS:
+        if key != LOSS or related(results.begun, compared):
             return within(key, compared)
         steps = {r["steps"] for name in results.variants for r in results.records(name)}
         return recipe_noise([results, *others], results.about.get("base"), steps, compared)

@@ -9,6 +9,7 @@ from experiments.lab import RUNS_FOLDER, Results, bases, fingerprints, overview
 from experiments.lab.claims import Claim, Stake, answer_to, judge, noise_within, verdict_table
 from experiments.lab.fingerprints import RECIPE_OF_TASKS, RECIPE_OF_TEXT
 from experiments.lab.statistics import Difference, estimate, smallest_visible
+from experiments.lab.pooling import noise_for
 from experiments.lab.study import load
 
 
@@ -55,6 +56,20 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
     assert [check.passed for check in checks] == [False, True]
     with pytest.raises(ValueError, match="differences=1 leave no degree of freedom"):
         estimate([0.1])
+
+
+def test_copies_have_a_noise_of_their_own_for_the_loss_too(tmp_path):
+    """Pairs of one parent's runs, and others, are pooled as for any number of a study."""
+    losses = {"p": [3.0, 3.5, 3.1], "x": [3.4, 3.1, 3.3], "a": [2.9, 3.4, 3.02]}
+    losses |= {"b": [2.91, 3.41, 3.01], "c": [2.93, 3.42, 3.03]}
+    results = Results(tmp_path / "01_own" / "results.json", {"base": "lab"})
+    for name, seeds in losses.items():
+        records = [{"numbers": {"val_loss": x, "copy": x}, "steps": 5} for x in seeds]
+        results.runs[name] = {str(seed): record for seed, record in enumerate(records)}
+    results.begun = dict.fromkeys("abc", "p")
+    noise = noise_for(results, tmp_path)
+    for pair in (("a", "b"), ("a", "p"), ("x", "p"), ("x", "a")):
+        assert str(noise("val_loss", pair)) == str(noise("copy", pair))
 
 
 def test_a_study_without_results_claims_nothing_yet():
