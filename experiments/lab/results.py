@@ -57,7 +57,10 @@ class Results:
 
     def __init__(self, path: Path, about: Mapping | None = None):
         self.path = path
-        values = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            values = dict(json.loads(path.read_text())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"path={str(path)!r} is no file of results: {error}") from None
         self.stored: dict[str, dict[str, dict]] = values.pop("runs", {})
         self.names: dict[str, list[str]] = {
             keys: names.split() for keys, names in values.pop("settings", {}).items()

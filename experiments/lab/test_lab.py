@@ -134,6 +134,11 @@ def test_bad_input_is_one_sentence(lab, capsys):
         assert lab(*argv) == (2, [])
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1
+    for text in ("", '{"runs": {"a"', "[3]"):
+        (lab.folder / "results.json").write_text(text)
+        assert lab("--redraw") == (2, [])
+        assert f"{lab.folder}/results.json' is no file of results" in capsys.readouterr().err
+    (lab.folder / "results.json").unlink()
     assert not (lab.folder / "results.json").exists()
     with pytest.raises(SystemExit, match="2"):
         lab("--workers", "-1")

@@ -8,8 +8,8 @@ from runs import HERE
 from experiments.lab import RUNS_FOLDER, Results, bases, fingerprints, overview
 from experiments.lab.claims import Claim, Stake, answer_to, judge, noise_within, verdict_table
 from experiments.lab.fingerprints import RECIPE_OF_TASKS, RECIPE_OF_TEXT
-from experiments.lab.statistics import Difference, estimate, smallest_visible
 from experiments.lab.pooling import noise_for
+from experiments.lab.statistics import Difference, estimate, smallest_visible
 from experiments.lab.study import load
 
 
