@@ -85,7 +85,12 @@ TRACKS = {
 
 def measure(trained: Any) -> dict:
     """Measure a run's score where the loss is not it."""
-    return {"formed": formed(trained)} if isinstance(trained.task, Chains) else {}
+    if not isinstance(trained.task, Chains):
+        return {}
+    step = formed(trained)
+    if step == trained.run.steps:  # never: then fewer steps are no better score
+        step = max(step, OF_TASKS["chains"].steps)
+    return {"formed": step}
 
 
 def load_recipe(path: Path) -> dict[str, Callable[[RunConfig], RunConfig]]:
@@ -137,7 +142,8 @@ def changed_run(
 ) -> OnTask:
     """Return a recipe's run of a track.
 
-    Raises: ValueError if it changes the data, has more parameters than the base, or is no run.
+    Raises: ValueError if it changes the data or how scores are measured, has more parameters than
+        the base, or is no run.
     """
     try:
         run = recipe(base)
@@ -147,6 +153,8 @@ def changed_run(
         raise ValueError(f"{track} of {name} returns {run!r}; return the changed run")
     if run.data != base.data or run.start or run.trunk:
         raise ValueError(f"{track} of {name} changes data, start or trunk, which all recipes share")
+    if (run.log_every, run.eval_batches) != (base.log_every, base.eval_batches):
+        raise ValueError(f"{track} of {name} changes log_every or eval_batches, which scores have")
     parameters, most = size(run.model).total, MORE * size(base.model).total
     if parameters > most:
         raise ValueError(
@@ -185,8 +193,8 @@ def compete(name: str, experiments: Path, *, short: bool, workers: int | None = 
             entered = True
             rows.append(row | {"commit": commit[:7], "date": date.today().isoformat()})
             results.write()
-        if not short:
-            replace_block(folder / "README.md", table(rows))
+            if not short:
+                replace_block(folder / "README.md", table(rows))
     return 0 if entered else 1
 
 

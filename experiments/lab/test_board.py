@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from experiments.lab import board
 from experiments.lab.bases import OF_TASKS
 from experiments.lab.measuring import BITS
 from experiments.lab.results import Results
+from experiments.lab.tasks import Chains
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 RECIPE = "def facts(run):\n    return run\n"
@@ -61,11 +63,19 @@ def test_recipes_share_data_and_size():
         ({"data": replace(base.data, batch_size=1024)}, "changes data, start or trunk"),
         ({"model": more}, "parameters; a recipe has .* at most"),
         ({"steps": -1}, "steps=-1"),
+        ({"log_every": 1}, "changes log_every or eval_batches"),
     ):
         with pytest.raises(ValueError, match=message):
             board.changed_run(lambda run, c=change: replace(run, **c), base, "mine", "facts")
     with pytest.raises(ValueError, match="returns None; return the changed run"):
         board.changed_run(lambda run: None, base, "mine", "facts")
+
+
+def test_a_recipe_that_stops_before_it_learns_is_not_the_soonest():
+    rows = [{"step": step, "loss": 2.0} for step in range(1, 31)]
+    run = replace(OF_TASKS["chains"], steps=30)
+    trained = SimpleNamespace(task=Chains(), run=run, metrics=lambda: rows)
+    assert board.measure(trained) == {"formed": 600}
 
 
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "board").glob("*.py")), ids=lambda p: p.stem)
