@@ -24,6 +24,7 @@ from dsv3_jax.serve.engine import Busy, Changes, Engine
 
 NEW = 20  # tokens of an answer
 SPELLING = answers.Spelling(TEXT)
+SEEDS = itertools.repeat(7)
 WRONG = {b"!va": ValueError("expert=9 is beyond"), b"!bu": Busy("full"), b"!ke": KeyError("fault")}
 
 
@@ -34,12 +35,14 @@ class Fake(Engine):
 
     def __init__(self):
         self.open = 0  # texts that are being written
+        self.seeds = []  # of all texts so far
 
     async def text(self, ask, changes=None):
         case = bytes(ask.prompt[:3])
         if case in WRONG:
             raise WRONG[case]
         self.open += 1
+        self.seeds.append(ask.seed)
         try:
             tokens = [*itertools.islice(itertools.cycle(ask.prompt), ask.max_new_tokens)]
             for i, new in enumerate(news(tokens, itertools.repeat(3))):
@@ -174,7 +177,7 @@ def test_no_part_of_a_stop_text_is_sent(stop, rng):
     """However tokens come, the text ends before the stop text that is complete first."""
     body = json.dumps({"prompt": "x", "stop": stop, "logprobs": 1}).encode()
     settings = requests.Settings(TEXT, 260, 99, Sampling())
-    request = requests.read_request(body, requests.Completion, settings, 0)
+    request = requests.read_request(body, requests.Completion, settings, SEEDS)
     for _ in range(40):
         text = "".join(rng.choice([*"aabcde!", "é"], size=12))
         tokens = [*text.encode(), 256]
@@ -262,9 +265,17 @@ def test_completions_are_those_of_generate(model, real, drawn):
 def test_a_prompt_that_occurs_again_has_the_next_samples(fake):
     settings = requests.Settings(TEXT, 260, 64, Sampling(1.0))
     body = json.dumps({"prompt": ["ab", "c", "ab"], "n": 2}).encode()
-    asks = requests.read_request(body, requests.Completion, settings, 7).asks
+    asks = requests.read_request(body, requests.Completion, settings, SEEDS).asks
     assert [ask.sample for ask in asks] == [0, 1, 0, 1, 2, 3]
     assert post(fake, body).json()["usage"]["prompt_tokens"] == 5
+
+
+def test_requests_that_give_no_seed_have_the_next_ones():
+    """Those that give one, and those that are refused, take none."""
+    with served(engine := Fake(), seed=7) as (address, _):
+        for more in ({"seed": 3}, {"max_tokens": 99}, {}, {"seed": 9}, {"n": 0}, {}):
+            post(address, {"prompt": "ab"} | more)
+    assert engine.seeds == [3, 7, 9, 8]
 
 
 def test_a_content_of_several_texts_is_one():
@@ -274,7 +285,7 @@ def test_a_content_of_several_texts_is_one():
     asks = []
     for content in (parts, "a\nb"):
         body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
-        asks += requests.read_request(body, requests.ChatCompletion, settings, 7).asks
+        asks += requests.read_request(body, requests.ChatCompletion, settings, SEEDS).asks
     assert asks[0] == asks[1]
 
 

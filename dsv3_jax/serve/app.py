@@ -108,8 +108,7 @@ class Service:
         async with asyncio.timeout_at(deadline):
             data = await _body_of(http)
             # A template or a long text takes a while: other requests go on.
-            seed = next(self._seeds) % (1 << 32)
-            read = partial(requests.read_request, data, kind, self.settings, seed)
+            read = partial(requests.read_request, data, kind, self.settings, self._seeds)
             with _refusals():
                 request = await run_in_threadpool(read)
 

@@ -4,6 +4,7 @@ Source: OpenAI's API reference, "Completions" and "Chat completions".
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -148,10 +149,10 @@ class Request(NamedTuple):
     asks: list[Ask]  # a choice each: those of the first prompt, then those of the second
 
 
-def read_request(data: bytes, kind: type[Any], settings: Settings, seed: int) -> Request:
+def read_request(data: bytes, kind: type[Any], settings: Settings, seeds: Iterator[int]) -> Request:
     """Read the body of a `Completion` or `ChatCompletion`.
 
-    Args: seed: of a request that gives none.
+    Args: seeds: a request that gives none takes the next one.
     Raises: ValueError, one sentence that begins with a field's name if one is at fault.
     """
     body = _object(data)
@@ -169,12 +170,14 @@ def read_request(data: bytes, kind: type[Any], settings: Settings, seed: int) ->
     require(texts <= MAX_CHOICES, f"n={asked.n} makes {texts} texts, more than {MAX_CHOICES}")
     given = {name: getattr(asked, name) for name in Sampling._fields if name in body}
     sampling = settings.sampling._replace(**given)
-    seed = body.get("seed", seed)
+    lengths = [_length(asked, len(ids), settings) for ids in prompts]
+
+    # All that may be refused is checked: a request that is refused takes no seed.
+    seed = next(seeds) % (1 << 32) if asked.seed is None else asked.seed
     # As in `generate`, a prompt that occurs again has the next samples.
     count = Counter[tuple[int, ...]]()
     asks = []
-    for ids in map(tuple, prompts):
-        most = _length(asked, len(ids), settings)
+    for ids, most in zip(map(tuple, prompts), lengths, strict=True):
         asks += [Ask(ids, most, sampling, seed, count[ids] + i) for i in range(asked.n)]
         count[ids] += asked.n
     return Request(asked, stops, asks)
