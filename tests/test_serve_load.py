@@ -165,5 +165,7 @@ def test_a_text_that_is_lost_takes_no_other_with_it(model):
 def test_the_page_is_told_what_a_cache_would_hold_where_there_is_none(model):
     with closing(Engine(model, rows=1, context=32, cache="none")) as engine:
         told = engine.describe()["cache"]
+        with pytest.raises(ValueError, match="cache='none' reads the prompt again for each token"):
+            engine.samplers[UNCHANGED].check(Ask((1, 2), 1, given=[[[0], [1]]]))
     assert told["dtype"] == "float32"
     assert told["expanded_bytes_per_token"] == bytes_per_token(model.cfg, "expanded", "float32")

@@ -151,6 +151,11 @@ class OpenSampler:
         """
         config = DecodeConfig(ask.max_new_tokens, ask.sampling, seed=ask.seed)
         config.check(self.model.cfg, [ask.prompt])
+        if ask.given is not None and self.config.cache == "none":
+            raise ValueError(
+                "cache='none' reads the prompt again for each token, where its experts are not "
+                "given; a forced expert needs a cache"
+            )
         if len(ask.prompt) + ask.max_new_tokens > self.context:
             raise ValueError(
                 f"max_new_tokens={ask.max_new_tokens} does not fit: the prompt has "
