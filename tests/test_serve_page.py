@@ -188,6 +188,21 @@ def test_other_interventions(page, folder):
     assert "difference 0.00" in page.text(f"{TURN} [role=status]").replace("−", "")
 
 
+def test_an_answer_that_may_fill_the_context_may_do_so_again(page):
+    start = len(ask(page, "the user")) - NEW
+    page.run("delete shown.settings.max_tokens")  # as if the field had been empty
+    page.run("var own = fetch, sent = []")
+    page.run("fetch = (path, how) => (sent.push(JSON.parse(how.body)), own(path, how)); 0")
+    page.run(f"pin(shown.tokens[{start + 9}].element.place)")
+    page.click("#change [value=bias]")
+    page.wait_for("sent.some(body => body.max_tokens)")
+    page.click("#stop")
+    page.wait_for(IDLE)
+    assert page.run(
+        f"{start + 10} + sent.find(body => body.max_tokens).max_tokens === model.context"
+    )
+
+
 def test_no_width_scrolls_sideways(page):
     ask(page, HOSTILE * 3)
     intervene(page, 12, "#change [value=bias]")
