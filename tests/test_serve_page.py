@@ -118,6 +118,7 @@ def test_a_conversation_is_what_generate_gives(page, folder):
         messages.append({"role": "assistant", "content": text.tokenizer.decode(new)})
     assert page.texts(".user") == [message["content"] for message in messages[::2]]
     assert page.run("window.hit === undefined && document.querySelector('img') === null")
+    assert page.run(r"visible('a\u202e\r\n\tb')") == "a\\u{202e}\\u{d}\n\tb"
 
     # The panels of some tokens of the last answer, by the keyboard alone.
     page.run(f"document.querySelector('{TURN} .pair .tokens').focus()")
