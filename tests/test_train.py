@@ -118,6 +118,15 @@ def test_a_source_that_holds_out_nothing_is_refused_before_the_first_step(whole,
         loop.fit(whole.run, tmp_path / "run", source=source, quiet=True)
 
 
+@pytest.mark.parametrize("name", ["seq_len", "batch_size"])
+def test_a_source_with_rows_that_are_not_the_runs_is_refused(whole, tmp_path, name):
+    data = replace(whole.run.data, **{name: 8})
+    source = open_source(data, tokenizer.load("bytes"))
+    with refused(f"^data.{name}={getattr(whole.run.data, name)} is not that of the source, 8;"):
+        loop.fit(whole.run, tmp_path / "run", source=source, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
     """Twice, and without a report; rows of metrics after the checkpoint, or cut, are dropped."""
     first, said = stopped

@@ -138,6 +138,9 @@ def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
     with refused("is given for a run with start=None; make the run by on_w"):
         plain = replace(run_from(other), start=None)
         loop.fit(plain, tmp_path / "new", start=starts.open_start(other), quiet=True)
+    copy = shutil.copytree(other, tmp_path / "copy")
+    with refused(f"^start='{copy}' is given for a run with start='{other}'; make the run by on_w"):
+        loop.fit(run_from(other), tmp_path / "new", start=starts.open_start(str(copy)), quiet=True)
     assert not (tmp_path / "new").exists()
 
 

@@ -16,6 +16,8 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Source
 from dsv3_jax.data.source import check_vocab, open_source
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.hf.places import find
+from dsv3_jax.host.mirror import fetched
 from dsv3_jax.kernels import choose
 from dsv3_jax.mesh import processes, sharding
 from dsv3_jax.report.units import format_bytes
@@ -141,6 +143,14 @@ def read_inputs(job: Job, out: Path, options: FitOptions) -> Prepared:
             f"grpo group={run.grpo.group} needs a source that samples; dsv3_jax.train.fit makes it"
         )
 
+    # A source of the caller, or chats, may be made of other settings than the run's.
+    for name in ("seq_len", "batch_size"):
+        theirs, ours = getattr(source.cfg, name), getattr(run.data, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"data.{name}={ours} is not that of the source, {theirs}; make it of the run's data"
+            )
+
     # All processes read one text. A checker that has changed is reported, not refused.
     processes.agree({"text": source.fingerprint})
     if tasks is not None and begun and _other_checker(out, tasks.checker.fingerprint()):
@@ -161,6 +171,12 @@ def _start_of(run: RunConfig, opened: Start | None) -> Start | None:
             )
         return None
     start = opened or open_start(place)
+    if start.place != place and Path(start.place).resolve() != find(fetched(place)).resolve():
+        name = "start" if run.trunk is None else "trunk"
+        raise ConfigError(
+            f"start={start.place!r} is given for a run with {name}={place!r}; make the run by "
+            "on_weights(run, start) or on_trunk"
+        )
     check_start(run, start)
     return start
 
