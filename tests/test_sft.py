@@ -212,6 +212,21 @@ def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, tmp_path
         assert {key: config[key] for key in ORIGIN} == ORIGIN and "tensors in bfloat16" in said
 
 
+@pytest.mark.long
+def test_heads_learn_the_chats_of_their_frozen_trunk(tuned, tmp_path):
+    """Its text, template and stop tokens come along; a policy that is frozen learns nothing."""
+    out, argv = tmp_path / "run", ["--trunk", tuned[0], "--model.mtp-kind", "medusa"]
+    code, _, err = by_command("train", "tiny", *argv, "--steps", 2, "--out", out)
+    assert code == 0, err
+    assert (
+        read_run(out).data.paths == read_run(tuned[0]).data.paths
+        and rows_of(out)[0]["mtp_loss"][0] > 0
+    )
+    assert load_text(out).chat.render(HELLO) == load_text(tuned[0]).chat.render(HELLO)
+    code, _, err = by_command("train", "grpo", *argv, "--out", tmp_path / "grpo")
+    assert code == 2 and "grpo group=8 is not supported on a frozen trunk" in err
+
+
 @pytest.mark.parametrize(
     "words", ["sft", "sft --lora.rank 2", "grpo --grpo.group 4 --grpo.max-new-tokens 4"]
 )

@@ -328,6 +328,11 @@ def _check_grpo(run: RunConfig) -> None:
         f"{group} asks the prompts of chat examples; data.format={data.format!r} must be 'chat'",
     )
 
+    require(
+        run.trunk is None,
+        f"{group} is not supported on a frozen trunk={run.trunk!r}; use start",
+    )
+
     # A step asks batch_size / group prompts, and each answer is a row.
     require(
         data.batch_size % run.grpo.group == 0,

@@ -72,5 +72,6 @@ class KeepText(Callback):
 
     def on_start(self, run: RunConfig, out: Path, step: int) -> None:
         if not (out / TEMPLATE_FILE).exists():
-            assert run.start is not None
-            copy_to_run(find(fetched(run.start)), out, self._text)
+            place = run.start or run.trunk
+            assert place is not None
+            copy_to_run(find(fetched(place)), out, self._text)

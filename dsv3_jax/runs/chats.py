@@ -34,22 +34,22 @@ def read_chats(
     """Read a run's chats by its own files once it has begun, else by its start's.
 
     Args:
-        start: the run's, opened. None means that it is opened if it is needed.
+        start: the run's start or trunk, opened. None means that it is opened if it is needed.
         fit_rows: choose the length of the rows by the examples, at most the model's context.
-    Raises: ConfigError without a start; ValueError when there is no template, or a file cannot be
-        read. With GRPO, as `tasks_of`.
+    Raises: ConfigError without a start or trunk; ValueError when there is no template, or a file
+        cannot be read. With GRPO, as `tasks_of`.
     """
     # A run that has begun reads its own copies: its start may be gone.
     out = fetched(out)
     if (out / RUN_FILE).exists() and (out / TEMPLATE_FILE).exists():
         start = None
         text = with_template(load_text(out), None, run.data.template)
-    elif run.start is None:
+    elif (place := run.start or run.trunk) is None:
         raise ConfigError(
             "data.format='chat' fine-tunes a model: name it with start, as in --start MODEL"
         )
     else:
-        start = start or open_start(run.start)
+        start = start or open_start(place)
         text = with_template(start.text, run.data.chat_template, run.data.template)
 
     # With GRPO the model writes the answers: an example is a prompt, with a record to check by.

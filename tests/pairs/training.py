@@ -91,7 +91,7 @@ class Plan:
         if self.kind in RELEASED:
             changes["data.tokenizer"] = str(scratch / "tokenizer.json")
         self.run = changed(RUN, changes)
-        if self.run.data.format == "chat" and self.run.start is None:
+        if self.run.data.format == "chat" and self.kind == "none":
             read_chats(self.run, self.folder)  # refuses it
         self.check_start()
         self.mesh = mesh_of(row)
