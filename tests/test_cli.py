@@ -104,6 +104,8 @@ GOOD = {
     "kernels of CUDA": "CUDA info tiny --kernels",
     "eval": "eval {run} --batches 2 --cache-dtype int8",
     "eval of a document": "eval {run} --paths {one}",
+    "eval of many rows": "eval {run} --paths {rows}",
+    "eval of so many": "eval {run} --paths {rows} --batches 99",
     "greedy": "generate {run} --prompt abc --max-new-tokens 20 --temperature 0",
 }
 
@@ -113,8 +115,9 @@ def place(root, whole) -> dict[str, str]:
     """A finished run, a folder of documents, names that stay free, a document, a tokenizer."""
     folder = root / "cli"
     folder.mkdir()
-    places = {name: str(folder / name) for name in ("new", "absent", "one", "words")}
+    places = {name: str(folder / name) for name in ("new", "absent", "one", "rows", "words")}
     Path(places["one"]).write_text("one document")
+    Path(places["rows"]).write_text("".join(map(str, range(1000))))
     texts = ["a b c d e f g h i j k l m n o p " * 9, "the same words, " * 18]
     train_bpe(texts, 280, places["words"])
     return places | {"run": str(whole.folder), "text": whole.run.data.paths[0]}
@@ -273,6 +276,7 @@ def test_eval_reads_all_of_other_text(answers, whole):
     row = one_row([*b"one document", ByteTokenizer().eos_id])
     loss = evaluate(load_run(whole.folder).model, [row], ByteTokenizer())["val_loss"]
     assert f"val_loss                  {loss:.4f}\n" in answers["eval of a document"][1]
+    assert answers["eval of many rows"] == answers["eval of so many"]
 
 
 def test_generate_is_greedy_decoding_and_names_the_kernels(answers, whole):

@@ -14,6 +14,8 @@ from dsv3_jax.cli.common import parse
 from dsv3_jax.config import CacheDtype, did_you_mean
 from dsv3_jax.host.imports import IMPORTED
 
+OWN_BATCHES = 8  # of a run's own held-out text, as in training
+
 
 @dataclass
 class Eval:
@@ -28,8 +30,8 @@ class Eval:
     """other text to measure on, all of it; empty means the run's own validation text"""
     step: int | None = None
     """step of the checkpoint; None means the last"""
-    batches: int = 8
-    """number of batches to read, at most"""
+    batches: int | None = None
+    """number of batches to read, at most; None means 8 of the run's own text, and all of --paths"""
     cache_dtype: tuple[CacheDtype, ...] = ()
     """read the same text through caches of these dtypes too, and compare them with float32"""
     tasks: Path | None = None
@@ -49,7 +51,7 @@ class Eval:
 def run(argv: list[str]) -> int:
     """Print the measures, one a line."""
     args = parse(Eval, argv, "eval")
-    if args.batches < 1:
+    if args.batches is not None and args.batches < 1:
         raise ValueError(f"batches={args.batches} is below 1")
     if args.tasks is not None and args.lm_eval:
         raise ValueError(f"tasks={str(args.tasks)!r} and lm_eval={args.lm_eval}: choose one")
@@ -74,7 +76,8 @@ def _measure(args: Eval) -> int:
     # The held-out text of the run, or other text that the user names.
     model, run, step = open_model(args.run, step=args.step, kernels=args.kernels)
     text = tokenizer.load(run.data.tokenizer)
-    reading = open_text(run.data, args.run, text, paths=args.paths, batches=args.batches)
+    most = OWN_BATCHES if args.batches is None and not args.paths else args.batches
+    reading = open_text(run.data, args.run, text, paths=args.paths, batches=most)
     batches = reading.batches
     measures = evaluate(model, batches, text, reading.domains, mix=reading.mix)
 
