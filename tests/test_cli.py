@@ -83,6 +83,7 @@ BAD = {
     "generate {run} --cache none --cache-dtype int8": "cache_dtype='int8' is for a cache, not for",
     "generate {run} --prompts {one}": "prompts and out go together",
     "generate {run} --prompts {one} --out {one}": "'{one}' exists; delete it, or name another file",
+    "generate {run} --dtype bfloat16": "dtype='bfloat16' is for released models",
     "generate {text}": "folder='{text}' is neither a run (no run.json) nor released",
     "chat {run}": "{run} has no chat template",
     "data tokenize {one} --format chat --start {run} --tokenizer {words} --out {new}": "choose one",

@@ -208,7 +208,8 @@ def load_with_draft(args: Decode, text: Any) -> tuple[Any, Any]:
 
     Args: text: the model's `TextSettings`.
     Returns: (model; None, "mtp", "lookup" or a model that drafts).
-    Raises: ValueError as `load_model`, or if the draft's tokenizer gives ids another meaning.
+    Raises: ValueError as `load_model`, for the dtype of a run, or if the draft's tokenizer gives
+        ids another meaning.
     """
     from dsv3_jax.decoding.decode_config import OWN_DRAFTS
     from dsv3_jax.runs.checkpoint import load_run
@@ -217,7 +218,13 @@ def load_with_draft(args: Decode, text: Any) -> tuple[Any, Any]:
 
     mesh = mesh_of_option(args.mesh)
     args.model = fetched(args.model)
+    other = None if args.draft in (None, *OWN_DRAFTS) else args.draft
     if (args.model / RUN_FILE).is_file():
+        if args.dtype is not None and other is None:  # it may be that of a folder that drafts
+            raise ValueError(
+                f"dtype={args.dtype!r} is for released models, and {args.model} is a run, which "
+                "computes in its own; leave it out"
+            )
         model, _, args.step = load_run(args.model, mesh, step=args.step, kernels=args.kernels)
     else:
         model = load_model(
@@ -230,9 +237,9 @@ def load_with_draft(args: Decode, text: Any) -> tuple[Any, Any]:
         )
 
     # "mtp" and "lookup" draft from the model and its text; anything else is a folder.
-    if args.draft is None or args.draft in OWN_DRAFTS:
+    if other is None:
         return model, args.draft
-    drafter = open_draft(args.draft, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype)
+    drafter = open_draft(other, text.tokenizer, mesh, kernels=args.kernels, dtype=args.dtype)
     return model, drafter
 
 
