@@ -109,7 +109,8 @@ class Study:
         """
         variants = self.variants(base)
         runs: dict[tuple[str, int], StudyRun] = {}
-        # run folder → a hash of what it is, which newer settings leave as it is
+        # run folder → a hash of what it is, which newer settings leave as it is. It is without
+        # its task, which counts too where a run that begins with it has another one.
         named: dict[str, str] = {}
         for seed in seeds:
             for name, variant in variants.items():
@@ -126,9 +127,13 @@ class Study:
                     (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
                 )
                 run = replace(run, seed=seed, data=replace(run.data, seed=seed))
-                identity = identify(run, self.root, task, named)
+                begun = dict(named)
+                for before in (runs[other, seed] for other in needed):
+                    if before.task is not None and before.task != task:
+                        begun[before.folder] += f"-{before.task.fingerprint}"
+                identity = identify(run, self.root, task, begun)
                 folder = f"{runs_folder}/{identity.mark}"
-                named[folder] = changed(run, named)
+                named[folder] = changed(run, begun)
                 runs[name, seed] = StudyRun(run, folder, needed, identity, task)
         return runs
 

@@ -17,7 +17,7 @@ from runs import HERE, environment
 
 from dsv3_jax.config import Layout, replace
 from dsv3_jax.presets import recipe
-from experiments.lab import Results, fingerprints, runner, running, work
+from experiments.lab import FollowUp, OnTask, Results, Study, fingerprints, runner, running, work
 from experiments.lab.__main__ import main
 from experiments.lab.fingerprints import RECIPE_OF_TEXT, identify, settings_of
 from experiments.lab.measuring import alike
@@ -333,6 +333,14 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
     # What it starts from counts, not that folder's name, which newer settings change.
     assert again[0] == again[1]
     monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
+
+    def child(folder):
+        return OnTask(Facts(), replace(run, start=folder))
+
+    parents = {str(seed): OnTask(Facts(table_seed=seed), run) for seed in (0, 1, 2)}
+    children = {f"after {name}": FollowUp((name,), child) for name in parents}
+    study = Study("?", "", lambda base: parents | children, folder=tmp_path / "a" / "b")
+    assert len({one.folder for one in study.list_runs(run, (0,)).values()}) == 6
     old = identify(run, tmp_path)
     assert old.matches(old.stored()) and not replace(old, corpus="other").matches(old.stored())
     names, values = {old.keys: sorted(old.settings)}, fingerprints.to_dict(run)
