@@ -46,7 +46,12 @@ def _run(options: argparse.Namespace, experiments: Path) -> int:
     --fresh and --remeasure first delete the results of all, so that a run which several studies
     need is made once.
     """
-    every, begun = {path.name[:2]: path for path in overview.folders(experiments)}, time.monotonic()
+    every: dict[str, Path] = {}
+    for path in overview.folders(experiments):
+        other = every.setdefault(path.name[:2], path)
+        if other != path:
+            raise ValueError(f"{other.name} and {path.name} have one number; rename one of them")
+    begun = time.monotonic()
     if unknown := [
         number for number in options.studies if number.zfill(2) not in every and number != "all"
     ]:

@@ -139,6 +139,10 @@ def test_bad_input_is_one_sentence(lab, capsys):
         assert lab("--redraw") == (2, [])
         assert f"{lab.folder}/results.json' is no file of results" in capsys.readouterr().err
     (lab.folder / "results.json").unlink()
+    shutil.copytree(lab.folder, lab.folder.with_name("01_other"))
+    assert lab() == (2, [])
+    assert "lab: 01_fake and 01_other have one number; rename" in capsys.readouterr().err
+    shutil.rmtree(lab.folder.with_name("01_other"))
     assert not (lab.folder / "results.json").exists()
     with pytest.raises(SystemExit, match="2"):
         lab("--workers", "-1")
