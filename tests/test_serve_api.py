@@ -98,6 +98,7 @@ BAD = {  # a body, and how the sentence begins about it
     CHAT + ', "tools": []}': "'tools' is not a key of ChatCompletion",
     CHAT.replace('"hi"', '[{"type": "image_url"}]') + "}": "content={'type': 'image_url'} is not {",
     CHAT + ', "max_tokens": "3"}': "max_tokens='3' is not of type int or None",
+    CHAT + ', "top_logprobs": 3}': "top_logprobs=3 needs logprobs=true",
     '{"prompt": "a", "n": 0}': "n=0 is outside [1, 128]",
     json.dumps({"prompt": ["a"] * 65, "n": 2}): "n=2 makes 130 texts, more than 128",
     '{"prompt": "a", "presence_penalty": 1}': "presence_penalty=1 is not 0",

@@ -135,6 +135,11 @@ class ChatCompletion(_Both):
     logprobs: bool = False
     top_logprobs: _Few = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        told = self.logprobs or self.top_logprobs == 0
+        require(told, f"top_logprobs={self.top_logprobs} needs logprobs=true")
+
     @property
     def alternatives(self) -> int | None:
         """As of `Completion`."""
