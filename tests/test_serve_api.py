@@ -389,5 +389,6 @@ def test_the_command_refuses_in_a_sentence(whole, monkeypatch):
         assert f"port={port} of host='127.0.0.1' is not free" in said("--port", port)
     assert "port=65536 is not within" in said("--port", 65536)
     assert "timeout=0.0 is not" in said("--timeout", 0)
+    assert "queue=0 is not an int of 1 or above" in said("--queue", 0)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install starlette uvicorn" in said()

@@ -39,6 +39,8 @@ def run(argv: list[str]) -> int:
     args = parse(Serve, argv, "serve")
     if not (math.isfinite(args.timeout) and args.timeout > 0):
         raise ValueError(f"timeout={args.timeout} is not a number of seconds above 0")
+    if args.queue < 1:
+        raise ValueError(f"queue={args.queue} is not an int of 1 or above")
     try:
         import uvicorn
 
