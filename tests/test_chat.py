@@ -166,6 +166,12 @@ def test_tools_are_those_of_training(talker, tmp_path, monkeypatch):
         assert read_example(task, text, "").prompt.tolist() == fed[0]
     called = [USER, message("assistant", "the"), message("tool", "2 é")]
     assert fed[1:] == [text.chat.render(called, tools=tools, add_generation_prompt=True).ids]
+
+    # If the model ends a prefill at once, the prefill is its answer.
+    answer.tokens = [[text.stop_ids[0]]]
+    lines = "hello world\n/tool 2\n"
+    code, _, err = by_command("chat", talker, "--prefill", "the", lines=lines)
+    assert code == 0 and "/tool TEXT" not in err
     file.write_text("{}")
     code, out, err = by_command("chat", talker, "--tools", file)
     assert (code, out) == (2, "") and f"{file} cannot be read: tools='{{}}'" in err

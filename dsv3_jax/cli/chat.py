@@ -81,12 +81,12 @@ def run(argv: list[str]) -> int:
             seeded = replace(config, seed=(args.seed + number) % (1 << 32))
             try:
                 ids = _prompt(text, asked, args, tools)
-                new = _answer(model, text, ids, args, seeded)
+                answer = (args.prefill or "") + _answer(model, text, ids, args, seeded)
             except ValueError as error:
                 _say(sentence(error))
                 continue
-            if new:
-                messages = [*asked, {"role": "assistant", "content": (args.prefill or "") + new}]
+            if answer:
+                messages = [*asked, {"role": "assistant", "content": answer}]
     return 0
 
 
