@@ -64,7 +64,8 @@ class Context(NamedTuple):
     rows: Any = None
     # int32 [B, T, k]: the tokens that the last indexer chose. None means all that a token may see
     chosen: Array | None = None
-    # float32 []: of losses that are means over tokens. None means the number of tokens in `mask`
+    # float32 []: of losses and shares that are means over tokens. None means the number of tokens
+    # in `mask`
     divisor: Array | None = None
 
     @property

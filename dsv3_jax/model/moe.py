@@ -225,9 +225,11 @@ class MoE(nnx.Module):
             scores=rows.scores if "scores" in ctx.how.watch else None,
         )
 
-        # A share of the tokens that count. A head's row may have positions without a token, where
-        # its length is sharded.
-        count = jnp.maximum(ctx.mask.sum(dtype=jnp.float32), 1)
+        # A share of the tokens that count, in a microbatch of those of the complete batch. A head's
+        # row may have positions without a token, where its length is sharded.
+        count = ctx.divisor
+        if count is None:
+            count = jnp.maximum(ctx.mask.sum(dtype=jnp.float32), 1)
         return routed, {"near_ties": (rows.near & ctx.mask).sum(dtype=jnp.float32) / count}
 
     def _route_rows(
