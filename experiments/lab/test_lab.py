@@ -22,6 +22,7 @@ from experiments.lab.__main__ import main
 from experiments.lab.fingerprints import RECIPE_OF_TEXT, identify, settings_of
 from experiments.lab.measuring import alike
 from experiments.lab.study import load
+from experiments.lab.tables import markdown_table
 from experiments.lab.tasks import Facts
 
 STUDY = """
@@ -354,6 +355,10 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
         later = values | {"model": values["model"] | {"new": changed}}
         monkeypatch.setattr(fingerprints, "to_dict", lambda run, later=later: later)
         assert identify(run, tmp_path).matches(old.stored(), names) == matches
+
+
+def test_a_name_with_a_bar_stays_in_its_cell():
+    assert markdown_table(["|x|"], [["1"]]) == "| \\|x\\| |\n| --- |\n| 1 |"
 
 
 def test_a_table_is_the_same_after_its_file_is_read(tmp_path):
