@@ -134,6 +134,10 @@ def test_a_conversation_is_what_generate_gives(page, folder):
         assert colour.endswith(f" {360 / 8 * experts[0][0]:g})")
     assert len(page.texts("#token tr")) == 5
 
+    # Enter goes to the panel, and changes nothing.
+    page.press("Enter")
+    assert page.run("document.activeElement.className === 'expert' && !chosen.text.branch")
+
     # Load, MaxVio and bytes are those of these tokens.
     load = np.bincount([e for token in tokens for e in token[2][1]], minlength=8)
     assert page.texts("#loads p")[1] == f"layer 1: MaxVio {load.max() / load.mean() - 1:.2f}"
