@@ -162,16 +162,16 @@ def run_missing(
     return failures
 
 
-def _job(key: Key, run: StudyRun, *, alone: bool = False) -> Job:
-    return Job(*key, run.run, run.folder, run.needed_folders, run.task, alone)
-
-
 def machine() -> str:
     """Return this machine in words, as results name it."""
     return (
         f"{os.cpu_count()} × {platform.machine()}, "
         f"Python {platform.python_version()}, JAX {version('jax')}"
     )
+
+
+def _job(key: Key, run: StudyRun, *, alone: bool = False) -> Job:
+    return Job(*key, run.run, run.folder, run.needed_folders, run.task, alone)
 
 
 def _backend() -> str:
