@@ -58,6 +58,8 @@ def first_below(trained: Any, bits: float) -> int:
     Args: trained: what a study's `measure` is given.
     """
     rows = [(row["step"], row["loss"]) for row in trained.metrics() if "loss" in row]
+    if len(rows) < WINDOW:
+        return trained.run.steps
     means = np.convolve([loss for _, loss in rows], np.ones(WINDOW) / WINDOW, "valid")
     below = np.flatnonzero(means < bits / BITS)
     return rows[below[0] + WINDOW - 1][0] if len(below) else trained.run.steps

@@ -1,6 +1,7 @@
 """Measures of runs against slow, obvious forms."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from dsv3_jax.ops.balance import load
 from dsv3_jax.ops.dispatch import capacity_swiglu
-from experiments.lab.measuring import overflow, steps_until
+from experiments.lab.measuring import first_below, overflow, steps_until
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.25, 2.0])
@@ -36,3 +37,6 @@ def test_steps_until_by_looking_at_each_step():
         found.add(wanted)
     assert len(found) > 2 and 40 in found
     assert steps_until(np.zeros(2), 1.0, window=3) == 2  # no window is complete
+    rows = [{"step": step, "loss": 1.3} for step in (10, 20, 30)]
+    trained = SimpleNamespace(metrics=lambda: rows, run=SimpleNamespace(steps=30))
+    assert first_below(trained, bits=1.25) == 30  # 0.87 nats
