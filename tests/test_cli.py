@@ -65,6 +65,7 @@ BAD = {
     "train sft --start {run} --out {new}": "has no chat template; train with one, --data",
     "train tiny --out {new} --processes 2": "--processes and --process-id need --cluster",
     "train tiny --out {new} --profile 5:2": "profile='5:2' is not START:STOP",
+    "train tiny --out {new} --profile 9:12 --steps 9": "profile=(9, 12) begins after the last",
     "train tiny --out {new} --data.paths {absent}": "{absent}",
     "train tiny --out {new} --data.paths {text} --data.tokenizer {words}": (
         "vocab_size=260 is below the tokenizer's"

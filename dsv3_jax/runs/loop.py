@@ -137,6 +137,8 @@ def fit(  # noqa: PLR0913 - the contract
         check_kind("start", start, Start)
     if chats is not None:
         check_kind("chats", chats, Chats)
+    if profile is not None and profile[0] >= run.steps:  # steps count from 0
+        raise ValueError(f"profile={profile} begins after the last of steps={run.steps}")
 
     out = processes.by_each(lambda: fetched(out))
     # What later commands need of the start is kept in the run's folder.
