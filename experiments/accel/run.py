@@ -1,7 +1,7 @@
 """How near is this GPU or TPU to its bounds? One command of ten minutes at most gives a table.
 
 python experiments/accel/run.py                           # all parts; results/<device>.json
-python experiments/accel/run.py --parts attention loss    # some, and `bounds` if not measured yet
+python experiments/accel/run.py --parts attention ops     # some, and `bounds` if not measured yet
 
 Figures of parts that are not named are kept if they are of this device and these versions.
 Exit code: 0; 1 where a bar is missed or a part fails; 2 for bad input.
