@@ -164,8 +164,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=24)
     args = parser.parse_args()
     server = Server(args.address)
-    with urllib.request.urlopen(args.address + "/glass/model") as answer:
-        model = json.load(answer)
+    try:
+        with urllib.request.urlopen(args.address + "/glass/model") as answer:
+            model = json.load(answer)
+    except (OSError, ValueError) as error:  # nobody serves there, or it is no address
+        words = "; start dsv3 serve in another terminal"
+        parser.error(f"--address={args.address} does not answer: {error}{words}")
 
     tokenizer = ds.load_text(args.run).tokenizer
     documents = load_corpus(ds.read_run(args.run).data).val
