@@ -85,6 +85,8 @@ def _read_docstring(app, what, name, found, options, lines: list[str]) -> None:
     lines[:] = _as_text(lines)
     if what == "class" and _fields_of(found):
         lines += ["", *_describe_fields(found)]
+    if what == "property":
+        lines[:0] = ["..", ""]  # napoleon takes words before a colon in the first line for a type
 
 
 def _fields_of(found) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class DataConfig:
     # files or folders of text, or hf:NAME[:CONFIG][@SPLIT], a dataset of Hugging Face; empty means
     # the text that this Python carries
     paths: tuple[str, ...] = ()
-    tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json
+    tokenizer: str = "bytes"  # bytes, or the path of a tokenizer.json or tiktoken.model
     seq_len: Annotated[int, "[2, 2147483648)"] = 256  # number of tokens in a sequence (T)
     batch_size: Positive = 16  # number of sequences in an optimizer step (B)
     # documents in a row do not attend to each other; each has positions from 0

@@ -196,7 +196,8 @@ class RunConfig:
     seed: Seed = 0  # seed of the initial weights
     # folder of a run whose trunk is taken over and frozen; only the multi-token heads train
     trunk: str | None = None
-    start: str | None = None  # folder of a run whose last weights training begins with
+    # folder of a run, or a released model, whose last weights training begins with
+    start: str | None = None
     # low-rank adapters, which train in place of the weights of start
     lora: Lora = field(default_factory=Lora)
     # learning from the model's own answers to the prompts of chat examples
