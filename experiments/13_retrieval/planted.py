@@ -7,7 +7,6 @@ and keys and values are not scored. They stay because the stored runs were train
 
 import json
 import string
-from pathlib import Path
 
 import numpy as np
 
@@ -19,17 +18,26 @@ SIGNS = string.ascii_uppercase + string.digits
 VALUES = {key: SIGNS[12 * i : 12 * (i + 1)] for i, key in enumerate("?!@")}
 PLANTED = "".join(VALUES) + SIGNS
 DOCUMENTS = 2000
-# The least number of characters from a key to its next occurrence; the largest is the reach.
-NEAREST = 4
-ROWS_LONG = 4  # largest length of a document's text before keys are planted, in reaches
+NEAREST = 4  # the least number of characters from a key to its next occurrence
 
 
-def plain(text: str) -> str:
+def write_corpus(path, reach):
+    """Write a .jsonl of documents, unless it exists. All calls write the same text."""
+    if path.exists():
+        return
+    rng = np.random.default_rng(0)
+    texts = [plain(d.text)[: 4 * reach] for d in load_corpus(DataConfig()).train if d.domain != "C"]
+    chosen = rng.permutation(len(texts))[:DOCUMENTS]
+    documents = ({"text": with_keys(texts[i], rng, reach), "domain": "keys"} for i in chosen)
+    write_atomic(path, "".join(json.dumps(document) + "\n" for document in documents))
+
+
+def plain(text):
     """Return text without keys and values: ASCII in lower case."""
     return "".join(char for char in text.lower() if char.isascii() and char not in PLANTED)
 
 
-def with_keys(text: str, rng: np.random.Generator, reach: int) -> str:
+def with_keys(text, rng, reach):
     """Return `text` with keys and their values planted.
 
     The distance from a key to its next occurrence is NEAREST to `reach` characters, log-uniform.
@@ -41,26 +49,3 @@ def with_keys(text: str, rng: np.random.Generator, reach: int) -> str:
             pairs[int(pos)] += pair
             pos += np.exp(rng.uniform(*np.log((NEAREST, reach))))
     return "".join(pair + char for pair, char in zip(pairs, text, strict=True))
-
-
-def write_corpus(path: Path, reach: int, seed: int = 0) -> None:
-    """Write a .jsonl of documents, unless it exists. All calls with one seed write the same text.
-
-    Raises: ValueError if the corpus has no document of `reach` characters.
-    """
-    if path.exists():
-        return
-    rng = np.random.default_rng(seed)
-    texts = [
-        plain(d.text)[: ROWS_LONG * reach]
-        for d in load_corpus(DataConfig()).train
-        if d.domain != "C"
-    ]
-    if max(map(len, texts)) < reach:
-        raise ValueError(
-            f"reach={reach} (4 × data.seq_len) is longer than every document; use a smaller "
-            "data.seq_len"
-        )
-    chosen = rng.permutation(len(texts))[:DOCUMENTS]
-    documents = ({"text": with_keys(texts[i], rng, reach), "domain": "keys"} for i in chosen)
-    write_atomic(path, "".join(json.dumps(document) + "\n" for document in documents))

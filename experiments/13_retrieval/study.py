@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import planted
-from by_distance import CONTEXTS, DEPTHS, LENGTHS, ROWS, held_out_rows, losses, retrieved
+from by_distance import CONTEXTS, DEPTHS, LENGTHS, QUESTIONS, losses, retrieved
 from flax import nnx
 from matplotlib.figure import Figure
 
@@ -30,38 +30,46 @@ from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.tasks import Retrieval
 
 FACTOR = {"keys": 16, "text": 4}
-# More is held out than of other text, so that enough documents fill a row of 4L.
-VAL_FRACTION = 0.15
+AT_L, MORE, WITH_YARN, LONG = "L", "L, then {}L", "L, then {}L with YaRN", "{}L"
+LINES = {  # line of table and picture: (how a model is trained, how it is evaluated)
+    "trained at L, unchanged": (AT_L, "own"),
+    "trained at L, YaRN, no more steps": (AT_L, "yarn"),
+    "more steps on long rows, no YaRN": (MORE, "own"),
+    "more steps on long rows with YaRN": (WITH_YARN, "own"),
+    "trained on long rows from the start": (LONG, "own"),
+}
+FAR = np.outer(LENGTHS, DEPTHS) > 1  # keys farther away than L, [lengths, depths]
+
+
+def name_of(kind, way):
+    return f"{kind}: {way.format(FACTOR[kind])}"
 
 
 def variants(base):
     keys = replace(base, model=replace(base.model, max_positions=16 * base.data.seq_len))
-    text = text_base(base)
-    text = replace(
-        text,
-        model=replace(
-            text.model,
-            vocab_size=260,
-            rope_head_dim=16,
-            mtp_depth=0,
-            max_positions=4 * text.data.seq_len,
-        ),
-        data=replace(
-            text.data,
-            paths=(corpus_of(text),),
-            tokenizer="bytes",
-            val_fraction=VAL_FRACTION,
-            max_documents=None,
-        ),
-        steps=2 * text.steps,
-    )
-    return of("keys", keys, 2) | of("text", text, 10)
+    return of("keys", keys, 2) | of("text", text_run(base), 10)
 
 
-def text_base(base):
-    """Return the recipe of text, as short as the base is."""
+def text_run(base):
+    """Return the recipe of text in bytes, as short as the base is."""
     is_short = base.steps == short_run("retrieval").steps
-    return short_run("lab") if is_short else base_run("lab", [], RUNS_FOLDER)
+    run = short_run("lab") if is_short else base_run("lab", [], RUNS_FOLDER)
+    reach = 4 * run.data.seq_len
+    # More is held out than of other text, so that enough documents fill a row of 4L.
+    data = replace(
+        run.data,
+        paths=(f"{RUNS_FOLDER}/keys-{reach}.jsonl",),
+        tokenizer="bytes",
+        val_fraction=0.15,
+        max_documents=None,
+    )
+    model = replace(run.model, vocab_size=260, rope_head_dim=16, mtp_depth=0, max_positions=reach)
+    return replace(run, model=model, data=data, steps=2 * run.steps)
+
+
+def prepare(base, root):
+    text = text_run(base)
+    planted.write_corpus(root / text.data.paths[0], text.model.max_positions)
 
 
 def of(kind, short, warmup):
@@ -74,6 +82,9 @@ def of(kind, short, warmup):
     def on(run):
         return run if kind == "text" else OnTask(Retrieval(tokens=run.data.seq_len), run)
 
+    def after(run):
+        return FollowUp((name_of(kind, AT_L),), lambda folder: on(replace(run, start=folder)))
+
     short = replace(short, model=replace(short.model, yarn=Yarn()))
     rows = replace(
         short.data, seq_len=factor * length, batch_size=max(short.data.batch_size // factor, 1)
@@ -85,33 +96,18 @@ def of(kind, short, warmup):
         warmup_steps=warmup,
     )
     more = replace(short, data=rows, steps=max(short.steps // 10, 2), optim=optim)
-    extended = replace(more, model=replace(short.model, yarn=yarn_of(length, factor)))
-    first = f"{kind}: L"
-    return {
-        first: on(short),
-        f"{first}, then {factor}L": FollowUp((first,), lambda f: on(replace(more, start=f))),
-        f"{first}, then {factor}L with YaRN": FollowUp(
-            (first,), lambda f: on(replace(extended, start=f))
-        ),
-        f"{kind}: {factor}L": on(replace(short, data=rows, steps=short.steps + more.steps)),
+    extended = replace(more, model=replace(short.model, yarn=yarn_of(kind, length)))
+    made = {
+        AT_L: on(short),
+        MORE: after(more),
+        WITH_YARN: after(extended),
+        LONG: on(replace(short, data=rows, steps=short.steps + more.steps)),
     }
+    return {name_of(kind, way): run for way, run in made.items()}
 
 
-def corpus_of(text):
-    """Return the path of the training text, relative to the repository."""
-    return f"{RUNS_FOLDER}/keys-{4 * text.data.seq_len}.jsonl"
-
-
-def prepare(base, root):
-    text = text_base(base)
-    planted.write_corpus(root / corpus_of(text), 4 * text.data.seq_len)
-
-
-def yarn_of(length, factor):
-    return Yarn(factor=float(factor), original_max_positions=length)
-
-
-# What is measured
+def yarn_of(kind, length):
+    return Yarn(factor=float(FACTOR[kind]), original_max_positions=length)
 
 
 def measure(trained):
@@ -123,61 +119,39 @@ def measure(trained):
     length = trained.run.model.max_positions // FACTOR[kind]
     models = {"own": trained.model}
     if trained.run.data.seq_len == length:
-        cfg = replace(trained.run.model, yarn=yarn_of(length, FACTOR[kind]))
+        cfg = replace(trained.run.model, yarn=yarn_of(kind, length))
         models["yarn"] = Transformer(cfg, trained.run.execution, rngs=nnx.Rngs(0))
         nnx.update(models["yarn"], nnx.state(trained.model))
     if kind == "keys":
-        read = partial(retrieved, trained.task, length)
-        return {"length": length, "found": {how: read(model) for how, model in models.items()}}
-    rows = held_out_rows(trained.corpus.val, trained.tokenizer, FACTOR[kind] * length)
-    scored = ~np.isin(rows[:, -length // 2 :], trained.tokenizer.encode_array(planted.PLANTED))
-    return {
-        "length": length,
-        "documents": len(rows),
-        "loss": {how: losses(model, rows, scored, length) for how, model in models.items()},
-    }
+        found = {how: retrieved(model, trained.task, length) for how, model in models.items()}
+        return {"length": length, "found": found}
+
+    # The last bytes of each document that fills the longest row; planted ones are not scored.
+    tokenizer, longest = trained.tokenizer, FACTOR[kind] * length
+    texts = [tokenizer.encode_array(document.text) for document in trained.corpus.val]
+    rows = np.stack([tokens[-longest:] for tokens in texts if len(tokens) >= longest])
+    scored = ~np.isin(rows[:, -length // 2 :], tokenizer.encode_array(planted.PLANTED))
+    loss = {how: losses(model, rows, scored, length) for how, model in models.items()}
+    return {"length": length, "documents": len(rows), "loss": loss}
 
 
-# Numbers of a run
+def part(name, where, scale=1):
+    """Return a function of a run's numbers: the mean of a part, by how the model is evaluated."""
+    return lambda numbers, how="own": scale * float(np.mean(np.array(numbers[name][how])[where]))
 
 
-def beyond(how):
-    """Return a function of a run's numbers: the % of keys farther away than L that are found."""
-
-    def mean(numbers):
-        far = [
-            share
-            for c, row in zip(LENGTHS, numbers["found"][how], strict=True)
-            for d, share in zip(DEPTHS, row, strict=True)
-            if c * d > 1
-        ]
-        return 100 * float(np.mean(far))
-
-    return mean
+loss_within, loss_beyond = (part("loss", where) for where in (CONTEXTS <= 1, CONTEXTS > 1))
+within = part("found", 0, 100)  # % of keys in rows of L
+beyond = part("found", FAR, 100)  # % of keys farther away than L
 
 
-def within(how):
-    """Return a function of a run's numbers: the retrieved share, in %, in rows of L."""
-    return lambda numbers: 100 * float(np.mean(numbers["found"][how][0]))
+def out_of_reach(numbers):
+    """Return how many points fewer of the far keys the unchanged model finds."""
+    return within(numbers) - beyond(numbers)
 
 
-def far_logit(how):
-    return logit(beyond(how), ROWS * sum(c * d > 1 for c in LENGTHS for d in DEPTHS))
-
-
-def gain(key):
-    """Return a function: how much more YaRN alone has of a number than the unchanged model."""
-    return lambda numbers: key("yarn")(numbers) - key("own")(numbers)
-
-
-def loss_within(how):
-    """Return a function of a run's numbers: the mean loss of contexts of at most L."""
-    return lambda numbers: float(np.mean(numbers["loss"][how][: sum(c <= 1 for c in CONTEXTS)]))
-
-
-def loss_beyond(how):
-    """Return a function of a run's numbers: the mean loss of contexts of more than L."""
-    return lambda numbers: float(np.mean(numbers["loss"][how][sum(c <= 1 for c in CONTEXTS) :]))
+def far_logit(numbers, how="own"):
+    return logit(partial(beyond, how=how), QUESTIONS * int(FAR.sum()))(numbers)
 
 
 def loss_of_extended(numbers):
@@ -187,38 +161,25 @@ def loss_of_extended(numbers):
     """
     if "yarn" in numbers["loss"]:
         raise KeyError("own")
-    return loss_beyond("own")(numbers)
+    return loss_beyond(numbers)
 
 
-# The table and the picture
-
-LINES = {  # line: (how a variant's name goes on after its kind, how it is evaluated)
-    "trained at L, unchanged": ("L", "own"),
-    "trained at L, YaRN, no more steps": ("L", "yarn"),
-    "more steps on long rows, no YaRN": ("L, then {}L", "own"),
-    "more steps on long rows with YaRN": ("L, then {}L with YaRN", "own"),
-    "trained on long rows from the start": ("{}L", "own"),
-}
-
-
-def shown(results, kind):
-    """Return (line, variant, how it is evaluated) for the variants with results."""
-    names = ((line, f"{kind}: {n.format(FACTOR[kind])}", how) for line, (n, how) in LINES.items())
-    return [row for row in names if row[1] in results.variants]
+def gain(key):
+    """Return a function: how much more YaRN alone has of a number than the unchanged model."""
+    return lambda numbers: key(numbers, "yarn") - key(numbers)
 
 
 def table(results):
     header = ["", "text: loss within L", "beyond L", "keys: found in rows of L, %"]
     header += [*(f"of {c}L" for c in LENGTHS[1:]), "farther than L, %"]
     rows = []
-    for (line, keys, how), (_, text, _) in zip(
-        shown(results, "keys"), shown(results, "text"), strict=True
-    ):
-        losses = [results.values(text, key(how)) for key in (loss_within, loss_beyond)]
-        shares = results.values(keys, lambda n, how=how: [np.mean(x) for x in n["found"][how]])
-        farther = results.values(keys, beyond(how))
-        cells = [mean_spread(x, 3) for x in losses]
-        rows.append([line, *cells, *(mean_spread(x, 1) for x in (*(100 * shares.T), farther))])
+    for line, (way, how) in LINES.items():
+        keys, text = name_of("keys", way), name_of("text", way)
+        nats = [results.values(text, partial(key, how=how)) for key in (loss_within, loss_beyond)]
+        shares = 100 * results.values(keys, f"found/{how}").mean(2)  # by length of the row
+        farther = results.values(keys, partial(beyond, how=how))
+        cells = [mean_spread(x, 3) for x in nats]
+        rows.append([line, *cells, *(mean_spread(x, 1) for x in (*shares.T, farther))])
     documents = results.values("text: L", "documents").min()
     return (
         f"{markdown_table(header, rows)}\n\nLoss in nats per byte of text, of {documents:.0f} "
@@ -230,48 +191,38 @@ def table(results):
 def draw(results, path):
     """Draw a heat map of keys for each line, and the loss of the text by context."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.05))
-    lines = shown(results, "keys")
-    axes = np.atleast_1d(above.subplots(1, len(lines), sharey=True))
-    for ax, (line, variant, how) in zip(axes, lines, strict=True):
-        share = 100 * results.values(variant, f"found/{how}").mean(0)  # [lengths, depths]
-        image = ax.imshow(share.T, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="lower")
-        for i, j in np.ndindex(share.shape):
-            colour = "white" if share[i, j] < 60 else "black"
-            style = dict(ha="center", va="center", fontsize=8, color=colour)
-            ax.text(i, j, f"{share[i, j]:.0f}", **style)
-        ax.set_title(textwrap.fill(line, 22), fontsize=9)
-        ax.set_xticks(range(len(LENGTHS)), [f"{c}L" if c > 1 else "L" for c in LENGTHS])
-        ax.set_xlabel("tokens in the row")
-    axes[0].set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
-    axes[0].set_ylabel("distance to the key, of the row")
+    figure.suptitle(words(results), fontsize=11)
+    above, below = figure.subfigures(2, 1)
+    axes, ax = above.subplots(1, len(LINES), sharey=True), below.add_subplot()
+    for heat, (line, (way, how)) in zip(axes, LINES.items(), strict=True):
+        share = 100 * results.values(name_of("keys", way), f"found/{how}").mean(0)
+        image = heat.imshow(share.T, vmin=0, vmax=100, aspect="auto", origin="lower")
+        heat.set_title(textwrap.fill(line, 22), fontsize=9)
+        heat.set_xticks(range(len(LENGTHS)), [f"{c}L" for c in LENGTHS])
+        heat.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+        loss = results.values(name_of("text", way), f"loss/{how}").mean(0)
+        ax.plot(CONTEXTS, loss, "o-", label=line, markersize=4)
+    above.supxlabel("tokens in the row", fontsize=10)
+    above.supylabel("distance to the key, of the row", fontsize=10)
     above.colorbar(image, ax=axes, label="keys found, %")
-
-    ax = below.add_subplot()
-    for i, (line, variant, how) in enumerate(shown(results, "text")):
-        values = results.values(variant, f"loss/{how}")
-        style = dict(color=f"C{i}", markersize=4, linewidth=1.4)
-        ax.plot(CONTEXTS, values.mean(0), "o-", label=line, **style)
-        ax.fill_between(CONTEXTS, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
-    drawing.style_axes(ax, "", "bytes of text that are read, in L; shaded: seeds", "nats per byte")
-    ax.axvline(1, color="0.5", linewidth=0.8)
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
-    title = drawing.answer(lambda: words(results), results.about["question"])
-    figure.suptitle(title, fontsize=11)
+    drawing.style_axes(ax, "", "bytes of text that are read, in L", "nats per byte")
+    ax.legend(frameon=False, fontsize=9)
     write_figure(figure, path)
 
 
 def words(results):
-    unchanged, yarn = (results.values("keys: L", beyond(how)).mean() for how in ("own", "yarn"))
-    more = [
-        np.mean(results.values("text: L", loss_beyond(how)))
-        - np.mean(results.values("text: L", loss_within(how)))
-        for how in ("own", "yarn")
-    ]
+    def mean(kind, key, how):
+        return results.values(name_of(kind, AT_L), partial(key, how=how)).mean()
+
+    found, more = {}, {}
+    for how in ("own", "yarn"):
+        found[how] = f"{mean('keys', beyond, how):.0f} %"
+        lost = mean("text", loss_beyond, how) - mean("text", loss_within, how)
+        more[how] = format_number(lost, 2, sign=True)
     return (
-        f"Of keys farther than L, YaRN alone finds {yarn:.0f} %, the unchanged model "
-        f"{unchanged:.0f} %\nText beyond L: {format_number(more[1], 2, sign=True)} nats with YaRN "
-        f"alone, {format_number(more[0], 2, sign=True)} unchanged"
+        f"Of keys farther than L, YaRN alone finds {found['yarn']}, the unchanged model "
+        f"{found['own']}\n"
+        f"Text beyond L: {more['yarn']} nats with YaRN alone, {more['own']} unchanged"
     )
 
 
@@ -308,19 +259,19 @@ STUDY = Study(
             unit="points",
             digits=1,
             stake="keys",
-            questions=ROWS * len(DEPTHS),
+            questions=QUESTIONS * len(DEPTHS),
         ),
         on_keys(
             "after a tenth more steps, YaRN finds more far keys than none",
             "keys: L, then 16L with YaRN",
             "keys: L, then 16L",
-            far_logit("own"),
+            far_logit,
         ),
         on_keys(
             "a tenth more steps with YaRN find more than 16L from the start",
             "keys: L, then 16L with YaRN",
             "keys: 16L",
-            far_logit("own"),
+            far_logit,
         ),
         Claim(
             "text beyond L: YaRN without more steps has a lower loss than nothing",
@@ -344,9 +295,7 @@ STUDY = Study(
     stakes={
         "keys": Stake(
             "no reach: far keys, against near keys",
-            lambda results: (
-                results.values("keys: L", within("own")) - results.values("keys: L", beyond("own"))
-            ),
+            lambda results: results.values("keys: L", out_of_reach),
             "points",
             1,
         )
