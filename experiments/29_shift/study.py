@@ -28,7 +28,6 @@ RULES = {
     EIGHTHS: replace(NONE, switch_alpha=1e-1),
     SEQUENCE: replace(NONE, sequence_alpha=1e-1),
 }
-COLOURS = dict(zip(RULES, ("0.3", "C0", "C9", "C1", "C2", "C8", "C3", "C6", "C4"), strict=True))
 PARTS = 8  # microbatches of EIGHTHS, each with its own Switch loss
 BLOCKS, CAPACITY = ", blocks of one domain", ", capacity 1.25"
 IN_BLOCKS = ("none", SIGN, FAST_SIGN, FULL_QUANTILE, SWITCH)
@@ -116,33 +115,17 @@ def log_rise(numbers):
 
 
 def draw(results, path):
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
-    names = [name for name in RULES if name in results.variants]
-    drawing.make_logarithmic(right, "x", (0.5, 1, 2, 5, 10, 20))
-    for row, name in enumerate(names):
-        curves, colour = results.values(name, "vio"), COLOURS[name]
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    ax = figure.add_subplot()
+    for name in RULES:
+        curves = results.values(name, "vio")
         steps = SHOWN[0] + STRIDE * (np.arange(curves.shape[1]) + 0.5)
-        left.plot(steps, curves.mean(0), color=colour, label=name, linewidth=1.4)
-        half = drawing.half_interval(results, name, 0.0, log_dropped)
-        drawing.plot_row(right, results.values(name, log_dropped), row, half, colour, np.exp)
-    left.axvline(0, color="0.5", linewidth=0.8)
-    left.axhline(BOUND, color="0.5", linewidth=0.8, linestyle=":")
-    drawing.style_axes(left, "", "step after the change", "MaxVio of a step, mean over seeds")
-    left.set_ylim(bottom=0)
-    label = f"% beyond a capacity of {FACTOR}, {AROUND} steps after it"
-    drawing.style_axes(right, "", f"{label}\ndots: seeds, bars: 95 % interval", "")
-    right.set_yticks(range(len(names)), names, fontsize=8)
-    right.invert_yaxis()
-    title = drawing.answer(lambda: words(results), results.about["question"])
-    figure.suptitle(title, fontsize=11)
-    figure.legend(
-        *left.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=8,
-        ncols=5,
-        loc="outside lower center",
-    )
+        ax.plot(steps, curves.mean(0), label=name, linewidth=1.4)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.axhline(BOUND, color="0.5", linewidth=0.8, linestyle=":")
+    label = "MaxVio of a step, mean over seeds"
+    drawing.style_axes(ax, words(results), "step after the change; dotted: even", label)
+    ax.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
 
 
@@ -160,9 +143,7 @@ def drops_less(text, variant, against, stake="change"):
 
 def rise(text, variant):
     """Return the check that a variant without balance is less even after the change."""
-    return Stake(
-        text, lambda results: results.values(variant, log_rise), unit="ln MaxVio", digits=2
-    )
+    return Stake(text, lambda results: results.values(variant, log_rise), "ln MaxVio", 2)
 
 
 STUDY = Study(

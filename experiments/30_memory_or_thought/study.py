@@ -4,11 +4,10 @@ import json
 import math
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
-from experiments.lab import Column, FollowUp, OnTask, Study, drawing, format_number, write_figure
+from experiments.lab import Column, FollowUp, OnTask, Study, drawing, format_number
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import bits_stake
 from experiments.lab.results import lookup
@@ -41,6 +40,11 @@ def name_of(task, kind, budget=""):
 MIXTURE, MOST = of(EQUAL), of(EXPERTS[-1])
 PAIR = (MIXTURE, BY_FLOPS)  # at all budgets
 
+SHOWN = {
+    name_of(task, kind): (name_of(task, kind), BITS[task])
+    for task in TASKS
+    for kind in (BY_FLOPS, BY_TOTAL, BY_BOTH, *map(of, EXPERTS))
+}
 OTHER_BUDGETS = [
     name_of(task, kind, budget) for task in TASKS for kind in PAIR for budget in BUDGETS if budget
 ]
@@ -122,68 +126,15 @@ def measure(trained):
     return found
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    drawing.make_logarithmic(left, "x", EXPERTS)
-    drawing.make_logarithmic(right, "x", tuple(BUDGETS.values()))
-    for task, colour in ((FACTS, "C0"), (HOPS, "C1")):
-        names = there(results, [name_of(task, of(n)) for n in EXPERTS])
-        if names:
-            drawing.plot_strengths(left, results, names, "experts", BITS[task], colour, task)
-        for kind, line in ((BY_FLOPS, ":"), (BY_TOTAL, "--"), (BY_BOTH, "-.")):
-            for name in there(results, [name_of(task, kind)]):
-                mean = results.values(name, BITS[task]).mean()
-                left.axhline(mean, color=colour, linestyle=line, linewidth=1, label=name)
-        plot_gains(right, results, task, colour)
-    title = drawing.answer(lambda: say_doublings(results), "What more experts know")
-    label = "experts, two for a token; bars: 95 % interval"
-    drawing.style_axes(left, title, label, "bits unknown, of 6 (facts) and 4 (held-out triples)")
-    title = drawing.answer(lambda: say_growth(results), "What experts gain, by budget")
-    label = "budget; bars: 95 % interval"
-    drawing.style_axes(right, title, label, "bits that dense by FLOPs leaves more than 32 experts")
-    right.axhline(0, color="0.5", linewidth=0.8)
-    marks = left.get_legend_handles_labels()
-    figure.legend(*marks, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
-    write_figure(figure, path)
-
-
-def there(results, names):
-    return [name for name in names if name in results.variants]
-
-
-def plot_gains(ax, results, task, colour):
-    """Plot what dense by FLOPs leaves more than 32 experts, by budget, with claims' intervals."""
-    places, gains, halves = [], [], []
-    for budget, share in BUDGETS.items():
-        pair = [name_of(task, kind, budget) for kind in PAIR[::-1]]
-        if there(results, pair) == pair:
-            places.append(share)
-            gains.append(results.difference(*pair, BITS[task]))
-            halves.append(drawing.half_interval(results, *pair, BITS[task]))
-    if places:
-        ax.errorbar(places, gains, halves, fmt="o-", color=colour, capsize=3, label=task)
-
-
-def say_doublings(results):
-    slopes = [results.values(name_of(task, MOST), "doubling").mean() for task in TASKS]
+def words(results):
+    slopes = (results.values(name_of(task, MOST), "doubling").mean() for task in TASKS)
     facts, hops = (format_number(slope, 2, sign=True) for slope in slopes)
-    return f"Each doubling of the experts:\n{facts} bits of facts unknown, {hops} of two hops"
-
-
-def say_growth(results):
-    pairs = [[name_of(task, kind, "double budget") for kind in PAIR[::-1]] for task in TASKS]
-    facts, hops = (drawing.change(results, *pair, "growth", 2) for pair in pairs)
-    return f"By ln FLOPs, the gain of 32 experts over dense\ngrows by {facts} and {hops} bits"
+    return f"Each doubling of the experts: {facts} bits of facts unknown, {hops} of two hops"
 
 
 def claim(text, task, variant, against, expect="lower"):
     names = name_of(task, variant), name_of(task, against)
     return Claim(text, *names, BITS[task], expect, unit="bits", digits=2, stake=task)
-
-
-def slopes_claim(text, names, key, expect, unit, stake):
-    return Claim(text, *names, key, expect, unit=unit, digits=2, stake=stake)
 
 
 STUDY = Study(
@@ -207,27 +158,31 @@ STUDY = Study(
         Column("bits by ln FLOPs", "growth", 2),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        SHOWN, "bits unknown, of 6 (facts) and 4 (held-out triples)", words
+    ),
     claims=(
         claim("facts: 32 experts store more than 8", FACTS, MIXTURE, of(8)),
         claim("facts: 128 experts store more than 32", FACTS, MOST, MIXTURE),
-        slopes_claim(
+        Claim(
             "a doubling of the experts gains two hops less than a third of what it gains facts",
-            [name_of(task, MOST) for task in (HOPS, FACTS)],
+            name_of(HOPS, MOST),
+            name_of(FACTS, MOST),
             "third",
             "higher",
-            "bits",
-            HOPS,
+            unit="bits",
+            digits=2,
+            stake=HOPS,
         ),
         claim("two hops: at equal total, 32 experts know less", HOPS, MIXTURE, BY_TOTAL, "higher"),
         claim("facts: at equal total and FLOPs, 32 experts store more", FACTS, MIXTURE, BY_BOTH),
-        slopes_claim(
+        Claim(
             "facts: what 32 experts gain over dense grows with the budget",
-            [name_of(FACTS, kind, "double budget") for kind in PAIR],
+            *(name_of(FACTS, kind, "double budget") for kind in PAIR),
             "growth",
-            "lower",
-            "bits by ln FLOPs",
-            FACTS,
+            unit="bits by ln FLOPs",
+            digits=2,
+            stake=FACTS,
         ),
     ),
     facts={"0.50, 3.60": "trials on seeds 100 and 101"},

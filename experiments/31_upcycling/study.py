@@ -11,16 +11,7 @@ from flax import nnx
 from dsv3_jax.config import replace
 from dsv3_jax.model.upcycle import Upcycling, upcycled_config
 from dsv3_jax.runs.convert import convert
-from experiments.lab import (
-    RUNS_FOLDER,
-    FollowUp,
-    OnTask,
-    Study,
-    drawing,
-    format_number,
-    markdown_table,
-    mean_spread,
-)
+from experiments.lab import RUNS_FOLDER, Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.bases import base_run, make_tokenizer, short_run
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, alike, bits_claim, bits_stake
@@ -43,7 +34,6 @@ BUDGETS = {"× ½": 0.5, "× 1": 1, "× 2": 2}  # of the base's steps
 MOST = (FURTHER, COPIES, DRAWN, SCRATCH)  # with all budgets
 ONCE = (GROUPS, GROWN, SCRATCH_32)
 TEXT_DENSE = "text: dense"
-TEXT = (COPIES, SCRATCH)
 TEXT_BUDGETS = ("× ½", "× 1")
 
 
@@ -139,39 +129,19 @@ def bits_of_answers(graph, state, tokens):
     return -BITS * chosen[:, 0]
 
 
-def table(results):
-    rows = []
-    for name in results.variants:
-        record = results.records(name)[0]
-        size, row = record["parameters"], [name]
-        row += [f"{size['total']:,} ({size['active']:,})", f"{record['steps']:,}"]
-        for key, digits in (
-            ("bits", 2),
-            ("first", 2),
-            ("second", 2),
-            ("alike", 2),
-            ("nats", 3),
-        ):
-            measured = key in record["numbers"]
-            row.append(mean_spread(results.values(name, key), digits) if measured else "")
-        rows.append(row)
-    header = ["variant", "parameters (active)", "steps", "bits unknown, of 6", "of the first half"]
-    header += ["of the second half", "likeness of experts", "validation loss of text, nats"]
-    return markdown_table(header, rows)
+def at(budget, way, against):
+    return f"{way}, {budget}", f"{against}, {budget}"
 
 
 def words(results):
-    found = (
-        format_number(
-            results.difference(f"{COPIES}, {budget}", f"{SCRATCH}, {budget}", "bits"), 2, sign=True
-        )
-        for budget in BUDGETS
+    changes = (
+        drawing.change(results, *at(budget, COPIES, SCRATCH), "bits", 2) for budget in BUDGETS
     )
-    return "Copies against from scratch: {}, {} and {} bits at × ½, × 1 and × 2".format(*found)
+    return "Copies against from scratch: {}, {} and {} bits at × ½, × 1 and × 2".format(*changes)
 
 
-def claim(text, variant, against):
-    return bits_claim(text, variant, against, key="bits", stake="experts")
+def claim(text, budget, way, against):
+    return bits_claim(text, *at(budget, way, against), key="bits", stake="experts")
 
 
 HALF, ONE, TWO = BUDGETS
@@ -186,49 +156,37 @@ STUDY = Study(
     prepare=prepare,
     make_start=make_start,
     measure=measure,
-    table=table,
+    columns=(
+        Column("bits unknown, of 6", "bits", 2),
+        Column("of the first half", "first", 2),
+        Column("of the second half", "second", 2),
+        Column("likeness of experts", "alike", 2),
+        Column("validation loss of text, nats", "nats", 3),
+    ),
     draw=drawing.claims_and_variants("bits", "facts: bits unknown, of 6", words),
     claims=(
-        claim(
-            "at half the budget copies store more than from scratch",
-            f"{COPIES}, {HALF}",
-            f"{SCRATCH}, {HALF}",
-        ),
-        claim(
-            "at twice the budget from scratch stores more than copies",
-            f"{SCRATCH}, {TWO}",
-            f"{COPIES}, {TWO}",
-        ),
-        claim(
-            "at twice the budget half at random stores more than copies",
-            f"{DRAWN}, {TWO}",
-            f"{COPIES}, {TWO}",
-        ),
+        claim("at half the budget copies store more than from scratch", HALF, COPIES, SCRATCH),
+        claim("at twice the budget from scratch stores more than copies", TWO, SCRATCH, COPIES),
+        claim("at twice the budget half at random stores more than copies", TWO, DRAWN, COPIES),
         Claim(
             "at twice the budget copies are more alike than experts from scratch",
-            f"{COPIES}, {TWO}",
-            f"{SCRATCH}, {TWO}",
+            *at(TWO, COPIES, SCRATCH),
             "alike",
             "higher",
             unit="",
             digits=2,
         ),
-        claim(
-            "8 → 32 narrow experts store more than 32 from scratch",
-            f"{GROWN}, {ONE}",
-            f"{SCRATCH_32}, {ONE}",
-        ),
+        claim("8 → 32 narrow experts store more than 32 from scratch", ONE, GROWN, SCRATCH_32),
         Claim(
             "on text, at half the budget, copies have a lower loss than from scratch",
-            f"text: {COPIES}, {HALF}",
-            f"text: {SCRATCH}, {HALF}",
+            *at(HALF, f"text: {COPIES}", f"text: {SCRATCH}"),
             "nats",
         ),
     ),
     stakes={
         "experts": bits_stake(
             "no experts: dense further against from scratch, × 1",
-            lambda results: results.paired(f"{FURTHER}, {ONE}", f"{SCRATCH}, {ONE}", "bits"),
+            lambda results: results.paired(*at(ONE, FURTHER, SCRATCH), "bits"),
         )
     },
 )

@@ -4,11 +4,10 @@ import json
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
-from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread, write_figure
+from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
 from experiments.lab.claims import Claim, Stake, logit, percent_of
 
 BEFORE, TEXT, EXACT = "start", "more text", "float32"
@@ -167,44 +166,11 @@ def table(results):
     return markdown_table(header, rows)
 
 
-def draw(results, path):
-    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    left.set_xscale("log")
-    for name in (EXACT, *SAMPLERS):
-        parts = name.split(", ")
-        left.errorbar(
-            max(results.values(name, "kl").mean(), 1e-9),  # rounding of float32 is below
-            results.difference(name, BEFORE, RIGHT),
-            drawing.half_interval(results, name, BEFORE, RIGHT),
-            fmt={"mask": "s", "wide clip": "^"}.get(parts[-1], "o"), label=name, capsize=3,
-            fillstyle="none" if "free" in parts else "full",
-            color=f"C{[EXACT, *KINDS].index(parts[0])}",
-        )  # fmt: skip
-    shapes, x = "filled: replay; square: mask; triangle: wide clip", "KL(sampler ‖ trainer), nats"
-    drawing.style_axes(left, shapes, x, "gain in logits, 95 % interval")
-    left.legend(frameon=False, fontsize=8, loc=(0.08, 0.02))  # between the points
-    names = (BEFORE, TEXT, *REWARDS)
-    for how, shift, colour in (("sampled", -0.12, "C0"), ("one of 8", 0.12, "0.5")):
-        key = logit(f"right/{how}", SIZES["asked"])
-        for row, name in enumerate(names):
-            half = drawing.half_interval(results, name, 0.0, key)
-            of, at = results.values(name, key), row + shift
-            drawing.plot_row(right, of, at, half, colour, percent_of)
-        right.plot([], [], "o", color=colour, label=how)
-    drawing.style_axes(right, "right sums", "%; dots: seeds, bars: 95 % interval", "")
-    right.set_yticks(range(len(names)), names)
-    right.invert_yaxis()
-    right.legend(frameon=False, fontsize=8)
-
-    def text():
-        lost, back = (
-            drawing.change(results, *pair, RIGHT, 2) for pair in ((FREE_4, EXACT), (REPLAY, FREE_4))
-        )
-        return f"A sampler with 4-bit weights: {lost} logits of right sums; replay: {back}"
-
-    figure.suptitle(drawing.answer(text, results.about["question"]))
-    write_figure(figure, path)
+def words(results):
+    lost, back = (
+        drawing.change(results, *pair, RIGHT, 2) for pair in ((FREE_4, EXACT), (REPLAY, FREE_4))
+    )
+    return f"A sampler with 4-bit weights: {lost} logits of right sums; replay: {back}"
 
 
 def claim(text, variant, against, expect, stake="", key=RIGHT):
@@ -222,7 +188,7 @@ STUDY = Study(
     prepare=prepare,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(RIGHT, "right sums in samples, %", words, shown=percent_of),
     claims=(
         claim("GRPO teaches more than as many more steps of text", EXACT, TEXT, "higher"),
         claim("4 bits: replay gives right sums back", REPLAY, FREE_4, "higher", "4 bits"),
@@ -247,5 +213,5 @@ STUDY = Study(
             factor_of_two, "less in ln KL", 2,
         ),
     },
-    facts={"78 %": "no carry, or half of the others", "0.5, 0.8, 1.2, 1e-9, 150 steps": "settings"},
+    facts={"78 %": "no carry, or half of the others", "0.5, 0.8, 1.2, 150 steps": "settings"},
 )  # fmt: skip

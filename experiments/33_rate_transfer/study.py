@@ -4,18 +4,9 @@ import json
 import math
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax.config import replace
-from experiments.lab import (
-    FollowUp,
-    Study,
-    drawing,
-    format_number,
-    markdown_table,
-    mean_spread,
-    write_figure,
-)
+from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
@@ -101,12 +92,9 @@ def product(numbers):
     return (numbers["log_rate"] + math.log(numbers["dim"])) / LOG_GROWTH
 
 
-# The tables and the picture
-
-
-def half_of(kind, arm):
-    """Return the cell at half width that an arm's rate comes from."""
-    return cell_of(kind, ADAMW if arm == MUP else arm, HALF)
+def pair_of(kind, arm):
+    """Return an arm's cell at double width, and the one at half width that its rate comes from."""
+    return cell_of(kind, arm, DOUBLE), cell_of(kind, ADAMW if arm == MUP else arm, HALF)
 
 
 def table(results):
@@ -140,7 +128,7 @@ def rules(results):
     for kind, arm, size in CELLS:
         if size == HALF:
             continue
-        pair = cell_of(kind, arm, size), half_of(kind, arm)
+        pair = pair_of(kind, arm)
         slopes = results.paired(*pair, exponent)
         curvature = results.values(pair[0], "curvature")
         for rule, wanted in (("one rate", 0), ("÷ width", -1))[: 1 + (arm == ADAMW)]:
@@ -150,56 +138,18 @@ def rules(results):
     return rows
 
 
-COLOURS = {ADAMW: "C0", MUP: "C1", MUON: "C2"}
-
-
-def draw(results, path):
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for ax, kind in zip(figure.subplots(1, 2, sharey=True), (DENSE, MIXTURE), strict=True):
-        drawing.make_logarithmic(ax, "x", results.values(cell_of(*CELLS[0]), "rates")[0])
-        for cell in CELLS:
-            if cell[0] == kind:
-                draw_cell(ax, results, *cell)
-        unit = "learning rate; bars: the best one, 95 % interval"
-        drawing.style_axes(ax, words(results, kind), unit, "validation loss, nats")
-        ax.legend(frameon=False, fontsize=9)
-        lowest = min(results.values(cell_of(*c), "losses").min() for c in CELLS)
-        ax.set_ylim(lowest - 0.1, lowest + 1.1)  # broken runs are above
-    write_figure(figure, path)
-
-
-def draw_cell(ax, results, kind, arm, size):
-    name, colour = cell_of(kind, arm, size), COLOURS[arm]
-    losses = results.values(name, "losses")
-    line = "--" if size == HALF else "-"
-    rates = results.values(name, "rates")[0]
-    ax.plot(rates, losses.mean(0), f"o{line}", color=colour, label=f"{arm}, {size} width", ms=4)
-    middle = results.values(name, "log_rate").mean()
-    width = drawing.half_interval(results, name, 0.0, "log_rate")
-    ends = np.exp([middle - width, middle + width])
-    place = np.nanmin(losses.mean(0)) - 0.03
-    ax.plot(ends, [place, place], color=colour, linewidth=2)
-    ax.plot([np.exp(middle)], [place], "|", color=colour, markersize=12, markeredgewidth=2)
-
-
-def words(results, kind):
-    slopes = [
-        f"{arm} {format_number(slope(results, kind, arm), 2, sign=True)}"
+def words(results):
+    slopes = (
+        f"{arm} {drawing.change(results, *pair_of(MIXTURE, arm), exponent, 2)}"
         for arm in (ADAMW, MUP, MUON)
-        if (kind, arm, DOUBLE) in CELLS
-    ]
-    return f"{kind}, slope of ln best rate on ln width:\n{', '.join(slopes)}"
-
-
-def slope(results, kind, arm):
-    return results.difference(cell_of(kind, arm, DOUBLE), half_of(kind, arm), exponent)
+    )
+    return f"Slope of ln best rate on ln width, of the mixture: {', '.join(slopes)}"
 
 
 def claim(text, kind, arm, key, expect):
     """A claim of the slope; of an equality, that it is nearer to one rule than to the other."""
-    names = cell_of(kind, arm, DOUBLE), half_of(kind, arm)
     margin = 0.5 if expect == "equal" else 0.0
-    return Claim(text, *names, key, expect, margin, unit="", digits=2, stake=kind)
+    return Claim(text, *pair_of(kind, arm), key, expect, margin, unit="", digits=2, stake=kind)
 
 
 def stake(kind):
@@ -222,7 +172,9 @@ STUDY = Study(
     seeds=2,
     measure=measure,
     table=table,
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        "log_rate", "best learning rate", words, shown=np.exp, ticks=(2e-3, 4e-3, 8e-3, 16e-3)
+    ),
     claims=(
         claim("the best rate falls with width, dense", DENSE, ADAMW, exponent, "lower"),
         claim("the best rate falls with width, mixture", MIXTURE, ADAMW, exponent, "lower"),
