@@ -252,33 +252,3 @@ def colour_of(results: Results, variant: str) -> str:
     """Return a variant's colour, the same in every picture."""
     named = next((colour for start, colour in COLOURS.items() if variant.startswith(start)), None)
     return named or f"C{results.variants.index(variant) % 10}"
-
-
-def plot_strengths(  # noqa: PLR0913 - a picture
-    ax: Axes,
-    results: Results,
-    names: Sequence[str],
-    x: Key,
-    y: Key,
-    colour: str,
-    label: str,
-    *,
-    filled: bool = True,
-    shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
-) -> None:
-    """Join the strengths of one rule by a line, means over seeds; the strongest's dot is largest.
-
-    A bar is the 95 % interval of y.
-
-    Args: shown: from y to the axis, see `plot_row`.
-    """
-    places, heights = (
-        np.array([results.values(name, key).mean() for name in names]) for key in (x, y)
-    )
-    half = np.array([half_interval(results, name, 0.0, y) for name in names])
-    middle = shown(heights)
-    ax.plot(places, middle, "-", color=colour, linewidth=1.2)
-    ends = [middle - shown(heights - half), shown(heights + half) - middle]
-    ax.errorbar(places, middle, yerr=ends, fmt="none", color=colour, alpha=0.35, linewidth=1)
-    sizes, face = 30 * (1 + np.arange(len(names))), colour if filled else "none"
-    ax.scatter(places, middle, sizes, facecolors=face, edgecolors=colour, label=label or None)
