@@ -156,6 +156,7 @@ def _escaped(line: str) -> str:
 def setup(app):
     app.connect("autodoc-process-docstring", _read_docstring, 400)
     app.connect("source-read", _say_commit)
+    app.connect("env-updated", _link_back)
     app.connect("doctree-resolved", _show_sources)
     app.connect("autodoc-skip-member", _skip_field)
     app.connect("autodoc-process-signature", _shorten_signature)
@@ -171,6 +172,16 @@ def _say_commit(app, page, source) -> None:
         text = f"*The outputs are those of commit `{book.metadata['dsv3_jax']['commit']}`.*"
         book.cells.append(nbformat.v4.new_markdown_cell(text))
         source[0] = nbformat.writes(book)
+
+
+def _link_back(app, env) -> None:
+    """A source's link to its docstring leads to the page that has the entry, not to a topic's."""
+    entries = env.get_domain("py").objects
+    for module, source in getattr(env, "_viewcode_modules", {}).items():
+        pages = source[2] if source else {}
+        for name in pages:
+            if entry := entries.get(f"{module}.{name}"):
+                pages[name] = entry.docname
 
 
 def _show_sources(app, tree, page) -> None:

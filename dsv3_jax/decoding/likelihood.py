@@ -39,8 +39,8 @@ def loglikelihood(
         batch_size: pairs that are read at once.
     Returns: for each pair (log p(continuation | context) in nats, whether each of its tokens is the
         likeliest one).
-    Raises: ValueError for an empty list, a token outside the vocabulary, or a pair beyond
-        max_positions.
+    Raises: ValueError for an empty context or continuation, a token outside the vocabulary, or a
+        pair beyond max_positions.
 
     Example:
         >>> import jax.numpy as jnp, dsv3_jax as ds
