@@ -14,11 +14,9 @@ token's choices. No token is dropped, except by `capacity_swiglu`, which is ther
 Tokens are fetched by their rows and rows by their tokens, forward and backward. Nothing is
 scattered, so no two additions meet in an order that changes from run to run.
 
-Letters, beside those of reference.py: n tokens, m = n K assignments (sorted, in rows), c slots of
-an expert.
+Letters, beside those of reference.py: n tokens, m = n K assignments (sorted, in rows), c slots.
 """
 
-import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -249,8 +247,7 @@ def _sum_choices(parts: tuple[Array, ...], p: SortedRows, complete: bool) -> Arr
 def _or_zero(mask: Array | None, values: Any) -> Array:
     """Values where the mask is true, else 0; without a mask, all.
 
-    The zeros depend on the mask: before a scan over layers JAX would write others out as an array,
-    which each layer then reads.
+    The zeros depend on the mask: others JAX would write out before a scan, for each layer to read.
     """
     return values if mask is None else jnp.where(mask, values, (mask ^ mask).astype(values.dtype))
 
@@ -301,9 +298,8 @@ def capacity_swiglu(  # noqa: PLR0913 - six arrays, and how
     """
     n, num_choices = expert_ids.shape
     num_experts = w_gate.shape[0]
-    # exact: in floating point 1.1 × 100 is above 110
-    share = Fraction(str(factor)) * n * num_choices / num_experts
-    capacity = min(math.ceil(share), n)
+    # As a fraction: in floating point 1.1 × 100 is above 110.
+    capacity = min(-(-Fraction(str(factor)) * n * num_choices // num_experts), n)
     w_gate, w_up, w_down = (w.astype(x.dtype) for w in (w_gate, w_up, w_down))
 
     # A choice's slot is its rank at its expert, where tokens that do not count come last. Those
