@@ -18,7 +18,7 @@ def recipe_noise(
 
     Runs that studies share count once: runs of one seed with equal losses are one run, whatever
     settings a later version has added. Each version of the recipe, and each number of steps, has
-    its own seed effects. A family counts as one variant, where `Results.begun` says what it is.
+    its own seed effects. Variants of one family (`Results.begun`) count as one.
 
     Args: without: the compared variants of the first of these studies, see `pool`.
     """
