@@ -167,6 +167,8 @@ def one_sentence(names: Mapping[str, bool]) -> Iterator[None]:
     except SystemExit as stop:
         if not stop.code:
             raise
+
+        # A word that is no option: the nearest ones are named.
         sentence = _unframed(said.getvalue())
         if words := sentence.removeprefix("Unrecognized options: ").removesuffix(sentence):
             word = words.split(", ")[0]

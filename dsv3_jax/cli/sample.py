@@ -82,22 +82,12 @@ def read_prompts(
 
     record = None
     for location, record in json_lines(path, MAX_LINE):
-        if not isinstance(record, dict):
-            raise ValueError(f"{location}, is not an object")
+        _check_record(record, location)
         prompt = record.get("prompt")
         is_text = isinstance(prompt, str)
-        is_chat = isinstance(prompt, list) or isinstance(record.get("messages"), list)
-        if not (prompt if is_text else is_chat):
-            raise ValueError(
-                f'{location}: "prompt" is {reprlib.repr(prompt)}, not a text, '
-                'and there is no list "messages"'
-            )
         if not is_text and raw:
             raise ValueError(f"raw={raw} is for prompts of text, and {location} has messages")
-        if taken := record.keys() & set(ADDED):
-            raise ValueError(
-                f"{location}: key {min(taken)!r} is one that the output adds; rename it"
-            )
+
         with located(location):
             tools = None if is_text else read_tools(record.get("tools"))
             if tools and not text.chat.reads_tools:
@@ -106,8 +96,25 @@ def read_prompts(
                 )
             ids = text.encode(prompt, raw=raw) if is_text else asked_ids(record, text)
         yield record, ids or []
+
     if record is None:
         raise ValueError(f"{path} holds no prompt")
+
+
+def _check_record(record: Any, location: str) -> None:
+    """Check that a line is an object with a prompt, to which the output can add its keys."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{location}, is not an object")
+
+    prompt = record.get("prompt")
+    is_chat = isinstance(prompt, list) or isinstance(record.get("messages"), list)
+    if not (prompt if isinstance(prompt, str) else is_chat):
+        raise ValueError(
+            f'{location}: "prompt" is {reprlib.repr(prompt)}, not a text, '
+            'and there is no list "messages"'
+        )
+    if taken := record.keys() & set(ADDED):
+        raise ValueError(f"{location}: key {min(taken)!r} is one that the output adds; rename it")
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"timeout={args.timeout} is not a number of seconds above 0")
     if args.queue < 1:
         raise ValueError(f"queue={args.queue} is not an int of 1 or above")
+
     try:
         import uvicorn
 
@@ -64,6 +65,8 @@ def run(argv: list[str]) -> int:
     config = decode_config(args, text, draft, 1)
     config.check(model.cfg, [[text.stop_ids[0]]])
     show_kernels(model)
+
+    # A thread decodes for all requests; the service turns them into texts and back.
     engine = Engine(
         model,
         stop_tokens=text.stop_ids,
@@ -89,6 +92,8 @@ def run(argv: list[str]) -> int:
         service.app, http="h11", loop="asyncio", ws="none", lifespan="off", log_level="warning",
         access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
+
+    # Where it listens; then until a signal ends it.
     place = f"[{args.host}]" if ":" in args.host else args.host
     address = f"http://{place}:{listening.getsockname()[1]}"
     print(f"{name} at {address} (OpenAI's interface: {address}/v1); Ctrl-C stops", flush=True)

@@ -188,8 +188,6 @@ class TiktokenTokenizer(Tokenizer):
                 f"tokenizer={str(file)!r} or {CONFIG_FILE} beside it cannot be read: {error}"
             ) from error
 
-        # Specials follow the ranks: those that are named, and the others of the block.
-        base = len(ranks)
         if wrong := [name for name in names.values() if not isinstance(name, str)]:
             raise ValueError(
                 f"{file.parent / CONFIG_FILE} has content={wrong[0]!r:.80} in "
@@ -199,6 +197,9 @@ class TiktokenTokenizer(Tokenizer):
             raise ValueError(
                 f"tokenizer={str(file)!r} cannot be read: it lacks the byte {absent[0]}"
             )
+
+        # Specials follow the ranks: those that are named, and the others of the block.
+        base = len(ranks)
         end = max([base + 256, *(i + 1 for i in names)])
         specials = {
             names.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, min(end, MAX_IDS))

@@ -125,6 +125,7 @@ class Batch:
 
         Args: own_sampling: each row has settings of its own; in all calls, or in none.
         """
+        # Rows in which no text begins: they have no source, and settings that nobody reads.
         batch = self.shapes.batch
         source, texts, samples, limits = (np.full(batch, n, np.int32) for n in (-1, 0, 0, 0))
         seeds = np.zeros(batch, np.uint32)
@@ -133,6 +134,8 @@ class Batch:
             kept = np.full(batch, ALL, np.int32)
             settings: Any = np.zeros(batch, np.float32), kept, np.ones(batch, np.float32)
             own = RowSampling(*settings)
+
+        # The rows in which one does.
         for start in starts:
             row = start.row
             source[row], texts[row], samples[row] = start.place, _hash(start.prompt), start.sample

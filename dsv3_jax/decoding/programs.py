@@ -122,6 +122,8 @@ def _fresh_rows(decoder: Decoder, read: Prefilled, begins: Begins) -> Loop:
     batch = read.lengths.size
     zero = jnp.zeros((batch,), jnp.int32)
     text = constrain(_longer(read.tokens, decoder.capacity), "batch", None)
+
+    # What is kept of each token beside its id, where it is asked for.
     logprobs = None
     if config.logprobs:
         logprobs = (jnp.zeros(text.shape, jnp.float32),) * 2

@@ -107,6 +107,8 @@ class OpenSampler:
         for name, value, least in (("rows", rows, 1), ("context", context, 2)):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is not an int of {least} or above")
+
+        # What the loop measures of each token is decided once for all texts.
         self.config = config = DecodeConfig(
             max_new_tokens=1,
             cache=cache,
@@ -124,9 +126,12 @@ class OpenSampler:
         self.model = model
         config.check(cfg, [[0]])
 
+        # The rows of the batch, first as few as there may be.
         capacity = round_up(self.context + config.num_drafts)
         self.sizes = _sizes(rows)
         self.batch = Batch(model, config, Shapes(self.sizes[0], 1, SHORT, capacity, capacity))
+
+        # The texts, and what decides when one is read and when the batch grows or shrinks.
         self.waiting = deque[_Text]()
         self.rows = dict[int, _Text]()  # of the rows that decode
         self.prompt: Any = None  # what was read last, with the experts that were given
@@ -254,6 +259,8 @@ class OpenSampler:
 
     def _news(self, rows: Sequence[int], part: int) -> dict[int, New]:
         """What was added to the texts of some rows. Rows whose text has ended are free."""
+        # One window of each row, from one position before its new tokens: experts are new there,
+        # too.
         seen = self.batch.seen
         first = np.zeros(self.batch.shapes.batch, np.int32)
         for row in rows:
@@ -265,19 +272,23 @@ class OpenSampler:
 
         news = dict[int, New]()
         for row in rows:
-            # The window begins one position before the new tokens, where experts are new, too.
             of = self.rows[row]
             count = int(seen.written[row]) - of.told
             new = slice(1, count + 1)
             ended = bool(seen.done[row])
             if not count and not ended:
                 continue
-            experts_from, ids = int(first[row]), None
+
+            # Experts: of the prompt, too, with the first news.
+            experts_from = int(first[row])
+            ids = None
             if expert_ids is not None:
                 ids = expert_ids[row, :count]
                 if of.prompt_ids is not None:
-                    ids, experts_from = np.concatenate([of.prompt_ids, ids]), 0
+                    ids = np.concatenate([of.prompt_ids, ids])
+                    experts_from = 0
                     of.prompt_ids = None
+
             likeliest = zip(watched.alternatives[row, new], watched.logprobs[row, new], strict=True)
             news[of.number] = New(
                 tokens=text[row, new].tolist(),
@@ -290,6 +301,7 @@ class OpenSampler:
                 expert_ids=ids,
                 ended=ended,
             )
+
             of.told += count
             if ended:
                 del self.rows[row]

@@ -144,6 +144,7 @@ def _open_locked(path: Path, out: str) -> int:
                 ) from None
             time.sleep(0.05)
         except OSError as error:
+            # a file system without locks, where the record names no writer; or a real fault
             other = _holder_of(descriptor)
             if error.errno in NOT_SUPPORTED and not other:
                 break

@@ -154,6 +154,8 @@ def _replies(command: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]
                 line = lines.get(timeout=limit)
             except queue.Empty:
                 raise Ended(f"did not end in {limit:g} s") from None
+
+            # It says what it tries, what it found, and at last that it is done.
             if not line:
                 raise Ended(f"ended with code {process.wait()}; its last words are above")
             reply = json.loads(line)

@@ -88,6 +88,8 @@ def upcycled_config(cfg: ModelConfig, how: Upcycling) -> ModelConfig:
     require(chosen % how.parts == 0, f"{parts} does not divide {per_token}")
     require(chosen <= how.experts, f"{experts} is fewer than {per_token}")
     require(chosen > 1, f"{per_token} has a gate of 1, which trains no router; use 2")
+
+    # The experts are parts of the layer; a new router chooses among them, without groups.
     made = replace(
         cfg,
         num_dense_layers=0,

@@ -88,6 +88,8 @@ def convert(  # noqa: PLR0913 - what to accept, each by name
     out = Path(out)
     from_run = (source / RUN_FILE).is_file()
     source = source if from_run else find_released(source)
+
+    # What has no effect is refused.
     if step is not None and not from_run:
         raise ValueError(f"step={step} is for runs, and folder={str(source)!r} is a released one")
     if from_run and not mtp:
@@ -105,10 +107,14 @@ def convert(  # noqa: PLR0913 - what to accept, each by name
             f"allow_unknown_keys=True is for a released folder, and folder={str(source)!r} is a run"
         )
     tensor_files.check_new(out, 0)
+
+    # From a run.
     if from_run and upcycling is not None:
         return _upcycle_run(source, out, step, upcycling)
     if from_run:
         return _run_to_released(source, out, step, dtype, allow_nonfinite, quiet)
+
+    # From a released folder.
     accept: dict[str, Any] = {
         "mtp": mtp,
         "allow_nonfinite": allow_nonfinite,

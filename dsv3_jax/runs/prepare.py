@@ -170,6 +170,8 @@ def _start_of(run: RunConfig, opened: Start | None) -> Start | None:
                 "on_weights(run, start) or on_trunk"
             )
         return None
+
+    # One that was opened already must be the one that the run names.
     start = opened or open_start(place)
     if start.place != place and Path(start.place).resolve() != find(fetched(place)).resolve():
         name = "start" if run.trunk is None else "trunk"

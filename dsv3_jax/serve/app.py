@@ -160,6 +160,7 @@ class Service:
                 if isinstance(error, _EXPECTED):
                     return
                 raise
+
         if request.asked.stream_options.include_usage:
             yield _event(head | {"choices": [], "usage": _usage(request, new)})
         yield "data: [DONE]\n\n"

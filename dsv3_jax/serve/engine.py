@@ -171,6 +171,7 @@ class Engine:
         cfg = self.model.cfg
         config, batch = self.samplers[UNCHANGED].config, self.samplers[UNCHANGED].batch
         own = config.draft is None or isinstance(config.draft, str)
+
         return {
             "layers": cfg.num_sparse_layers,
             "layer_names": [

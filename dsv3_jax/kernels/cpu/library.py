@@ -70,6 +70,8 @@ def why_not() -> str:
         return (
             f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, as by apt install g++"
         )
+
+    # The library's functions, as XLA's custom calls.
     try:
         library = load(shlex.split(words))
         symbols = {name: getattr(library, symbol) for name, symbol in TARGETS.items()}
@@ -81,6 +83,7 @@ def why_not() -> str:
         return f"{words} does not compile the kernels: {line.strip()}"
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         return f"the kernels cannot be compiled or loaded: {error}"
+
     for name, symbol in symbols.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
     return ""
