@@ -49,7 +49,6 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def close(self) -> None:
-        """End the browser and remove its folder."""
         self._process.kill()
         self._process.wait()
         os.close(self._write)
@@ -57,7 +56,6 @@ class Browser:
         self._folder.cleanup()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -101,14 +99,11 @@ class Browser:
         return result["result"].get("value")
 
     def text(self, selector: str) -> str:
-        """Return the text of the first element."""
         return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
 
     def texts(self, selector: str) -> list[str]:
-        """Return the texts of all elements."""
-        return self.run(
-            f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)"
-        )
+        found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        return self.run(f"{found}.map(e => e.textContent)")
 
     def type(self, selector: str, text: str) -> None:
         """Write into a field, as its user does."""
@@ -117,7 +112,6 @@ class Browser:
         self.settle()
 
     def wait_for(self, expression: str) -> None:
-        """Wait until an expression is true."""
         end = time.monotonic() + PATIENCE
         while not self.run(expression):
             assert time.monotonic() < end, expression

@@ -21,14 +21,8 @@ def served(engine, **options):
     """The address of a server on a free port of the loopback, and its Service."""
     settings = requests.Settings(TEXT, 260, engine.context, Sampling())
     service = app.Service(engine, settings, name="tiny", **options)
-    how = dict(
-        log_level="critical",
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        http="h11",
-        timeout_graceful_shutdown=5,
-    )
+    how = {"log_level": "critical", "ws": "none", "lifespan": "off", "loop": "asyncio"}
+    how |= {"http": "h11", "timeout_graceful_shutdown": 5}
     server = uvicorn.Server(uvicorn.Config(service.app, port=0, **how))
     thread = threading.Thread(target=server.run)
     thread.start()

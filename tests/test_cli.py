@@ -31,7 +31,6 @@ COMMANDS = (
 # Refused in one sentence: what it must hold. {…} are the paths of `place`.
 BAD = {
     "--fly": "command '--fly' is not one of demo",
-    "eval {run} more": "'more' is no option, and no argument is left for it",
     "stats": "Missing from dsv3 stats: RUN a folder that",
     "generate {run} --promt abc": "option --promt is unknown; did you mean --prompt or --prompts?",
     "train tiny --out {new} --optim.rate 3": (
@@ -44,14 +43,11 @@ BAD = {
     "train tiny --out {new} layout.fsdp=no": "execution.layout.fsdp=no is neither true nor false",
     "train tiny --out {new} --steps": "Missing value for argument '--steps'",
     "train tiny --out {new} --steps abc": "--steps: invalid literal for int() with base 10: 'abc'",
-    "train tiny --out {new} --schedule fast": "Expected one of ('report', 'wsd', 'cosine')",
     "train tiny --out {new} --model.num-groups 3": "dsv3: num_groups=3 does not divide num_experts",
     "train tiny --config {run} --out {new}": "takes the place of PRESET 'tiny'; leave one out",
     "train --config {one} --out {new}": "folder='{one}' holds no run: there is no run.json in it",
     "train tiny --out {new} --report wandb": "not installed: pip install wandb",
-    "train tiny --out {new} --report wandb --report tensorboard": "--report is given twice",
     "eval {run} --paths {absent} --paths {text}": "--paths is given twice; name all after one",
-    "train tiny --config {run} --config {one} --out {new}": "config='{one}' takes the place",
     "info tiny --kernels --check": "choose one",
     "info v9": "'v9' is not one of tiny",
     "train --out {new}": "argument PRESET is missing",
@@ -66,7 +62,6 @@ BAD = {
     "train tiny --out {new} --processes 2": "--processes and --process-id need --cluster",
     "train tiny --out {new} --profile 5:2": "profile='5:2' is not START:STOP",
     "train tiny --out {new} --profile 9:12 --steps 9": "profile=(9, 12) begins after the last",
-    "train tiny --out {new} --data.paths {absent}": "{absent}",
     "train tiny --out {new} --data.paths {text} --data.tokenizer {words}": (
         "vocab_size=260 is below the tokenizer's"
     ),
@@ -79,7 +74,6 @@ BAD = {
     "stats {run} --devices 3 --out {new}": "devices=3 does not divide the 8 experts",
     "stats {run} --tokens rows.parquet": "tokens='rows.parquet' does not end in .npz",
     "generate {run} --samples 2": "samples=2 is for --prompts FILE.jsonl --out OUT.jsonl",
-    "generate {run} --batch-size 8": "batch_size=8 is for --prompts FILE.jsonl --out OUT.jsonl",
     "generate {run} --draft-length 2": "draft_length=2 is for --draft mtp, lookup or a folder",
     "generate {run} --cache none --cache-dtype int8": "cache_dtype='int8' is for a cache, not for",
     "generate {run} --prompts {one}": "prompts and out go together",
@@ -182,19 +176,16 @@ def train():
     return sys.modules["dsv3_jax.cli.train"]
 
 
-SPELLINGS = [
-    "--optim.learning-rate 0.5 --data.batch-size 4 --steps 50 --execution.layout.fsdp",
-    "--lr 0.5 --batch-size=4 --steps=50 --fsdp",
-    "optim.lr=0.5 data.batch_size=4 steps=50 layout.fsdp=true",
-    "learning_rate=0.5 --data.batch_size 4 steps=50 --layout.fsdp=True",
-]
-
-
-@pytest.mark.parametrize("words", SPELLINGS)
-def test_options_have_several_spellings(train, words):
-    run = train.options(["tiny", "--out", "new", *words.split()]).run
-    assert (run.optim.learning_rate, run.data.batch_size, run.steps) == (0.5, 4, 50)
-    assert run.execution.layout.fsdp
+def test_options_have_several_spellings(train):
+    for words in (
+        "--optim.learning-rate 0.5 --data.batch-size 4 --steps 50 --execution.layout.fsdp",
+        "--lr 0.5 --batch-size=4 --steps=50 --fsdp",
+        "optim.lr=0.5 data.batch_size=4 steps=50 layout.fsdp=true",
+        "learning_rate=0.5 --data.batch_size 4 steps=50 --layout.fsdp=True",
+    ):
+        run = train.options(["tiny", "--out", "new", *words.split()]).run
+        assert (run.optim.learning_rate, run.data.batch_size, run.steps) == (0.5, 4, 50)
+        assert run.execution.layout.fsdp
 
 
 def test_the_value_of_an_option_is_no_setting(train):
@@ -227,29 +218,28 @@ def test_every_command_is_a_file_and_in_the_usage(answers):
 
 def test_info_is_the_reports_model(answers):
     code, out, err = answers["info"]
-    lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in out.splitlines())
     assert (code, err) == (0, "")
-    assert (lines["total parameters"], lines["routed experts"]) == ("671B", "653.9B")
     for name, text in (
+        ("total parameters", "671B\n"),
+        ("routed experts", "653.9B\n"),
         ("active parameters", "36.63B a token (5.5%)"),
         ("MTP modules", "11.61B more"),
         ("cache", "70.27KB a token (bfloat16"),
-        ("cache", "35136 numbers"),
         ("cache, as MHA", "71.1 times as much"),
     ):
-        assert text in lines[name]
+        assert re.search(rf"^ *{name}  .*{re.escape(text)}", out, re.MULTILINE), name
     code, out, err = answers["changed info"]
     assert (code, err) == (0, "") and "v3, changed" in out and "MTP" not in out
     assert re.search(r"cache +140\.5KB a token \(float32", out)
 
 
-def test_kernels_are_listed_with_the_one_that_runs_here(answers):
-    for name, platform in (("kernels here", "cpu"), ("kernels of CUDA", "cuda")):
-        code, out, err = answers[name]
-        rows = dict(line.split(maxsplit=1) for line in out.splitlines())
-        assert (code, err) == (0, "") and f"kernels='auto' on {platform}, float32" in out
-        chosen = choose.prepare(Execution(), platform=platform).chosen()
-        assert all(rows[op].split()[0] == chosen[op] for op in table.TABLE)
+@pytest.mark.parametrize("name, platform", [("kernels here", "cpu"), ("kernels of CUDA", "cuda")])
+def test_kernels_are_listed_with_the_one_that_runs_here(answers, name, platform):
+    code, out, err = answers[name]
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (code, err) == (0, "") and f"kernels='auto' on {platform}, float32" in out
+    chosen = choose.prepare(Execution(), platform=platform).chosen()
+    assert all(rows[op].split()[0] == chosen[op] for op in table.TABLE)
 
 
 def test_eval_says_what_training_said(answers, whole):
@@ -265,12 +255,10 @@ def test_eval_says_what_training_said(answers, whole):
         assert f"{domain} {bits:.4f}" in lines["bits_per_byte_by_domain"]
     note, exact, rounded = out.splitlines()[-3:]
     assert "documents attend to one another" in note and "differ from val_loss" in note
-    for dtype, line, percent, same in (
-        ("float32", exact, r"\+0\.000", r"100\.00"),
-        ("int8", rounded, r"[+-]\d\.\d{3}", r"\d+\.\d\d"),
-    ):
-        start = rf"through {dtype} cache +\d\.\d{{4}} \({percent}%\), "
-        assert re.match(f"{start}greedy tokens the same {same}%", line)
+    assert re.match(
+        r"through float32 cache .* \(\+0\.000%\), greedy tokens the same 100\.00%", exact
+    )
+    assert re.match(r"through int8 cache .*%\), greedy tokens the same \d+\.\d\d%", rounded)
 
 
 def test_eval_reads_all_of_other_text(answers, whole):
@@ -289,20 +277,17 @@ def test_generate_is_greedy_decoding_and_names_the_kernels(answers, whole):
     assert out == "abc" + tokenizer.decode(tokens) + "\n" and len(tokens) > 3
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
-def test_codes_of_a_model_or_a_folder_are_visible_on_a_terminal(stream, monkeypatch):
+@pytest.mark.parametrize("of_terminal", [True, False])
+def test_codes_of_a_model_or_a_folder_are_visible_on_a_terminal(of_terminal, monkeypatch):
     """Titles, the clipboard, letters' direction; line ends stay. A pipe gets the text as it is."""
     text, seen = "\x1b]52;c;\x1b\\ \x9b2J \u202e é\n", "\\x1b]52;c;\\x1b\\ \\x9b2J \\u202e é\n"
+    stream = io.StringIO()
+    stream.isatty = lambda: of_terminal
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("TERM", "dumb")
     say(text)
     text_console().print(text)
-    assert stream.getvalue() == (seen if stream.isatty() else text) + seen + "\n"
+    assert stream.getvalue() == (seen if of_terminal else text) + seen + "\n"
 
 
 def test_a_platform_without_devices_is_one_sentence(monkeypatch, capsys):
