@@ -5,6 +5,7 @@ pyproject.toml also makes warnings errors.
 
 import gc
 import os
+import signal
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +80,17 @@ def x64():
     """Enable float64 in the test. Identities then hold to rounding, so tolerances can be tight."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def soon():
+    """What hangs fails."""
+    from dsv3_jax.host.signals import handled
+
+    with handled(lambda *_: pytest.fail("it takes more than a minute"), signal.SIGALRM):
+        signal.alarm(60)
+        yield
+        signal.alarm(0)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from runs import refused, write_lines
 
-from dsv3_jax.chat.examples import contents
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data import hub
 from dsv3_jax.data.corpus import load_corpus, read_documents
@@ -208,13 +207,6 @@ def test_a_dataset_has_the_documents_of_its_rows(saved):
     assert list(read_documents([f"hf:{saved / 'splits'}@test"], "body")) == expected[:3]
     with refused(f"hf:{saved}/splits@dev.*there is no split 'dev' among"):
         list(read_documents([f"hf:{saved}/splits@dev"], "body"))
-
-
-def test_the_column_of_chats_can_have_another_name(tmp_path):
-    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    file = write_lines(tmp_path / "chats.jsonl", [{"turns": turns, "id": 7, "domain": "sums"}])
-    [(record, domain, _)] = contents((file,), "turns")
-    assert (record, domain) == ({"messages": turns, "id": 7, "domain": "sums"}, "sums")
 
 
 def test_names(tmp_path, monkeypatch):

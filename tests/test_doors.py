@@ -37,7 +37,7 @@ from dsv3_jax.hf.config_writing import config_to_dict
 from dsv3_jax.hf.released_folder import ReleasedFolder
 from dsv3_jax.host import signals
 from dsv3_jax.host.files import atomic_folder, check_writable, parse_json
-from dsv3_jax.host.signals import asked_to_stop, handled
+from dsv3_jax.host.signals import asked_to_stop
 from dsv3_jax.kernels import choose
 from dsv3_jax.presets import preset, recipe
 from dsv3_jax.runs.checkpoint import load_run
@@ -46,14 +46,7 @@ from dsv3_jax.runs.loop import fit
 from dsv3_jax.runs.open_model import load_text
 from dsv3_jax.stats.reporting import report
 
-
-@pytest.fixture(autouse=True)
-def soon():
-    """What hangs fails."""
-    with handled(lambda *_: pytest.fail("it takes more than a minute"), signal.SIGALRM):
-        signal.alarm(60)
-        yield
-        signal.alarm(0)
+pytestmark = pytest.mark.usefixtures("soon")
 
 
 # Reward functions

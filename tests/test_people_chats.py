@@ -37,6 +37,10 @@ def pair(i):
     return [turn("user", f"{i}?"), turn("assistant", f"{i}.")]
 
 
+def of_sharegpt(asked, answer):
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+
+
 def seen(i):
     """A call of a tool, its result, and the answer."""
     called = turn("assistant", None, tool_calls=CALL), turn("tool", "2")
@@ -46,21 +50,14 @@ def seen(i):
 # Name of a file: (its record i, the same as plain messages and tools).
 GOOD = {
     "openai.jsonl": lambda i: ({"messages": [pair(i)[0] | {"name": "Ann"}, pair(i)[1]]}, pair(i)),
-    "sharegpt.json": lambda i: (
-        {"id": i, "conversations": [{"from": "human", "value": f"{i}?"},
-                                    {"from": "gpt", "value": f"{i}."}]},
-        pair(i),
-    ),
-    "ultrachat.parquet": lambda i: (
-        {"prompt": f"{i}?", "prompt_id": str(i), "messages": pair(i)},
-        pair(i),
-    ),
+    "sharegpt.json": lambda i: ({"id": i, "conversations": of_sharegpt(f"{i}?", f"{i}.")}, pair(i)),
+    "ultrachat.parquet": lambda i: ({"prompt": f"{i}?", "messages": pair(i)}, pair(i)),
     "reasoning.jsonl": lambda i: (
         {"messages": [pair(i)[0], pair(i)[1] | {"reasoning_content": "so"}]},
         [pair(i)[0], turn("assistant", f"so{i}.")],
     ),
     "tools.jsonl": lambda i: ({"messages": seen(i), "tools": json.dumps(ADD)}, seen(i)),
-}  # fmt: skip
+}
 # None can be learnt from.
 BROKEN = [
     {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "a"}]},
@@ -129,13 +126,12 @@ def test_chats_of_all_kinds_of_files_are_read_or_counted(tmp_path, capsys):
 def test_records_of_other_forms_are_the_same_conversation():
     """ShareGPT's, Alpaca's, other names of roles in any letters, and further keys."""
     hello = [turn("user", "hi"), turn("assistant", "hey")]
-    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hey"}
+    human, gpt = of_sharegpt("hi", "hey")
     turns = [turn("human", "hi"), turn("bot", "hey")]
     for record in (
         {"messages": hello, "prompt": "hi", "prompt_id": "7", "text": "hi hey", "source": None},
         {"conversations": [human, gpt], "id": 1},
         {"messages": turns},
-        {"prompt": turns[:1], "completion": turns[1:]},
         {"instruction": "hi", "input": "", "output": "hey", "text": "Below is an instruction"},
         # a task whose messages end in an answer has its answer already
         {"messages": [turn("User", "hi"), turn(" GPT", "hey")], "answer": "hey"},
@@ -291,10 +287,14 @@ def test_an_own_checker_sees_all_keys_of_a_row_of_parquet(tmp_path, monkeypatch)
 def test_messages_of_another_name_keep_the_answer_and_other_keys(tmp_path):
     records = [{"chat": [turn("user", f"{i}?")], "answer": "", "tests": i} for i in range(20)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
+    look_at = Checker("exact").look_at
     for file in (write(tmp_path / "a.jsonl", records), tmp_path / "b.parquet"):
         cfg = chats_of(file, text_column="chat")
-        asked = load_tasks(cfg, PLAIN, Checker("exact").look_at, whole=True)[1]
+        asked = load_tasks(cfg, PLAIN, look_at, whole=True)[1]
         assert asked and all(f"{task.record['tests']}?" in str(task.record) for task in asked)
+    write(tmp_path / "a.jsonl", [*records, {"chat": None, "answer": ""}])
+    with refused("a.jsonl, line 21, has no 'chat'; it has "):
+        load_tasks(chats_of(tmp_path / "a.jsonl", text_column="chat"), PLAIN, look_at)
 
 
 def test_tasks_may_have_a_long_answer_or_one_without_a_target(tmp_path):

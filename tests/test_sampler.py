@@ -236,8 +236,6 @@ def test_reading_gives_log_p_alternatives_experts_and_gates(two_layers):
 def test_what_cannot_be_answered_is_refused(model):
     with refused("context=1 is not an int of 2 or above"):
         OpenSampler(model, context=1)
-    with refused("rows=0 is not an int of 1 or above"):
-        OpenSampler(model, rows=0)
     sampler = OpenSampler(model, rows=1, context=CONTEXT)
     for ask, problem in (
         (Ask((), 3), "prompt 0 is empty"),

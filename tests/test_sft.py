@@ -218,10 +218,8 @@ def test_heads_learn_the_chats_of_their_frozen_trunk(tuned, tmp_path):
     out, argv = tmp_path / "run", ["--trunk", tuned[0], "--model.mtp-kind", "medusa"]
     code, _, err = by_command("train", "tiny", *argv, "--steps", 2, "--out", out)
     assert code == 0, err
-    assert (
-        read_run(out).data.paths == read_run(tuned[0]).data.paths
-        and rows_of(out)[0]["mtp_loss"][0] > 0
-    )
+    assert read_run(out).data.paths == read_run(tuned[0]).data.paths
+    assert rows_of(out)[0]["mtp_loss"][0] > 0
     assert load_text(out).chat.render(HELLO) == load_text(tuned[0]).chat.render(HELLO)
     code, _, err = by_command("train", "grpo", *argv, "--out", tmp_path / "grpo")
     assert code == 2 and "grpo group=8 is not supported on a frozen trunk" in err
