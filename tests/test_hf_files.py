@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from filecmp import cmpfiles
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from models import INDEXED, arrays_of, random_model, small
-from runs import assert_bitwise, by_command, refused, save_run
+from runs import assert_bitwise, by_command, refused, save_run, write_lines
 from safetensors.numpy import save_file
 
 from dsv3_jax import hf
@@ -50,15 +51,16 @@ def folder(good, tmp_path):
     return Path(shutil.copytree(good, tmp_path / "folder"))
 
 
-def edit_tensors(change):
-    """Change the tensors and write all of them into one file."""
+def rewritten(start, change=None):
+    """Damage: one file of all tensors. Those whose names start so are changed, or left out."""
 
     def damage(folder: Path):
-        arrays = {
-            name: np.array(tensor_files.read_tensor(tensor))
-            for name, tensor in tensor_files.open_folder(folder)[1].items()
-        }
-        change(arrays)
+        stored = tensor_files.open_folder(folder)[1]
+        arrays = {name: np.array(tensor_files.read_tensor(stored[name])) for name in stored}
+        for name in [name for name in arrays if name.startswith(start)]:
+            array = arrays.pop(name)
+            if change is not None:
+                arrays[name] = change(array)
         for path in folder.glob("model*"):
             path.unlink()
         save_file(arrays, folder / tensor_files.SINGLE)
@@ -66,8 +68,9 @@ def edit_tensors(change):
     return damage
 
 
-def poison(arrays):
-    arrays[UP].reshape(-1)[3] = np.nan
+def with_nan(x):
+    x.reshape(-1)[3] = np.nan
+    return x
 
 
 def link_out(folder):
@@ -80,40 +83,25 @@ def read_from(place):
     return lambda f: (f / tensor_files.INDEX).write_text(json.dumps({"weight_map": {UP: place}}))
 
 
-def without_scale(arrays):
-    arrays[O_PROJ] = arrays[O_PROJ].astype(ml_dtypes.float8_e4m3fn)
+COPY = "model.layers.2.embed_tokens.weight"  # of the MTP layer
+FP8 = ml_dtypes.float8_e4m3fn
+BAD = [  # damage to the folder, parts of the error
+    (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
+    (lambda f: (f / SHARD).unlink(), ["has no " + SHARD]),
+    (read_from("../x"), ["file '../x'"]),
+    (read_from("x\0"), ["file 'x\\x00'"]),
+    (link_out, [SHARD + " is a link out of its folder"]),
+    (lambda f: os.truncate(f / SHARD, 9000), [SHARD, "is damaged"]),
+    (rewritten(UP), [UP + " is missing", "1 tensors"]),
+    (rewritten(UP, lambda x: x[:2, :3].copy()), [UP + " in model", "[2, 3]"]),
+    (rewritten(O_PROJ, lambda x: x.astype(FP8)), [O_PROJ + "_scale_inv is missing"]),
+    (rewritten(UP, with_nan), ["model.safetensors holds 1 NaN or Inf in " + UP]),
+    (rewritten(COPY, lambda x: x + 1), [COPY + " that differs from model.embed_tokens.weight"]),
+]
 
 
-def misshape(arrays):
-    arrays[UP] = np.zeros((2, 3), np.float32)
-
-
-def another_embedding(arrays):
-    arrays["model.layers.2.embed_tokens.weight"] += 1
-
-
-# name → (damage to the folder, parts of the error)
-BAD = {
-    "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
-    "no shard": (lambda f: (f / SHARD).unlink(), ["has no " + SHARD]),
-    "a path": (read_from("../x"), ["file '../x'"]),
-    "a NUL": (read_from("x\0"), ["file 'x\\x00'"]),
-    "link out of the folder": (link_out, [SHARD + " is a link out of its folder"]),
-    "truncated": (lambda f: os.truncate(f / SHARD, 9000), [SHARD, "is damaged"]),
-    "missing": (edit_tensors(lambda arrays: arrays.pop(UP)), [UP + " is missing", "1 tensors"]),
-    "misshapen": (edit_tensors(misshape), [UP + " in model", "[2, 3]"]),
-    "FP8 without a scale": (edit_tensors(without_scale), [O_PROJ + "_scale_inv is missing"]),
-    "NaN": (edit_tensors(poison), ["model.safetensors holds 1 NaN or Inf in " + UP]),
-    "another embedding in the MTP layer": (
-        edit_tensors(another_embedding),
-        ["model.layers.2.embed_tokens.weight that differs from model.embed_tokens.weight"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_an_error_is_one_sentence_with_file_and_tensor(folder, name):
-    damage, expected = BAD[name]
+@pytest.mark.parametrize("damage, expected", BAD, ids=[parts[0] for _, parts in BAD])
+def test_an_error_is_one_sentence_with_file_and_tensor(folder, damage, expected):
     damage(folder)
     with pytest.raises(ValueError) as error:
         hf.load(folder)
@@ -126,17 +114,13 @@ def test_an_error_is_one_sentence_with_file_and_tensor(folder, name):
 
 
 def test_missing_mtp_layers_are_left_out_with_a_line(folder, capfd):
-    def without_mtp(arrays):
-        for name in [name for name in arrays if name.startswith("model.layers.2.")]:
-            del arrays[name]
-
-    edit_tensors(without_mtp)(folder)
+    rewritten("model.layers.2.")(folder)
     assert hf.load(folder).cfg.mtp_depth == 0
     assert "names 1 MTP layers, and the files have none" in capfd.readouterr().err
 
 
 def test_allow_nonfinite_accepts_nan(folder):
-    edit_tensors(poison)(folder)
+    rewritten(UP, with_nan)(folder)
     out = folder.parent / "out"
     loaded = hf.load(folder, allow_nonfinite=True)
     assert np.isnan(np.asarray(loaded.sparse.moe.experts.w_up[...])).sum() == 1
@@ -171,22 +155,28 @@ def test_convert_there_and_back(good, model, tmp_path):
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
     assert_bitwise(arrays_of(hf.load(tmp_path / "back")), arrays_of(model))
 
-    # The card of the model: what it is, how to load it, and nothing of this machine.
-    card = (tmp_path / "back" / "README.md").read_text()
-    counted = f"{CFG.experts_per_token} of {CFG.num_experts} experts a token"
-    assert counted in card and "0 of 1,000 steps" in card and "It was not measured" in card
-    assert 'from_pretrained("back")' in card and 'ds.load_model("back")' in card
-    assert "None is stated" in card and "{" not in card and str(tmp_path) not in card
+
+def test_a_card_says_what_the_model_is_and_nothing_of_this_machine(good, tmp_path):
+    run, back = tmp_path / "run", tmp_path / "back"
+    hf.convert(good, run)
+    hf.convert(run, back)
+    card = (back / "README.md").read_text()
+    for part in (
+        f"{CFG.experts_per_token} of {CFG.num_experts} experts a token", "0 of 1,000 steps",
+        "It was not measured", 'from_pretrained("back")', 'ds.load_model("back")', "None is stated",
+    ):  # fmt: skip
+        assert part in card
+    assert "{" not in card and str(tmp_path) not in card
+
     row = {"step": 0, "val_loss": 2.5, "val_bits_per_byte": 1.25}
     late = {"step": 9, "val_loss": 2.0}  # of a later step than the checkpoint
-    (tmp_path / "run" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(late)}\n")
-    hf.convert(tmp_path / "run", tmp_path / "measured")
+    write_lines(run / "metrics.jsonl", [row, late])
+    hf.convert(run, tmp_path / "measured")
     card = (tmp_path / "measured" / "README.md").read_text()
     assert "nats a token | 2.5000 |" in card and "held-out text | 1.2500 |" in card
 
-    # One that is there stays.
-    (tmp_path / "back" / "README.md").write_text("my own")
-    hf.convert(tmp_path / "back", tmp_path / "half", dtype="bfloat16")
+    (back / "README.md").write_text("my own")
+    hf.convert(back, tmp_path / "half", dtype="bfloat16")
     assert (tmp_path / "half" / "README.md").read_text() == "my own"
 
 
@@ -197,10 +187,8 @@ def test_convert_between_dtypes(good, tmp_path):
     hf.convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8")
     assert "quantization_config" not in (tmp_path / "float32" / "config.json").read_text()
     assert_bitwise(*(arrays_of(hf.load(tmp_path / name)) for name in ("fp8", "float32")))
-    one, two = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("fp8", "again")
-    )
-    assert one == two
+    names = [path.name for path in (tmp_path / "fp8").iterdir()]
+    assert cmpfiles(tmp_path / "fp8", tmp_path / "again", names, shallow=False)[0] == names
 
 
 @pytest.mark.parametrize("where", ["wrapper", "text_config"])
@@ -248,34 +236,30 @@ def test_convert_refuses_what_it_cannot_do(good, tmp_path):
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
-@pytest.fixture
-def cached(good, tmp_path, monkeypatch):
-    """The folder as the hub's cache holds it: a snapshot of links into blobs."""
+def test_a_hub_cache_is_read_by_path_and_by_id(good, tmp_path, monkeypatch):
+    """A snapshot is a folder of links into blobs."""
     repo = tmp_path / "hub" / "models--deep--small"
     snapshot = repo / "snapshots" / COMMIT
-    for folder in (repo / "blobs", repo / "refs", snapshot / "additional_chat_templates"):
+    template = snapshot / "additional_chat_templates" / "rag.jinja"
+    for folder in (repo / "blobs", repo / "refs", template.parent):
         folder.mkdir(parents=True)
     (repo / "refs" / "main").write_text(COMMIT)
     for number, file in enumerate(good.iterdir()):
         (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     (repo / "blobs" / "template").write_text("{{ 'other' }}")
-    (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/template")
+    template.symlink_to("../../../blobs/template")
     for module in ("constants", "_snapshot_download.constants"):
         monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return repo
 
-
-def test_a_hub_cache_is_read_by_path_and_by_id(cached, good, monkeypatch):
     assert_bitwise(*(arrays_of(hf.load(place)) for place in ("deep/small", good)))
-    for place in (cached / "snapshots" / COMMIT, "deep/small", "deep/small@main"):
+    for place in (snapshot, "deep/small", "deep/small@main"):
         assert load_text(place).template is None  # "rag" is another
     with refused("'deep/small@v2' is no folder, .* hf download deep/small --revision v2$"):
         hf.load("deep/small@v2")
-    monkeypatch.chdir(cached.parent)
-    assert find(f"{cached.name}/none") == Path(cached.name, "none")  # a path with a typing error
-    template = cached / "snapshots" / COMMIT / "additional_chat_templates" / "rag.jinja"
+    monkeypatch.chdir(repo.parent)
+    assert find(f"{repo.name}/none") == Path(repo.name, "none")  # a path with a typing error
     template.unlink()
-    template.symlink_to(cached.parents[1])
+    template.symlink_to(tmp_path)
     with refused("rag.jinja is a link out of its folder"):
         load_text("deep/small")
