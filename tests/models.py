@@ -147,6 +147,20 @@ def scratch_bytes(function, *shapes: tuple[int, ...], dtype=jnp.float32) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, weight, *arrays):
+    """y = function(*arrays), and the gradients of sum(weight * y) in all arrays of floats."""
+    kinds = [jax.tree.leaves(array)[0].dtype for array in arrays]
+    wanted = tuple(i for i, kind in enumerate(kinds) if jnp.issubdtype(kind, jnp.floating))
+
+    def loss(*arrays):
+        y = function(*arrays)
+        return (weight * y).sum(), y
+
+    (_, y), grads = jax.value_and_grad(loss, wanted, has_aux=True)(*arrays)
+    return y, grads
+
+
+@partial(jax.jit, static_argnums=0)
 def _forward(graphdef, state, tokens, segment_ids, positions):
     return nnx.merge(graphdef, state)(tokens, segment_ids, positions)
 

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import needs_cpp, scratch_bytes, small
+from models import needs_cpp, scratch_bytes, small, value_and_gradients
 from runs import assert_bitwise, assert_near
 
 import dsv3_jax as ds
@@ -29,18 +29,6 @@ def full_scores(q, k, v, mask):
     """Each key-value head serves the query heads after one another."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     return oracles.attention_jnp(q, k, v, mask, scale=0.4)
-
-
-@partial(jax.jit, static_argnums=0)
-def value_and_gradients(attention, weight, q, k, v, *rest):
-    """Return out = attention(…) and the gradients of sum(weight * out) in q, k and v."""
-
-    def loss(*arrays):
-        out = attention(*arrays, *rest)
-        return (out * weight).sum(), out
-
-    (_, out), grads = jax.value_and_grad(loss, argnums=range(3), has_aux=True)(q, k, v)
-    return out, grads
 
 
 IN_BLOCKS = partial(causal_attention, block=8), np.float64, 1e-9

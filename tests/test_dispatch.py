@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from models import needs_cpp
+from models import needs_cpp, value_and_gradients
 from runs import assert_bitwise, assert_near
 
 from dsv3_jax.kernels.cpu import calls, expert_loops
@@ -40,18 +40,6 @@ def case(rng, choose, n=37, d=5, f=7, num_experts=6, k=2):
     shapes = ((n, d), (n, k), (num_experts, d, f), (num_experts, d, f), (num_experts, f, d))
     x, gates, *weights = (rng.standard_normal(shape) for shape in shapes)
     return x, ids.astype(np.int32), gates, *weights
-
-
-@partial(jax.jit, static_argnums=0)
-def value_and_gradients(function, weight, x, expert_ids, gates, *weights):
-    """Return y and the gradients of sum(weight * y) in x, gates and the three matrices."""
-
-    def loss(x, gates, *weights):
-        y = function(x, expert_ids, gates, *weights)
-        return (weight * y).sum(), y
-
-    (_, y), grads = jax.value_and_grad(loss, argnums=range(5), has_aux=True)(x, gates, *weights)
-    return y, grads
 
 
 def assert_equal(got, want, atol=1e-10):

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import small
-from test_dispatch import value_and_gradients
+from models import small, value_and_gradients
 
 from dsv3_jax.config import Layout
 from dsv3_jax.kernels.choose import Kernels, Target
@@ -142,20 +141,19 @@ def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layou
         assert sent > far
 
 
-def test_gathered_tokens_are_a_single_devices(rng):
-    """Hidden units are in parts along "tensor"."""
-    layout = Layout(expert_comm="gather")
-    run = sharded(CFG, layout, sharding.make_mesh(1, 2, 2), "ragged_dot")
-    assert [load for load, *_ in by_load(rng, run, 8)] == list(LOADS)
+# "Tensor" has parts of hidden units. For a TPU experts gathered along "data" are transposed.
+GATHERED = [
+    ((1, 2, 2), 8, Device(), False),
+    pytest.param((2, 2, 2), 64, Device(turns_experts=True), True, marks=pytest.mark.long),
+]
 
 
-@pytest.mark.long
-def test_gathered_experts_are_a_single_devices(rng, monkeypatch):
-    """Those that are gathered along "data" are transposed for a TPU."""
-    monkeypatch.setitem(DEVICES, "cpu", Device(turns_experts=True))
-    layout = Layout(expert_comm="gather", fsdp=True)
-    run = sharded(CFG, layout, sharding.make_mesh(2, 2, 2), "ragged_dot")
-    assert [load for load, *_ in by_load(rng, run, 64)] == list(LOADS)
+@pytest.mark.parametrize("sizes, tokens, device, fsdp", GATHERED, ids=["tokens", "experts"])
+def test_what_is_gathered_gives_a_single_devices(rng, monkeypatch, sizes, tokens, device, fsdp):
+    monkeypatch.setitem(DEVICES, "cpu", device)
+    layout = Layout(expert_comm="gather", fsdp=fsdp)
+    run = sharded(CFG, layout, sharding.make_mesh(*sizes), "ragged_dot")
+    assert [load for load, *_ in by_load(rng, run, tokens)] == list(LOADS)
 
 
 @pytest.mark.parametrize("groups, per_token, k, peers", [(4, 3, 5, 16), (8, 2, 2, 2), (1, 1, 4, 8)])

@@ -1,12 +1,13 @@
 """Products of few rows with a weight, by C++, and their gradients equal the ops' in float64."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import needs_cpp
+from models import needs_cpp, value_and_gradients
 from runs import assert_near
 
 from dsv3_jax.kernels.cpu import calls, products
@@ -35,23 +36,16 @@ def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 def test_values_and_gradients_are_those_of_the_ops_in_float64(name, shapes, settings):
     """A training step with few rows differentiates them. A row does not depend on the others."""
     arrays = draw(*shapes)
-
-    def found(module, dtype):
-        def loss(*arrays):
-            y = getattr(module, name)(*arrays, **settings)
-            return (y * jnp.cos(jnp.arange(y.size, dtype=dtype)).reshape(y.shape)).sum(), y
-
-        grad = jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True)
-        (_, y), grads = jax.jit(grad)(*(jnp.asarray(a, dtype) for a in arrays))
-        return y, *grads
-
+    ours, theirs = (partial(getattr(module, name), **settings) for module in (products, ops))
+    y = ours(*map(jnp.asarray, arrays))
+    weight = np.cos(np.arange(y.size, dtype=np.float32)).reshape(y.shape)
     with jax.enable_x64(True):
-        want = found(ops, jnp.float64)
-    y, *grads = found(products, jnp.float32)
-    assert_near((y, *grads), want, 3e-5)  # float32 sums of up to 700 products
+        wide = [a.astype(np.float64) for a in (weight, *arrays)]
+        want = value_and_gradients(theirs, *wide)
+    assert_near(value_and_gradients(ours, weight, *arrays), want, 3e-5)  # up to 700 products
     for rows in (1, 3, 8):
         x, *weights = map(jnp.asarray, arrays)
-        alone = getattr(products, name)(x[-rows:], *weights, **settings)
+        alone = ours(x[-rows:], *weights)
         np.testing.assert_array_equal(alone, y[-rows:])
 
 
