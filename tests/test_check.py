@@ -117,7 +117,7 @@ def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(folde
     }
 
 
-def test_a_check_that_is_stopped_leaves_the_kernel_out(folder):
+def test_a_check_that_is_stopped_leaves_the_kernel_out(folder, monkeypatch):
     """Nobody may be there to say that a kernel hangs: it counts as wrong until it ends."""
 
     def replies(command, seconds):
@@ -128,8 +128,8 @@ def test_a_check_that_is_stopped_leaves_the_kernel_out(folder):
             yield {"trying": "product=cpu"}
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(check_apart, "_replies", replies)
+    monkeypatch.setattr(check_apart, "_replies", replies)
+    with pytest.raises(KeyboardInterrupt):
         list(check_apart.check_and_keep(Execution()))
     assert dict(prepare().wrong) == {"product=cpu": "its check began and did not end"}
 

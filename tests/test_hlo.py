@@ -98,12 +98,6 @@ def test_an_all_reduce_that_is_only_sliced_is_a_reduce_scatter():
 ASYNC = """
 HloModule asynchronous, num_partitions=8
 
-%sum (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %c = f32[] add(%a, %b)
-}
-
 %wrapped (p: bf16[8,4]) -> bf16[8,4] {
   %p = bf16[8,4]{1,0} parameter(0)
   ROOT %exchanged = bf16[8,4]{1,0} all-to-all(%p), replica_groups=[2,4]<=[8], dimensions={0}

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import jedi
@@ -30,8 +31,7 @@ FLOORS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-# Folder or file → the parts of the package that it may import beside itself, where its floor would
-# let it import more.
+# Folder or file → what it may import of the package, where its floor would let it import more.
 MAY_IMPORT = {
     "reference": {"config"},
     "host": {"config"},
@@ -108,24 +108,22 @@ def test_imports_go_down():
         rooms = set(map(room_of, others)) - {room}
         assert rooms <= MAY_IMPORT.get(room, rooms), f"{name} imports {rooms - MAY_IMPORT[room]}"
         assert room == "cli" or "cli" not in rooms, name
-    # The parser sees what there is, else all of this would hold of nothing.
-    assert "ops.dispatch" in OWN["model.moe"] and "config" in OWN["presets"]
+    assert "ops.dispatch" in OWN["model.moe"]  # the parser sees imports
 
 
 def test_other_projects_are_imported_where_they_belong():
     for name in MODULES:
         roots = set(map(room_of, imports_of(name)))
-        for room, refused in NO_PROJECT.items():
-            found = roots & refused if room in ("", room_of(name)) else set()
-            assert not found, f"{name} imports {found}"
+        for room in ("", room_of(name)):
+            assert not roots & NO_PROJECT.get(room, set()), f"{name} imports {roots}"
         # `dsv3 serve` needs two packages that nothing else does.
         assert room_of(name) == "serve" or name == "cli.serve" or not roots & SERVERS, name
 
 
 def test_commands_import_slow_modules_when_they_run():
-    """`--help` and bad input are then answered before Orbax, Grain and Matplotlib are imported.
+    """`--help` and bad input are then answered before Orbax and Matplotlib are imported.
 
-    A file that is no command may import them at once if commands import it when they run.
+    So do the files that a command imports at once.
     """
     of_cli = [name for name in MODULES if name.startswith("cli.")]
     at_once = {other for name in of_cli for other in imports_of(name, at_once=True)}
@@ -142,23 +140,16 @@ ASKS = r"default_backend|os\.environ|ffi_call|jax\.devices\(|\bplatform\b|subpro
 def test_the_mathematics_asks_for_no_platform_environment_or_compiler():
     for name, path in MODULES.items():
         if room_of(name) in ("ops", "model", "reference"):
-            code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
-            found = re.search(ASKS, re.sub(r'"""(?:.|\n)*?"""', "", code))
-            assert not found, (name, found)
-
-
-def left_in_circles(below):
-    while free := [name for name, others in below.items() if not others & below.keys()]:
-        below = {name: others for name, others in below.items() if name not in free}
-    return sorted(below)
+            code = re.sub(r'"""(?:.|\n)*?"""|#.*', "", path.read_text())
+            assert not re.search(ASKS, code), name
 
 
 def test_no_import_runs_in_a_circle():
     rooms: dict[str, set[str]] = {}
     for name, others in OWN.items():
         rooms.setdefault(room_of(name), set()).update(set(map(room_of, others)) - {room_of(name)})
-    assert not left_in_circles(OWN) and not left_in_circles(rooms)
-    assert left_in_circles({"a": {"b"}, "b": {"a"}, "c": set()}) == ["a", "b"]
+    for graph in (OWN, rooms):
+        TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_nothing_turns_off_what_jax_checks_of_collectives():
@@ -166,15 +157,15 @@ def test_nothing_turns_off_what_jax_checks_of_collectives():
 
     One function may: it calls kernels that JAX cannot check, without collectives.
     """
-    for name, tree in TREES.items():
-        users = [
-            function.name
-            for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef)
-            and {"check_vma", "check_rep"}
-            & {n.arg for n in ast.walk(function) if isinstance(n, ast.keyword)}
-        ]
-        assert users == (["on_shards"] if name == "mesh.sharding" else []), name
+    users = [
+        f"{name}.{function.name}"
+        for name, tree in TREES.items()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.keyword) and node.arg in ("check_vma", "check_rep")
+    ]
+    assert users == ["mesh.sharding.on_shards"]
 
 
 LOOK = """
@@ -183,13 +174,9 @@ import jax
 before = dict(jax.config.values)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-now = jax.config.values
-changed = {key: value for key, value in now.items() if before.get(key, value) != value}
-assert not changed, changed
-foreign = {"torch", "transformers"} & set(sys.modules)
-assert not foreign, foreign
+assert before.items() <= dict(jax.config.values).items()
+assert not {"torch", "transformers"} & set(sys.modules)
 jax.config.update("jax_num_cpu_devices", 3)  # refused once devices were touched
-assert jax.device_count() == 3
 """
 
 

@@ -1,5 +1,6 @@
 """The door: which implementation of an op runs where, what is refused, and what is printed."""
 
+from itertools import product
 from unittest.mock import Mock
 
 import jax.numpy as jnp
@@ -30,12 +31,9 @@ def experts(kernels, x, w, rows=8, op="grouped_swiglu"):
 
 
 def test_the_last_row_of_every_op_serves_everything():
-    for op in TABLE:
-        for platform in table.PLATFORMS:
-            for precision in ("none", "fp8", "mxfp8"):
-                last = Target(platform, "xla", precision=precision).rows(op)[-1]
-                limits = last.dtypes, last.one_device, last.fits, last.why_not
-                assert not any(limits), op
+    for op, platform, precision in product(TABLE, table.PLATFORMS, ("none", "fp8", "mxfp8")):
+        last = Target(platform, "xla", precision=precision).rows(op)[-1]
+        assert not any((last.dtypes, last.one_device, last.fits, last.why_not)), op
 
 
 def test_cpp_runs_float32_on_one_device_of_a_cpu():
@@ -76,12 +74,12 @@ def test_who_multiplies_a_few_rows(monkeypatch):
 
 
 def test_a_name_forces_an_op_or_all_that_have_it():
-    for kernels, op, name in (
-        ("dense", "grouped_swiglu", "dense"),
-        ("xla,grouped_swiglu=dense", "grouped_swiglu", "dense"),
-        ("xla,grouped_swiglu=dense", "causal_attention", "xla"),
+    for kernels, name, attention in (
+        ("dense", "dense", "cpu"),
+        ("xla,grouped_swiglu=dense", "dense", "xla"),
     ):
-        assert Kernels(Target("cpu", kernels)).chosen()[op] == name
+        chosen = Kernels(Target("cpu", kernels)).chosen()
+        assert (chosen["grouped_swiglu"], chosen["causal_attention"]) == (name, attention)
 
 
 REFUSED = [
@@ -93,13 +91,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("platform, execution, sentence", REFUSED)
-def test_what_a_target_does_not_have_is_refused(platform, execution, sentence):
-    with refused(f"^kernels={sentence}"):
-        prepare(execution, platform=platform)
-
-
-def test_a_platform_and_a_choice_that_are_none_are_refused():
+def test_what_a_target_does_not_have_is_refused():
+    for platform, execution, sentence in REFUSED:
+        with refused(f"^kernels={sentence}"):
+            prepare(execution, platform=platform)
     with refused("^platform='abacus' is not one of cpu, cuda, rocm, tpu"):
         Target("abacus")
     with refused("kernels='cpu' does not serve grouped_swiglu in bfloat16 with devices=1"):

@@ -1,5 +1,6 @@
 """Products in 8 bits: bit by bit those of a slow NumPy oracle; nothing else of a model changes."""
 
+import itertools
 import re
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from models import DENSE, LIGHT, SMALL, random_model
+from models import DENSE, LIGHT, SMALL, random_model, value_and_gradients
 from runs import MODEL, documents
 
 from dsv3_jax.config import Execution
@@ -98,17 +99,10 @@ def test_numbers_and_scales_are_the_oracles_bit_by_bit(rng, power_of_two, dtype)
 # One product
 
 
-@partial(jax.jit, static_argnums=0)
-def forward_and_back(recipe, x, w, dy):
-    y, pull_back = jax.vjp(partial(lp.matmul, recipe), x, w)
-    return y, *pull_back(dy)
-
-
-def close(got, want, dtype=np.float32):
-    """Equal up to float32 rounding of sums of some hundred terms, and of the result to `dtype`."""
-    limit = 2e-6 if dtype == np.float32 else 2.0**-8
-    atol = limit * np.abs(want).max()
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=limit, atol=atol)
+def close(got, want):
+    """Equal up to float32 rounding of sums of some hundred terms."""
+    atol = 2e-6 * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2e-6, atol=atol)
 
 
 @RECIPES
@@ -121,13 +115,13 @@ def test_a_product_and_its_gradients(rng, recipe):
         return (normal * np.outer(*factors)).astype(np.float32)
 
     x, w, dy = draw(of_m, 1 / of_k), draw(of_k, of_n), draw(1 / of_m, 1 / of_n)
-    y, dx, dw = forward_and_back(recipe, x, w, dy)
-    outer = (of_m, of_n), (1 / of_m, of_k), (1 / of_k, 1 / of_n)
-    for got, want, factors in zip((y, dx, dw), by_oracle(recipe, x, w, dy), outer, strict=True):
-        close(np.asarray(got, np.float64) / np.outer(*factors), want / np.outer(*factors))
+    y, (dx, dw) = value_and_gradients(partial(lp.matmul, recipe), dy, x, w)
+    sizes = np.outer(of_m, of_n), np.outer(1 / of_m, of_k), np.outer(1 / of_k, 1 / of_n)
+    for got, want, size in zip((y, dx, dw), by_oracle(recipe, x, w, dy), sizes, strict=True):
+        close(np.asarray(got, np.float64) / size, want / size)
     exact = x.astype(np.float64) @ w
     # it is not the exact product
-    assert np.abs((np.asarray(y) - exact) / np.outer(of_m, of_n)).max() > 1e-2
+    assert np.abs((np.asarray(y) - exact) / sizes[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -160,12 +154,6 @@ IN_FP8 = Execution(precision="fp8")
 IN_8_BITS = {"product", "swiglu", "expand", "grouped_swiglu", "capacity_swiglu"}
 
 
-def rounded_shapes(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of all arrays that a program rounds to e4m3's three bits, in loops and branches."""
-    rounding = re.findall(r"\w\[([\d,]*)\] = reduce_precision\[[^\]]*mantissa_bits=3\b", str(jaxpr))
-    return {tuple(map(int, shape.split(","))) for shape in rounding}
-
-
 def loss_of(cfg, execution, rows=2, length=9):
     """(A batch's loss as a function of parameters, random ones.)"""
     graphdef, params, rest = nnx.split(random_model(cfg, execution=execution), nnx.Param, ...)
@@ -174,9 +162,11 @@ def loss_of(cfg, execution, rows=2, length=9):
 
 
 def rounded_in_training(cfg, execution) -> set[tuple[int, ...]]:
-    """As `rounded_shapes`, of a loss and its gradient; nothing is compiled."""
+    """Shapes of all arrays that a loss and its gradient round to e4m3's three bits of mantissa."""
     loss, params = loss_of(cfg, execution)
-    return rounded_shapes(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    program = str(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    rounding = re.findall(r"\w\[([\d,]*)\] = reduce_precision\[[^\]]*mantissa_bits=3\b", program)
+    return {tuple(map(int, shape.split(","))) for shape in rounding}
 
 
 def test_all_linear_layers_are_rounded_and_nothing_else():
@@ -197,21 +187,16 @@ def test_all_linear_layers_are_rounded_and_nothing_else():
     assert not rounded_in_training(LIGHT, Execution())
 
 
-NAMES = ("fp8", "fp8_ue8m0", "mxfp8")
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["fp8", "fp8_ue8m0", "mxfp8"])
 def test_the_door_gives_8_bits_to_linear_layers_only(name):
+    """On accelerators too: no row of theirs computes a product in another precision."""
     plain, low = (Kernels(Target("cpu", precision=precision), ()) for precision in ("none", name))
-    names, others = plain.chosen(), low.chosen()
-    assert {op for op in TABLE if others[op] == name} == IN_8_BITS
-    assert {op for op in TABLE if names[op] != others[op]} == IN_8_BITS
-    assert low.in_compute_dtype == plain and not set(NAMES) & set(names.values())
-    for platform in ("cuda", "tpu"):  # by XLA too, whose products read bfloat16 if it is exact
-        target = Target(platform, precision=name)
-        assert Kernels(target, ()).chosen("bfloat16")["grouped_swiglu"] == name
-        for op in IN_8_BITS:
-            assert {row.precision for row in target.rows(op)} == {name}
+    assert {op for op in TABLE if low.chosen()[op] == name} == IN_8_BITS
+    assert {op for op in TABLE if plain.chosen()[op] != low.chosen()[op]} == IN_8_BITS
+    assert low.in_compute_dtype == plain
+    for platform, op in itertools.product(("cuda", "tpu"), IN_8_BITS):
+        rows = Target(platform, precision=name).rows(op)
+        assert {row.precision for row in rows} == {name} and rows[0].name == name
 
 
 @pytest.mark.long
