@@ -140,6 +140,13 @@ def teacher_logits(model: Transformer, prompts, new) -> list[np.ndarray]:
     return [of[len(prompt) - 1 :][: len(more)] for of, prompt, more in texts]
 
 
+def assert_best(model: Transformer, prompts, tokens) -> None:
+    """The tokens after prompts are those of the forward pass, and not one that is repeated."""
+    assert len({token for row in tokens for token in row}) > 5
+    best = [logits.argmax(-1).tolist() for logits in teacher_logits(model, prompts, tokens)]
+    assert tokens[: len(best)] == best
+
+
 def scratch_bytes(function, *shapes: tuple[int, ...], dtype=jnp.float32) -> int:
     """Scratch memory of a function of such arrays, compiled and not run."""
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -137,15 +138,13 @@ def test_attention_to_the_cache_equals_one_query_at_a_time(x64, rng, run, shape)
 THREE = {"k": (2, 10), "v": (2, 5), "index_key": (1, 6)}
 
 
-@pytest.mark.parametrize(
-    "platform, dtype, by_layer",
-    [
-        ("cpu", "int8", False),
-        ("cpu", "bfloat16", True),
-        ("cuda", "float32", False),
-        ("tpu", "float8_e4m3fn", True),
-    ],
-)
+PLACES = [
+    ("cpu", "int8", False), ("cpu", "bfloat16", True),
+    ("cuda", "float32", False), ("tpu", "float8_e4m3fn", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("platform, dtype, by_layer", PLACES)
 def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, by_layer):
     """By each platform's implementation, plain XLA here; bitwise. Arrays may have any name."""
     lengths, kernels = [6, 2, 1, 13], prepare(platform=platform)
@@ -153,10 +152,7 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, b
     wide = {name: (heads, -(-width // 16) * 16) for name, (heads, width) in THREE.items()}
 
     def draw(*shape):
-        return {
-            name: rng.standard_normal((*shape, heads, width)).astype(np.float32)
-            for name, (heads, width) in THREE.items()
-        }
+        return {name: np.float32(rng.standard_normal((*shape, *of))) for name, of in THREE.items()}
 
     prompt, new = draw(3, 4, 6), draw(4, 3)
     want = {}  # the rows of all layers, in float32
@@ -198,16 +194,11 @@ SPARSE = replace(LIGHT, attention="dsa", index_heads=2, index_dim=16, index_topk
 
 def test_bytes_a_token_are_those_of_the_arrays():
     gqa = small(num_heads=6, attention="gqa", num_kv_heads=2)
-    for cfg, kind in (
-        (small(), "latent"),
-        (small(), "expanded"),
-        (gqa, "expanded"),
-        (SPARSE, "latent"),
-    ):
-        for dtype in DTYPES:
-            cache = jax.eval_shape(partial(make_cache, abstract(cfg), 2, 32, kind, dtype))
-            found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.parts))
-            assert found == 2 * 32 * bytes_per_token(cfg, kind, dtype)
+    kinds = (small(), "latent"), (small(), "expanded"), (gqa, "expanded"), (SPARSE, "latent")
+    for (cfg, kind), dtype in product(kinds, DTYPES):
+        cache = jax.eval_shape(partial(make_cache, abstract(cfg), 2, 32, kind, dtype))
+        found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.parts))
+        assert found == 2 * 32 * bytes_per_token(cfg, kind, dtype)
     assert bytes_per_token(small(), "latent", "int8") == 3 * (10 + 4 + 2 * 4)
     assert bytes_per_token(SPARSE, "latent", "int8") == 10 + 4 + 16 + 3 * 4
     assert elements_per_token(gqa) == {"expanded": 3 * 2 * 15, "mha": 3 * 6 * 15}

@@ -162,8 +162,7 @@ def test_decoding_gives_the_tokens_of_the_forward():
     """With every cache and draft, in ragged batches; the second layer shares the first's choice."""
     model = random_model(SHARED, execution=DENSE)
     want = generate(model, PROMPTS, 10, cache="none").tokens
-    # a model that repeats one token could not fail
-    assert len({t for row in want for t in row}) > 5
+    assert len({t for row in want for t in row}) > 5  # else it could not fail
     for cache, draft in (("expanded", "lookup"), ("latent", "mtp")):
         how = dict(cache=cache, draft=draft, draft_length=3)
         assert generate(model, PROMPTS, 10, **how).tokens == want, how
