@@ -48,9 +48,7 @@ def test_blocks_serve_every_length():
     """Blocks have sizes that the kernel takes, with little padding."""
     for length in (1, 128, 640, 641, 800, 1024, 1025, 1700, 4096, 5000, 100_000):
         block, at_a_time = tpu_attention.block_sizes(length)
-        assert block % at_a_time == 0
-        assert at_a_time % 128 == 0
-        assert block <= tpu_attention.LARGEST_BLOCK
+        assert block % at_a_time == at_a_time % 128 == 0 and block <= tpu_attention.LARGEST_BLOCK
         assert length + -length % block < 1.25 * length + 256
 
 
@@ -58,14 +56,15 @@ def test_blocks_serve_every_length():
 
 
 def test_why_a_library_is_not_in_use(monkeypatch):
-    for chip, version, end in (
-        ("9.0", "0.0.12", "tokamax 0.0.12 is not supported: pip install tokamax==0.0.17"),
-        ("9.0", "0.0.17", "(ModuleNotFoundError: no xprof): pip install tokamax==0.0.17"),
+    fails = Mock(side_effect=ModuleNotFoundError("no xprof"))
+    monkeypatch.setattr(tokamax_library, "flash_attention", fails)
+    for version, why in (
+        ("0.0.12", "tokamax 0.0.12 is not supported"),
+        ("0.0.17", "(ModuleNotFoundError: no xprof)"),
     ):
-        monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
-        fails = Mock(side_effect=ModuleNotFoundError("no xprof"))
-        monkeypatch.setattr(tokamax_library, "flash_attention", fails)
-        assert tokamax_library.why_not(Target("cuda", chip=chip)).endswith(end)
+        monkeypatch.setattr(metadata, "version", Mock(return_value=version))
+        said = tokamax_library.why_not(Target("cuda", chip="9.0"))
+        assert said.endswith(f"{why}: pip install tokamax==0.0.17")
     monkeypatch.setattr(tokamax_library, "flash_attention", Mock())
     assert tokamax_library.why_not(Target("cuda", chip="9.0")) == ""
     why = gpu_attention.why_not_cudnn(Target("cuda", chip="8.0"))

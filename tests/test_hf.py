@@ -68,14 +68,10 @@ def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
     w = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     x, c_q = (rng.standard_normal((200, width)) for width in (cfg.dim, cfg.q_latent_dim))
     ctx, indexer = make_context(cfg, positions), Indexer(cfg, nnx.Rngs(0))
-    for parameter, value in (
-        (indexer.w_iq, w["wq_b.weight"].reshape(11, 128, -1).transpose(2, 0, 1)),
-        (indexer.w_ik, w["wk.weight"].T),
-        (indexer.w_iw, w["weights_proj.weight"].T),
-        (indexer.k_norm.scale, w["k_norm.weight"]),
-        (indexer.k_norm.bias, w["k_norm.bias"]),
-    ):
-        parameter.set_value(jnp.asarray(value))
+    w_iq = w["wq_b.weight"].reshape(11, 128, -1).transpose(2, 0, 1)
+    norm = {"scale": w["k_norm.weight"], "bias": w["k_norm.bias"]}
+    own = dict(w_iq=w_iq, w_ik=w["wk.weight"].T, w_iw=w["weights_proj.weight"].T, k_norm=norm)
+    nnx.update(indexer, jax.tree.map(jnp.asarray, own))
     rows = jax.jit(indexer)(jnp.asarray(x)[None], jnp.asarray(c_q)[None], ctx)
     keys, last = Stored(rows["index_key"].swapaxes(1, 2), None), positions - 100
     ids = index_choose(rows["index_query"], rows["index_weight"][:, :, 0], keys, last, k=32)

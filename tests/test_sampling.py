@@ -30,11 +30,8 @@ def test_support_and_probabilities_are_exact(rng, filters):
     got = jax.jit(partial(sampling.processed_logits, **filters))(jnp.asarray(logits))
     for row, processed in zip(logits, np.asarray(got), strict=True):
         assert set(np.flatnonzero(processed > -np.inf)) == oracles.support(row, **filters)
-        np.testing.assert_allclose(
-            oracles.softmax_probs(processed.astype(np.float64)),
-            oracles.sampling_probs(row, **filters),
-            atol=1e-6,
-        )
+        probs = oracles.softmax_probs(processed.astype(np.float64))
+        np.testing.assert_allclose(probs, oracles.sampling_probs(row, **filters), atol=1e-6)
 
 
 @pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.6)])
@@ -87,14 +84,14 @@ def drawn(p_logits, q, key, sampling, certain=False):
     return drafts, *accept(drafts, None if certain else rows, logits, keys, sampling)
 
 
-@pytest.mark.parametrize(
-    "case, sampling",
-    [
-        ("other", Sampling(1.0)),
-        ("certain", Sampling(0.7, top_k=4)),
-        ("same", Sampling(1.3, top_p=0.8)),
-    ],
-)
+CASES = {
+    "other": Sampling(1.0),
+    "certain": Sampling(0.7, top_k=4),
+    "same": Sampling(1.3, top_p=0.8),
+}
+
+
+@pytest.mark.parametrize("case, sampling", CASES.items(), ids=CASES)
 def test_sampled_tokens_follow_the_target(case, sampling):
     logits, others = np.random.default_rng(7).normal(0, 1.5, (2, 3, W)).astype(np.float32)
     p, q = (
