@@ -34,30 +34,29 @@ def model_of(mesh=None, cfg=CFG, fsdp=False):
     return model if mesh is None else on_mesh(model, mesh, fsdp)
 
 
-def test_a_mesh_gives_the_tokens_of_one_device():
+LAYERS = replace(CFG, num_layers=2, mtp_depth=0)
+GREEDY = dict(draft="mtp", draft_length=2)
+CASES = {  # the mesh, the model, is it by fsdp, how many sequences, what is asked for
+    "sampled": ((2, 2, 2), CFG, False, 8, REQUEST),
+    # they are sharded by "data" alone, and "tensor" shards the vocabulary
+    "two sequences on four devices": ((2, 2, 2), LAYERS, False, 2, {}),
+    # each layer is gathered; three sequences do not divide evenly over two devices
+    "fsdp": pytest.param((2, 4), CFG, True, 3, GREEDY, marks=pytest.mark.rare),
+}
+
+
+@pytest.mark.parametrize("sizes, cfg, fsdp, sequences, asked", CASES.values(), ids=CASES)
+def test_a_mesh_gives_the_tokens_of_one_device(sizes, cfg, fsdp, sequences, asked):
     """tests/pairs has other meshes, attentions, caches and drafts."""
-    mesh = sharding.make_mesh(2, 2, 2)
-    want, got = (generate(model_of(at), PROMPTS, NEW, **REQUEST).tokens for at in (None, mesh))
-    assert got == want
-    # a model that repeats one token could not fail
-    assert len({token for row in got for token in row}) > 2
+    mesh, prompts = sharding.make_mesh(*sizes), PROMPTS[:sequences]
+    got = generate(model_of(mesh, cfg, fsdp), prompts, NEW, **asked).tokens
+    assert got == generate(model_of(None, cfg), prompts, NEW, **asked).tokens
+    assert len({token for row in got for token in row}) > 2  # else it could not fail
+
+
+def test_a_draft_is_on_the_models_mesh():
     with refused("^draft is not on the mesh of the model"):
-        generate(model_of(mesh), PROMPTS[:1], NEW, draft=model_of())
-
-
-def test_two_sequences_on_four_devices_have_the_tokens_of_one_device():
-    """They are sharded by "data" alone, and "tensor" shards the vocabulary."""
-    mesh, cfg = sharding.make_mesh(2, 2, 2), replace(CFG, num_layers=2, mtp_depth=0)
-    want, got = (generate(model_of(at, cfg), PROMPTS[:2], NEW).tokens for at in (None, mesh))
-    assert got == want and len({token for row in got for token in row}) > 2
-
-
-@pytest.mark.rare
-def test_layers_that_are_gathered_give_the_tokens_of_one_device():
-    """Three sequences do not divide evenly over two devices."""
-    mesh, how = sharding.make_mesh(2, 4), dict(draft="mtp", draft_length=2)
-    got = generate(model_of(mesh, fsdp=True), PROMPTS[:3], NEW, **how).tokens
-    assert got == generate(model_of(), PROMPTS[:3], NEW).tokens
+        generate(model_of(sharding.make_mesh(2, 2, 2)), PROMPTS[:1], NEW, draft=model_of())
 
 
 def test_each_layers_arrays_lie_where_the_stack_has_them():

@@ -81,9 +81,9 @@ def test_drafts_are_those_of_the_full_text(rng, heads, depth, reads, count, kind
         return drafter(model, weights).draft(state, unread, keys, GREEDY)
 
     def arbitrary_beyond(valid, y):
-        ids = y.dtype == np.int32
-        noise = rng.integers(37, size=y.shape) if ids else 3 * rng.standard_normal(y.shape)
-        valid = valid.reshape(*valid.shape, *[1] * (y.ndim - 2))
+        is_id = y.dtype == np.int32
+        noise = rng.integers(37, size=y.shape) if is_id else 3 * rng.standard_normal(y.shape)
+        valid = np.expand_dims(valid, tuple(range(2, y.ndim)))
         return jnp.asarray(np.where(valid, y, noise).astype(y.dtype))
 
     def unread(begin, many, width):

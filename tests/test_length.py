@@ -39,6 +39,7 @@ BALANCE = Balance(bias_rate=1e-2, sequence_alpha=1e-2, switch_alpha=1e-2, z_alph
 CFG = replace(MODEL, num_layers=1, num_dense_layers=1, num_heads=8, balance=BALANCE)
 PLAIN = replace(CFG, attention="gqa", num_kv_heads=2, mtp_kind="meta", mtp_depth=2, qk_norm=True)
 LENGTH = Layout(length="expert")
+FSDP = replace(LENGTH, fsdp=True)
 ROUNDS = replace(LENGTH, expert_comm="all_to_all", capacity_slack=1.0)
 
 
@@ -65,14 +66,13 @@ def everything(run, mesh=None):
         return jax.device_get((make_step(job)(state, batch), found))
 
 
-@pytest.mark.parametrize(
-    "sizes, cfg, layout",
-    [
-        pytest.param((2, 2, 2), CFG, ROUNDS, marks=pytest.mark.long),
-        pytest.param((2, 4, 1), PLAIN, replace(LENGTH, fsdp=True), marks=pytest.mark.rare),
-    ],
-    ids=["2,2,2", "2,4,1 gqa meta fsdp"],
-)
+STEPS = {
+    "2,2,2": pytest.param((2, 2, 2), CFG, ROUNDS, marks=pytest.mark.long),
+    "2,4,1 gqa meta fsdp": pytest.param((2, 4, 1), PLAIN, FSDP, marks=pytest.mark.rare),
+}
+
+
+@pytest.mark.parametrize("sizes, cfg, layout", STEPS.values(), ids=STEPS)
 def test_a_step_is_a_single_devices(sizes, cfg, layout):
     # on one device every expert reads every token
     want, want_scores = everything(replace(run_of(cfg), execution=DENSE))
@@ -84,14 +84,8 @@ def test_a_step_is_a_single_devices(sizes, cfg, layout):
 
 
 HEADS, LATENT, LENGTH_OF_ROW = 16, 576, 1536
-on_devices = pytest.mark.parametrize(
-    "target",
-    [
-        "cpu",
-        pytest.param(GPU8, marks=pytest.mark.rare),
-        pytest.param("tpu:v6e:2x4", marks=pytest.mark.rare),
-    ],
-)
+RARE = (pytest.param(name, marks=pytest.mark.rare) for name in (GPU8, "tpu:v6e:2x4"))
+on_devices = pytest.mark.parametrize("target", ["cpu", *RARE])
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
 )
@@ -119,11 +113,8 @@ def layer_program(mesh):
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
-    state = jax.tree.map(
-        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
-        state,
-        sharding.state_sharding(state, mesh),
-    )
+    where = sharding.state_sharding(state, mesh)
+    state = jax.tree.map(lambda s, at: s.update(sharding=at), state, where)
     x, ids = array("bfloat16", 1, LENGTH_OF_ROW, cfg.dim), array("int32", 1, LENGTH_OF_ROW)
     step = jax.jit(lambda *args: gradients(SimpleNamespace(execution=execution), *args))
     with jax.set_mesh(mesh), as_libraries_do():
@@ -162,9 +153,8 @@ def test_a_step_gathers_no_scores_and_no_gradient_of_all_heads(target):
     balance = Balance(0.5, sequence_alpha=1e-2, switch_alpha=1e-2, rule="quantile")
     sizes = dict(num_dense_layers=0, mtp_depth=0, num_experts=64, num_groups=1, kv_latent_dim=6)
     cfg = replace(CFG, balance=balance, max_positions=1024, **sizes)
-    run = run_of(cfg, replace(LENGTH, fsdp=True, expert_comm="all_to_all"))
+    run = run_of(cfg, replace(FSDP, expert_comm="all_to_all"))
     run = replace(run, data=replace(run.data, seq_len=1024))
-
     mesh = sharding.make_mesh(2, 4) if target == "cpu" else mesh_of(target, data=2, expert=4)
     with as_libraries_do():
         cost = train_cost(run, mesh, target=None if target == "cpu" else target)
@@ -202,15 +192,16 @@ class Own(MLA):
 
 def test_an_attention_that_cannot_be_split_is_refused():
     execution = Execution(layout=LENGTH)
-    model, x = SimpleNamespace(execution=execution), jnp.ones((1, 8, CFG.dim))
+    x = jnp.ones((1, 8, CFG.dim))
     ctx = make_context(CFG, jnp.zeros((1, 8), jnp.int32), how=how_of(execution))
-    with jax.set_mesh(sharding.make_mesh(1, 8)):
-        attend = by_layout(lambda model, kind, ctx: kind(CFG, rngs=nnx.Rngs(0)).attend(x, ctx))
-        with refused("^attention='mla' needs complete rows on a device"):
-            attend(model, Own, ctx)
-        decoding = ctx._replace(how=replace(ctx.how, mode="decode"))
-        with refused("^layout.length='expert' shards no cache"):
-            attend(model, MLA, decoding)
+    decoding = ctx._replace(how=replace(ctx.how, mode="decode"))
+    attend = by_layout(lambda model, kind, ctx: kind(CFG, rngs=nnx.Rngs(0)).attend(x, ctx))
+    for kind, asked, sentence in (
+        (Own, ctx, "attention='mla' needs complete rows on a device"),
+        (MLA, decoding, "layout.length='expert' shards no cache"),
+    ):
+        with jax.set_mesh(sharding.make_mesh(1, 8)), refused(f"^{sentence}"):
+            attend(SimpleNamespace(execution=execution), kind, asked)
 
 
 def test_a_run_without_devices_along_expert_decodes():
