@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +28,7 @@ BACKENDS = {
 
 
 def case(rng, choose, n=37, d=5, f=7, num_experts=6, k=2):
-    """Return x, expert_ids, gates and the three weights, whose sizes do not divide each other.
-
-    `choose` sets which experts get tokens.
-    """
+    """Return x, expert_ids, gates and the three weights; `choose` says which experts get tokens."""
     preference = {
         "any": [0.0] * num_experts,
         "two take all": [0.0, 99.0] + [0.0] * (num_experts - 3) + [99.0],
@@ -40,13 +38,6 @@ def case(rng, choose, n=37, d=5, f=7, num_experts=6, k=2):
     shapes = ((n, d), (n, k), (num_experts, d, f), (num_experts, d, f), (num_experts, f, d))
     x, gates, *weights = (rng.standard_normal(shape) for shape in shapes)
     return x, ids.astype(np.int32), gates, *weights
-
-
-def assert_equal(got, want, atol=1e-10):
-    """y, and the gradients in x, gates, w_gate, w_up and w_down."""
-    assert got[0].dtype == jnp.float64
-    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        np.testing.assert_allclose(a, b, atol=atol)
 
 
 def on_one_device(held, x, ids, gates, *weights):
@@ -71,8 +62,8 @@ def test_backends_and_their_gradients_equal_dense(x64, rng, choose, held, sizes)
     want = value_and_gradients(oracles.routed_swiglu_jnp, weight, *known)
     for backend in BACKENDS.values():
         y, (dx, d_gates, *rest) = value_and_gradients(backend, weight, *arrays)
-        # hundreds of terms
-        assert_equal((y, (dx, np.where(here, d_gates, 0.0), *rest)), want, atol=1e-9)
+        got = y, (dx, np.where(here, d_gates, 0.0), *rest)
+        chex.assert_trees_all_close(got, want, rtol=0, atol=1e-9)  # hundreds of terms
 
 
 DECODING = (
@@ -112,7 +103,8 @@ def test_capacity_drops_later_tokens(x64, rng, factor, choose):
     expected, (dx, d_gates, *d_weights) = value_and_gradients(
         oracles.routed_swiglu_jnp, weight, x, ids, np.where(kept, gates, 0.0), *weights
     )
-    assert_equal(got, (expected, (dx, np.where(kept, d_gates, 0.0), *d_weights)))
+    want = expected, (dx, np.where(kept, d_gates, 0.0), *d_weights)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-10)
     dropped = jax.jit(ours)(x, ids, gates, *weights)[1]
     assert dropped.dtype == np.float32 and dropped == pytest.approx(1 - kept.mean(), abs=1e-6)
 
@@ -168,11 +160,11 @@ def test_cpp_and_its_gradients_equal_dense(rng, choose, sizes):
 FEW = [(1, {}), (5, dict(d=128, f=80)), (40, dict(d=7, f=130))]
 
 
+ALONE = [(calls.decode_experts, *few) for few in FEW] + [(grouped_swiglu, 200, dict(d=48, f=80))]
+
+
 @needs_cpp
-@pytest.mark.parametrize(
-    "function, n, sizes",
-    [(calls.decode_experts, *few) for few in FEW] + [(grouped_swiglu, 200, dict(d=48, f=80))],
-)
+@pytest.mark.parametrize("function, n, sizes", ALONE)
 def test_in_cpp_a_token_has_the_same_bits_without_other_tokens(rng, function, n, sizes):
     x, ids, gates, *weights = float32(case(rng, "uneven", n=n, **sizes))
     run = jax.jit(lambda *arrays: function(*arrays))

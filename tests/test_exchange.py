@@ -27,13 +27,10 @@ def choices(load, rng, tokens):
     """Experts of every token [tokens, K]."""
     if load == "even":
         return jnp.arange(tokens * K, dtype=jnp.int32).reshape(tokens, K) % E
-    preference = {
-        "random": np.zeros(E),
-        # experts 0 and 1 are on one device of every mesh
-        "one device": np.where(np.arange(E) < K, 99.0, 0.0),
-        "idle": np.where(np.arange(E) < E // 2, -99.0, 0.0),  # half the devices
-    }[load]
-    order = np.argsort(-rng.gumbel(preference, size=(tokens, E)), axis=1)
+    e = np.arange(E)
+    # experts 0 and 1 are on one device of every mesh; half the devices are idle
+    preferred = {"random": e < 0, "one device": e < K, "idle": e >= E // 2}[load]
+    order = np.argsort(-rng.gumbel(99.0 * preferred, size=(tokens, E)), axis=1)
     return jnp.asarray(order[:, :K], jnp.int32)
 
 
