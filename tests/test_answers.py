@@ -43,7 +43,6 @@ def test_a_checker_is_stopped_and_changes_no_task(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "answer", "said"),
     [
-        ("number", "none", "line 3: answer='none' does not fit 'number': it holds no number"),
         ("regex", "(", r"line 3: answer='\(' does not fit 'regex': missing"),
         ("exact", 4, "line 3 has answer=4, not a text"),
         ("exakt", "", "did you mean 'exact'"),

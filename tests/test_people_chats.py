@@ -218,7 +218,7 @@ def test_tasks_that_cannot_be_asked_are_left_out(tmp_path):
     source, asked = load_tasks(cfg, PLAIN, check)[:2]
     train, held_out, left_out = counts_of(source.summary)
     assert (train + held_out, left_out, len(asked)) == (20, 3, train)
-    with refused("line 1: answer='two' does not fit 'number'"):
+    with refused("line 1: answer='two' does not fit 'number': it holds no number"):
         load_tasks(replace(cfg, bad_records="refuse"), PLAIN, check)
     write(tmp_path / "tasks.jsonl", [{"prompt": "", "answer": "2"}, *records])
     assert counts_of(load_tasks(replace(cfg, prompts="text"), PLAIN, check)[0].summary)[2] == 1

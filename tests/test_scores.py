@@ -172,14 +172,12 @@ def harness(monkeypatch):
         found = {"nats": nats, "shots": num_fewshot, "limit": limit}
         return {"results": dict.fromkeys(tasks, found)}
 
+    tasks = SimpleNamespace(all_tasks=["hellaswag", "piqa"])
+    windows = dict.fromkeys(("get_rolling_token_windows", "make_disjoint_window"))
     parts = {
         "lm_eval": {"simple_evaluate": simple_evaluate},
-        "lm_eval.tasks": {"TaskManager": lambda: SimpleNamespace(all_tasks=["hellaswag", "piqa"])},
-        "lm_eval.utils": {
-            "make_table": lambda found: f"table of {', '.join(found['results'])}",
-            "get_rolling_token_windows": None,
-            "make_disjoint_window": None,
-        },
+        "lm_eval.tasks": {"TaskManager": lambda: tasks},
+        "lm_eval.utils": windows | {"make_table": lambda x: f"table of {', '.join(x['results'])}"},
         "lm_eval.api": {},
         "lm_eval.api.model": {"TemplateLM": object},
     }

@@ -62,7 +62,6 @@ def page(browser, address):
 
 
 def fill(page, **values) -> None:
-    """Fill in the controls."""
     for name, value in values.items():
         page.run(f"$('ask').elements.{name}.value = {value}")
 

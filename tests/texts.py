@@ -152,20 +152,12 @@ def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
         pairs = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("he", "ll")]
         names = text.specials.split() + [f"<0x{b:02X}>" for b in range(256)] + letters
         vocab = {name: i for i, name in enumerate(dict.fromkeys([*names, *map("".join, pairs)]))}
-        inner = tokenizers.Tokenizer(
-            models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-        )
-        inner.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        inner.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
+        bpe = models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        inner = tokenizers.Tokenizer(bpe)
+        marked = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        inner.normalizer = normalizers.Sequence(marked)
+        plain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        inner.decoder = decoders.Sequence([*plain, decoders.Strip(" ", 1, 0)])
     else:
         vocab = {CHARACTER[b]: b for b in range(256)}
         for a, b in merges():
@@ -174,11 +166,10 @@ def tokenizer_of(text: Text) -> tokenizers.Tokenizer:
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         inner.post_processor = processors.ByteLevel(trim_offsets=True)
-    for names, special in ((text.specials, True), (text.added, False)):
-        tokens = [
-            tokenizers.AddedToken(name, special=special, normalized=False) for name in names.split()
-        ]
-        inner.add_special_tokens(tokens) if special else inner.add_tokens(tokens)
+    for name in text.specials.split():
+        inner.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+    for name in text.added.split():
+        inner.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False)])
     if text.bos:
         inner.post_processor = processors.TemplateProcessing(
             single=f"{text.bos} $A", special_tokens=[(text.bos, inner.token_to_id(text.bos))]
@@ -224,7 +215,6 @@ def settings_of(name: str) -> TextSettings:
 def tiktoken_lines() -> bytes:
     """A `tiktoken.model` of the same merges."""
     byte_of = byte_by_character()
-    pieces = [bytes([b]) for b in range(256)] + [
-        bytes(byte_of[c] for c in a + b) for a, b in merges()
-    ]
+    merged = (bytes(byte_of[c] for c in a + b) for a, b in merges())
+    pieces = [*(bytes([b]) for b in range(256)), *merged]
     return b"".join(base64.b64encode(piece) + f" {i}\n".encode() for i, piece in enumerate(pieces))

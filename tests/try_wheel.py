@@ -40,9 +40,7 @@ def main(wheel: Path, fresh: bool) -> None:
         compiled = list(home.glob("cache/dsv3_jax/*.so"))
         assert compiled, "the C++ kernels were not compiled"
         where = "import dsv3_jax; print(dsv3_jax.__file__, dsv3_jax.__version__)"
-        program = [python, "-c", where]
-        done = subprocess.run(program, cwd=home, env=clean, capture_output=True, text=True)
-        print(done.stdout)
+        subprocess.run([python, "-c", where], cwd=home, env=clean, check=True)
 
 
 if __name__ == "__main__":
