@@ -112,30 +112,59 @@ def test_an_error_before_the_first_step_saves_nothing_and_does_not_say_so(
     assert "saved" not in "".join(capsys.readouterr())
 
 
-def test_a_source_that_holds_out_nothing_is_refused_before_the_first_step(whole, tmp_path):
-    source = replace(open_source(whole.run.data, tokenizer.load("bytes")), held_out=list)
-    with refused("^the source holds out no row"):
-        loop.fit(whole.run, tmp_path / "run", source=source, quiet=True)
+@pytest.mark.parametrize(
+    ("data", "others", "sentence"),
+    [
+        ({}, {"held_out": list}, "the source holds out no row"),
+        ({"seq_len": 8}, {}, "data.seq_len=16 is not that of the source, 8;"),
+        ({"batch_size": 8}, {}, "data.batch_size=4 is not that of the source, 8;"),
+    ],
+)
+def test_a_source_that_does_not_fit_the_run_is_refused(whole, tmp_path, data, others, sentence):
+    source = open_source(replace(whole.run.data, **data), tokenizer.load("bytes"))
+    with refused(f"^{sentence}"):
+        loop.fit(whole.run, tmp_path / "run", source=replace(source, **others), quiet=True)
+    assert not any((tmp_path / "run").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("name", ["seq_len", "batch_size"])
-def test_a_source_with_rows_that_are_not_the_runs_is_refused(whole, tmp_path, name):
-    data = replace(whole.run.data, **{name: 8})
-    source = open_source(data, tokenizer.load("bytes"))
-    with refused(f"^data.{name}={getattr(whole.run.data, name)} is not that of the source, 8;"):
-        loop.fit(whole.run, tmp_path / "run", source=source, quiet=True)
-    assert not (tmp_path / "run").exists()
+class Recorder(Callback):
+    """Notes each call and row. At step `at` it calls `act`."""
+
+    def __init__(self, at=None, act=None):
+        self.calls, self.rows, self._at, self._act = [], [], at, act
+
+    def on_start(self, run, out, step):
+        self.calls.append(("start", step))
+
+    def on_step(self, row):
+        self.calls.append(("step", row["step"]))
+        self.rows.append(row)
+        if row["step"] == self._at:
+            self._act()
+
+    def on_evaluation(self, row):
+        self.calls.append(("evaluation", row["step"]))
+        self.rows.append(row)
+
+    def on_checkpoint(self, step, folder):
+        assert folder.name == str(step)
+        self.calls.append(("checkpoint", step))
+
+    def on_end(self, result):
+        self.calls.append(("end", result.step))
 
 
-def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun):
-    """Twice, and without a report; rows of metrics after the checkpoint, or cut, are dropped."""
+def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun, capfd):
+    """By steps, SIGTERM and at once; rows of metrics after the checkpoint, or cut, are dropped."""
     first, said = stopped
     assert (first.step, first.finished, first.resumed_from) == (BEGUN, False, None)
     assert "stopped and saved at step 5" in said and " tokens/s" in said
     assert "MFU" in whole.said and "MFU" not in said
     with (begun / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "loss": 0.0}) + "\n" + '{"step": 7, "lo')
-    second = loop.fit(whole.run, begun, stop_after=7, quiet=True, report=False)
+    stop = Recorder(at=6, act=lambda: signal.raise_signal(signal.SIGTERM))
+    second = loop.fit(whole.run, begun, quiet=True, report=False, callbacks=[stop])
+    assert "stopping when this step" in capfd.readouterr().err
     assert (second.step, second.finished, second.resumed_from) == (7, False, BEGUN)
     again, said = said_by(lambda: loop.fit(whole.run, begun, stop_after=7, report=False))
     assert (again.step, again.finished, again.resumed_from) == (7, False, 7)
@@ -243,50 +272,6 @@ def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun,
     assert_same_run(begun, whole.folder)
 
 
-def no_connection():
-    raise KeyError("no connection to the tracker")
-
-
-class Recorder(Callback):
-    def __init__(self, breaks_at=None, how=no_connection):
-        self.calls, self.rows, self._breaks_at, self._break = [], [], breaks_at, how
-
-    def on_start(self, run, out, step):
-        self.calls.append(("start", step))
-
-    def on_step(self, row):
-        self.calls.append(("step", row["step"]))
-        self.rows.append(row)
-        if row["step"] == self._breaks_at:
-            self._break()
-
-    def on_evaluation(self, row):
-        self.calls.append(("evaluation", row["step"]))
-        self.rows.append(row)
-
-    def on_checkpoint(self, step, folder):
-        assert folder.name == str(step)
-        self.calls.append(("checkpoint", step))
-
-    def on_end(self, result):
-        self.calls.append(("end", result.step))
-
-
-def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
-    """It stops after the next step, and calls the other callback to the end. The call resumes."""
-    first, broken, second = Recorder(), Recorder(breaks_at=7), Recorder()
-    with pytest.raises(KeyError, match="no connection to the tracker"):
-        loop.fit(whole.run, begun, quiet=True, callbacks=[broken, first])
-    want = [("start", 5), ("step", 6), ("evaluation", 6), ("step", 7)]
-    want += [("step", 8), ("checkpoint", 8)]
-    assert first.calls == want and broken.calls == want[:4]
-    assert loop.fit(whole.run, begun, quiet=True, callbacks=[second]).resumed_from == 8
-    assert second.calls[:2] == [("start", 8), ("step", 9)]
-    assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
-    kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
-    assert kept == rows_of(begun)[BEGUN:] and rows_of(begun) == rows_of(whole.folder)
-
-
 class Numbers(Callback):
     def on_step(self, row):
         return {"twice": 2 * row["loss"]}
@@ -295,14 +280,29 @@ class Numbers(Callback):
         return {"rank": 3}
 
 
-def test_numbers_of_a_callback_join_the_rows_and_later_callbacks_see_them(whole, begun):
-    seen = Recorder()
-    loop.fit(whole.run, begun, quiet=True, callbacks=[Numbers(), seen])
-    plain, rows = rows_of(whole.folder)[BEGUN:], rows_of(begun)[BEGUN:]
-    added = [{"twice": 2 * row["loss"]} if "loss" in row else {"rank": 3} for row in rows]
-    assert rows == [row | more for row, more in zip(plain, added, strict=True)]
-    kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in seen.rows]
-    assert kept == rows and parse_rows(begun / "metrics.jsonl")[1] == []
+def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
+    """It stops after the next step, and calls the other callback to the end. The call resumes.
+
+    Numbers that a callback returns join the rows; later callbacks see them.
+    """
+    broken = Recorder(at=7, act=lambda: {}["no connection to the tracker"])
+    first, second = Recorder(), Recorder()
+    with pytest.raises(KeyError, match="no connection to the tracker"):
+        loop.fit(whole.run, begun, quiet=True, callbacks=[broken, Numbers(), first])
+    want = [("start", 5), ("step", 6), ("evaluation", 6), ("step", 7)]
+    want += [("step", 8), ("checkpoint", 8)]
+    assert first.calls == want and broken.calls == want[:4]
+    more = [Numbers(), second]
+    assert loop.fit(whole.run, begun, quiet=True, callbacks=more).resumed_from == 8
+    assert second.calls[:2] == [("start", 8), ("step", 9)]
+    assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
+
+    plain, rows = rows_of(whole.folder), rows_of(begun)
+    added = [{"twice": 2 * row["loss"]} if "loss" in row else {"rank": 3} for row in plain[BEGUN:]]
+    wanted = [row | more for row, more in zip(plain[BEGUN:], added, strict=True)]
+    assert rows == plain[:BEGUN] + wanted
+    kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
+    assert kept == wanted and parse_rows(begun / "metrics.jsonl")[1] == []
 
 
 def test_numbers_of_a_callback_that_cannot_join_are_refused():
@@ -315,16 +315,6 @@ def test_numbers_of_a_callback_that_cannot_join_are_refused():
     ):
         with refused(sentence):
             numbers_beside({"step": 1}, found)
-
-
-@pytest.mark.long
-def test_sigterm_saves_and_the_next_call_resumes(whole, begun, capfd):
-    stop = Recorder(breaks_at=6, how=lambda: signal.raise_signal(signal.SIGTERM))
-    stopped = loop.fit(whole.run, begun, quiet=True, callbacks=[stop])
-    assert (stopped.step, stopped.finished) == (7, False)
-    assert "stopping when this step" in capfd.readouterr().err
-    assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
-    assert_same_run(begun, whole.folder)
 
 
 @pytest.mark.long
@@ -368,14 +358,14 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
         step = steps.make_step(job)
 
         def started(*inputs):
-            events.append(f"start {6 + sum(e.startswith('start') for e in events)}")
+            events.append("start")
             assert jax.config.jax_transfer_guard_host_to_device == "disallow"
             return step(*inputs)
 
         return started
 
     def noted(*args):
-        events.append(f"put {6 + sum(e.startswith('put') for e in events)}")
+        events.append("put")
         return put(*args)
 
     monkeypatch.setattr(steps, "AHEAD", {})  # as on an accelerator
@@ -385,8 +375,6 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
     rows.on_step = lambda row: events.append(f"row {row['step']}")
     loop.fit(run, begun, stop_after=10, quiet=True, callbacks=[rows])
     # Step 9 is saved: no batch is made ahead of it, so the data position is that of the steps.
-    assert events == [
-        *("put 6", "start 6", "put 7", "start 7", "put 8", "start 8", "row 6", "put 9"),
-        *("start 9", "row 7", "row 8", "row 9", "put 10", "start 10", "row 10"),
-    ]
+    to_9 = "put start put start put start row 6 put start row 7 row 8 row 9"
+    assert " ".join(events) == f"{to_9} put start row 10"
     assert rows_of(begun) == [row for row in rows_of(whole.folder) if "loss" in row][:10]
