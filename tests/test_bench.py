@@ -140,16 +140,15 @@ def test_distinct_experts_are_the_mean_over_all_choices(tokens):
     assert distinct_experts(cfg, tokens) == pytest.approx(sum(unions) / len(unions), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(mtp_depth=1),
-        dict(tie_embeddings=True),
-        dict(num_dense_layers=0),
-        dict(num_dense_layers=3),
-    ],
-    ids=["untied", "tied", "all sparse", "all dense"],
-)
+MODELS = {
+    "untied": dict(mtp_depth=1),
+    "tied": dict(tie_embeddings=True),
+    "all sparse": dict(num_dense_layers=0),
+    "all dense": dict(num_dense_layers=3),
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_bytes_of_a_step_are_those_of_the_parameters(changes):
     """Walk over the parameters: experts by the share read; no untied embedding, no MTP."""
     cfg = small(**changes)
