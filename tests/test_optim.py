@@ -222,6 +222,22 @@ def test_unknown_names_are_refused_in_a_sentence():
         unhooked("dsv3_jax.training.optim").check_optimizer(OptimConfig(), "adam")
 
 
+def test_a_transformation_reads_the_loss_and_no_more():
+    """Polyak's rate is the loss over the gradient's square; L-BFGS would compute losses itself."""
+    params = nnx.State({"w": nnx.Param(jnp.array([1.0]))})
+
+    def moved(tx):
+        optimizer = optim.make(OptimConfig(), STEPS, transformation=tx)
+        state = optimizer.init(params)
+        keep, loss = jnp.bool_(True), jnp.float32(0.25)
+        new, _ = optimizer.update(jnp.int32(0), params, state, params, jnp.float32(1), keep, loss)
+        return new["w"][...]
+
+    np.testing.assert_allclose(moved(optax.polyak_sgd()), [1 - 0.25 / 1**2])
+    with refused("optimizer needs more than gradients, parameters and the loss: .*'value_fn'"):
+        moved(optax.lbfgs())
+
+
 @pytest.mark.rare
 def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path):
     text, model = write_text(tmp_path / "text"), replace(MODEL, num_layers=1, mtp_depth=0)

@@ -72,7 +72,14 @@ class AdamW:
 
     @jax.named_scope("optimizer")
     def update(
-        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+        self,
+        step: Array,
+        params: nnx.State,
+        state: Any,
+        grads: nnx.State,
+        norm: Array,
+        keep: Array,
+        value: Array | None = None,
     ) -> tuple[nnx.State, Any]:
         """Take one step on gradients that are clipped to `clip_norm`.
 
@@ -80,6 +87,7 @@ class AdamW:
             step: int32 [], steps taken before this one.
             norm: of all gradients.
             keep: bool []: take the step; False changes nothing, whatever the gradients are.
+            value: float32 []: the loss, which some transformations of optax read.
         Returns: (params, state).
         """
         cfg = self.cfg
@@ -165,7 +173,14 @@ class Muon(AdamW):
 
     @jax.named_scope("optimizer")
     def update(
-        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+        self,
+        step: Array,
+        params: nnx.State,
+        state: Any,
+        grads: nnx.State,
+        norm: Array,
+        keep: Array,
+        value: Array | None = None,
     ) -> tuple[nnx.State, Any]:
         cfg = self.cfg
 
@@ -268,7 +283,14 @@ class Optax:
             return _named(self.tx.init(nnx.to_pure_dict(params)), params)
 
     def update(
-        self, step: Array, params: nnx.State, state: Any, grads: nnx.State, norm: Array, keep: Array
+        self,
+        step: Array,
+        params: nnx.State,
+        state: Any,
+        grads: nnx.State,
+        norm: Array,
+        keep: Array,
+        value: Array | None = None,
     ) -> tuple[nnx.State, Any]:
         check_optimizer(self.cfg, self.tx)
         assert self.tx is not None
@@ -281,7 +303,15 @@ class Optax:
         )
         clipped = nnx.to_pure_dict(jax.tree.map(lambda g: g * clip, grads))
         with _promoting():
-            updates, after = self.tx.update(clipped, before, old)
+            update = optax.with_extra_args_support(self.tx).update
+            try:
+                updates, after = update(clipped, before, old, value=value)
+            except TypeError as error:
+                if "required keyword-only argument" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"optimizer needs more than gradients, parameters and the loss: {error}"
+                ) from error
             new = optax.apply_updates(old, updates)
 
         # A step that is not kept changes nothing, the count of steps included.

@@ -74,7 +74,8 @@ def _step(
 
     # The weights: the optimizer, then QK-clip.
     optimizer = optim.make(cfg, run.steps, job.its_kernels(), job.optimizer, mup.growth(run))
-    params, opt = optimizer.update(state.step, trained, state.opt, grads, norm, moves)
+    update = optimizer.update
+    params, opt = update(state.step, trained, state.opt, grads, norm, moves, out.total)
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
         params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, moves)
