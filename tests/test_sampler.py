@@ -236,6 +236,8 @@ def test_reading_gives_log_p_alternatives_experts_and_gates(two_layers):
 def test_what_cannot_be_answered_is_refused(model):
     with refused("context=1 is not an int of 2 or above"):
         OpenSampler(model, context=1)
+    with refused("context=5000 is above .*, the model's max_positions less 1 drafts"):
+        OpenSampler(model, context=5000, draft="lookup")
     sampler = OpenSampler(model, rows=1, context=CONTEXT)
     for ask, problem in (
         (Ask((), 3), "prompt 0 is empty"),

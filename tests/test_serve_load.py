@@ -132,8 +132,11 @@ def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
         assert ids == generate(model, [[1, 2, 3]], 40, stop_tokens=STOP).tokens[0]
 
 
-def test_a_text_that_is_lost_takes_no_other_with_it(model):
-    """Both are a sampler's first text: the other one comes while the lost one's step fails."""
+def test_a_text_that_is_lost_takes_no_other_with_it(model, monkeypatch):
+    """Both are a sampler's first text: the other one comes while the lost one's step fails.
+
+    Where memory has no room for another sampler, the next text has the error, and tries again.
+    """
     engine = Engine(model, rows=1, context=32)
     go = threading.Event()
 
@@ -160,6 +163,12 @@ def test_a_text_that_is_lost_takes_no_other_with_it(model):
     with closing(engine):
         assert asyncio.run(lose(0)) == []
         assert asyncio.run(lose(1)) == generate(model, [[5, 6]], 4).tokens
+        with monkeypatch.context() as full:
+            full.setattr("dsv3_jax.serve.engine.OpenSampler", fails)
+            assert asyncio.run(lose(0)) == []
+        with pytest.raises(RuntimeError, match="lost"):
+            asyncio.run(asyncio.wait_for(text(), 30))
+        assert asyncio.run(text()) == generate(model, [[5, 6]], 4).tokens[0]
 
 
 def test_the_page_is_told_what_a_cache_would_hold_where_there_is_none(model):

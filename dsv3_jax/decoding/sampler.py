@@ -122,6 +122,9 @@ class OpenSampler:
             alternatives=min(ALTERNATIVES, cfg.vocab_size),
         )
         reach = min(cfg.max_positions, getattr(draft, "cfg", cfg).max_positions) - config.num_drafts
+        if context is not None and context > reach:
+            less = f" less {config.num_drafts} drafts" if config.num_drafts else ""
+            raise ValueError(f"context={context} is above {reach}, the model's max_positions{less}")
         self.context = min(context or CONTEXT, reach)
         self.model = model
         config.check(cfg, [[0]])

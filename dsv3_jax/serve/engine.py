@@ -259,10 +259,18 @@ class Engine:
         """Tell a sampler's texts what happened, and replace it."""
         for place in [place for place in self.listeners if place[0] == changes]:
             self._tell(place, error, last=True)
-        if changes == UNCHANGED:  # others check their texts by the old one meanwhile
-            self.samplers[UNCHANGED] = OpenSampler(self.model, **self.options)
-        else:
+        if changes != UNCHANGED:
             del self.samplers[changes]
+            return
+
+        # Others check their texts by the old one meanwhile. Where memory has no room for a new one,
+        # the old one stays, without texts, and the next text's error tries again.
+        old = self.samplers[UNCHANGED]
+        try:
+            self.samplers[UNCHANGED] = OpenSampler(self.model, **self.options)
+        except Exception:
+            old.waiting.clear()
+            old.rows.clear()
 
     def _sampler(self, changes: Changes) -> OpenSampler:
         """The sampler of a changed model; one that is idle makes room for it."""
