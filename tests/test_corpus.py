@@ -26,7 +26,7 @@ def read(*paths, **settings):
     return corpus, sorted(corpus.train + corpus.val)
 
 
-def test_a_folder_of_files(tmp_path, monkeypatch):
+def test_a_folder_of_files(tmp_path, monkeypatch, capsys):
     files = {
         "README.md": b"readme",
         "src/a.py": b"a = 1\r\n",
@@ -49,6 +49,8 @@ def test_a_folder_of_files(tmp_path, monkeypatch):
         ("readme", "md"), ("a = 1\r\n", "src"), ("int b;", "src"), ("no suffix", "text"),
         ("j1", "web"), ("j2", "jsonl"), ("changes", "doc"), ("j3", "jsonl"),
     ])  # fmt: skip
+    # A text in UTF-16 looks binary; nobody should miss it in silence.
+    assert "passed over 2 binary files (or UTF-16)" in capsys.readouterr().err
     assert len(read(tmp_path, max_documents=2)[1]) == 2
 
     # A gzip file may hold far more than its size.
@@ -73,6 +75,13 @@ def test_bad_files_are_named(tmp_path):
             read(tmp_path / name)
     with refused("path='.*b.txt' does not exist"):
         read(tmp_path / "b.txt")
+
+    # Shards are no text: their JSON would be, all alone.
+    (tmp_path / "shards").mkdir()
+    for name in ("manifest.json", "train-00000.array_record"):
+        (tmp_path / "shards" / name).write_bytes(b"{}")
+    with refused("path='.*shards' is a folder of shards; read it by --data.format shards"):
+        read(tmp_path / "shards")
 
 
 def test_parquet(tmp_path, monkeypatch):

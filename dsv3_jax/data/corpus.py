@@ -8,10 +8,12 @@ import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.installed import installed_texts
+from dsv3_jax.data.manifest import MANIFEST
 from dsv3_jax.data.text_files import rows_of_path
 
 T = TypeVar("T")
@@ -134,6 +136,8 @@ def read_documents(paths: Sequence[str], text_column: str = "text") -> Iterator[
 
 def _documents_of(path: str, column: str) -> Iterator[Document]:
     """Yield the documents of one of `DataConfig.paths`."""
+    if (Path(path) / MANIFEST).is_file() and any(Path(path).glob("*.array_record")):
+        raise ValueError(f"path={path!r} is a folder of shards; read it by --data.format shards")
     empty = True
     for location, row, domain in rows_of_path(path, (column,)):
         if column not in row:
@@ -144,7 +148,7 @@ def _documents_of(path: str, column: str) -> Iterator[Document]:
         text = row[column]
         if not isinstance(text, str):
             raise ValueError(
-                f'{location}: "{column}" is {reprlib.repr(text)}, not a string, of '
+                f'{location}: "{column}" is {reprlib.repr(text)}, not a string; the keys are '
                 f"{sorted(row)!r:.200}"
             )
 
@@ -190,7 +194,8 @@ def split(
     if not sides[0]:
         distinct = f"{len(texts)} in all, {len(set(digests))} of them distinct"
         raise ValueError(
-            f"val_fraction={fraction} leaves no text for training: there are {distinct}; add text"
+            f"val_fraction={fraction} leaves no text for training: there are {distinct}; add "
+            "texts, or divide this one into several files or rows of JSONL"
         )
     trained = (digest for digest in digests if int.from_bytes(digest) >= threshold)
     return *sides, fingerprint_of(trained)

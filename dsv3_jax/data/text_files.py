@@ -87,21 +87,15 @@ def _rows_of_files(
 ) -> Iterator[tuple[str, Any, str]]:
     if not root.exists():
         raise ValueError(f"path={str(root)!r} does not exist")
+    binary: list[Path] = []
     for file in files_below(root) if root.is_dir() else (root,):
         if file.is_symlink() and not file.exists():
             print(f"passed over {str(file)!r}: a link that leads nowhere", file=sys.stderr)
             continue
 
-        # The domain of rows that state none.
         name = Path(file.stem) if file.suffix.lower() == PACKED else file
         suffix = name.suffix.lower()
-        folders = file.relative_to(root).parts[:-1]
-        if chats:
-            domain = name.stem
-        elif folders:
-            domain = folders[0]
-        else:
-            domain = suffix[1:] or "text"
+        domain = name.stem if chats else _domain_of(name, file.relative_to(root).parts[:-1])
 
         # A binary file, by git's rule, that the user names is refused; one of a folder is passed
         # over.
@@ -114,12 +108,27 @@ def _rows_of_files(
                 rows = json_lines(file, limit)
             elif suffix == ".parquet" and name is file:
                 rows = numbered(str(file), parquet_rows(file, needed, columns), limit)
-            elif not chats and not (root.is_dir() and b"\0" in _head(file)):
+            elif not chats and root.is_dir() and b"\0" in _head(file):
+                binary.append(file)
+            elif not chats:
                 rows = [(str(file), {needed[0]: _text_of(file)})]
             for location, row in rows:
                 yield location, row, domain
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+    # A text in UTF-16 has zero bytes, too: its reader would miss it.
+    if binary:
+        print(
+            f"passed over {len(binary):,} binary files (or UTF-16) of {str(root)!r}, the first: "
+            f"{str(binary[0])!r}",
+            file=sys.stderr,
+        )
+
+
+def _domain_of(name: Path, folders: Sequence[str]) -> str:
+    """Return the domain of rows that state none: the first folder, else the file's suffix."""
+    return folders[0] if folders else name.suffix.lower()[1:] or "text"
 
 
 def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -169,7 +178,9 @@ def _text_of(path: Path) -> str:
     try:
         return _read(path, _MAX_TEXT_BYTES).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+        raise ValueError(
+            f"{path} is not UTF-8: {error}; convert it, as by iconv, or keep it elsewhere"
+        ) from error
 
 
 def json_lines(path: Path, limit: int) -> Iterator[tuple[str, Any]]:

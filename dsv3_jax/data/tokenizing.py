@@ -38,7 +38,10 @@ from dsv3_jax.host.lock import acquire
 
 SETTINGS, LOCK = "settings.json", "tokenize.lock"
 # Without such a side, shards cannot be trained on or measured on.
-WITHOUT = {"train": "leaves no document for training", "val": "holds no document out"}
+WITHOUT = {
+    "train": "leaves no document for training; lower it, or add documents",
+    "val": "holds no document out; raise it, or add documents",
+}
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,7 @@ def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
         sides = {facts["side"] for facts in files.values()}
         for side in SIDES:
             if side not in sides:
-                raise ValueError(
-                    f"val_fraction={job.val_fraction} {WITHOUT[side]}; there are too few documents"
-                )
+                raise ValueError(f"val_fraction={job.val_fraction} {WITHOUT[side]}")
         same = ("version", "format", "row_tokens", "tokenizer")
         values = {name: settings[name] for name in same}
         values |= {"vocab_size": encoder.tokenizer.vocab_size, "domains": list(domains)}
