@@ -492,7 +492,7 @@ def balance_loss(r: Routing, xp: ModuleType) -> Float[Array, " B"]:
     # f and P: equations 18 to 20 of the V3 report. f is a count, so only P has a gradient.
     chosen_BTE = one_hot(r.expert_ids, num_experts, xp).sum(-2)
     f = num_experts / k * (chosen_BTE * mean_over_t).sum(1)
-    shares_BTE = r.scores / (r.scores.sum(-1, keepdims=True) + 1e-20)
+    shares_BTE = r.scores / xp.maximum(r.scores.sum(-1, keepdims=True), 1e-18)
     mean_share = (shares_BTE * mean_over_t).sum(1)
     return (f * mean_share).sum(-1)
 

@@ -68,6 +68,23 @@ def test_sequence_and_switch_loss(x64, rng, share):
         np.testing.assert_allclose(*gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("logit", [-200.0, -88.0, -46.0, -40.0])
+def test_gradients_of_balance_losses_are_finite_if_all_scores_underflow(logit):
+    """The router's gates have this guard too; a quotient's gradient squares the sum of scores."""
+    logits = jnp.full((1, 3, 6), logit) + jnp.eye(3, 6)[None]
+    ids = jnp.array([[[0], [1], [2]]])
+
+    @jax.jit
+    @jax.grad
+    def gradient(logits):
+        scores = jax.nn.sigmoid(logits)
+        return balance.sequence_loss(scores, 1).sum() + balance.switch_loss(scores, ids)
+
+    grad = gradient(logits)
+    assert np.isfinite(grad).all()
+    assert np.abs(grad).max() <= 4  # 2 losses · f_e = 2 · the derivative of a share, at most 1
+
+
 def test_the_z_loss_of_no_tokens_is_0():
     assert balance.z_loss(jnp.ones(5), jnp.zeros(5, bool)) == 0
 

@@ -99,3 +99,9 @@ def test_gates_and_gradients_are_finite_if_all_scores_underflow(router):
         assert np.abs(grad).max() <= 2.5  # the derivative of a gate is at most its scale
         want = by_the_page(logits, np.zeros(16), cfg)[1]
         np.testing.assert_allclose(gates, want, rtol=1e-5, atol=1e-15)
+
+
+def test_the_gradient_is_finite_if_softmax_gives_replayed_experts_no_probability():
+    given = jnp.array([[1, 2]], jnp.int32)
+    grad = jax.grad(lambda z: routing.softmax(z, k=2, normalize=True, given=given).gates[0, 0])
+    assert np.isfinite(grad(jnp.array([[100.0, -60.0, -61.0, 0.0]]))).all()

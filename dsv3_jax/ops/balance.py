@@ -215,7 +215,7 @@ def sequence_loss(
     f_BE = over_rows(counts_BE).astype(scores.dtype) * num_experts / (k * tokens_B1)
 
     # P: each expert's mean share of a token's scores.
-    shares_BTE = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    shares_BTE = _shares(scores)
     p_BE = (shares_BTE * weight_BT[..., None]).sum(1) / tokens_B1
     return (f_BE * p_BE).sum(-1)
 
@@ -257,9 +257,15 @@ def switch_loss(
     f_E = counts.astype(scores.dtype) / (total * expert_ids.shape[-1])
 
     # P: its mean share of a token's scores.
-    shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    p_E = (shares * weight[..., None]).sum(tuple(range(len(lead)))) / total
+    p_E = (_shares(scores) * weight[..., None]).sum(tuple(range(len(lead)))) / total
     return num_experts * (f_E * p_E).sum()
+
+
+def _shares(scores: Float[Array, "*n E"]) -> Float[Array, "*n E"]:
+    """Divide a token's scores by their sum."""
+    # A quotient's gradient squares the sum. 1e-18 squared is not 0 in float32, so the gradient is
+    # finite if all sigmoids underflow.
+    return scores / jnp.maximum(scores.sum(-1, keepdims=True), 1e-18)
 
 
 def max_vio(load: Float[Array, "*l E"]) -> Float[Array, "*l"]:

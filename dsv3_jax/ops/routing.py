@@ -121,7 +121,8 @@ def softmax(
     expert_ids = choose(jax.lax.stop_gradient(scores), **limits)
     gates = _pick(scores, expert_ids)
     if normalize:
-        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+        # 1e-18 squared is not 0 in float32: given experts may have no probability at all.
+        gates = gates / jnp.maximum(gates.sum(-1, keepdims=True), 1e-18)
     return Routing(expert_ids, gates * scale, scores)
 
 
