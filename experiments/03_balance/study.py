@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from experiments.lab import Column, Study, drawing
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.measuring import late_mean
 
-NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 UNBALANCED = "none"
 BIAS, SLOW, FAST = (f"loss-free, γ {rate}" for rate in ("3e-3", "1e-4", "1e-2"))
 PROPORTIONAL, QUANTILE = "proportional, γ 1e-2", "quantile, γ 0.1"
@@ -20,17 +20,17 @@ BASELINE = "Switch loss, α 1e-3"  # the loss-free paper's
 SWITCH = "Switch loss, α 1e-2"  # Switch Transformer's
 SEQUENCE = "sequence-wise, α 3e-3"
 BALANCES = {
-    UNBALANCED: NONE,
-    BIAS: replace(NONE, bias_rate=3e-3),
-    SLOW: replace(NONE, bias_rate=1e-4),
-    FAST: replace(NONE, bias_rate=1e-2),
-    PROPORTIONAL: replace(NONE, bias_rate=1e-2, rule="proportional"),
-    QUANTILE: replace(NONE, bias_rate=0.1, rule="quantile"),
-    BASELINE: replace(NONE, switch_alpha=1e-3),
-    SWITCH: replace(NONE, switch_alpha=1e-2),
-    SEQUENCE: replace(NONE, sequence_alpha=3e-3),
+    UNBALANCED: NO_BALANCE,
+    BIAS: replace(NO_BALANCE, bias_rate=3e-3),
+    SLOW: replace(NO_BALANCE, bias_rate=1e-4),
+    FAST: replace(NO_BALANCE, bias_rate=1e-2),
+    PROPORTIONAL: replace(NO_BALANCE, bias_rate=1e-2, rule="proportional"),
+    QUANTILE: replace(NO_BALANCE, bias_rate=0.1, rule="quantile"),
+    BASELINE: replace(NO_BALANCE, switch_alpha=1e-3),
+    SWITCH: replace(NO_BALANCE, switch_alpha=1e-2),
+    SEQUENCE: replace(NO_BALANCE, sequence_alpha=3e-3),
     # V3's own, whose sequence-wise loss is weak
-    "loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4),
+    "loss-free + sequence-wise": replace(NO_BALANCE, bias_rate=3e-3, sequence_alpha=1e-4),
 }
 CAPACITY = 1.25
 LIMITED, LIMITED_UNBALANCED = (f"capacity {CAPACITY}, {name}" for name in (BIAS, UNBALANCED))

@@ -47,6 +47,7 @@ from dsv3_jax.runs.loop import fit
 from dsv3_jax.runs.start import on_trunk, open_start
 from experiments.bench.copying import copy_bandwidth
 from experiments.lab import markdown_table, mean_spread
+from experiments.lab.bases import lasting
 from experiments.lab.measuring import expert_ids
 from experiments.lab.prompts import held_out_prompts
 from experiments.lab.results import replace_block
@@ -170,7 +171,7 @@ def heads(trunk):
 def measure_head(trunk, loss, seed):
     """Train a head, and return the share of its drafts that are accepted, by temperature."""
     start, steps = open_start(trunk), HEAD_STEPS
-    run = replace(recipe("lab"), steps=steps, eval_every=steps, save_every=steps, seed=seed)
+    run = lasting(replace(recipe("lab"), seed=seed), steps)
     run = replace(on_trunk(run, start), head_loss=loss)
     out = Path("runs/lab/head-losses") / f"{loss}-{seed}-{steps}"
     fit(run, out, start=start)

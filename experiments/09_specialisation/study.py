@@ -1,18 +1,18 @@
 """Specialisation of experts by domain and layer: loss-free balance against an auxiliary loss."""
 
 from dsv3_jax import stats
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from dsv3_jax.data.source import open_source
 from experiments.lab import Column, Study, drawing
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim, Stake
 
-NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 METHODS = {  # as in 03_balance, with the same runs
-    "Switch loss, α 1e-2": replace(NONE, switch_alpha=1e-2),
-    "sequence-wise, α 3e-3": replace(NONE, sequence_alpha=3e-3),
-    "loss-free, γ 3e-3": replace(NONE, bias_rate=3e-3),
-    "loss-free + sequence-wise": replace(NONE, bias_rate=3e-3, sequence_alpha=1e-4),
-    "none": NONE,
+    "Switch loss, α 1e-2": replace(NO_BALANCE, switch_alpha=1e-2),
+    "sequence-wise, α 3e-3": replace(NO_BALANCE, sequence_alpha=3e-3),
+    "loss-free, γ 3e-3": replace(NO_BALANCE, bias_rate=3e-3),
+    "loss-free + sequence-wise": replace(NO_BALANCE, bias_rate=3e-3, sequence_alpha=1e-4),
+    "none": NO_BALANCE,
 }
 
 

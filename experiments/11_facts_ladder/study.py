@@ -1,7 +1,8 @@
 """DeepSeekMoE's ladder on more facts than a dense model can store, at three sizes; and drops."""
 
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.ladder import (
     DENSE,
     FINE_2,
@@ -32,7 +33,6 @@ WIDTHS = (
 FACTS = {"half": 64, "base": 128, "double": 192}
 AT_EACH_SIZE = (DENSE, GSHARD, SHARED, FINE_4, UNSHARED_2, UNSHARED_4)
 
-NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 CAPPED, UNBALANCED = "1 + 3 of 31, capacity 1.25", "1 + 3 of 31, no balance"
 CAPPED_UNBALANCED = f"{CAPPED}, no balance"
 

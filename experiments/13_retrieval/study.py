@@ -25,7 +25,7 @@ from experiments.lab import (
     mean_spread,
     write_figure,
 )
-from experiments.lab.bases import base_run, short_run
+from experiments.lab.bases import text_beside
 from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.tasks import Retrieval
 
@@ -52,8 +52,7 @@ def variants(base):
 
 def text_run(base):
     """Return the recipe of text in bytes, as short as the base is."""
-    is_short = base.steps == short_run("retrieval").steps
-    run = short_run("lab") if is_short else base_run("lab", [], RUNS_FOLDER)
+    run = text_beside(base)
     reach = 4 * run.data.seq_len
     # More is held out than of other text, so that enough documents fill a row of 4L.
     data = replace(

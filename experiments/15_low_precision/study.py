@@ -7,6 +7,7 @@ from dsv3_jax.config import Execution, replace
 from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.training.rounding import rounded
 from experiments.lab import Study, drawing, markdown_table, mean_spread
+from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim, Stake
 
 EXACT = "float32"
@@ -26,7 +27,7 @@ def variants(base):
     short = replace(
         base,
         data=replace(base.data, batch_size=8),
-        optim=replace(base.optim, learning_rate=2e-3, final_learning_rate=1e-4),
+        optim=at_rate(base.optim, 2e-3),
         steps=min(STEPS, base.steps),
         eval_every=min(STEPS, base.eval_every if base.steps < STEPS else STEPS),
         save_every=min(STEPS, base.save_every),

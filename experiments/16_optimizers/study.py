@@ -9,6 +9,7 @@ from flax import nnx
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
+from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim, Stake
 
 ADAMW, MUON, CLIPPED, FREE = "AdamW", "Muon", "Muon + QK-clip", "AdamW + QK-clip"
@@ -22,9 +23,7 @@ EVALUATIONS = 10  # in a run, for the step at which a loss is reached
 def variants(base):
     def of(name, clip=None, steps=base.steps):
         rate = RATES[ADAMW if name == "adamw" else MUON]
-        optim = replace(
-            base.optim, name=name, qk_clip=clip, learning_rate=rate, final_learning_rate=rate / 20
-        )
+        optim = at_rate(replace(base.optim, name=name, qk_clip=clip), rate)
         every = max(steps // EVALUATIONS, 1)
         return replace(
             base, optim=optim, steps=steps, eval_every=every, save_every=min(base.save_every, steps)

@@ -8,20 +8,20 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax import stats
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.stats.token_rows import rows_of
 from experiments.lab import Column, Study, drawing, markdown_table, mean_spread
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.tables import results_table
 
-NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 BIAS, SWITCH, UNBALANCED = "loss-free, γ 3e-3", "Switch loss, α 1e-2", "none"
 METHODS = {  # as in 09_specialisation
-    BIAS: replace(NONE, bias_rate=3e-3),
-    SWITCH: replace(NONE, switch_alpha=1e-2),
-    UNBALANCED: NONE,
+    BIAS: replace(NO_BALANCE, bias_rate=3e-3),
+    SWITCH: replace(NO_BALANCE, switch_alpha=1e-2),
+    UNBALANCED: NO_BALANCE,
 }
 CHECKPOINTS = 10
 TOKENS = 512  # whose choices are kept, to compare seeds

@@ -3,24 +3,21 @@
 import numpy as np
 
 from dsv3_jax import stats
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, asked_load, bits_claim, bits_stake, unknown_bits
 from experiments.lab.tasks import Domains
 
 MIXED = Domains(count=16, words=224)
 TOGETHER = replace(MIXED, together=True)
-NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+WEIGHTS = ("1e-3", "1e-2", "1e-1")
 RULES = {
-    "bias": {f"bias, γ {g}": replace(NONE, bias_rate=float(g)) for g in ("1e-4", "1e-3", "1e-2")},
-    "batch-wise loss": {
-        f"batch-wise, α {a}": replace(NONE, switch_alpha=float(a)) for a in ("1e-3", "1e-2", "1e-1")
-    },
-    "sequence-wise loss": {
-        f"sequence-wise, α {a}": replace(NONE, sequence_alpha=float(a))
-        for a in ("1e-3", "1e-2", "1e-1")
-    },
+    "none": NO_BALANCE,
+    **{f"bias, γ {g}": replace(NO_BALANCE, bias_rate=float(g)) for g in ("1e-4", "1e-3", "1e-2")},
+    **{f"batch-wise, α {a}": replace(NO_BALANCE, switch_alpha=float(a)) for a in WEIGHTS},
+    **{f"sequence-wise, α {a}": replace(NO_BALANCE, sequence_alpha=float(a)) for a in WEIGHTS},
 }
 BIAS, BATCH = "bias, γ 1e-3", "batch-wise, α 1e-1"
 SEQUENCE, STRONG = "sequence-wise, α 1e-2", "sequence-wise, α 1e-1"
@@ -28,10 +25,7 @@ ONE_DOMAIN = ", batches of one domain"
 
 
 def variants(base):
-    balances = {"none": NONE} | {name: b for rule in RULES.values() for name, b in rule.items()}
-    runs = {
-        name: replace(base, model=replace(base.model, balance=b)) for name, b in balances.items()
-    }
+    runs = {name: replace(base, model=replace(base.model, balance=b)) for name, b in RULES.items()}
     apart = {
         name + ONE_DOMAIN: OnTask(TOGETHER, runs[name]) for name in ("none", BIAS, BATCH, STRONG)
     }

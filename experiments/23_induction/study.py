@@ -6,7 +6,9 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim
+from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.measuring import BITS, bits_stake, formed, log_formed, unknown_bits
 from experiments.lab.tasks import Chains
 
@@ -15,22 +17,20 @@ TWO = Chains(states=3, order=2, tokens=96)  # the last two tokens do
 ADAMW, MUON = "AdamW", "Muon"
 MODULE, PARALLEL = "a module", "two parallel heads"
 OF_TWO = ", order 2"
-FACTORS = {", half width": 0.5, "": 1, ", double width": 2}  # of the base recipe's widths
+SIZES = {", half width": "half", "": "base", ", double width": "double"}
 WIDTHS = ("dim", "dense_dim", "kv_latent_dim", "nope_head_dim", "rope_head_dim", "v_head_dim")
 RATES = {ADAMW: 6e-3, MUON: 1.2e-2}  # chosen on seed 100, see README.md
 
 
 def variants(base):
-    def run(optimizer, task=TOKENS, factor=1, **model):
-        rate = RATES[optimizer] / factor
-        model |= {name: round(getattr(base.model, name) * factor) for name in WIDTHS}
-        optim = replace(
-            base.optim, name=optimizer.lower(), learning_rate=rate, final_learning_rate=rate / 20
+    def run(optimizer, task=TOKENS, size="base", **heads):
+        made = replace(
+            base,
+            optim=at_rate(replace(base.optim, name=optimizer.lower()), RATES[optimizer]),
+            data=replace(base.data, seq_len=task.length),
+            model=replace(base.model, **heads),
         )
-        data = replace(base.data, seq_len=task.length)
-        return OnTask(
-            task, replace(base, optim=optim, data=data, model=replace(base.model, **model))
-        )
+        return OnTask(task, scaled(made, FACTORS[size], WIDTHS))
 
     module, parallel = {"mtp_depth": 1}, {"mtp_depth": 2, "mtp_kind": "meta"}
     made = {}
@@ -40,9 +40,9 @@ def variants(base):
             f"{optimizer}, {MODULE}": run(optimizer, **module),
             f"{optimizer}, {PARALLEL}": run(optimizer, **parallel),
         }
-    for optimizer, (size, factor) in itertools.product(RATES, FACTORS.items()):
-        if size:  # the base width is there
-            made[optimizer + size] = run(optimizer, factor=factor)
+    for optimizer, (name, size) in itertools.product(RATES, SIZES.items()):
+        if name:  # the base width is there
+            made[optimizer + name] = run(optimizer, size=size)
     return made | {
         MUON + OF_TWO: run(MUON, TWO),
         f"{MUON}, {MODULE}{OF_TWO}": run(MUON, TWO, **module),
@@ -83,7 +83,7 @@ STUDY = Study(
     claims=(
         *(
             sooner(f"Muon finds induction sooner than AdamW{size}", MUON + size, ADAMW + size)
-            for size in FACTORS
+            for size in SIZES
         ),
         sooner("with AdamW, a module brings it forward", f"{ADAMW}, {MODULE}", ADAMW),
         sooner("with AdamW, two parallel heads bring it forward", f"{ADAMW}, {PARALLEL}", ADAMW),

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from passes import Pass, read
 
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from dsv3_jax.model.moe import NEAR
 from dsv3_jax.ops import routing
 from experiments.lab import Study, drawing, markdown_table, mean_spread
+from experiments.lab.bases import NO_BALANCE, lasting
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 
 STEPS = 180
-# As in 21_sizes.
-WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 CHOICES = 60_000  # that a pass makes, at least
 ROWS = 64  # held-out rows that are read
 
@@ -41,14 +40,11 @@ BASE, SOFTMAX, GROUPS = "base width", "base width, softmax", "base width, 4 of 8
 
 def variants(base):
     """Three widths with V3's router and bias; at the base width also groups, and softmax."""
-    every = min(STEPS, base.steps)
-    base = replace(base, steps=every, eval_every=every, save_every=every)
-    found = {f"{size} width": scaled(base, factor, WIDTHS) for size, factor in FACTORS.items()}
+    base = lasting(base, min(STEPS, base.steps))
+    found = {f"{size} width": scaled(base, factor) for size, factor in FACTORS.items()}
     routers = {
         GROUPS: dict(num_groups=8, groups_per_token=4),
-        SOFTMAX: dict(
-            router="softmax", balance=Balance(bias_rate=0.0, sequence_alpha=0.0, switch_alpha=1e-2)
-        ),
+        SOFTMAX: dict(router="softmax", balance=replace(NO_BALANCE, switch_alpha=1e-2)),
     }
     return found | {
         name: replace(base, model=replace(base.model, **router)) for name, router in routers.items()

@@ -6,27 +6,27 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax import stats
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.measuring import BITS, asked_load, bits_claim, overflow, steps_until
 from experiments.lab.tasks import ShiftingDomains
 
-NONE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 SIGN, FAST_SIGN, PROPORTIONAL = "sign, γ 1e-3", "sign, γ 1e-2", "proportional, γ 1e-2"
 QUANTILE, FULL_QUANTILE = "quantile, γ 0.1", "quantile, γ 1"
 SWITCH, EIGHTHS = "Switch loss, batch", "Switch loss, eighths of it"
 SEQUENCE = "sequence-wise loss"
 RULES = {
-    "none": NONE,
-    SIGN: replace(NONE, bias_rate=1e-3),
-    FAST_SIGN: replace(NONE, bias_rate=1e-2),
-    PROPORTIONAL: replace(NONE, bias_rate=1e-2, rule="proportional"),
-    QUANTILE: replace(NONE, bias_rate=0.1, rule="quantile"),
-    FULL_QUANTILE: replace(NONE, bias_rate=1.0, rule="quantile"),
-    SWITCH: replace(NONE, switch_alpha=1e-1),
-    EIGHTHS: replace(NONE, switch_alpha=1e-1),
-    SEQUENCE: replace(NONE, sequence_alpha=1e-1),
+    "none": NO_BALANCE,
+    SIGN: replace(NO_BALANCE, bias_rate=1e-3),
+    FAST_SIGN: replace(NO_BALANCE, bias_rate=1e-2),
+    PROPORTIONAL: replace(NO_BALANCE, bias_rate=1e-2, rule="proportional"),
+    QUANTILE: replace(NO_BALANCE, bias_rate=0.1, rule="quantile"),
+    FULL_QUANTILE: replace(NO_BALANCE, bias_rate=1.0, rule="quantile"),
+    SWITCH: replace(NO_BALANCE, switch_alpha=1e-1),
+    EIGHTHS: replace(NO_BALANCE, switch_alpha=1e-1),
+    SEQUENCE: replace(NO_BALANCE, sequence_alpha=1e-1),
 }
 PARTS = 8  # microbatches of EIGHTHS, each with its own Switch loss
 BLOCKS, CAPACITY = ", blocks of one domain", ", capacity 1.25"
@@ -88,7 +88,7 @@ def measure(trained):
     bits = trained.numbers["bits_per_byte_by_domain"]  # a word is a byte
     mix = dict(zip(task.domains, task.mix(task.even), strict=True))
     numbers["new_bits"] = float(sum(mix[name] * bits[name] for name in bits))
-    if trained.run.model.balance != NONE:
+    if trained.run.model.balance != NO_BALANCE:
         numbers["back"] = steps_until(vio[task.even :], BOUND)
     return numbers
 

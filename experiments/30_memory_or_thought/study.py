@@ -8,6 +8,7 @@ import numpy as np
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
 from experiments.lab import Column, FollowUp, OnTask, Study, drawing, format_number
+from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import bits_stake
 from experiments.lab.results import lookup
@@ -69,8 +70,7 @@ def models(cfg):
 
 def variants(base):
     kinds = models(base.model)
-    rate = 1.2e-2  # that of 23 and 25
-    muon = replace(base.optim, name="muon", learning_rate=rate, final_learning_rate=rate / 20)
+    muon = at_rate(replace(base.optim, name="muon"), 1.2e-2)  # the rate of 23 and 25
     active = {kind: size(model).active for kind, model in kinds.items()}
     made = {}
     for name, task in TASKS.items():

@@ -11,8 +11,8 @@ from flax import nnx
 from dsv3_jax.config import replace
 from dsv3_jax.model.upcycle import Upcycling, upcycled_config
 from dsv3_jax.runs.convert import convert
-from experiments.lab import RUNS_FOLDER, Column, FollowUp, OnTask, Study, drawing
-from experiments.lab.bases import base_run, make_tokenizer, short_run
+from experiments.lab import Column, FollowUp, OnTask, Study, drawing
+from experiments.lab.bases import lasting, make_tokenizer, text_beside
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import BITS, alike, bits_claim, bits_stake
 from experiments.lab.tasks import Facts
@@ -50,9 +50,8 @@ def make_start(run):
             convert(place.parent, place, quiet=True, upcycling=replace(how, seed=run.seed))
 
 
-def lasting(run, budget):
-    steps = max(round(run.steps * BUDGETS[budget]), 1)
-    return replace(run, steps=steps, eval_every=steps, save_every=steps)
+def within(run, budget):
+    return lasting(run, max(round(run.steps * BUDGETS[budget]), 1))
 
 
 def variants(base):
@@ -66,7 +65,7 @@ def variants(base):
     }
     pairs = [(way, budget) for budget in BUDGETS for way in MOST]
     for way, budget in (*pairs, *((way, "× 1") for way in ONCE)):
-        one = partial(on_facts, lasting(base, budget), dense, narrow, way)
+        one = partial(on_facts, within(base, budget), dense, narrow, way)
         parent = SMALL if way == GROWN else DENSE
         scratch = way in (SCRATCH, SCRATCH_32)
         found[f"{way}, {budget}"] = one(None) if scratch else FollowUp((parent,), one)
@@ -88,23 +87,18 @@ def begun(run, before, how, parent):
 
 def on_text(base):
     """The dense model of the text's recipe, copies of it, and the same from scratch."""
-    run = text_run(base)
+    run = text_beside(base)
     dense = replace(run.model, num_dense_layers=run.model.num_layers, dense_dim=128)
     found = {TEXT_DENSE: replace(run, model=dense)}
     for budget in TEXT_BUDGETS:
-        one = partial(begun, lasting(run, budget), dense, WAYS[COPIES])
+        one = partial(begun, within(run, budget), dense, WAYS[COPIES])
         found[f"text: {COPIES}, {budget}"] = FollowUp((TEXT_DENSE,), one)
         found[f"text: {SCRATCH}, {budget}"] = one(None)
     return found
 
 
-def text_run(base):
-    """The recipe for text; with few steps where the base has few."""
-    return short_run("lab") if base.steps < 100 else base_run("lab", [], RUNS_FOLDER)
-
-
 def prepare(base, root):
-    make_tokenizer(text_run(base), root)
+    make_tokenizer(text_beside(base), root)
 
 
 def measure(trained):

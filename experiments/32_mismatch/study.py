@@ -8,6 +8,7 @@ import numpy as np
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
 from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
+from experiments.lab.bases import lasting
 from experiments.lab.claims import Claim, Stake, logit, percent_of
 
 BEFORE, TEXT, EXACT = "start", "more text", "float32"
@@ -41,7 +42,7 @@ ALLOWED, MARGIN = 0.2, 0.3  # logits that a coin may gain, and that count as equ
 def variants(base):
     steps = STEPS if base.steps > STEPS else UPDATES  # a few, to check that the study works
     if base.steps > STEPS:
-        base = replace(base, steps=TEXT_STEPS, eval_every=TEXT_STEPS, save_every=TEXT_STEPS)
+        base = lasting(base, TEXT_STEPS)
     arms = {
         name: FollowUp((BEFORE,), partial(grpo, base, changes, steps))
         for name, changes in (REWARDS | SAMPLERS).items()
@@ -55,9 +56,7 @@ def more(base, steps, start):
         base.optim, learning_rate=3e-4, final_learning_rate=3e-5, beta2=0.99, warmup_steps=5,
         weight_decay=0.0, bias_freeze=0.0,
     )  # fmt: skip
-    return replace(
-        base, start=start, optim=optim, steps=steps, eval_every=steps, save_every=steps, log_every=1
-    )
+    return lasting(replace(base, start=start, optim=optim, log_every=1), steps)
 
 
 def grpo(base, changes, steps, start):

@@ -7,13 +7,12 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
+from experiments.lab.bases import at_rate, lasting
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
 from experiments.lab.work import EVALUATION
 
-# Those of 21: heads' own widths and the number of experts stay.
-WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 DENSE, MIXTURE = "dense", "mixture"
 ADAMW, MUP, MUON = "AdamW", "muP", "Muon"
 HALF, DOUBLE = "half", "double"
@@ -36,18 +35,18 @@ def variants(base):
     """Five runs a cell. The one at the middle rate follows the others, to measure the best rate."""
     runs, steps = {}, max(base.steps * 19 // 50, 2)
     for kind, arm, size in CELLS:
-        run = scaled(base, FACTORS[size], WIDTHS)
+        run = scaled(base, FACTORS[size])
         if kind == DENSE:
             run = replace(run, model=replace(run.model, num_dense_layers=run.model.num_layers))
         others = []
         for times in TIMES:
             rate = times * base.optim.learning_rate
-            optim = replace(base.optim, learning_rate=rate, final_learning_rate=rate / 20)
+            optim = at_rate(base.optim, rate)
             if arm == MUP:
                 optim = replace(optim, base_width=round(base.model.dim * FACTORS[HALF]))
             elif arm == MUON:
                 optim = replace(optim, name="muon")
-            made = replace(run, optim=optim, steps=steps, eval_every=steps, save_every=steps)
+            made = lasting(replace(run, optim=optim), steps)
             name = cell_of(kind, arm, size)
             if times == TIMES[-1]:
                 runs[name] = FollowUp(tuple(others), lambda *_, made=made: made)

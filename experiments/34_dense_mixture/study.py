@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.ops import routing
 from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim
 from experiments.lab.ladder import DENSE, FINE_4, GSHARD, ladder
 from experiments.lab.measuring import BITS, bits_claim, bits_stake, skip_top, unknown_bits
 from experiments.lab.tasks import Facts
 
 ALL, THIN = "all of 16", "all of 16, an eighth as wide"
-NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 # Shares of the routed experts that a token may not use: those with its highest scores.
 SHARES = (1 / 16, 2 / 16, 4 / 16)
 

@@ -5,9 +5,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import Balance, replace
+from dsv3_jax.config import replace
 from dsv3_jax.ops import balance
 from experiments.lab import Column, FollowUp, OnTask, Study, drawing
+from experiments.lab.bases import NO_BALANCE, lasting
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import GSHARD, ladder
 from experiments.lab.measuring import BITS, unknown_bits
@@ -16,7 +17,6 @@ from experiments.lab.tasks import Facts
 AHEAD, EVEN = "one expert ahead", "even"  # the first phase
 NONE, BIAS = "no balance", "bias"  # the second one
 FIRST = 0.2  # share of the steps that the first phase has
-FREE = Balance(bias_rate=0.0, sequence_alpha=0.0)
 WINDOW = 20  # rows of load.jsonl that a mean is over
 
 
@@ -34,25 +34,18 @@ def variants(base):
     model = ladder(base.model)[GSHARD]
     steps = max(round(FIRST * base.steps), 2)
     rate = base.optim.learning_rate
-    first = replace(
-        base,
-        steps=steps, eval_every=steps, save_every=steps, log_every=1,
-        # The rate stays, for the second phase; the last step has no bias.
-        optim=replace(base.optim, final_learning_rate=rate, bias_freeze=(steps - 1) / steps),
-    )  # fmt: skip
-    rules = {AHEAD: replace(FREE, bias_rate=1.0, rule="first_ahead"), EVEN: FREE}
+    # The rate stays, for the second phase; the last step has no bias.
+    optim = replace(base.optim, final_learning_rate=rate, bias_freeze=(steps - 1) / steps)
+    first = lasting(replace(base, log_every=1, optim=optim), steps)
+    rules = {AHEAD: replace(NO_BALANCE, bias_rate=1.0, rule="first_ahead"), EVEN: NO_BALANCE}
     found = {
         name: OnTask(Facts(), replace(first, model=replace(model, balance=rule)))
         for name, rule in rules.items()
     }
-    left = base.steps - steps
-    second = replace(
-        base,
-        steps=left, eval_every=left, save_every=left, log_every=1,
-        optim=replace(base.optim, warmup_steps=1),
-    )  # fmt: skip
+    optim = replace(base.optim, warmup_steps=1)
+    second = lasting(replace(base, log_every=1, optim=optim), base.steps - steps)
     for begun in (AHEAD, EVEN):
-        for name, rule in ((NONE, FREE), (BIAS, replace(FREE, bias_rate=1e-3))):
+        for name, rule in ((NONE, NO_BALANCE), (BIAS, replace(NO_BALANCE, bias_rate=1e-3))):
             run = replace(second, model=replace(model, balance=rule))
             found[f"{begun}, then {name}"] = FollowUp((begun,), begin(run))
     return found

@@ -5,8 +5,9 @@ recipe. Running it trains the missing runs, measures them, and writes results.js
 the table in README.md.
 """
 
+from experiments.lab.bases import RUNS_FOLDER
 from experiments.lab.results import Results, write_figure
-from experiments.lab.study import RUNS_FOLDER, FollowUp, OnTask, Study
+from experiments.lab.study import FollowUp, OnTask, Study
 from experiments.lab.tables import ABOVE, Column, format_number, markdown_table, mean_spread
 from experiments.lab.trained import TrainedRun
 

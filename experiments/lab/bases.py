@@ -1,11 +1,33 @@
-"""Base recipes that variants change: the package's own, and those of the lab's tasks."""
+"""Base recipes that variants change, the package's own and those of the tasks; common changes."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsv3_jax.config import DataConfig, OptimConfig, RunConfig, from_dict, replace, to_dict
+from dsv3_jax.config import (
+    Balance,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    from_dict,
+    replace,
+    to_dict,
+)
 from dsv3_jax.presets import recipe
+
+RUNS_FOLDER = "runs/lab"  # relative to the repository
+NO_BALANCE = Balance(bias_rate=0.0, sequence_alpha=0.0)
+
+
+def at_rate(optim: OptimConfig, rate: float) -> OptimConfig:
+    """Return the optimizer with another learning rate, which decays to a twentieth."""
+    return replace(optim, learning_rate=rate, final_learning_rate=rate / 20)
+
+
+def lasting(run: RunConfig, steps: int) -> RunConfig:
+    """Return the run with so many steps, evaluated and saved at its end alone."""
+    return replace(run, steps=steps, eval_every=steps, save_every=steps)
+
 
 # Two layers that are too small for the facts that they are asked to store: 16,384 of 6 bits.
 # Learning begins after some 250 steps; at twice the rate it begins after 400 to 800, by seed, and
@@ -57,9 +79,7 @@ _CHAINS = replace(
 _NAMES = replace(
     _CHAINS,
     data=DataConfig(seq_len=40, batch_size=64), steps=1200, eval_every=1200, save_every=1200,
-    optim=replace(
-        _CHAINS.optim, name="muon", learning_rate=1.2e-2, final_learning_rate=1.2e-2 / 20,
-    ),
+    optim=at_rate(replace(_CHAINS.optim, name="muon"), 1.2e-2),
 )  # fmt: skip
 # Two sparse layers that learn some of the sums of two numbers below 100: see 32.
 _SUMS = replace(
@@ -80,10 +100,10 @@ OF_TASKS = {
 }  # fmt: skip
 
 
-def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
+def base_run(name: str, changes: Sequence[str] = ()) -> RunConfig:
     """Return a base recipe with changes.
 
-    A vocabulary that is larger than the byte tokenizer's gets a tokenizer file in `runs_folder`.
+    A vocabulary that is larger than the byte tokenizer's gets a tokenizer file in RUNS_FOLDER.
 
     Args:
         name: of the recipe: a key of OF_TASKS, or a preset's.
@@ -108,7 +128,7 @@ def base_run(name: str, changes: Sequence[str], runs_folder: str) -> RunConfig:
             inner[last] = value
     run = from_dict(RunConfig, values)
     if run.data.tokenizer == "bytes" and run.model.vocab_size > 512:
-        tokenizer = f"{runs_folder}/tokenizer-{run.model.vocab_size}.json"
+        tokenizer = f"{RUNS_FOLDER}/tokenizer-{run.model.vocab_size}.json"
         run = replace(run, data=replace(run.data, tokenizer=tokenizer))
     return run
 
@@ -125,6 +145,12 @@ def short_run(name: str = "lab") -> RunConfig:
         run, data=data, optim=replace(run.optim, warmup_steps=2),
         steps=4, eval_every=2, eval_batches=2, save_every=4, log_every=1,
     )  # fmt: skip
+
+
+def text_beside(base: RunConfig) -> RunConfig:
+    """Return the recipe of text for a study of tasks that has text too; short if its base is."""
+    is_short = base.steps == short_run("facts").steps
+    return short_run() if is_short else base_run("lab")
 
 
 def make_tokenizer(run: RunConfig, root: Path) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.model.counting import size
-from experiments.lab.bases import OF_TASKS, short_run
+from experiments.lab.bases import OF_TASKS, RUNS_FOLDER, short_run
 from experiments.lab.claims import Claim, Verdict, judge, noise_within
 from experiments.lab.measuring import formed, log_formed, unknown_bits
 from experiments.lab.results import Results, replace_block
 from experiments.lab.running import run_missing
-from experiments.lab.study import RUNS_FOLDER, OnTask, Study
+from experiments.lab.study import OnTask, Study
 from experiments.lab.tables import format_number, markdown_table
 from experiments.lab.tasks import Chains, Domains, Facts, Task
 

@@ -19,10 +19,12 @@ def matched(cfg: ModelConfig, like: ModelConfig) -> ModelConfig:
     return widened
 
 
+# Those of a recipe of text. Heads' own widths and the number of experts stay.
+WIDTHS = ("dim", "dense_dim", "num_heads", "q_latent_dim", "kv_latent_dim", "expert_dim")
 FACTORS = {"half": 0.5, "base": 1, "double": 2}  # of the base recipe's widths
 
 
-def scaled(base: RunConfig, factor: float, widths: Sequence[str]) -> RunConfig:
+def scaled(base: RunConfig, factor: float, widths: Sequence[str] = WIDTHS) -> RunConfig:
     """Return the run with named widths times a factor, and learning rates divided by it."""
     rate, last = (r / factor for r in (base.optim.learning_rate, base.optim.final_learning_rate))
     model = replace(

@@ -14,11 +14,11 @@ from pathlib import Path
 from dsv3_jax.config import RunConfig
 from experiments import apart
 from experiments.lab import overview
-from experiments.lab.bases import base_run, make_tokenizer, short_run
+from experiments.lab.bases import RUNS_FOLDER, base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
 from experiments.lab.results import MissingRuns, Results, replace_block
 from experiments.lab.runner import run_all
-from experiments.lab.study import RUNS_FOLDER, Study, StudyRun
+from experiments.lab.study import Study, StudyRun
 from experiments.lab.work import EVALUATION, Job
 
 Key = tuple[str, int]  # variant, seed
@@ -76,7 +76,7 @@ def _base(study: Study, options: argparse.Namespace) -> RunConfig:
     for change in options.set:
         if change.partition("=")[0] in ("seed", "data.seed"):
             raise ValueError(f"--set={change!r} would have no effect; use --seeds")
-    return base_run(options.base or study.base, options.set, RUNS_FOLDER)
+    return base_run(options.base or study.base, options.set)
 
 
 @contextmanager

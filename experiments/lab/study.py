@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsv3_jax.config import RunConfig, replace
 from experiments.lab import drawing
-from experiments.lab.bases import base_run
+from experiments.lab.bases import RUNS_FOLDER, base_run
 from experiments.lab.claims import Check, Claim, Stake, Verdict, judge
 from experiments.lab.fingerprints import Identity, changed, identify
 from experiments.lab.pooling import noise_for
@@ -21,8 +21,6 @@ from experiments.lab.results import MissingRuns, Results
 from experiments.lab.tables import Column, results_table
 from experiments.lab.tasks import Task
 from experiments.lab.trained import TrainedRun
-
-RUNS_FOLDER = "runs/lab"  # relative to the repository
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class Study:
     def begun(self) -> dict[str, str]:
         """Return variant → the one whose run it continues, or whose frozen trunk it has."""
         found: dict[str, str] = {}
-        for name, variant in self.variants(base_run(self.base, [], RUNS_FOLDER)).items():
+        for name, variant in self.variants(base_run(self.base)).items():
             if isinstance(variant, FollowUp):
                 made = variant.run(*variant.needs)  # names in place of folders
                 run = made.run if isinstance(made, OnTask) else made

@@ -5,7 +5,7 @@ from statistics import NormalDist
 import pytest
 from runs import HERE
 
-from experiments.lab import RUNS_FOLDER, Results, bases, fingerprints, overview
+from experiments.lab import Results, bases, fingerprints, overview
 from experiments.lab.claims import Claim, Stake, answer_to, judge, noise_within, verdict_table
 from experiments.lab.fingerprints import RECIPE_OF_TASKS, RECIPE_OF_TEXT
 from experiments.lab.pooling import noise_for
@@ -95,7 +95,7 @@ def test_every_study_is_complete(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure)
     )
-    asked = study.list_runs(bases.base_run(study.base, [], RUNS_FOLDER), (0,))
+    asked = study.list_runs(bases.base_run(study.base), (0,))
     assert list(study.list_runs(bases.short_run(study.base), (0,))) == list(asked)
     results = Results(folder / "results.json")
     page = (folder / "README.md").read_text()
