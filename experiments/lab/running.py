@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from experiments import apart
 from experiments.lab import overview
 from experiments.lab.bases import RUNS_FOLDER, base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
-from experiments.lab.results import MissingRuns, Results, replace_block
+from experiments.lab.results import MissingRuns, Results, lookup, replace_block
 from experiments.lab.runner import run_all
 from experiments.lab.study import Study, StudyRun
 from experiments.lab.work import EVALUATION, Job
@@ -40,7 +41,7 @@ def run(study: Study, options: argparse.Namespace) -> int:
             failures = run_missing(study, runs, missing, results, options.workers)
             results.select({key: run.identity for key, run in runs.items()})
         if results.runs:
-            _publish(study, results)
+            _publish(study, results, kept=not options.short)
         else:
             print("no results yet")
         for failure in failures:
@@ -182,7 +183,7 @@ def _backend() -> str:
     return "cpu"
 
 
-def _publish(study: Study, results: Results) -> None:
+def _publish(study: Study, results: Results, *, kept: bool) -> None:
     """Print the tables, draw the picture, and update the README.md files."""
     verdicts, checks = study.judge(results)
     results.about["verdicts"] = [as_json(verdict) for verdict in verdicts]
@@ -193,7 +194,7 @@ def _publish(study: Study, results: Results) -> None:
     picture = results.path.with_name(f"{study.folder.name.partition('_')[2]}.png")
     try:
         study.draw(results, picture)
-        drawn = str(picture)
+        drawn = str(picture) if kept else "The picture was drawn; --short does not keep it."
     except MissingRuns as missing:
         drawn = f"No picture: {missing}."
     caption = (
@@ -213,4 +214,23 @@ def _publish(study: Study, results: Results) -> None:
     if results.path.parent == study.folder:
         replace_block(study.folder / "README.md", f"{text}\n\n{caption}")
         overview.write(study.folder.parent)
+    for key, there in _unknown_numbers(study, results):
+        print(f"key={key!r} is no number of these runs; they have {', '.join(there)}")
     print(f"\n{text}\n\n{caption}\n{drawn}")  # last: a reader that closes the pipe stops nothing
+
+
+def _unknown_numbers(study: Study, results: Results) -> Iterator[tuple[str, list[str]]]:
+    """Yield keys of columns and claims that no run has, with the names that there are."""
+    records = [record["numbers"] for name in results.runs for record in results.records(name)]
+    asked = [column.key for column in study.columns] + [claim.key for claim in study.claims]
+    for key in dict.fromkeys(key for key in asked if isinstance(key, str)):
+        if not any(_has_number(numbers, key) for numbers in records):
+            yield key, sorted({name for numbers in records for name in numbers})
+
+
+def _has_number(numbers: dict, key: str) -> bool:
+    try:
+        lookup(numbers, key)
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
+    return True

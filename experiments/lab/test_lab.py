@@ -122,6 +122,12 @@ def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     made = ["first 0 []", "first 0 [] alone"]
     assert lab("--fresh", "--seeds", "0", "--only", "first") == (0, made)
 
+    # The folder of a short run goes, and its picture with it.
+    capsys.readouterr()
+    assert lab("--short", "--only", "first", "second")[0] == 0
+    printed = capsys.readouterr().out
+    assert "--short does not keep it" in printed and "fake.png" not in printed
+
 
 def test_bad_input_is_one_sentence(lab, capsys):
     for argv, sentence in (
@@ -164,6 +170,7 @@ def test_a_claim_that_names_nothing_is_refused(lab, capsys, claim, sentence):
     for measured in ('"second", "first"', '"second", "first", "bits"'):
         (lab.folder / "study.py").write_text(STUDY.replace('"second", "first"', measured))
         assert lab(*arguments)[0] == 0
+    assert "key='bits' is no number of these runs; they have " in capsys.readouterr().out
     page = (lab.folder / "README.md").read_text()
     assert 'Without runs, numbers or seeds for a verdict: "the second is lower".' in page
     (lab.folder / "study.py").write_text(STUDY.replace('"second", "first"', claim))
