@@ -129,6 +129,7 @@ def test_other_errors_have_a_status_each(fake):
         (post(fake, ask, **{"content-type": "text/plain"}), 415, "content-type='text/plain'"),
         (post(fake, ask, host="127.0.0.1.evil.example:80"), 421, "host='127.0.0.1.evil"),
         (post(fake, ask, "/v1/complete"), 404, "POST '/v1/complete' is not served"),
+        (httpx2.get(f"http://{fake}/v1/models/x"), 404, "GET '/v1/models/x' is not served"),
         (post(fake, ask, "/v1/models"), 405, "POST '/v1/models' is not served"),
     ):
         assert response.status_code == status, response.text
@@ -136,6 +137,9 @@ def test_other_errors_have_a_status_each(fake):
         assert "access-control-allow-origin" not in response.headers
         assert ("retry-after" in response.headers) == (status == 429)
     assert post(fake, ask, host="[::1]:8000").status_code == 200
+    models = client_of(fake).models
+    (only,) = models.list()
+    assert models.retrieve(only.id) == only
     with pytest.raises(openai.APIError, match="full"):  # after the first token
         list(client_of(fake).completions.create(model="", prompt="!fi", stream=True))
 

@@ -58,6 +58,7 @@ class Service:
             routes=[
                 Route("/", self.page),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{name:path}", self.model),
                 Route("/v1/completions", self.complete, methods=["POST"]),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/glass/model", self.describe),
@@ -76,8 +77,15 @@ class Service:
         return self._page
 
     async def models(self, http: HTTPRequest) -> Response:
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "dsv3"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, http: HTTPRequest) -> Response:
+        if http.path_params["name"] != self.name:
+            raise HTTPException(404)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "dsv3"}
 
     async def describe(self, http: HTTPRequest) -> Response:
         chat = self.settings.text.template is not None
