@@ -54,7 +54,7 @@ def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, how, 
     ids[:, length - length // 8 :] = 0
     real = ids > 0
     weight = np.where(real[..., None, None], weight, 0)  # the output at padding is not defined
-    ours = lambda q, k, v: attend(q, k, v, scale=0.4, segment_ids=jnp.asarray(ids))  # noqa: E731
+    ours = partial(attend, scale=0.4, segment_ids=jnp.asarray(ids))
     out, grads = value_and_gradients(ours, weight, q, k, v)
     wide = [x.astype(np.float64) for x in (weight, q, k, v)]
     mask = oracles.causal_mask(ids)
@@ -66,14 +66,13 @@ def test_attention_and_its_gradients_equal_the_full_score_matrix(x64, rng, how, 
         np.testing.assert_allclose(g, e, atol=limit, err_msg=f"gradient of {name}")
 
 
-@pytest.mark.parametrize(
-    "attend",
-    [
-        partial(causal_attention, block=64),
-        pytest.param(cpu_attention.causal_attention, marks=needs_cpp),
-    ],
-    ids=["blocks", "cpu"],
-)
+FORMS = [
+    pytest.param(partial(causal_attention, block=64), id="blocks"),
+    pytest.param(cpu_attention.causal_attention, id="cpu", marks=needs_cpp),
+]
+
+
+@pytest.mark.parametrize("attend", FORMS)
 def test_large_scores_stay_finite_and_repeat(rng, attend):
     """exp of scores around 1e4 overflows, so every block must subtract the maximum."""
     shapes = [(1, 530, 2, width) for width in (24, 24, 16)]
@@ -173,15 +172,15 @@ V3 = Yarn(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1
 V2_LITE = Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707)
 
 
-@pytest.mark.parametrize(
-    "rope_dim, theta, yarn",
-    [
-        (64, 1e4, V3),
-        (32, 5e5, Yarn(factor=4.0, original_max_positions=8192)),
-        (8, 1e4, Yarn(factor=8.0, original_max_positions=64)),  # low is clamped to 0
-        (16, 10.0, Yarn(factor=3.0, original_max_positions=1000)),  # high is clamped to R-1
-    ],
-)
+ANGLES = [
+    (64, 1e4, V3),
+    (32, 5e5, Yarn(factor=4.0, original_max_positions=8192)),
+    (8, 1e4, Yarn(factor=8.0, original_max_positions=64)),  # low is clamped to 0
+    (16, 10.0, Yarn(factor=3.0, original_max_positions=1000)),  # high is clamped to R-1
+]
+
+
+@pytest.mark.parametrize("rope_dim, theta, yarn", ANGLES)
 def test_frequencies_follow_yarn(rope_dim, theta, yarn):
     cfg = small(rope_head_dim=rope_dim, rope_theta=theta, yarn=yarn, max_positions=64)
     freqs = np.asarray(rope.frequencies(rope_dim, theta, yarn))

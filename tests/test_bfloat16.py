@@ -70,19 +70,15 @@ OPS = {
 
 def drawn(dtype, of_weights):
     """Op → arrays by name: activations that bfloat16 represents, and weights that it does not."""
-    rng = np.random.default_rng(0)
-
-    def activation(shape):
-        return rng.standard_normal(shape).astype(jnp.bfloat16).astype(dtype)
-
-    def weight(shape):
-        return np.float32(rng.standard_normal(shape) / np.sqrt(shape[-2])).astype(of_weights)
-
-    return {
-        name: {key: activation(shape) for key, shape in activations.items()}
-        | {key: weight(shape) for key, shape in weights.items()}
-        for name, (_, activations, weights) in OPS.items()
-    }
+    rng, found = np.random.default_rng(0), {}
+    for name, (_, activations, weights) in OPS.items():
+        found[name] = arrays = {}
+        for key, shape in activations.items():
+            arrays[key] = rng.standard_normal(shape).astype(jnp.bfloat16).astype(dtype)
+        for key, shape in weights.items():
+            weight = np.float32(rng.standard_normal(shape) / np.sqrt(shape[-2]))
+            arrays[key] = weight.astype(of_weights)
+    return found
 
 
 @jax.jit

@@ -156,9 +156,9 @@ def test_contexts_are_the_largest_gates_of_different_tokens_and_documents(counte
         for i in sorted(places, key=lambda i, gates=one.gates: -gates[i]):
             at = int(one.at[i[0]])
             near = range(at - BEFORE, at + AFTER + 1)
-            same = [at // T == j // T and segments[j] == segments[at] for j in near]
             window = [
-                int(tokens[j]) if is_near else -1 for j, is_near in zip(near, same, strict=True)
+                int(tokens[j]) if at // T == j // T and segments[j] == segments[at] else -1
+                for j in near
             ]
             new = (layer, e, float(one.gates[i]), int(tokens[at]), int(documents[at]), window)
             if len(kept) < TOP and all(new[3] != old[3] and new[4] != old[4] for old in kept):
