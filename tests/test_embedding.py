@@ -35,7 +35,7 @@ def test_devices_add_up_their_rows(x64, rng):
 
     def spread(table, tokens):
         look_up = lambda *a: ((), look_up_in_order(*a))  # noqa: E731
-        return sharding.shard_map_over_batch(look_up, (table,), tokens)[1]
+        return sharding.shard_map_over_batch(look_up, tokens)(table, tokens)[1]
 
     want = value_and_gradients(embedding.look_up, d_rows, table, tokens)
     with sharding.use_mesh(sharding.make_mesh(data=4)):

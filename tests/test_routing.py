@@ -23,7 +23,12 @@ ROUTERS = {
     "topk": dict(router="topk", normalize_gates=False),
     "dense": dict(router="dense", experts_per_token=16, **NO_GROUPS),
 }
-route = jax.jit(routing.route, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=2)
+def route(logits, bias, cfg, tokens=None):
+    inputs = routing.Inputs(logits, bias, tokens or routing.Tokens())
+    return routing.ROUTERS[cfg.router].route(inputs, cfg)
 
 
 def config(**changes):
@@ -89,7 +94,7 @@ def test_gates_and_gradients_are_finite_if_all_scores_underflow(router):
     @jax.jit
     @partial(jax.grad, has_aux=True)
     def gradient(logits):
-        gates = routing.route(logits, jnp.zeros(16), cfg).gates
+        gates = route(logits, jnp.zeros(16), cfg).gates
         return (gates * weight[None]).sum(), gates
 
     for logit in (-200.0, -88.0, -46.0, -40.0):

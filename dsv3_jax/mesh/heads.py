@@ -4,16 +4,18 @@ A device attends with its own heads to complete rows. Before and after that it h
 which is the same unless `Layout.length` shards the rows' length.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.mesh.fsdp import gathered
 from dsv3_jax.mesh.length import shards_length
-from dsv3_jax.mesh.sharding import constrain, spec
+from dsv3_jax.mesh.sharding import constrain, on_shards, shards_alike, spec
+from dsv3_jax.ops.attention import repeat_heads
 
 # Names of the axes of arrays [B, T, H, _], in attention and around it. "row" has no rule in
 # `sharding.RULES`, so it is complete; `constrain` would take a None behind "batch" for "length".
@@ -51,6 +53,40 @@ def to_heads(
         ends = np.cumsum([y.shape[-1] for y in shared.values()])
         found |= zip(shared, jnp.split(joined, ends[:-1], axis=-1), strict=True)
     return by_heads(q), found
+
+
+def attend_with_own_heads(
+    attend: Callable,
+    q: Float[Array, "B T H X"],
+    k: Float[Array, "B T G X"],
+    v: Float[Array, "B T G V"],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    maxima: bool,
+) -> Any:
+    """Attend with each device's own heads to its own sequences.
+
+    Args:
+        attend: `ops.attention.causal_attention`, or by `maxima` `attention_and_maxima`.
+    Returns: as `attend`.
+    """
+    # Where devices share out query heads and cannot share out as few keys, each head gets its own.
+    if not shards_alike(HEAD_AXES, q.shape, k.shape):
+        k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+
+    def local(q: Array, k: Array, v: Array, segment_ids: Array | None) -> dict[str, Array]:
+        found = attend(q, k, v, segment_ids=segment_ids)
+        return {"out": found[0], "maxima": found[1][..., None]} if maxima else {"out": found}
+
+    shards: dict[str, tuple[Any, Any]] = {
+        "q": (q, HEAD_AXES),
+        "k": (k, HEAD_AXES),
+        "v": (v, HEAD_AXES),
+        "segment_ids": (segment_ids, ("batch", None)),
+    }
+    like = {"out": "q", "maxima": "q"} if maxima else {"out": "q"}
+    found = on_shards(local, shards, like, has_kernel=True)
+    return (found["out"], found["maxima"][..., 0]) if maxima else found["out"]
 
 
 def own_heads(w: Float[Array, "H _ _"]) -> Float[Array, "H _ _"]:

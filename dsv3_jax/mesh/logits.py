@@ -41,13 +41,17 @@ def process_by_rows(
     if sampling.is_greedy:
         return logits, GREEDY
     if isinstance(sampling, RowSampling):
-        _, kept = shard_map_over_batch(
-            lambda x, *rows: ((), processed_by_rows(x, RowSampling(*rows))), (), logits, *sampling
-        )
+
+        def process(_: tuple, x: Array, *rows: Array) -> tuple[tuple, Array]:
+            return (), processed_by_rows(x, RowSampling(*rows))
+
+        _, kept = shard_map_over_batch(process, logits)((), logits, *sampling)
         return kept, Sampling(temperature=1.0)
-    _, kept = shard_map_over_batch(
-        lambda x: ((), processed_logits(x, **sampling._asdict())), (), logits
-    )
+
+    def process_alike(_: tuple, x: Array) -> tuple[tuple, Array]:
+        return (), processed_logits(x, **sampling._asdict())
+
+    _, kept = shard_map_over_batch(process_alike, logits)((), logits)
     return kept, Sampling(temperature=1.0)
 
 
@@ -76,11 +80,11 @@ def likeliest(logits: Float[Array, "B F W"], count: int) -> tuple[Array, Array]:
         (Array([[[1, 2]]], dtype=int32), Array([[[0.5, 0.3]]], dtype=float32))
     """
 
-    def of_rows(logits: Array) -> tuple[tuple, tuple[Array, Array]]:
+    def of_rows(_: tuple, logits: Array) -> tuple[tuple, tuple[Array, Array]]:
         nats, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), count)
         return (), (nats, tokens)
 
-    return shard_map_over_batch(of_rows, (), logits)[1]
+    return shard_map_over_batch(of_rows, logits)((), logits)[1]
 
 
 def score_by_rows(
@@ -107,4 +111,4 @@ def score_by_rows(
         return (), tuple(x.reshape(wanted.shape) for x in found)
 
     wide = matrix.astype(sum_dtype(matrix.dtype))
-    return shard_map_over_batch(score, (wide,), h, wanted)[1]
+    return shard_map_over_batch(score, h)(wide, h, wanted)[1]

@@ -311,35 +311,40 @@ def constrain_state(state: Any, *, fsdp: bool = False) -> Any:
     return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh, fsdp=fsdp))
 
 
-def shard_map_over_batch(f: Callable, replicated: Sequence, *batched: Any) -> Any:
-    """Call `f(*replicated, *batched)` on each device's tokens of the batched; once without a mesh.
+def shard_map_over_batch(f: Callable, tokens: Array) -> Callable:
+    """The function that calls `f(weights, *rows)` on each device's own rows; f without a mesh.
 
     Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The
-    function f returns (sums, rows): arrays that are summed over devices, and arrays that are
-    sharded as the batched ones.
+    function f returns (sums, results): arrays that are summed over devices, and arrays that are
+    sharded as the rows are. The weights, any tree, are on all devices.
+
+    Args: tokens: an array whose first axes are those of the rows.
 
     Example:
         >>> import jax.numpy as jnp
         >>> def scaled(w, x):
         ...     return x.sum(), w * x
         >>> x = jnp.array([1.0, 3.0])
-        >>> shard_map_over_batch(scaled, (jnp.float32(2),), x)  # the same on a mesh
+        >>> shard_map_over_batch(scaled, x)(jnp.float32(2), x)  # the same on a mesh
         (Array(4., dtype=float32), Array([2., 6.], dtype=float32))
     """
-    shards = token_axes(jax.tree.leaves(batched)[0].shape) if on_mesh() else ()
+    shards = token_axes(tokens.shape) if on_mesh() else ()
     axes = sum(shards, ())
     if not axes:
-        return f(*replicated, *batched)
+        return f
 
-    def local(*args: Any) -> tuple[Any, Any]:
-        sums, rows = f(*args)
-        return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), rows
+    def local(weights: Any, *rows: Any) -> tuple[Any, Any]:
+        sums, results = f(weights, *rows)
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums), results
 
-    # Sums leave with no axis, as they are alike on all devices; rows leave as they came.
-    in_specs = (P(),) * len(replicated) + (P(*shards),) * len(batched)
-    out_specs = (P(), P(*shards))
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS))
-    return mapped(*replicated, *batched)
+    def on_devices(weights: Any, *rows: Any) -> tuple[Any, Any]:
+        # Sums leave with no axis, as they are alike on all devices; rows leave as they came.
+        in_specs = P(), *(P(*shards),) * len(rows)
+        out_specs = P(), P(*shards)
+        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS))
+        return mapped(weights, *rows)
+
+    return on_devices
 
 
 def shards_alike(names: Sequence[str | None], *shapes: Sequence[int]) -> bool:

@@ -14,15 +14,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs
-from dsv3_jax.mesh.heads import HEAD_AXES, TOKEN_AXES, own_heads, to_heads, to_tokens
+from dsv3_jax.mesh.heads import (
+    HEAD_AXES,
+    TOKEN_AXES,
+    attend_with_own_heads,
+    own_heads,
+    to_heads,
+    to_tokens,
+)
 from dsv3_jax.mesh.length import check_attention
-from dsv3_jax.mesh.sharding import constrain, on_shards, shards_alike
+from dsv3_jax.mesh.sharding import constrain, on_mesh, on_shards
 from dsv3_jax.model.cache import ROW_AXES, Cache
 from dsv3_jax.model.context import Context, LayerResult, from_zero, how_of, make_context
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.parameters import draws_together, param
 from dsv3_jax.ops import rope
-from dsv3_jax.ops.attention import repeat_heads
 from dsv3_jax.ops.cached_attention import Stored
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps says, as in the reference implementations
@@ -291,37 +297,20 @@ def attend_causally(
 ) -> tuple[Float[Array, "B T H V"], Context, dict[str, Array]]:
     """Attend to the keys and values of the context's own rows.
 
-    It is `ops.attention.causal_attention`, on a mesh for each device's own sequences and heads.
-
     Returns: (the result, the context, metrics: each head's largest logit, [H], if it is watched).
     """
-    k, v = ctx.rows["k"], ctx.rows["v"]
     watched = "max_logit" in ctx.how.watch
-    # Where devices share out query heads and cannot share out as few keys, each head gets its own.
-    if not shards_alike(HEAD_AXES, q.shape, k.shape):
-        k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-
-    def local(q: Array, k: Array, v: Array, segment_ids: Array | None) -> dict[str, Array]:
-        attend = partial(ctx.run, "causal_attention", q, k, v, scale=scale)
-        if not watched:
-            return {"out": attend(segment_ids=segment_ids)}
-        out, maxima = attend(segment_ids=segment_ids, maxima=True)
-        return {"out": out, "maxima": maxima[..., None]}
-
-    shards: dict[str, tuple[Any, Any]] = {
-        "q": (q, HEAD_AXES),
-        "k": (k, HEAD_AXES),
-        "v": (v, HEAD_AXES),
-        "segment_ids": (ctx.segment_ids, ("batch", None)),
-    }
-    like = {"out": "q"} | ({"maxima": "q"} if watched else {})
-    found = on_shards(local, shards, like, has_kernel=True)
+    attend = partial(ctx.run, "causal_attention", scale=scale, maxima=watched)
+    if on_mesh():
+        attend = partial(attend_with_own_heads, attend, maxima=watched)
+    found = attend(q, ctx.rows["k"], ctx.rows["v"], segment_ids=ctx.segment_ids)
     if not watched:
-        return found["out"], ctx, {}
+        return found, ctx, {}
 
     # A head's largest logit over all queries that are not padding.
-    counted = jnp.where(ctx.mask[:, :, None, None], found["maxima"], -jnp.inf)
-    return found["out"], ctx, {"max_logit": counted.max((0, 1, 3))}
+    out, maxima = found
+    counted = jnp.where(ctx.mask[:, :, None], maxima, -jnp.inf)
+    return out, ctx, {"max_logit": counted.max((0, 1))}
 
 
 def remember(ctx: Context) -> Context:

@@ -74,8 +74,9 @@ class Block(nnx.Module):
 
         normed = self.ffn_norm(x)
         if self.sparse:
-            y, routing, of_experts = self.moe.mix(normed, ctx)
-            metrics = {"routing": routing, **of_experts, **metrics}
+            routing, of_router = self.moe.route(normed, ctx)
+            y, of_experts = self.moe.mix(normed, routing, ctx)
+            metrics = {"routing": routing, **of_router, **of_experts, **metrics}
         else:
             y = self.ffn(normed, ctx)
         return constrain(x + y, "batch", None, None), ctx, metrics

@@ -129,69 +129,11 @@ class MoE(nnx.Module):
         positions = from_zero(*x.shape[:2])
         ctx = make_context(self.cfg, positions, how=how_of(execution), tokens=tokens)
         ctx = ctx._replace(given=expert_ids)
-        return self.mix(x, ctx if mask is None else ctx._replace(mask=mask))[:2]
-
-    def mix(
-        self, x: Float[Array, "B T D"], ctx: Context
-    ) -> tuple[Float[Array, "B T D"], LayerRouting, dict[str, Array]]:
-        """Route tokens, and mix their experts: for training, prefill or decoding, by the context.
-
-        Returns: (y, what the router did, metrics: "near_ties", see `near_ties`; "dropped", the
-            share of assignments; and as `mesh.expert_parallel.grouped_swiglu`, a token's copies
-            that go to other devices).
-        """
-        # Each token's experts. Experts know no batch, so tokens become rows of one long sequence;
-        # where a length is sharded, each device joins its own tokens later.
-        routed, metrics = self.route(x, ctx)
-        flat, ids, gates = x, routed.expert_ids, routed.gates
-        if not shards_length():
-            flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in (flat, ids, gates))
-        if ctx.how.edit_gates is not None:
-            gates = ctx.how.edit_gates(ctx.layer, ids, gates)
-
-        # Σ g_e FFN_e(x) over the chosen, and the shared experts, which every token uses.
-        y, dropped, sent = self._run_experts(flat, ids, gates, ctx)
-        y = y.reshape(x.shape)
-        if self.shared is not None:
-            y = y + self.shared(x, ctx)
-        return y, routed, {**metrics, "dropped": dropped, **sent}
-
-    @jax.named_scope("experts")
-    def _run_experts(
-        self, x: Array, ids: Array, gates: Array, ctx: Context
-    ) -> tuple[Array, Array, dict[str, Array]]:
-        """(y [tokens, D], share of assignments dropped, metrics of what is sent away)."""
-        cfg = self.cfg
-        how = ctx.how
-        zero = jnp.zeros((), jnp.float32)
-        nothing_sent = {"tokens_sent": zero}
-        experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
-        args = (x, ids, gates)
-
-        # Experts with room for a share of the tokens: what does not fit is dropped, and
-        # padding first.
-        if cfg.capacity_factor is not None and how.mode == "train":
-            limits: dict[str, Any] = {"factor": cfg.capacity_factor, "mask": ctx.mask.reshape(-1)}
-            y, dropped = ctx.run("capacity_swiglu", *args, *experts, **limits)
-            return y, dropped, nothing_sent
-
-        # So few tokens that reading weights is the cost: a loop reads the chosen experts' alone.
-        few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
-        if how.mode == "decode" and few:
-            if not on_mesh():
-                return ctx.run("decode_experts", *args, *experts), zero, nothing_sent
-            y = expert_parallel.decode_experts(
-                *args, experts, kernels=how.kernels, layout=how.layout
-            )
-            return y, zero, nothing_sent
-
-        # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts are.
-        if not on_mesh():
-            return ctx.run("grouped_swiglu", *args, *experts, complete=True), zero, nothing_sent
-        y, sent = expert_parallel.grouped_swiglu(
-            *args, experts, kernels=how.kernels, cfg=cfg, layout=how.layout
-        )
-        return y, zero, sent
+        if mask is not None:
+            ctx = ctx._replace(mask=mask)
+        routed, _ = self.route(x, ctx)
+        y, _ = self.mix(x, routed, ctx)
+        return y, routed
 
     @jax.named_scope("router")
     def route(
@@ -199,7 +141,7 @@ class MoE(nnx.Module):
     ) -> tuple[LayerRouting, dict[str, Array]]:
         """Choose each token's experts, and measure the choice.
 
-        Returns: (what the router did, metrics).
+        Returns: (what the router did, metrics: "near_ties", see `near_ties`).
         """
         if self.router.reads_tokens and ctx.tokens is None:
             raise ValueError(
@@ -208,8 +150,8 @@ class MoE(nnx.Module):
         # Each device routes its own rows. Otherwise the compiler would gather the scores of all
         # tokens for the top k.
         weights = self.w_router[...], self.bias[...]
-        local = partial(self._route_rows, ctx.run)
-        sums, rows = shard_map_over_batch(local, weights, ctx.of_tokens(x))
+        route_rows = shard_map_over_batch(partial(self._route_rows, ctx.run), x)
+        sums, rows = route_rows(weights, ctx.of_tokens(x))
 
         measure = None
         if self.rule and self.rule.of_batch:
@@ -233,18 +175,19 @@ class MoE(nnx.Module):
         return routed, {"near_ties": (rows.near & ctx.mask).sum(dtype=jnp.float32) / count}
 
     def _route_rows(
-        self, run: Callable, w_router: Array, bias: Array, tokens: routing.Tokens
+        self, run: Callable, weights: tuple[Array, Array], tokens: routing.Tokens
     ) -> tuple[Sums, RoutedRows]:
         """Route rows; in float32 from the logits on, as the reference does."""
         cfg = self.cfg
         k = cfg.experts_per_token
+        w_router, bias = weights
         lead = tokens.mask.shape
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tokens)
 
         # scores, and the choice by them
         logits = run("exact_product", flat.x.astype(jnp.float32), w_router)
         logits = checkpoint_name(logits, CHOICE)
-        ids, gates, scores = routing.route(logits, bias, cfg, flat)
+        ids, gates, scores = self.router.route(routing.Inputs(logits, bias, flat), cfg)
         ids = checkpoint_name(ids, CHOICE)
 
         # what is measured of each token
@@ -282,6 +225,66 @@ class MoE(nnx.Module):
         if rows.log_sums is not None:
             loss += weights.z_alpha * balance.z_loss(rows.log_sums, ctx.mask, ctx.divisor)
         return loss
+
+    def mix(
+        self, x: Float[Array, "B T D"], routed: LayerRouting, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Mix each token's experts: for training, prefill or decoding, by the context.
+
+        Returns: (y, metrics: "dropped", the share of assignments; and as
+            `mesh.expert_parallel.grouped_swiglu`, a token's copies that go to other devices).
+        """
+        # Experts know no batch, so tokens become rows of one long sequence; where a length is
+        # sharded, each device joins its own tokens later.
+        flat, ids, gates = x, routed.expert_ids, routed.gates
+        if not shards_length():
+            flat, ids, gates = (a.reshape(-1, a.shape[-1]) for a in (flat, ids, gates))
+        if ctx.how.edit_gates is not None:
+            gates = ctx.how.edit_gates(ctx.layer, ids, gates)
+
+        # Σ g_e FFN_e(x) over the chosen, and the shared experts, which every token uses.
+        y, dropped, sent = self._run_experts(flat, ids, gates, ctx)
+        y = y.reshape(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x, ctx)
+        return y, {"dropped": dropped, **sent}
+
+    @jax.named_scope("experts")
+    def _run_experts(
+        self, x: Array, ids: Array, gates: Array, ctx: Context
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """(y [tokens, D], share of assignments dropped, metrics of what is sent away)."""
+        cfg = self.cfg
+        how = ctx.how
+        zero = jnp.zeros((), jnp.float32)
+        nothing_sent = {"tokens_sent": zero}
+        experts = self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...]
+        args = (x, ids, gates)
+
+        # Experts with room for a share of the tokens: what does not fit is dropped, and
+        # padding first.
+        if cfg.capacity_factor is not None and how.mode == "train":
+            limits: dict[str, Any] = {"factor": cfg.capacity_factor, "mask": ctx.mask.reshape(-1)}
+            y, dropped = ctx.run("capacity_swiglu", *args, *experts, **limits)
+            return y, dropped, nothing_sent
+
+        # So few tokens that reading weights is the cost: a loop reads the chosen experts' alone.
+        few = gates.size <= dispatch.FEW_CHOICES * cfg.num_experts
+        if how.mode == "decode" and few:
+            if not on_mesh():
+                return ctx.run("decode_experts", *args, *experts), zero, nothing_sent
+            y = expert_parallel.decode_experts(
+                *args, experts, kernels=how.kernels, layout=how.layout
+            )
+            return y, zero, nothing_sent
+
+        # Tokens sorted by expert, each expert on its own rows; on a mesh, where the experts are.
+        if not on_mesh():
+            return ctx.run("grouped_swiglu", *args, *experts, complete=True), zero, nothing_sent
+        y, sent = expert_parallel.grouped_swiglu(
+            *args, experts, kernels=how.kernels, cfg=cfg, layout=how.layout
+        )
+        return y, zero, sent
 
 
 def check_expert_ids(

@@ -309,7 +309,7 @@ def _context_of_head(cfg: ModelConfig, k: int, tokens: Array, ctx: Context) -> C
 def _run_head(
     model: Any, head: Head, h: Array, ctx: Context, embedded: Array | None
 ) -> tuple[Array, dict[str, Any]]:
-    # Split and merged, as in loop_layers: nnx.remat would write to variables that an outer trace
+    # Split and merged, as in `run_trunk`: nnx.remat would write to variables that an outer trace
     # holds.
     graphdef, state = nnx.split(head)
 

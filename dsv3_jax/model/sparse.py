@@ -84,7 +84,7 @@ class Indexer(nnx.Module):
             ids: the chosen tokens; None means all.
         """
 
-        def summed(arrays: dict, counted: Array) -> tuple:
+        def summed(_: tuple, arrays: dict, counted: Array) -> tuple:
             kl = divergence(**arrays, scale=scale)
             return (jnp.where(counted, kl, 0.0).sum(), counted.sum(dtype=kl.dtype)), ()
 
@@ -100,7 +100,7 @@ class Indexer(nnx.Module):
             "last": from_zero(*ctx.mask.shape),
             "segment_ids": ctx.segment_ids,
         }
-        (total, count), _ = shard_map_over_batch(summed, (), arrays, ctx.mask)
+        (total, count), _ = shard_map_over_batch(summed, ctx.mask)((), arrays, ctx.mask)
 
         # A microbatch is divided by the tokens of the complete batch.
         divisor = jnp.maximum(count, 1) if ctx.divisor is None else ctx.divisor

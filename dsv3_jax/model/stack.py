@@ -1,4 +1,4 @@
-"""Layers of one kind as a stack, their arrays along a leading axis; and the loop over them."""
+"""Layers of one kind as a stack, their arrays along a leading axis, and what a loop needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from dsv3_jax.kernels.cpu.memory import views
-from dsv3_jax.model.parameters import unpack_all
 from dsv3_jax.ops.attention import QUERIES, RESULTS
 
 # Names for `jax.checkpoint`, see `recompute`.
@@ -73,56 +71,27 @@ def recompute(f: Callable, remat: str) -> Callable:
 
 
 def loop_layers(
-    stacked: nnx.Module | None,
-    body: Callable,
-    carry: Any,
-    *,
-    layers: list[nnx.State] | None = None,
-    remat: str = "none",
-    unroll: bool = False,
-    unshard: Callable = lambda layer: layer,
+    step: Callable, carry: Any, state: nnx.State, layers: list[nnx.State]
 ) -> tuple[Any, Any]:
-    """Run `carry, y = body(module, carry, index)` for each module of a stack in turn.
+    """Run `carry, y = step(carry, (arrays, index))` for each layer in turn, as `jax.lax.scan`.
+
+    Here each layer may have arrays of its own, and `index` is a Python number.
 
     Args:
-        stacked: what `stack` made; None has no layers.
-        layers: each module's own arrays, from `unstack`: the loop is unrolled, slices only arrays
-            that are not there, and `index` is a Python number. None means a scan, whose compile
-            time does not grow with depth.
-        remat: see `recompute`.
-        unroll: write the scan out layer by layer. Then nothing that the backward pass reads is
-            copied into a stack and out again, and compile time grows with depth.
-        unshard: gathers a layer's weights in its turn, see `mesh.fsdp.unshard_weights`.
-    Returns: (carry, ys stacked along a leading layer axis; None without layers).
+        state: the arrays of all layers, along a leading axis.
+        layers: each layer's own arrays, from `unstack`; those that it lacks are slices of `state`.
+    Returns: (carry, ys stacked along a leading layer axis).
 
     Example:
-        >>> from dsv3_jax.model.layers import RMSNorm
-        >>> norms = stack(lambda rngs: RMSNorm(2, eps=0.0), 3, nnx.Rngs(0))
-        >>> x = jnp.array([1.0, 7.0])
-        >>> x, ys = loop_layers(norms, lambda norm, x, index: (norm(x), 10 * index), x)
-        >>> x.shape, ys.tolist()
-        ((2,), [0, 10, 20])
+        >>> state = nnx.State({"w": nnx.Param(jnp.array([1.0, 2.0, 3.0]))})
+        >>> def step(x, layer):
+        ...     return x * layer[0]["w"][...], 10 * layer[1]
+        >>> loop_layers(step, 1.0, state, [nnx.State({})] * 3)
+        (Array(6., dtype=float32), Array([ 0, 10, 20], dtype=int32))
     """
-    if stacked is None:
-        return carry, None
-    # Plain lax.scan over split state: nnx.scan has had silent faults with memory and sharding.
-    graphdef, state = nnx.split(stacked)
-
-    # Unrolled: each layer has its own arrays, and slices of the stack for those it lacks.
-    if layers is not None:
-        ys = []
-        for index, layer in enumerate(layers):
-            sliced = jax.tree.map(lambda x, i=index: x[i], state)
-            whole = unpack_all(nnx.merge_state(sliced, layer))
-            carry, y = body(nnx.merge(graphdef, whole), carry, index)
-            ys.append(y)
-        return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *ys)
-
-    # Scanned: a layer's weights are gathered in its turn, inside what `remat` recomputes.
-    def step(carry: Any, xs: tuple[nnx.State, Array]) -> tuple[Any, Any]:
-        layer, index = xs
-        return body(nnx.merge(graphdef, unshard(layer)), carry, index)
-
-    step = recompute(step, remat)
-    count = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(step, carry, (state, jnp.arange(count, dtype=jnp.int32)), unroll=unroll)
+    ys = []
+    for index, own in enumerate(layers):
+        sliced = jax.tree.map(lambda x, i=index: x[i], state)
+        carry, y = step(carry, (nnx.merge_state(sliced, own), index))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *ys)

@@ -1,6 +1,6 @@
 """The whole model: embedding, dense layers, sparse layers, norm and head; the heads on the side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +19,8 @@ from dsv3_jax.model.context import Context, How, from_zero, make_context
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import Experts, LayerRouting, check_expert_ids
 from dsv3_jax.model.mtp import make_heads, run_heads
-from dsv3_jax.model.parameters import draws_together, in_use, param
-from dsv3_jax.model.stack import loop_layers, stack
+from dsv3_jax.model.parameters import draws_together, in_use, param, unpack_all
+from dsv3_jax.model.stack import loop_layers, recompute, stack
 
 # most layers that training unrolls on the CPU; see experiments/bench/README.md
 UNROLLED_IN_TRAINING = 8
@@ -231,20 +231,29 @@ class Transformer(nnx.Module):
         # From layer to layer go x, the cache, and the last indexer's choice where layers share it.
         carry: Any = self.embedding(tokens), ctx.cache, self._first_choice(tokens.shape, ctx)
         metrics, rows = {}, {}
-        for path, first in (("dense", 0), ("sparse", cfg.num_dense_layers)):
-            # Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
-            of_stack = ctx if path == "sparse" else ctx._replace(given=None)
-            carry, found = loop_layers(
-                getattr(self, path),
-                partial(_run_layer, ctx=of_stack, first=first, keep=keep),
-                carry,
-                layers=layers and getattr(layers, path),
-                remat=remat,
-                unroll=unroll,
-                unshard=self.unshard,
-            )
-            if found is not None:
-                metrics[path], rows[path] = found
+        kinds = (
+            ("dense", 0, cfg.num_dense_layers),
+            ("sparse", cfg.num_dense_layers, cfg.num_sparse_layers),
+        )
+        for path, first, count in kinds:
+            if not count:
+                continue
+            # Plain lax.scan over split state: nnx.scan has had silent faults with memory and
+            # sharding. Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
+            graphdef, state = nnx.split(getattr(self, path))
+            of_kind = ctx if path == "sparse" else ctx._replace(given=None)
+            run = partial(_run_layer, graphdef=graphdef, ctx=of_kind, first=first, keep=keep)
+
+            if layers is None:
+                # Compile time does not grow with depth, unless the scan is written out. A layer's
+                # weights are gathered in its turn, inside what `remat` recomputes.
+                step = recompute(partial(run, prepare=self.unshard), remat)
+                xs = state, jnp.arange(count, dtype=jnp.int32)
+                carry, found = jax.lax.scan(step, carry, xs, unroll=unroll)
+            else:
+                step = partial(run, prepare=unpack_all)
+                carry, found = loop_layers(step, carry, state, getattr(layers, path))
+            metrics[path], rows[path] = found
         x, cache, _ = carry
         return Trunk(x, cache, metrics, rows)
 
@@ -278,7 +287,7 @@ class Transformer(nnx.Module):
         def local(table: Array, tokens: Array) -> tuple[tuple, Array]:
             return (), self.kernels("embedding", table, tokens).astype(self.compute_dtype)
 
-        return shard_map_over_batch(local, (table,), tokens)[1]
+        return shard_map_over_batch(local, tokens)(table, tokens)[1]
 
     def head_matrix(self) -> Float[Array, "D W"]:
         """The unembedding, shared by all depths, in the compute dtype."""
@@ -303,18 +312,25 @@ class Transformer(nnx.Module):
 
 
 def _run_layer(
-    block: Block,
     carry: tuple,
-    index: Array | int,
+    xs: tuple[nnx.State, Array | int],
     *,
+    graphdef: nnx.GraphDef[Block],
+    prepare: Callable[[nnx.State], nnx.State],
     ctx: Context,
     first: int,
     keep: Sequence[str],
 ) -> tuple[tuple, tuple[dict, dict]]:
     """Run one layer of a stack whose first one is the trunk's layer `first`.
 
+    Args:
+        xs: the layer's arrays and its index in the stack.
+        prepare: makes the arrays ready for use.
     Returns: (what the next layer gets, (metrics, rows that are kept)).
     """
+    arrays, index = xs
+    block = nnx.merge(graphdef, prepare(arrays))
+
     # The layer before passes these on; the experts to replay are the layer's own.
     x, cache, chosen = carry
     given = None if ctx.given is None else ctx.given[index]

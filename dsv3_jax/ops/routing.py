@@ -357,27 +357,3 @@ ROUTERS: Table[Router] = Table("router", {
     ),
 }, more="--import NAME imports a program that registers more")  # fmt: skip
 register_router = ROUTERS.add
-
-
-def route(
-    logits: Float[Array, "n E"],
-    bias: Float[Array, " E"],
-    cfg: ModelConfig,
-    tokens: Tokens | None = None,
-) -> Routing:
-    """Route with the router and settings in `cfg`.
-
-    Args:
-        logits: x W_router, float32.
-        bias: loss-free correction, for routers that read it.
-        cfg: `router` is a key of `ROUTERS`.
-        tokens: what else belongs to the tokens.
-    Returns: Routing.
-
-    Example:
-        >>> from dsv3_jax.presets import preset
-        >>> cfg = preset("tiny")  # 4 of 16 experts, from 2 of 4 groups
-        >>> route(jnp.arange(16.0)[None], jnp.zeros(16), cfg).expert_ids
-        Array([[15, 14, 13, 12]], dtype=int32)
-    """
-    return ROUTERS[cfg.router].route(Inputs(logits, bias, tokens or Tokens()), cfg)

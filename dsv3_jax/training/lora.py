@@ -183,7 +183,7 @@ def policy(cfg: Lora, params: nnx.State, dtype: Any) -> nnx.State:
     start it would lose all changes below 2^-9 of a weight, so the sampler would be another policy
     than the trainer. Beside the frozen weights, the copies take 4 bytes in float32 and 2 in
     bfloat16 for each number of a matrix with adapters. All else is not copied. Packed matrices are
-    unpacked where they are read (`model.stack.loop_layers`). XLA for CPUs does so once before a
+    unpacked where they are read (`Transformer.run_trunk`). XLA for CPUs does so once before a
     decoding loop, so while it runs they take 2 bytes a number as temporary memory.
 
     Args: dtype: the compute dtype.

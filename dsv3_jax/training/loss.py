@@ -217,7 +217,7 @@ def _token_losses(
         def local(matrix: Array, *rows: Array) -> tuple[Any, tuple]:
             return score(*(x.reshape(-1, *x.shape[2:]) for x in rows), matrix), ()
 
-        return shard_map_over_batch(local, (matrix,), *rows)[0]
+        return shard_map_over_batch(local, rows[0])(matrix, *rows)[0]
 
     def cross_entropy(h: Array, wanted: Array, mask: Array, matrix: Array) -> tuple[Array, Array]:
         return model.kernels("cross_entropy", h, matrix, wanted, mask)

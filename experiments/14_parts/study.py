@@ -1,8 +1,5 @@
 """The worth of each part to a trained model: parts are taken away when it is evaluated."""
 
-from functools import partial
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +8,6 @@ from flax import nnx
 from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops import routing
 from dsv3_jax.training.loss import score_tokens
 from experiments.lab import Study, drawing, markdown_table
 from experiments.lab.claims import Claim, Stake
@@ -32,8 +28,10 @@ def measure(trained):
     model, batches = trained.model, trained.held_out()
     cfg, state = model.cfg, nnx.state(model)
 
-    def loss(state, **changes):
+    def loss(state, *, off=0, **changes):
         shapes = abstract(replace(cfg, **changes), trained.run.execution)
+        if off:
+            skip_top(shapes, off)
         return loss_of(nnx.merge(nnx.graphdef(shapes), state), batches)
 
     whole = loss_of(model, batches)
@@ -49,8 +47,7 @@ def measure(trained):
         "half as many routed experts": loss(state, experts_per_token=k // 2),
     }
     for off in TOP_OFF:
-        with mock.patch.object(routing, "route", partial(skip_top, routing.route, off)):
-            removed[f"top {off} off"] = loss(state, experts_per_token=k + off)
+        removed[f"top {off} off"] = loss(state, off=off, experts_per_token=k + off)
     costs = {name: loss - whole for name, loss in removed.items()}
     for w in WINDOWS:
         cost_of_cut = loss_of(model, batches, w, cut=True) - loss_of(model, batches, w)

@@ -1,8 +1,5 @@
 """A mixture of which every token uses all experts, against a sparse one; and redundant experts."""
 
-from functools import partial
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +7,6 @@ from flax import nnx
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.ops import routing
 from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim
@@ -50,9 +46,8 @@ def measure(trained):
     for share in SHARES:
         off = round(share * cfg.num_experts)
         wider = replace(cfg, experts_per_token=cfg.experts_per_token + off)
-        graph = nnx.graphdef(abstract(wider, trained.run.execution))
-        with mock.patch.object(routing, "route", partial(skip_top, routing.route, off)):
-            cost[name_of(share)] = bits_of_answers(graph, state, tokens) - whole
+        shapes = skip_top(abstract(wider, trained.run.execution), off)
+        cost[name_of(share)] = bits_of_answers(nnx.graphdef(shapes), state, tokens) - whole
     return {"cost": cost}
 
 

@@ -96,7 +96,9 @@ def layer(cfg: ModelConfig = WIDE, rows: int = 4, length: int = 4096) -> Part:
 
     def apply(kernels, params, x):
         ctx = make_context(cfg, from_zero(rows, length), how=How(kernels))
-        return nnx.merge(graph, params, rest).mix(x, ctx)[0]
+        layer = nnx.merge(graph, params, rest)
+        routing, _ = layer.route(x, ctx)
+        return layer.mix(x, routing, ctx)[0]
 
     def measure(title: str, run: Callable, chosen: bool) -> Part:
         bars = ("", "layer" if chosen else "")

@@ -154,21 +154,21 @@ def _expert_ids(graphdef, state, tokens, segment_ids, positions):
     )
 
 
-def skip_top(
-    route: Callable,
-    off: int,
-    logits: jax.Array,
-    bias: jax.Array,
-    cfg: ModelConfig,
-    tokens: routing.Tokens | None = None,
-) -> routing.Routing:
-    """Route a token to its K experts after the first `off`, whose scores are the highest.
+def skip_top(model: Transformer, off: int) -> Transformer:
+    """Have the routers send a token to its K experts after the first `off`, of the highest scores.
 
-    Args: cfg: with experts_per_token = K + off.
+    Args: model: with experts_per_token = K + off.
     Source: DeepSeekMoE (arXiv 2401.06066), section 4.5, which masks the top routed experts.
     """
-    picked = route(logits, bias, replace(cfg, normalize_gates=False), tokens)
-    gates = picked.gates[:, off:]
-    if cfg.normalize_gates:
-        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scale
-    return routing.Routing(picked.expert_ids[:, off:], gates, picked.scores)
+    moe = model.sparse.moe
+    whole = moe.router
+
+    def route(x: routing.Inputs, cfg: ModelConfig) -> routing.Routing:
+        picked = whole.route(x, replace(cfg, normalize_gates=False))
+        gates = picked.gates[:, off:]
+        if cfg.normalize_gates:
+            gates = gates / (gates.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scale
+        return routing.Routing(picked.expert_ids[:, off:], gates, picked.scores)
+
+    moe.router = whole._replace(route=route)
+    return model
