@@ -100,7 +100,11 @@ STUDY = Study(
         )
     },
     facts={
-        "1.25, 1.50, 0.70, 1.02": "the task's, see lab/tasks/chains.py",
+        "1.24": lambda _: (TOKENS.bits_of_order(0) + TOKENS.best_bits) / 2,
+        "1.50": lambda _: TOKENS.bits_of_order(0),
+        "0.98": lambda _: TOKENS.best_bits,
+        "1.02": lambda _: TWO.bits_of_order(1),
+        "0.70": lambda _: TWO.best_bits,
         "13 %": "1 - 343 / 393",
         "6e-3, 320, 2.4e-2": "trials on seed 100",
     },
