@@ -184,7 +184,7 @@ def mla(ctx: Context, p: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"
 
     c_q = norm(x W_dq) [Q];  q = c_q W_uq [H,N+R]              without query compression: q = x W_q
     [c_kv, k_rope] = x W_dkv [C+R];  c_kv ← norm(c_kv)         a cache keeps these C + R numbers
-    k = [c_kv W_uk [H,N], k_rope];  v = c_kv W_uv [H,V]        all heads share k_rope
+    k = [c_kv W_ukᵀ [H,N], k_rope];  v = c_kv W_uvᵀ [H,V]      all heads share k_rope
     The latent norms use eps 1e-6, whatever norm_eps is.
     Source: DeepSeek-V2 report, section 2.1; the released code.
     """
