@@ -14,6 +14,7 @@ from runs import write_text as text_in
 
 import dsv3_jax as ds
 from dsv3_jax.model.upcycle import NOISE, Upcycling, redraw, upcycle, upcycled_config
+from dsv3_jax.ops import routing
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.start import on_weights, open_start
 
@@ -162,7 +163,9 @@ def test_the_command_makes_a_run_to_start_from(dense_run, tmp_path):
     assert_bitwise(arrays_of(ds.load_model(tmp_path / "again")), arrays_of(made.model))
 
 
-def test_what_cannot_be_made_is_refused(dense_run, tmp_path):
+def test_what_cannot_be_made_is_refused(dense_run, tmp_path, monkeypatch):
+    by_id = routing.ROUTERS["hash"]  # registered by a program
+    monkeypatch.setitem(routing.ROUTERS, "by id", by_id)
     for cfg, experts, how, sentence in (
         (DENSE, 4, dict(parts=3), "parts=3 does not divide dense_dim=20"),
         (DENSE, 6, dict(parts=4), "parts=4 does not divide experts=6"),
@@ -176,6 +179,7 @@ def test_what_cannot_be_made_is_refused(dense_run, tmp_path):
         (MIXTURE, 16, dict(parts=2), "parts=2 divides dense layers"),
         (MIXTURE, 16, dict(experts_per_token=4), "experts_per_token=4 is not the 3 that the model"),
         (replace(MIXTURE, router="hash"), 16, {}, "router='hash' is not supported"),
+        (replace(MIXTURE, router="by id"), 16, {}, "router='by id' is not supported"),
     ):
         with refused(sentence):
             upcycled_config(cfg, Upcycling(experts, **how))

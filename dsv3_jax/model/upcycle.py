@@ -15,6 +15,7 @@ from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.config.fields import Positive, Seed, Share, check_fields, require
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.routing import ROUTERS
 
 NOISE = 0.01  # of a mixture's copied router rows, over the deviation of its router
 
@@ -70,7 +71,7 @@ def upcycled_config(cfg: ModelConfig, how: Upcycling) -> ModelConfig:
             f"{experts} is not 2, 3, … times the num_experts={count} that the model has",
         )
         require(
-            cfg.router not in ("dense", "hash"),
+            cfg.router != "dense" and not ROUTERS[cfg.router].reads_tokens,
             f"router={cfg.router!r} is not supported: it does not choose experts by their scores",
         )
         return _with_units(replace(cfg, num_experts=how.experts), how)
