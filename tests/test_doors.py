@@ -301,15 +301,19 @@ def test_a_model_of_more_tensors_than_there_are(tmp_path):
     assert time.process_time() - begin < 5
 
 
-def test_dead_links_are_passed_over_and_names_of_domains_can_be_printed(tmp_path, capsys):
+def test_dead_links_and_linked_folders_are_passed_over_and_names_of_domains_can_be_printed(
+    tmp_path, capsys
+):
     rows = [{"text": f"text {i}", "domain": "\x1b[31m[/]"} for i in range(4)]
     write_lines(tmp_path / "a.jsonl", rows)
     (tmp_path / "gone\x1b[2J.txt").symlink_to("nowhere")
     (tmp_path / "self.txt").symlink_to("self.txt")
+    (tmp_path / "circle").symlink_to(tmp_path)
     corpus = load_corpus(DataConfig(paths=(str(tmp_path),)))
     assert len(corpus.train + corpus.val) == 4 and corpus.domains == ("\ufffd[31m[/]",)
     said = capsys.readouterr().err
     assert said.count("a link that leads nowhere") == 2
+    assert f"{tmp_path}/circle': a link to a folder" in said
     assert "gone\\x1b[2J.txt" in said and "\x1b" not in said
 
 

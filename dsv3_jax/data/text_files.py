@@ -88,7 +88,8 @@ def _rows_of_files(
     if not root.exists():
         raise ValueError(f"path={str(root)!r} does not exist")
     binary: list[Path] = []
-    for file in files_below(root) if root.is_dir() else (root,):
+    linked: list[Path] = []
+    for file in files_below(root, linked=linked) if root.is_dir() else (root,):
         if file.is_symlink() and not file.exists():
             print(f"passed over {str(file)!r}: a link that leads nowhere", file=sys.stderr)
             continue
@@ -117,6 +118,10 @@ def _rows_of_files(
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
+    _say_passed_over(root, binary, linked)
+
+
+def _say_passed_over(root: Path, binary: Sequence[Path], linked: Sequence[Path]) -> None:
     # A text in UTF-16 has zero bytes, too: its reader would miss it.
     if binary:
         print(
@@ -124,6 +129,8 @@ def _rows_of_files(
             f"{str(binary[0])!r}",
             file=sys.stderr,
         )
+    for link in linked:
+        print(f"passed over {str(link)!r}: a link to a folder; name it to read it", file=sys.stderr)
 
 
 def _domain_of(name: Path, folders: Sequence[str]) -> str:
@@ -131,8 +138,14 @@ def _domain_of(name: Path, folders: Sequence[str]) -> str:
     return folders[0] if folders else name.suffix.lower()[1:] or "text"
 
 
-def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield files below `root` by name, but no hidden ones, caches and folders of `skip`."""
+def files_below(
+    root: Path, skip: tuple[str, ...] = (), linked: list[Path] | None = None
+) -> Iterator[Path]:
+    """Yield files below `root` by name, but no hidden ones, caches and folders of `skip`.
+
+    Args:
+        linked: a list that gets the links to folders. They may lead in circles: none is entered.
+    """
 
     def fail(error: OSError) -> None:
         if error.filename != str(root) or root.exists():
@@ -144,6 +157,9 @@ def files_below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
             folders[:] = sorted(
                 f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in skip
             )
+            if linked is not None:
+                paths = (Path(folder, name) for name in folders)
+                linked.extend(path for path in paths if path.is_symlink())
             yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
     except RecursionError:  # of `os.walk` before Python 3.12
         raise ValueError(f"path={str(root)!r} has too many folders within each other") from None
