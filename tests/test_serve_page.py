@@ -237,3 +237,13 @@ def test_errors_are_sentences_and_the_stop_button_stops(page):
     page.run("stops.disconnect()")
     fill(page, max_tokens=NEW)
     assert len(ask(page, " world")) > NEW
+
+
+def test_a_text_that_waits_for_its_first_token_says_so(page):
+    """A server that has just begun compiles for seconds."""
+    note = f"document.querySelector('{TURN} .tokens + *').textContent"
+    page.run("window.served = window.fetch; window.fetch = () => new Promise(() => {})")
+    page.type("#words", "hello")
+    page.click("#send")
+    page.wait_for(f"{note}.startsWith('no token yet')")
+    page.run("window.fetch = window.served")
