@@ -70,6 +70,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rng, outside):
     np.testing.assert_allclose(measures["sampler_kl"], sampler_kl, rtol=1e-5)
     assert measures["clipped"] == out
 
+    # The KL never pushes a token further from the start, though exp is cut off.
+    assert (loss_of(jnp.float32(start - 30))[1] <= 0).all()
+
 
 MATRIX_OF = {  # one layer's matrix [inputs, outputs] of a weight, of an expert's last one
     "w_q": lambda w: w[0].reshape(w.shape[1], -1),

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float
 from dsv3_jax.config import Grpo
 
 EPS = 1e-6  # of the division by a group's standard deviation
-MOST = 20.0  # of ln ratio: beyond it only the sign of the advantage decides, and exp would overflow
+MOST = 20.0  # of ln ratio: exp would overflow; beyond it a token has no gradient
 
 
 def advantages(
@@ -110,7 +110,7 @@ def policy_loss(
 
     # KL to the start, by an estimate that is never negative.
     if start is not None:
-        above = jnp.where(mask, start - logprobs, 0.0)
-        found["kl"] = (jnp.exp(jnp.minimum(above, MOST)) - above - 1.0).sum()
+        above = jnp.minimum(jnp.where(mask, start - logprobs, 0.0), MOST)
+        found["kl"] = (jnp.exp(above) - above - 1.0).sum()
         loss += cfg.kl * found["kl"]
     return loss, found
