@@ -4,8 +4,7 @@ Assignments (token, choice) are sorted by expert, so each expert's rows are cont
 runs one SwiGLU over its rows. The results return by the inverse permutation and are summed over a
 token's choices. No token is dropped, except by `capacity_swiglu`, which is there to compare.
 
-    grouped_swiglu   sorted rows, three grouped products (see grouped_product.py), any number of
-                     tokens
+    grouped_swiglu   sorted rows, three grouped products (see grouped_product.py)
     dense_swiglu     every expert on every token, weighted by the gates: the oracle, and the field's
                      starting point
     decode_experts   a loop over the chosen experts alone, for a few tokens
@@ -286,6 +285,7 @@ def capacity_swiglu(  # noqa: PLR0913 - six arrays, and how
         product: of each expert's rows with its matrix.
     Returns: (y, share of assignments dropped, of the tokens that count).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
+    Departs from the paper: GShard serves all tokens' first choices before any second choice.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
