@@ -37,13 +37,19 @@ def noise_like(params: nnx.State, seed: int) -> nnx.State:
     return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
 
 
-FALLS = {"report": (50, 90), "wsd": (50, 90), "cosine": (10, 100)}  # from step, to step
+FALLS = [  # a schedule, its decay_start; the steps of its decay, from and to
+    ("report", 0.5, 50, 90),
+    ("report", 0.02, 10, 90),  # not before the end of the warm-up
+    ("wsd", 0.5, 50, 90),
+    ("wsd", 0.02, 10, 90),
+    ("cosine", 0.5, 10, 100),
+]
 
 
-@pytest.mark.parametrize("name", FALLS)
-def test_the_learning_rate_rises_stays_and_falls(name):
-    (start, end), rates = FALLS[name], dict(learning_rate=3e-2, final_learning_rate=3e-3)
-    cfg = OptimConfig(schedule=name, warmup_steps=10, decay_start=0.5, decay_end=0.9, **rates)
+@pytest.mark.parametrize(("name", "share", "start", "end"), FALLS)
+def test_the_learning_rate_rises_stays_and_falls(name, share, start, end):
+    rates = dict(learning_rate=3e-2, final_learning_rate=3e-3)
+    cfg = OptimConfig(schedule=name, warmup_steps=10, decay_start=share, decay_end=0.9, **rates)
     rate_at = jax.vmap(lambda step: learning_rate(cfg, STEPS, step))
     found = np.asarray(rate_at(jnp.arange(STEPS + 20)))
     for step, rate in enumerate(found):

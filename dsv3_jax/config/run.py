@@ -47,8 +47,8 @@ class OptimConfig:
     learning_rate: PositiveReal = 2.2e-4  # largest learning rate, between the warm-up and the decay
     final_learning_rate: NonNegative = 2.2e-5  # learning rate after the decay
     warmup_steps: Natural = 2000  # number of steps in which the learning rate rises from 0
-    # share of all steps after which the decay begins, and mtp_final_weight; schedule cosine uses it
-    # for the latter only
+    # share of all steps after which the decay begins, if the warm-up is over, and mtp_final_weight;
+    # schedule cosine uses it for the latter only
     decay_start: Share = 0.67
     # share of all steps after which the decay ends; not for schedule cosine
     decay_end: Share = 0.97

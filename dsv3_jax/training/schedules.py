@@ -16,6 +16,8 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
     cosine   a cosine from the end of the warm-up to the last step
              (arXiv 1608.03983, without restarts)
 
+    No decay begins before the end of the warm-up, so the rate reaches `learning_rate`.
+
     Example:
         >>> when = dict(warmup_steps=10, decay_start=0.5, decay_end=0.9)
         >>> cfg = OptimConfig(learning_rate=1.0, final_learning_rate=0.2, **when)
@@ -26,7 +28,7 @@ def learning_rate(cfg: OptimConfig, steps: int, step: Array) -> Array:
     warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
 
     # The decay runs from 0 to 1 along `start` … `end`.
-    start = cfg.decay_start * steps
+    start = max(cfg.decay_start * steps, float(cfg.warmup_steps))
     end = cfg.decay_end * steps
     if cfg.schedule == "cosine":
         start = float(cfg.warmup_steps)
