@@ -20,7 +20,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
-from dsv3_jax.training import optim
+from dsv3_jax.training import optim, transformation
 from dsv3_jax.training.schedules import learning_rate
 
 STEPS = 100
@@ -223,9 +223,9 @@ def test_the_state_is_sharded_like_the_parameters_that_it_mirrors():
 
 def test_unknown_names_are_refused_in_a_sentence():
     with refused(r"optim.name='optax:mine' is a transformation: give it by .*optimizer=tx"):
-        optim.check_optimizer(OptimConfig(name="optax:mine"), None)
+        transformation.check_optimizer(OptimConfig(name="optax:mine"), None)
     with refused("optimizer='adam' is not an optax transformation"):
-        unhooked("dsv3_jax.training.optim").check_optimizer(OptimConfig(), "adam")
+        unhooked("dsv3_jax.training.transformation").check_optimizer(OptimConfig(), "adam")
 
 
 def test_a_transformation_reads_the_loss_and_no_more():

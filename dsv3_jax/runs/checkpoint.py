@@ -36,8 +36,8 @@ from dsv3_jax.runs.checksums import ARRAYS, find_damage, write_manifest
 from dsv3_jax.runs.folder import check_registered, read_run
 from dsv3_jax.runs.orbax_noise import silence
 from dsv3_jax.runs.saved_state import from_orbax, read_state, to_save
-from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.state import Job, TrainState, model_of
+from dsv3_jax.training.transformation import Transform
 
 PART = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 REMAINS = (f"*{PART}*", "*.deleted")  # of a save that failed; of checkpoints beyond `run.keep`

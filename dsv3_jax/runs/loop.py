@@ -49,8 +49,8 @@ from dsv3_jax.runs.prepare import (
 )
 from dsv3_jax.runs.start import Start, begin, on_trunk, on_weights, open_start
 from dsv3_jax.runs.steps import Files, FitResult, NonFiniteLoss, Training
-from dsv3_jax.training.optim import Transform
 from dsv3_jax.training.state import Job
+from dsv3_jax.training.transformation import Transform
 
 __all__ = [
     "Callback", "Chats", "FitResult", "NonFiniteLoss", "Start",

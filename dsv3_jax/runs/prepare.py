@@ -27,8 +27,8 @@ from dsv3_jax.runs.chats import Chats
 from dsv3_jax.runs.checkpoint import steps_of
 from dsv3_jax.runs.folder import RUN_FILE, read_made, settled
 from dsv3_jax.runs.start import Start, check_start, open_start
-from dsv3_jax.training import optim
 from dsv3_jax.training.state import Job, abstract_state, split_trainable
+from dsv3_jax.training.transformation import Transform, check_optimizer, name_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FitOptions:
     quiet: bool = False
     report: bool = True
     profile: tuple[int, int] | None = None
-    optimizer: optim.Transform = None
+    optimizer: Transform = None
     source: Source | None = None
     chats: Chats | None = None
     start: Start | None = None
@@ -76,9 +76,9 @@ def make_job(run: RunConfig, options: FitOptions) -> Job:
     optimizer = options.optimizer
 
     # The caller's optimizer has no name but the types of its state.
-    optim.check_optimizer(run.optim, optimizer)
+    check_optimizer(run.optim, optimizer)
     if optimizer is not None:
-        name = optim.name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
+        name = name_of(optimizer, split_trainable(run, abstract_state(Job(run)).params)[0])
         run = replace(run, optim=replace(run.optim, name=name))
 
     # Each host compiles its own kernels, and may lack some.

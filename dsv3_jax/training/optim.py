@@ -1,35 +1,31 @@
 """How parameters move: the optimizers AdamW, Muon, and any optax transformation.
 
 `make` gives the optimizer of a run, by `OptimConfig.name`, of which MAKERS has the classes. A
-transformation that is given to `ds.train.fit(…, optimizer=tx)` comes before that name. The
-functions of an optimizer are pure, and run under `jax.jit`: `init` makes the state of step 0, any
-tree of arrays or variables; `update` takes a step, see `AdamW`.
+transformation that is given to `ds.train.fit(…, optimizer=tx)` comes before that name; it becomes
+a `transformation.Optax`. The functions of an optimizer are pure, and run under `jax.jit`: `init`
+makes the state of step 0, any tree of arrays or variables; `update` takes a step, see `AdamW`.
 """
 
 import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
+from dsv3_jax.config import OptimConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.mesh.sharding import names_of
 from dsv3_jax.ops.newton_schulz import orthogonalize
 from dsv3_jax.training import mup
 from dsv3_jax.training.lora import sides
 from dsv3_jax.training.schedules import learning_rate
+from dsv3_jax.training.transformation import Optax, Transform, clip_factor, is_variable
 
 RMS = 0.2  # of an update by Muon, as AdamW's usually is; arXiv 2502.16982, section 2.2
-Transform: TypeAlias = optax.GradientTransformation | None
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
 
 
@@ -101,7 +97,7 @@ class AdamW:
         numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
 
         # Norms' scales have no weight decay.
-        variables = jax.tree.leaves(params, is_leaf=_is_variable)  # each has one leaf
+        variables = jax.tree.leaves(params, is_leaf=is_variable)  # each has one leaf
         decays = [
             cfg.weight_decay if v.get_metadata().get("decay", True) else 0.0 for v in variables
         ]
@@ -121,16 +117,6 @@ class AdamW:
         structure = jax.tree.structure(params)
         p, mu, nu = (jax.tree.unflatten(structure, [x[i] for x in new]) for i in range(3))
         return p, AdamState(mu, nu)
-
-
-def clip_factor(cfg: OptimConfig, norm: Array) -> Array:
-    """The factor that scales gradients of this global norm down to `clip_norm`; 1 for smaller ones.
-
-    Example:
-        >>> clip_factor(OptimConfig(clip_norm=2.0), jnp.array([1.0, 8.0])).tolist()
-        [1.0, 0.25]
-    """
-    return jnp.where(norm < cfg.clip_norm, 1.0, cfg.clip_norm / norm)
 
 
 class MuonState(NamedTuple):
@@ -258,95 +244,6 @@ def _orthogonal(x: Float[Array, "*n"], names: tuple[str | None, ...]) -> Float[A
     return (RMS * math.sqrt(max(rows, columns)) * made).reshape(x.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class Optax:
-    """Any optax transformation on clipped gradients; a step that is not kept does not count.
-
-    It sees parameters and gradients as nested dicts of arrays, {"sparse": {"attn": {"w_uq": …}},
-    …}, so its masks and labels are functions of such dicts. Leaves of its state with the path and
-    the shape of a parameter get that parameter's axis names, by which a mesh shards them; all
-    others are replicated.
-
-    Example:
-        >>> params = nnx.State({"w": nnx.Param(jnp.ones(2), axes=("heads",))})
-        >>> names_of(Optax(OptimConfig(), optax.trace(0.9)).init(params).trace["w"])
-        ('heads',)
-    """
-
-    cfg: OptimConfig
-    tx: Transform  # None: the state is empty, for readers, and there is no update
-
-    def init(self, params: nnx.State) -> Any:
-        if self.tx is None:
-            return ()
-        with _promoting():
-            return _named(self.tx.init(nnx.to_pure_dict(params)), params)
-
-    def update(
-        self,
-        step: Array,
-        params: nnx.State,
-        state: Any,
-        grads: nnx.State,
-        norm: Array,
-        keep: Array,
-        value: Array | None = None,
-    ) -> tuple[nnx.State, Any]:
-        check_optimizer(self.cfg, self.tx)
-        assert self.tx is not None
-
-        # optax knows dicts of arrays, and no variables.
-        clip = clip_factor(self.cfg, norm)
-        old = nnx.to_pure_dict(params)
-        before = jax.tree.map(
-            lambda v: v.get_value() if _is_variable(v) else v, state, is_leaf=_is_variable
-        )
-        clipped = nnx.to_pure_dict(jax.tree.map(lambda g: g * clip, grads))
-        with _promoting():
-            update = optax.with_extra_args_support(self.tx).update
-            try:
-                updates, after = update(clipped, before, old, value=value)
-            except TypeError as error:
-                if "required keyword-only argument" not in str(error):
-                    raise
-                raise ConfigError(
-                    f"optimizer needs more than gradients, parameters and the loss: {error}"
-                ) from error
-            new = optax.apply_updates(old, updates)
-
-        # A step that is not kept changes nothing, the count of steps included.
-        new, after = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (new, after), (old, before))
-        flat = nnx.traversals.flatten_mapping(new)
-        moved = nnx.from_flat_state(
-            [(path, v.replace(flat[path])) for path, v in nnx.to_flat_state(params)]
-        )
-        return moved, _named(after, params)
-
-
-@contextmanager
-def _promoting() -> Iterator[None]:
-    """optax mixes dtypes, as of a count and a decay, even if the caller has JAX refuse that."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def _is_variable(x: object) -> bool:
-    return isinstance(x, nnx.Variable)
-
-
-def _named(state: Any, params: nnx.State) -> Any:
-    """A state whose leaves are variables with axis names, where they mirror a parameter."""
-    flat = dict(nnx.to_flat_state(params))
-
-    def of(path: tuple, leaf: Array) -> Any:
-        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        v = next((flat[keys[start:]] for start in range(len(keys)) if keys[start:] in flat), None)
-        mirrors = v is not None and v.shape == leaf.shape and names_of(v)
-        return nnx.Variable(leaf, axes=names_of(v)) if mirrors else leaf
-
-    return jax.tree_util.tree_map_with_path(of, state)
-
-
 MAKERS = {"adamw": AdamW, "muon": Muon}
 
 
@@ -369,6 +266,7 @@ def make(
         empty, and an update raises ConfigError.
 
     Example:
+        >>> import optax
         >>> optimizer = make(OptimConfig(), 100, transformation=optax.sgd(0.5, momentum=0.9))
         >>> params, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.float32(1)
         >>> state = optimizer.init(params)
@@ -380,39 +278,3 @@ def make(
     if transformation is None and cfg.name in MAKERS:
         return MAKERS[cfg.name](cfg, steps, kernels, growth)
     return Optax(cfg, transformation)
-
-
-def check_optimizer(cfg: OptimConfig, transformation: object) -> None:
-    """Check that a run has what trains it.
-
-    Raises: ConfigError if it is not an optax transformation, or is missing for a run that was
-        trained by one.
-
-    Example:
-        >>> check_optimizer(OptimConfig(), optax.sgd(1e-3)), check_optimizer(OptimConfig(), None)
-        (None, None)
-    """
-    if transformation is None and cfg.name.startswith(OPTAX):
-        raise ConfigError(
-            f"optim.name={cfg.name!r} is a transformation: give it by ds.train.fit(…, optimizer=tx)"
-        )
-    if not isinstance(transformation, optax.GradientTransformation | None):
-        raise ConfigError(
-            f"optimizer={transformation!r} is not an optax transformation, such as optax.lion(1e-4)"
-        )
-
-
-def name_of(tx: optax.GradientTransformation, params: nnx.State) -> str:
-    """Name a transformation by the types of its state, for `OptimConfig.name`: it has no other.
-
-    Args: params: or their shapes.
-
-    Example:
-        >>> params = nnx.State({"w": nnx.Param(jnp.ones(2))})
-        >>> name_of(optax.adam(1e-3), params), name_of(optax.sgd(1e-3), params)
-        ('optax:ScaleByAdamState', 'optax:no state')
-    """
-    with _promoting():
-        state = jax.eval_shape(tx.init, nnx.to_pure_dict(params))
-    types = dict.fromkeys(re.findall(r"namedtuple\[(\w+)\]", str(jax.tree.structure(state))))
-    return OPTAX + ("+".join(name for name in types if name != "EmptyState") or "no state")

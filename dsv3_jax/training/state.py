@@ -26,6 +26,7 @@ from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 from dsv3_jax.training import lora, mup, optim
+from dsv3_jax.training.transformation import Transform
 
 
 @partial(
@@ -56,7 +57,7 @@ class Job:
     run: RunConfig
     mesh: Mesh | None = None  # None: a single device
     kernels: Kernels | None = None  # from `kernels.choose.prepare`; None: the default device's
-    optimizer: optim.Transform = None  # in place of the run's own, see `optim.make`
+    optimizer: Transform = None  # in place of the run's own, see `optim.make`
 
     def its_kernels(self) -> Kernels:
         """The kernels that were given, or else those of the run's execution on its mesh."""
