@@ -11,7 +11,7 @@ from dsv3_jax.model.moe import RouterBias
 from experiments.lab import Column, Study, drawing
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim, Stake, logit
-from experiments.lab.measuring import late_mean
+from experiments.lab.measuring import compiled, late_mean
 
 UNBALANCED = "none"
 BIAS, SLOW, FAST = (f"loss-free, γ {rate}" for rate in ("3e-3", "1e-4", "1e-2"))
@@ -54,20 +54,18 @@ def measure(trained):
     ranges = [np.ptp(np.asarray(b), axis=-1).ravel() for b in biases]
     numbers = {"bias_range": float(np.mean(np.concatenate(ranges)))}
     if trained.run.model.capacity_factor is not None:
-        graphdef, state = nnx.split(trained.model)
         shares = [
-            dropped_share(graphdef, state, batch["tokens"], batch["segment_ids"])
+            dropped_share(trained.model, batch["tokens"], batch["segment_ids"])
             for batch in trained.held_out()
         ]
         numbers["dropped_held_out"] = float(np.mean(shares))
     return numbers
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def dropped_share(graphdef, state, tokens, segment_ids):
+@compiled
+def dropped_share(model, tokens, segment_ids):
     """Return the dropped share of a batch's assignments, mean over layers."""
-    found = nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids)
-    return found.metrics["sparse"]["dropped"].mean()
+    return model.forward_hidden(tokens, segment_ids).metrics["sparse"]["dropped"].mean()
 
 
 def in_domains(numbers):

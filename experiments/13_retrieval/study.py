@@ -8,12 +8,12 @@ from functools import partial
 
 import numpy as np
 import planted
-from by_distance import CONTEXTS, DEPTHS, LENGTHS, QUESTIONS, losses, retrieved
 from flax import nnx
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.ops.cross_entropy import token_scores
 from experiments.lab import (
     RUNS_FOLDER,
     FollowUp,
@@ -27,6 +27,7 @@ from experiments.lab import (
 )
 from experiments.lab.bases import text_beside
 from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.tasks import Retrieval
 
 FACTOR = {"keys": 16, "text": 4}
@@ -38,6 +39,9 @@ LINES = {  # line of table and picture: (how a model is trained, how it is evalu
     "more steps on long rows with YaRN": (WITH_YARN, "own"),
     "trained on long rows from the start": (LONG, "own"),
 }
+LENGTHS = (1, 2, 4, 8, 16)  # of rows with keys, in L
+# Tokens of text that are read, in L. The last L/2 of them are scored, BATCH rows at once.
+CONTEXTS, BATCH = np.array([3 / 4, 1, 3 / 2, 2, 3, 4]), 16
 FAR = np.outer(LENGTHS, DEPTHS) > 1  # keys farther away than L, [lengths, depths]
 
 
@@ -122,7 +126,10 @@ def measure(trained):
         models["yarn"] = Transformer(cfg, trained.run.execution, rngs=nnx.Rngs(0))
         nnx.update(models["yarn"], nnx.state(trained.model))
     if kind == "keys":
-        found = {how: retrieved(model, trained.task, length) for how, model in models.items()}
+        found = {
+            how: [keys_found(model, trained.task, c * length) for c in LENGTHS]
+            for how, model in models.items()
+        }
         return {"length": length, "found": found}
 
     # The last bytes of each document that fills the longest row; planted ones are not scored.
@@ -132,6 +139,25 @@ def measure(trained):
     scored = ~np.isin(rows[:, -length // 2 :], tokenizer.encode_array(planted.PLANTED))
     loss = {how: losses(model, rows, scored, length) for how, model in models.items()}
     return {"length": length, "documents": len(rows), "loss": loss}
+
+
+def losses(model, rows, scored, length):
+    """Return the mean nats of the same last tokens, which are scored, with more and more before."""
+    found = []
+    for context in CONTEXTS:
+        read = rows[:, -round(context * length) :]
+        parts = [nats_of(model, read[i : i + BATCH]) for i in range(0, len(read), BATCH)]
+        last = np.concatenate(parts)[:, -scored.shape[1] :]
+        found.append(float((last * scored).sum() / scored.sum()))
+    return found
+
+
+@compiled
+def nats_of(model, tokens):
+    """Return the nats of each next token, [rows, T − 1]."""
+    h, targets = model.forward_hidden(tokens).h[:, :-1], tokens[:, 1:]
+    nats, _ = token_scores(h.reshape(-1, h.shape[-1]), model.head_matrix(), targets.reshape(-1))
+    return nats.reshape(targets.shape)
 
 
 def part(name, where, scale=1):

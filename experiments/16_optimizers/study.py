@@ -2,15 +2,14 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
 from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim, Stake
+from experiments.lab.measuring import compiled
 
 ADAMW, MUON, CLIPPED, FREE = "AdamW", "Muon", "Muon + QK-clip", "AdamW + QK-clip"
 HALF = "Muon, half the steps"
@@ -40,21 +39,19 @@ def variants(base):
 
 def measure(trained):
     """`head_logits`: each head's largest logit on held-out text [L, H]; `max_logit`: of all."""
-    graphdef, state = nnx.split(trained.model)
     found = []
     for batch in trained.held_out(4):
         rows = [jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions")]
-        found.append(largest(graphdef, state, *rows))
+        found.append(largest(trained.model, *rows))
 
     # Dense layers come before sparse ones.
     heads = np.concatenate([np.max([one[kind] for one in found], 0) for kind in sorted(found[0])])
     return {"head_logits": heads.tolist(), "max_logit": float(heads.max())}
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def largest(graphdef, state, tokens, segment_ids, positions):
+@compiled
+def largest(model, tokens, segment_ids, positions):
     """Return each head's largest logit in a batch, kind of layer → [L, H]."""
-    model = nnx.merge(graphdef, state)
     how = model.how(watch=frozenset({"max_logit"}))
     out = model.forward_hidden(tokens, segment_ids, positions, how=how)
     logits = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}

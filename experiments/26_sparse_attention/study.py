@@ -22,6 +22,7 @@ from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.runs.evaluate import evaluate
 from experiments.lab import Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Retrieval
 
@@ -42,8 +43,6 @@ AFTER = {  # (k, warm-up) of the models that are
 }
 LEAST = 64  # tokens that a query of text must see to count: a choice of few is no choice
 LOOKED_AT = 4  # batches of text
-# Questions for each distance; the key's distances, in rows.
-ROWS, DEPTHS = 64, (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
 
 def variants(base):
@@ -145,26 +144,16 @@ def found_far(trained, k):
     """Return the share of keys found in rows of 4L, with YaRN."""
     most = trained.run.model.max_positions
     yarn = Yarn(factor=float(FACTOR), original_max_positions=most // FACTOR)
-    graphdef, state = nnx.split(model_of(trained, k, yarn=yarn))
-    asked = [trained.task.questions(most, round(x * most), ROWS).tokens for x in DEPTHS]
-    right = [last_choice(graphdef, state, tokens) == tokens[:, -1] for tokens in asked]
-    return float(np.mean(right))
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def last_choice(graphdef, state, tokens):
-    model = nnx.merge(graphdef, state)
-    return (model.forward_hidden(tokens).h[:, -2] @ model.head_matrix()).argmax(-1)
+    return float(np.mean(keys_found(model_of(trained, k, yarn=yarn), trained.task, most)))
 
 
 def recall(trained, k):
     """Shares of dense attention's mass in the indexer's choice of k tokens, and in the latest k."""
-    graphdef, state = nnx.split(model_of(trained, "all"))
-    found = []
+    model, found = model_of(trained, "all"), []
     for batch in trained.held_out()[:LOOKED_AT]:
         inputs = model_inputs(batch)
         rows = (inputs[name] for name in ("tokens", "segment_ids", "positions"))
-        weights, scores = (np.asarray(x) for x in look(graphdef, state, *rows))
+        weights, scores = (np.asarray(x) for x in look(model, *rows))
         counts = np.isfinite(scores[0]).sum(-1) >= LEAST
         weights, scores = weights[:, counts], scores[:, counts]
         latest = np.where(np.isfinite(scores), np.arange(scores.shape[-1]), -np.inf)
@@ -173,13 +162,12 @@ def recall(trained, k):
     return {"mass": mass, "latest": of_latest}
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def look(graphdef, state, tokens, segment_ids, positions):
+@compiled
+def look(model, tokens, segment_ids, positions):
     """Return dense attention's mean over heads, and the indexers' scores, [L, B, T, S].
 
     Scores of tokens that a query does not see are -inf.
     """
-    model = nnx.merge(graphdef, state)
     x, found, length = model.embedding(tokens), [], tokens.shape[1]
     seen = jnp.tril(jnp.ones((length, length), bool))[None]
     seen &= segment_ids[:, :, None] == segment_ids[:, None]
@@ -271,7 +259,7 @@ def words(results):
 
 MOST, LONG = "text: k 32, long warm-up", "text: k 16, long warm-up"
 NONE = "text: k 16, no warm-up"
-FAR_KEYS = ROWS * len(DEPTHS)  # questions at 4L of a run
+FAR_KEYS = QUESTIONS * len(DEPTHS)  # questions at 4L of a run
 MASSES = 10_000  # tokens whose attention is looked at, at least
 
 

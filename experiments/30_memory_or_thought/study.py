@@ -1,6 +1,5 @@
 """Experts against dense layers, at equal FLOPs and at equal parameters: facts, and two hops."""
 
-import json
 import math
 
 import numpy as np
@@ -13,7 +12,6 @@ from experiments.lab.claims import Claim
 from experiments.lab.measuring import bits_stake
 from experiments.lab.results import lookup
 from experiments.lab.tasks import Facts, TwoHops
-from experiments.lab.work import EVALUATION
 
 FACTS, HOPS = "facts", "two hops"
 TASKS = {FACTS: Facts(), HOPS: TwoHops()}
@@ -113,9 +111,8 @@ def measure(trained):
     `growth`: bits for each factor e of the budget. Over × ½, 1 and 2 it rests on the ends alone, as
     the middle of evenly spaced places has no weight in a least-squares slope.
     """
-    cfg, task = trained.run.model, trained.task.name
-    found = {"experts": cfg.num_experts} if cfg.num_sparse_layers else {}
-    before = [json.loads((f / EVALUATION).read_text())[0] for f in trained.needed_folders.values()]
+    task, found = trained.task.name, {}
+    before = trained.needed_numbers().values()
     key = BITS[FACTS if task == Facts.name else HOPS]
     bits = [lookup(numbers, key) for numbers in (*before, trained.numbers)]
     if len(bits) == 2:

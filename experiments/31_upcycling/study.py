@@ -3,18 +3,13 @@
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
 from dsv3_jax.config import replace
 from dsv3_jax.model.upcycle import Upcycling, upcycled_config
 from dsv3_jax.runs.convert import convert
 from experiments.lab import Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.bases import lasting, make_tokenizer, text_beside
 from experiments.lab.claims import Claim
-from experiments.lab.measuring import BITS, alike, bits_claim, bits_stake
+from experiments.lab.measuring import BITS, alike, bits_claim, bits_stake, fact_bits, fact_rows
 from experiments.lab.tasks import Facts
 
 FACTS = Facts()
@@ -105,22 +100,14 @@ def measure(trained):
     """Facts: bits unknown of all, and of each half; how alike experts are. Text: its loss."""
     if trained.task is None:
         return {"nats": trained.numbers["val_loss"]}
-    tokens = jnp.asarray(FACTS.held_out(FACTS.firsts * FACTS.seconds).tokens)
-    bits = np.asarray(bits_of_answers(*nnx.split(trained.model), tokens))
-    old = np.asarray(tokens[:, 0]) < FIRST_HALF.firsts
+    bits = fact_bits(trained.model)
+    old = fact_rows()[:, 0] < FIRST_HALF.firsts
     numbers = {"first": float(bits[old].mean()), "second": float(bits[~old].mean())}
     if trained.task == FACTS:
         numbers["bits"] = trained.numbers["val_loss"] * BITS
     if trained.model.cfg.num_sparse_layers:
         numbers["alike"] = alike(trained.model)
     return numbers
-
-
-@partial(jax.jit, static_argnums=0)
-def bits_of_answers(graph, state, tokens):
-    logits = nnx.merge(graph, state)(tokens).logits[:, 1]
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 2:], axis=-1)
-    return -BITS * chosen[:, 0]
 
 
 def at(budget, way, against):

@@ -1,6 +1,5 @@
 """The best learning rate at half and at double width: AdamW, muP and Muon, dense and mixture."""
 
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ from experiments.lab.bases import at_rate, lasting
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
-from experiments.lab.work import EVALUATION
 
 DENSE, MIXTURE = "dense", "mixture"
 ADAMW, MUP, MUON = "AdamW", "muP", "Muon"
@@ -64,8 +62,7 @@ def measure(trained):
     if not trained.needed_folders:
         return {}
     losses = {trained.run.optim.learning_rate: trained.numbers["val_loss"]}
-    for name, folder in trained.needed_folders.items():
-        numbers, _ = json.loads((folder / EVALUATION).read_text())
+    for name, numbers in trained.needed_numbers().items():
         losses[float(name.rpartition(" ")[2])] = numbers["val_loss"]
     rates = sorted(losses)
     found = [losses[rate] for rate in rates]

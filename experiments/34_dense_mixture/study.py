@@ -1,8 +1,5 @@
 """A mixture of which every token uses all experts, against a sparse one; and redundant experts."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import replace
@@ -11,7 +8,14 @@ from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.claims import Claim
 from experiments.lab.ladder import DENSE, FINE_4, GSHARD, ladder
-from experiments.lab.measuring import BITS, bits_claim, bits_stake, skip_top, unknown_bits
+from experiments.lab.measuring import (
+    BITS,
+    bits_claim,
+    bits_stake,
+    fact_bits,
+    skip_top,
+    unknown_bits,
+)
 from experiments.lab.tasks import Facts
 
 ALL, THIN = "all of 16", "all of 16, an eighth as wide"
@@ -39,27 +43,14 @@ def measure(trained):
     cfg = model.cfg
     if not cfg.num_sparse_layers or cfg.router == "dense":
         return {}
-    tokens = jnp.asarray(Facts().held_out(Facts().firsts * Facts().seconds).tokens)
-    graphdef, state = nnx.split(model)
-    whole = bits_of_answers(graphdef, state, tokens)
-    cost = {}
+    whole, cost = fact_bits(model).mean(), {}
     for share in SHARES:
         off = round(share * cfg.num_experts)
         wider = replace(cfg, experts_per_token=cfg.experts_per_token + off)
         shapes = skip_top(abstract(wider, trained.run.execution), off)
-        cost[name_of(share)] = bits_of_answers(nnx.graphdef(shapes), state, tokens) - whole
+        without = nnx.merge(nnx.graphdef(shapes), nnx.state(model))
+        cost[name_of(share)] = float(fact_bits(without).mean() - whole)
     return {"cost": cost}
-
-
-def bits_of_answers(graphdef, state, tokens):
-    """Return the mean bits of the answers, the third tokens of the rows."""
-
-    @jax.jit
-    def bits(state, tokens):
-        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens).logits[:, 1])
-        return -BITS * jnp.take_along_axis(log_p, tokens[:, 2:], axis=-1)
-
-    return float(np.mean(np.asarray(bits(state, tokens), np.float64)))
 
 
 def name_of(share):

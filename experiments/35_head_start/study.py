@@ -11,7 +11,7 @@ from experiments.lab import Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.bases import NO_BALANCE, lasting
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.ladder import GSHARD, ladder
-from experiments.lab.measuring import BITS, unknown_bits
+from experiments.lab.measuring import BITS, expert_ids, fact_bits, fact_rows, unknown_bits
 from experiments.lab.tasks import Facts
 
 AHEAD, EVEN = "one expert ahead", "even"  # the first phase
@@ -73,12 +73,10 @@ def measure(trained):
 
 
 def rare_minus_usual(trained):
-    rows = Facts().held_out(Facts().firsts * Facts().seconds).tokens
     model = trained.model
-    out = model(jnp.asarray(rows))
-    log_p = np.asarray(out.logits[:, 1] - jnp.logaddexp.reduce(out.logits[:, 1], axis=-1)[:, None])
-    bits = -BITS * np.take_along_axis(log_p, rows[:, 2:], axis=-1)[:, 0].astype(np.float64)
-    first = np.asarray(out.routing.expert_ids)[-1, :, 1, 0]  # of the token that is answered
+    bits = fact_bits(model)
+    batch = {"tokens": fact_rows(), "segment_ids": None, "positions": None}
+    first = expert_ids(model, batch)[-1, :, 1, 0]  # of the token that is answered
     used = np.bincount(first, minlength=model.cfg.num_experts)
     least = np.argsort(used, kind="stable")[: model.cfg.num_experts // 2]
     rare = np.isin(first, least)

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,15 +22,14 @@ def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def make_logarithmic(ax: Axes, which: Literal["x", "y"], ticks: Sequence[float]) -> None:
-    """Make the x or y axis logarithmic, with these ticks alone.
+def _make_logarithmic(ax: Axes, ticks: Sequence[float]) -> None:
+    """Make the x axis logarithmic, with these ticks alone.
 
     Before plotting: for a single number a logarithmic axis finds no limits afterwards.
     """
-    ax.set(**{f"{which}scale": "log"})
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_ticks(ticks, [f"{tick:,.4g}" for tick in ticks])
-    axis.set_ticks([], minor=True)
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{tick:,.4g}" for tick in ticks])
+    ax.set_xticks([], minor=True)
 
 
 def answer(text: Callable[[], str], otherwise: str) -> str:
@@ -70,7 +68,7 @@ WIDTH, CLAIM_INCHES, VARIANT_INCHES = 9.0, 0.42, 0.3
 
 
 def claims_and_variants(
-    key: Key | Mapping[str, tuple[str, Key]] | None = "val_loss",
+    key: Key | Mapping[str, tuple[str, Key]] = "val_loss",
     label: str = "validation loss, nats per token",
     text: Callable[[Results], str] | None = None,
     *,
@@ -84,8 +82,7 @@ def claims_and_variants(
     Variants have a dot a seed, and the mean with its 95 % interval.
 
     Args:
-        key: the number of the variants; or rows of other numbers, name → (variant, number). None
-            means claims alone.
+        key: the number of the variants; or rows of other numbers, name → (variant, number).
         label: the number's name and unit.
         text: results → the title, which says the answer. None, and missing runs, mean the question.
         shown: from the number to its axis, as np.exp where `key` is a logarithm.
@@ -112,11 +109,11 @@ def claims_and_variants(
         if rows:
             ax = parts[1].add_subplot()
             if ticks:
-                make_logarithmic(ax, "x", ticks)
+                _make_logarithmic(ax, ticks)
             for row, (variant, number) in enumerate(rows.values()):
                 half = half_interval(results, variant, 0.0, number)
-                values, colour = results.values(variant, number), colour_of(results, variant)
-                plot_row(ax, values, row, half, colour, shown)
+                values, colour = results.values(variant, number), _colour_of(results, variant)
+                _plot_row(ax, values, row, half, colour, shown)
             style_axes(ax, "", f"{textwrap.fill(label, 38)}\ndots: seeds, bars: 95 % interval", "")
             _finish_rows(ax, list(rows), 24, linear)
         write_figure(figure, path)
@@ -124,12 +121,8 @@ def claims_and_variants(
     return draw
 
 
-def _rows(
-    results: Results, key: Key | Mapping[str, tuple[str, Key]] | None
-) -> dict[str, tuple[str, Key]]:
+def _rows(results: Results, key: Key | Mapping[str, tuple[str, Key]]) -> dict[str, tuple[str, Key]]:
     """Return name → (variant, number) of the rows that have results."""
-    if key is None:
-        return {}
     named = key if isinstance(key, Mapping) else {name: (name, key) for name in results.variants}
     return {name: row for name, row in named.items() if row[0] in table_of(results, row[1])}
 
@@ -183,7 +176,7 @@ def _finish_rows(ax: Axes, names: Sequence[str], width: int, linear: float | Non
         ax.locator_params("x", nbins=5)
 
 
-def plot_row(
+def _plot_row(
     ax: Axes,
     values: np.ndarray,
     row: float,
@@ -248,7 +241,7 @@ COLOURS = {  # of variants that several studies have, by how their names begin
 }
 
 
-def colour_of(results: Results, variant: str) -> str:
+def _colour_of(results: Results, variant: str) -> str:
     """Return a variant's colour, the same in every picture."""
     named = next((colour for start, colour in COLOURS.items() if variant.startswith(start)), None)
     return named or f"C{results.variants.index(variant) % 10}"

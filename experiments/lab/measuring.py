@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from scipy.optimize import linear_sum_assignment
@@ -16,6 +17,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import routing
 from experiments.lab.claims import Claim, Stake
 from experiments.lab.results import Results
+from experiments.lab.tasks import Facts, Retrieval
 
 BITS = 1 / math.log(2)  # bits of a nat
 
@@ -139,19 +141,63 @@ def asked_load(trained: Any) -> np.ndarray:
     return counts
 
 
+def compiled(function: Callable) -> Callable:
+    """Compile a function of a model and of arrays."""
+
+    @partial(jax.jit, static_argnums=0)
+    def of_parts(graphdef, state, *arrays):
+        return function(nnx.merge(graphdef, state), *arrays)
+
+    return lambda model, *arrays: of_parts(*nnx.split(model), *arrays)
+
+
 def expert_ids(model: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """Return the experts of each token, int32 [L, B, T, K] of the sparse layers."""
-    graphdef, state = nnx.split(model)
-    return np.asarray(
-        _expert_ids(graphdef, state, batch["tokens"], batch["segment_ids"], batch["positions"])
-    )
+    rows = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+    return np.asarray(_expert_ids(model, *rows))
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _expert_ids(graphdef, state, tokens, segment_ids, positions):
-    return (
-        nnx.merge(graphdef, state).forward_hidden(tokens, segment_ids, positions).routing.expert_ids
-    )
+@compiled
+def _expert_ids(model, tokens, segment_ids, positions):
+    return model.forward_hidden(tokens, segment_ids, positions).routing.expert_ids
+
+
+def fact_rows() -> np.ndarray:
+    """Return a row of each fact of the task of facts, int32 [facts, 3]."""
+    task = Facts()
+    return task.held_out(task.firsts * task.seconds).tokens
+
+
+def fact_bits(model: Transformer) -> np.ndarray:
+    """Return the bits of each of `fact_rows` that a model does not know, float64 [facts]."""
+
+    # Compiled for each call: routing may be replaced by another one, as by `skip_top`.
+    @compiled
+    def bits(model, rows):
+        log_p = jax.nn.log_softmax(model(rows).logits[:, 1])
+        return -BITS * jnp.take_along_axis(log_p, rows[:, 2:], axis=-1)[:, 0]
+
+    return np.asarray(bits(model, jnp.asarray(fact_rows())), np.float64)
+
+
+DEPTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # distances of keys, in rows
+QUESTIONS = 64  # for each distance
+
+
+def keys_found(model: Transformer, task: Retrieval, length: int) -> list[float]:
+    """Return the share of keys that a model finds in rows of `length`, by DEPTHS."""
+    found = []
+    for depth in DEPTHS:
+        rows = task.questions(length, max(round(depth * length), 2), QUESTIONS).tokens
+        parts = np.split(rows, 4)  # long rows need much memory
+        chosen = np.concatenate([_last_choice(model, part) for part in parts])
+        found.append(float((chosen == rows[:, -1]).mean()))
+    return found
+
+
+@compiled
+def _last_choice(model, tokens):
+    return (model.forward_hidden(tokens).h[:, -2] @ model.head_matrix()).argmax(-1)
 
 
 def skip_top(model: Transformer, off: int) -> Transformer:

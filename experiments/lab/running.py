@@ -20,7 +20,8 @@ from experiments.lab.claims import as_json, verdict_table
 from experiments.lab.results import MissingRuns, Results, lookup, replace_block
 from experiments.lab.runner import run_all
 from experiments.lab.study import Study, StudyRun
-from experiments.lab.work import EVALUATION, Job
+from experiments.lab.trained import EVALUATION
+from experiments.lab.work import Job
 
 Key = tuple[str, int]  # variant, seed
 

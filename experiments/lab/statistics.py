@@ -206,8 +206,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_visible(error: float, dof: float, comparisons: int = 1, power: float = POWER) -> float:
-    """Return the difference that a two-sided test finds with the given power.
+def smallest_visible(error: float, dof: float, comparisons: int = 1) -> float:
+    """Return the difference that a two-sided test finds with a power of 80 %.
 
     The test's level is 0.05 / comparisons, that of Holm's first step: the strictest.
 
@@ -222,6 +222,6 @@ def smallest_visible(error: float, dof: float, comparisons: int = 1, power: floa
 
     def missing(shift: float) -> float:
         wrong_side = stats.nct.cdf(-critical, dof, shift)  # NaN where it is below 1e-300
-        return float(stats.nct.sf(critical, dof, shift) + np.nan_to_num(wrong_side)) - power
+        return float(stats.nct.sf(critical, dof, shift) + np.nan_to_num(wrong_side)) - POWER
 
     return error * float(optimize.brentq(missing, 0.0, 2 * critical + 4))

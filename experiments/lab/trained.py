@@ -11,6 +11,9 @@ import numpy as np
 from dsv3_jax.config import RunConfig
 from experiments.lab.tasks import Task, TaskSource
 
+# in a run's folder: the numbers of its last evaluation, and the seconds of its training
+EVALUATION = "evaluation.json"
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -22,6 +25,13 @@ class TrainedRun:
     needed_folders: dict[str, Path]
     numbers: dict  # the evaluation's numbers, arrays as lists; `measure` also gets "load" [L, E]
     task: Task | None = None
+
+    def needed_numbers(self) -> dict[str, dict]:
+        """Return the evaluations' numbers of the runs in `needed_folders`, by variant."""
+        return {
+            name: json.loads((folder / EVALUATION).read_text())[0]
+            for name, folder in self.needed_folders.items()
+        }
 
     @cached_property
     def model(self):

@@ -19,11 +19,9 @@ from dsv3_jax.host.files import write_atomic
 from experiments.lab.results import thin_curves
 from experiments.lab.sources import source_of
 from experiments.lab.tasks import Task
-from experiments.lab.trained import Measure, TrainedRun, read_metrics
+from experiments.lab.trained import EVALUATION, Measure, TrainedRun, read_metrics
 
 STOPPED = 75  # exit code of a run that saved after a stop request; the same job resumes it
-# in a run's folder: the numbers of its last evaluation, and the seconds of its training
-EVALUATION = "evaluation.json"
 CURVES = ("loss", "max_vio", "dropped", "val_loss")
 
 
