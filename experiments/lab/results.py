@@ -92,7 +92,7 @@ class Results:
 
         Numbers are rounded here, so a table is the same now and after the file is read again.
         """
-        self.stored.setdefault(variant, {})[str(seed)] = _rounded(record)
+        self.stored.setdefault(variant, {})[str(seed)] = rounded(record)
         self.write()
 
     def select(self, asked: Mapping[tuple[str, int], Identity]) -> None:
@@ -211,13 +211,17 @@ def lookup(numbers, key: Key):
     return numbers
 
 
-def _rounded(value):
-    """Round numbers to six significant digits; the rest is noise."""
+def rounded(value):
+    """Round numbers to six significant digits; the rest is noise, or the order of a sum.
+
+    >>> rounded({"half": 0.12225890139402114, "seeds": [1.0, 2]})
+    {'half': 0.122259, 'seeds': [1.0, 2]}
+    """
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def thin_curves(rows: Sequence[Mapping], names: Sequence[str], points: int = 50) -> dict[str, list]:

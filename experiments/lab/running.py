@@ -17,7 +17,7 @@ from experiments import apart
 from experiments.lab import overview
 from experiments.lab.bases import RUNS_FOLDER, base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
-from experiments.lab.results import MissingRuns, Results, lookup, replace_block
+from experiments.lab.results import MissingRuns, Results, lookup, replace_block, rounded
 from experiments.lab.runner import run_all
 from experiments.lab.study import Study, StudyRun
 from experiments.lab.trained import EVALUATION
@@ -187,7 +187,7 @@ def _backend() -> str:
 def _publish(study: Study, results: Results, *, kept: bool) -> None:
     """Print the tables, draw the picture, and update the README.md files."""
     verdicts, checks = study.judge(results)
-    results.about["verdicts"] = [as_json(verdict) for verdict in verdicts]
+    results.about["verdicts"] = rounded([as_json(verdict) for verdict in verdicts])
     results.write()
     text = study.make_table(results)
     if verdicts:
