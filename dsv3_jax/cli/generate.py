@@ -39,7 +39,7 @@ class Decode:
     draft: str | None = None
     """who drafts: mtp (its own heads), lookup (the text so far), or the folder of another model"""
     draft_length: int = 1
-    """number of tokens drafted a step; the text's distribution stays the same"""
+    """tokens drafted a step; the distribution stays"""
     seed: int = 0
     """seed of the sampling"""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -86,8 +86,9 @@ def loop_layers(
         >>> state = nnx.State({"w": nnx.Param(jnp.array([1.0, 2.0, 3.0]))})
         >>> def step(x, layer):
         ...     return x * layer[0]["w"][...], 10 * layer[1]
-        >>> loop_layers(step, 1.0, state, [nnx.State({})] * 3)
-        (Array(6., dtype=float32), Array([ 0, 10, 20], dtype=int32))
+        >>> x, ys = loop_layers(step, jnp.float32(1), state, [nnx.State({})] * 3)
+        >>> x, ys.tolist()
+        (Array(6., dtype=float32), [0, 10, 20])
     """
     ys = []
     for index, own in enumerate(layers):
