@@ -14,6 +14,7 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training import mup, optim
 from dsv3_jax.training.state import Job, abstract_state, init_state
 from dsv3_jax.training.step import make_step
+from dsv3_jax.training.transformation import AtStep
 
 WIDTHS = {"dim": 16, "dense_dim": 24, "num_heads": 2, "q_latent_dim": 8, "kv_latent_dim": 12}
 WIDTHS["expert_dim"] = 8
@@ -75,8 +76,8 @@ def test_a_step_is_that_of_a_divided_rate(rng):
     moved = {}
     for m, decay in ((1.0, 0.0), (8.0, 0.0), (8.0, 0.5)):
         optimizer = optim.make(replace(OPTIM, weight_decay=decay), 10, growth=m)
-        arguments = jnp.int32(0), params, optimizer.init(params), grads
-        new, _ = optimizer.update(*arguments, jnp.float32(1), jnp.bool_(True))
+        at = AtStep(jnp.int32(0), jnp.float32(1), jnp.bool_(True))
+        new, _ = optimizer.update(at, params, optimizer.init(params), grads)
         moved[m, decay] = np.asarray(new["w"][...] - v[...])
     np.testing.assert_allclose(moved[8.0, 0.0], moved[1.0, 0.0] / 8, rtol=1e-3)
     shrunk = moved[8.0, 0.5] - moved[8.0, 0.0]

@@ -22,6 +22,7 @@ from dsv3_jax.model.transformer import abstract
 from dsv3_jax.runs.checkpoint import Checkpoints, load_run
 from dsv3_jax.training import optim, transformation
 from dsv3_jax.training.schedules import learning_rate
+from dsv3_jax.training.transformation import AtStep
 
 STEPS = 100
 OPTIM = OptimConfig(learning_rate=0.1, clip_norm=3.0, eps=1e-3)
@@ -93,11 +94,12 @@ def test_adamw_is_the_equations(rng, monkeypatch, name):
     step_fn, params, adam = jax.jit(optimizer.update), state(w), optimizer.init(state(w))
     # taken as given: some below the clip, some above
     for step, norm in enumerate([2.0, 4.0, 2.5, 9.0, 3.1]):
-        at = jnp.asarray(step, jnp.int32)
         nan = jnp.asarray(np.nan, jnp.float32)
         g = rng.standard_normal(shape)
-        assert_bitwise(step_fn(at, params, adam, state(g * np.nan), nan, FALSE), (params, adam))
-        params, adam = step_fn(at, params, adam, state(g), jnp.asarray(norm, jnp.float32), TRUE)
+        at = AtStep(jnp.asarray(step, jnp.int32), jnp.asarray(norm, jnp.float32), TRUE)
+        not_taken = at._replace(norm=nan, keep=FALSE)
+        assert_bitwise(step_fn(not_taken, params, adam, state(g * np.nan)), (params, adam))
+        params, adam = step_fn(at, params, adam, state(g))
         g, t = g * min(1.0, cfg.clip_norm / norm), step + 1
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         move = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + cfg.eps) + cfg.weight_decay * w
@@ -174,8 +176,8 @@ def test_two_steps_of_muon_are_the_equations():
         step_fn, state, found[name] = jax.jit(optimizer.update), optimizer.init(p), []
         for step, norm in enumerate(norms):
             g = grads[step] if name == "muon" else optim.split_matrices(grads[step])[1]
-            at = jnp.asarray(step, jnp.int32)
-            p, state = step_fn(at, p, state, g, jnp.asarray(norm, jnp.float32), TRUE)
+            at = AtStep(jnp.asarray(step, jnp.int32), jnp.asarray(norm, jnp.float32), TRUE)
+            p, state = step_fn(at, p, state, g)
             found[name].append(flat(p))
     after, grads, before, dims = found["muon"], [flat(g) for g in grads], flat(params), set()
     for path, w in found["adamw"][1].items():
@@ -235,8 +237,8 @@ def test_a_transformation_reads_the_loss_and_no_more():
     def moved(tx):
         optimizer = optim.make(OptimConfig(), STEPS, transformation=tx)
         state = optimizer.init(params)
-        keep, loss = jnp.bool_(True), jnp.float32(0.25)
-        new, _ = optimizer.update(jnp.int32(0), params, state, params, jnp.float32(1), keep, loss)
+        at = AtStep(jnp.int32(0), jnp.float32(1), jnp.bool_(True), loss=jnp.float32(0.25))
+        new, _ = optimizer.update(at, params, state, params)
         return new["w"][...]
 
     np.testing.assert_allclose(moved(optax.polyak_sgd()), [1 - 0.25 / 1**2])

@@ -41,18 +41,12 @@ def process_by_rows(
     if sampling.is_greedy:
         return logits, GREEDY
     if isinstance(sampling, RowSampling):
+        process = shard_map_over_batch(lambda _, x, rows: ((), processed_by_rows(x, rows)), logits)
+        return process((), logits, sampling)[1], Sampling(temperature=1.0)
 
-        def process(_: tuple, x: Array, *rows: Array) -> tuple[tuple, Array]:
-            return (), processed_by_rows(x, RowSampling(*rows))
-
-        _, kept = shard_map_over_batch(process, logits)((), logits, *sampling)
-        return kept, Sampling(temperature=1.0)
-
-    def process_alike(_: tuple, x: Array) -> tuple[tuple, Array]:
-        return (), processed_logits(x, **sampling._asdict())
-
-    _, kept = shard_map_over_batch(process_alike, logits)((), logits)
-    return kept, Sampling(temperature=1.0)
+    settings = sampling._asdict()
+    process = shard_map_over_batch(lambda _, x: ((), processed_logits(x, **settings)), logits)
+    return process((), logits)[1], Sampling(temperature=1.0)
 
 
 def draw(logits: Float[Array, "B W"], keys: Array, sampling: Sampling | RowSampling) -> Drafts:

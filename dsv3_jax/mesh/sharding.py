@@ -314,11 +314,13 @@ def constrain_state(state: Any, *, fsdp: bool = False) -> Any:
 def shard_map_over_batch(f: Callable, tokens: Array) -> Callable:
     """The function that calls `f(weights, *rows)` on each device's own rows; f without a mesh.
 
-    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere. The
-    function f returns (sums, results): arrays that are summed over devices, and arrays that are
-    sharded as the rows are. The weights, any tree, are on all devices.
+    Only the axes of ROWS are manual; the compiler shards along "tensor" as it does elsewhere.
 
-    Args: tokens: an array whose first axes are those of the rows.
+    Args:
+        f: gets weights, which are on all devices, and rows: each is an array or any tree of them.
+            It returns (sums, results): arrays that are summed over devices, and arrays that are
+            sharded as the rows are.
+        tokens: an array whose first axes are those of the rows.
 
     Example:
         >>> import jax.numpy as jnp

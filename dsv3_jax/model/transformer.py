@@ -238,19 +238,20 @@ class Transformer(nnx.Module):
         for path, first, count in kinds:
             if not count:
                 continue
-            # Plain lax.scan over split state: nnx.scan has had silent faults with memory and
-            # sharding. Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
             graphdef, state = nnx.split(getattr(self, path))
+            # Experts to replay, [Lmoe, B, T, K], are those of the sparse layers.
             of_kind = ctx if path == "sparse" else ctx._replace(given=None)
             run = partial(_run_layer, graphdef=graphdef, ctx=of_kind, first=first, keep=keep)
 
             if layers is None:
                 # Compile time does not grow with depth, unless the scan is written out. A layer's
-                # weights are gathered in its turn, inside what `remat` recomputes.
+                # weights are gathered in its turn, inside what `remat` recomputes. It is no
+                # nnx.scan, which has had silent faults with memory and sharding.
                 step = recompute(partial(run, prepare=self.unshard), remat)
                 xs = state, jnp.arange(count, dtype=jnp.int32)
                 carry, found = jax.lax.scan(step, carry, xs, unroll=unroll)
             else:
+                # Each layer has arrays of its own, which nothing copies out of a stack.
                 step = partial(run, prepare=unpack_all)
                 carry, found = loop_layers(step, carry, state, getattr(layers, path))
             metrics[path], rows[path] = found

@@ -23,7 +23,7 @@ from dsv3_jax.ops.newton_schulz import orthogonalize
 from dsv3_jax.training import mup
 from dsv3_jax.training.lora import sides
 from dsv3_jax.training.schedules import learning_rate
-from dsv3_jax.training.transformation import Optax, Transform, clip_factor, is_variable
+from dsv3_jax.training.transformation import AtStep, Optax, Transform, clip_factor, is_variable
 
 RMS = 0.2  # of an update by Muon, as AdamW's usually is; arXiv 2502.16982, section 2.2
 XLA = Kernels(Target("cpu", "xla"))  # for structures that compute nothing
@@ -48,9 +48,9 @@ class AdamW:
         >>> cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
         >>> optimizer = AdamW(cfg, 100, XLA)
         >>> params = nnx.State({"w": nnx.Param(jnp.array([1.0]))})
-        >>> step, one = jnp.int32(0), jnp.float32(1)
+        >>> first = AtStep(jnp.int32(0), norm=jnp.float32(1), keep=jnp.bool_(True))
         >>> state, gradient = optimizer.init(params), params
-        >>> new, _ = optimizer.update(step, params, state, gradient, one, jnp.bool_(True))
+        >>> new, _ = optimizer.update(first, params, state, gradient)
         >>> round(float(new["w"][0]), 3)
         0.9
     """
@@ -68,33 +68,21 @@ class AdamW:
 
     @jax.named_scope("optimizer")
     def update(
-        self,
-        step: Array,
-        params: nnx.State,
-        state: Any,
-        grads: nnx.State,
-        norm: Array,
-        keep: Array,
-        value: Array | None = None,
+        self, at: AtStep, params: nnx.State, state: Any, grads: nnx.State
     ) -> tuple[nnx.State, Any]:
         """Take one step on gradients that are clipped to `clip_norm`.
 
-        Args:
-            step: int32 [], steps taken before this one.
-            norm: of all gradients.
-            keep: bool []: take the step; False changes nothing, whatever the gradients are.
-            value: float32 []: the loss, which some transformations of optax read.
         Returns: (params, state).
         """
         cfg = self.cfg
 
         # Numbers of the step. Both means begin at 0; the corrections undo that bias.
-        count = (step + 1).astype(jnp.float32)
-        clip = clip_factor(cfg, norm)
-        rate = learning_rate(cfg, self.steps, step)
+        count = (at.step + 1).astype(jnp.float32)
+        clip = clip_factor(cfg, at.norm)
+        rate = learning_rate(cfg, self.steps, at.step)
         to_mean = 1 / (1 - cfg.beta1**count)
         to_square = 1 / (1 - cfg.beta2**count)
-        numbers = jnp.stack([clip, to_mean, to_square, rate, keep.astype(jnp.float32)])
+        numbers = jnp.stack([clip, to_mean, to_square, rate, at.keep.astype(jnp.float32)])
 
         # Norms' scales have no weight decay.
         variables = jax.tree.leaves(params, is_leaf=is_variable)  # each has one leaf
@@ -159,25 +147,18 @@ class Muon(AdamW):
 
     @jax.named_scope("optimizer")
     def update(
-        self,
-        step: Array,
-        params: nnx.State,
-        state: Any,
-        grads: nnx.State,
-        norm: Array,
-        keep: Array,
-        value: Array | None = None,
+        self, at: AtStep, params: nnx.State, state: Any, grads: nnx.State
     ) -> tuple[nnx.State, Any]:
         cfg = self.cfg
 
         # AdamW updates what is no matrix.
         matrices, rest = split_matrices(params)
         of_matrices, of_rest = split_matrices(grads)
-        others, adam = super().update(step, rest, state.adam, of_rest, norm, keep)
+        others, adam = super().update(at, rest, state.adam, of_rest)
 
         # Each matrix moves along its orthogonalised mean.
-        rate = learning_rate(cfg, self.steps, step)
-        clip = clip_factor(cfg, norm)
+        rate = learning_rate(cfg, self.steps, at.step)
+        clip = clip_factor(cfg, at.norm)
         flat = dict(nnx.to_flat_state(of_matrices))
         means = dict(nnx.to_flat_state(state.momentum))
         moved = {}
@@ -185,10 +166,10 @@ class Muon(AdamW):
             w = v.get_value()
             mean = means[path].get_value()
             g = flat[path].get_value() * clip
-            new, move = direction(mean.astype(g.dtype), g, step, names_of(v), cfg.muon_beta)
-            w = jnp.where(keep, w - rate * (move + cfg.weight_decay * w), w)
+            new, move = direction(mean.astype(g.dtype), g, at.step, names_of(v), cfg.muon_beta)
+            w = jnp.where(at.keep, w - rate * (move + cfg.weight_decay * w), w)
             moved[path] = v.replace(w)
-            means[path] = means[path].replace(jnp.where(keep, new.astype(mean.dtype), mean))
+            means[path] = means[path].replace(jnp.where(at.keep, new.astype(mean.dtype), mean))
         params = nnx.merge_state(nnx.from_flat_state(moved), others)
         return params, MuonState(nnx.from_flat_state(means), adam)
 
@@ -268,10 +249,10 @@ def make(
     Example:
         >>> import optax
         >>> optimizer = make(OptimConfig(), 100, transformation=optax.sgd(0.5, momentum=0.9))
-        >>> params, one = nnx.State({"w": nnx.Param(jnp.array([1.0]))}), jnp.float32(1)
-        >>> state = optimizer.init(params)
-        >>> step, keep, gradients = jnp.int32(0), jnp.bool_(True), params
-        >>> moved, _ = optimizer.update(step, params, state, gradients, one, keep)
+        >>> params = nnx.State({"w": nnx.Param(jnp.array([1.0]))})
+        >>> first = AtStep(jnp.int32(0), norm=jnp.float32(1), keep=jnp.bool_(True))
+        >>> state, gradient = optimizer.init(params), params
+        >>> moved, _ = optimizer.update(first, params, state, gradient)
         >>> moved["w"][...]  # the gradient is 1
         Array([0.5], dtype=float32)
     """

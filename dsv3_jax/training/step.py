@@ -27,6 +27,7 @@ from dsv3_jax.training.state import (
     split_moving,
     split_trainable,
 )
+from dsv3_jax.training.transformation import AtStep
 
 
 def make_step(job: Job) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
@@ -74,8 +75,8 @@ def _step(
 
     # The weights: the optimizer, then QK-clip.
     optimizer = optim.make(cfg, run.steps, job.its_kernels(), job.optimizer, mup.growth(run))
-    update = optimizer.update
-    params, opt = update(state.step, trained, state.opt, grads, norm, moves, out.total)
+    at = AtStep(state.step, norm, keep=moves, loss=out.total)
+    params, opt = optimizer.update(at, trained, state.opt, grads)
     if cfg.qk_clip is not None:
         largest = {path: of["max_logit"] for path, of in out.metrics.items() if "max_logit" in of}
         params = qk_clip.clip(params, largest, cfg.qk_clip, run.model.nope_head_dim, moves)

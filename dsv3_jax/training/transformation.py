@@ -1,10 +1,10 @@
-"""An optax transformation as the optimizer of a run, and the clipping that all optimizers share."""
+"""An optax transformation as the optimizer of a run, and what all optimizers share."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,15 @@ from dsv3_jax.config import OPTAX, ConfigError, OptimConfig
 from dsv3_jax.mesh.sharding import names_of
 
 Transform: TypeAlias = optax.GradientTransformation | None
+
+
+class AtStep(NamedTuple):
+    """What an optimizer knows of a step, beside parameters, state and gradients."""
+
+    step: Array  # int32 []: steps taken before this one
+    norm: Array  # float32 []: of all gradients
+    keep: Array  # bool []: take the step; False changes nothing, whatever the gradients are
+    loss: Array | None = None  # float32 []: some transformations of optax read it
 
 
 def clip_factor(cfg: OptimConfig, norm: Array) -> Array:
@@ -53,20 +62,13 @@ class Optax:
             return _named(self.tx.init(nnx.to_pure_dict(params)), params)
 
     def update(
-        self,
-        step: Array,
-        params: nnx.State,
-        state: Any,
-        grads: nnx.State,
-        norm: Array,
-        keep: Array,
-        value: Array | None = None,
+        self, at: AtStep, params: nnx.State, state: Any, grads: nnx.State
     ) -> tuple[nnx.State, Any]:
         check_optimizer(self.cfg, self.tx)
         assert self.tx is not None
 
         # optax knows dicts of arrays, and no variables.
-        clip = clip_factor(self.cfg, norm)
+        clip = clip_factor(self.cfg, at.norm)
         old = nnx.to_pure_dict(params)
         before = jax.tree.map(
             lambda v: v.get_value() if is_variable(v) else v, state, is_leaf=is_variable
@@ -75,7 +77,7 @@ class Optax:
         with _promoting():
             update = optax.with_extra_args_support(self.tx).update
             try:
-                updates, after = update(clipped, before, old, value=value)
+                updates, after = update(clipped, before, old, value=at.loss)
             except TypeError as error:
                 if "required keyword-only argument" not in str(error):
                     raise
@@ -85,7 +87,8 @@ class Optax:
             new = optax.apply_updates(old, updates)
 
         # A step that is not kept changes nothing, the count of steps included.
-        new, after = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (new, after), (old, before))
+        found, kept = (new, after), (old, before)
+        new, after = jax.tree.map(lambda a, b: jnp.where(at.keep, a, b), found, kept)
         flat = nnx.traversals.flatten_mapping(new)
         moved = nnx.from_flat_state(
             [(path, v.replace(flat[path])) for path, v in nnx.to_flat_state(params)]
