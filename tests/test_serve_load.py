@@ -166,6 +166,7 @@ def test_a_text_that_is_lost_takes_no_other_with_it(model, monkeypatch):
         with monkeypatch.context() as full:
             full.setattr("dsv3_jax.serve.engine.OpenSampler", fails)
             assert asyncio.run(lose(0)) == []
+            wait_for(lambda: engine.samplers[UNCHANGED].is_idle)  # no other one took its place
         with pytest.raises(RuntimeError, match="lost"):
             asyncio.run(asyncio.wait_for(text(), 30))
         assert asyncio.run(text()) == generate(model, [[5, 6]], 4).tokens[0]
