@@ -116,6 +116,7 @@ def test_the_page_of_plans_has_the_tables_of_its_results():
     assert {(group, key) for group, key, _ in plans.cases()} == stored
 
 
+@pytest.mark.long
 def test_a_worker_reports_its_error():
     with pytest.raises(Failed, match="seq_len=512 is"):
         train_step.start_ours(LIGHT)

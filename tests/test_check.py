@@ -103,6 +103,7 @@ say(done=True)
 """
 
 
+@pytest.mark.long
 def test_a_kernel_that_never_ends_has_a_verdict_and_the_others_are_checked(folder):
     """So has one that ends its process. Each verdict is on disk when the next kernel begins."""
     command, found = [sys.executable, "-c", REPLIES], {}

@@ -11,12 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from models import INDEXED, arrays_of, random_model, small
-from runs import assert_bitwise, by_command, refused, save_run, write_lines
+from runs import assert_bitwise, by_command, refused, save_run, write_lines, write_text
 from safetensors.numpy import load_file, save_file
 
 from dsv3_jax import hf
 from dsv3_jax.config import DataConfig, RunConfig, replace
-from dsv3_jax.data.tokenizer import byte_tokenizer_json
+from dsv3_jax.data import tokenizer
+from dsv3_jax.data.source import open_source
 from dsv3_jax.hf import tensor_files
 from dsv3_jax.hf.places import find
 from dsv3_jax.runs.checkpoint import load_run
@@ -41,7 +42,7 @@ def good(model, tmp_path_factory):
     hf.save(model, folder, shard_bytes=42_000)
     for path in folder.glob("*.safetensors"):
         assert sum(array.nbytes for array in load_file(path).values()) <= 42_000
-    (folder / "tokenizer.json").write_text(byte_tokenizer_json())
+    (folder / "tokenizer.json").write_text(tokenizer.byte_tokenizer_json())
     return folder
 
 
@@ -149,8 +150,10 @@ def test_convert_there_and_back(good, model, tmp_path):
     loaded, run, step = load_run(tmp_path / "run")
     assert step == 0 and run.model == replace(CFG, balance=run.model.balance, init_std=CFG.init_std)
     assert_bitwise(arrays_of(loaded), arrays_of(model))
+    text = replace(run.data, paths=(write_text(tmp_path / "text"),), val_fraction=0.3)
+    source = open_source(text, tokenizer.load("bytes"))
     with refused("holds a converted model, which has read no text: train in another folder"):
-        fit(run, tmp_path / "run")
+        fit(run, tmp_path / "run", source=source)
     assert "checkpoint of step 0" in hf.convert(tmp_path / "run", tmp_path / "back")
     assert_bitwise(arrays_of(hf.load(tmp_path / "back")), arrays_of(model))
 

@@ -8,6 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import jedi
+import pytest
 
 import dsv3_jax
 from dsv3_jax.cli.main import COMMANDS
@@ -180,6 +181,7 @@ jax.config.update("jax_num_cpu_devices", 3)  # refused once devices were touched
 """
 
 
+@pytest.mark.long
 def test_importing_changes_no_setting_and_touches_no_device():
     names = [f"dsv3_jax.{name}" for name in MODULES if not name.endswith(("__init__", "__main__"))]
     command = [sys.executable, "-W", "error", "-c", LOOK, *names]

@@ -120,6 +120,7 @@ def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draf
         assert_same(found[numbers[ask]], want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["meta", "model"])
 def test_a_row_without_a_text_reads_no_token_before_the_first(kind):
     """A third row waits while two texts decode, also for drafters that read the token before."""

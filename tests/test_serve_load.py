@@ -132,6 +132,7 @@ def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
         assert ids == generate(model, [[1, 2, 3]], 40, stop_tokens=STOP).tokens[0]
 
 
+@pytest.mark.long
 def test_a_text_that_is_lost_takes_no_other_with_it(model, monkeypatch):
     """Both are a sampler's first text: the other one comes while the lost one's step fails.
 
