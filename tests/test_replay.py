@@ -16,7 +16,7 @@ from test_routing import ROUTERS, config, route
 import dsv3_jax as ds
 from dsv3_jax.data.batches import Row, model_inputs, stack
 from dsv3_jax.model.moe import check_expert_ids
-from dsv3_jax.ops import balance
+from dsv3_jax.ops import balance, routing
 from dsv3_jax.ops.routing import Tokens
 from dsv3_jax.training.loss import compute_loss
 
@@ -146,6 +146,32 @@ def test_ids_that_no_router_could_have_chosen_are_refused(model):
         model(tokens_of(CFG, 2, 24), mtp_expert_ids=[jnp.asarray(ids[0])] * 2)
     with refused("needs routed experts"):
         ds.generate(random_model(small(num_layers=1)), [[1]], 2, return_routing=True)
+
+
+def test_a_router_that_does_not_replay_is_refused(monkeypatch):
+    """The first experts for all tokens: by `replay`, and without a look at the given ones."""
+    cfg = small(num_layers=1, num_dense_layers=0, num_groups=1, groups_per_token=1, router="first")
+
+    def first(x, cfg, replayed):
+        ids = jnp.zeros_like(x.logits, jnp.int32)[:, : cfg.experts_per_token]
+        ids += jnp.arange(cfg.experts_per_token, dtype=jnp.int32)[None]
+        ids = routing.replay(ids, x.tokens.given) if replayed else ids
+        scores = jax.nn.softmax(x.logits, axis=-1)
+        return routing.Routing(ids, jnp.take_along_axis(scores, ids, axis=1), scores)
+
+    given = np.zeros((1, 2, 5, 3), np.int32) + np.int32([7, 0, 3])
+    for replayed in (True, False):
+        router = routing.Router(lambda x, cfg, replayed=replayed: first(x, cfg, replayed))
+        monkeypatch.setitem(routing.ROUTERS, "first", router)
+        model = random_model(cfg, execution=DENSE)
+        free = run(model, {"tokens": tokens_of(cfg, 2, 5)})
+        assert (np.asarray(free.routing.expert_ids) == np.arange(3)).all()
+        if replayed:
+            found = run(model, {"tokens": tokens_of(cfg, 2, 5)}, given)
+            np.testing.assert_array_equal(found.routing.expert_ids, given)
+        else:
+            with refused("router='first' returns other experts than those to replay"):
+                run(model, {"tokens": tokens_of(cfg, 2, 5)}, given)
 
 
 def test_experts_of_another_text_or_shifted_by_one_are_noticed():

@@ -147,6 +147,9 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]"
             )
+        if ctx.given is not None:
+            routing.check_replay(self.cfg)
+
         # Each device routes its own rows. Otherwise the compiler would gather the scores of all
         # tokens for the top k.
         weights = self.w_router[...], self.bias[...]
