@@ -140,6 +140,8 @@ def test_other_errors_have_a_status_each(fake):
     models = client_of(fake).models
     (only,) = models.list()
     assert models.retrieve(only.id) == only
+    health = httpx2.get(f"http://{fake}/health")
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
     with pytest.raises(openai.APIError, match="full"):  # after the first token
         list(client_of(fake).completions.create(model="", prompt="!fi", stream=True))
 
@@ -276,6 +278,13 @@ def test_requests_that_give_no_seed_have_the_next_ones():
         for more in ({"seed": 3}, {"max_tokens": 99}, {}, {"seed": 9}, {"n": 0}, {}):
             post(address, {"prompt": "ab"} | more)
     assert engine.seeds == [3, 7, 9, 8]
+
+
+def test_calls_in_parallel_may_be_named_without_tools():
+    turns = [{"role": "user", "content": "a"}]
+    named = [{"parallel_tool_calls": several} for several in (True, False)]
+    free, *asked = (request_of(requests.ChatCompletion, messages=turns, **m) for m in ({}, *named))
+    assert [request.asks for request in asked] == [free.asks] * 2
 
 
 def test_a_content_of_several_texts_is_one():

@@ -57,6 +57,7 @@ class Service:
         self.app = Starlette(
             routes=[
                 Route("/", self.page),
+                Route("/health", self.health),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/completions", self.complete, methods=["POST"]),
@@ -75,6 +76,10 @@ class Service:
 
     async def page(self, http: HTTPRequest) -> Response:
         return self._page
+
+    async def health(self, http: HTTPRequest) -> Response:
+        """Say that the server answers, as load balancers ask."""
+        return JSONResponse({"status": "ok"})
 
     async def models(self, http: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})

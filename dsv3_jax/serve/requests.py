@@ -134,6 +134,8 @@ class ChatCompletion(_Both):
     max_completion_tokens: Natural | None = None
     logprobs: bool = False
     top_logprobs: _Few = 0
+    # Clients send it beside no tools, too. Without `tools` no answer holds a call, let alone two.
+    parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
