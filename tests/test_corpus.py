@@ -40,6 +40,9 @@ def test_a_folder_of_files(tmp_path, monkeypatch, capsys):
         "doc/changelog.gz": gzip.compress(b"changes"),
         "packed.jsonl.GZ": gzip.compress(b'{"text": "j3"}\n'),
         "picture.gz": gzip.compress(b"\x89PNG\0"),
+        "paper.pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+        "ascii.pdf": b"%PDF-1.4\n",
+        "rows.jsonl.zst": b"\x28\xb5\x2f\xfd\x24\x03\x19\x01\x01abc",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,7 @@ def test_a_folder_of_files(tmp_path, monkeypatch, capsys):
         ("j1", "web"), ("j2", "jsonl"), ("changes", "doc"), ("j3", "jsonl"),
     ])  # fmt: skip
     # A text in UTF-16 looks binary; nobody should miss it in silence.
-    assert "passed over 2 binary files (or UTF-16)" in capsys.readouterr().err
+    assert "passed over 5 binary files (or UTF-16)" in capsys.readouterr().err
     assert len(read(tmp_path, max_documents=2)[1]) == 2
 
     # A gzip file may hold far more than its size.
@@ -66,6 +69,7 @@ def test_bad_files_are_named(tmp_path):
         ("a.txt.gz", b"a text", "a.txt.gz is no whole gzip file: Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"a\xff"), "a.txt.gz is not UTF-8: .*0xff in position 1"),
         ("a.txt", b"", "a.txt' holds no text"),
+        ("a.pdf", b"%PDF-1.4\n", "a.pdf is a PDF or packed by zstd"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8: .*0xff in position 3"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl, line 1: no key "text" is among .*txt'),
         ("a.txt", b"one text", "val_fraction=0.5 leaves no text for training: there are 1 in all"),

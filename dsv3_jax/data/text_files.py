@@ -18,6 +18,8 @@ from dsv3_jax.host.files import check_regular, open_file, parse_json
 
 PACKED = ".gz"
 
+_BINARY = (b"%PDF-", b"\x28\xb5\x2f\xfd")  # PDF and .zst begin so, and may have no zero byte soon
+
 _MAX_TEXT_BYTES = 2**31  # of a file that is one text
 
 _MAX_LIST_BYTES = 2**30  # of a file that is one JSON list
@@ -98,8 +100,7 @@ def _rows_of_files(
         suffix = name.suffix.lower()
         domain = name.stem if chats else _domain_of(name, file.relative_to(root).parts[:-1])
 
-        # A binary file, by git's rule, that the user names is refused; one of a folder is passed
-        # over.
+        # A binary file that the user names is refused; one of a folder is passed over.
         rows: Iterable[tuple[str, Any]] = ()
         try:
             check_regular(file)
@@ -109,7 +110,7 @@ def _rows_of_files(
                 rows = json_lines(file, limit)
             elif suffix == ".parquet" and name is file:
                 rows = numbered(str(file), parquet_rows(file, needed, columns), limit)
-            elif not chats and root.is_dir() and b"\0" in _head(file):
+            elif not chats and root.is_dir() and _is_binary(_head(file)):
                 binary.append(file)
             elif not chats:
                 rows = [(str(file), {needed[0]: _text_of(file)})]
@@ -170,6 +171,11 @@ def _head(path: Path) -> bytes:
         return file.read(8192)
 
 
+def _is_binary(head: bytes) -> bool:
+    """Say whether a file is no text, by its first bytes: git's rule, and two formats."""
+    return b"\0" in head or head.startswith(_BINARY)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Open a file to read its bytes, unpacked. Raises: ValueError for a damaged .gz."""
@@ -191,8 +197,11 @@ def _read(path: Path, limit: int) -> bytes:
 
 def _text_of(path: Path) -> str:
     """Read a file that is one text. Raises: ValueError when it is too large or no UTF-8."""
+    found = _read(path, _MAX_TEXT_BYTES)
+    if found.startswith(_BINARY):
+        raise ValueError(f"{path} is a PDF or packed by zstd; convert it to text")
     try:
-        return _read(path, _MAX_TEXT_BYTES).decode("utf-8-sig")  # without a byte order mark
+        return found.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8: {error}; convert it, as by iconv, or keep it elsewhere"
