@@ -228,6 +228,10 @@ def test_unknown_names_are_refused_in_a_sentence():
         transformation.check_optimizer(OptimConfig(name="optax:mine"), None)
     with refused("optimizer='adam' is not an optax transformation"):
         unhooked("dsv3_jax.training.transformation").check_optimizer(OptimConfig(), "adam")
+    wrapper = optax.MultiSteps(optax.sgd(1e-3), 2)
+    with refused(r"optimizer=.*MultiSteps.*; give its \.gradient_transformation\(\)"):
+        transformation.check_optimizer(OptimConfig(), wrapper)
+    transformation.check_optimizer(OptimConfig(), wrapper.gradient_transformation())
 
 
 def test_a_transformation_reads_the_loss_and_no_more():

@@ -135,9 +135,10 @@ def check_optimizer(cfg: OptimConfig, transformation: object) -> None:
             f"optim.name={cfg.name!r} is a transformation: give it by ds.train.fit(…, optimizer=tx)"
         )
     if not isinstance(transformation, optax.GradientTransformation | None):
-        raise ConfigError(
-            f"optimizer={transformation!r} is not an optax transformation, such as optax.lion(1e-4)"
-        )
+        # Wrappers such as optax.MultiSteps are no transformations themselves.
+        wraps = hasattr(transformation, "gradient_transformation")
+        remedy = "give its .gradient_transformation()" if wraps else "give one as optax.lion(1e-4)"
+        raise ConfigError(f"optimizer={transformation!r} is not an optax transformation; {remedy}")
 
 
 def name_of(tx: optax.GradientTransformation, params: nnx.State) -> str:
