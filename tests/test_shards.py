@@ -244,6 +244,17 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
             open_shards(config(tmp_path), BYTES)
 
 
+def test_a_share_without_documents_is_refused_before_a_summary(folder, capsys):
+    """A command that a sentence prints quotes its path."""
+    with refused("val_fraction=1e-09 holds no document out"):
+        tokenize(job_of(folder, "none out", val_fraction=1e-9, shard_mb=1.0))
+    assert capsys.readouterr().out == ""
+    with refused("run dsv3 data tokenize PATHS --out '.*none out'$"):
+        read_manifest(folder / "none out")
+    tokenize(job_of(folder, "one", shard_mb=1.0))
+    assert capsys.readouterr().out.startswith("1 shard, 60 documents, ")
+
+
 def with_tokens(record, more):
     return record._replace(tokens=np.resize(record.tokens, len(record.tokens) + more))
 
@@ -319,7 +330,7 @@ def test_chats_by_command_are_those_in_memory(tmp_path):
     file = next(out.glob("val-*"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     code, said, err = by_command("data", "check", out)
-    assert code == 2 and f"{file.name}' has other bytes" in said and "1 damaged shards" in err
+    assert code == 2 and f"{file.name}' has other bytes" in said and "has 1 damaged shard;" in err
     values = read_sealed(out / MANIFEST)
     (out / MANIFEST).write_text(sealed(values | {"version": 2}))
     with refused(f"{MANIFEST} is not of version 3; tokenize again"):

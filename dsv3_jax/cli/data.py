@@ -3,6 +3,7 @@
 `example` writes chats and tasks to try fine-tuning with.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ def tokenize(argv: list[str]) -> int:
     if not job.paths:
         raise ValueError("argument PATHS is missing: name files or folders of documents")
     manifest = work.tokenize(job)
-    how = f"train on it by --data.format shards --data.paths {job.out}"
+    how = f"train on it by --data.format shards --data.paths {shlex.quote(str(job.out))}"
     text_console().print(f"{job.out}: {', '.join(manifest.domains)}; {how}")
     return 0
 
@@ -45,15 +46,15 @@ def check_shards(argv: list[str]) -> int:
     args = parse(CheckArgs, argv, "data check")
     from dsv3_jax.data.manifest import read_manifest
     from dsv3_jax.data.shards import check_files
+    from dsv3_jax.data.tokenizing import counted
 
     manifest = read_manifest(args.folder)
     damages = list(check_files(manifest, wholly=True))
     for damage in damages:
         text_console().print(damage)
     if damages:
-        raise ValueError(
-            f"shards={str(args.folder)!r} has {len(damages)} damaged shards; tokenize again"
-        )
+        found = counted(len(damages), "damaged shard")
+        raise ValueError(f"shards={str(args.folder)!r} has {found}; tokenize again")
     text_console().print(f"{args.folder}: {len(manifest.files):,} shards are whole")
     return 0
 

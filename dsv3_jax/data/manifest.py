@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / MANIFEST
     if not file.is_file():
         raise ValueError(
-            f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out {folder}"
+            f"shards={str(folder)!r} has no {MANIFEST}; run dsv3 data tokenize PATHS --out "
+            f"{shlex.quote(str(folder))}"
         )
 
     values = read_sealed(file)

@@ -113,7 +113,7 @@ def text_encoder(tokenizer: Tokenizer) -> Encoder:
 def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
     """Write the shards of a job that are not there yet, and the manifest.
 
-    Print a line after each shard.
+    Print a line for each shard; the last one comes once it is known that both sides have documents.
 
     Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or
         that another process writes; for documents of which none is held out, or all are.
@@ -130,9 +130,10 @@ def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
         domains: dict[str, int] = {}
         shards: list[dict[str, Any]] = []
         for group in _groups(job, encoder, domains):
+            if shards:
+                print(_summary(shards, time.monotonic() - began), flush=True)
             shards.append(_shard(job, encoder, settings, len(shards), group))
             lock.check()
-            print(_summary(shards, time.monotonic() - began), flush=True)
 
         # The manifest names them all, so it comes after them.
         files = {name: facts for shard in shards for name, facts in shard["files"].items()}
@@ -140,6 +141,8 @@ def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
         for side in SIDES:
             if side not in sides:
                 raise ValueError(f"val_fraction={job.val_fraction} {WITHOUT[side]}")
+        print(_summary(shards, time.monotonic() - began), flush=True)
+
         same = ("version", "format", "row_tokens", "tokenizer")
         values = {name: settings[name] for name in same}
         values |= {"vocab_size": encoder.tokenizer.vocab_size, "domains": list(domains)}
@@ -166,12 +169,21 @@ def _summary(shards: list[dict[str, Any]], seconds: float) -> str:
     documents, tokens = (sum(facts[key] for facts in files) for key in ("documents", "tokens"))
     left_out = sum(shard["left_out"] for shard in shards)
     speed = tokens / max(seconds, 1e-9)
-    line = (
-        f"{len(shards):,} shards, {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
-    )
+    counts = counted(len(shards), "shard"), counted(documents, "document")
+    line = f"{', '.join(counts)}, {tokens:,} tokens, {speed:,.0f} tokens/s"
     if left_out:
         line += f"; left out: {left_out:,} without an assistant's turn or too long"
     return line
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    Example:
+        >>> counted(1, "shard"), counted(2000, "shard")
+        ('1 shard', '2,000 shards')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
