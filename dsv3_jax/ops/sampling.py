@@ -57,7 +57,8 @@ def processed_logits(
     """Apply temperature, then top-k, then top-p. Tokens that are cut get −inf.
 
     Args:
-        logits: float32, W tokens in the last axis.
+        logits: float32, W tokens in the last axis. The largest one, divided by the temperature, is
+            at most 3.4e38, float32's largest number: with an infinite one the softmax is NaN.
         temperature: above 0.
         top_k: keep the top_k largest logits, and all that equal the smallest of these. None keeps
             all.
