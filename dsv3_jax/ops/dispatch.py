@@ -285,7 +285,9 @@ def capacity_swiglu(  # noqa: PLR0913 - six arrays, and how
         product: of each expert's rows with its matrix.
     Returns: (y, share of assignments dropped, of the tokens that count).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
-    Departs from the paper: GShard serves all tokens' first choices before any second choice.
+    Departs from the paper: GShard's algorithm 1 goes over a group's tokens twice. All first choices
+        come before any second one, which is sent with probability 2 g_2 / (g_1 + g_2). Here all n
+        tokens are one group, and each token's K choices are served in its turn, with certainty.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
