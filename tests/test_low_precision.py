@@ -197,6 +197,11 @@ def test_the_door_gives_8_bits_to_linear_layers_only(name):
     for platform, op in itertools.product(("cuda", "tpu"), IN_8_BITS):
         rows = Target(platform, precision=name).rows(op)
         assert {row.precision for row in rows} == {name} and rows[0].name == name
+    # Accelerators multiply in bfloat16 where it holds the numbers exactly.
+    for platform in ("cpu", "cuda", "tpu"):
+        first = Target(platform, precision=name).rows("product")[0]
+        program = jax.make_jaxpr(first.run)(jnp.ones((2, 8)), jnp.ones((8, 4)))
+        assert ("bf16" in str(program)) == (platform != "cpu" and name != "fp8")
 
 
 @pytest.mark.long
