@@ -232,6 +232,15 @@ def test_a_request_is_refused(light, asked, sentence):
         plain.generate(light, **{"prompts": [[1]], "max_new_tokens": 3} | asked)
 
 
+def test_log_probabilities_that_are_nan_are_refused(light):
+    """The argmax of NaN is 0: the text would be token 0 again and again."""
+    broken = nnx.merge(*nnx.split(light), copy=True)
+    broken.head[...] *= jnp.nan
+    assert generate(broken, [[1], [2]], 3).tokens == [[0, 0, 0]] * 2
+    with refused("prompt 0: the model's log-probabilities are NaN"):
+        generate(broken, [[1], [2]], 3, logprobs=True)
+
+
 def test_arrays_and_requests_up_to_the_last_position_are_taken():
     config = plain.DecodeConfig(100, stop_tokens=np.array([UNUSED]))
     config.check(CFG, [np.array([1, 2]), (3,), range(4), [1] * 28])

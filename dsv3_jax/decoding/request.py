@@ -128,6 +128,11 @@ class Request:
             found.tokens[index] = text[new].tolist()
             if found.logprobs and found.model_logprobs:
                 drawn, own = logprobs
+                if np.isnan(own[new]).any():  # else it would be a text of token 0
+                    raise ValueError(
+                        f"prompt {index // self.config.samples}: the model's log-probabilities are "
+                        "NaN; a weight is not finite, or a product overflows"
+                    )
                 found.logprobs[index] = drawn[new].tolist()
                 found.model_logprobs[index] = own[new].tolist()
             if found.expert_ids:
