@@ -42,6 +42,7 @@ from dsv3_jax.model.parameters import param
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.runs.folder import read_made
 from dsv3_jax.training.loss import compute_loss
+from dsv3_jax.training.router_bias import updated_bias
 from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
@@ -213,6 +214,47 @@ def test_names_are_added_once(monkeypatch):
         ds.register_router("hash", routing.Router(lambda x, cfg: x))
     with refused("rule='sign' is taken"):
         ds.register_rule("sign", None)
+    for register, sentence in (
+        (ds.register_router, "router='own': <function .* is no Router"),
+        (ds.register_rule, "rule='own': <function .* is no Rule"),
+    ):
+        with refused(sentence):
+            register("own", lambda x, cfg: x)
+
+
+def changed(**arrays):
+    """A router that gives these arrays instead of those of `topk`."""
+
+    def route(x, cfg):
+        found = routing.topk(x.logits, k=cfg.experts_per_token)
+        return found._replace(**{name: change(found) for name, change in arrays.items()})
+
+    return route
+
+
+# (what a router gives, the error)
+WRONG = [
+    (lambda x, cfg: None, "gives NoneType, not a Routing"),
+    (changed(expert_ids=lambda found: found.expert_ids[:, :1]), "expert_ids of shape (8, 1)"),
+    (changed(gates=lambda found: found.gates[:, :1]), "gives gates of shape (8, 1), not (8, 2)"),
+    (changed(scores=lambda found: found.gates), "gives scores of shape (8, 2), not (8, 8)"),
+    (changed(expert_ids=lambda found: found.gates), "gives expert_ids of dtype float32, not int32"),
+]
+
+
+@pytest.mark.parametrize("route, sentence", WRONG, ids=[sentence for _, sentence in WRONG])
+def test_what_a_router_gives_is_checked_before_a_kernel_reads_it(route, sentence, monkeypatch):
+    monkeypatch.setitem(routing.ROUTERS, "own", routing.Router(route))
+    moe = ds.MoE(replace(PLAIN, router="own"), rngs=nnx.Rngs(0))
+    with refused(f"router='own' .*{re.escape(sentence)}"):
+        moe(jnp.ones((2, 4, PLAIN.dim)))
+
+
+def test_a_rule_that_gives_another_shape_is_refused():
+    bias = nnx.State({"bias": RouterBias(jnp.zeros((2, 8)))})
+    rule = balance.Rule(lambda bias, load, _, rate: bias[:, :1])
+    with refused(re.escape("the balance rule gives bias of shape (2, 1), not (2, 8)")):
+        updated_bias(bias, jnp.ones((2, 8)), jnp.float32(1), rule)
 
 
 @pytest.mark.long

@@ -149,3 +149,25 @@ def test_the_table_of_names_is_open_and_checked(summed):
     assert replace(summed, num_kv_heads=2).kv_heads == 2
     with refused("num_kv_heads=2 with attention='mla'"):
         replace(summed, attention="mla", num_kv_heads=2)
+
+
+@pytest.mark.parametrize("what", ["q", "k"])
+def test_rows_of_another_width_are_refused_before_a_kernel_reads_them(summed, monkeypatch, what):
+    """C++ takes the width of keys from the queries: it would read other numbers, or no one's."""
+    project, expand = Summed.project, Summed.expand
+
+    def narrow_queries(*args):
+        q, rows = project(*args)
+        return q[..., 1:], rows
+
+    def narrow_keys(*args):
+        found = expand(*args)
+        return found | {"k": found["k"][..., 1:]}
+
+    if what == "q":
+        monkeypatch.setattr(Summed, "project", narrow_queries)
+    else:
+        monkeypatch.setattr(Summed, "expand", narrow_keys)
+    attention = Summed(summed, rngs=nnx.Rngs(0))
+    with refused(rf"Summed gives {what} of shape \(1, 3, 4, 5\), not \(1, 3, 4, 6\)"):
+        attention(jnp.ones((1, 3, summed.dim)))

@@ -10,6 +10,7 @@ from dsv3_jax.config.fields import (
     Table,
     check_inputs,
     check_kind,
+    check_shapes,
     did_you_mean,
     first_difference,
     from_dict,

@@ -52,13 +52,16 @@ class Table(dict[str, V]):
         super().__init__(rows)
         self.setting = setting
         self.more = f"; {more}" if more else ""
+        self.kind = type(next(iter(rows.values())))
 
     def add(self, name: str, row: V) -> None:
-        """Add a row. Raises: ConfigError if its name is taken, or no text."""
+        """Add a row. Raises: ConfigError if its name is taken or no text, or the row of no kind."""
         if not isinstance(name, str) or not name or name in self:
             raise ConfigError(
                 f"{self.setting}={name!r} is taken or no name; the names are {', '.join(self)}"
             )
+        if not isinstance(row, self.kind):
+            raise ConfigError(f"{self.setting}={name!r}: {_short(row)} is no {self.kind.__name__}")
         self[name] = row
 
     def __missing__(self, name: str) -> V:
@@ -175,6 +178,29 @@ def check_inputs(width: int | None, **inputs: Any) -> None:
     for other, ids in others:
         if ids is not None and getattr(ids, "shape", None) != shape[:2]:
             raise ValueError(f"{other} is not an array of shape {shape[:2]}, as {name} is")
+
+
+def check_shapes(giver: str, arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Check arrays that a program of one's own gives, before a kernel reads them by their shapes.
+
+    Args:
+        giver: what gives them, for the error.
+        shapes: by name, the shape that each must have.
+    Raises: ConfigError naming an array that is absent or of another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> check_shapes("attention='mine'", {"k": np.ones((2, 3))}, {"k": (2, 4)})
+        Traceback (most recent call last):
+            ...
+        dsv3_jax.config.fields.ConfigError: attention='mine' gives k of shape (2, 3), not (2, 4)
+    """
+    for name, wanted in shapes.items():
+        shape = getattr(arrays.get(name), "shape", None)
+        if shape is None:
+            raise ConfigError(f"{giver} gives no array {name} of shape {tuple(wanted)}")
+        if shape != tuple(wanted):
+            raise ConfigError(f"{giver} gives {name} of shape {shape}, not {tuple(wanted)}")
 
 
 def _short(value: Any) -> str:

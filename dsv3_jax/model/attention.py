@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs
+from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs, check_shapes
 from dsv3_jax.mesh.heads import (
     HEAD_AXES,
     TOKEN_AXES,
@@ -109,6 +109,7 @@ class Attention(nnx.Module):
             # one that keeps them.
             if ctx.cache is None or "k" in ctx.cache.parts[0]:
                 rows = {**rows, **self.expand(rows, ctx)}
+            self.check_rows(q, rows)
             ctx = ctx._replace(rows=rows)
             if ctx.cache is not None:
                 ctx = remember(ctx)
@@ -124,6 +125,14 @@ class Attention(nnx.Module):
             "k": (cfg.kv_heads, cfg.nope_head_dim + cfg.rope_head_dim),
             "v": (cfg.kv_heads, cfg.v_head_dim),
         }
+
+    def check_rows(self, q: Array, rows: Rows) -> None:
+        """Check queries and rows by `cache_rows`. Raises: ConfigError naming one that differs."""
+        wanted = self.cache_rows(self.cfg, "expanded" if "k" in rows else "latent")
+        shapes = {name: (*q.shape[:2], *each) for name, each in wanted.items()}
+        width = self.cache_rows(self.cfg, "expanded")["k"][1]
+        shapes["q"] = (*q.shape[:2], self.cfg.num_heads, width)
+        check_shapes(type(self).__name__, {**rows, "q": q}, shapes)
 
     def make_weights(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
         """Draw all weights but w_o."""

@@ -20,6 +20,7 @@ from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.parameters import draws_together, param
 from dsv3_jax.model.stack import CHOICE
 from dsv3_jax.ops import balance, dispatch, routing
+from dsv3_jax.ops.check_router import check_replay, check_routing
 from dsv3_jax.ops.varying import as_varying
 
 
@@ -148,7 +149,7 @@ class MoE(nnx.Module):
                 f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]"
             )
         if ctx.given is not None:
-            routing.check_replay(self.cfg)
+            check_replay(self.cfg)
 
         # Each device routes its own rows. Otherwise the compiler would gather the scores of all
         # tokens for the top k.
@@ -190,7 +191,8 @@ class MoE(nnx.Module):
         # scores, and the choice by them
         logits = run("exact_product", flat.x.astype(jnp.float32), w_router)
         logits = checkpoint_name(logits, CHOICE)
-        ids, gates, scores = self.router.route(routing.Inputs(logits, bias, flat), cfg)
+        routed = self.router.route(routing.Inputs(logits, bias, flat), cfg)
+        ids, gates, scores = check_routing(routed, logits, cfg)
         ids = checkpoint_name(ids, CHOICE)
 
         # what is measured of each token

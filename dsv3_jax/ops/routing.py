@@ -9,7 +9,6 @@ the lower expert id is chosen first.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -321,7 +320,7 @@ class Router(NamedTuple):
 
     Its expert_ids are distinct for each token, and passed through `replay(ids, x.tokens.given)`;
     its gates come from the scores at the result. Else recorded routing cannot be replayed, and
-    `check_replay` refuses it.
+    `check_router.check_replay` refuses it.
     """
 
     route: Callable[[Inputs, ModelConfig], Routing]
@@ -363,32 +362,3 @@ ROUTERS: Table[Router] = Table("router", {
     ),
 }, more="--import NAME imports a program that registers more")  # fmt: skip
 register_router = ROUTERS.add
-
-
-def check_replay(cfg: ModelConfig) -> None:
-    """Check that the router returns the experts that are given to it.
-
-    Raises: ValueError if it returns others.
-    """
-    _check_router(ROUTERS[cfg.router], cfg)
-
-
-@cache
-def _check_router(router: Router, cfg: ModelConfig) -> None:
-    num_experts, k = cfg.num_experts, cfg.experts_per_token
-
-    # A token for each expert e, which is given the experts e, e - 1, …: a free choice has others.
-    with jax.ensure_compile_time_eval():
-        ids = jnp.arange(num_experts, dtype=jnp.int32)
-        given = (ids[:, None] - ids[None, :k]) % num_experts
-        same = jnp.zeros(num_experts)
-        tokens = Tokens(
-            x=jnp.zeros((num_experts, cfg.dim)), mask=ids >= 0, ids=jnp.zeros_like(ids), given=given
-        )
-        found = router.route(Inputs(jnp.zeros((num_experts, num_experts)), same, tokens), cfg)
-        replayed = (jnp.sort(found.expert_ids) == jnp.sort(given)).all()
-    if not replayed:
-        raise ValueError(
-            f"router={cfg.router!r} returns other experts than those to replay; let it return "
-            "ops.routing.replay(ids, x.tokens.given)"
-        )

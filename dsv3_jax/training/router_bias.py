@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.config import check_shapes
 from dsv3_jax.model.moe import LayerRouting, RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.balance import Rule, rule_of
@@ -76,7 +77,8 @@ def updated_bias(
         rows = slice(first, first := first + len(before))
         own = None if measure is None else measure[rows]
         after = rule.update(before, load[rows], own, rate)
-        moved.append((path, variable.replace(after.reshape(variable.shape))))
+        check_shapes("the balance rule", {"bias": after}, {"bias": before.shape})
+        moved.append((path, variable.replace(after.astype(before.dtype).reshape(variable.shape))))
     return nnx.from_flat_state(moved)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.config import check_shapes
 from dsv3_jax.ops.cached_attention import Stored
 from dsv3_jax.ops.sort_by_expert import SortedRows
 
@@ -112,6 +113,8 @@ def cached_attention(
     # Values, the last rows, then queries and keys of each array in turn.
     given = [*arrays(values), last]
     for q, key in zip(queries, keys, strict=True):
+        if q.shape[-1] > key.rows.shape[-1]:
+            raise ValueError(f"queries of shape {q.shape} are wider than rows {key.rows.shape}")
         given += [q, *arrays(key)]
 
     width = values.rows.shape[-1]
@@ -212,6 +215,7 @@ def causal_attention(
     Args: q: scaled queries; k, v: keys and values; segment_ids: int32.
     Returns: (the output, log Σ exp of each query's scores, each query's largest score).
     """
+    check_shapes("attention", {"k": k, "v": v}, {"k": q.shape, "v": (*q.shape[:3], v.shape[-1])})
     batch, length, heads, _ = q.shape
     by_query = jax.ShapeDtypeStruct((batch, heads, length), q.dtype)
     call = jax.ffi.ffi_call(
