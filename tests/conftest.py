@@ -33,8 +33,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # they are made now, so no command that a test runs asks for another number
 
-# Check the jaxtyping signature of every call, in modules that are imported after this line.
-install_import_hook("dsv3_jax", "beartype.beartype")
+# Check each call of the modules that have jaxtyping's signatures. mypy checks the others, which
+# refuse wrong types in sentences of their own.
+PACKAGE = Path(__file__).parents[1] / "dsv3_jax"
+SHAPED = [
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for file in PACKAGE.rglob("*.py")
+    if "from jaxtyping import" in file.read_text()
+]
+install_import_hook(SHAPED, "beartype.beartype")
 
 
 def pytest_addoption(parser):
@@ -53,8 +60,10 @@ def _no_work_is_done_twice(tmp_path_factory):
     from runs import compiled_programs, spend_no_seconds
 
     from dsv3_jax.kernels import verdicts
+    from dsv3_jax.kernels.cpu import memory
 
     spend_no_seconds()
+    memory.keep_memory = lambda: None  # it sets the allocator, for all that comes after
     # What `dsv3 info --check` once found on this machine chooses no kernel of a test.
     verdicts.private_folder = lambda: tmp_path_factory.getbasetemp()
     folder = compiled_programs(tmp_path_factory.getbasetemp())

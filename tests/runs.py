@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import pytest
 from flax import nnx
 from models import DENSE, random_model
 
+from dsv3_jax.cli.main import main
 from dsv3_jax.config import Balance, DataConfig, ModelConfig, OptimConfig, RunConfig, to_dict
 from dsv3_jax.host.mirror import fetched
 from dsv3_jax.mesh import sharding
@@ -193,7 +193,7 @@ def by_command(*argv, lines: str = "") -> tuple[int, str, str]:
     to_out, to_err = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with to_out, to_err, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(lines))
-        code = unhooked_cli().main([str(word) for word in argv])
+        code = main([str(word) for word in argv])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -265,44 +265,6 @@ def start(
     usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
     usual["env"] = environment(root)
     return subprocess.Popen([sys.executable, *program, *argv], **usual | settings)
-
-
-@cache
-def unhooked_cli():
-    """dsv3_jax.cli.main without the import hook, which refuses tyro's mark of a missing option."""
-    common = unhooked("dsv3_jax.cli.common", "dsv3_jax.cli.common")  # in place of the hooked ones
-    common.prepare_training = lambda mesh=None: None  # the allocator is set in a separate process
-    unhooked("dsv3_jax.cli.train", "dsv3_jax.cli.train")
-    return unhooked("dsv3_jax.cli.main")
-
-
-def unhooked(module: str, name: str | None = None):
-    """A module without the tests' import hook, which would refuse wrong types before it does.
-
-    Args: name: to be imported by. None means a name of its own.
-    """
-    name = name or f"unhooked_{module.replace('.', '_')}"
-    file = HERE.joinpath(*module.split(".")).with_suffix(".py")
-    spec = importlib.util.spec_from_file_location(name, file)
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made  # dataclasses look up their annotations there
-    spec.loader.exec_module(made)
-    return made
-
-
-def unhooked_config():
-    """The package dsv3_jax.config, as `unhooked` makes a module."""
-    name = "dsv3_jax.config"
-    names = [key for key in sys.modules if f"{key}.".startswith(f"{name}.")]
-    kept = {key: sys.modules.pop(key) for key in names}
-    finders = list(sys.meta_path)
-    sys.meta_path[:] = [x for x in finders if not type(x).__module__.startswith("jaxtyping")]
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.meta_path[:] = finders
-        sys.modules.update(kept)
-        sys.modules["dsv3_jax"].config = kept[name]
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -5,14 +5,11 @@ import threading
 import time
 
 import uvicorn
-from runs import unhooked
 
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.ops.sampling import Sampling
+from dsv3_jax.serve import app, requests
 
-# They refuse wrong types themselves, which the tests' import hook would do before.
-NAMES = [f"dsv3_jax.serve.{name}" for name in ("requests", "answers", "app")]
-requests, answers, app = (unhooked(name, name) for name in NAMES)
 TEXT = plain_settings()
 
 

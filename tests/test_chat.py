@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from models import LIGHT, random_model
-from runs import by_command, make_run, unhooked, write_lines
+from runs import by_command, make_run, write_lines
 from texts import (
     ANSWER,
     CONVERSATIONS,
@@ -28,6 +28,7 @@ import dsv3_jax as ds
 from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.examples import read_example
 from dsv3_jax.chat.text_settings import copy_to_run, with_template
+from dsv3_jax.cli import generate as command
 from dsv3_jax.config import replace
 from dsv3_jax.decoding import generate
 from dsv3_jax.hf.tensor_files import write_json
@@ -225,7 +226,6 @@ def test_an_argument_of_render_is_no_variable_of_a_template(talker):
 
 def test_defaults_of_the_sampling():
     """The command's own, where the folder says nothing; options come first."""
-    command = unhooked("dsv3_jax.cli.generate")
     for said, given, expected in (
         ({}, {}, (0.8, None, 0.95)),
         ({"temperature": 0.6, "top_p": 0.9}, {"top_k": 3, "top_p": 0.5}, (0.6, 3, 0.5)),

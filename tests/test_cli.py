@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from runs import by_command, rows_of, unhooked_cli
+from runs import by_command, rows_of
 
 from dsv3_jax.cli import main as cli
-from dsv3_jax.cli import options
+from dsv3_jax.cli import options, train
 from dsv3_jax.cli.common import all_devices, guarded
 from dsv3_jax.config import ConfigError, Execution
 from dsv3_jax.data.batches import one_row
@@ -170,13 +170,7 @@ def test_a_help_text_fits_two_screens(answers):
     assert "largest learning rate" in verbose and "largest learning rate" not in out
 
 
-@pytest.fixture
-def train():
-    unhooked_cli()
-    return sys.modules["dsv3_jax.cli.train"]
-
-
-def test_options_have_several_spellings(train):
+def test_options_have_several_spellings():
     for words in (
         "--optim.learning-rate 0.5 --data.batch-size 4 --steps 50 --execution.layout.fsdp",
         "--lr 0.5 --batch-size=4 --steps=50 --fsdp",
@@ -188,7 +182,7 @@ def test_options_have_several_spellings(train):
         assert run.execution.layout.fsdp
 
 
-def test_the_value_of_an_option_is_no_setting(train):
+def test_the_value_of_an_option_is_no_setting():
     """Nor are the variables of a template."""
     names = options.names_of(train.Train)
     for line in ("--out steps=50", "--data.template thinking=true", "--out=steps=50"):
@@ -197,7 +191,7 @@ def test_the_value_of_an_option_is_no_setting(train):
     assert options.spelled(["--layout.fsdp=false"], names) == ["--execution.layout.no-fsdp"]
 
 
-def test_a_runs_file_is_a_recipe(train, whole):
+def test_a_runs_file_is_a_recipe(whole):
     """Its settings are the defaults, its text, rows and steps too."""
     run = read_run(whole.folder)
     for place in (whole.folder, whole.folder / "run.json"):

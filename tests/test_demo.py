@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import jax
 import pytest
 from flax import nnx
-from runs import make_run, unhooked, unhooked_cli
+from runs import make_run
 
 from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.cli import demo_end as demo
+from dsv3_jax.cli import train
 from dsv3_jax.cli.common import parse
 from dsv3_jax.cli.generate import Generate
 from dsv3_jax.data.corpus import Document
 from dsv3_jax.stats.reporting import Stats
-
-demo = unhooked("dsv3_jax.cli.demo_end")
 
 
 class NextLetter(nnx.Module):
@@ -70,13 +70,12 @@ def test_the_program_is_named_as_this_shell_calls_it(called, found, want, monkey
 
 def test_the_commands_are_good(whole):
     """Their options are there, and the run is a recipe for a longer one."""
-    unhooked_cli()
     lines = demo.commands("dsv3", whole.folder)
-    generate, stats, train = (shlex.split(line, comments=True)[1:] for line in lines)
+    generate, stats, longer = (shlex.split(line, comments=True)[1:] for line in lines)
     kinds = {"generate": Generate, "stats": Stats}
     for name, *words in (generate, stats):
         assert parse(kinds[name], words, name)
-    run = sys.modules["dsv3_jax.cli.train"].options(train[1:]).run
+    run = train.options(longer[1:]).run
     assert run.steps == 800 and run.data == whole.run.data
 
 

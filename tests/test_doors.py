@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import refused, start, unhooked_cli, write_lines
+from runs import refused, start, write_lines
 
 from dsv3_jax.chat.checkers import Checker
 from dsv3_jax.chat.examples import load_examples
@@ -183,12 +183,12 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
     monkeypatch.setattr(choose, "prepare", lambda *_, **__: pytest.fail("it computes"))
     (tmp_path / "file").write_text("")
     claim(tmp_path / "run", recipe("tiny"))
-    out, run, main = tmp_path / "file" / "out", str(tmp_path / "run"), unhooked_cli().main
+    out, run = tmp_path / "file" / "out", str(tmp_path / "run")
     for work in (lambda: fit(recipe("tiny"), out), lambda: report(run, out)):
         with pytest.raises(OSError, match="Not a directory"):
             work()
     for words in ("tokenizer", "convert run", "data tokenize run --out", "stats run --tokens"):
-        assert main([*words.replace("run", run).split(), str(out)]) == 2
+        assert cli.main([*words.replace("run", run).split(), str(out)]) == 2
 
 
 def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path):
@@ -221,7 +221,7 @@ def test_a_reader_that_leaves_ends_a_command_silently(monkeypatch, capsys):
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", Gone())
-    assert unhooked_cli().main(["info", "tiny"]) == 141
+    assert cli.main(["info", "tiny"]) == 141
     assert capsys.readouterr().err == ""
 
 
@@ -229,7 +229,7 @@ def test_output_that_is_ascii_gets_the_names_of_other_letters(monkeypatch):
     for encoding, text in (("ascii", "COMMAND \\u2026"), ("utf-8", "COMMAND …")):
         with io.TextIOWrapper(io.BytesIO(), encoding) as stream, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            assert unhooked_cli().main(["--help"]) == 0
+            assert cli.main(["--help"]) == 0
             print("ev\udcff", file=stream, flush=True)
             written = stream.buffer.getvalue().decode(encoding)
         assert text in written and written.endswith("ev\\udcff\n")

@@ -1,7 +1,6 @@
 """Cached decoding and scores against the teacher-forced forward, and what is refused."""
 
 import re
-import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -20,7 +19,7 @@ from models import (
     small,
     teacher_logits,
 )
-from runs import on_mesh, refused, unhooked
+from runs import on_mesh, refused
 
 import dsv3_jax as ds
 from dsv3_jax.decoding.batch import _pad
@@ -194,13 +193,7 @@ def test_scores_of_pairs_are_the_teacher_forced_pass_also_on_a_mesh(light, dropp
     np.testing.assert_allclose(there, scores, rtol=1e-5)
 
 
-# requests: what is refused, wrong types too; without the import hook, which would refuse them first
-
-hooked = sys.modules["dsv3_jax.decoding.decode_config"]
-# for the next line alone
-unhooked("dsv3_jax.decoding.decode_config", "dsv3_jax.decoding.decode_config")
-plain = unhooked("dsv3_jax.decoding.generate")
-sys.modules["dsv3_jax.decoding.decode_config"] = hooked
+# requests: what is refused, wrong types too
 
 REFUSED = [  # what is asked for beside one prompt and three tokens, how the sentence begins
     (dict(prompts="Hello"), "prompts='Hello' is not a list of prompts"),
@@ -229,7 +222,7 @@ REFUSED = [  # what is asked for beside one prompt and three tokens, how the sen
 @pytest.mark.parametrize("asked, sentence", REFUSED)
 def test_a_request_is_refused(light, asked, sentence):
     with refused(f"^{re.escape(sentence)}.*$"):
-        plain.generate(light, **{"prompts": [[1]], "max_new_tokens": 3} | asked)
+        generate(light, **{"prompts": [[1]], "max_new_tokens": 3} | asked)
 
 
 def test_log_probabilities_that_are_nan_are_refused(light):
@@ -242,7 +235,7 @@ def test_log_probabilities_that_are_nan_are_refused(light):
 
 
 def test_arrays_and_requests_up_to_the_last_position_are_taken():
-    config = plain.DecodeConfig(100, stop_tokens=np.array([UNUSED]))
+    config = DecodeConfig(100, stop_tokens=np.array([UNUSED]))
     config.check(CFG, [np.array([1, 2]), (3,), range(4), [1] * 28])
     replace(config, stop_tokens=jnp.array([UNUSED])).check(CFG, jnp.array([[1, 2], [3, 4]]))
     assert config.stop_tokens == (UNUSED,)

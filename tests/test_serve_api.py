@@ -15,11 +15,12 @@ import openai
 import pytest
 from models import LIGHT, random_model, small
 from runs import by_command, start
-from serving import TEXT, answers, requests, served, wait_for
+from serving import TEXT, served, wait_for
 
 import dsv3_jax as ds
 from dsv3_jax.decoding.sampler import New
 from dsv3_jax.ops.sampling import Sampling
+from dsv3_jax.serve import answers, requests
 from dsv3_jax.serve.engine import Busy, Changes, Engine
 
 NEW = 20  # tokens of an answer

@@ -26,11 +26,12 @@ import numpy as np
 import optax
 from models import random_model
 from released import INT4, Cell, write_folder
-from runs import assert_bitwise, rows_of, save_run, unhooked_cli, write_text
+from runs import assert_bitwise, rows_of, save_run, write_text
 
 import dsv3_jax as ds
 from dsv3_jax import hf
 from dsv3_jax.chat.text_settings import plain_settings
+from dsv3_jax.cli.main import main
 from dsv3_jax.config import ModelConfig, RunConfig, from_dict, to_dict
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
 from dsv3_jax.hf.config_writing import config_to_dict
@@ -184,7 +185,7 @@ def write_data(scratch: Path) -> None:
         (scratch / name / "rows.jsonl").write_text("\n".join(lines))
     words = "--row-tokens 32 --val-fraction 0.3 --shard-mb 0.01"
     argv = ["data", "tokenize", text, "--out", str(scratch / "shards"), *words.split()]
-    assert unhooked_cli().main(argv) == 0
+    assert main(argv) == 0
 
 
 def check_row(row: Row, scratch: Path) -> str:
