@@ -64,7 +64,7 @@ parity: $(VENV)/.with-test,parity,eval ## compare with torch, transformers and l
 pairs: $(VENV)/.with-test ## tiny runs and requests in which each two settings meet: two hours, resumable
 	PAIRS=runs/pairs $(BIN)/python -m pytest -n 2 --dist load tests/test_pairs.py $(PAIRS_ARGS)
 campaign: $(VENV)/.with-test ## hostile inputs, damage, kills, sanitizers: MINUTES=120 SEED=0
-	tests/campaign/sanitizers.sh $(BIN)/python $$(($(or $(MINUTES),120) * 6)) $(or $(SEED),0)
+	$(BIN)/python -m tests.campaign.sanitizers $$(($(or $(MINUTES),120) * 6)) $(or $(SEED),0)
 	$(BIN)/python -m tests.campaign --minutes $(or $(MINUTES),120) --seed $(or $(SEED),0)
 lint: $(VENV)/.with-test ## check style, format and types
 	$(BIN)/ruff check .

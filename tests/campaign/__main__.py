@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.campaign.running import Home
-from tests.campaign.trials import ROOMS, attempt
+from tests.campaign.home import Home
+from tests.campaign.trials import KINDS, attempt
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--minutes", type=float, default=10.0, help="beside the making of good files")
@@ -20,20 +20,18 @@ parser.add_argument("--trial", nargs="+", type=int, help="this trial, or those f
 args = parser.parse_args()
 table = Counter[tuple[str, str]]()
 with tempfile.TemporaryDirectory(prefix="campaign-") as root:
-    made, begin = Home(Path(root).resolve(), tuple(args.commands)), time.monotonic()
+    home, begin = Home(Path(root).resolve(), tuple(args.commands)), time.monotonic()
     for number in range(args.trial[0], args.trial[-1] + 1) if args.trial else itertools.count():
         if not args.trial and time.monotonic() > begin + 60 * args.minutes:
             break
-        change, suits = ROOMS[number % len(ROOMS)]
         rng = random.Random(f"{args.seed} {number}")
-        commands = [command for command in made.commands if suits(made, command)]
-        if not commands:
+        (command,) = rng.choices(home.commands, [command.weight for command in home.commands])
+        home.usual(command)
+        home.copy()
+        trial = KINDS[number % len(KINDS)](home, rng, command)
+        if trial is None:
             continue
-        (command,) = rng.choices(commands, [command.often for command in commands])
-        made.usual(command)
-        made.copy()
-        trial = change(made, rng, command)
-        answer, faults = attempt(made, trial)
+        answer, faults = attempt(home, trial, command)
         said = ", ".join(sorted(faults)) or "as it must"
         table[trial.name, said] += 1
         print(f"{number}: {said}: {trial.name}: dsv3 {' '.join(trial.argv)[:400]!r}", flush=True)
