@@ -68,7 +68,7 @@ class Draw:
 
     def damaged(self, ids: np.ndarray, below: int) -> np.ndarray:
         """Sometimes put one index outside of 0 … below - 1."""
-        if ids.size and self.one_in(30):
+        if ids.size and self.one_in(10):
             ids.flat[self.rng.integers(ids.size)] = self.rng.choice([-1, below])
             self.wrong = True
         return ids
@@ -113,7 +113,7 @@ def cached_attention(draw: Draw):
         rows = draw.floats(batch, groups, slots, draw.size(80))
         if dtype.itemsize > 1:
             return Stored(rows.astype(dtype), None)
-        draw.wrong |= (no_scales := draw.one_in(30))
+        draw.wrong |= (no_scales := draw.one_in(10))
         scales = None if no_scales else draw.floats(batch, groups, slots, 1, scale=0.1)
         return Stored(np.clip(rows, -100, 100).astype(dtype), scales)
 
@@ -145,7 +145,7 @@ def experts(draw: Draw):
     order = np.argsort(ids, stable=True).astype(np.int32)
     row = np.argsort(order).astype(np.int32).reshape(rows, choices)
     counts = np.bincount(ids, minlength=count).astype(np.int32)
-    counts[0] += (one_more := draw.one_in(30))
+    counts[0] += (one_more := draw.one_in(10))
     draw.wrong |= one_more
     places = SortedRows(draw.damaged(order, ids.size), draw.damaged(row, ids.size), counts, counts)
 
