@@ -10,7 +10,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from experiments.lab import Column, Study, drawing
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab.claims import Claim, Stake, ln, logit
 from experiments.lab.measuring import compiled, late_mean
 
 UNBALANCED = "none"
@@ -73,11 +73,6 @@ def in_domains(numbers):
     return float(np.mean(list(numbers["max_vio_by_domain"].values())))
 
 
-def log_max_vio(numbers):
-    """Return ln MaxVio of the training mix: its noise is then alike in balanced and other runs."""
-    return float(np.log(numbers["max_vio_training_mix"]))
-
-
 def apart(numbers):
     """Return ln of MaxVio within domains over the mix's: how far domains have their own experts."""
     return float(np.log(in_domains(numbers) / numbers["max_vio_training_mix"]))
@@ -93,7 +88,8 @@ def words(results):
     )
 
 
-balance = partial(Claim, key=log_max_vio, unit="ln MaxVio", digits=2)
+LOG_MAX_VIO = ln("max_vio_training_mix")
+balance = partial(Claim, key=LOG_MAX_VIO, unit="ln MaxVio", digits=2)
 STUDY = Study(
     question=(
         "Does the loss-free bias balance experts better than auxiliary losses, "
@@ -120,7 +116,7 @@ STUDY = Study(
         Column("dropped of held-out text, %", "dropped_held_out", 2, scale=100.0),
     ),
     draw=drawing.claims_and_variants(
-        log_max_vio,
+        LOG_MAX_VIO,
         "MaxVio of the training mix",
         words,
         shown=np.exp,
@@ -167,7 +163,7 @@ STUDY = Study(
     stakes={
         "balance": Stake(
             "no balance",
-            lambda results: results.paired(UNBALANCED, BIAS, log_max_vio),
+            lambda results: results.paired(UNBALANCED, BIAS, LOG_MAX_VIO),
             "ln MaxVio",
             2,
         )

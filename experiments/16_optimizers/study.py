@@ -8,7 +8,7 @@ import numpy as np
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study, drawing
 from experiments.lab.bases import at_rate
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.measuring import compiled
 
 ADAMW, MUON, CLIPPED, FREE = "AdamW", "Muon", "Muon + QK-clip", "AdamW + QK-clip"
@@ -80,11 +80,6 @@ def steps_to(results, variant):
     return np.array(shares)
 
 
-def log_logit(numbers):
-    """Return ln of the largest logit: its noise is then alike in clipped and free runs."""
-    return float(np.log(numbers["max_logit"]))
-
-
 def words(results):
     share = steps_to(results, MUON)
     if np.isnan(share).any():
@@ -97,7 +92,7 @@ def words(results):
 
 
 same_loss = partial(Claim, expect="equal", margin=0.02)
-logit_claim = partial(Claim, key=log_logit, unit="ln logit", digits=2)
+logit_claim = partial(Claim, key=ln("max_logit"), unit="ln logit", digits=2)
 STUDY = Study(
     question=(
         "Does Muon reach AdamW's loss in half the steps, and does QK-clip bound logits for nothing?"
@@ -131,7 +126,7 @@ STUDY = Study(
         ),
         "logits": Stake(
             "logits above the threshold",
-            lambda results: results.values(MUON, log_logit) - np.log(THRESHOLD),
+            lambda results: results.values(MUON, ln("max_logit")) - np.log(THRESHOLD),
             "ln logit",
             2,
         ),

@@ -14,7 +14,7 @@ from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.stats.token_rows import rows_of
 from experiments.lab import Column, Study, drawing, markdown_table, mean_spread
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab.claims import Claim, Stake, ln, logit
 from experiments.lab.tables import results_table
 
 BIAS, SWITCH, UNBALANCED = "loss-free, γ 3e-3", "Switch loss, α 1e-2", "none"
@@ -236,10 +236,6 @@ SETTLED = {  # at every second checkpoint
 # The claims
 
 
-def log_vio(numbers):
-    return float(np.log(numbers["max_vio"][-1]))
-
-
 def later(text, against):
     key = logit("early", CHOICES, 1.0)
     return Claim(text, BIAS, against, key, unit="logits", digits=2)
@@ -307,7 +303,7 @@ STUDY = Study(
     stakes={
         "balance": Stake(
             "no balance",
-            lambda results: results.paired(UNBALANCED, BIAS, log_vio),
+            lambda results: results.paired(UNBALANCED, BIAS, ln("max_vio/-1")),
             "ln MaxVio",
             2,
         ),

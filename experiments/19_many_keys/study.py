@@ -1,11 +1,9 @@
 """What a cached row holds: recall of many keys by MLA's widths and by other kinds of attention."""
 
-import math
-
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import elements_per_token
 from experiments.lab import Column, OnTask, Study, drawing
-from experiments.lab.claims import Claim
+from experiments.lab.claims import Claim, ln
 from experiments.lab.matching import matched
 from experiments.lab.measuring import BITS, bits_stake, unknown_bits
 from experiments.lab.tasks import ManyKeys
@@ -66,9 +64,7 @@ def measure(trained):
     }
 
 
-def log_steps(numbers):
-    """Return ln of the steps until half of the bits are known, or of all if they never are."""
-    return math.log(numbers["steps_to_half"])
+LOG_STEPS = ln("steps_to_half")
 
 
 def fewest_numbers(results):
@@ -123,10 +119,10 @@ STUDY = Study(
             NORMED,
             MHA,
             "lower",
-            log_steps,
+            LOG_STEPS,
             "ln steps",
         ),
-        claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", log_steps, "ln steps"),
+        claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", LOG_STEPS, "ln steps"),
     ),
     stakes={
         "context": bits_stake(

@@ -7,9 +7,9 @@ import numpy as np
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing
 from experiments.lab.bases import at_rate
-from experiments.lab.claims import Claim
+from experiments.lab.claims import Claim, ln
 from experiments.lab.matching import FACTORS, scaled
-from experiments.lab.measuring import BITS, bits_stake, formed, log_formed, unknown_bits
+from experiments.lab.measuring import BITS, bits_stake, formed, unknown_bits
 from experiments.lab.tasks import Chains
 
 TOKENS = Chains()  # the last token chooses what follows
@@ -56,13 +56,16 @@ def measure(trained):
     }
 
 
+LOG_FORMED = ln("formed")
+
+
 def words(results):
     muon, adamw = (results.values(name, "formed").mean() for name in (MUON, ADAMW))
     return f"Induction forms after {muon:.0f} steps of Muon, {adamw:.0f} of AdamW"
 
 
 def sooner(text, variant, against):
-    return Claim(text, variant, against, log_formed, unit="ln steps", digits=2, stake="pairs")
+    return Claim(text, variant, against, LOG_FORMED, unit="ln steps", digits=2, stake="pairs")
 
 
 STUDY = Study(
@@ -78,7 +81,7 @@ STUDY = Study(
         Column("bits above the optimum", "above", 3, paired=True, against=(MUON,)),
     ),
     draw=drawing.claims_and_variants(
-        log_formed, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400)
+        LOG_FORMED, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400)
     ),
     claims=(
         *(

@@ -4,8 +4,8 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, format_number
-from experiments.lab.claims import Claim
-from experiments.lab.measuring import BITS, bits_stake, first_below, log_formed, unknown_bits
+from experiments.lab.claims import Claim, ln
+from experiments.lab.measuring import BITS, bits_stake, first_below, unknown_bits
 from experiments.lab.statistics import estimate
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Names
@@ -56,13 +56,16 @@ def table(results):
     return "\n\n".join([results_table(results, COLUMNS), *sentences])
 
 
+LOG_FORMED = ln("formed")
+
+
 def words(results):
-    share = np.exp(results.difference(MODULE, PLAIN, log_formed))
+    share = np.exp(results.difference(MODULE, PLAIN, LOG_FORMED))
     return f"With a module, names form in {100 * share:.0f} % of the steps"
 
 
 def sooner(text, variant):
-    return Claim(text, variant, PLAIN, log_formed, unit="ln steps", digits=2, stake="pairs")
+    return Claim(text, variant, PLAIN, LOG_FORMED, unit="ln steps", digits=2, stake="pairs")
 
 
 COLUMNS = (
@@ -83,7 +86,7 @@ STUDY = Study(
     columns=COLUMNS,
     table=table,
     draw=drawing.claims_and_variants(
-        log_formed, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400, 800)
+        LOG_FORMED, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400, 800)
     ),
     claims=(
         sooner("a module brings names forward", MODULE),

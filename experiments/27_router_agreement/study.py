@@ -15,7 +15,7 @@ from dsv3_jax.model.moe import NEAR
 from dsv3_jax.ops import routing
 from experiments.lab import Study, drawing, markdown_table, mean_spread
 from experiments.lab.bases import NO_BALANCE, lasting
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.matching import FACTORS, scaled
 
 STEPS = 180
@@ -212,14 +212,11 @@ def words(results):
 # The claims
 
 
-def log_choices(numbers):
-    return float(np.log(of(BFLOAT16, "choices")(numbers)))
-
-
 def points_claim(text, against, key, expect="higher", **more):
     return Claim(text, BASE, against, key, expect, unit="points", **more)
 
 
+log_choices = ln(of(BFLOAT16, "choices"))
 ln_claim = partial(Claim, key=log_choices, unit="ln choices", expect="higher", digits=2)
 STUDY = Study(
     question="How often do routers disagree with themselves, and what does replay give back?",

@@ -1,7 +1,5 @@
 """Rules of balancing when the mix of domains changes: how fast the load is even again."""
 
-import math
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -9,7 +7,7 @@ from dsv3_jax import stats
 from dsv3_jax.config import replace
 from experiments.lab import Column, OnTask, Study, drawing, write_figure
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.measuring import BITS, asked_load, bits_claim, overflow, steps_until
 from experiments.lab.tasks import ShiftingDomains
 
@@ -99,21 +97,6 @@ def starts(even, steps):
     return [i for i in range(first, last, STRIDE) if 0 <= i <= steps - STRIDE]
 
 
-def log_back(numbers):
-    """Return ln of the steps until the load is even again."""
-    return math.log(numbers["back"])
-
-
-def log_dropped(numbers):
-    """Return ln of the % that a capacity would drop: its noise is then alike in all rules."""
-    return math.log(max(numbers["dropped"], 1e-3))
-
-
-def log_rise(numbers):
-    """Return ln of MaxVio after the change over that before."""
-    return math.log(numbers["after"] / numbers["before"])
-
-
 def draw(results, path):
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     ax = figure.add_subplot()
@@ -132,18 +115,19 @@ def draw(results, path):
 def words(results):
     """Say the geometric means of the steps."""
     quantile, sign = (
-        np.exp(results.values(name, log_back).mean()) for name in (FULL_QUANTILE, SIGN)
+        np.exp(results.values(name, ln("back")).mean()) for name in (FULL_QUANTILE, SIGN)
     )
     return f"Even again after {quantile:.0f} steps with quantile γ 1, {sign:.0f} with sign γ 1e-3"
 
 
 def drops_less(text, variant, against, stake="change"):
-    return Claim(text, variant, against, log_dropped, unit="ln %", digits=2, stake=stake)
+    return Claim(text, variant, against, ln("dropped", 1e-3), unit="ln %", digits=2, stake=stake)
 
 
 def rise(text, variant):
     """Return the check that a variant without balance is less even after the change."""
-    return Stake(text, lambda results: results.values(variant, log_rise), "ln MaxVio", 2)
+    rose = ln(lambda numbers: numbers["after"] / numbers["before"])
+    return Stake(text, lambda results: results.values(variant, rose), "ln MaxVio", 2)
 
 
 STUDY = Study(
@@ -172,7 +156,7 @@ STUDY = Study(
             "the load is even again sooner by quantile, γ 1, than by sign, γ 1e-3",
             FULL_QUANTILE,
             SIGN,
-            log_back,
+            ln("back"),
             unit="ln steps",
             digits=2,
             stake="change",

@@ -9,7 +9,7 @@ from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
 from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
 from experiments.lab.bases import lasting
-from experiments.lab.claims import Claim, Stake, logit, percent_of
+from experiments.lab.claims import Claim, Stake, ln, logit, percent_of
 
 BEFORE, TEXT, EXACT = "start", "more text", "float32"
 RIGHT_ALONE, COIN = "right answers alone", "a coin"
@@ -150,7 +150,7 @@ def beyond_allowed(numbers):
 def factor_of_two(results):
     """What is left of a factor of two between the KL of the samplers of 3 bits, in ln KL."""
     pair = "3 bits, free", "3 bits, replay"
-    return np.log(2) - np.abs(results.paired(*pair, lambda numbers: np.log(numbers["kl"])))
+    return np.log(2) - np.abs(results.paired(*pair, ln("kl")))
 
 
 def table(results):

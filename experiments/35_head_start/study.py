@@ -1,7 +1,5 @@
 """One expert begins ahead: does it stay ahead, and does the bias take its lead away?"""
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,7 +7,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.ops import balance
 from experiments.lab import Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.bases import NO_BALANCE, lasting
-from experiments.lab.claims import Claim, Stake
+from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.ladder import GSHARD, ladder
 from experiments.lab.measuring import BITS, expert_ids, fact_bits, fact_rows, unknown_bits
 from experiments.lab.tasks import Facts
@@ -92,10 +90,6 @@ def growth(numbers):
     return numbers["lead"] - numbers["lead_first"]
 
 
-def log_vio(numbers):
-    return math.log(max(numbers["vio"], 1e-3))
-
-
 COLUMNS = (
     Column("lead of expert 0 at first, ln", "lead_first", 2),
     Column("at the end, ln", "lead", 2),
@@ -138,7 +132,7 @@ STUDY = Study(
             "without balance, it grows after the first phase", WITHOUT[0], 0.0, growth, "higher",
             unit="ln", digits=2, stake="ahead",
         ),
-        claim("without balance, a lead leaves a larger MaxVio", WITHOUT, log_vio),
+        claim("without balance, a lead leaves a larger MaxVio", WITHOUT, ln("vio", 1e-3)),
         claim("without balance, a lead costs facts", WITHOUT, unknown_bits, unit="bits"),
         claim("with the bias no lead is left, within 0.1", WITH, "lead", "equal", margin=0.1),
         Claim(

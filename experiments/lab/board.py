@@ -24,8 +24,8 @@ from typing import Any
 from dsv3_jax.config import ConfigError, RunConfig
 from dsv3_jax.model.counting import size
 from experiments.lab.bases import OF_TASKS, RUNS_FOLDER, short_run
-from experiments.lab.claims import Claim, Verdict, judge, noise_within
-from experiments.lab.measuring import formed, log_formed, unknown_bits
+from experiments.lab.claims import Claim, Verdict, judge, ln, noise_within
+from experiments.lab.measuring import formed, unknown_bits
 from experiments.lab.results import Results, replace_block
 from experiments.lab.running import run_missing
 from experiments.lab.study import OnTask, Study
@@ -75,7 +75,7 @@ TRACKS = {
         "steps until half of what pairs are worth is learnt",
         Chains(),
         "chains",
-        log_formed,
+        ln("formed"),
         "ln steps",
         "23_induction",
         shown=math.exp,

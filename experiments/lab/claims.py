@@ -1,5 +1,6 @@
 """Claims of a study, and their verdicts: yes, no, too small to tell here, or no verdict."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -197,6 +198,17 @@ def logit(key: Key, questions: int, whole: float = 100.0) -> Callable[[Mapping],
         return float(np.log((share * questions + 0.5) / ((1 - share) * questions + 0.5)))
 
     return found
+
+
+def ln(key: Key, least: float = 0.0) -> Callable[[Mapping], float]:
+    """Return a function of a run's numbers: the logarithm of one, or of `least`.
+
+    Its noise is alike where that of the number itself grows with the number.
+
+    >>> ln("steps/-1")({"steps": [2, math.e]}), ln("lost", least=1)({"lost": 0.0})
+    (1.0, 0.0)
+    """
+    return lambda numbers: math.log(max(lookup(numbers, key), least))
 
 
 def percent_of(logits: np.ndarray) -> np.ndarray:

@@ -46,11 +46,6 @@ def late_mean(key: str) -> Callable[[Results, str], np.ndarray]:
     return mean
 
 
-def log_formed(numbers: Mapping[str, Any]) -> float:
-    """Return ln of `formed`, the step at which induction has formed."""
-    return math.log(numbers["formed"])
-
-
 WINDOW = 5  # rows of metrics.jsonl, whose mean is the training loss at a step
 
 
