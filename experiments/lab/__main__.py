@@ -67,10 +67,12 @@ def _run(options: argparse.Namespace, experiments: Path) -> int:
     for study in studies:
         print(f"== {study.folder.name}", flush=True)
         worst = max(worst, running.run(study, options))
+    if len(studies) > 1 and not options.short and before != [_stored(study) for study in studies]:
+        for study in studies:
+            running.run(study, argparse.Namespace(**vars(options) | {"redraw": True}))
+    if not (options.short or options.list):
+        overview.write(experiments)
     if len(studies) > 1:
-        if before != [_stored(study) for study in studies] and not options.short:
-            for study in studies:
-                running.run(study, argparse.Namespace(**vars(options) | {"redraw": True}))
         minutes = (time.monotonic() - begun) / 60
         print(f"\n{overview.overview_table(experiments)}\n{minutes:.0f} minutes")
     return worst

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from dsv3_jax.config import RunConfig
 from experiments import apart
-from experiments.lab import overview
 from experiments.lab.bases import RUNS_FOLDER, base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
 from experiments.lab.results import MissingRuns, Results, lookup, replace_block, rounded
@@ -214,7 +213,6 @@ def _publish(study: Study, results: Results, *, kept: bool) -> None:
         caption += " Not run yet: " + ", ".join(f'"{name}"' for name in results.not_run) + "."
     if results.path.parent == study.folder:
         replace_block(study.folder / "README.md", f"{text}\n\n{caption}")
-        overview.write(study.folder.parent)
     for key, there in _unknown_numbers(study, results):
         print(f"key={key!r} is no number of these runs; they have {', '.join(there)}")
     print(f"\n{text}\n\n{caption}\n{drawn}")  # last: a reader that closes the pipe stops nothing
