@@ -113,10 +113,7 @@ def draw(results, path):
 
 
 def words(results):
-    """Say the geometric means of the steps."""
-    quantile, sign = (
-        np.exp(results.values(name, ln("back")).mean()) for name in (FULL_QUANTILE, SIGN)
-    )
+    quantile, sign = (results.values(name, "back").mean() for name in (FULL_QUANTILE, SIGN))
     return f"Even again after {quantile:.0f} steps with quantile γ 1, {sign:.0f} with sign γ 1e-3"
 
 
