@@ -28,7 +28,7 @@ RULES = {
 }
 PARTS = 8  # microbatches of EIGHTHS, each with its own Switch loss
 BLOCKS, CAPACITY = ", blocks of one domain", ", capacity 1.25"
-IN_BLOCKS = ("none", SIGN, FAST_SIGN, FULL_QUANTILE, SWITCH)
+IN_BLOCKS = ("none", SIGN, FAST_SIGN, FULL_QUANTILE)
 WITH_CAPACITY = ("none", SIGN, FULL_QUANTILE)
 FACTOR = 1.25  # of the capacity
 

@@ -25,7 +25,7 @@ EXPERTS = (8, 16, 32, 64, 128)
 EQUAL = 32  # experts that "dense by total" has the columns of
 BY_FLOPS, BY_TOTAL, BY_BOTH = "dense by FLOPs", "dense by total", "dense by total, equal FLOPs"
 STEPS = {FACTS: 1, HOPS: 0.35}  # of the base recipe's 2,000
-BUDGETS = {"half budget": 0.5, "": 1, "double budget": 2}
+BUDGETS = ("half budget", "double budget")
 
 
 def of(experts):
@@ -37,16 +37,15 @@ def name_of(task, kind, budget=""):
 
 
 MIXTURE, MOST = of(EQUAL), of(EXPERTS[-1])
-PAIR = (MIXTURE, BY_FLOPS)  # at all budgets
+PAIR = (MIXTURE, BY_FLOPS)  # facts at all budgets
 
 SHOWN = {
     name_of(task, kind): (name_of(task, kind), BITS[task])
     for task in TASKS
     for kind in (BY_FLOPS, BY_TOTAL, BY_BOTH, *map(of, EXPERTS))
+    if (task, kind) != (HOPS, BY_BOTH)
 }
-OTHER_BUDGETS = [
-    name_of(task, kind, budget) for task in TASKS for kind in PAIR for budget in BUDGETS if budget
-]
+OTHER_BUDGETS = [name_of(FACTS, kind, budget) for kind in PAIR for budget in BUDGETS]
 
 
 def models(cfg):
@@ -67,36 +66,45 @@ def models(cfg):
 
 
 def variants(base):
-    kinds = models(base.model)
-    muon = at_rate(replace(base.optim, name="muon"), 1.2e-2)  # the rate of 23 and 25
-    active = {kind: size(model).active for kind, model in kinds.items()}
-    made = {}
-    for name, task in TASKS.items():
+    facts, hops = (series(base, task) for task in TASKS)
+    return facts | budgets(base) | hops
 
-        def run(kind, budget, name=name, task=task):
-            steps = max(round(budget * STEPS[name] * base.steps), 2)
-            one = replace(
-                base,
-                model=kinds[kind],
-                data=replace(base.data, seq_len=task.length),
-                optim=muon if name == HOPS else base.optim,
-                steps=steps,
-                eval_every=steps,
-                save_every=min(base.save_every, steps),
-            )
-            return OnTask(task, one)
 
-        made |= {name_of(name, kind): run(kind, 1) for kind in kinds}
-        made[name_of(name, BY_BOTH)] = run(BY_TOTAL, active[MIXTURE] / active[BY_TOTAL])
-
-        # The last run of a series has the slope over all of it, so it needs the others.
-        fewer = tuple(name_of(name, of(n)) for n in EXPERTS[:-1])
-        made[name_of(name, MOST)] = after(fewer, run(MOST, 1))
-        for kind in PAIR:
-            half, _, double = (name_of(name, kind, budget) for budget in BUDGETS)
-            made[half] = run(kind, 0.5)
-            made[double] = after((half,), run(kind, 2))
+def series(base, task):
+    """Return all kinds on a task. The run with most experts measures the slope over all."""
+    made = {name_of(task, kind): on_task(base, task, kind) for kind in models(base.model)}
+    fewer = tuple(name_of(task, of(n)) for n in EXPERTS[:-1])
+    made[name_of(task, MOST)] = after(fewer, on_task(base, task, MOST))
     return made
+
+
+def budgets(base):
+    """Return the runs on facts that have other steps. At double budget they have the slope."""
+    active = {kind: size(model).active for kind, model in models(base.model).items()}
+    equal = on_task(base, FACTS, BY_TOTAL, active[MIXTURE] / active[BY_TOTAL])
+    made = {name_of(FACTS, BY_BOTH): equal}
+    for kind in PAIR:
+        half, double = (name_of(FACTS, kind, budget) for budget in BUDGETS)
+        made[half] = on_task(base, FACTS, kind, 0.5)
+        made[double] = after((half,), on_task(base, FACTS, kind, 2))
+    return made
+
+
+def on_task(base, name, kind, budget=1):
+    task, optim = TASKS[name], base.optim
+    if name == HOPS:
+        optim = at_rate(replace(optim, name="muon"), 1.2e-2)  # the rate of 23 and 25
+    steps = max(round(budget * STEPS[name] * base.steps), 2)
+    run = replace(
+        base,
+        model=models(base.model)[kind],
+        data=replace(base.data, seq_len=task.length),
+        optim=optim,
+        steps=steps,
+        eval_every=steps,
+        save_every=min(base.save_every, steps),
+    )
+    return OnTask(task, run)
 
 
 def after(others, one):
@@ -143,7 +151,7 @@ STUDY = Study(
     variants=variants,
     base="facts",
     seeds=5,  # two hops form suddenly, at steps that differ by seed
-    seeds_of=dict.fromkeys(OTHER_BUDGETS, 3),
+    seeds_of=dict.fromkeys([name_of(FACTS, BY_TOTAL), *OTHER_BUDGETS], 3),
     measure=measure,
     columns=(
         Column("facts unknown, of 6 bits", BITS[FACTS], 2),

@@ -26,8 +26,8 @@ WAYS = {
     GROWN: Upcycling(32),
 }
 BUDGETS = {"× ½": 0.5, "× 1": 1, "× 2": 2}  # of the base's steps
-MOST = (FURTHER, COPIES, DRAWN, SCRATCH)  # with all budgets
-ONCE = (GROUPS, GROWN, SCRATCH_32)
+MOST = (COPIES, DRAWN, SCRATCH)  # with all budgets
+ONCE = (FURTHER, GROUPS, GROWN, SCRATCH_32)
 TEXT_DENSE = "text: dense"
 TEXT_BUDGETS = ("× ½", "× 1")
 
