@@ -1,7 +1,7 @@
 """MLA against MHA, GQA and MQA: validation loss and cache bytes per token, at equal parameters."""
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study
 from experiments.lab.claims import Claim
 from experiments.lab.matching import matched
 from experiments.lab.parts import part
@@ -27,12 +27,6 @@ def variants(base):
 HALF = ("MHA", "MHA, QK-norm", "GQA", "MQA")
 
 
-def words(results):
-    mla, mha = (results.records(name)[0]["parameters"]["cache_bytes"] for name in ("MLA", "MHA"))
-    share = mla / mha
-    return f"{drawing.against(results, 'MLA', 'MHA')}, with {100 * share:.0f} % of its cache"
-
-
 def claim(text, variant, against, expect="lower"):
     return Claim(text, variant, against, expect=expect, stake="context")
 
@@ -50,7 +44,6 @@ STUDY = Study(
         Column("validation loss", "val_loss", 4, paired=True),
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
-    draw=drawing.claims_and_variants(text=words),
     claims=(
         claim("MLA has a lower loss than MHA", "MLA", "MHA"),
         claim("MLA has a lower loss than MHA with QK-norm", "MLA", "MHA, QK-norm"),

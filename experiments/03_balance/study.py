@@ -78,16 +78,6 @@ def apart(numbers):
     return float(np.log(in_domains(numbers) / numbers["max_vio_training_mix"]))
 
 
-def words(results):
-    bias, switch, sequence = (
-        results.values(name, "max_vio_training_mix").mean() for name in (BIAS, BASELINE, SEQUENCE)
-    )
-    return (
-        f"MaxVio is {bias:.2f} with the bias, {switch:.2f} and {sequence:.2f} with losses "
-        "at their published weights"
-    )
-
-
 LOG_MAX_VIO = ln("max_vio_training_mix")
 balance = partial(Claim, key=LOG_MAX_VIO, unit="ln MaxVio", digits=2)
 STUDY = Study(
@@ -118,7 +108,6 @@ STUDY = Study(
     draw=drawing.claims_and_variants(
         LOG_MAX_VIO,
         "MaxVio of the training mix",
-        words,
         shown=np.exp,
         ticks=(0.2, 0.5, 1, 2, 5),
     ),

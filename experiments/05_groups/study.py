@@ -70,15 +70,6 @@ def on_mesh(trained):
         raise ValueError(f"{script.name} failed: {error}") from None
 
 
-def words(results):
-    cost = results.difference(name_of(4), NO_LIMIT, unknown_bits)
-    few, all_of_them = (
-        results.values(name, "mesh_copies").mean() for name in (name_of(4), NO_LIMIT)
-    )
-    saved = 100 * (1 - few / all_of_them)
-    return f"4 of 8 groups cost {cost:.2f} bits and save {saved:.0f} % of the copies"
-
-
 def equal(kept):
     text = f"{name_of(kept)} store as many facts as no limit, within {MARGIN} bits"
     return bits_claim(text, name_of(kept), NO_LIMIT, expect="equal", margin=MARGIN, stake="reach")
@@ -103,7 +94,7 @@ STUDY = Study(
         Column("of these needed", "mesh_least_bytes", 0),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=drawing.claims_and_variants(unknown_bits, "bits of a fact unknown, of 6", words),
+    draw=drawing.claims_and_variants(unknown_bits, "bits of a fact unknown, of 6"),
     claims=tuple(equal(kept) for kept in KEPT[1:-1]),
     stakes={
         "reach": bits_stake(

@@ -4,7 +4,7 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import train_flops_per_token
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study
 from experiments.lab.claims import Claim, Stake, logit
 
 # The first three have V3's weights: λ 0.3, then 0.1.
@@ -62,15 +62,6 @@ def accepted(position):
 FIRST, SECOND = (logit(accepted(position), DRAFTS) for position in (0, 1))
 
 
-def words(results):
-    changes = (drawing.change(results, name, OFF) for name in (ONE, LONGER))
-    shares = (results.values(name, accepted(1)).mean() for name in (TWO, META))
-    return (
-        "One module: {} nats; more steps with its FLOPs: {}. "
-        "Second drafts accepted: {:.0f} % of a chain's, {:.0f} % of parallel heads'"
-    ).format(*changes, *shares)
-
-
 def loss(text, variant, against, expect="lower", published=None):
     return Claim(text, variant, against, expect=expect, published=published, stake="loss")
 
@@ -98,7 +89,6 @@ STUDY = Study(
         Column("second draft accepted if the first was, %", "mtp_acceptance/1", 1, scale=100.0),
         Column("tokens per step", tokens_per_step, 2),
     ),
-    draw=drawing.claims_and_variants(text=words),
     claims=(
         # The papers expect no direction: equal at scale, worse in small models.
         loss("one module lowers the next token's loss", ONE, OFF, "none", published=0.0),

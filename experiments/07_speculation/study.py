@@ -224,15 +224,6 @@ def table_of_speed(results):
     return markdown_table(header, rows)
 
 
-def words(results):
-    eagle, medusa = (100 * results.values(name, "accepted/0").mean() for name in (EAGLE, MEDUSA))
-    fastest = max(results.values(name, FASTER).mean() for name in DRAFTERS)
-    return (
-        f"First drafts accepted: {eagle:.0f} % of EAGLE's, {medusa:.0f} % of Medusa's; "
-        f"at most × {fastest:.2f} of plain decoding"
-    )
-
-
 def state_cost(results):
     """Return what reading the state of the token before costs the head that it costs least."""
     right, wrong = (logit(key, HELD_OUT, 1.0) for key in ("mtp_acceptance/0", "misread"))
@@ -262,7 +253,7 @@ STUDY = Study(
     measure=measure,
     measure_alone=measure_alone,
     table=table,
-    draw=drawing.claims_and_variants(FIRST, "first drafts accepted, %", words, shown=percent_of),
+    draw=drawing.claims_and_variants(FIRST, "first drafts accepted, %", shown=percent_of),
     claims=(
         accepted("EAGLE's first draft is accepted more often than MTP's", EAGLE, MTP),
         accepted("MTP's first draft is accepted more often than Medusa's", MTP, MEDUSA),

@@ -109,12 +109,6 @@ def table(results):
     return markdown_table([*header, "same most likely token, %"], rows)
 
 
-def words(results):
-    costs = {bits: results.values("MLA", change("latent", f"{bits} bits")).mean() for bits in BITS}
-    fewest = min((bits for bits in BITS if abs(costs[bits]) <= MARGIN), default="more than 7")
-    return f"MLA's latent keeps its loss within {MARGIN} nats down to {fewest} bits a number"
-
-
 ROWS = {
     f"{name}, {dtype}": ("MLA", change(kind, dtype))
     for kind, name in (("latent", "latent"), ("expanded", "keys and values"))
@@ -156,7 +150,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     draw=drawing.claims_and_variants(
-        ROWS, "MLA's loss against the exact cache, nats per token", words, linear=0.01
+        ROWS, "MLA's loss against the exact cache, nats per token", linear=0.01
     ),
     claims=(
         keeps("int8"),

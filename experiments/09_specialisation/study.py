@@ -53,14 +53,6 @@ def measure(trained):
     }
 
 
-def words(results):
-    bias, loss = (results.values(name, "excess_mean").mean() for name in (BIAS, SEQUENCE))
-    return (
-        f"An expert tells {bias:.3f} bits of the domain with the bias, "
-        f"{loss:.3f} with a sequence-wise loss"
-    )
-
-
 def layer(index, key):
     return lambda results, variant: results.values(variant, key)[:, index]
 
@@ -101,7 +93,7 @@ STUDY = Study(
         Column("validation loss", "val_loss", 4),
     ),
     draw=drawing.claims_and_variants(
-        "excess_mean", "I(expert; domain) over chance, bits, mean of layers", words, linear=0.1
+        "excess_mean", "I(expert; domain) over chance, bits, mean of layers", linear=0.1
     ),
     claims=(
         more_bits(

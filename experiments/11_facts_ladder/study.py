@@ -101,20 +101,6 @@ def shared_at(size):
     return name_of(SHARED, size), name_of(GSHARD, size)
 
 
-def words(results):
-    fine, finest = (
-        [
-            drawing.change(results, name_of(kind, size), name_of(GSHARD, size), unknown_bits, 2)
-            for size in FACTORS
-        ]
-        for kind in (UNSHARED_4, FINE_4)
-    )
-    return (
-        "Bits unknown against 2 of 16, at half, base and double width. 8 of 64 experts: "
-        f"{', '.join(fine)}; with a shared one, 1 + 7 of 63: {', '.join(finest)}"
-    )
-
-
 SHOWN = (
     *(DENSE, SWITCH, GSHARD, SHARED, FINE_2, FINE_4, UNSHARED_2, UNSHARED_4),
     *(CAPPED, CAPPED_UNBALANCED, UNBALANCED),
@@ -136,7 +122,7 @@ STUDY = Study(
     columns=COLUMNS,
     table=table,
     draw=drawing.claims_and_variants(
-        {name: (name, unknown_bits) for name in SHOWN}, "bits of a fact still unknown, of 6", words
+        {name: (name, unknown_bits) for name in SHOWN}, "bits of a fact still unknown, of 6"
     ),
     claims=(
         claim("two of sixteen store more than one of eight", GSHARD, SWITCH),

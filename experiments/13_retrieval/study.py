@@ -20,7 +20,6 @@ from experiments.lab import (
     OnTask,
     Study,
     drawing,
-    format_number,
     markdown_table,
     mean_spread,
     write_figure,
@@ -216,7 +215,7 @@ def table(results):
 def draw(results, path):
     """Draw a heat map of keys for each line, and the loss of the text by context."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    figure.suptitle(words(results), fontsize=11)
+    drawing.set_title(figure, results)
     above, below = figure.subfigures(2, 1)
     axes, ax = above.subplots(1, len(LINES), sharey=True), below.add_subplot()
     for heat, (line, (way, how)) in zip(axes, LINES.items(), strict=True):
@@ -233,22 +232,6 @@ def draw(results, path):
     drawing.style_axes(ax, "", "bytes of text that are read, in L", "nats per byte")
     ax.legend(frameon=False, fontsize=9)
     write_figure(figure, path)
-
-
-def words(results):
-    def mean(kind, key, how):
-        return results.values(name_of(kind, AT_L), partial(key, how=how)).mean()
-
-    found, more = {}, {}
-    for how in ("own", "yarn"):
-        found[how] = f"{mean('keys', beyond, how):.0f} %"
-        lost = mean("text", loss_beyond, how) - mean("text", loss_within, how)
-        more[how] = format_number(lost, 2, sign=True)
-    return (
-        f"Of keys farther than L, YaRN alone finds {found['yarn']}, the unchanged model "
-        f"{found['own']}\n"
-        f"Text beyond L: {more['yarn']} nats with YaRN alone, {more['own']} unchanged"
-    )
 
 
 def on_keys(text, variant, against, key):

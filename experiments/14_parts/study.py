@@ -136,14 +136,6 @@ LABELS = {  # of windows, whose second half is scored
 }
 
 
-def words(results):
-    routed, shared = (
-        results.values("base", cost(f"{part} off")).mean()
-        for part in ("routed experts", "shared expert")
-    )
-    return f"The routed experts are worth {routed:.3f} nats, the shared one {shared:.3f}"
-
-
 MORE = ("top 2 off", "top 4 off", "top 8 off", *LABELS)  # beside what the claims show
 ROWS = {LABELS.get(name, name): ("base", cost(name)) for name in MORE}
 
@@ -165,7 +157,7 @@ STUDY = Study(
     seeds=10,
     measure=measure,
     table=table,
-    draw=drawing.claims_and_variants(ROWS, "cost, nats per token", words, linear=0.01),
+    draw=drawing.claims_and_variants(ROWS, "cost, nats per token", linear=0.01),
     claims=(
         claim(
             "the shared expert does what one more routed expert cannot",

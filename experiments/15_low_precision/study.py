@@ -119,12 +119,6 @@ def table(results):
     )
 
 
-def words(results):
-    change = drawing.change(results, "fp8", EXACT, percent("val_loss"), 2)
-    error = 100 * results.values(EXACT, "gradient_error/fp8").mean()
-    return f"FP8 changes the loss by {change} %, and a gradient by {error:.0f} % of its length"
-
-
 ROWS = {
     name: (EXACT, lambda numbers, name=name: 100 * numbers["gradient_error"][name])
     for name in EXECUTIONS
@@ -147,7 +141,7 @@ STUDY = Study(
     seeds=6,
     measure=measure,
     table=table,
-    draw=drawing.claims_and_variants(ROWS, "error of a gradient, % of its length", words),
+    draw=drawing.claims_and_variants(ROWS, "error of a gradient, % of its length"),
     claims=tuple(
         keeps(variant, key, what)
         for key, what in (("late_loss", "training loss"), ("val_loss", "validation loss"))

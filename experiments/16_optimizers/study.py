@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study
 from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.measuring import compiled
@@ -80,17 +80,6 @@ def steps_to(results, variant):
     return np.array(shares)
 
 
-def words(results):
-    share = steps_to(results, MUON)
-    if np.isnan(share).any():
-        return "Muon does not reach AdamW's loss in every seed"
-    free, clipped = (results.values(name, "max_logit").mean() for name in (MUON, CLIPPED))
-    return (
-        f"Muon is at AdamW's loss after {100 * share.mean():.0f} % of the steps; "
-        f"QK-clip takes its largest logit from {free:.0f} to {clipped:.0f}"
-    )
-
-
 same_loss = partial(Claim, expect="equal", margin=0.02)
 logit_claim = partial(Claim, key=ln("max_logit"), unit="ln logit", digits=2)
 STUDY = Study(
@@ -109,7 +98,6 @@ STUDY = Study(
         Column("largest logit of a head", "max_logit", 1),
         Column("MaxVio, validation set", "max_vio_global", 2),
     ),
-    draw=drawing.claims_and_variants(text=words),
     claims=(
         Claim(
             "Muon has a lower loss than AdamW after as many steps", MUON, ADAMW, stake="training"

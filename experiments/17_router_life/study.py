@@ -219,14 +219,6 @@ def table(results):
     return f"{results_table(results, COLUMNS)}\n\n{markdown_table(header, rows)}"
 
 
-def words(results):
-    changed, early = (100 * results.values(BIAS, key).mean() for key in ("changed_last", "early"))
-    return (
-        f"The bias makes {changed:.0f} % of the choices at the end; "
-        f"{early:.0f} % of the last choices are made after a fifth of training"
-    )
-
-
 SETTLED = {  # at every second checkpoint
     f"{20 * fifth} %: {variant.partition(',')[0]}": (variant, f"settled/{2 * fifth - 1}")
     for fifth in range(1, 5)
@@ -265,7 +257,7 @@ STUDY = Study(
     columns=COLUMNS,
     table=table,
     draw=drawing.claims_and_variants(
-        SETTLED, "share of the last choices that are made after a part of training", words
+        SETTLED, "share of the last choices that are made after a part of training"
     ),
     claims=(
         Claim(

@@ -67,19 +67,6 @@ def measure(trained):
 LOG_STEPS = ln("steps_to_half")
 
 
-def fewest_numbers(results):
-    """Return the size of the smallest row with which no more than MARGIN bits are unknown."""
-    known = [
-        name for name in results.variants if results.values(name, unknown_bits).mean() <= MARGIN
-    ]
-    rows = [results.values(name, "cached")[0] for name in known or results.variants]
-    return f"{min(rows):.0f}" if known else f"more than {max(rows):.0f}"
-
-
-def words(results):
-    return f"Recall of {TASK.planted} keys needs a row of {fewest_numbers(results)} numbers"
-
-
 def claim(text, variant, against, expect="higher", key=unknown_bits, unit="bits", **more):
     return Claim(text, variant, against, key, expect, unit=unit, digits=2, stake="context", **more)
 
@@ -106,7 +93,7 @@ STUDY = Study(
         Column("bits unknown, of 2", "val_loss", 2, scale=BITS, paired=True, against=(MHA,)),
         Column("steps to half of the bits", "steps_to_half", 0),
     ),
-    draw=drawing.claims_and_variants(unknown_bits, "bits of a value unknown, of 2", words),
+    draw=drawing.claims_and_variants(unknown_bits, "bits of a value unknown, of 2"),
     claims=(
         same("MLA recalls as much as MHA", MLA, MHA),
         same("a row of 8 + 4 numbers recalls as much as one of 32 + 16", row(8, 4), MLA),

@@ -53,12 +53,6 @@ def measure(trained):
     }
 
 
-def words(results):
-    bits = [results.values(name, "information").mean() for name in (BIAS, BATCH, STRONG)]
-    of_rules = "{:.2f} bits of the domain with the bias, {:.2f} batch-wise, {:.2f} sequence-wise"
-    return f"Experts tell {of_rules.format(*bits)}"
-
-
 def fewer(text, variant, against, expect="lower"):
     return bits_claim(text, variant, against, expect=expect, stake="experts")
 
@@ -80,7 +74,7 @@ STUDY = Study(
         Column("bits of the expert", "entropy", 2),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=drawing.claims_and_variants("information", "I(expert; domain), bits of 4", words),
+    draw=drawing.claims_and_variants("information", "I(expert; domain), bits of 4"),
     claims=(
         divides("the bias divides the domains more than a sequence-wise loss", BIAS, SEQUENCE),
         divides(

@@ -1,7 +1,7 @@
 """Two claims at widths of 48, 96 and 192: MLA against MHA, a multi-token module against none."""
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study
 from experiments.lab.claims import Claim
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.parts import part
@@ -26,13 +26,6 @@ def variants(base):
     return runs
 
 
-def words(results):
-    leads = [
-        drawing.change(results, name_of("MLA", size), name_of("MHA", size)) for size in FACTORS
-    ]
-    return f"MLA against MHA, from half to double width: {', '.join(leads)} nats"
-
-
 STUDY = Study(
     question="Do MLA's lead over MHA and the module's gain hold at half and at double the width?",
     published=(
@@ -46,7 +39,6 @@ STUDY = Study(
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
     measure=lambda trained: {"rate": trained.run.optim.learning_rate},
-    draw=drawing.claims_and_variants(text=words),
     claims=tuple(
         Claim(
             f"{text}, at {size} width",

@@ -59,11 +59,6 @@ def measure(trained):
 LOG_FORMED = ln("formed")
 
 
-def words(results):
-    muon, adamw = (results.values(name, "formed").mean() for name in (MUON, ADAMW))
-    return f"Induction forms after {muon:.0f} steps of Muon, {adamw:.0f} of AdamW"
-
-
 def sooner(text, variant, against):
     return Claim(text, variant, against, LOG_FORMED, unit="ln steps", digits=2, stake="pairs")
 
@@ -81,7 +76,7 @@ STUDY = Study(
         Column("bits above the optimum", "above", 3, paired=True, against=(MUON,)),
     ),
     draw=drawing.claims_and_variants(
-        LOG_FORMED, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400)
+        LOG_FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400)
     ),
     claims=(
         *(

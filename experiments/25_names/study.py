@@ -59,11 +59,6 @@ def table(results):
 LOG_FORMED = ln("formed")
 
 
-def words(results):
-    share = np.exp(results.difference(MODULE, PLAIN, LOG_FORMED))
-    return f"With a module, names form in {100 * share:.0f} % of the steps"
-
-
 def sooner(text, variant):
     return Claim(text, variant, PLAIN, LOG_FORMED, unit="ln steps", digits=2, stake="pairs")
 
@@ -86,7 +81,7 @@ STUDY = Study(
     columns=COLUMNS,
     table=table,
     draw=drawing.claims_and_variants(
-        LOG_FORMED, "step at which half is learnt", words, shown=np.exp, ticks=(100, 200, 400, 800)
+        LOG_FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400, 800)
     ),
     claims=(
         sooner("a module brings names forward", MODULE),

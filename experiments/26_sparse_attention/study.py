@@ -249,12 +249,6 @@ def costs():
     )
 
 
-def words(results):
-    cost = drawing.change(results, MOST, "text: dense, more steps", "final/text")
-    found = results.values("keys: k 8, long warm-up", "final/keys").mean()
-    return f"32 of up to 256 bytes cost {cost} nats; 8 tokens find {found:.0f} % of the keys at 4L"
-
-
 # The claims
 
 MOST, LONG = "text: k 32, long warm-up", "text: k 16, long warm-up"
@@ -288,7 +282,7 @@ STUDY = Study(
     base="retrieval",
     measure=measure,
     table=table,
-    draw=drawing.claims_and_variants("final/text", "nats a byte of text", words, linear=1.0),
+    draw=drawing.claims_and_variants("final/text", "nats a byte of text", linear=1.0),
     claims=(
         loss_claim(
             "k 32 after a long warm-up has dense attention's loss, within 0.02 nats",

@@ -199,16 +199,6 @@ def short(results, pair, key):
     return f"{values.max() if 'max' in key else values.mean():.2g}" if len(values) else "–"
 
 
-def words(results):
-    share, left = (
-        results.values(BASE, x).mean() for x in (of(ENGINES, "routers"), kept_by_replay("kl"))
-    )
-    return (
-        f"In bfloat16, decoding and the full forward differ in {share:.2g} % of routers; "
-        f"replay leaves {left:.0f} % of their KL"
-    )
-
-
 # The claims
 
 
@@ -232,7 +222,6 @@ STUDY = Study(
     draw=drawing.claims_and_variants(
         {pair: (BASE, of(pair, "routers")) for pair in PAIRS},
         "routers that change, %",
-        words,
         linear=1.0,
     ),
     # Written before any result of these seeds.

@@ -99,6 +99,7 @@ def starts(even, steps):
 
 def draw(results, path):
     figure = Figure(figsize=(9, 4.6), layout="constrained")
+    drawing.set_title(figure, results)
     ax = figure.add_subplot()
     for name in RULES:
         curves = results.values(name, "vio")
@@ -107,14 +108,9 @@ def draw(results, path):
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.axhline(BOUND, color="0.5", linewidth=0.8, linestyle=":")
     label = "MaxVio of a step, mean over seeds"
-    drawing.style_axes(ax, words(results), "step after the change; dotted: even", label)
+    drawing.style_axes(ax, "", "step after the change; dotted: even", label)
     ax.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
-
-
-def words(results):
-    quantile, sign = (results.values(name, "back").mean() for name in (FULL_QUANTILE, SIGN))
-    return f"Even again after {quantile:.0f} steps with quantile γ 1, {sign:.0f} with sign γ 1e-3"
 
 
 def drops_less(text, variant, against, stake="change"):

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
-from experiments.lab import Column, FollowUp, OnTask, Study, drawing, format_number
+from experiments.lab import Column, FollowUp, OnTask, Study, drawing
 from experiments.lab.bases import at_rate
 from experiments.lab.claims import Claim
 from experiments.lab.measuring import bits_stake
@@ -131,12 +131,6 @@ def measure(trained):
     return found
 
 
-def words(results):
-    slopes = (results.values(name_of(task, MOST), "doubling").mean() for task in TASKS)
-    facts, hops = (format_number(slope, 2, sign=True) for slope in slopes)
-    return f"Each doubling of the experts: {facts} bits of facts unknown, {hops} of two hops"
-
-
 def claim(text, task, variant, against, expect="lower"):
     names = name_of(task, variant), name_of(task, against)
     return Claim(text, *names, BITS[task], expect, unit="bits", digits=2, stake=task)
@@ -163,9 +157,7 @@ STUDY = Study(
         Column("bits by ln FLOPs", "growth", 2),
         Column("MaxVio", "max_vio_global", 2),
     ),
-    draw=drawing.claims_and_variants(
-        SHOWN, "bits unknown, of 6 (facts) and 4 (held-out triples)", words
-    ),
+    draw=drawing.claims_and_variants(SHOWN, "bits unknown, of 6 (facts) and 4 (held-out triples)"),
     claims=(
         claim("facts: 32 experts store more than 8", FACTS, MIXTURE, of(8)),
         claim("facts: 128 experts store more than 32", FACTS, MOST, MIXTURE),

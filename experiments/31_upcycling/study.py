@@ -114,13 +114,6 @@ def at(budget, way, against):
     return f"{way}, {budget}", f"{against}, {budget}"
 
 
-def words(results):
-    changes = (
-        drawing.change(results, *at(budget, COPIES, SCRATCH), "bits", 2) for budget in BUDGETS
-    )
-    return "Copies against from scratch: {}, {} and {} bits at × ½, × 1 and × 2".format(*changes)
-
-
 def claim(text, budget, way, against):
     return bits_claim(text, *at(budget, way, against), key="bits", stake="experts")
 
@@ -144,7 +137,7 @@ STUDY = Study(
         Column("likeness of experts", "alike", 2),
         Column("validation loss of text, nats", "nats", 3),
     ),
-    draw=drawing.claims_and_variants("bits", "facts: bits unknown, of 6", words),
+    draw=drawing.claims_and_variants("bits", "facts: bits unknown, of 6"),
     claims=(
         claim("at half the budget copies store more than from scratch", HALF, COPIES, SCRATCH),
         claim("at twice the budget from scratch stores more than copies", TWO, SCRATCH, COPIES),

@@ -165,13 +165,6 @@ def table(results):
     return markdown_table(header, rows)
 
 
-def words(results):
-    lost, back = (
-        drawing.change(results, *pair, RIGHT, 2) for pair in ((FREE_4, EXACT), (REPLAY, FREE_4))
-    )
-    return f"A sampler with 4-bit weights: {lost} logits of right sums; replay: {back}"
-
-
 def claim(text, variant, against, expect, stake="", key=RIGHT):
     margin = MARGIN if expect == "equal" else 0.0
     return Claim(text, variant, against, key, expect, margin, "logits", 2, stake)
@@ -187,7 +180,7 @@ STUDY = Study(
     prepare=prepare,
     measure=measure,
     table=table,
-    draw=drawing.claims_and_variants(RIGHT, "right sums in samples, %", words, shown=percent_of),
+    draw=drawing.claims_and_variants(RIGHT, "right sums in samples, %", shown=percent_of),
     claims=(
         claim("GRPO teaches more than as many more steps of text", EXACT, TEXT, "higher"),
         claim("4 bits: replay gives right sums back", REPLAY, FREE_4, "higher", "4 bits"),

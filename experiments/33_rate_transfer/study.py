@@ -134,14 +134,6 @@ def rules(results):
     return rows
 
 
-def words(results):
-    slopes = (
-        f"{arm} {drawing.change(results, *pair_of(MIXTURE, arm), exponent, 2)}"
-        for arm in (ADAMW, MUP, MUON)
-    )
-    return f"Slope of ln best rate on ln width, of the mixture: {', '.join(slopes)}"
-
-
 def claim(text, kind, arm, key, expect):
     """A claim of the slope; of an equality, that it is nearer to one rule than to the other."""
     margin = 0.5 if expect == "equal" else 0.0
@@ -169,7 +161,7 @@ STUDY = Study(
     measure=measure,
     table=table,
     draw=drawing.claims_and_variants(
-        "log_rate", "best learning rate", words, shown=np.exp, ticks=(2e-3, 4e-3, 8e-3, 16e-3)
+        "log_rate", "best learning rate", shown=np.exp, ticks=(2e-3, 4e-3, 8e-3, 16e-3)
     ),
     claims=(
         claim("the best rate falls with width, dense", DENSE, ADAMW, exponent, "lower"),

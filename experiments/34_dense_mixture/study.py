@@ -66,11 +66,6 @@ def column(share):
     return Column(title, f"cost/{name_of(share)}", 2)
 
 
-def words(results):
-    dense, thin = (drawing.change(results, name, GSHARD, unknown_bits, 2) for name in (ALL, THIN))
-    return f"Bits unknown against 2 of 16 experts: all of them {dense}, all thin ones {thin}"
-
-
 def redundancy(share):
     return Claim(
         f"without each token's best {name_of(share)} experts, 7 of 63 and a shared one lose more "
@@ -97,7 +92,6 @@ STUDY = Study(
     draw=drawing.claims_and_variants(
         {name: (name, unknown_bits) for name in (GSHARD, FINE_4, ALL, THIN, DENSE)},
         "bits of a fact still unknown, of 6",
-        words,
     ),
     claims=(
         bits_claim("all of 16 experts store more than 2 of them", ALL, GSHARD, stake="experts"),

@@ -101,12 +101,6 @@ WITHOUT = name_of(AHEAD, NONE), name_of(EVEN, NONE)
 WITH = name_of(AHEAD, BIAS), name_of(EVEN, BIAS)
 
 
-def words(results):
-    lead = drawing.change(results, *WITHOUT, "lead", 2)
-    kept = drawing.change(results, *WITH, "lead", 2)
-    return f"Lead of the expert that was ahead, ln: without balance {lead}, with the bias {kept}"
-
-
 def claim(text, names, key, expect="higher", unit="ln", **more):
     return Claim(text, *names, key, expect, unit=unit, digits=2, stake="ahead", **more)
 
@@ -124,7 +118,6 @@ STUDY = Study(
     draw=drawing.claims_and_variants(
         {name: (name, "lead") for name in (*WITHOUT, *WITH)},
         "ln of expert 0's load over the mean one, at the end",
-        words,
     ),
     claims=(
         claim("without balance, a lead is there at the end", WITHOUT, "lead"),

@@ -8,7 +8,7 @@ from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.model.attention import LATENT_NORM_EPS, MLA
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.parameters import param
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study
 from experiments.lab.claims import Claim, Stake
 
 JOINED, NOTHING, EVERYTHING = "joined, 24 and 8", "nothing rotated", "all 32 rotated"
@@ -94,17 +94,6 @@ def variants(base):
     return {name: replace(base, model=model) for name, model in models.items()}
 
 
-def words(results):
-    nothing, everything, added = (
-        drawing.change(results, name, JOINED, "val_loss", 3)
-        for name in (NOTHING, EVERYTHING, ADDED)
-    )
-    return (
-        f"Nats against MLA as it is: nothing rotated {nothing}, all rotated {everything}, "
-        f"added {added}"
-    )
-
-
 def claim(text, variant, expect="none"):
     return Claim(text, variant, JOINED, expect=expect, stake="positions")
 
@@ -121,7 +110,6 @@ STUDY = Study(
         Column("validation loss", "val_loss", 4, paired=True),
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
-    draw=drawing.claims_and_variants(text=words),
     claims=(
         Claim(
             "a model without rotated numbers has a higher loss", NOTHING, JOINED, expect="higher"

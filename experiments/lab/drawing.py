@@ -10,8 +10,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 
 from experiments.lab.claims import Claim, Verdict, difference_of, noise_within, table_of
-from experiments.lab.results import Key, MissingRuns, Results, write_figure
-from experiments.lab.tables import format_number
+from experiments.lab.results import Key, Results, write_figure
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -20,6 +19,11 @@ def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set(xlabel=x, ylabel=y)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def set_title(figure: Figure, results: Results) -> None:
+    """Set the study's answer as the title."""
+    figure.suptitle(textwrap.fill(results.title, 110), fontsize=11)
 
 
 def _make_logarithmic(ax: Axes, ticks: Sequence[float]) -> None:
@@ -32,37 +36,8 @@ def _make_logarithmic(ax: Axes, ticks: Sequence[float]) -> None:
     ax.set_xticks([], minor=True)
 
 
-def answer(text: Callable[[], str], otherwise: str) -> str:
-    """Return a title that says the answer, or `otherwise` where runs that it needs are missing.
-
-    >>> none = Results(Path("none"))
-    >>> answer(lambda: "a: 3 bits", "bits"), answer(lambda: f"a: {none.values('a', 'b')}", "bits")
-    ('a: 3 bits', 'bits')
-    """
-    try:
-        return text()
-    except MissingRuns:
-        return otherwise
-
-
-def against(results: Results, variant: str, other: str) -> str:
-    """Say a difference of the validation loss, as titles do: "MLA against MHA: −0.080 nats"."""
-    return f"{variant} against {other}: {change(results, variant, other)} nats"
-
-
-def change(
-    results: Results, variant: str, other: str, key: Key = "val_loss", digits: int = 3
-) -> str:
-    """Format the difference of two variants, mean over seeds, with its sign.
-
-    Raises: as `Results.difference`.
-    """
-    return format_number(results.difference(variant, other, key), digits, sign=True)
-
-
 ANSWER_COLOURS = {"yes": "C2", "no": "C3", "too small to tell here": "0.45", "no verdict": "0.75"}
-
-
+VARIANT_COLOUR = "C0"
 # of the picture of claims and variants: inches of its width and of rows with labels of 8 points
 WIDTH, CLAIM_INCHES, VARIANT_INCHES = 9.0, 0.42, 0.3
 
@@ -70,7 +45,6 @@ WIDTH, CLAIM_INCHES, VARIANT_INCHES = 9.0, 0.42, 0.3
 def claims_and_variants(
     key: Key | Mapping[str, tuple[str, Key]] = "val_loss",
     label: str = "validation loss, nats per token",
-    text: Callable[[Results], str] | None = None,
     *,
     shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ticks: Sequence[float] = (),
@@ -84,7 +58,6 @@ def claims_and_variants(
     Args:
         key: the number of the variants; or rows of other numbers, name → (variant, number).
         label: the number's name and unit.
-        text: results → the title, which says the answer. None, and missing runs, mean the question.
         shown: from the number to its axis, as np.exp where `key` is a logarithm.
         ticks: make the variants' axis logarithmic, with these ticks.
         linear: axes are linear up to here, and logarithmic beyond it, so that intervals of small
@@ -92,8 +65,6 @@ def claims_and_variants(
     """
 
     def draw(results: Results, path: Path) -> None:
-        question = results.about["question"]
-        title = question if text is None else answer(lambda: text(results), question)
         rows = _rows(results, key)
         verdicts: Sequence[Verdict] = results.verdicts
         height = max(
@@ -101,7 +72,7 @@ def claims_and_variants(
             VARIANT_INCHES * len(rows) + 0.5,
         )
         figure = Figure(figsize=(WIDTH, height + 0.9), layout="constrained")
-        figure.suptitle(textwrap.fill(title, 110), fontsize=11)
+        set_title(figure, results)
         # Claims have the longer names.
         ratios = (5, 4) if rows else (1,)
         parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
@@ -112,8 +83,7 @@ def claims_and_variants(
                 _make_logarithmic(ax, ticks)
             for row, (variant, number) in enumerate(rows.values()):
                 half = half_interval(results, variant, 0.0, number)
-                values, colour = results.values(variant, number), _colour_of(results, variant)
-                _plot_row(ax, values, row, half, colour, shown)
+                _plot_row(ax, results.values(variant, number), row, half, shown)
             style_axes(ax, "", f"{textwrap.fill(label, 38)}\ndots: seeds, bars: 95 % interval", "")
             _finish_rows(ax, list(rows), 24, linear)
         write_figure(figure, path)
@@ -181,8 +151,7 @@ def _plot_row(
     values: np.ndarray,
     row: float,
     half: float,
-    colour: str,
-    shown: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    shown: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """Plot a dot per seed, their mean, and its interval of ± half.
 
@@ -194,17 +163,17 @@ def _plot_row(
         shown(values),
         np.full(len(values), row),
         "o",
-        color=colour,
+        color=VARIANT_COLOUR,
         alpha=0.45,
         markersize=5,
         markeredgewidth=0,
     )
-    ax.plot([middle], [row], "|", color=colour, markersize=14, markeredgewidth=2)
+    ax.plot([middle], [row], "|", color=VARIANT_COLOUR, markersize=14, markeredgewidth=2)
     ax.errorbar(
         [middle],
         [row],
         xerr=[[middle - low], [high - middle]],
-        color=colour,
+        color=VARIANT_COLOUR,
         linewidth=2,
         capsize=4,
     )
@@ -217,31 +186,3 @@ def half_interval(results: Results, variant: str, against: str | float, key: Key
         return difference_of(Claim("", variant, against, key), table, noise).half
     except ValueError:
         return 0.0
-
-
-COLOURS = {  # of variants that several studies have, by how their names begin
-    "none": "0.3",
-    "loss-free + ": "C5",
-    "loss-free": "C0",
-    "bias": "C0",
-    "proportional": "C1",
-    "quantile": "C2",
-    "Switch loss": "C3",
-    "batch-wise": "C3",
-    "sequence-wise": "C4",
-    "MHA, QK-norm": "C1",
-    "MHA": "C0",
-    "GQA": "C2",
-    "MQA": "C3",
-    "MLA, unmatched": "C5",
-    "MLA": "C4",
-    "no module": "C0",
-    "λ 0.3, then 0.1": "C1",
-    "two parallel heads": "C3",
-}
-
-
-def _colour_of(results: Results, variant: str) -> str:
-    """Return a variant's colour, the same in every picture."""
-    named = next((colour for start, colour in COLOURS.items() if variant.startswith(start)), None)
-    return named or f"C{results.variants.index(variant) % 10}"

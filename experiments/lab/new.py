@@ -8,7 +8,7 @@ from pathlib import Path
 STUDY = '''"""Say in one line what is varied and what is measured."""
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Column, Study
 from experiments.lab.claims import Claim, Stake
 
 
@@ -25,17 +25,11 @@ def variants(base):
     }
 
 
-def words(results):
-    """Say the answer: the picture's title, in place of the question as soon as there are runs."""
-    return drawing.against(results, "half the rate", "as it is")
-
-
 STUDY = Study(
     question="Does half the learning rate lower the loss?",
     published="the papers' figure, in one line",
     variants=variants,
     columns=(Column("validation loss", "val_loss", 4, paired=True),),
-    draw=drawing.claims_and_variants(text=words),
     # What the papers lead to expect. Their noise is shrunk to that of the recipe.
     claims=(Claim("half the rate has a lower loss", "half the rate", "as it is", stake="rate"),),
     # What taking the subject away costs: if that is not above 0, there is no verdict.

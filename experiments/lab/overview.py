@@ -84,6 +84,22 @@ def title(folder: Path) -> str:
     return page.read_text().partition("\n")[0].lstrip("# ") if page.exists() else ""
 
 
+def headline(folder: Path) -> str:
+    """Return the first sentence of a study's verdict, without links; its question if it has none.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     page = Path(name, "README.md")
+    ...     _ = page.write_text("# Why?\\n## Verdict\\n**By 0.1, see [05](../05/README.md). No.**")
+    ...     headline(Path(name))
+    'By 0.1, see 05'
+    """
+    if (text := verdict(folder)) == "pending":
+        return title(folder)
+    first = re.split(r"\.\s(?=[A-Z0-9])", text)[0]
+    return re.sub(r"\[(.+?)\]\(.+?\)", r"\1", first)
+
+
 def verdict(folder: Path) -> str:
     """Return the bold text that begins "## Verdict" in README.md; links are of the folder above."""
     page = folder / "README.md"

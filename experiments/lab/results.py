@@ -52,6 +52,7 @@ class Results:
         not_run: the variants that `select` was asked for and that have no result.
         is_current: whether `runs` are of the identities that `select` was asked for.
         begun: variant → the one whose run it continues, or whose frozen trunk it has.
+        title: of pictures: the study's answer, or its question.
         noise, verdicts: what `Study.judge` judged by, and found; pictures show them.
     """
 
@@ -69,6 +70,7 @@ class Results:
         self.not_run: list[str] = []
         self.is_current = False
         self.about = values | dict(about or {})
+        self.title: str = self.about.get("question", "")
         self.begun: Mapping[str, str] = {}
         self.noise: Callable[..., Any] | None = None
         self.verdicts: Sequence[Any] = ()

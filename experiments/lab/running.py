@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsv3_jax.config import RunConfig
 from experiments import apart
+from experiments.lab import overview
 from experiments.lab.bases import RUNS_FOLDER, base_run, make_tokenizer, short_run
 from experiments.lab.claims import as_json, verdict_table
 from experiments.lab.results import MissingRuns, Results, lookup, replace_block, rounded
@@ -189,6 +190,9 @@ def _publish(study: Study, results: Results, *, kept: bool) -> None:
     results.about["verdicts"] = rounded([as_json(verdict) for verdict in verdicts])
     results.write()
     text = study.make_table(results)
+    is_own = results.path.parent == study.folder
+    if is_own:
+        results.title = overview.headline(study.folder)
     if verdicts:
         text = f"{verdict_table(verdicts, checks)}\n\n{text}"
     picture = results.path.with_name(f"{study.folder.name.partition('_')[2]}.png")
@@ -211,7 +215,7 @@ def _publish(study: Study, results: Results, *, kept: bool) -> None:
         )
     elif results.not_run:
         caption += " Not run yet: " + ", ".join(f'"{name}"' for name in results.not_run) + "."
-    if results.path.parent == study.folder:
+    if is_own:
         replace_block(study.folder / "README.md", f"{text}\n\n{caption}")
     for key, there in _unknown_numbers(study, results):
         print(f"key={key!r} is no number of these runs; they have {', '.join(there)}")
