@@ -8,11 +8,10 @@ the table in README.md.
 from experiments.lab.bases import RUNS_FOLDER
 from experiments.lab.results import Results, write_figure
 from experiments.lab.study import FollowUp, OnTask, Study
-from experiments.lab.tables import ABOVE, Column, format_number, markdown_table, mean_spread
+from experiments.lab.tables import Column, format_number, markdown_table, mean_spread
 from experiments.lab.trained import TrainedRun
 
 __all__ = [
-    "ABOVE",
     "RUNS_FOLDER",
     "Column",
     "FollowUp",

@@ -8,7 +8,6 @@ import numpy as np
 from experiments.lab.results import Results
 from experiments.markdown import markdown_table
 
-ABOVE = "the row above"
 MINUS = "−"
 
 
@@ -44,7 +43,7 @@ class Column:
     scale: float = 1.0
     # add a column of paired differences to the first variant; needs a `key` that is a name
     paired: bool = False
-    # more such columns, against these variants; ABOVE means the row above
+    # more such columns, against these variants
     against: tuple[str, ...] = ()
 
 
@@ -53,8 +52,7 @@ def results_table(results: Results, columns: Sequence[Column], names: Sequence[s
     header = ["variant", "parameters (active)", "cache bytes per token"]
     for column in columns:
         header.append(column.title)
-        for name in _references(column):
-            header.append(f"against {name or results.variants[0]}, paired")
+        header += [f"against {name}, paired" for name in _references(results, column)]
     rows = []
     for variant in names or results.variants:
         size = results.records(variant)[0]["parameters"]
@@ -75,9 +73,7 @@ def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
     yield mean_spread(values * column.scale, column.digits)
     if callable(key):
         return
-    above = dict(zip(results.variants[1:], results.variants, strict=False))
-    for name in _references(column):
-        reference = above.get(variant, variant) if name == ABOVE else name or results.variants[0]
+    for reference in _references(results, column):
         if reference == variant or reference not in results.runs:
             yield ""
             continue
@@ -86,6 +82,6 @@ def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
         )
 
 
-def _references(column: Column) -> tuple[str, ...]:
-    """Return the variants that a column's differences refer to; "" means the first variant."""
-    return (("",) if column.paired else ()) + column.against
+def _references(results: Results, column: Column) -> tuple[str, ...]:
+    """Return the variants that a column's differences refer to."""
+    return (results.variants[0],) * column.paired + column.against
