@@ -310,7 +310,7 @@ def test_false_verdicts_and_power_at_the_stored_noise():
     """Without a true difference at most 6 % of studies have a yes or a no; "visible here" is seen.
 
     The noise is the stored one as far as few seeds show it, and alike for all pairs of a kind.
-    Measured: 2.6 % on average, 5.7 % at most; a power of 0.80 to 0.84 in the mean of a study.
+    Measured: 2.6 % on average, 5.2 % at most; a power of 0.80 to 0.84 in the mean of a study.
     Were three seeds' own covariance the truth, it would be more, but they
     cannot tell that.
     """
