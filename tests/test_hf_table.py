@@ -113,6 +113,11 @@ REFUSED = [
     (GLM | {"index_topk_pattern": "SFFFFFFF"}, "indexer_types=.* 'full' first"),
     (GLM | {"indexer_rope_interleave": False}, "indexer_rope_interleave=False"),
     (GLM | {"index_topk": None}, "'index_topk' is not in config.json"),
+    (
+        {"rope_parameters": {"rope_type": "default"}},
+        "rope_scaling has rope_type='yarn' and rope_parameters rope_type='default'",
+    ),
+    ({"rope_parameters": {"factor": 20}}, "rope_scaling has factor=40 and .* factor=20"),
     ({"sliding_window": 4096}, "sliding_window=4096"),  # a key that changes the network
 ]
 

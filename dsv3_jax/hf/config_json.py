@@ -55,7 +55,7 @@ _OTHER_KEYS = (
 # Keys inside of rope_scaling and rope_parameters that `_rope` reads or, without YaRN, no
 # implementation does.
 _ROPE_KEYS = frozenset(
-    "type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
+    "rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale "
     "mscale_all_dim truncate attention_factor partial_rotary_factor".split()
 )
 # Keys inside of it of which one value is what this package computes.
@@ -298,7 +298,14 @@ def _rope(
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{key}={value!r} is not an object")
-    scaling = {k: v for k, v in {**(old or {}), **(new or {})}.items() if v is not None}
+    new, old = (_rope_values(value or {}) for value in (new, old))
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            raise ConfigError(
+                f"rope_scaling has {key}={old[key]!r} and rope_parameters {key}={new[key]!r}; "
+                "leave one out"
+            )
+    scaling = {**old, **new}
     theta_from = scaling if "rope_theta" in scaling else values
     fields: dict[str, Any] = {
         "rope_theta": _value(theta_from, "rope_theta", float, 1e4),
@@ -323,7 +330,7 @@ def _rope(
             raise ConfigError(
                 f"{key}={scaling[key]!r} is not supported in rope scaling; use {supported!r}"
             )
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    rope_type = scaling.get("rope_type", "default")
     if rope_type not in ("default", "yarn", "deepseek_yarn"):
         raise ConfigError(f"rope_type={rope_type!r} is not supported; use 'yarn' or 'default'")
     if not allow_unknown:
@@ -331,6 +338,15 @@ def _rope(
     if rope_type != "default":
         fields["yarn"] = _yarn(scaling, max_positions)
     return fields
+
+
+def _rope_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of RoPE that are not null; the older files' `type` is the newer `rope_type`."""
+    found = {key: value for key, value in values.items() if value is not None}
+    if "type" in found:
+        found.setdefault("rope_type", found["type"])
+        del found["type"]
+    return found
 
 
 def _yarn(scaling: dict[str, Any], max_positions: int) -> Yarn:
