@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from models import small
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.model import counting, transformer
-from dsv3_jax.presets import preset
+from dsv3_jax.planning.flops import train_flops
+from dsv3_jax.presets import preset, recipe
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,12 @@ def test_flops():
     assert counting.train_flops_per_token(tiny, frozen_trunk=True) == of_heads
     # scores and values: 2 FLOPs a product, 8 layers, 8 heads, 64 + 32 and 64 wide, 100 tokens
     assert counting.size(mini, context=100).attention_flops == 2 * 8 * 8 * (96 + 64) * 100
+
+
+@pytest.mark.parametrize("kind, blocks", [("deepseek", 2), ("medusa", 0)])
+def test_a_planned_step_has_the_scores_of_trunk_and_heads(kind, blocks):
+    """Scores and values of 4 heads, 32 + 16 and 32 wide; a token sees half of 256 on average."""
+    run = recipe("tiny")
+    run = replace(run, model=replace(run.model, mtp_depth=2, mtp_kind=kind))
+    scores = train_flops(run) - counting.train_flops_per_token(run.model)
+    assert scores == 3 * (4 + blocks) * 2 * 4 * (48 + 32) * 256 / 2

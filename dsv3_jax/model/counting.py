@@ -12,6 +12,7 @@ from flax import nnx
 from dsv3_jax.config import CacheKind, LoraPart, ModelConfig
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.model.blocks import ATTENTION
+from dsv3_jax.model.mtp import HEADS
 from dsv3_jax.model.transformer import abstract
 
 
@@ -27,6 +28,7 @@ class ModelSize:
     parts: dict[str, int]  # total, by kind
     # score and value products of one token over a full context, forward; an indexer's too
     attention_flops: int
+    mtp_attention_flops: int  # those of the multi-token heads' own blocks
 
 
 def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
@@ -64,15 +66,18 @@ def size(cfg: ModelConfig, context: int | None = None) -> ModelSize:
     # Products of one query: with keys and values that it attends to, and with all index keys.
     rows = ATTENTION[cfg.attention].cache_rows(cfg, "expanded")
     qk_and_v = rows["k"][1] + rows["v"][1]
-    products = 2 * cfg.num_layers * cfg.num_heads * qk_and_v * attended(cfg, context)
-    scored = 2 * sum(cfg.has_indexer) * cfg.index_heads * cfg.index_dim * context
+    products = 2 * cfg.num_heads * qk_and_v * attended(cfg, context)
+    scored = 2 * cfg.index_heads * cfg.index_dim * context
+    of_heads = cfg.mtp_depth if HEADS[cfg.mtp_kind].remembers else 0
+    with_indexer = of_heads if cfg.attention == "dsa" else 0
     return ModelSize(
         total=counted["trunk"],
         active=round(counted["trunk"] - routed["trunk"] * idle - looked_up),
         mtp=counted["mtp"],
         mtp_active=round(counted["mtp"] - routed["mtp"] * idle + head),
         parts=parts,
-        attention_flops=products + scored,
+        attention_flops=cfg.num_layers * products + sum(cfg.has_indexer) * scored,
+        mtp_attention_flops=of_heads * products + with_indexer * scored,
     )
 
 

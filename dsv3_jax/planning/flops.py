@@ -10,7 +10,8 @@ def train_flops(run: RunConfig) -> float:
     cfg = run.model
     remat = run.execution.remat
     counted = size(cfg, run.data.seq_len)
-    scores = counted.attention_flops / 2  # a token sees half of the sequence on average
+    # A token sees half of the sequence on average, in the heads' blocks too.
+    scores = (counted.attention_flops + counted.mtp_attention_flops) / 2
     total = train_flops_per_token(cfg, adapted=run.lora.on if run.lora.rank else ()) + 3 * scores
 
     # Recomputed layers run forward twice; the heads' products are kept.
