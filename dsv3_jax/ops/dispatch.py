@@ -5,8 +5,7 @@ runs one SwiGLU over its rows. The results return by the inverse permutation and
 token's choices. No token is dropped, except by `capacity_swiglu`, which is there to compare.
 
     grouped_swiglu   sorted rows, three grouped products (see grouped_product.py)
-    dense_swiglu     every expert on every token, weighted by the gates: the oracle, and the field's
-                     starting point
+    dense_swiglu     every expert on every token, weighted by the gates: the oracle
     decode_experts   a loop over the chosen experts alone, for a few tokens
     capacity_swiglu  GShard's and Switch's, which drops what overflows
 
@@ -285,9 +284,8 @@ def capacity_swiglu(  # noqa: PLR0913 - six arrays, and how
         product: of each expert's rows with its matrix.
     Returns: (y, share of assignments dropped, of the tokens that count).
     Source: GShard (arXiv 2006.16668), Switch Transformer (arXiv 2101.03961).
-    Departs from the paper: GShard's algorithm 1 goes over a group's tokens twice. All first choices
-        come before any second one, which is sent with probability 2 g_2 / (g_1 + g_2). Here all n
-        tokens are one group, and each token's K choices are served in its turn, with certainty.
+    Departs from the paper: GShard's algorithm 1 serves a group's first choices before its second
+        ones, sent with probability 2 g_2 / (g_1 + g_2). Here a token's K choices come in its turn.
 
     Example:
         >>> one = jnp.ones((2, 1, 1))  # two experts, D = F = 1
