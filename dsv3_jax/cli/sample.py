@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsv3_jax.data.text_files import json_lines
-from dsv3_jax.host.files import never_through_a_link, parse_json, read_bytes, write_atomic
+from dsv3_jax.host.files import (
+    naming,
+    never_through_a_link,
+    parse_json,
+    read_bytes,
+    write_atomic,
+)
 from dsv3_jax.host.lock import acquire
 
 # keys of the output beside the prompt's own
@@ -152,7 +158,7 @@ def resumed(
             f"damaged lines in {part}: {damaged}; texts to sample: {total - len(lines)}",
             file=sys.stderr,
         )
-    with open(part, "ab", opener=never_through_a_link) as file:
+    with naming(part), open(part, "ab", opener=never_through_a_link) as file:
         file.truncate(size)
         if not size:
             file.write(json.dumps(settings).encode() + b"\n")

@@ -27,6 +27,8 @@ PART = ".part"  # end of every temporary name
 MAX_JSON = 100_000_000  # bytes of a JSON file; the index of the largest released models has 25 MB
 _MAX_DEPTH = 64  # of lists and objects: Python's recursion ends at some hundreds
 _MAX_DIGITS = 100  # transformers writes 10^30 for "no limit"
+# a disk, a quota or the largest size of a file is used up
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # a file system has no locks, or does not sync folders
 NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -203,6 +205,25 @@ def sync(*paths: str | os.PathLike) -> None:
             os.close(descriptor)
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Name what was being written in a full disk's error, which names no file by itself.
+
+    Example:
+        >>> with naming("runs/out.jsonl"):  # doctest: +ELLIPSIS
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+            ...
+        OSError: [Errno 28] No space left on device: 'runs/out.jsonl'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Write a file in one step: a reader sees the old content or the new one, never a part.
 
@@ -236,8 +257,9 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     part.unlink(missing_ok=True)  # of a killed process, or a link that somebody put there
     try:
         part.touch(exist_ok=False)  # never through a link
-        part.write_bytes(content)
-        sync(part)
+        with naming(path):
+            part.write_bytes(content)
+            sync(part)
         part.replace(path)
         sync(path.parent)
     finally:
@@ -315,7 +337,8 @@ def atomic_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o777 & ~mask)
-        yield part
+        with naming(path):
+            yield part
 
         # All content is on the disk before the folder gets its name.
         sync(*part.rglob("*"), part)

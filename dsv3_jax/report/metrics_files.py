@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.host.files import never_through_a_link, read_bytes, write_atomic
+from dsv3_jax.host.files import naming, never_through_a_link, read_bytes, write_atomic
 from dsv3_jax.report.units import shortened
 
 METRICS_FILE, LOAD_FILE, ANSWERS_FILE = "metrics.jsonl", "load.jsonl", "answers.jsonl"
@@ -62,7 +62,7 @@ class JsonLines:
         """Add a row; it must have a "step"."""
         if self._read_only:
             return
-        with open(self._path, "a", opener=never_through_a_link) as file:
+        with naming(self._path), open(self._path, "a", opener=never_through_a_link) as file:
             file.write(json.dumps(row) + "\n")
 
 
