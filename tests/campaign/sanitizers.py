@@ -86,6 +86,8 @@ class Draw:
 
 
 def products(draw: Draw):
+    if draw.one_in(2):  # enough to read that threads share it
+        draw.sizes |= {"D": 300, "F": 600}
     yield calls.small_batch_matmul(*draw("nD DF"))
     yield calls.small_batch_swiglu(*draw("nD DF DF FD"))
     yield calls.small_batch_by_head(*draw("nHX HXY"), transposed=False)
