@@ -209,7 +209,7 @@ def open_shards(cfg: DataConfig, tokenizer: Tokenizer) -> Source:
         ...     _ = write_shards(job, text_encoder(ByteTokenizer()))  # doctest: +ELLIPSIS
         ...     cfg = DataConfig((str(job.out),), seq_len=8, batch_size=1, format="shards")
         ...     shape = next(open_shards(cfg, ByteTokenizer()).train_batches())["tokens"].shape
-        1 shards, 9 documents, ... tokens, ... tokens/s
+        1 shard, 9 documents, ... tokens, ... tokens/s
         >>> shape
         (1, 8)
     """
