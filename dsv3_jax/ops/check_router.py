@@ -56,7 +56,8 @@ def _check_router(router: Router, cfg: ModelConfig) -> None:
     num_experts, k = cfg.num_experts, cfg.experts_per_token
 
     # A token for each expert e, which is given the experts e, e - 1, …: a free choice has others.
-    with jax.ensure_compile_time_eval():
+    # Training forbids transfers in its steps; while the first is traced, these few are meant.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         ids = jnp.arange(num_experts, dtype=jnp.int32)
         given = (ids[:, None] - ids[None, :k]) % num_experts
         same = jnp.zeros(num_experts)
