@@ -281,21 +281,20 @@ def test_requests_that_give_no_seed_have_the_next_ones():
     assert engine.seeds == [3, 7, 9, 8]
 
 
+def chat_of(content, **more):
+    turns = [{"role": "user", "content": content}]
+    return request_of(requests.ChatCompletion, messages=turns, **more).asks
+
+
 def test_calls_in_parallel_may_be_named_without_tools():
-    turns = [{"role": "user", "content": "a"}]
-    named = [{"parallel_tool_calls": several} for several in (True, False)]
-    free, *asked = (request_of(requests.ChatCompletion, messages=turns, **m) for m in ({}, *named))
-    assert [request.asks for request in asked] == [free.asks] * 2
+    for several in (True, False):
+        assert chat_of("a", parallel_tool_calls=several) == chat_of("a")
 
 
 def test_a_content_of_several_texts_is_one():
     """As OpenAI's clients may send it, whatever the template reads."""
     parts = [{"type": "text", "text": words} for words in ("a", "b")]
-    one, two = (
-        request_of(requests.ChatCompletion, messages=[{"role": "user", "content": content}])
-        for content in (parts, "a\nb")
-    )
-    assert one.asks == two.asks
+    assert chat_of(parts) == chat_of("a\nb")
 
 
 def test_chats_are_those_of_generate(model, real):

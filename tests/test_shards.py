@@ -244,11 +244,7 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
             open_shards(config(tmp_path), BYTES)
 
 
-def test_a_share_without_documents_is_refused_before_a_summary(folder, capsys):
-    """A command that a sentence prints quotes its path."""
-    with refused("val_fraction=1e-09 holds no document out"):
-        tokenize(job_of(folder, "none out", val_fraction=1e-9, shard_mb=1.0))
-    assert capsys.readouterr().out == ""
+def test_a_printed_command_quotes_its_path_and_one_shard_is_no_shards(folder, capsys):
     with refused("run dsv3 data tokenize PATHS --out '.*none out'$"):
         read_manifest(folder / "none out")
     tokenize(job_of(folder, "one", shard_mb=1.0))

@@ -113,7 +113,7 @@ def text_encoder(tokenizer: Tokenizer) -> Encoder:
 def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
     """Write the shards of a job that are not there yet, and the manifest.
 
-    Print a line for each shard; the last one comes once it is known that both sides have documents.
+    Print a line after each shard.
 
     Raises: ValueError as `corpus.read_documents`; for a folder with shards of other settings, or
         that another process writes; for documents of which none is held out, or all are.
@@ -130,10 +130,9 @@ def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
         domains: dict[str, int] = {}
         shards: list[dict[str, Any]] = []
         for group in _groups(job, encoder, domains):
-            if shards:
-                print(_summary(shards, time.monotonic() - began), flush=True)
             shards.append(_shard(job, encoder, settings, len(shards), group))
             lock.check()
+            print(_summary(shards, time.monotonic() - began), flush=True)
 
         # The manifest names them all, so it comes after them.
         files = {name: facts for shard in shards for name, facts in shard["files"].items()}
@@ -141,8 +140,6 @@ def write_shards(job: ShardJob, encoder: Encoder) -> Manifest:
         for side in SIDES:
             if side not in sides:
                 raise ValueError(f"val_fraction={job.val_fraction} {WITHOUT[side]}")
-        print(_summary(shards, time.monotonic() - began), flush=True)
-
         same = ("version", "format", "row_tokens", "tokenizer")
         values = {name: settings[name] for name in same}
         values |= {"vocab_size": encoder.tokenizer.vocab_size, "domains": list(domains)}

@@ -119,7 +119,7 @@ def check_model(mesh: Mesh, cfg: ModelConfig) -> None:
 def mesh_of(state: Any) -> Mesh | None:
     """The mesh of the arrays in any structure; None for a single device.
 
-    Raises: ValueError for a mesh that `make_mesh` does not make.
+    Raises: ConfigError for a mesh that `make_mesh` does not make.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,11 +129,7 @@ def mesh_of(state: Any) -> Mesh | None:
     for x in jax.tree.leaves(state):
         mesh = getattr(x.sharding, "mesh", None)
         if isinstance(mesh, Mesh) and mesh.size > 1:
-            if mesh.axis_names != AXES:
-                raise ValueError(
-                    f"mesh axes={mesh.axis_names} of the arrays are not {AXES}; "
-                    "use sharding.make_mesh"
-                )
+            _check_axes(mesh)
             return mesh
     return None
 
@@ -159,11 +155,14 @@ def on_mesh() -> bool:
         False
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and mesh.axis_names != AXES:
-        raise ConfigError(
-            f"mesh axes={mesh.axis_names} are not {AXES}; use sharding.make_mesh, or sizes of 1"
-        )
-    return not mesh.empty and mesh.size > 1
+    if mesh.size > 1:
+        _check_axes(mesh)
+    return mesh.size > 1
+
+
+def _check_axes(mesh: Mesh | AbstractMesh) -> None:
+    wrong = f"mesh axes={mesh.axis_names} are not {AXES}; use sharding.make_mesh, or sizes of 1"
+    require(mesh.axis_names == AXES, wrong)
 
 
 def spec(
