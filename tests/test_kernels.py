@@ -155,7 +155,7 @@ def test_without_a_compiler_xla_runs_and_the_line_says_so(monkeypatch):
     monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler (c++, g++, clang++)")
     kernels = prepare()
     assert kernels.chosen()["grouped_swiglu"] == experts(kernels, X, STACK) == "blocks"
-    line = "kernels for cpu: xla, blocks; without cpu: see `dsv3 info tiny --kernels`"
+    line = "kernels for cpu: xla, blocks, flat_rows; without cpu: see `dsv3 info tiny --kernels`"
     assert kernels.describe() == line
     with refused("kernels='cpu' is not available here: there is no C\\+\\+ compiler"):
         prepare(Execution(kernels="cpu"))

@@ -1,4 +1,4 @@
-"""Products of few rows with a weight, by C++, and their gradients equal the ops' in float64."""
+"""Products with a weight, by C++ and of flat rows; values and gradients are the ops'."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,9 +11,8 @@ from models import needs_cpp, value_and_gradients
 from runs import assert_near
 
 from dsv3_jax.kernels.cpu import calls, products
+from dsv3_jax.kernels.table import TABLE
 from dsv3_jax.ops import products as ops
-
-pytestmark = needs_cpp
 
 # Widths around multiples of 16 and 256 test full and partial registers and strips.
 CASES = [  # the op, the shapes of its arrays, its settings
@@ -32,6 +31,7 @@ def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+@needs_cpp
 @pytest.mark.parametrize("name, shapes, settings", CASES)
 def test_values_and_gradients_are_those_of_the_ops_in_float64(name, shapes, settings):
     """A training step with few rows differentiates them. A row does not depend on the others."""
@@ -49,6 +49,7 @@ def test_values_and_gradients_are_those_of_the_ops_in_float64(name, shapes, sett
         np.testing.assert_array_equal(alone, y[-rows:])
 
 
+@needs_cpp
 def test_swiglu_is_finite_for_large_gates():
     """silu of ±10⁴, for which e^−x overflows float32."""
     x, one = jnp.asarray([[1e4], [-1e4]], jnp.float32), jnp.ones((1, 1), jnp.float32)
@@ -56,6 +57,7 @@ def test_swiglu_is_finite_for_large_gates():
     np.testing.assert_allclose(np.asarray(y), [[1e8], [0.0]], atol=1e-20)
 
 
+@needs_cpp
 def test_concurrent_calls_share_the_helper_threads():
     """Every call returns its own product, whichever call the helpers work on."""
     x, w = map(jnp.asarray, draw((6, 300), (300, 2048)))
@@ -68,3 +70,24 @@ def test_concurrent_calls_share_the_helper_threads():
     with ThreadPoolExecutor(6) as pool:
         for i, found in enumerate(pool.map(run, range(600))):
             np.testing.assert_array_equal(found, alone[i % 6])
+
+
+@pytest.mark.parametrize(
+    "name, shapes, settings",
+    [
+        ("product", ((2, 9, 4, 6), (4, 6, 7)), {"axes": 2}),
+        ("swiglu", ((2, 9, 8), (8, 12), (8, 12), (12, 8)), {}),
+        ("expand", ((2, 9, 8), (2, 9, 4), (3, 6, 8), (3, 5, 8)), {}),
+    ],
+)
+def test_flat_rows_give_the_same_numbers(name, shapes, settings):
+    """Also to the bit in training, where XLA on a CPU then copies no gradient."""
+    rows = {row.name: row for row in TABLE[name]}
+    arrays = [jnp.asarray(array) for array in draw(*shapes)]
+    assert rows["flat_rows"].fits(*arrays, **settings)
+
+    def run(row):
+        y, vjp = jax.vjp(lambda *a: row.run(*a, **settings), *arrays)
+        return y, vjp(jax.tree.map(jnp.cos, y))
+
+    assert_near(run(rows["flat_rows"]), run(rows["xla"]), 1e-6)

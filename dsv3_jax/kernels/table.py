@@ -27,6 +27,7 @@ from dsv3_jax.kernels.gpu import tokamax_library
 from dsv3_jax.kernels.tpu import attention as tpu_attention
 from dsv3_jax.kernels.tpu import cache_rows as tpu_cache_rows
 from dsv3_jax.kernels.tpu import grouped_product as tpu_products
+from dsv3_jax.kernels.xla import flat_rows
 from dsv3_jax.kernels.xla.by_memory import cross_entropy_by_memory
 from dsv3_jax.kernels.xla.by_row import decode_by_row
 from dsv3_jax.kernels.xla.in_order import look_up_in_order
@@ -121,8 +122,7 @@ class Implementation:
 
 SMALL_BATCH = 64  # rows beyond which a CPU product costs more than reading its weight
 MANY_ROWS = 256  # rows that no decoding step on a GPU has, as a rule
-# bytes of a weight below which XLA multiplies a single row faster, on two AVX2 cores
-LARGE_WEIGHT = 1 << 18
+LARGE_WEIGHT = 1 << 18  # bytes below which XLA multiplies a row faster, on two AVX2 cores
 # rows of an expert, on average, up to which a GPU reads its weights once for each row
 ROWS_OF_AN_EXPERT = 4
 # bytes of a layer's matrix that a GPU's cache does not hold: each row reads it from memory
@@ -148,6 +148,11 @@ def _few_rows(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool
 
 def _one_row(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool:
     return x.size == math.prod(x.shape[x.ndim - axes :])
+
+
+def _in_batches(x: Array, *weights: Array, axes: int = 1, **settings: Any) -> bool:
+    """Whether rows have several axes, as batch and length."""
+    return x.ndim - axes > 1
 
 
 def _many_rows(x: Array, *weights: Array, **settings: Any) -> bool:
@@ -196,17 +201,19 @@ def kept_maxima(run: Callable) -> Callable:
 
 
 _xla = partial(Implementation, "xla")
-_loops = partial(Implementation, "blocks", platforms=("cpu",))
+_on_cpu = partial(Implementation, platforms=("cpu",))
+_loops = partial(_on_cpu, "blocks")
 _large_blocks = partial(Implementation, "large_blocks", platforms=ACCELERATORS)
 _cpp = partial(
-    Implementation,
+    _on_cpu,
     "cpu",
-    platforms=("cpu",),
     dtypes=("float32",),
     one_device=True,
     fits=_all_float32,
     why_not=lambda target: library.why_not(),
 )
+# on a mesh rows stay apart: its axes may shard the length beside the batch
+_flat_rows = partial(_on_cpu, "flat_rows", one_device=True, fits=_in_batches)
 _cuda = partial(Implementation, platforms=("cuda",), dtypes=("bfloat16",))
 _two_rows = partial(Implementation, "two_rows", platforms=GPUS, fits=_one_row)
 
@@ -233,9 +240,8 @@ _RAGGED_ON_TPU = Implementation("ragged_dot", _experts_by(tpu_products.RAGGED_DO
 _ROW_BLOCKS = Implementation("row_blocks", _experts_by(ROW_BLOCKS), GPUS)
 
 # Products in 8 bits, by XLA on every platform. GPUs and TPUs multiply bfloat16 instead of float32
-# if it holds the rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100.
-# But a scale for each 128 of them then needs a sum in memory for each. By arithmetic that allows at
-# most 107 TFLOP/s at 3.35 TB/s, far below bfloat16's.
+# if it holds the rounded numbers exactly. XLA can multiply e4m3 numbers as they are for an H100: by
+# arithmetic at most at 107 TFLOP/s, far below bfloat16's, as each 128 of them need a sum in memory.
 _RECIPES = (low_precision.FP8, low_precision.FP8_UE8M0, low_precision.MXFP8)
 _IN_BFLOAT16 = tuple(recipe.in_bfloat16 for recipe in _RECIPES if recipe.in_bfloat16 != recipe)
 
@@ -317,6 +323,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "expand": (
         Implementation("one_product", tpu_attention.expand, ("tpu",), ("bfloat16",)),
         Implementation("in_place", expand_in_place, GPUS),
+        _flat_rows(flat_rows.expand),
         _xla(mla.expand),
         *_in_8_bits(low_precision.expand),
     ),
@@ -349,6 +356,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "product": (
         _cpp(cpu_products.product, fits=_few_rows),
         _two_rows(partial(in_two_rows, products.product)),
+        _flat_rows(flat_rows.product),
         _xla(products.product),
         *_in_8_bits(low_precision.product),
     ),
@@ -357,6 +365,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_products.swiglu, fits=_few_rows),
         Implementation("one_pass", swiglu_in_one_pass, GPUS, fits=_many_rows),
         _two_rows(partial(in_two_rows, products.swiglu)),
+        _flat_rows(flat_rows.swiglu),
         _xla(products.swiglu),
         *_in_8_bits(low_precision.swiglu),
     ),
@@ -364,9 +373,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _cpp(cpu_products.product_by_head, fits=partial(_few_rows, axes=2)),
         _xla(products.product_by_head),
     ),
-    # The ends of the model, and the optimizer. tokamax has a kernel of the loss for TPUs. It
-    # computes the logits twice, these rows once, and it does not tell whether a target is the
-    # argmax, which the metrics count.
+    # The ends of the model, and the optimizer. tokamax's kernel of the loss, for TPUs, computes the
+    # logits twice and does not tell whether a target is the argmax, which the metrics count.
     "embedding": (
         Implementation("in_order", look_up_in_order, GPUS),
         _xla(embedding.look_up),

@@ -94,9 +94,10 @@ inline void PackPanel(const float* b, int64_t step, bool transposed, int64_t dep
     for (int64_t r = 0; r < square_columns; r += 4)
       for (int64_t q = k; q < std::min(k + kLine, square_depth); q += 4)
         TransposeSquare(b + r * step + q, step, to + q * kPanelWidth + r);
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t r = k < square_depth ? square_columns : 0; r < kPanelWidth; ++r)
-      to[k * kPanelWidth + r] = r < columns ? b[r * step + k] : 0.0f;
+  for (int64_t k = 0; k < depth; ++k, to += kPanelWidth) {
+    for (int64_t r = k < square_depth ? square_columns : 0; r < columns; ++r) to[r] = b[r * step + k];
+    std::fill(to + columns, to + kPanelWidth, 0.0f);
+  }
 }
 
 // Packs all of b into panels; panel j holds the columns from j · kPanelWidth on. b is [depth, width], or `transposed`
