@@ -225,13 +225,14 @@ def test_a_request_is_refused(light, asked, sentence):
         generate(light, **{"prompts": [[1]], "max_new_tokens": 3} | asked)
 
 
-def test_log_probabilities_that_are_nan_are_refused(light):
-    """The argmax of NaN is 0: the text would be token 0 again and again."""
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"draft": "lookup"}], ids=str)
+def test_logits_that_are_not_finite_are_refused(light, factor, how):
+    """The largest of NaN is the first: the text would be token 0 again and again."""
     broken = nnx.merge(*nnx.split(light), copy=True)
-    broken.head[...] *= jnp.nan
-    assert generate(broken, [[1], [2]], 3).tokens == [[0, 0, 0]] * 2
-    with refused("prompt 0: the model's log-probabilities are NaN"):
-        generate(broken, [[1], [2]], 3, logprobs=True)
+    broken.head[...] *= factor
+    with refused("prompt [01]: the model's logits are NaN or infinite"):
+        generate(broken, [[1], [2]], 3, **how)
 
 
 def test_arrays_and_requests_up_to_the_last_position_are_taken():

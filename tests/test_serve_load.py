@@ -9,7 +9,10 @@ import tracemalloc
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
+import httpx2
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from models import LIGHT, random_model
 from serving import TEXT, served, wait_for
 
@@ -180,3 +183,17 @@ def test_the_page_is_told_what_a_cache_would_hold_where_there_is_none(model):
             engine.samplers[UNCHANGED].check(Ask((1, 2), 1, given=[[[0], [1]]]))
     assert told["dtype"] == "float32"
     assert told["expanded_bytes_per_token"] == bytes_per_token(model.cfg, "expanded", "float32")
+
+
+def test_a_text_of_logits_that_are_nan_is_an_error_of_the_server(model):
+    """JSON has no NaN: log p would be told as that of an all but impossible token."""
+    broken = nnx.merge(*nnx.split(model), copy=True)
+    broken.head[...] *= jnp.nan
+    body = {"prompt": "ab", "max_tokens": 3, "logprobs": 2}
+    with serving_model(broken, rows=1) as (port, _, _):
+        for more in ({}, {"stream": True}, {"echo": True}):
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            answer = httpx2.post(url, json=body | more, timeout=90)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (500, "server_error")
+            assert error["message"].startswith("the text: the model's logits are NaN or infinite")

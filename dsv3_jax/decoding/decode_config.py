@@ -16,6 +16,16 @@ OWN_DRAFTS = ("mtp", "lookup")  # need no other model
 LEAST = 1e-30  # below it a temperature or top_p would not be a normal float32
 
 
+class NotFinite(ValueError):
+    """The model's logits are NaN or infinite, so that no next token can be drawn."""
+
+    def __init__(self, text: str):
+        super().__init__(
+            f"{text}: the model's logits are NaN or infinite; a weight is not finite, or a product "
+            "overflows"
+        )
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """How to decode: made once, checked at creation, passed whole.

@@ -66,8 +66,8 @@ def generate(  # noqa: PLR0913 - the contract
         return_routing: return the experts that each token went to, as `Transformer` replays them.
     Raises: ValueError for an empty prompt or batch, a token outside the vocabulary, a prompt and
         continuation beyond max_positions, or settings outside their range. Also for a draft with
-        another vocabulary or on another mesh, or heads that the model does not have; and with
-        `logprobs`, for a model whose log-probabilities are NaN.
+        another vocabulary or on another mesh, or heads that the model does not have; and for a
+        model whose logits are NaN or infinite.
 
     >>> from flax import nnx
     >>> import dsv3_jax as ds

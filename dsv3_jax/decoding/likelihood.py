@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from dsv3_jax.decoding.decode_config import check_tokens
+from dsv3_jax.decoding.decode_config import NotFinite, check_tokens
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.logits import likeliest, score_by_rows
 from dsv3_jax.mesh.sharding import constrain
@@ -128,7 +128,7 @@ def read_tokens(
         given: int32 [Lmoe, n, K], experts in place of the routers' choices, see
             `ops.routing.replay`.
         alternatives: likeliest next tokens to return.
-    Raises: ValueError as `loglikelihood`.
+    Raises: ValueError as `loglikelihood`, and for logits that are NaN or infinite.
     """
     check_tokens("the text", tokens, model.cfg.vocab_size)
     count = len(tokens)
@@ -149,6 +149,8 @@ def read_tokens(
     with sharding.use_mesh(sharding.mesh_of(model)):
         found = jax.device_get(_read(graphdef, state, row, given, most))
     logprobs, (best_logprobs, best_ids), routing = found
+    if np.isnan(best_logprobs[:count]).any():
+        raise NotFinite("the text")
     pairs = zip(best_ids[:count].tolist(), best_logprobs[:count].tolist(), strict=True)
     routed = {name: x[:, 0, :count].swapaxes(0, 1) for name, x in routing.items()}
     return Read(

@@ -21,6 +21,7 @@ from dsv3_jax.model.decode import make_cache, prefill, run_layers
 from dsv3_jax.ops.sampling import GREEDY, RowSampling, Sampling, keys_at, log_probability, row_keys
 from dsv3_jax.ops.verify_drafts import Drafts, accept
 
+NO_TOKEN = -1  # the logits are not finite
 BEYOND = 32  # slots at least for what a drafter writes beyond the text
 
 
@@ -243,10 +244,16 @@ def _advance(decoder: Decoder, loop: Loop, drafts: Drafts, x: Array) -> Loop:
         keys = keys_at(loop.keys[:, 0], loop.written[:, None] + index)
         num_accepted, tokens = map(constrain, accept(drafts.tokens, drafts.q, logits, keys, left))
 
+        # The largest of logits with a NaN is a NaN: then the token drawn would mean nothing.
+        plain, _ = process_by_rows(raw, GREEDY)
+        drawn = jnp.take_along_axis(plain, tokens[..., None], axis=-1)[..., 0]
+        tokens = jnp.where(jnp.isfinite(drawn), tokens, NO_TOKEN)
+
     with jax.named_scope("stop"):
         # Tokens count up to the first rejected draft, the first stop token, and the text's end. A
         # row that is done does not move.
-        stops = (tokens[..., None] == decoder.stops[None, None]).any(-1).astype(jnp.int32)
+        is_stop = (tokens[..., None] == decoder.stops[None, None]).any(-1) | (tokens == NO_TOKEN)
+        stops = is_stop.astype(jnp.int32)
         room = jnp.where(loop.done, 0, loop.limits - loop.written)
         is_accepted = index <= num_accepted[:, None]
         before_stop = jnp.cumsum(stops, axis=1) == stops

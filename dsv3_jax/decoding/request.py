@@ -15,8 +15,9 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.decoding.batch import Batch, Shapes, Start
-from dsv3_jax.decoding.decode_config import DecodeConfig, Generated
+from dsv3_jax.decoding.decode_config import DecodeConfig, Generated, NotFinite
 from dsv3_jax.decoding.loop import Prefilled
+from dsv3_jax.decoding.programs import NO_TOKEN
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.sharding import constrain
 from dsv3_jax.model.transformer import Transformer
@@ -126,13 +127,10 @@ class Request:
             end = start + seen.written[row]
             new = row, slice(start, end)
             found.tokens[index] = text[new].tolist()
+            if NO_TOKEN in found.tokens[index]:
+                raise NotFinite(f"prompt {index // self.config.samples}")
             if found.logprobs and found.model_logprobs:
                 drawn, own = logprobs
-                if np.isnan(own[new]).any():  # else it would be a text of token 0
-                    raise ValueError(
-                        f"prompt {index // self.config.samples}: the model's log-probabilities are "
-                        "NaN; a weight is not finite, or a product overflows"
-                    )
                 found.logprobs[index] = drawn[new].tolist()
                 found.model_logprobs[index] = own[new].tolist()
             if found.expert_ids:

@@ -46,7 +46,7 @@ class Ask(NamedTuple):
 class New(NamedTuple):
     """What a part added to a text."""
 
-    tokens: list[int]  # a stop token is the last
+    tokens: list[int]  # a stop token is the last, or −1: the logits are NaN or infinite
     logprobs: list[float]  # of each, in nats, the model's own at temperature 1
     # of each, the likeliest tokens and their log p, best first
     alternatives: list[list[tuple[int, float]]]

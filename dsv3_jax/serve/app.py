@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dsv3_jax.decoding.decode_config import NotFinite
 from dsv3_jax.report.units import printable
 from dsv3_jax.serve import answers, requests
 from dsv3_jax.serve.answers import Answer, Piece, Spelling
@@ -281,10 +282,11 @@ class _OwnHost:
 
 _MEANING = {
     Busy: (429, ""),  # it says itself of what there is too much
+    NotFinite: (500, ""),
     ClientDisconnect: (499, "the client is gone"),
     TimeoutError: (503, "the time of a request was over before its first token; see --timeout"),
 }
-_EXPECTED = (HTTPException, Busy, ClientDisconnect, TimeoutError)
+_EXPECTED = (HTTPException, Busy, NotFinite, ClientDisconnect, TimeoutError)
 
 
 @contextmanager
@@ -292,6 +294,8 @@ def _refusals() -> Iterator[None]:
     """Answer a ValueError as a bad request: elsewhere it is a fault of ours."""
     try:
         yield
+    except NotFinite:
+        raise
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
 

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.decoding.decode_config import NotFinite
 from dsv3_jax.decoding.likelihood import Read, read_tokens
+from dsv3_jax.decoding.programs import NO_TOKEN
 from dsv3_jax.decoding.sampler import MOST_PART, Ask, New, OpenSampler
 from dsv3_jax.model.counting import bytes_per_token
 from dsv3_jax.model.moe import RouterBias
@@ -73,7 +75,8 @@ class Engine:
     async def text(self, ask: Ask, changes: Changes = UNCHANGED) -> AsyncGenerator[New, None]:
         """Yield what comes of a text. To leave the iteration frees its row.
 
-        Raises: ValueError as `OpenSampler.add`, or for changes that the model cannot have; Busy.
+        Raises: ValueError as `OpenSampler.add`, or for changes that the model cannot have; Busy;
+            NotFinite.
         """
         self._check(changes)
         self.samplers[UNCHANGED].check(ask)
@@ -98,6 +101,8 @@ class Engine:
                 new = await news.get()
                 if isinstance(new, Exception):
                     raise new
+                if NO_TOKEN in new.tokens:
+                    raise NotFinite("the text")
                 ended = new.ended
                 yield new
         finally:
