@@ -239,6 +239,8 @@ WRONG = [
     (changed(gates=lambda found: found.gates[:, :1]), "gives gates of shape (8, 1), not (8, 2)"),
     (changed(scores=lambda found: found.gates), "gives scores of shape (8, 2), not (8, 8)"),
     (changed(expert_ids=lambda found: found.gates), "gives expert_ids of dtype float32, not int32"),
+    (changed(expert_ids=lambda found: found.expert_ids + 1), "experts [[1, 8]], which are not 2"),
+    (changed(expert_ids=lambda found: found.expert_ids * 0), "experts [[0, 0]], which are not 2"),
 ]
 
 

@@ -20,7 +20,7 @@ from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.parameters import draws_together, param
 from dsv3_jax.model.stack import CHOICE
 from dsv3_jax.ops import balance, dispatch, routing
-from dsv3_jax.ops.check_router import check_replay, check_routing
+from dsv3_jax.ops.check_router import check_choice, check_replay, check_routing
 from dsv3_jax.ops.varying import as_varying
 
 
@@ -148,6 +148,7 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"tokens=None: router={self.cfg.router!r} chooses by token ids; give tokens [B, T]"
             )
+        check_choice(self.cfg)
         if ctx.given is not None:
             check_replay(self.cfg)
 

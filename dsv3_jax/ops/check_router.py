@@ -1,14 +1,18 @@
-"""Checks of any router: what it gives, and that it replays the experts that are given to it."""
+"""Checks of any router: what it gives, what it chooses, and that it replays what is given."""
 
 from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ConfigError, ModelConfig, check_shapes
+from dsv3_jax.config.fields import require
 from dsv3_jax.ops.routing import ROUTERS, Inputs, Router, Routing, Tokens
+
+_TESTED = frozenset(ROUTERS)  # the package's own
 
 
 def check_routing(found: Any, logits: Float[Array, "n E"], cfg: ModelConfig) -> Routing:
@@ -46,28 +50,52 @@ def check_routing(found: Any, logits: Float[Array, "n E"], cfg: ModelConfig) -> 
 def check_replay(cfg: ModelConfig) -> None:
     """Check that the router returns the experts that are given to it.
 
-    Raises: ValueError if it returns others.
+    Raises: ConfigError if it returns others.
     """
-    _check_router(ROUTERS[cfg.router], cfg)
+    given, found = _probe(ROUTERS[cfg.router], cfg, replays=True)
+    require(
+        np.array_equal(found, given),
+        f"router={cfg.router!r} returns other experts than those to replay; let it return "
+        "ops.routing.replay(ids, x.tokens.given)",
+    )
+
+
+def check_choice(cfg: ModelConfig) -> None:
+    """Check that a registered router chooses experts that there are: kernels index by them.
+
+    Raises: ConfigError if it chooses one that there is not, or one twice.
+    """
+    if cfg.router in _TESTED:
+        return
+    _, found = _probe(ROUTERS[cfg.router], cfg, replays=False)
+    bad = (found < 0) | (found >= cfg.num_experts) | (np.diff(found, prepend=-1) == 0)
+    rows = found[bad.any(axis=1)]
+    require(
+        not rows.size,
+        f"router={cfg.router!r} gives a token the experts {rows[:1].tolist()}, which are not "
+        f"{cfg.experts_per_token} different ones of 0 to {cfg.num_experts - 1}",
+    )
 
 
 @cache
-def _check_router(router: Router, cfg: ModelConfig) -> None:
+def _probe(router: Router, cfg: ModelConfig, *, replays: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Route a token for each expert e: of equal ones to which e, e - 1, … are given, or of others.
+
+    Returns: (experts that are given, experts that the router returns), each token's in order.
+    """
     num_experts, k = cfg.num_experts, cfg.experts_per_token
 
-    # A token for each expert e, which is given the experts e, e - 1, …: a free choice has others.
     # Training forbids transfers in its steps; while the first is traced, these few are meant.
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-        ids = jnp.arange(num_experts, dtype=jnp.int32)
-        given = (ids[:, None] - ids[None, :k]) % num_experts
-        same = jnp.zeros(num_experts)
+        index = jnp.arange(num_experts, dtype=jnp.int32)
+        given = (index[:, None] - index[None, :k]) % num_experts
         tokens = Tokens(
-            x=jnp.zeros((num_experts, cfg.dim)), mask=ids >= 0, ids=jnp.zeros_like(ids), given=given
+            x=jnp.zeros((num_experts, cfg.dim)),
+            mask=index >= 0,
+            ids=index * (0 if replays else (cfg.vocab_size - 1) // num_experts),
+            given=given if replays else None,
         )
-        found = router.route(Inputs(jnp.zeros((num_experts, num_experts)), same, tokens), cfg)
-        replayed = (jnp.sort(found.expert_ids) == jnp.sort(given)).all()
-    if not replayed:
-        raise ValueError(
-            f"router={cfg.router!r} returns other experts than those to replay; let it return "
-            "ops.routing.replay(ids, x.tokens.given)"
-        )
+        logits = jnp.zeros((num_experts, num_experts)) if replays else jnp.eye(num_experts)
+        found = router.route(Inputs(logits, jnp.zeros(num_experts), tokens), cfg)
+        ids = check_routing(found, logits, cfg).expert_ids
+        return np.sort(given), np.sort(ids)
