@@ -20,6 +20,7 @@ from dsv3_jax.config.model import ATTENTION_KINDS
 from dsv3_jax.hf.tensor_names import tensor_table
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model import blocks, counting
+from dsv3_jax.model.attention import Attention
 from dsv3_jax.training.state import Job, abstract_state
 from dsv3_jax.training.step import make_step
 
@@ -144,11 +145,19 @@ def test_the_table_of_names_is_open_and_checked(summed):
         replace(summed, attention="sumed")
     with refused("attention='more': <.*> is no subclass of "):
         ds.register_attention("more", lambda x: x)
+    with refused("attention='more': More does not define make_weights"):
+        ds.register_attention("more", type("More", (Attention,), {}))
     assert "more" not in ATTENTION_KINDS and blocks.ATTENTION["mla"] is ds.MLA
     # The number of its key-value heads is its own affair; MLA has one for each query head.
     assert replace(summed, num_kv_heads=2).kv_heads == 2
     with refused("num_kv_heads=2 with attention='mla'"):
         replace(summed, attention="mla", num_kv_heads=2)
+
+
+def test_an_attention_that_keeps_no_keys_is_refused_where_it_is_made(summed, monkeypatch):
+    monkeypatch.setattr(Summed, "cache_rows", classmethod(lambda *_: {"key": (4, 6)}))
+    with refused(r"Summed.cache_rows has \['key'\], and no 'k'"):
+        Summed(summed, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("what", ["q", "k"])

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import CacheKind, Execution, ModelConfig, check_inputs, check_shapes
+from dsv3_jax.config.fields import require
 from dsv3_jax.mesh.heads import (
     HEAD_AXES,
     TOKEN_AXES,
@@ -65,7 +66,9 @@ class Attention(nnx.Module):
         heads_to_dim = (cfg.num_heads, cfg.v_head_dim, cfg.dim)
         self.w_o = param(rngs, heads_to_dim, ("heads", None, "dim"), cfg.init_std)
         self.cfg = cfg
-        _, width = self.cache_rows(cfg, "expanded")["k"]
+        rows = self.cache_rows(cfg, "expanded")
+        require("k" in rows, f"{type(self).__name__}.cache_rows has {[*rows]}, and no 'k'")
+        _, width = rows["k"]
         self.scale = rope.softmax_scale(width, cfg.yarn)
 
     def __call__(

@@ -22,7 +22,7 @@ def register_attention(name: str, kind: Any) -> None:
     """Add a kind of attention, for `attention=name` of a model's configuration.
 
     Args: kind: a subclass of `model.attention.Attention`, which says what it must define.
-    Raises: ConfigError if the name is taken, or `kind` is no such class.
+    Raises: ConfigError if the name is taken, or `kind` is no such class or lacks a method.
 
     Example:
         >>> register_attention("mla", GQA)  # doctest: +ELLIPSIS
@@ -34,6 +34,9 @@ def register_attention(name: str, kind: Any) -> None:
         raise ConfigError(
             f"attention={name!r}: {kind!r} is no subclass of model.attention.Attention"
         )
+    for method in ("make_weights", "project"):
+        if getattr(kind, method) is getattr(Attention, method):
+            raise ConfigError(f"attention={name!r}: {kind.__name__} does not define {method}")
     ATTENTION_KINDS.add(name, kind.has_latent)
     ATTENTION[name] = kind
 
