@@ -5,14 +5,18 @@ $PAIRS names a folder that remembers the rows that are done, so that the same co
 
 import hashlib
 import os
+from collections import defaultdict
 from functools import partial
-from itertools import product
+from itertools import chain, product
+from operator import attrgetter
 from pathlib import Path
 
 import jax
 import pytest
 from pairs import decoding, settings, training
 from pairs.covering import cover, pairs_of, refusal
+
+from dsv3_jax.config import to_dict
 
 DONE = os.environ.get("PAIRS")
 AREAS = {"training": (training, settings), "decoding": (decoding, decoding)}
@@ -36,6 +40,28 @@ def test_each_two_values_meet_or_are_refused():
     }
     assert all(refusal(row) for row in refused) and left <= pairs_of(refused)
     assert len(accepted) < 20  # of 729
+
+
+def test_each_field_of_the_model_and_each_value_that_a_type_lists_is_tried():
+    tried = defaultdict(set)
+    for changes in chain.from_iterable(values.values() for values in settings.FACTORS.values()):
+        for name, value in changes.items():
+            tried[name].add(value)
+
+    for name in leaves(to_dict(settings.RUN)):
+        found = tried[name] | {attrgetter(name)(settings.RUN)}
+        single = {x for value in found for x in (value if isinstance(value, tuple) else [value])}
+        assert single >= {*settings.listed(settings.kind_of(name))}, name
+        assert len(found) > 1 or not name.startswith("model."), name
+
+
+def leaves(values, prefix=""):
+    """The names, with dots, of all settings in a configuration."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 # A few rows, by what is not usual in them.

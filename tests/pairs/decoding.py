@@ -72,7 +72,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "log p": {"no": {}, "yes": {"logprobs": True}},
     "routing": {"no": {}, "yes": {"return_routing": True}},
     "stop": {"none": {}, "half": {"stop_tokens": list(range(0, 260, 2))}},
-    **of_model("attention", "layers", "heads"),
+    **of_model("attention", "layers", "sizes", "heads"),
     **of_model("router", without="sigmoid, "),
     **of_model("capacity", "tied", "positions"),
     **of_model("mesh", without="length"),

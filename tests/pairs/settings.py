@@ -1,10 +1,11 @@
 """What training by pairs combines: factors, their values, and the run that each value changes."""
 
 from collections.abc import Iterable
-from typing import Any, get_args, get_type_hints
+from itertools import zip_longest
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import dsv3_jax as ds
-from dsv3_jax.config import Balance, Execution, ModelConfig, RunConfig
+from dsv3_jax.config import Balance, ModelConfig, RunConfig
 from dsv3_jax.ops.routing import ROUTERS
 
 STEPS = 4
@@ -25,11 +26,42 @@ GRPO = CHATS | {"grpo.group": 4, "grpo.max_new_tokens": 4, "grpo.checker": "rege
 KL = GRPO | {"grpo.kl": 0.1}
 INDEXER = {"model.index_heads": 2, "model.index_dim": 8, "model.index_topk": 6}
 DSA = INDEXER | {"model.attention": "dsa"}
-SHARED = DSA | {"model.index_types": ("full", "shared"), "model.index_precision": "fp8"}
+SHARED = DSA | {"model.index_types": ("full", "shared")}
 GROUPS = {"model.num_groups": 2, "model.groups_per_token": 1}
+BEST = {
+    "model.num_groups": 4,
+    "model.groups_per_token": 2,
+    "model.group_score": "max",
+    "model.routed_scale": 1.5,
+}
 ALL = ("attention", "dense", "shared", "routed")
 SWITCH = {"model.balance.switch_alpha": 1e-2, "model.balance.z_alpha": 1e-2}
 ALONE = {"model.balance.sequence_alpha": 0.0}
+YARN = {
+    "model.yarn.factor": 4.0,
+    "model.yarn.original_max_positions": 16,
+    "model.yarn.beta_fast": 16.0,
+    "model.yarn.beta_slow": 0.5,
+    "model.yarn.mscale": 0.9,
+    "model.yarn.mscale_all_dim": 0.8,
+}
+SIZES = {
+    "model.vocab_size": 264,
+    "model.dim": 48,
+    "model.dense_dim": 40,
+    "model.num_heads": 4,
+    "model.kv_latent_dim": 20,
+    "model.nope_head_dim": 6,
+    "model.rope_head_dim": 8,
+    "model.v_head_dim": 10,
+    "model.num_experts": 16,
+    "model.num_shared_experts": 2,
+    "model.expert_dim": 20,
+    "model.max_positions": 96,
+    "model.rope_theta": 1e3,
+    "model.norm_eps": 1e-5,
+    "model.init_std": 0.15,
+}
 FSDP, COMM = {"execution.layout.fsdp": True}, "execution.layout.expert_comm"
 
 
@@ -38,9 +70,26 @@ def named(setting: str, values: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {setting: name} for name in values}
 
 
-def of_execution(name: str) -> dict[str, dict[str, Any]]:
-    """A factor of all values that a setting of `Execution` may have."""
-    return named(f"execution.{name}", get_args(get_type_hints(Execution)[name]))
+def kind_of(setting: str) -> Any:
+    """The type of a setting, by its name with dots."""
+    kind: Any = RunConfig
+    for name in setting.split("."):
+        kind = get_type_hints(kind)[name]
+    return kind
+
+
+def listed(kind: Any) -> tuple[Any, ...]:
+    """The values that a type lists; those of `Literal[...] | None` without None."""
+    if kind is bool:
+        return False, True
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(value for inner in get_args(kind) for value in listed(inner))
+
+
+def all_of(setting: str) -> dict[str, dict[str, Any]]:
+    """A factor of all values that a setting's type lists; the first is the default."""
+    return named(setting, listed(kind_of(setting)))
 
 
 def without(names: str) -> dict[str, dict[str, Any]]:
@@ -52,12 +101,23 @@ def without(names: str) -> dict[str, dict[str, Any]]:
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "how": {
         "text": {},
+        "text, documents together": {"data.separate_documents": False},
         "shards": {"data.format": "shards"},
         "chats": CHATS,
+        "chats, no bad record": CHATS | {"data.bad_records": "refuse"},
         "GRPO": GRPO,
         "GRPO, KL": KL | {"grpo.form": "constant_length"},
         "GRPO, KL at 0.7": KL | {"grpo.temperature": 0.7, "grpo.cache_dtype": "float32"},
         "GRPO at 0.7, no replay": GRPO | {"grpo.temperature": 0.7, "grpo.replay": False},
+        "GRPO of right ones": GRPO | {"grpo.learn_from": "right", "data.prompts": "text"},
+        "GRPO, two updates": GRPO | {"grpo.updates": 2, "grpo.outside": "mask"},
+        **{
+            f"GRPO by {weights}, {cache}": GRPO
+            | {"grpo.sampler_weights": weights, "grpo.cache_dtype": cache}
+            for weights, cache in zip_longest(
+                listed(kind_of("grpo.sampler_weights")), listed(kind_of("grpo.cache_dtype"))
+            )
+        },
         "warm-up": {"indexer_stage": "warm"},
     },
     "start": {
@@ -75,12 +135,18 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "mla": {},
         "mla, full queries": {"model.q_latent_dim": None},
         "dsa": DSA,
-        "dsa, shared FP8": SHARED,
+        "dsa, shared FP8": SHARED | {"model.index_precision": "fp8"},
+        "dsa, UE8M0": DSA | {"model.index_precision": "fp8_ue8m0", "model.index_interleaved": True},
         "mha": {"model.attention": "mha", "model.qk_norm": True},
         "gqa": {"model.attention": "gqa", "model.num_kv_heads": 2},
         "mqa": {"model.attention": "mqa"},
     },
-    "layers": {"dense, sparse": {}, "sparse": {"model.num_dense_layers": 0}},
+    "layers": {
+        "dense, sparse": {},
+        "sparse": {"model.num_dense_layers": 0},
+        "dense, sparse, sparse": {"model.num_layers": 3},
+    },
+    "sizes": {"usual": {}, "other": SIZES},
     "heads": {
         "none": {},
         "deepseek": {"model.mtp_depth": 1},
@@ -94,6 +160,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "softmax": {"model.router": "softmax", "model.normalize_gates": False},
         "dense": {"model.router": "dense", "model.experts_per_token": 8},
         "sigmoid in groups": GROUPS,
+        "softmax in groups": BEST | {"model.router": "softmax"},
         "sigmoid, proportional": {"model.balance.rule": "proportional"},
         "sigmoid, quantile": {"model.balance.rule": "quantile", "model.balance.bias_rate": 0.5},
     },
@@ -102,7 +169,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "tied": {"no": {}, "yes": {"model.tie_embeddings": True}},
     "positions": {
         "plain": {},
-        "YaRN": {"model.yarn.factor": 4.0, "model.yarn.original_max_positions": 16},
+        "YaRN": YARN,
         "halves": {"model.rope_interleaved": False},
     },
     "optimizer": {
@@ -110,6 +177,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "bfloat16 means": {"optim.moments_dtype": "bfloat16"},
         "muon": {"optim.name": "muon"},
     },
+    "schedule": all_of("optim.schedule"),
     "QK-clip": {"none": {}, "0.1": {"optim.qk_clip": 0.1}},
     "microbatches": {"1": {}, "2": {"optim.microbatches": 2}},
     "mesh": {
@@ -120,9 +188,9 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "expert=4, in 2 nodes": {"execution.layout.expert_nodes": 2},
         "expert=2, rows by length": {"execution.layout.length": "expert"},
     },
-    "dtype": of_execution("compute_dtype"),
-    "precision": of_execution("precision"),
-    "remat": of_execution("remat"),
+    "dtype": all_of("execution.compute_dtype"),
+    "precision": all_of("execution.precision"),
+    "remat": all_of("execution.remat"),
     "kernels": {
         "auto": {},
         "XLA": {"execution.kernels": "xla"},
