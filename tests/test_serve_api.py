@@ -138,13 +138,13 @@ def test_other_errors_have_a_status_each(fake):
         assert "access-control-allow-origin" not in response.headers
         assert ("retry-after" in response.headers) == (status == 429)
     assert post(fake, ask, host="[::1]:8000").status_code == 200
-    models = client_of(fake).models
-    (only,) = models.list()
-    assert models.retrieve(only.id) == only
+    with client_of(fake) as client:
+        (only,) = client.models.list()
+        assert client.models.retrieve(only.id) == only
+        with pytest.raises(openai.APIError, match="full"):  # after the first token
+            list(client.completions.create(model="", prompt="!fi", stream=True))
     health = httpx2.get(f"http://{fake}/health")
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
-    with pytest.raises(openai.APIError, match="full"):  # after the first token
-        list(client_of(fake).completions.create(model="", prompt="!fi", stream=True))
 
 
 def test_time_is_bounded():
