@@ -51,7 +51,7 @@ def options(home: Home, rng: Random, command: Command) -> Trial | None:
     said = home.run([*command.argv[:2], "--help"], LIMIT_S).out
     parts = re.split(r" (?=--[a-z])", re.sub(r"[\s│╭╮╰╯─]+", " ", said))[1:]
     argv = command.argv
-    for part in rng.sample(parts, rng.choice([1, 1, 2])):
+    for part in rng.sample(parts, min(rng.choice([1, 1, 2]), len(parts))):
         choices = re.search(r"\{([\w,.-]+)\}|$", part)[1] or ""
         usual = re.search(r"\(default: (.*?)\)|$", part)[1] or ""
         with contextlib.suppress(ValueError):
