@@ -1,4 +1,7 @@
-"""Group-limited routing on facts: what is learnt and sent, by how many groups a token may reach."""
+"""How much does it cost to limit a token to a few groups of experts, and what traffic does it save?
+
+Published: DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 uses 4 of 8 groups.
+"""
 
 import sys
 from pathlib import Path
@@ -76,11 +79,6 @@ def equal(kept):
 
 
 STUDY = Study(
-    question=(
-        "How much does it cost to limit a token to a few groups of experts, "
-        "and what traffic does it save?"
-    ),
-    published="DeepSeek-V2: 3 of 8 devices is nearly as good as no limit; V3 uses 4 of 8 groups",
     variants=variants,
     base="facts",
     measure=measure,

@@ -1,4 +1,8 @@
-"""Speculative decoding: the acceptance of several drafters for one model, and their speed here."""
+"""Which drafts are accepted, and is speculative decoding faster than plain decoding?
+
+Published: V3's second token: 85–90 % accepted, × 1.8; Medusa × 2.2, EAGLE × 2.7 and more,
+independent × 2–3.
+"""
 
 from functools import partial
 from unittest import mock
@@ -244,11 +248,6 @@ def faster(text, variant, published):
 
 
 STUDY = Study(
-    question="Which drafts are accepted, and is speculative decoding faster than plain decoding?",
-    published=(
-        "V3's second token: 85–90 % accepted, × 1.8; "
-        "Medusa × 2.2, EAGLE × 2.7 and more, independent × 2–3"
-    ),
     variants=variants,
     measure=measure,
     measure_alone=measure_alone,

@@ -1,4 +1,7 @@
-"""Cache dtypes: loss by bytes per token, for MLA's latents and for per-head keys and values."""
+"""How many bits does each cached number need, and does MLA's latent need more than keys and values?
+
+Published: DeepSeek-V2 is served with 6 bits per element on average; no loss is given.
+"""
 
 from dataclasses import asdict
 from unittest import mock
@@ -141,11 +144,6 @@ def more_than_keys(dtype):
 
 
 STUDY = Study(
-    question=(
-        "How many bits does each cached number need, "
-        "and does MLA's latent need more than keys and values?"
-    ),
-    published="DeepSeek-V2 is served with 6 bits per element on average; no loss is given",
     variants=variants,
     measure=measure,
     table=table,

@@ -1,4 +1,8 @@
-"""Specialisation of experts by domain and layer: loss-free balance against an auxiliary loss."""
+"""Do experts specialise by domain, and more so without an auxiliary loss?
+
+Published: the loss-free model's experts specialise more than the auxiliary-loss model's (V3 report,
+figure 9).
+"""
 
 from dsv3_jax import stats
 from dsv3_jax.config import replace
@@ -69,11 +73,6 @@ def token_against_domain(numbers):
 BIAS, SEQUENCE = "loss-free, γ 3e-3", "sequence-wise, α 3e-3"
 
 STUDY = Study(
-    question="Do experts specialise by domain, and more so without an auxiliary loss?",
-    published=(
-        "the loss-free model's experts specialise more than the auxiliary-loss model's "
-        "(V3 report, figure 9)"
-    ),
     variants=variants,
     measure=measure,
     columns=(

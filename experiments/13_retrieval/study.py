@@ -1,4 +1,7 @@
-"""YaRN: a model trained at L finds keys up to 16L away, and reads text of 4L.
+"""Does YaRN extend a model to 4 and to 16 times its training length?
+
+Published: 4K → 128K in two short phases, every needle found (V3 report, figure 8); 99 % of passkeys
+(YaRN).
 
 L is the base's row length: that of the recipe "retrieval" for keys, of "lab" for text.
 """
@@ -239,11 +242,6 @@ def on_keys(text, variant, against, key):
 
 
 STUDY = Study(
-    question="Does YaRN extend a model to 4 and to 16 times its training length?",
-    published=(
-        "4K → 128K in two short phases, every needle found (V3 report, figure 8); "
-        "99 % of passkeys (YaRN)"
-    ),
     variants=variants,
     base="retrieval",
     prepare=prepare,

@@ -1,4 +1,8 @@
-"""AdamW against Muon and Muon with QK-clip: steps to a loss, and heads' largest logits."""
+"""Does Muon reach AdamW's loss in half the steps, and does QK-clip bound logits for nothing?
+
+Published: Muon needs 52 % of AdamW's training FLOPs (arXiv 2502.16982); QK-clip at 100 changes no
+loss (K2).
+"""
 
 from functools import partial
 
@@ -83,13 +87,6 @@ def steps_to(results, variant):
 same_loss = partial(Claim, expect="equal", margin=0.02)
 logit_claim = partial(Claim, key=ln("max_logit"), unit="ln logit", digits=2)
 STUDY = Study(
-    question=(
-        "Does Muon reach AdamW's loss in half the steps, and does QK-clip bound logits for nothing?"
-    ),
-    published=(
-        "Muon needs 52 % of AdamW's training FLOPs (arXiv 2502.16982); "
-        "QK-clip at 100 changes no loss (K2)"
-    ),
     variants=variants,
     measure=measure,
     columns=(

@@ -1,4 +1,10 @@
-"""A router's life: when choices settle, what the bias does, and which experts are not needed."""
+"""When do a router's choices settle, what does the bias do, and which experts can a model do
+without?
+
+Published: 60 % of OLMoE's choices are made after 1 % of training, 80 % after 40 % (2409.02060);
+pruning by error beats pruning by load and at random (2402.14800), pruning beats merging
+(2510.13999).
+"""
 
 from functools import partial
 from itertools import combinations
@@ -243,15 +249,6 @@ def removed(text, variant, way, other, share):
 
 
 STUDY = Study(
-    question=(
-        "When do a router's choices settle, what does the bias do, "
-        "and which experts can a model do without?"
-    ),
-    published=(
-        "60 % of OLMoE's choices are made after 1 % of training, 80 % after 40 % (2409.02060); "
-        "pruning by error beats pruning by load and at random (2402.14800), "
-        "pruning beats merging (2510.13999)"
-    ),
     variants=variants,
     measure=measure,
     columns=COLUMNS,

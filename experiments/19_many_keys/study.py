@@ -1,4 +1,9 @@
-"""What a cached row holds: recall of many keys by MLA's widths and by other kinds of attention."""
+"""What does recall of many keys need of MLA: the latent's width, the rotated part, the queries'
+width?
+
+Published: MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); no figure
+for recall.
+"""
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import elements_per_token
@@ -76,14 +81,6 @@ def same(text, variant, against):
 
 
 STUDY = Study(
-    question=(
-        "What does recall of many keys need of MLA: "
-        "the latent's width, the rotated part, the queries' width?"
-    ),
-    published=(
-        "MLA is at least as good as MHA, and MHA better than GQA and MQA (DeepSeek-V2); "
-        "no figure for recall"
-    ),
     variants=variants,
     base="many_keys",
     seeds=4,

@@ -1,4 +1,7 @@
-"""Rules of balancing where the right division is known: 16 domains apart, 16 experts."""
+"""What does each rule of balancing do to experts whose right division is known?
+
+Published: batch-wise loss and bias 2.253, sequence-wise 2.258 (1B, V3 report, section 4.5.3).
+"""
 
 import numpy as np
 
@@ -62,8 +65,6 @@ def divides(text, variant, against):
 
 
 STUDY = Study(
-    question="What does each rule of balancing do to experts whose right division is known?",
-    published="batch-wise loss and bias 2.253, sequence-wise 2.258 (1B, V3 report, section 4.5.3)",
     variants=variants,
     base="domains",
     seeds=5,

@@ -1,4 +1,8 @@
-"""Two claims at widths of 48, 96 and 192: MLA against MHA, a multi-token module against none."""
+"""Do MLA's lead over MHA and the module's gain hold at half and at double the width?
+
+Published: MLA better than MHA at 16B and 250B (DeepSeek-V2); more tokens ahead cost small models
+(Gloeckle).
+"""
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study
@@ -27,11 +31,6 @@ def variants(base):
 
 
 STUDY = Study(
-    question="Do MLA's lead over MHA and the module's gain hold at half and at double the width?",
-    published=(
-        "MLA better than MHA at 16B and 250B (DeepSeek-V2); "
-        "more tokens ahead cost small models (Gloeckle)"
-    ),
     variants=variants,
     columns=(
         Column("learning rate", lambda results, variant: results.values(variant, "rate"), 4),

@@ -1,4 +1,8 @@
-"""When induction forms: by the optimizer, and with multi-token heads."""
+"""When does induction form, and do multi-token heads or Muon bring it forward?
+
+Published: two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure
+7).
+"""
 
 import itertools
 
@@ -64,10 +68,6 @@ def sooner(text, variant, against):
 
 
 STUDY = Study(
-    question="When does induction form, and do multi-token heads or Muon bring it forward?",
-    published=(
-        "two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)"
-    ),
     variants=variants,
     base="chains",
     measure=measure,

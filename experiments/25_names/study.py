@@ -1,4 +1,8 @@
-"""Two-token names: whether multi-token heads bring their induction forward."""
+"""Do multi-token heads bring the induction of two-token names forward?
+
+Published: two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure
+7).
+"""
 
 import numpy as np
 
@@ -70,10 +74,6 @@ COLUMNS = (
     Column("bits above the optimum", "above", 3, paired=True),
 )
 STUDY = Study(
-    question="Do multi-token heads bring the induction of two-token names forward?",
-    published=(
-        "two-token prediction raises the induction of models up to 30M (arXiv 2404.19737, figure 7)"
-    ),
     variants=variants,
     base="names",
     seeds=6,

@@ -1,4 +1,7 @@
-"""Sparse attention: loss and keys found by k and by the indexer's warm-up, and what it costs.
+"""How few tokens does sparse attention need, and does its indexer need a warm-up?
+
+Published: k 2,048 of up to 128K, a warm-up of 1,000 steps: no substantial loss against V3.1 (V3.2
+report).
 
 L is the base's row length. Two tasks share one small model: text in rows of 4L, and one-hop
 retrieval that is trained at L and asked at 4L.
@@ -273,11 +276,6 @@ loss_claim = partial(Claim, key="final/text", stake="choice")
 logits_claim = partial(Claim, expect="higher", unit="logits", digits=2)
 keys_claim = partial(logits_claim, key=logit("final/keys", FAR_KEYS), stake="reach")
 STUDY = Study(
-    question="How few tokens does sparse attention need, and does its indexer need a warm-up?",
-    published=(
-        "k 2,048 of up to 128K, a warm-up of 1,000 steps: "
-        "no substantial loss against V3.1 (V3.2 report)"
-    ),
     variants=variants,
     base="retrieval",
     measure=measure,

@@ -1,4 +1,8 @@
-"""Rules of balancing when the mix of domains changes: how fast the load is even again."""
+"""Which rule of balance follows a change of the data, and what does it drop meanwhile?
+
+Published: none of a change of the mix; loss-free balance moves by γ a step (arXiv 2408.15664),
+quantile balancing needs no γ (J. Su; Marin 32B-A5B).
+"""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -124,11 +128,6 @@ def rise(text, variant):
 
 
 STUDY = Study(
-    question="Which rule of balance follows a change of the data, and what does it drop meanwhile?",
-    published=(
-        "none of a change of the mix; loss-free balance moves by γ a step (arXiv 2408.15664), "
-        "quantile balancing needs no γ (J. Su; Marin 32B-A5B)"
-    ),
     variants=variants,
     base="domains",
     seeds=5,

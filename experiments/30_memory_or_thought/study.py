@@ -1,4 +1,8 @@
-"""Experts against dense layers, at equal FLOPs and at equal parameters: facts, and two hops."""
+"""What do more experts buy: facts, or steps of reasoning?
+
+Published: memory grows with total parameters, reasoning does not (arXiv 2508.18672); at equal total
+and FLOPs, a fifth active beats dense (2506.12119).
+"""
 
 import math
 
@@ -137,11 +141,6 @@ def claim(text, task, variant, against, expect="lower"):
 
 
 STUDY = Study(
-    question="What do more experts buy: facts, or steps of reasoning?",
-    published=(
-        "memory grows with total parameters, reasoning does not (arXiv 2508.18672); "
-        "at equal total and FLOPs, a fifth active beats dense (2506.12119)"
-    ),
     variants=variants,
     base="facts",
     seeds=5,  # two hops form suddenly, at steps that differ by seed

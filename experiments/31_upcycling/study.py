@@ -1,4 +1,8 @@
-"""Ways to make a mixture of a dense run, at three budgets, against one from scratch."""
+"""From a dense run, when does a mixture from scratch overtake an upcycled one?
+
+Published: copies lead at first, train more slowly than from scratch and stay alike; with half of
+their units at random they do not (2502.19261).
+"""
 
 from functools import partial
 from pathlib import Path
@@ -120,11 +124,6 @@ def claim(text, budget, way, against):
 
 HALF, ONE, TWO = BUDGETS
 STUDY = Study(
-    question="From a dense run, when does a mixture from scratch overtake an upcycled one?",
-    published=(
-        "copies lead at first, train more slowly than from scratch and stay alike; with half of "
-        "their units at random they do not (2502.19261)"
-    ),
     variants=variants,
     base="facts",
     prepare=prepare,

@@ -1,4 +1,7 @@
-"""GRPO whose sampler has rounded weights: what that costs, and what gives it back."""
+"""How much sampler error does GRPO bear, and what do replay and masking give back?
+
+Published: where samplers route otherwise RL collapses, and replay helps (arXiv 2510.11370).
+"""
 
 import json
 from functools import partial
@@ -171,8 +174,6 @@ def claim(text, variant, against, expect, stake="", key=RIGHT):
 
 
 STUDY = Study(
-    question="How much sampler error does GRPO bear, and what do replay and masking give back?",
-    published="where samplers route otherwise RL collapses, and replay helps (arXiv 2510.11370)",
     variants=variants,
     base="sums",
     seeds=6,

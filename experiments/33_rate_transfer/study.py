@@ -1,4 +1,8 @@
-"""The best learning rate at half and at double width: AdamW, muP and Muon, dense and mixture."""
+"""Does one learning rate serve all widths: for AdamW, muP and Muon, dense and mixture?
+
+Published: with muP the best rate stays, without it falls with width (arXiv 2203.03466); so for
+mixtures, but for finer experts (2508.09752).
+"""
 
 import math
 
@@ -151,11 +155,6 @@ def stake(kind):
 
 
 STUDY = Study(
-    question="Does one learning rate serve all widths: for AdamW, muP and Muon, dense and mixture?",
-    published=(
-        "with muP the best rate stays, without it falls with width (arXiv 2203.03466); "
-        "so for mixtures, but for finer experts (2508.09752)"
-    ),
     variants=variants,
     seeds=2,
     measure=measure,

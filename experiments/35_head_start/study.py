@@ -1,4 +1,7 @@
-"""One expert begins ahead: does it stay ahead, and does the bias take its lead away?"""
+"""Does an expert that begins ahead stay ahead, and does the bias take its lead away?
+
+Published: without balance favoured experts are trained more and chosen more (arXiv 1701.06538).
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,10 +109,6 @@ def claim(text, names, key, expect="higher", unit="ln", **more):
 
 
 STUDY = Study(
-    question="Does an expert that begins ahead stay ahead, and does the bias take its lead away?",
-    published=(
-        "without balance favoured experts are trained more and chosen more (arXiv 1701.06538)"
-    ),
     variants=variants,
     base="facts",
     seeds=4,

@@ -1,4 +1,8 @@
-"""What MLA's rotated part is worth: none, all of the keys, and added in place of joined."""
+"""What is MLA's rotated part worth, and must it be joined to the other one?
+
+Published: RoPE on keys that come from the latent forbids absorption, so DeepSeek-V2 joins a rotated
+key that all heads share; no loss is given for other ways.
+"""
 
 import jax.numpy as jnp
 
@@ -99,11 +103,6 @@ def claim(text, variant, expect="none"):
 
 
 STUDY = Study(
-    question="What is MLA's rotated part worth, and must it be joined to the other one?",
-    published=(
-        "RoPE on keys that come from the latent forbids absorption, so DeepSeek-V2 joins a rotated "
-        "key that all heads share; no loss is given for other ways"
-    ),
     variants=variants,
     seeds=5,
     columns=(

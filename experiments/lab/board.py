@@ -218,9 +218,7 @@ def _train(
 
     of_track = TRACKS[track]
     base = OF_TASKS[of_track.base] if runs_folder == RUNS_FOLDER else short_run(of_track.base)
-    study = Study(
-        of_track.text, "", variants, base=of_track.base, measure=measure, folder=folder.resolve()
-    )
+    study = Study(variants, base=of_track.base, measure=measure, folder=folder.resolve())
     runs = study.list_runs(base, seeds, runs_folder)
     missing = {key for key in runs if not results.has(*key, runs[key].identity)}
     failures = run_missing(study, runs, missing, results, workers) if missing else []

@@ -5,7 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-STUDY = '''"""Say in one line what is varied and what is measured."""
+STUDY = '''"""Does half the learning rate lower the loss?
+
+Published: the papers' figure, in one line.
+"""
 
 from dsv3_jax.config import replace
 from experiments.lab import Column, Study
@@ -26,8 +29,6 @@ def variants(base):
 
 
 STUDY = Study(
-    question="Does half the learning rate lower the loss?",
-    published="the papers' figure, in one line",
     variants=variants,
     columns=(Column("validation loss", "val_loss", 4, paired=True),),
     # What the papers lead to expect. Their noise is shrunk to that of the recipe.

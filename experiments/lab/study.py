@@ -56,12 +56,12 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study of `experiments/`: the `STUDY` of a study.py."""
+    """A study of `experiments/`: the `STUDY` of a study.py, whose docstring has its question."""
 
-    question: str
-    published: str  # the papers' figure or direction, in one line
     # changes of a base recipe; differences refer to the first variant
     variants: Callable[[RunConfig], Variants]
+    question: str = ""  # the docstring's first paragraph, set by `load`
+    published: str = ""  # its second one, the papers' figure or direction
     base: str = "lab"  # name of the base recipe
     seeds: int = 3  # each variant is trained from so many seeds …
     first_seed: int = 0  # … from this one on: claims are not judged on the seeds of trials
@@ -190,4 +190,16 @@ def load(folder: Path) -> Study:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # workers are sent tasks that it defines
     spec.loader.exec_module(module)
-    return replace(module.STUDY, folder=folder.resolve())
+    question, published = read_docstring(module.__doc__ or "")
+    return replace(module.STUDY, question=question, published=published, folder=folder.resolve())
+
+
+def read_docstring(text: str) -> tuple[str, str]:
+    """Return the question and what is published, from the docstring of a study.py.
+
+    >>> read_docstring("Is it\\nso?\\n\\nPublished: yes.\\n\\nL is a length.")
+    ('Is it so?', 'yes')
+    """
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    found = [part for part in paragraphs if part.startswith("Published: ")]
+    return paragraphs[0], "".join(found).removeprefix("Published: ").removesuffix(".")

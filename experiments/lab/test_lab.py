@@ -25,7 +25,8 @@ from experiments.lab.study import load
 from experiments.lab.tables import markdown_table
 from experiments.lab.tasks import Facts
 
-STUDY = """
+STUDY = """"A question?"
+
 from dsv3_jax.config import replace
 from experiments.lab import FollowUp, Study
 from experiments.lab.claims import Claim
@@ -37,7 +38,7 @@ def variants(base):
             "heads": FollowUp(("bad",), heads)}
 
 CLAIM = Claim("the second is lower", "second", "first")
-STUDY = Study("A question?", "yes", variants, claims=(CLAIM,))
+STUDY = Study(variants, claims=(CLAIM,))
 """
 PAGE = (
     "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n"
@@ -117,7 +118,7 @@ def test_only_missing_runs_are_made_and_failures_are_named(lab, capsys):
     capsys.readouterr()
     assert lab("--list") == (0, []) and "bad, seed 1: missing, runs/lab/" in capsys.readouterr().out
     (lab.folder / "study.py").write_text(
-        STUDY.replace('"yes", variants', '"yes", variants, measure_alone=len')
+        STUDY.replace("Study(variants", "Study(variants, measure_alone=len")
     )
     made = ["first 0 []", "first 0 [] alone"]
     assert lab("--fresh", "--seeds", "0", "--only", "first") == (0, made)
@@ -191,12 +192,14 @@ def test_a_new_study_is_a_folder_that_lists_its_runs(lab, capsys):
 
 def test_a_task_of_a_study_of_its_own_reaches_a_worker(lab):
     own = "from experiments.lab.tasks import Facts\nclass Mine(Facts):\n    name = 'mine'\n"
-    (lab.folder / "study.py").write_text(own + STUDY.replace('"yes"', "Mine()"))
-    task = load(lab.folder).published
+    (lab.folder / "study.py").write_text(f"{own}{STUDY}TASK = Mine()\n")
+    load(lab.folder)
+    task = sys.modules["study_01_fake"].TASK
     assert pickle.loads(pickle.dumps(task)) == task
 
 
-REAL = """
+REAL = """"Why?"
+
 from dsv3_jax.config import replace
 from experiments.lab import FollowUp, OnTask, Study
 from experiments.lab.tasks import Facts
@@ -208,7 +211,7 @@ def variants(base):
             "bad": OnTask(Facts(), replace(base, start="nowhere")),
             "c": FollowUp(("bad",), lambda folder: OnTask(Facts(), replace(base, start=folder)))}
 
-STUDY = Study("Why?", "x", variants, base="facts",
+STUDY = Study(variants, base="facts",
               measure=lambda run: {"rows": len(run.metrics()), "layers": run.model.cfg.num_layers})
 """
 
@@ -351,7 +354,7 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
 
     parents = {str(seed): OnTask(Facts(table_seed=seed), run) for seed in (0, 1, 2)}
     children = {f"after {name}": FollowUp((name,), child) for name in parents}
-    study = Study("?", "", lambda base: parents | children, folder=tmp_path / "a" / "b")
+    study = Study(lambda base: parents | children, folder=tmp_path / "a" / "b")
     assert len({one.folder for one in study.list_runs(run, (0,)).values()}) == 6
     old = identify(run, tmp_path)
     assert old.matches(old.stored()) and not replace(old, corpus="other").matches(old.stored())
