@@ -5,8 +5,7 @@ Published: 15.6K cached numbers per token against MHA's 110.6K, at equal or bett
 """
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study
-from experiments.lab.claims import Claim
+from experiments.lab import Claim, Column, Study
 from experiments.lab.matching import matched
 from experiments.lab.parts import part
 

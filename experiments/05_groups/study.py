@@ -11,8 +11,8 @@ import numpy as np
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.rounds import mean_reach, wire_bytes
 from experiments import apart
-from experiments.lab import Column, OnTask, Study, drawing
-from experiments.lab.measuring import BITS, bits_claim, bits_stake, expert_ids, unknown_bits
+from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing
+from experiments.lab.measuring import expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
 
 GROUPS = 8
@@ -75,7 +75,7 @@ def on_mesh(trained):
 
 def equal(kept):
     text = f"{name_of(kept)} store as many facts as no limit, within {MARGIN} bits"
-    return bits_claim(text, name_of(kept), NO_LIMIT, expect="equal", margin=MARGIN, stake="reach")
+    return Claim(text, name_of(kept), NO_LIMIT, unknown_bits, "equal", "reach", MARGIN)
 
 
 STUDY = Study(
@@ -83,7 +83,7 @@ STUDY = Study(
     base="facts",
     measure=measure,
     columns=(
-        Column("bits unknown, of 6", "val_loss", 2, scale=BITS, paired=True),
+        Column("bits unknown, of 6", unknown_bits, 2, paired=True),
         Column("groups reached", "reached", 2),
         Column("groups reached by uniform choice", "reached_if_even", 2),
         Column("copies sent, 8 devices", "mesh_copies", 2),
@@ -95,9 +95,8 @@ STUDY = Study(
     draw=drawing.claims_and_variants(unknown_bits, "bits of a fact unknown, of 6"),
     claims=tuple(equal(kept) for kept in KEPT[1:-1]),
     stakes={
-        "reach": bits_stake(
-            f"all experts of a token from 1 of {GROUPS} groups",
-            lambda results: results.paired(name_of(1), NO_LIMIT, unknown_bits),
+        "reach": Stake(
+            f"all experts of a token from 1 of {GROUPS} groups", name_of(1), NO_LIMIT, unknown_bits
         )
     },
     facts={

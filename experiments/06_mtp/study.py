@@ -9,14 +9,14 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import train_flops_per_token
-from experiments.lab import Column, Study
-from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab import Claim, Column, Number, Stake, Study, logit
 
 # The first three have V3's weights: λ 0.3, then 0.1.
 OFF, ONE, LONGER = "off", "DeepSeek, depth 1", "off, with the FLOPs of depth 1"
 TWO, META = "DeepSeek, depth 2", "Meta, 2 heads"
 WEIGHTS = (0.1, 0.3, 1.0)
 TOO_LARGE = 10.0  # the check's: the module's loss then outweighs the next token's
+LOSS = "val_loss"
 DRAFTS = 10_000  # that are counted at each position, at least
 
 
@@ -60,19 +60,11 @@ def tokens_per_step(results, variant):
 
 
 def accepted(position):
-    """Return a function of a run's numbers: the accepted share of drafts at a position, %."""
-    return lambda numbers: 100 * numbers["mtp_acceptance"][position]
+    """Return the accepted share of drafts at a position, in points."""
+    return Number(f"mtp_acceptance/{position}", "points", 1, scale=100)
 
 
 FIRST, SECOND = (logit(accepted(position), DRAFTS) for position in (0, 1))
-
-
-def loss(text, variant, against, expect="lower", published=None):
-    return Claim(text, variant, against, expect=expect, published=published, stake="loss")
-
-
-def drafts(text, variant, against, key, expect="higher", stake=""):
-    return Claim(text, variant, against, key, expect, unit="logits", digits=2, stake=stake)
 
 
 STUDY = Study(
@@ -88,41 +80,34 @@ STUDY = Study(
     ),
     claims=(
         # The papers expect no direction: equal at scale, worse in small models.
-        loss("one module lowers the next token's loss", ONE, OFF, "none", published=0.0),
-        loss("two modules lower the next token's loss", TWO, OFF, "none"),
-        loss("Meta's heads lower the next token's loss", META, OFF, "none"),
-        loss("one module lowers it more than longer training with its FLOPs", ONE, LONGER),
-        drafts(
+        Claim(
+            "one module lowers the next token's loss",
+            ONE, OFF, LOSS, "none", "loss", published=0.0,
+        ),
+        Claim("two modules lower the next token's loss", TWO, OFF, LOSS, "none", "loss"),
+        Claim("Meta's heads lower the next token's loss", META, OFF, LOSS, "none", "loss"),
+        Claim(
+            "one module lowers it more than longer training with its FLOPs",
+            ONE, LONGER, stake="loss",
+        ),
+        Claim(
             "a chain's second draft is accepted more often than a parallel head's",
-            TWO,
-            META,
-            SECOND,
+            TWO, META, SECOND, "higher",
         ),
-        loss("λ of 1 gives a higher loss than V3's", constantly(1.0), ONE, "higher"),
-        loss(
+        Claim("λ of 1 gives a higher loss than V3's", constantly(1.0), ONE, LOSS, "higher", "loss"),
+        Claim(
             "λ of 0.1 throughout gives a higher loss than V3's",
-            constantly(0.1),
-            ONE,
-            "higher",
+            constantly(0.1), ONE, LOSS, "higher", "loss",
         ),
-        drafts("λ of 1 has more drafts accepted", constantly(1.0), ONE, FIRST, stake="module"),
-        drafts(
+        Claim("λ of 1 has more drafts accepted", constantly(1.0), ONE, FIRST, "higher", "module"),
+        Claim(
             "λ of 0.1 throughout has fewer drafts accepted",
-            constantly(0.1),
-            ONE,
-            FIRST,
-            "lower",
-            "module",
+            constantly(0.1), ONE, FIRST, "lower", "module",
         ),
     ),
     stakes={
-        "loss": Stake(
-            f"a module whose loss weighs {TOO_LARGE:g}",
-            lambda results: results.paired(constantly(TOO_LARGE), OFF, "val_loss"),
-        ),
-        "module": Stake(
-            "no module, no draft", lambda results: results.values(ONE, accepted(0)), "points", 1
-        ),
+        "loss": Stake(f"a module whose loss weighs {TOO_LARGE:g}", constantly(TOO_LARGE), OFF),
+        "module": Stake("no module, no draft", ONE, 0.0, accepted(0)),
     },
     facts={
         "0.3": "a weight, and published sizes",
@@ -130,4 +115,4 @@ STUDY = Study(
         "0.040": "recipe 1, which results.json does not hold",
         "67 %": "the schedule",
     },
-)
+)  # fmt: skip

@@ -19,8 +19,18 @@ from dsv3_jax.model import transformer
 from dsv3_jax.model.counting import size
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.training.loss import score_tokens
-from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
-from experiments.lab.claims import Claim, Stake, logit, percent_of
+from experiments.lab import (
+    Claim,
+    FollowUp,
+    Number,
+    Stake,
+    Study,
+    drawing,
+    logit,
+    markdown_table,
+    mean_spread,
+)
+from experiments.lab.claims import percent_of
 from experiments.lab.prompts import held_out_prompts
 
 INDEPENDENT, JOINT = "independent", "MTP"
@@ -32,7 +42,7 @@ BATCH = 8
 ROUNDS = 3
 HELD_OUT = 2**16  # tokens
 FIRST = logit("accepted/0", PROMPTS, 1.0)
-FASTER = "speed/1/times_plain/1"
+FASTER = Number("speed/1/times_plain/1", "× plain − 1")
 
 
 def variants(base):
@@ -235,16 +245,12 @@ def state_cost(results):
 
 
 def accepted(text, variant, against):
-    return Claim(
-        text, variant, against, FIRST, "higher", unit="logits", digits=2, stake="the trunk's state"
-    )
+    return Claim(text, variant, against, FIRST, "higher", "the trunk's state")
 
 
 def faster(text, variant, published):
     """Claim that one draft is faster than plain decoding at batch 1, where both cost × 1."""
-    return Claim(
-        text, variant, 1.0, FASTER, "higher", unit="× plain − 1", digits=2, published=published
-    )
+    return Claim(text, variant, 1.0, FASTER, "higher", published=published)
 
 
 STUDY = Study(
@@ -264,8 +270,6 @@ STUDY = Study(
     ),
     seeds=6,
     first_seed=3,  # on seeds 0 to 2 the claims on drafts were just too small to tell
-    stakes={"the trunk's state": Stake("heads read the state before", state_cost, "logits", 2)},
-    facts={
-        "3.5, 90 %": "published",
-    },
+    stakes={"the trunk's state": Stake("heads read the state before", key=FIRST, cost=state_cost)},
+    facts={"3.5, 90 %": "published"},
 )

@@ -13,8 +13,7 @@ from dsv3_jax.config import replace
 from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.stats.cache_quality import cache_quality
-from experiments.lab import Study, drawing, markdown_table, mean_spread
-from experiments.lab.claims import Claim, Stake
+from experiments.lab import Claim, Number, Stake, Study, drawing, markdown_table, mean_spread
 
 EXACT = CACHE_DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}
@@ -121,9 +120,8 @@ ROWS = {
 
 def keeps(dtype):
     text = f"a latent of {dtype} keeps the loss, within {MARGIN} nats"
-    return Claim(
-        text, "MLA", 0.0, change("latent", dtype), "equal", margin=MARGIN, digits=4, stake="bits"
-    )
+    loss = Number(change("latent", dtype), "nats", 4)
+    return Claim(text, "MLA", 0.0, loss, "equal", "bits", MARGIN)
 
 
 def more_than_keys(dtype):
@@ -132,15 +130,8 @@ def more_than_keys(dtype):
     def difference(numbers):
         return change("latent", dtype)(numbers) - change("expanded", dtype)(numbers)
 
-    return Claim(
-        f"at {dtype} the latent loses more than keys and values",
-        "MLA",
-        0.0,
-        difference,
-        "higher",
-        digits=4,
-        stake="bits",
-    )
+    text = f"at {dtype} the latent loses more than keys and values"
+    return Claim(text, "MLA", 0.0, Number(difference, "nats", 4), "higher", "bits")
 
 
 STUDY = Study(
@@ -157,12 +148,6 @@ STUDY = Study(
         more_than_keys("int8"),
         more_than_keys("3 bits"),
     ),
-    stakes={
-        "bits": Stake(
-            "2 bits a number", lambda results: results.values("MLA", change("latent", "2 bits"))
-        )
-    },
-    facts={
-        "8 bits": "a format",
-    },
+    stakes={"bits": Stake("2 bits a number", "MLA", 0.0, change("latent", "2 bits"))},
+    facts={"8 bits": "a format"},
 )

@@ -7,14 +7,14 @@ figure 9).
 from dsv3_jax import stats
 from dsv3_jax.config import replace
 from dsv3_jax.data.source import open_source
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Claim, Column, Number, Stake, Study, drawing
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim, Stake
 
+SWITCH, SEQUENCE, BIAS = "Switch loss, α 1e-2", "sequence-wise, α 3e-3", "loss-free, γ 3e-3"
 METHODS = {  # as in 03_balance, with the same runs
-    "Switch loss, α 1e-2": replace(NO_BALANCE, switch_alpha=1e-2),
-    "sequence-wise, α 3e-3": replace(NO_BALANCE, sequence_alpha=3e-3),
-    "loss-free, γ 3e-3": replace(NO_BALANCE, bias_rate=3e-3),
+    SWITCH: replace(NO_BALANCE, switch_alpha=1e-2),
+    SEQUENCE: replace(NO_BALANCE, sequence_alpha=3e-3),
+    BIAS: replace(NO_BALANCE, bias_rate=3e-3),
     "loss-free + sequence-wise": replace(NO_BALANCE, bias_rate=3e-3, sequence_alpha=1e-4),
     "none": NO_BALANCE,
 }
@@ -61,16 +61,18 @@ def layer(index, key):
     return lambda results, variant: results.values(variant, key)[:, index]
 
 
-def more_bits(text, variant, against, key="excess_mean"):
-    return Claim(text, variant, against, key, "higher", unit="bits", digits=3, stake="domains")
-
-
 def token_against_domain(numbers):
     """Return I(expert; token) − I(expert; domain), bits over chance."""
     return numbers["token"] - numbers["excess_mean"]
 
 
-BIAS, SEQUENCE = "loss-free, γ 3e-3", "sequence-wise, α 3e-3"
+BITS, GIVEN = (Number(key, "bits", 3) for key in ("excess_mean", "given"))
+TOKEN = Number(token_against_domain, "bits", 3)
+
+
+def more_bits(text, against, key=BITS):
+    return Claim(text, BIAS, against, key, "higher", "domains")
+
 
 STUDY = Study(
     variants=variants,
@@ -95,43 +97,18 @@ STUDY = Study(
         "excess_mean", "I(expert; domain) over chance, bits, mean of layers", linear=0.1
     ),
     claims=(
-        more_bits(
-            "the bias gives more specialised experts than a sequence-wise loss", BIAS, SEQUENCE
-        ),
-        more_bits(
-            "the bias gives more specialised experts than the Switch loss",
-            BIAS,
-            "Switch loss, α 1e-2",
-        ),
-        more_bits("the bias gives more specialised experts than no balance", BIAS, "none"),
+        more_bits("the bias gives more specialised experts than a sequence-wise loss", SEQUENCE),
+        more_bits("the bias gives more specialised experts than the Switch loss", SWITCH),
+        more_bits("the bias gives more specialised experts than no balance", "none"),
         more_bits(
             "with the token given, the bias still gives more than a sequence-wise loss",
-            BIAS,
-            SEQUENCE,
-            "given",
+            SEQUENCE, GIVEN,
         ),
         more_bits(
-            "with the token given, the bias still gives more than the Switch loss",
-            BIAS,
-            "Switch loss, α 1e-2",
-            "given",
+            "with the token given, the bias still gives more than the Switch loss", SWITCH, GIVEN
         ),
-        more_bits(
-            "an expert tells more about the token than about the domain",
-            BIAS,
-            0.0,
-            token_against_domain,
-        ),
+        more_bits("an expert tells more about the token than about the domain", 0.0, TOKEN),
     ),
-    stakes={
-        "domains": Stake(
-            "documents' domains shuffled",
-            lambda results: results.values(BIAS, "excess_mean"),
-            "bits",
-        )
-    },
-    facts={
-        "13 times": "1.679 / 0.1293",
-        "1e-4": "a weight",
-    },
-)
+    stakes={"domains": Stake("documents' domains shuffled", BIAS, 0.0, BITS)},
+    facts={"13 times": "1.679 / 0.1293", "1e-4": "a weight"},
+)  # fmt: skip

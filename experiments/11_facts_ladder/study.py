@@ -6,7 +6,7 @@ ladder helps; DeepSeek-V3 drops no token.
 """
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.ladder import (
     DENSE,
@@ -20,7 +20,7 @@ from experiments.lab.ladder import (
     ladder,
 )
 from experiments.lab.matching import FACTORS, scaled
-from experiments.lab.measuring import BITS, bits_claim, bits_stake, late_mean, unknown_bits
+from experiments.lab.measuring import late_mean, unknown_bits
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Facts
 
@@ -77,7 +77,7 @@ def table(results):
 
 
 COLUMNS = (
-    Column("bits unknown, of 6", "val_loss", 2, scale=BITS, against=(GSHARD,)),
+    Column("bits unknown, of 6", unknown_bits, 2, against=(GSHARD,)),
     Column("at half width", at("half"), 2),
     Column("at double width", at("double"), 2),
     Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
@@ -87,7 +87,7 @@ COLUMNS = (
 
 def claim(text, variant, against, expect="lower", size="base"):
     names = name_of(variant, size), name_of(against, size)
-    return bits_claim(text, *names, expect=expect, stake=size)
+    return Claim(text, *names, unknown_bits, expect, size)
 
 
 def by_size(text, variant, against):
@@ -96,10 +96,7 @@ def by_size(text, variant, against):
 
 def stake(size):
     names = name_of(DENSE, size), name_of(GSHARD, size)
-    return bits_stake(
-        f"no routed expert: dense, at {size} width",
-        lambda results: results.paired(*names, unknown_bits),
-    )
+    return Stake(f"no routed expert: dense, at {size} width", *names, unknown_bits)
 
 
 def shared_at(size):

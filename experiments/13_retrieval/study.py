@@ -19,16 +19,19 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.cross_entropy import token_scores
 from experiments.lab import (
     RUNS_FOLDER,
+    Claim,
     FollowUp,
+    Number,
     OnTask,
+    Stake,
     Study,
     drawing,
+    logit,
     markdown_table,
     mean_spread,
     write_figure,
 )
 from experiments.lab.bases import text_beside
-from experiments.lab.claims import Claim, Stake, logit
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.tasks import Retrieval
 
@@ -181,6 +184,9 @@ def far_logit(numbers, how="own"):
     return logit(partial(beyond, how=how), QUESTIONS * int(FAR.sum()))(numbers)
 
 
+FAR_KEYS = Number(far_logit, "logits")
+
+
 def loss_of_extended(numbers):
     """Return the loss beyond L of a model that trained there.
 
@@ -191,9 +197,9 @@ def loss_of_extended(numbers):
     return loss_beyond(numbers)
 
 
-def gain(key):
-    """Return a function: how much more YaRN alone has of a number than the unchanged model."""
-    return lambda numbers: key(numbers, "yarn") - key(numbers)
+def gain(key, unit="nats", digits=3):
+    """Return how much more YaRN alone has of a number than the unchanged model."""
+    return Number(lambda numbers: key(numbers, "yarn") - key(numbers), unit, digits)
 
 
 def table(results):
@@ -237,10 +243,6 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def on_keys(text, variant, against, key):
-    return Claim(text, variant, against, key, "higher", unit="logits", digits=2, stake="keys")
-
-
 STUDY = Study(
     variants=variants,
     base="retrieval",
@@ -249,61 +251,40 @@ STUDY = Study(
     table=table,
     draw=draw,
     claims=(
-        on_keys(
+        Claim(
             "YaRN without more steps finds more far keys than nothing",
-            "keys: L",
-            0.0,
-            gain(far_logit),
+            "keys: L", 0.0, gain(far_logit, "logits", 2), "higher", "keys",
         ),
         Claim(
             "YaRN without more steps keeps near keys, within 2 points",
-            "keys: L",
-            0.0,
-            gain(within),
-            "equal",
-            margin=2.0,
-            unit="points",
-            digits=1,
-            stake="keys",
+            "keys: L", 0.0, gain(within, "points", 1), "equal", "keys", 2.0,
             questions=QUESTIONS * len(DEPTHS),
         ),
-        on_keys(
+        Claim(
             "after a tenth more steps, YaRN finds more far keys than none",
-            "keys: L, then 16L with YaRN",
-            "keys: L, then 16L",
-            far_logit,
+            "keys: L, then 16L with YaRN", "keys: L, then 16L", FAR_KEYS, "higher", "keys",
         ),
-        on_keys(
+        Claim(
             "a tenth more steps with YaRN find more than 16L from the start",
-            "keys: L, then 16L with YaRN",
-            "keys: 16L",
-            far_logit,
+            "keys: L, then 16L with YaRN", "keys: 16L", FAR_KEYS, "higher", "keys",
         ),
         Claim(
             "text beyond L: YaRN without more steps has a lower loss than nothing",
-            "text: L",
-            0.0,
-            gain(loss_beyond),
+            "text: L", 0.0, gain(loss_beyond),
         ),
         Claim(
             "text beyond L: more steps with YaRN have a lower loss than without",
-            "text: L, then 4L with YaRN",
-            "text: L, then 4L",
-            loss_of_extended,
+            "text: L, then 4L with YaRN", "text: L, then 4L", loss_of_extended,
         ),
         Claim(
             "text beyond L: more steps with YaRN have a lower loss than 4L from the start",
-            "text: L, then 4L with YaRN",
-            "text: 4L",
-            loss_of_extended,
+            "text: L, then 4L with YaRN", "text: 4L", loss_of_extended,
         ),
     ),
     stakes={
         "keys": Stake(
             "no reach: far keys, against near keys",
-            lambda results: results.values("keys: L", out_of_reach),
-            "points",
-            1,
+            "keys: L", 0.0, Number(out_of_reach, "points", 1),
         )
     },
     facts={
@@ -316,4 +297,4 @@ STUDY = Study(
         "3.38": lambda results: results.values("text: L", "loss/own")[:, -1].mean(),
         "1.57": lambda results: results.values("text: L, then 4L", "loss/own")[:, -1].mean(),
     },
-)
+)  # fmt: skip

@@ -12,10 +12,8 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.loss import score_tokens
-from experiments.lab import Study, drawing, markdown_table
-from experiments.lab.claims import Claim, Stake
+from experiments.lab import Claim, Stake, Study, drawing, markdown_table, mean_spread
 from experiments.lab.measuring import skip_top
-from experiments.lab.tables import mean_spread
 
 TOP_OFF = (1, 2, 4, 8)  # experts with the highest scores that a token may not use
 # Most tokens of context; the second half of each window is scored.
@@ -144,7 +142,7 @@ ROWS = {LABELS.get(name, name): ("base", cost(name)) for name in MORE}
 
 
 def claim(text, name, stake="context", **more):
-    return Claim(text, "base", 0.0, cost(name), "higher", stake=stake, **more)
+    return Claim(text, "base", 0.0, cost(name), "higher", stake, **more)
 
 
 NO_CONTEXT = "context of 2 tokens at most"
@@ -172,12 +170,7 @@ STUDY = Study(
         claim("context beyond 32 tokens is needed", "context of 32 tokens at most"),
     ),
     stakes={
-        "context": Stake(
-            "no context but the token before",
-            lambda results: results.values("base", cost(NO_CONTEXT)),
-        )
+        "context": Stake("no context but the token before", "base", 0.0, cost(NO_CONTEXT)),
     },
-    facts={
-        "0.606": "published: 2.414 − 1.808",
-    },
+    facts={"0.606": "published: 2.414 − 1.808"},
 )

@@ -10,9 +10,8 @@ from flax import nnx
 from dsv3_jax.config import Execution, replace
 from dsv3_jax.runs.evaluate import evaluate
 from dsv3_jax.training.rounding import rounded
-from experiments.lab import Column, Study, drawing
+from experiments.lab import Claim, Column, Number, Stake, Study, drawing
 from experiments.lab.bases import at_rate
-from experiments.lab.claims import Claim, Stake
 
 EXACT = "float32"
 EXECUTIONS = {
@@ -91,7 +90,7 @@ def gradient_errors(trained):
 
 def percent(key):
     """100 · ln of a number: differences are in percent of it."""
-    return lambda numbers: 100 * np.log(numbers[key])
+    return Number(lambda numbers: 100 * np.log(numbers[key]), "%", 3)
 
 
 def error(results, variant):
@@ -108,7 +107,12 @@ ROWS = {
 
 def keeps(variant, key, what):
     text = f"{variant} keeps float32's {what} to within {BOUND} %"
-    return Claim(text, variant, EXACT, percent(key), "equal", margin=BOUND, unit="%", stake="bits")
+    return Claim(text, variant, EXACT, percent(key), "equal", "bits", BOUND)
+
+
+def rounding(numbers):
+    """Return what 3 bits for each number of the matrices cost, in percent of the loss."""
+    return percent("val_loss_int3")(numbers) - percent("val_loss")(numbers)
 
 
 STUDY = Study(
@@ -130,11 +134,9 @@ STUDY = Study(
     stakes={
         "bits": Stake(
             "float32's matrices rounded to 3 bits after training",
-            lambda results: (
-                results.values(EXACT, percent("val_loss_int3"))
-                - results.values(EXACT, percent("val_loss"))
-            ),
-            "%",
+            EXACT,
+            0.0,
+            Number(rounding, "%", 3),
         )
     },
     facts={

@@ -18,9 +18,19 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.stats.token_rows import rows_of
-from experiments.lab import Column, Study, drawing, markdown_table, mean_spread
+from experiments.lab import (
+    Claim,
+    Column,
+    Number,
+    Stake,
+    Study,
+    drawing,
+    ln,
+    logit,
+    markdown_table,
+    mean_spread,
+)
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim, Stake, ln, logit
 from experiments.lab.tables import results_table
 
 BIAS, SWITCH, UNBALANCED = "loss-free, γ 3e-3", "Switch loss, α 1e-2", "none"
@@ -234,9 +244,7 @@ SETTLED = {  # at every second checkpoint
 # The claims
 
 
-def later(text, against):
-    key = logit("early", CHOICES, 1.0)
-    return Claim(text, BIAS, against, key, unit="logits", digits=2)
+SETTLED_EARLY = logit("early", CHOICES, 1.0)
 
 
 def removed(text, variant, way, other, share):
@@ -245,7 +253,7 @@ def removed(text, variant, way, other, share):
     def gap(numbers):
         return cost(way, share)(numbers) - cost(other, share)(numbers)
 
-    return Claim(text, variant, 0.0, gap, "higher", stake="experts")
+    return Claim(text, variant, 0.0, gap, "higher", "experts")
 
 
 STUDY = Study(
@@ -259,47 +267,28 @@ STUDY = Study(
     claims=(
         Claim(
             "half of the choices are made after a fifth of training",
-            BIAS,
-            0.5,
-            "early",
-            "higher",
-            unit="",
-            digits=2,
+            BIAS, 0.5, Number("early", ""), "higher",
         ),
-        later("choices settle later with a bias than with a loss", SWITCH),
-        later("choices settle later with a bias than without balance", UNBALANCED),
         Claim(
-            "the bias evens the load",
-            BIAS,
-            0.0,
-            "work",
-            "higher",
-            unit="ln MaxVio",
-            digits=2,
-            stake="balance",
+            "choices settle later with a bias than with a loss", BIAS, SWITCH, SETTLED_EARLY
+        ),
+        Claim(
+            "choices settle later with a bias than without balance", BIAS, UNBALANCED, SETTLED_EARLY
+        ),
+        Claim(
+            "the bias evens the load", BIAS, 0.0, Number("work", "ln MaxVio"), "higher", "balance"
         ),
         removed("half the experts cost more at random than by worth", BIAS, CHANCE, WORTH, 0.5),
         removed("half the experts cost more by load than by worth", BIAS, LOAD, WORTH, 0.5),
         removed("merging costs more than pruning, at half", BIAS, MERGED, WORTH, 0.5),
         removed(
             "a quarter costs more at random than by load, without balance",
-            UNBALANCED,
-            CHANCE,
-            LOAD,
-            0.25,
+            UNBALANCED, CHANCE, LOAD, 0.25,
         ),
     ),
     stakes={
-        "balance": Stake(
-            "no balance",
-            lambda results: results.paired(UNBALANCED, BIAS, ln("max_vio/-1")),
-            "ln MaxVio",
-            2,
-        ),
-        "experts": Stake(
-            "half the experts, at random",
-            lambda results: results.values(BIAS, cost(CHANCE, 0.5)),
-        ),
+        "balance": Stake("no balance", UNBALANCED, BIAS, ln("max_vio/-1", "MaxVio")),
+        "experts": Stake("half the experts, at random", BIAS, 0.0, cost(CHANCE, 0.5)),
     },
     facts={
         "60 %, 40 %, 80 %, 50,000": "published: 1 % of 5 trillion tokens; here 1 million",
@@ -309,4 +298,4 @@ STUDY = Study(
         "55 %": lambda results: results.values(BIAS, "changed").mean(0).max(),
         "4.7": lambda results: results.values(BIAS, "max_vio_without").mean(0).max(),
     },
-)
+)  # fmt: skip

@@ -7,10 +7,9 @@ for recall.
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import elements_per_token
-from experiments.lab import Column, OnTask, Study, drawing
-from experiments.lab.claims import Claim, ln
+from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing, ln
 from experiments.lab.matching import matched
-from experiments.lab.measuring import BITS, bits_stake, unknown_bits
+from experiments.lab.measuring import BITS, unknown_bits
 from experiments.lab.tasks import ManyKeys
 
 TASK = ManyKeys(planted=16)
@@ -69,11 +68,11 @@ def measure(trained):
     }
 
 
-LOG_STEPS = ln("steps_to_half")
+STEPS = ln("steps_to_half", "steps")
 
 
-def claim(text, variant, against, expect="higher", key=unknown_bits, unit="bits", **more):
-    return Claim(text, variant, against, key, expect, unit=unit, digits=2, stake="context", **more)
+def claim(text, variant, against, expect="higher", key=unknown_bits, margin=0.0):
+    return Claim(text, variant, against, key, expect, "context", margin)
 
 
 def same(text, variant, against):
@@ -87,7 +86,7 @@ STUDY = Study(
     measure=measure,
     columns=(
         Column("numbers cached per token and layer", "cached", 0),
-        Column("bits unknown, of 2", "val_loss", 2, scale=BITS, paired=True, against=(MHA,)),
+        Column("bits unknown, of 2", unknown_bits, 2, paired=True, against=(MHA,)),
         Column("steps to half of the bits", "steps_to_half", 0),
     ),
     draw=drawing.claims_and_variants(unknown_bits, "bits of a value unknown, of 2"),
@@ -98,23 +97,9 @@ STUDY = Study(
         same("queries from 16 numbers recall as much as from all 64", queries(16), MLA),
         claim("a head that is rotated nearly whole recalls less", rotated(28), MLA),
         claim("MQA recalls less than MHA", MQA, MHA),
-        claim(
-            "norms of queries and keys make MHA learn sooner",
-            NORMED,
-            MHA,
-            "lower",
-            LOG_STEPS,
-            "ln steps",
-        ),
-        claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", LOG_STEPS, "ln steps"),
+        claim("norms of queries and keys make MHA learn sooner", NORMED, MHA, "lower", STEPS),
+        claim("MLA learns as soon as MHA or sooner", MLA, MHA, "lower", STEPS),
     ),
-    stakes={
-        "context": bits_stake(
-            "no context: chance",
-            lambda results: TASK.chance_bits - results.values(MLA, unknown_bits),
-        )
-    },
-    facts={
-        "7.6": "log2(48) + 2",
-    },
+    stakes={"context": Stake("no context: chance", TASK.chance_bits, MLA, unknown_bits)},
+    facts={"7.6": "log2(48) + 2"},
 )

@@ -7,10 +7,9 @@ import numpy as np
 
 from dsv3_jax import stats
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim
-from experiments.lab.measuring import BITS, asked_load, bits_claim, bits_stake, unknown_bits
+from experiments.lab.measuring import asked_load, unknown_bits
 from experiments.lab.tasks import Domains
 
 MIXED = Domains(count=16, words=224)
@@ -56,12 +55,15 @@ def measure(trained):
     }
 
 
-def fewer(text, variant, against, expect="lower"):
-    return bits_claim(text, variant, against, expect=expect, stake="experts")
+INFORMATION = Number("information", "bits")
+
+
+def fewer(text, variant, against):
+    return Claim(text, variant, against, unknown_bits, "lower", "experts")
 
 
 def divides(text, variant, against):
-    return Claim(text, variant, against, "information", "higher", unit="bits", digits=2)
+    return Claim(text, variant, against, INFORMATION, "higher")
 
 
 STUDY = Study(
@@ -70,7 +72,7 @@ STUDY = Study(
     seeds=5,
     measure=measure,
     columns=(
-        Column("bits unknown, of 7.8", "val_loss", 2, scale=BITS, paired=True),
+        Column("bits unknown, of 7.8", unknown_bits, 2, paired=True),
         Column("I(expert; domain), bits", "information", 2),
         Column("bits of the expert", "entropy", 2),
         Column("MaxVio", "max_vio_global", 2),
@@ -87,33 +89,18 @@ STUDY = Study(
         fewer("the bias stores more than no balance", BIAS, "none"),
         divides(
             "on batches of one domain, the bias divides more than batch-wise",
-            BIAS + ONE_DOMAIN,
-            BATCH + ONE_DOMAIN,
+            BIAS + ONE_DOMAIN, BATCH + ONE_DOMAIN,
         ),
         fewer(
             "on batches of one domain, the bias stores more than batch-wise",
-            BIAS + ONE_DOMAIN,
-            BATCH + ONE_DOMAIN,
+            BIAS + ONE_DOMAIN, BATCH + ONE_DOMAIN,
         ),
         Claim(
             "on batches of one domain, batch-wise divides no more than sequence-wise, "
             "within 0.1 bits",
-            BATCH + ONE_DOMAIN,
-            STRONG + ONE_DOMAIN,
-            "information",
-            "equal",
-            margin=0.1,
-            unit="bits",
-            digits=2,
+            BATCH + ONE_DOMAIN, STRONG + ONE_DOMAIN, INFORMATION, "equal", margin=0.1,
         ),
     ),
-    stakes={
-        "experts": bits_stake(
-            "one expert for all tokens: dense",
-            lambda results: results.paired("dense", BIAS, unknown_bits),
-        )
-    },
-    facts={
-        "0.005": "published: 2.258 − 2.253",
-    },
-)
+    stakes={"experts": Stake("one expert for all tokens: dense", "dense", BIAS, unknown_bits)},
+    facts={"0.005": "published: 2.258 − 2.253"},
+)  # fmt: skip

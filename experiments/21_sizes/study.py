@@ -5,8 +5,7 @@ Published: MLA better than MHA at 16B and 250B (DeepSeek-V2); more tokens ahead 
 """
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study
-from experiments.lab.claims import Claim
+from experiments.lab import Claim, Column, Study
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.parts import part
 
@@ -38,30 +37,23 @@ STUDY = Study(
         Column("bits per byte", "val_bits_per_byte", 4),
     ),
     measure=lambda trained: {"rate": trained.run.optim.learning_rate},
-    claims=tuple(
-        Claim(
-            f"{text}, at {size} width",
-            name_of(first, size),
-            name_of(second, size),
-            expect=expect,
-            stake=stake,
-        )
-        for text, first, second, expect, stake in (
-            (
-                "MLA has a lower loss than MHA with more parameters",
-                "MLA",
-                "MHA",
-                "lower",
-                "context",
-            ),
-            # The papers expect no direction: more tokens ahead cost small models.
-            ("a module lowers the next token's loss", "MLA with a module", "MLA", "none", ""),
-        )
-        for size in FACTORS
+    claims=(
+        *(
+            Claim(
+                f"MLA has a lower loss than MHA with more parameters, at {size} width",
+                name_of("MLA", size), name_of("MHA", size), stake="context",
+            )
+            for size in FACTORS
+        ),
+        # The papers expect no direction: more tokens ahead cost small models.
+        *(
+            Claim(
+                f"a module lowers the next token's loss, at {size} width",
+                name_of("MLA with a module", size), name_of("MLA", size), expect="none",
+            )
+            for size in FACTORS
+        ),
     ),
     stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
-    facts={
-        "0.4": "371,400 / 1000000",
-        "4.7": "4,706,592 / 1000000",
-    },
-)
+    facts={"0.4": "371,400 / 1000000", "4.7": "4,706,592 / 1000000"},
+)  # fmt: skip

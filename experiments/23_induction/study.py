@@ -9,11 +9,10 @@ import itertools
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing, ln
 from experiments.lab.bases import at_rate
-from experiments.lab.claims import Claim, ln
 from experiments.lab.matching import FACTORS, scaled
-from experiments.lab.measuring import BITS, bits_stake, formed, unknown_bits
+from experiments.lab.measuring import BITS, formed, unknown_bits
 from experiments.lab.tasks import Chains
 
 TOKENS = Chains()  # the last token chooses what follows
@@ -60,11 +59,11 @@ def measure(trained):
     }
 
 
-LOG_FORMED = ln("formed")
+FORMED = ln("formed", "steps")
 
 
 def sooner(text, variant, against):
-    return Claim(text, variant, against, LOG_FORMED, unit="ln steps", digits=2, stake="pairs")
+    return Claim(text, variant, against, FORMED, "lower", "pairs")
 
 
 STUDY = Study(
@@ -76,7 +75,7 @@ STUDY = Study(
         Column("bits above the optimum", "above", 3, paired=True, against=(MUON,)),
     ),
     draw=drawing.claims_and_variants(
-        LOG_FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400)
+        FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400)
     ),
     claims=(
         *(
@@ -91,12 +90,7 @@ STUDY = Study(
             "with Muon, a module brings order 2 forward", f"{MUON}, {MODULE}{OF_TWO}", MUON + OF_TWO
         ),
     ),
-    stakes={
-        "pairs": bits_stake(
-            "counts of tokens alone",
-            lambda results: TOKENS.bits_of_order(0) - results.values(MUON, unknown_bits),
-        )
-    },
+    stakes={"pairs": Stake("counts of tokens alone", TOKENS.bits_of_order(0), MUON, unknown_bits)},
     facts={
         "1.24": lambda _: (TOKENS.bits_of_order(0) + TOKENS.best_bits) / 2,
         "1.50": lambda _: TOKENS.bits_of_order(0),

@@ -7,9 +7,8 @@ Published: two-token prediction raises the induction of models up to 30M (arXiv 
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing, format_number
-from experiments.lab.claims import Claim, ln
-from experiments.lab.measuring import BITS, bits_stake, first_below, unknown_bits
+from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing, format_number, ln
+from experiments.lab.measuring import BITS, first_below, unknown_bits
 from experiments.lab.statistics import estimate
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Names
@@ -60,13 +59,7 @@ def table(results):
     return "\n\n".join([results_table(results, COLUMNS), *sentences])
 
 
-LOG_FORMED = ln("formed")
-
-
-def sooner(text, variant):
-    return Claim(text, variant, PLAIN, LOG_FORMED, unit="ln steps", digits=2, stake="pairs")
-
-
+FORMED = ln("formed", "steps")
 COLUMNS = (
     Column("step at which half is learnt", "formed", 0),
     Column("seconds until then", seconds, 0),
@@ -81,18 +74,13 @@ STUDY = Study(
     columns=COLUMNS,
     table=table,
     draw=drawing.claims_and_variants(
-        LOG_FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400, 800)
+        FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400, 800)
     ),
     claims=(
-        sooner("a module brings names forward", MODULE),
-        sooner("two parallel heads bring names forward", PARALLEL),
+        Claim("a module brings names forward", MODULE, PLAIN, FORMED, "lower", "pairs"),
+        Claim("two parallel heads bring names forward", PARALLEL, PLAIN, FORMED, "lower", "pairs"),
     ),
-    stakes={
-        "pairs": bits_stake(
-            "no pair of a name",
-            lambda results: TASK.bits_without_pairs - results.values(MODULE, unknown_bits),
-        )
-    },
+    stakes={"pairs": Stake("no pair of a name", TASK.bits_without_pairs, MODULE, unknown_bits)},
     facts={
         "1.12": lambda _: TASK.best_bits,
         "1.66": lambda _: TASK.bits_without_pairs,

@@ -23,8 +23,17 @@ from dsv3_jax.model.stack import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.runs.evaluate import evaluate
-from experiments.lab import Column, FollowUp, OnTask, Study, drawing
-from experiments.lab.claims import Claim, Stake, logit
+from experiments.lab import (
+    Claim,
+    Column,
+    FollowUp,
+    Number,
+    OnTask,
+    Stake,
+    Study,
+    drawing,
+    logit,
+)
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Retrieval
@@ -272,9 +281,12 @@ def beyond_latest(numbers):
     return logit(chosen_mass, MASSES)(numbers) - latest
 
 
-loss_claim = partial(Claim, key="final/text", stake="choice")
-logits_claim = partial(Claim, expect="higher", unit="logits", digits=2)
-keys_claim = partial(logits_claim, key=logit("final/keys", FAR_KEYS), stake="reach")
+LOSS = "final/text"
+FOUND = Number("final/keys", "points", 1)
+FAR = logit("final/keys", FAR_KEYS)
+CHOSEN, BEYOND = logit(chosen_mass, MASSES), Number(beyond_latest, "logits")
+RANDOM_LOSS = Number(lambda numbers: numbers["loss"]["16"] - numbers["loss"]["all"], "nats", 3)
+RANDOM_KEYS = Number(lambda numbers: numbers["far"]["all"] - numbers["far"]["8"], "points", 1, 100)
 STUDY = Study(
     variants=variants,
     base="retrieval",
@@ -282,71 +294,48 @@ STUDY = Study(
     table=table,
     draw=drawing.claims_and_variants("final/text", "nats a byte of text", linear=1.0),
     claims=(
-        loss_claim(
+        Claim(
             "k 32 after a long warm-up has dense attention's loss, within 0.02 nats",
-            MOST,
-            "text: dense, more steps",
-            expect="equal",
-            margin=0.02,
+            MOST, "text: dense, more steps", LOSS, "equal", "choice", 0.02,
         ),
         *(
-            loss_claim(f"k 16: a long warm-up ends at a lower loss than {words}", LONG, other)
+            Claim(
+                f"k 16: a long warm-up ends at a lower loss than {words}",
+                LONG, other, LOSS, stake="choice",
+            )
             for words, other in (
                 ("none", NONE),
                 ("as many sparse steps", AS_LONG),
                 ("as many sparse steps at its rate", AS_LONG_FASTER),
             )
         ),
-        logits_claim(
+        Claim(
             "k 16: after a long warm-up more of dense attention's mass is chosen than after none",
-            LONG,
-            NONE,
-            logit(chosen_mass, MASSES),
+            LONG, NONE, CHOSEN, "higher",
         ),
-        logits_claim(
+        Claim(
             "k 16: the choice has more of that mass than the latest 16 tokens",
-            LONG,
-            0.0,
-            beyond_latest,
+            LONG, 0.0, BEYOND, "higher",
         ),
         Claim(
             "k 8 finds as many keys at 4L as dense attention, within 5 points",
-            "keys: k 8, long warm-up",
-            "keys: dense, more steps",
-            "final/keys",
-            "equal",
-            margin=5.0,
-            unit="points",
-            digits=1,
+            "keys: k 8, long warm-up", "keys: dense, more steps", FOUND, "equal", "reach", 5.0,
             questions=FAR_KEYS,
-            stake="reach",
         ),
-        keys_claim(
+        Claim(
             "a long warm-up finds more keys at 4L than none",
-            "keys: k 8, long warm-up",
-            "keys: k 8, no warm-up",
+            "keys: k 8, long warm-up", "keys: k 8, no warm-up", FAR, "higher", "reach",
         ),
-        keys_claim(
+        Claim(
             "k 2: a long warm-up finds more keys at 4L than none",
-            "keys: k 2, long warm-up",
-            "keys: k 2, no warm-up",
+            "keys: k 2, long warm-up", "keys: k 2, no warm-up", FAR, "higher", "reach",
         ),
     ),
     stakes={
         "choice": Stake(
-            "16 tokens at random, of dense attention's",
-            lambda results: results.values(
-                "text: dense", lambda numbers: numbers["loss"]["16"] - numbers["loss"]["all"]
-            ),
+            "16 tokens at random, of dense attention's", "text: dense", 0.0, RANDOM_LOSS
         ),
-        "reach": Stake(
-            "8 tokens at random: keys at 4L",
-            lambda results: results.values(
-                "keys: dense", lambda numbers: 100 * (numbers["far"]["all"] - numbers["far"]["8"])
-            ),
-            "points",
-            1,
-        ),
+        "reach": Stake("8 tokens at random: keys at 4L", "keys: dense", 0.0, RANDOM_KEYS),
     },
     facts={
         "1,000, 15,000": "published",
@@ -358,4 +347,4 @@ STUDY = Study(
         "4.8 points": "70.5 - 65.7",
         "768": "64 questions of 4 distances for each of three seeds",
     },
-)
+)  # fmt: skip

@@ -7,8 +7,6 @@ Each pass reads the same held-out tokens, so two passes differ by their arithmet
 one pass are then replayed in the other one.
 """
 
-from functools import partial
-
 import jax.numpy as jnp
 import numpy as np
 from passes import Pass, read
@@ -16,9 +14,8 @@ from passes import Pass, read
 from dsv3_jax.config import replace
 from dsv3_jax.model.moe import NEAR
 from dsv3_jax.ops import routing
-from experiments.lab import Study, drawing, markdown_table, mean_spread
+from experiments.lab import Claim, Number, Stake, Study, drawing, ln, markdown_table, mean_spread
 from experiments.lab.bases import NO_BALANCE, lasting
-from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.matching import FACTORS, scaled
 
 STEPS = 180
@@ -205,12 +202,21 @@ def short(results, pair, key):
 # The claims
 
 
-def points_claim(text, against, key, expect="higher", **more):
-    return Claim(text, BASE, against, key, expect, unit="points", **more)
+def points(pair, key, digits=3):
+    return Number(of(pair, key), "points", digits)
 
 
-log_choices = ln(of(BFLOAT16, "choices"))
-ln_claim = partial(Claim, key=log_choices, unit="ln choices", expect="higher", digits=2)
+def replay(text, key):
+    """A claim that at most half of a distance is left with replay."""
+    left = Number(kept_by_replay(key), "points", 1)
+    return Claim(text, BASE, 50.0, left, "lower", "experts")
+
+
+def neighbours(numbers):
+    return numbers["shifted"] - numbers["loss"]
+
+
+CHANGES = ln(of(BFLOAT16, "choices"), "choices")
 STUDY = Study(
     variants=variants,
     seeds=5,
@@ -224,54 +230,39 @@ STUDY = Study(
     ),
     # Written before any result of these seeds.
     claims=(
-        points_claim(
+        Claim(
             "bfloat16 decoding and forward differ in 10 % of routers or more",
-            10.0,
-            of(ENGINES, "routers"),
+            BASE, 10.0, points(ENGINES, "routers"), "higher",
         ),
-        points_claim(
-            "bfloat16 changes more than 1 % of float32's choices", 1.0, of(BFLOAT16, "choices")
+        Claim(
+            "bfloat16 changes more than 1 % of float32's choices",
+            BASE, 1.0, points(BFLOAT16, "choices"), "higher",
         ),
-        points_claim(
+        Claim(
             "in float32 a batch of 32 changes under 0.01 % of choices",
-            0.01,
-            of(BATCHES, "choices"),
-            "lower",
-            questions=CHOICES,
+            BASE, 0.01, points(BATCHES, "choices"), questions=CHOICES,
         ),
-        points_claim(
+        Claim(
             f"half of bfloat16's changes have a gap below {NEAR:g}",
-            50.0,
-            of(BFLOAT16, "near"),
-            digits=1,
+            BASE, 50.0, points(BFLOAT16, "near", 1), "higher",
         ),
-        *(
-            points_claim(text, 50.0, kept_by_replay(key), "lower", digits=1, stake="experts")
-            for key, text in {
-                "kl": "replay halves the KL of bfloat16 decoding and forward",
-                "mean": "replay halves the difference of log p of bfloat16 decoding and forward",
-                "moved": "the same at tokens that change",
-                "max": "the same of the largest difference",
-            }.items()
+        replay("replay halves the KL of bfloat16 decoding and forward", "kl"),
+        replay("replay halves the difference of log p of bfloat16 decoding and forward", "mean"),
+        replay("the same at tokens that change", "moved"),
+        replay("the same of the largest difference", "max"),
+        Claim(
+            "at double width more choices change than at half",
+            "double width", "half width", CHANGES, "higher",
         ),
-        ln_claim("at double width more choices change than at half", "double width", "half width"),
-        ln_claim("with groups more choices change than without", GROUPS, BASE),
-        ln_claim(
+        Claim("with groups more choices change than without", GROUPS, BASE, CHANGES, "higher"),
+        Claim(
             "softmax changes as many choices as sigmoid, within 20 %",
-            SOFTMAX,
-            BASE,
-            expect="equal",
-            margin=0.18,
+            SOFTMAX, BASE, CHANGES, "equal", margin=0.18,
         ),
     ),
     facts={
         "81 %": lambda results: results.values(BASE, of(BFLOAT16, "near")).mean(),
         "57 %": lambda results: results.values(GROUPS, of(BFLOAT16, "near")).mean(),
     },
-    stakes={
-        "experts": Stake(
-            "each token with its neighbour's experts",
-            lambda results: results.values(BASE, "shifted") - results.values(BASE, "loss"),
-        )
-    },
-)
+    stakes={"experts": Stake("each token with its neighbour's experts", BASE, 0.0, neighbours)},
+)  # fmt: skip

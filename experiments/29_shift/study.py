@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 
 from dsv3_jax import stats
 from dsv3_jax.config import replace
-from experiments.lab import Column, OnTask, Study, drawing, write_figure
+from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing, ln, write_figure
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim, Stake, ln
-from experiments.lab.measuring import BITS, asked_load, bits_claim, overflow, steps_until
+from experiments.lab.measuring import asked_load, overflow, steps_until, unknown_bits
 from experiments.lab.tasks import ShiftingDomains
 
 SIGN, FAST_SIGN, PROPORTIONAL = "sign, γ 1e-3", "sign, γ 1e-2", "proportional, γ 1e-2"
@@ -117,14 +116,8 @@ def draw(results, path):
     write_figure(figure, path)
 
 
-def drops_less(text, variant, against, stake="change"):
-    return Claim(text, variant, against, ln("dropped", 1e-3), unit="ln %", digits=2, stake=stake)
-
-
-def rise(text, variant):
-    """Return the check that a variant without balance is less even after the change."""
-    rose = ln(lambda numbers: numbers["after"] / numbers["before"])
-    return Stake(text, lambda results: results.values(variant, rose), "ln MaxVio", 2)
+BACK, DROPPED = ln("back", "steps"), ln("dropped", "%", least=1e-3)
+ROSE = ln(lambda numbers: numbers["after"] / numbers["before"], "MaxVio")
 
 
 STUDY = Study(
@@ -139,59 +132,42 @@ STUDY = Study(
         Column("steps until even", "back", 0),
         Column("beyond capacity, %", "dropped", 2),
         Column("bits unknown, new mix", "new_bits", 3),
-        Column("bits unknown, even mix", "val_loss", 2, scale=BITS),
+        Column("bits unknown, even mix", unknown_bits, 2),
         Column("I(expert; domain), bits", "information", 2),
     ),
     draw=draw,
     claims=(
         Claim(
             "the load is even again sooner by quantile, γ 1, than by sign, γ 1e-3",
-            FULL_QUANTILE,
-            SIGN,
-            ln("back"),
-            unit="ln steps",
-            digits=2,
-            stake="change",
+            FULL_QUANTILE, SIGN, BACK, stake="change",
         ),
-        drops_less(
+        Claim(
             "quantile, γ 1, would drop fewer than sign, γ 1e-2, after the change",
-            FULL_QUANTILE,
-            FAST_SIGN,
+            FULL_QUANTILE, FAST_SIGN, DROPPED, stake="change",
         ),
-        drops_less(
-            "sign, γ 1e-3, would drop fewer than a Switch loss after the change", SIGN, SWITCH
+        Claim(
+            "sign, γ 1e-3, would drop fewer than a Switch loss after the change",
+            SIGN, SWITCH, DROPPED, stake="change",
         ),
-        drops_less(
+        Claim(
             "in blocks of one domain, quantile, γ 1, would drop fewer than sign, γ 1e-3",
-            FULL_QUANTILE + BLOCKS,
-            SIGN + BLOCKS,
-            stake="blocks",
+            FULL_QUANTILE + BLOCKS, SIGN + BLOCKS, DROPPED, stake="blocks",
         ),
-        bits_claim(
+        Claim(
             "without balance, a capacity costs bits of the new mix",
-            "none" + CAPACITY,
-            "none",
-            key="new_bits",
-            expect="higher",
-            digits=3,
-            stake="change",
+            "none" + CAPACITY, "none", Number("new_bits", "bits", 3), "higher", "change",
         ),
         Claim(
             "a Switch loss over the batch divides the domains more than over eighths of it",
-            SWITCH,
-            EIGHTHS,
-            "information",
-            "higher",
-            unit="bits",
-            digits=2,
+            SWITCH, EIGHTHS, Number("information", "bits"), "higher",
         ),
     ),
     stakes={
-        "change": rise("the change of the mix, without balance", "none"),
-        "blocks": rise("blocks of one domain, without balance", "none" + BLOCKS),
+        "change": Stake("the change of the mix, without balance", "none", 0.0, ROSE),
+        "blocks": Stake("blocks of one domain, without balance", "none" + BLOCKS, 0.0, ROSE),
     },
     facts={
         "90 %, 0.1, 0.5, 1.25": "settings",
         "0.86, 0.92": "single runs with seed 100",
     },
-)
+)  # fmt: skip

@@ -10,19 +10,16 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
-from experiments.lab import Column, FollowUp, OnTask, Study, drawing
+from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing
 from experiments.lab.bases import at_rate
-from experiments.lab.claims import Claim
-from experiments.lab.measuring import bits_stake
-from experiments.lab.results import lookup
 from experiments.lab.tasks import Facts, TwoHops
 
 FACTS, HOPS = "facts", "two hops"
 TASKS = {FACTS: Facts(), HOPS: TwoHops()}
 # A task's unknown bits: of all facts, of held-out triples. Each has its own noise.
 BITS = {
-    FACTS: "bits_per_byte_by_domain/facts",
-    HOPS: "bits_per_byte_by_domain/held out",
+    FACTS: Number("bits_per_byte_by_domain/facts", "bits"),
+    HOPS: Number("bits_per_byte_by_domain/held out", "bits"),
 }
 CHOSEN, WIDTH = 2, 16  # experts of a token, and the columns of each
 EXPERTS = (8, 16, 32, 64, 128)
@@ -126,7 +123,7 @@ def measure(trained):
     task, found = trained.task.name, {}
     before = trained.needed_numbers().values()
     key = BITS[FACTS if task == Facts.name else HOPS]
-    bits = [lookup(numbers, key) for numbers in (*before, trained.numbers)]
+    bits = [key(numbers) for numbers in (*before, trained.numbers)]
     if len(bits) == 2:
         found["growth"] = (bits[1] - bits[0]) / math.log(4)
     elif len(bits) > 2:
@@ -137,7 +134,13 @@ def measure(trained):
 
 def claim(text, task, variant, against, expect="lower"):
     names = name_of(task, variant), name_of(task, against)
-    return Claim(text, *names, BITS[task], expect, unit="bits", digits=2, stake=task)
+    return Claim(text, *names, BITS[task], expect, task)
+
+
+def gained(results):
+    """Return the bits of facts that experts store more than dense by FLOPs, beyond 2."""
+    mixture, dense = (name_of(FACTS, kind) for kind in PAIR)
+    return results.paired(dense, mixture, BITS[FACTS]) - 2
 
 
 STUDY = Study(
@@ -162,38 +165,22 @@ STUDY = Study(
         claim("facts: 128 experts store more than 32", FACTS, MOST, MIXTURE),
         Claim(
             "a doubling of the experts gains two hops less than a third of what it gains facts",
-            name_of(HOPS, MOST),
-            name_of(FACTS, MOST),
-            "third",
-            "higher",
-            unit="bits",
-            digits=2,
-            stake=HOPS,
+            name_of(HOPS, MOST), name_of(FACTS, MOST), Number("third", "bits"), "higher", HOPS,
         ),
         claim("two hops: at equal total, 32 experts know less", HOPS, MIXTURE, BY_TOTAL, "higher"),
         claim("facts: at equal total and FLOPs, 32 experts store more", FACTS, MIXTURE, BY_BOTH),
         Claim(
             "facts: what 32 experts gain over dense grows with the budget",
             *(name_of(FACTS, kind, "double budget") for kind in PAIR),
-            "growth",
-            unit="bits by ln FLOPs",
-            digits=2,
-            stake=FACTS,
+            Number("growth", "bits by ln FLOPs"), stake=FACTS,
         ),
     ),
     facts={"0.50, 3.60": "trials on seeds 100 and 101"},
     stakes={
-        FACTS: bits_stake(
-            "no experts: dense by FLOPs, beyond 2 bits",
-            lambda results: (
-                results.paired(*(name_of(FACTS, kind) for kind in PAIR[::-1]), BITS[FACTS]) - 2
-            ),
-        ),
-        HOPS: bits_stake(
+        FACTS: Stake("no experts: dense by FLOPs, beyond 2 bits", key=BITS[FACTS], cost=gained),
+        HOPS: Stake(
             "no second step: chance, against dense by total",
-            lambda results: (
-                TASKS[HOPS].chance_bits - results.values(name_of(HOPS, BY_TOTAL), BITS[HOPS])
-            ),
+            TASKS[HOPS].chance_bits, name_of(HOPS, BY_TOTAL), BITS[HOPS],
         ),
     },
-)
+)  # fmt: skip

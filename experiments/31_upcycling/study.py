@@ -10,10 +10,9 @@ from pathlib import Path
 from dsv3_jax.config import replace
 from dsv3_jax.model.upcycle import Upcycling, upcycled_config
 from dsv3_jax.runs.convert import convert
-from experiments.lab import Column, FollowUp, OnTask, Study, drawing
+from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing
 from experiments.lab.bases import lasting, make_tokenizer, text_beside
-from experiments.lab.claims import Claim
-from experiments.lab.measuring import BITS, alike, bits_claim, bits_stake, fact_bits, fact_rows
+from experiments.lab.measuring import BITS, alike, fact_bits, fact_rows
 from experiments.lab.tasks import Facts
 
 FACTS = Facts()
@@ -118,8 +117,11 @@ def at(budget, way, against):
     return f"{way}, {budget}", f"{against}, {budget}"
 
 
+UNKNOWN = Number("bits", "bits")
+
+
 def claim(text, budget, way, against):
-    return bits_claim(text, *at(budget, way, against), key="bits", stake="experts")
+    return Claim(text, *at(budget, way, against), UNKNOWN, stake="experts")
 
 
 HALF, ONE, TWO = BUDGETS
@@ -143,23 +145,18 @@ STUDY = Study(
         claim("at twice the budget half at random stores more than copies", TWO, DRAWN, COPIES),
         Claim(
             "at twice the budget copies are more alike than experts from scratch",
-            *at(TWO, COPIES, SCRATCH),
-            "alike",
-            "higher",
-            unit="",
-            digits=2,
+            *at(TWO, COPIES, SCRATCH), Number("alike", ""), "higher",
         ),
         claim("8 → 32 narrow experts store more than 32 from scratch", ONE, GROWN, SCRATCH_32),
         Claim(
             "on text, at half the budget, copies have a lower loss than from scratch",
-            *at(HALF, f"text: {COPIES}", f"text: {SCRATCH}"),
-            "nats",
+            *at(HALF, f"text: {COPIES}", f"text: {SCRATCH}"), "nats",
         ),
     ),
     stakes={
-        "experts": bits_stake(
+        "experts": Stake(
             "no experts: dense further against from scratch, × 1",
-            lambda results: results.paired(*at(ONE, FURTHER, SCRATCH), "bits"),
+            *at(ONE, FURTHER, SCRATCH), UNKNOWN,
         )
     },
-)
+)  # fmt: skip

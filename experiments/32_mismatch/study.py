@@ -10,9 +10,20 @@ import numpy as np
 
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
-from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
+from experiments.lab import (
+    Claim,
+    FollowUp,
+    Number,
+    Stake,
+    Study,
+    drawing,
+    ln,
+    logit,
+    markdown_table,
+    mean_spread,
+)
 from experiments.lab.bases import lasting
-from experiments.lab.claims import Claim, Stake, ln, logit, percent_of
+from experiments.lab.claims import percent_of
 
 BEFORE, TEXT, EXACT = "start", "more text", "float32"
 RIGHT_ALONE, COIN = "right answers alone", "a coin"
@@ -150,10 +161,13 @@ def beyond_allowed(numbers):
     return RIGHT(numbers) - numbers["allowed"]
 
 
+GAINED = Number(beyond_allowed, "logits")
+
+
 def factor_of_two(results):
     """What is left of a factor of two between the KL of the samplers of 3 bits, in ln KL."""
     pair = "3 bits, free", "3 bits, replay"
-    return np.log(2) - np.abs(results.paired(*pair, ln("kl")))
+    return np.log(2) - np.abs(results.paired(*pair, ln("kl", "")))
 
 
 def table(results):
@@ -170,7 +184,7 @@ def table(results):
 
 def claim(text, variant, against, expect, stake="", key=RIGHT):
     margin = MARGIN if expect == "equal" else 0.0
-    return Claim(text, variant, against, key, expect, margin, "logits", 2, stake)
+    return Claim(text, variant, against, key, expect, stake, margin)
 
 
 STUDY = Study(
@@ -194,16 +208,13 @@ STUDY = Study(
             "3 bits: at like KL, a sampler whose experts differ too does more harm",
             "3 bits, free", "3 bits, replay", "lower", "KL",
         ),
-        claim(f"a coin gains at most {ALLOWED}", COIN, BEFORE, "lower", key=beyond_allowed),
+        claim(f"a coin gains at most {ALLOWED}", COIN, BEFORE, "lower", key=GAINED),
     ),
     stakes={
-        "4 bits": Stake(
-            "4-bit weights of a sampler without replay",
-            lambda results: results.paired(EXACT, FREE_4, RIGHT), "logits", 2,
-        ),
+        "4 bits": Stake("4-bit weights of a sampler without replay", EXACT, FREE_4, RIGHT),
         "KL": Stake(
             "the KL of 3 bits with replay against without, beside a factor of two",
-            factor_of_two, "less in ln KL", 2,
+            key=Number("kl", "less in ln KL"), cost=factor_of_two,
         ),
     },
     facts={"78 %": "no carry, or half of the others", "0.5, 0.8, 1.2, 150 steps": "settings"},

@@ -9,9 +9,17 @@ import math
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import FollowUp, Study, drawing, markdown_table, mean_spread
+from experiments.lab import (
+    Claim,
+    FollowUp,
+    Number,
+    Stake,
+    Study,
+    drawing,
+    markdown_table,
+    mean_spread,
+)
 from experiments.lab.bases import at_rate, lasting
-from experiments.lab.claims import Claim, Stake
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
 
@@ -141,7 +149,7 @@ def rules(results):
 def claim(text, kind, arm, key, expect):
     """A claim of the slope; of an equality, that it is nearer to one rule than to the other."""
     margin = 0.5 if expect == "equal" else 0.0
-    return Claim(text, *pair_of(kind, arm), key, expect, margin, unit="", digits=2, stake=kind)
+    return Claim(text, *pair_of(kind, arm), Number(key, ""), expect, kind, margin)
 
 
 def stake(kind):
@@ -151,7 +159,7 @@ def stake(kind):
         names = [cell_of(*cell) for cell in CELLS if cell[0] == kind]
         return np.concatenate([results.values(name, "four") for name in names]) - LEAST
 
-    return Stake(f"{kind}, four times the best rate, less {LEAST} nats", cost)
+    return Stake(f"{kind}, four times the best rate, less {LEAST} nats", cost=cost)
 
 
 STUDY = Study(

@@ -8,18 +8,10 @@ from flax import nnx
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.transformer import abstract
-from experiments.lab import Column, OnTask, Study, drawing
+from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.claims import Claim
 from experiments.lab.ladder import DENSE, FINE_4, GSHARD, ladder
-from experiments.lab.measuring import (
-    BITS,
-    bits_claim,
-    bits_stake,
-    fact_bits,
-    skip_top,
-    unknown_bits,
-)
+from experiments.lab.measuring import fact_bits, skip_top, unknown_bits
 from experiments.lab.tasks import Facts
 
 ALL, THIN = "all of 16", "all of 16, an eighth as wide"
@@ -62,19 +54,14 @@ def name_of(share):
 
 
 def cost(share):
-    return lambda numbers: numbers["cost"][name_of(share)]
-
-
-def column(share):
-    title = f"without the best {name_of(share)}, bits more"
-    return Column(title, f"cost/{name_of(share)}", 2)
+    return Number(f"cost/{name_of(share)}", "bits")
 
 
 def redundancy(share):
     return Claim(
         f"without each token's best {name_of(share)} experts, 7 of 63 and a shared one lose more "
         "than 2 of 16",
-        FINE_4, GSHARD, cost(share), "higher", unit="bits", digits=2, stake="experts",
+        FINE_4, GSHARD, cost(share), "higher", "experts",
     )  # fmt: skip
 
 
@@ -83,30 +70,29 @@ STUDY = Study(
     base="facts",
     measure=measure,
     columns=(
-        Column("bits unknown, of 6", "val_loss", 2, scale=BITS, against=(GSHARD,)),
-        *map(column, SHARES),
+        Column("bits unknown, of 6", unknown_bits, 2, against=(GSHARD,)),
+        *(Column(f"without the best {name_of(s)}, bits more", cost(s), 2) for s in SHARES),
     ),
     draw=drawing.claims_and_variants(
         {name: (name, unknown_bits) for name in (GSHARD, FINE_4, ALL, THIN, DENSE)},
         "bits of a fact still unknown, of 6",
     ),
     claims=(
-        bits_claim("all of 16 experts store more than 2 of them", ALL, GSHARD, stake="experts"),
-        bits_claim(
-            "2 of 16 store more than 16 that all tokens use, of as many active parameters",
-            GSHARD, THIN, stake="experts",
+        Claim(
+            "all of 16 experts store more than 2 of them",
+            ALL, GSHARD, unknown_bits, stake="experts",
         ),
-        bits_claim(
-            "16 thin experts, weighted, store more than one layer", THIN, DENSE, expect="none"
+        Claim(
+            "2 of 16 store more than 16 that all tokens use, of as many active parameters",
+            GSHARD, THIN, unknown_bits, stake="experts",
+        ),
+        Claim(
+            "16 thin experts, weighted, store more than one layer",
+            THIN, DENSE, unknown_bits, "none",
         ),
         redundancy(SHARES[0]),
         redundancy(SHARES[1]),
     ),
-    stakes={
-        "experts": bits_stake(
-            "no routed expert: dense",
-            lambda results: results.paired(DENSE, GSHARD, unknown_bits),
-        )
-    },
+    stakes={"experts": Stake("no routed expert: dense", DENSE, GSHARD, unknown_bits)},
     facts={"3.69": "3.75 - 0.06", "1.806, 1.867, 1.808, 0.061": "published"},
 )  # fmt: skip

@@ -8,11 +8,10 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.ops import balance
-from experiments.lab import Column, FollowUp, OnTask, Study, drawing
+from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing, ln
 from experiments.lab.bases import NO_BALANCE, lasting
-from experiments.lab.claims import Claim, Stake, ln
 from experiments.lab.ladder import GSHARD, ladder
-from experiments.lab.measuring import BITS, expert_ids, fact_bits, fact_rows, unknown_bits
+from experiments.lab.measuring import expert_ids, fact_bits, fact_rows, unknown_bits
 from experiments.lab.tasks import Facts
 
 AHEAD, EVEN = "one expert ahead", "even"  # the first phase
@@ -93,19 +92,9 @@ def growth(numbers):
     return numbers["lead"] - numbers["lead_first"]
 
 
-COLUMNS = (
-    Column("lead of expert 0 at first, ln", "lead_first", 2),
-    Column("at the end, ln", "lead", 2),
-    Column("MaxVio at the end", "vio", 2),
-    Column("bits unknown, of 6", "val_loss", 2, scale=BITS),
-    Column("facts of rare experts, bits more", "rare", 2),
-)
 WITHOUT = name_of(AHEAD, NONE), name_of(EVEN, NONE)
 WITH = name_of(AHEAD, BIAS), name_of(EVEN, BIAS)
-
-
-def claim(text, names, key, expect="higher", unit="ln", **more):
-    return Claim(text, *names, key, expect, unit=unit, digits=2, stake="ahead", **more)
+LEAD, GROWTH = Number("lead", "ln"), Number(growth, "ln")
 
 
 STUDY = Study(
@@ -113,29 +102,39 @@ STUDY = Study(
     base="facts",
     seeds=4,
     measure=measure,
-    columns=COLUMNS,
+    columns=(
+        Column("lead of expert 0 at first, ln", "lead_first", 2),
+        Column("at the end, ln", "lead", 2),
+        Column("MaxVio at the end", "vio", 2),
+        Column("bits unknown, of 6", unknown_bits, 2),
+        Column("facts of rare experts, bits more", "rare", 2),
+    ),
     draw=drawing.claims_and_variants(
         {name: (name, "lead") for name in (*WITHOUT, *WITH)},
         "ln of expert 0's load over the mean one, at the end",
     ),
     claims=(
-        claim("without balance, a lead is there at the end", WITHOUT, "lead"),
         Claim(
-            "without balance, it grows after the first phase", WITHOUT[0], 0.0, growth, "higher",
-            unit="ln", digits=2, stake="ahead",
+            "without balance, a lead is there at the end", *WITHOUT, LEAD, "higher", "ahead"
         ),
-        claim("without balance, a lead leaves a larger MaxVio", WITHOUT, ln("vio", 1e-3)),
-        claim("without balance, a lead costs facts", WITHOUT, unknown_bits, unit="bits"),
-        claim("with the bias no lead is left, within 0.1", WITH, "lead", "equal", margin=0.1),
         Claim(
-            "without balance, facts of rarely used experts are known less", WITHOUT[1], 0.0, "rare",
-            "higher", unit="bits", digits=2,
+            "without balance, it grows after the first phase",
+            WITHOUT[0], 0.0, GROWTH, "higher", "ahead",
+        ),
+        Claim(
+            "without balance, a lead leaves a larger MaxVio",
+            *WITHOUT, ln("vio", "", least=1e-3), "higher", "ahead",
+        ),
+        Claim("without balance, a lead costs facts", *WITHOUT, unknown_bits, "higher", "ahead"),
+        Claim("with the bias no lead is left, within 0.1", *WITH, LEAD, "equal", "ahead", 0.1),
+        Claim(
+            "without balance, facts of rarely used experts are known less",
+            WITHOUT[1], 0.0, Number("rare", "bits"), "higher",
         ),
     ),
     stakes={
         "ahead": Stake(
-            "the head start itself, at the end of the first phase",
-            lambda results: results.paired(AHEAD, EVEN, "lead"), "ln", 2,
+            "the head start itself, at the end of the first phase", AHEAD, EVEN, LEAD
         )
     },
     facts={"1e-3": "a step size", "2.08": "the logarithm of 8"},

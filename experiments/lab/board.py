@@ -26,7 +26,7 @@ from dsv3_jax.model.counting import size
 from experiments.lab.bases import OF_TASKS, RUNS_FOLDER, short_run
 from experiments.lab.claims import Claim, Verdict, judge, ln, noise_within
 from experiments.lab.measuring import formed, unknown_bits
-from experiments.lab.results import Results, replace_block
+from experiments.lab.results import Number, Results, replace_block
 from experiments.lab.running import run_missing
 from experiments.lab.study import OnTask, Study
 from experiments.lab.tables import format_number, markdown_table
@@ -52,31 +52,27 @@ class Track:
     text: str
     task: Task
     base: str
-    score: Callable[[Mapping[str, Any]], float]
-    unit: str
+    score: Number
     like: str
-    digits: int = 2
     shown: Callable[[float], float] = float
 
 
 TRACKS = {
     "facts": Track(
-        "bits of a fact unknown, of 6", Facts(), "facts", unknown_bits, "bits", "11_facts_ladder"
+        "bits of a fact unknown, of 6", Facts(), "facts", unknown_bits, "11_facts_ladder"
     ),
     "domains": Track(
         "bits of an answer unknown, of 7.8",
         Domains(count=16, words=224),
         "domains",
         unknown_bits,
-        "bits",
         "20_known_domains",
     ),
     "induction": Track(
         "steps until half of what pairs are worth is learnt",
         Chains(),
         "chains",
-        ln("formed"),
-        "ln steps",
+        ln("formed", "steps"),
         "23_induction",
         shown=math.exp,
     ),
@@ -240,7 +236,7 @@ def enter(
     seconds = sum(record["seconds"] for record in results.records(own))
     row: dict[str, Any] = {"track": track, "recipe": name, "score": score, "seconds": seconds}
     row |= {"seeds": list(seeds), "gain": None, "visible": None}
-    shown = f"{format_number(of_track.shown(score), of_track.digits)} {of_track.text}"
+    shown = f"{format_number(of_track.shown(score), of_track.score.digits)} {of_track.text}"
     if best is None:
         print(f"{track}: {shown}; the first row")
         return row
@@ -256,8 +252,8 @@ def enter(
         print(f"{track}: {shown}; not entered: one seed tells nothing")
         return None
     gain, visible = verdict.difference.mean, verdict.visible
-    said = f"{format_number(gain, of_track.digits, sign=True)} {of_track.unit}"
-    bound = f"{format_number(visible, of_track.digits)} is visible here"
+    said = f"{format_number(gain, of_track.score.digits, sign=True)} {of_track.score.unit}"
+    bound = f"{format_number(visible, of_track.score.digits)} is visible here"
     if verdict.answer != "yes" or -gain <= visible:
         print(f"{track}: {shown}; not entered: {said} against {best['recipe']}, {bound}")
         return None
@@ -271,7 +267,7 @@ def compare(
     """Judge that a recipe is better, by the noise of the track's study; None for one seed."""
     like = Results(experiments / of_track.like / "results.json")
     noise = noise_within(like)
-    claim = Claim("better", own, other, of_track.score, "lower", unit=of_track.unit)
+    claim = Claim("better", own, other, of_track.score)
     verdicts, _ = judge(results, [claim], {}, lambda key, compared=(): noise(key))
     return verdicts[0] if verdicts else None
 
@@ -281,14 +277,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ["track", "recipe", "score", "against the best before it (visible)", "seconds"]
     lines = []
     for track, of_track in TRACKS.items():
+        number = of_track.score
         for row in reversed([row for row in rows if row["track"] == track]):
             against = ""
             if row["gain"] is not None:
-                gain = format_number(row["gain"], of_track.digits, sign=True)
-                against = (
-                    f"{gain} ({format_number(row['visible'], of_track.digits)}) {of_track.unit}"
-                )
-            score = format_number(of_track.shown(row["score"]), of_track.digits)
+                gain = format_number(row["gain"], number.digits, sign=True)
+                against = f"{gain} ({format_number(row['visible'], number.digits)}) {number.unit}"
+            score = format_number(of_track.shown(row["score"]), number.digits)
             recipe = f"[{row['recipe']}]({row['recipe']}.py)"
             words = f"{score} {of_track.text}"
             seconds = f"{row['seconds']:.0f}"

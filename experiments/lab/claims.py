@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from experiments.lab.results import Key, Results, lookup
+from experiments.lab.results import Key, Number, Results, lookup, shown_with
 from experiments.lab.statistics import (
     Difference,
     Noise,
@@ -36,15 +36,16 @@ class Claim:
     Attributes:
         text: the claim, as a sentence that "yes" agrees to.
         against: another variant, or a constant such as a chance level.
-        key: the number, see `Results.values`. Differences of shares are in logits, see `logit`.
+        key: the number, see `Results.values`. It is a loss in nats, or a `Number` that has another
+            unit. Differences of shares are in logits, see `logit`.
         expect: what the papers lead to expect. "none": they expect no direction, so the claim's
             text is what a lower number means.
-        margin: for "equal": the largest difference that counts as equal.
-        questions: of a share in points: that it rests on, in a run. Then half of the interval is
-            at least what these questions tell if none is wrong, see `share_bound`.
         stake: the name of the manipulation check that the claim needs, in `Study.stakes`. "" means
             that the claim is about the subject itself.
+        margin: for "equal": the largest difference that counts as equal.
         published: the papers' difference in the same unit, if there is one.
+        questions: of a share in points: that it rests on, in a run. Then half of the interval is
+            at least what these questions tell if none is wrong, see `share_bound`.
     """
 
     text: str
@@ -52,10 +53,8 @@ class Claim:
     against: str | float
     key: Key = "val_loss"
     expect: Expected = "lower"
-    margin: float = 0.0
-    unit: str = "nats"
-    digits: int = 3
     stake: str = ""
+    margin: float = 0.0
     published: float | None = None
     questions: int = 0
 
@@ -64,20 +63,40 @@ class Claim:
             words = ", ".join(get_args(Expected))
             raise ValueError(f"expect={self.expect!r} of claim={self.text!r} is not one of {words}")
 
+    @property
+    def unit(self) -> str:
+        """The unit of the number."""
+        return shown_with(self.key)[0]
+
+    @property
+    def digits(self) -> int:
+        """The decimals that differences are shown with."""
+        return shown_with(self.key)[1]
+
 
 @dataclass(frozen=True)
 class Stake:
-    """A manipulation check: what it costs to take a study's subject away.
+    """A manipulation check: what it costs to take a study's subject away, paired by seed.
 
     Attributes:
         text: what is taken away, as in "routed experts off".
-        cost: (results) → the cost by seed, paired. An empty array means that it is not measured.
+        variant: the one without the subject, or a constant such as a chance level.
+        against: the one with the subject, or a constant.
+        key: the number that is higher without the subject, as for a claim.
+        cost: (results) → the cost by seed, where it is no such difference.
     """
 
     text: str
-    cost: Callable[[Results], np.ndarray]
-    unit: str = "nats"
-    digits: int = 3
+    variant: str | float = 0.0
+    against: str | float = 0.0
+    key: Key = LOSS
+    cost: Callable[[Results], np.ndarray] | None = None
+
+    def by_seed(self, results: Results) -> np.ndarray:
+        """Return the cost by seed. Raises: KeyError or IndexError if it is not measured."""
+        if self.cost is not None:
+            return self.cost(results)
+        return results.paired(self.variant, self.against, self.key)
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ class Check:
     @property
     def sentence(self) -> str:
         """One sentence on the outcome."""
-        stake, digits = self.stake, self.stake.digits
+        stake, (unit, digits) = self.stake, shown_with(self.stake.key)
         if self.cost is None:
             return (
                 f"Manipulation check, {stake.text}: not measured, "
@@ -118,7 +137,7 @@ class Check:
         if not self.passed:
             outcome = "not above 0, so claims that need it get no verdict"
         return (
-            f"Manipulation check, {stake.text}: costs {cost} ({low} to {high}) {stake.unit}, "
+            f"Manipulation check, {stake.text}: costs {cost} ({low} to {high}) {unit}, "
             f"n = {self.cost.seeds}: {outcome}."
         )
 
@@ -184,8 +203,8 @@ def independent(table: Table, begun: Mapping[str, str], compared: Sequence[str] 
     return {variant: table[variant] for variant in chosen.values()}
 
 
-def logit(key: Key, questions: int, whole: float = 100.0) -> Callable[[Mapping], float]:
-    """Return a function of a run's numbers: ln(right / wrong), each with half a question more.
+def logit(key: Key, questions: int, whole: float = 100.0) -> Number:
+    """Return a number of a run: ln(right / wrong), each with half a question more.
 
     Args: key: the share, of `whole`; questions: that it rests on.
 
@@ -197,18 +216,20 @@ def logit(key: Key, questions: int, whole: float = 100.0) -> Callable[[Mapping],
         share = float(lookup(numbers, key)) / whole
         return float(np.log((share * questions + 0.5) / ((1 - share) * questions + 0.5)))
 
-    return found
+    return Number(found, "logits")
 
 
-def ln(key: Key, least: float = 0.0) -> Callable[[Mapping], float]:
-    """Return a function of a run's numbers: the logarithm of one, or of `least`.
+def ln(key: Key, unit: str, least: float = 0.0) -> Number:
+    """Return a number of a run: the logarithm of another one, or of `least`.
 
     Its noise is alike where that of the number itself grows with the number.
 
-    >>> ln("steps/-1")({"steps": [2, math.e]}), ln("lost", least=1)({"lost": 0.0})
+    Args: unit: of the number, as "steps"; that of the logarithm is "ln steps".
+
+    >>> ln("steps/-1", "steps")({"steps": [2, math.e]}), ln("lost", "%", least=1)({"lost": 0.0})
     (1.0, 0.0)
     """
-    return lambda numbers: math.log(max(lookup(numbers, key), least))
+    return Number(lambda numbers: math.log(max(lookup(numbers, key), least)), f"ln {unit}".strip())
 
 
 def percent_of(logits: np.ndarray) -> np.ndarray:
@@ -295,7 +316,7 @@ def answer_to(claim: Claim, found: Difference, adjusted_p: float) -> Answer:
 def _check(stake: Stake, results: Results) -> Check:
     """Check by the paired cost's own interval."""
     try:
-        return Check(stake, estimate(stake.cost(results).tolist()))
+        return Check(stake, estimate(stake.by_seed(results).tolist()))
     except (KeyError, IndexError, ValueError):
         return Check(stake, None)
 

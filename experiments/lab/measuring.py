@@ -15,25 +15,14 @@ from scipy.optimize import linear_sum_assignment
 from dsv3_jax.config import ModelConfig, replace
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops import routing
-from experiments.lab.claims import Claim, Stake
-from experiments.lab.results import Results
+from experiments.lab.results import Number, Results
 from experiments.lab.tasks import Facts, Retrieval
 
 BITS = 1 / math.log(2)  # bits of a nat
 
 
-def unknown_bits(numbers: Mapping[str, Any]) -> float:
-    """Return the bits of an answer of a task that are still unknown.
-
-    >>> round(unknown_bits({"val_loss": math.log(4)}), 3)
-    2.0
-    """
-    return numbers["val_loss"] * BITS
-
-
-# Claims and manipulation checks about these bits.
-bits_claim = partial(Claim, key=unknown_bits, unit="bits", digits=2)
-bits_stake = partial(Stake, unit="bits", digits=2)
+# Bits of an answer of a task that are still unknown.
+unknown_bits = Number("val_loss", "bits", scale=BITS)
 
 
 def late_mean(key: str) -> Callable[[Results, str], np.ndarray]:

@@ -11,8 +11,7 @@ Published: the papers' figure, in one line.
 """
 
 from dsv3_jax.config import replace
-from experiments.lab import Column, Study
-from experiments.lab.claims import Claim, Stake
+from experiments.lab import Claim, Column, Stake, Study
 
 
 def variants(base):
@@ -34,12 +33,7 @@ STUDY = Study(
     # What the papers lead to expect. Their noise is shrunk to that of the recipe.
     claims=(Claim("half the rate has a lower loss", "half the rate", "as it is", stake="rate"),),
     # What taking the subject away costs: if that is not above 0, there is no verdict.
-    stakes={
-        "rate": Stake(
-            "hardly any learning",
-            lambda results: results.paired("hardly any rate", "as it is", "val_loss"),
-        )
-    },
+    stakes={"rate": Stake("hardly any learning", "hardly any rate", "as it is")},
 )
 '''
 README = """# Does half the learning rate lower the loss?

@@ -8,6 +8,7 @@ study asks for. Results of different identities are never shown together.
 import io
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,29 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 Key = str | Callable[[Mapping], Any]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a run, with the unit and the digits that claims about it are shown with.
+
+    >>> Number("share", "%", 1, scale=100)({"share": 0.25})
+    25.0
+    """
+
+    key: Key
+    unit: str
+    digits: int = 2
+    scale: float = 1.0
+
+    def __call__(self, numbers: Mapping) -> Any:
+        found = lookup(numbers, self.key)
+        return found if self.scale == 1 else found * self.scale
+
+
+def shown_with(key: Key) -> tuple[str, int]:
+    """Return a number's unit and digits: a `Number`'s own, or those of a loss in nats."""
+    return (key.unit, key.digits) if isinstance(key, Number) else ("nats", 3)
 
 
 class MissingRuns(KeyError):
@@ -165,11 +189,16 @@ class Results:
             [lookup(record["numbers"], key) for record in self.records(variant)], np.float64
         )
 
-    def paired(self, variant: str, first: str, key: Key) -> np.ndarray:
+    def paired(self, variant: str | float, first: str | float, key: Key) -> np.ndarray:
         """Return `variant` − `first` for each seed that both have, float64 [seeds].
 
-        The seed's effect on both variants cancels. Raises: as `values`.
+        The seed's effect on both variants cancels. One of them may be a constant. Raises: as
+        `values`.
         """
+        if not isinstance(variant, str):
+            return variant - self.values(str(first), key)
+        if not isinstance(first, str):
+            return self.values(variant, key) - first
         seeds = self.common_seeds(variant, first)
         both = [
             [lookup(self.runs[name][seed]["numbers"], key) for seed in seeds]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.lab.results import Results
+from experiments.lab.results import Number, Results
 from experiments.markdown import markdown_table
 
 MINUS = "−"
@@ -37,11 +37,11 @@ class Column:
     """A column of a study's table: mean and spread over the seeds of one measured number."""
 
     title: str
-    # for `Results.values`, or a function (results, variant) → values
-    key: str | Callable[[Results, str], np.ndarray]
+    # for `Results.values`; or a function (results, variant) → values, which is no `Number`
+    key: str | Number | Callable[[Results, str], np.ndarray]
     digits: int = 3
     scale: float = 1.0
-    # add a column of paired differences to the first variant; needs a `key` that is a name
+    # add a column of paired differences to the first variant; needs a name or a `Number`
     paired: bool = False
     # more such columns, against these variants
     against: tuple[str, ...] = ()
@@ -66,12 +66,15 @@ def results_table(results: Results, columns: Sequence[Column], names: Sequence[s
 def _cells(results: Results, variant: str, column: Column) -> Iterator[str]:
     key = column.key
     try:
-        values = key(results, variant) if callable(key) else results.values(variant, key)
+        if isinstance(key, str | Number):
+            values = results.values(variant, key)
+        else:
+            values = key(results, variant)
     except (KeyError, IndexError):  # some variants lack some numbers, or runs that they need
         yield "–"
         return
     yield mean_spread(values * column.scale, column.digits)
-    if callable(key):
+    if not isinstance(key, str | Number):
         return
     for reference in _references(results, column):
         if reference == variant or reference not in results.runs:

@@ -221,7 +221,7 @@ def test_every_claim_recomputed(folder):
         if adjusted >= ALPHA:
             answer = "too small to tell here"
         if claim.stake:
-            cost = study.stakes[claim.stake].cost(_Shown(runs))
+            cost = study.stakes[claim.stake].by_seed(_Shown(runs))
             if cost.mean() <= stats.sem(cost) * stats.t.ppf(0.975, len(cost) - 1):
                 answer = "no verdict"
         assert written["answer"] == answer, claim.text
@@ -241,6 +241,10 @@ class _Shown:
         return np.array([row[seed] for seed in sorted(row)], float)
 
     def paired(self, variant, other, key):
+        if not isinstance(variant, str):
+            return variant - self.values(other, key)
+        if not isinstance(other, str):
+            return self.values(variant, key) - other
         a, b = self.by_seed(variant, key), self.by_seed(other, key)
         return np.array([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 

@@ -45,8 +45,8 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
         records = {str(seed): {"numbers": {"val_loss": loss}} for seed, loss in enumerate(seeds)}
         results.runs[variant] = records
     stakes = {
-        "small": Stake("no subject", lambda results: results.paired("none", "base", "val_loss")),
-        "large": Stake("no model", lambda results: results.paired("base", "better", "val_loss")),
+        "small": Stake("no subject", "none", "base"),
+        "large": Stake("no model", "base", "better"),
     }
     asked = [Claim(stake, "better", "base", stake=stake) for stake in ("small", "large", "")]
     asked += [Claim("nowhere", "nowhere", "base")]
