@@ -40,11 +40,10 @@ LIMITED, LIMITED_UNBALANCED = (f"capacity {CAPACITY}, {name}" for name in (BIAS,
 
 def variants(base):
     models = {name: replace(base.model, balance=balance) for name, balance in BALANCES.items()}
-    models |= {
+    return models | {
         LIMITED: replace(models[BIAS], capacity_factor=CAPACITY),
         LIMITED_UNBALANCED: replace(models[UNBALANCED], capacity_factor=CAPACITY),
     }
-    return {name: replace(base, model=model) for name, model in models.items()}
 
 
 def measure(trained):

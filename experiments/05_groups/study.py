@@ -11,7 +11,7 @@ import numpy as np
 from dsv3_jax.config import replace
 from dsv3_jax.mesh.rounds import mean_reach, wire_bytes
 from experiments import apart
-from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing
+from experiments.lab import Claim, Column, Stake, Study, drawing
 from experiments.lab.measuring import expert_ids, unknown_bits
 from experiments.lab.tasks import Facts
 
@@ -28,16 +28,12 @@ NO_LIMIT = name_of(GROUPS)
 
 
 def variants(base):
-    cfg = base.model
     # V3's ratio: 8 experts of 64 for 8 groups. No shared expert, as it costs facts (study 11).
     cfg = replace(
-        cfg, num_experts=64, experts_per_token=8, num_shared_experts=0, expert_dim=4,
+        base.model, num_experts=64, experts_per_token=8, num_shared_experts=0, expert_dim=4,
         num_groups=GROUPS, groups_per_token=GROUPS,
     )  # fmt: skip
-    runs = {
-        name_of(kept): replace(base, model=replace(cfg, groups_per_token=kept)) for kept in KEPT
-    }
-    return {name: OnTask(Facts(), run) for name, run in runs.items()}
+    return {name_of(kept): replace(cfg, groups_per_token=kept) for kept in KEPT}
 
 
 def groups_reached(ids, experts_in_group):
@@ -81,6 +77,7 @@ def equal(kept):
 STUDY = Study(
     variants=variants,
     base="facts",
+    task=Facts(),
     measure=measure,
     columns=(
         Column("bits unknown, of 6", unknown_bits, 2, paired=True),

@@ -21,10 +21,7 @@ METHODS = {  # as in 03_balance, with the same runs
 
 
 def variants(base):
-    return {
-        name: replace(base, model=replace(base.model, balance=balance))
-        for name, balance in METHODS.items()
-    }
+    return {name: replace(base.model, balance=balance) for name, balance in METHODS.items()}
 
 
 def measure(trained):

@@ -7,7 +7,7 @@ for recall.
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import elements_per_token
-from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing, ln
+from experiments.lab import Claim, Column, Stake, Study, drawing, ln
 from experiments.lab.matching import matched
 from experiments.lab.measuring import BITS, unknown_bits
 from experiments.lab.tasks import ManyKeys
@@ -49,10 +49,7 @@ def variants(base):
         GQA: replace(mha, attention="gqa", num_kv_heads=2),
         MQA: replace(mha, attention="mqa"),
     }
-    return {
-        name: OnTask(TASK, replace(base, model=matched(model, mha)))
-        for name, model in models.items()
-    }
+    return {name: matched(model, mha) for name, model in models.items()}
 
 
 def measure(trained):
@@ -82,6 +79,7 @@ def same(text, variant, against):
 STUDY = Study(
     variants=variants,
     base="many_keys",
+    task=TASK,
     seeds=4,
     measure=measure,
     columns=(

@@ -27,20 +27,14 @@ ONE_DOMAIN = ", batches of one domain"
 
 
 def variants(base):
-    runs = {name: replace(base, model=replace(base.model, balance=b)) for name, b in RULES.items()}
+    models = {name: replace(base.model, balance=balance) for name, balance in RULES.items()}
     apart = {
-        name + ONE_DOMAIN: OnTask(TOGETHER, runs[name]) for name in ("none", BIAS, BATCH, STRONG)
+        name + ONE_DOMAIN: OnTask(TOGETHER, models[name]) for name in ("none", BIAS, BATCH, STRONG)
     }
     # The feed-forward layer of one expert, which every token uses.
     cfg = base.model
-    dense = replace(
-        base, model=replace(cfg, num_dense_layers=cfg.num_layers, dense_dim=cfg.expert_dim)
-    )
-    return (
-        {name: OnTask(MIXED, run) for name, run in runs.items()}
-        | apart
-        | {"dense": OnTask(MIXED, dense)}
-    )
+    dense = replace(cfg, num_dense_layers=cfg.num_layers, dense_dim=cfg.expert_dim)
+    return models | apart | {"dense": dense}
 
 
 def measure(trained):
@@ -69,6 +63,7 @@ def divides(text, variant, against):
 STUDY = Study(
     variants=variants,
     base="domains",
+    task=MIXED,
     seeds=5,
     measure=measure,
     columns=(

@@ -7,7 +7,7 @@ Published: two-token prediction raises the induction of models up to 30M (arXiv 
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing, format_number, ln
+from experiments.lab import Claim, Column, Stake, Study, drawing, format_number, ln
 from experiments.lab.measuring import BITS, first_below, unknown_bits
 from experiments.lab.statistics import estimate
 from experiments.lab.tables import results_table
@@ -19,10 +19,7 @@ PLAIN, MODULE, PARALLEL = "next token alone", "a module", "two parallel heads"
 
 def variants(base):
     changes = {PLAIN: {}, MODULE: {"mtp_depth": 1}, PARALLEL: {"mtp_depth": 2, "mtp_kind": "meta"}}
-    return {
-        name: OnTask(TASK, replace(base, model=replace(base.model, **change)))
-        for name, change in changes.items()
-    }
+    return {name: replace(base.model, **change) for name, change in changes.items()}
 
 
 def measure(trained):
@@ -69,6 +66,7 @@ COLUMNS = (
 STUDY = Study(
     variants=variants,
     base="names",
+    task=TASK,
     seeds=6,
     measure=measure,
     columns=COLUMNS,

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.transformer import abstract
-from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
+from experiments.lab import Claim, Column, Number, Stake, Study, drawing
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.ladder import DENSE, FINE_4, GSHARD, ladder
 from experiments.lab.measuring import fact_bits, skip_top, unknown_bits
@@ -26,11 +26,10 @@ def variants(base):
         sparse, router="dense", experts_per_token=sparse.num_experts, balance=NO_BALANCE
     )
     width = sparse.expert_dim * sparse.experts_per_token // sparse.num_experts
-    models = {name: models[name] for name in (GSHARD, DENSE, FINE_4)} | {
+    return {name: models[name] for name in (GSHARD, DENSE, FINE_4)} | {
         ALL: everything,
         THIN: replace(everything, expert_dim=width),
     }
-    return {name: OnTask(Facts(), replace(base, model=model)) for name, model in models.items()}
 
 
 def measure(trained):
@@ -68,6 +67,7 @@ def redundancy(share):
 STUDY = Study(
     variants=variants,
     base="facts",
+    task=Facts(),
     measure=measure,
     columns=(
         Column("bits unknown, of 6", unknown_bits, 2, against=(GSHARD,)),

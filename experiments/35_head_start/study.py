@@ -3,12 +3,14 @@
 Published: without balance favoured experts are trained more and chosen more (arXiv 1701.06538).
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.ops import balance
-from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing, ln
+from experiments.lab import Claim, Column, FollowUp, Number, Stake, Study, drawing, ln
 from experiments.lab.bases import NO_BALANCE, lasting
 from experiments.lab.ladder import GSHARD, ladder
 from experiments.lab.measuring import expert_ids, fact_bits, fact_rows, unknown_bits
@@ -39,20 +41,23 @@ def variants(base):
     first = lasting(replace(base, log_every=1, optim=optim), steps)
     rules = {AHEAD: replace(NO_BALANCE, bias_rate=1.0, rule="first_ahead"), EVEN: NO_BALANCE}
     found = {
-        name: OnTask(Facts(), replace(first, model=replace(model, balance=rule)))
-        for name, rule in rules.items()
+        name: replace(first, model=replace(model, balance=rule)) for name, rule in rules.items()
     }
     optim = replace(base.optim, warmup_steps=1)
     second = lasting(replace(base, log_every=1, optim=optim), base.steps - steps)
     for begun in (AHEAD, EVEN):
         for name, rule in ((NONE, NO_BALANCE), (BIAS, replace(NO_BALANCE, bias_rate=1e-3))):
             run = replace(second, model=replace(model, balance=rule))
-            found[f"{begun}, then {name}"] = FollowUp((begun,), begin(run))
+            found[name_of(begun, name)] = FollowUp((begun,), partial(start_from, run))
     return found
 
 
-def begin(run):
-    return lambda start: OnTask(Facts(), replace(run, start=start))
+def name_of(begun, name):
+    return f"{begun}, then {name}"
+
+
+def start_from(run, folder):
+    return replace(run, start=folder)
 
 
 def measure(trained):
@@ -83,10 +88,6 @@ def rare_minus_usual(trained):
     return float(bits[rare].mean() - bits[~rare].mean()) if rare.any() else 0.0
 
 
-def name_of(begun, name):
-    return f"{begun}, then {name}"
-
-
 def growth(numbers):
     """Return how much the lead grew, in ln of load over mean."""
     return numbers["lead"] - numbers["lead_first"]
@@ -100,6 +101,7 @@ LEAD, GROWTH = Number("lead", "ln"), Number(growth, "ln")
 STUDY = Study(
     variants=variants,
     base="facts",
+    task=Facts(),
     seeds=4,
     measure=measure,
     columns=(

@@ -87,14 +87,13 @@ def variants(base):
     mla = base.model
     width = mla.nope_head_dim + mla.rope_head_dim
     half = width // 2
-    models = {
+    return {
         JOINED: mla,
         NOTHING: replace(mla, attention="unrotated"),
         EVERYTHING: replace(mla, attention="rotated", rope_head_dim=width),
         ADDED: replace(mla, attention="added", nope_head_dim=half, rope_head_dim=half),
         ADDED_WIDE: replace(mla, attention="added", nope_head_dim=width, rope_head_dim=width),
     }
-    return {name: replace(base, model=model) for name, model in models.items()}
 
 
 def claim(text, variant, expect="none"):

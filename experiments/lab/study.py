@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv3_jax.config import RunConfig, replace
+from dsv3_jax.config import ModelConfig, RunConfig, replace
 from experiments.lab import drawing
 from experiments.lab.bases import RUNS_FOLDER, base_run
 from experiments.lab.claims import Check, Claim, Stake, Verdict, judge
@@ -34,13 +34,14 @@ class FollowUp:
 
 @dataclass(frozen=True)
 class OnTask:
-    """A variant that is trained and measured on a task in place of text."""
+    """A variant that is trained and measured on a task of its own; None means text."""
 
-    task: Task
-    run: RunConfig
+    task: Task | None
+    run: RunConfig | ModelConfig
 
 
-Variants = Mapping[str, RunConfig | FollowUp | OnTask]
+# A model stands for the base recipe with it.
+Variants = Mapping[str, RunConfig | ModelConfig | FollowUp | OnTask]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Study:
     question: str = ""  # the docstring's first paragraph, set by `load`
     published: str = ""  # its second one, the papers' figure or direction
     base: str = "lab"  # name of the base recipe
+    task: Task | None = None  # of the variants that are no `OnTask`; None means text
     seeds: int = 3  # each variant is trained from so many seeds …
     first_seed: int = 0  # … from this one on: claims are not judged on the seeds of trials
     # the same for variants that need other numbers
@@ -121,9 +123,7 @@ class Study:
                             )
                     needed = {other: runs[other, seed].folder for other in variant.needs}
                     variant = variant.run(*needed.values())
-                task, run = (
-                    (variant.task, variant.run) if isinstance(variant, OnTask) else (None, variant)
-                )
+                task, run = self.task_and_run(variant, base)
                 run = replace(run, seed=seed, data=replace(run.data, seed=seed))
                 begun = dict(named)
                 for before in (runs[other, seed] for other in needed):
@@ -134,6 +134,14 @@ class Study:
                 named[folder] = changed(run, begun)
                 runs[name, seed] = StudyRun(run, folder, needed, identity, task)
         return runs
+
+    def task_and_run(
+        self, variant: RunConfig | ModelConfig | OnTask, base: RunConfig
+    ) -> tuple[Task | None, RunConfig]:
+        """Return the task and the run of a variant, before its seed."""
+        found = variant if isinstance(variant, OnTask) else OnTask(self.task, variant)
+        run = replace(base, model=found.run) if isinstance(found.run, ModelConfig) else found.run
+        return found.task, run
 
     def check_claims(self, names: Sequence[str]) -> None:
         """Raise ValueError for a claim that names a variant or a check that the study lacks.
@@ -156,10 +164,11 @@ class Study:
     def begun(self) -> dict[str, str]:
         """Return variant → the one whose run it continues, or whose frozen trunk it has."""
         found: dict[str, str] = {}
-        for name, variant in self.variants(base_run(self.base)).items():
+        base = base_run(self.base)
+        for name, variant in self.variants(base).items():
             if isinstance(variant, FollowUp):
-                made = variant.run(*variant.needs)  # names in place of folders
-                run = made.run if isinstance(made, OnTask) else made
+                # names in place of folders
+                _, run = self.task_and_run(variant.run(*variant.needs), base)
                 for parent in variant.needs:
                     places = (f"{place}/" for place in (run.start, run.trunk))
                     if any(place.startswith(f"{parent}/") for place in places):
