@@ -5,11 +5,10 @@ quantile balancing needs no γ (J. Su; Marin 32B-A5B).
 """
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dsv3_jax import stats
 from dsv3_jax.config import replace
-from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing, ln, write_figure
+from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing, ln
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.measuring import asked_load, overflow, steps_until, unknown_bits
 from experiments.lab.tasks import ShiftingDomains
@@ -37,7 +36,6 @@ FACTOR = 1.25  # of the capacity
 
 AROUND = 100  # steps before and after the change that means are over
 BOUND = 0.5  # the load is even again if five steps have this MaxVio in their mean
-SHOWN, STRIDE = (-50, 150), 5  # steps of the picture, and how many a point is the mean of
 
 
 def variants(base):
@@ -80,7 +78,6 @@ def measure(trained):
         "before": float(vio[max(task.even - AROUND, 0) : task.even].mean()),
         "after": float(vio[near].mean()),
         "dropped": float(dropped[near].mean()),
-        "vio": [float(vio[i : i + STRIDE].mean()) for i in starts(task.even, len(vio))],
         "information": float(stats.mutual_information(asked_load(trained))),
     }
     if task.block is not None:  # the mix changes again and again
@@ -92,28 +89,6 @@ def measure(trained):
     if trained.run.model.balance != NO_BALANCE:
         numbers["back"] = steps_until(vio[task.even :], BOUND)
     return numbers
-
-
-def starts(even, steps):
-    """Return the steps, from 0, at which the points of the picture begin."""
-    first, last = (even + shown for shown in SHOWN)
-    return [i for i in range(first, last, STRIDE) if 0 <= i <= steps - STRIDE]
-
-
-def draw(results, path):
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    drawing.set_title(figure, results)
-    ax = figure.add_subplot()
-    for name in RULES:
-        curves = results.values(name, "vio")
-        steps = SHOWN[0] + STRIDE * (np.arange(curves.shape[1]) + 0.5)
-        ax.plot(steps, curves.mean(0), label=name, linewidth=1.4)
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.axhline(BOUND, color="0.5", linewidth=0.8, linestyle=":")
-    label = "MaxVio of a step, mean over seeds"
-    drawing.style_axes(ax, "", "step after the change; dotted: even", label)
-    ax.legend(frameon=False, fontsize=8)
-    write_figure(figure, path)
 
 
 BACK, DROPPED = ln("back", "steps"), ln("dropped", "%", least=1e-3)
@@ -135,7 +110,9 @@ STUDY = Study(
         Column("bits unknown, even mix", unknown_bits, 2),
         Column("I(expert; domain), bits", "information", 2),
     ),
-    draw=draw,
+    draw=drawing.claims_and_variants(
+        DROPPED, "beyond capacity, %", shown=np.exp, ticks=(0.5, 1, 2, 5, 10, 20)
+    ),
     claims=(
         Claim(
             "the load is even again sooner by quantile, γ 1, than by sign, γ 1e-3",
