@@ -13,8 +13,6 @@ of a finished `dsv3 train lab`. Then it continues held-out prompts greedily and 
 with one draft a step.
 
 `union` counts the distinct experts that neighbouring tokens of held-out text reach.
-
-Cells that check.json or head_losses.json has are not measured again, so the same command resumes.
 """
 
 import argparse
@@ -46,30 +44,21 @@ from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.runs.start import on_trunk, open_start
 from experiments.bench.copying import copy_bandwidth
-from experiments.lab import markdown_table, mean_spread
 from experiments.lab.bases import lasting
 from experiments.lab.measuring import expert_ids
 from experiments.lab.prompts import held_out_prompts
 from experiments.lab.results import replace_block
 from experiments.lab.running import machine
+from experiments.lab.tables import markdown_table, mean_spread
 from experiments.random_data import filled
 
 HERE = Path(__file__).parent
 
 
-def complete(name, cells, measure, **about):
-    """Return a file's results, after measuring the cells that it lacks.
-
-    Args: cells: key → arguments of `measure`.
-    """
-    path = HERE / name
-    results = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-    for key, arguments in cells.items():
-        if key not in results["cells"]:
-            results["cells"][key] = measure(*arguments)
-            results |= about
-            write_atomic(path, json.dumps(results, indent=1) + "\n")
-    return results
+def keep(results, name, page, table):
+    """Write results as JSON, and their table into a page."""
+    write_atomic(HERE / name, json.dumps(results, indent=1) + "\n")
+    replace_block(HERE / page, table(results))
 
 
 # The cost model against this CPU
@@ -82,8 +71,8 @@ STEPS = {f"{name}x{batch}": (name, batch) for name in MODELS for batch in (1, 8,
 
 
 def check():
-    results = complete("check.json", STEPS, measure_steps, machine=machine())
-    replace_block(HERE / "CHECK.md", check_table(results))
+    cells = {key: measure_steps(*of) for key, of in STEPS.items()}
+    keep({"cells": cells, "machine": machine()}, "check.json", "CHECK.md", check_table)
 
 
 def measure_steps(name, batch):
@@ -159,13 +148,10 @@ PROMPTS, NEW = 32, 96
 def heads(trunk):
     run = read_run(trunk)
     tokens = run.steps * run.data.batch_size * run.data.seq_len
-    about = {
-        "trunk": f"recipe lab, {run.steps} steps, {tokens / 1e6:.2f}M tokens",
-        "steps": HEAD_STEPS,
-    }
-    cells = {f"{loss}-{seed}": (trunk, loss, seed) for seed in SEEDS for loss in LOSSES}
-    results = complete("head_losses.json", cells, measure_head, **about)
-    replace_block(HERE / "HEAD_LOSSES.md", heads_table(results))
+    cells = {f"{loss}-{seed}": measure_head(trunk, loss, seed) for seed in SEEDS for loss in LOSSES}
+    words = f"recipe lab, {run.steps} steps, {tokens / 1e6:.2f}M tokens"
+    results = {"cells": cells, "trunk": words, "steps": HEAD_STEPS}
+    keep(results, "head_losses.json", "HEAD_LOSSES.md", heads_table)
 
 
 def measure_head(trunk, loss, seed):

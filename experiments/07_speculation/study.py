@@ -19,19 +19,10 @@ from dsv3_jax.model import transformer
 from dsv3_jax.model.counting import size
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.training.loss import score_tokens
-from experiments.lab import (
-    Claim,
-    FollowUp,
-    Number,
-    Stake,
-    Study,
-    drawing,
-    logit,
-    markdown_table,
-    mean_spread,
-)
+from experiments.lab import Claim, FollowUp, Number, Stake, Study, drawing, logit
 from experiments.lab.claims import percent_of
 from experiments.lab.prompts import held_out_prompts
+from experiments.lab.tables import markdown_table, mean_spread
 
 INDEPENDENT, JOINT = "independent", "MTP"
 HEADS = tuple(f"{kind}, frozen trunk" for kind in ("MTP", "EAGLE", "Medusa"))

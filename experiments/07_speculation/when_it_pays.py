@@ -24,8 +24,6 @@ are the roofline.
 """
 
 import sys
-import textwrap
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,19 +34,20 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import ModelConfig, replace
-from dsv3_jax.model.cache import pick_kind
 from dsv3_jax.model.counting import bytes_per_token, distinct_experts, size
 from dsv3_jax.planning.devices import ACCELERATORS
+from dsv3_jax.planning.flops import decode_attention_flops
 from dsv3_jax.presets import preset
-from experiments.lab import drawing, markdown_table, write_figure
+from experiments.lab import drawing, write_figure
 from experiments.lab.results import replace_block
+from experiments.lab.tables import markdown_table
 
 HERE = Path(__file__).parent
-# Name: (model with one multi-token head, bytes of a weight as released).
+# Name: (model, bytes of a weight as released).
 MODELS = {
-    "V2-Lite": (replace(preset("v2_lite"), mtp_depth=1), 2.0),
+    "V2-Lite": (preset("v2_lite"), 2.0),
     "V3": (preset("v3"), 1.0),
-    "Kimi K2": (replace(preset("kimi_k2"), mtp_depth=1), 1.0),
+    "Kimi K2": (preset("kimi_k2"), 1.0),
 }
 CHIPS = {"H100": "h100", "TPU v5p": "v5p"}
 BATCHES = tuple(2**i for i in range(13))
@@ -56,8 +55,6 @@ LENGTHS = (1, 2, 3, 4, 6, 8)
 ACCEPTANCES = np.linspace(0, 1, 101)
 SHOWN = (1, 8, 32, 128, 512, 4096)
 PUBLISHED = (0.85, 0.90)  # accepted drafts, V3 report, section 5.4.3; its batch is not given
-
-_size = lru_cache(size)  # a map asks for the same models again and again
 
 
 class Setting(NamedTuple):
@@ -77,37 +74,33 @@ class Weights(NamedTuple):
     routed: float  # of all E experts
     layers: int
 
+    @classmethod
+    def of(cls, cfg: ModelConfig, whole: int, active: int, layers: int) -> "Weights":
+        """Tell apart what every token uses, and experts of which it uses K of E."""
+        routed = (whole - active) / (1 - cfg.experts_per_token / cfg.num_experts)
+        return cls(whole - routed, routed, layers)
+
 
 def trunk(cfg: ModelConfig) -> Weights:
-    counted = _size(cfg)
-    routed = counted.parts.get("routed experts", 0)
-    always = counted.active - routed * cfg.experts_per_token / cfg.num_experts
-    return Weights(always, float(routed), cfg.num_layers)
+    """Count the layers and the unembedding; the embedding is looked up."""
+    counted = size(cfg)
+    looked_up = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.dim
+    return Weights.of(cfg, counted.total - looked_up, counted.active, cfg.num_layers)
 
 
 def head(cfg: ModelConfig) -> Weights:
-    """Count one multi-token head and the unembedding; 0 without heads."""
-    if not cfg.mtp_depth:
-        return Weights(0.0, 0.0, 0)
-    counted = _size(replace(cfg, mtp_depth=1))
-    share = cfg.experts_per_token / cfg.num_experts
-    # `mtp_active` counts K of E
-    inactive = counted.mtp + cfg.vocab_size * cfg.dim - counted.mtp_active
-    routed = inactive / (1 - share) if share < 1 else 0.0
-    return Weights(counted.mtp_active - routed * share, routed, 1)
+    """Count one multi-token head as V3's, and the unembedding."""
+    counted = size(replace(cfg, mtp_depth=1))
+    return Weights.of(cfg, counted.mtp + cfg.vocab_size * cfg.dim, counted.mtp_active, 1)
 
 
 def seconds(cfg: ModelConfig, how: Setting, weights: Weights, batch: int, tokens: int = 1) -> float:
-    """Return the time of a pass over some tokens of each sequence."""
+    """Return the time of a pass over some tokens of each sequence, with a latent cache."""
     rows, share = batch * tokens, cfg.experts_per_token / cfg.num_experts
     reached = distinct_experts(cfg, rows) / cfg.num_experts
-    kind = pick_kind(cfg, None)
-    row_bytes = bytes_per_token(cfg, kind, how.cache_dtype) * weights.layers / cfg.num_layers
-    if kind == "latent":  # absorbed: a latent row is read as key and as value
-        width = 2 * cfg.kv_latent_dim + cfg.rope_head_dim
-    else:
-        width = cfg.nope_head_dim + cfg.rope_head_dim + cfg.v_head_dim
-    scores = 2.0 * cfg.num_heads * width * weights.layers
+    of_layers = weights.layers / cfg.num_layers
+    row_bytes = bytes_per_token(cfg, "latent", how.cache_dtype) * of_layers
+    scores = decode_attention_flops(cfg, how.context) * of_layers
 
     parts = {  # bytes, FLOPs
         "dense": (weights.always * how.weight_bytes, 2.0 * weights.always * rows),
@@ -115,7 +108,7 @@ def seconds(cfg: ModelConfig, how: Setting, weights: Weights, batch: int, tokens
             weights.routed * reached * how.weight_bytes,
             2.0 * weights.routed * share * rows,
         ),
-        "cache": (batch * how.context * row_bytes, scores * how.context * rows),
+        "cache": (batch * how.context * row_bytes, scores * rows),
     }
     return sum(max(nbytes / how.bandwidth, flops / how.peak) for nbytes, flops in parts.values())
 
@@ -193,21 +186,9 @@ def table(maps):
     return markdown_table(header, rows)
 
 
-def headline(maps):
-    """State the answer in one line, from the numbers."""
-    least = np.array([break_even(lengths) for _, lengths in maps.values()])  # [maps, batches]
-    easiest = [BATCHES[column] for column in np.nanargmin(least, axis=1)]
-    lowest, alone = np.nanmin(least, axis=1), least[:, 0]
-    return (
-        f"Drafts pay most easily at batches of {min(easiest)} to {max(easiest)}, "
-        f"which read all experts anyway: from {lowest.min():.0%} to {lowest.max():.0%} accepted. "
-        f"A single sequence needs {alone.min():.0%} to {alone.max():.0%}"
-    )
-
-
 def draw(maps, path):
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    figure.suptitle(textwrap.fill(headline(maps), 110), fontsize=11)
+    figure.suptitle("When a draft pays, and what the best number of drafts gains", fontsize=11)
     axes = figure.subplots(len(CHIPS), len(MODELS), sharex=True, sharey=True)
     norm = LogNorm(1, max(gains.max() for gains, _ in maps.values()))
     for ax, ((name, chip), (gains, lengths)) in zip(axes.flat, maps.items(), strict=True):
@@ -234,4 +215,4 @@ if __name__ == "__main__":
         for name, (cfg, weight_bytes) in MODELS.items()
     }
     draw(maps, HERE / "map.png")
-    replace_block(HERE / "WHEN_IT_PAYS.md", f"**{headline(maps)}.**\n\n{table(maps)}")
+    replace_block(HERE / "WHEN_IT_PAYS.md", table(maps))
