@@ -13,7 +13,8 @@ from dsv3_jax.config import replace
 from dsv3_jax.model import cache as cache_file
 from dsv3_jax.model.cache import CACHE_DTYPES
 from dsv3_jax.stats.cache_quality import cache_quality
-from experiments.lab import Claim, Number, Stake, Study, drawing, markdown_table, mean_spread
+from experiments.lab import Claim, Number, Stake, Study, drawing
+from experiments.lab.tables import markdown_table, mean_spread
 
 EXACT = CACHE_DTYPES[0]  # float32
 CACHES = {"MLA": ("latent", "expanded"), "MHA": ("expanded",)}

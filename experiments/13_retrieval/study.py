@@ -17,22 +17,11 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.cross_entropy import token_scores
-from experiments.lab import (
-    RUNS_FOLDER,
-    Claim,
-    FollowUp,
-    Number,
-    OnTask,
-    Stake,
-    Study,
-    drawing,
-    logit,
-    markdown_table,
-    mean_spread,
-    write_figure,
-)
-from experiments.lab.bases import text_beside
+from experiments.lab import Claim, FollowUp, Number, OnTask, Stake, Study, drawing, logit
+from experiments.lab.bases import RUNS_FOLDER, text_beside
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
+from experiments.lab.results import write_figure
+from experiments.lab.tables import markdown_table, mean_spread
 from experiments.lab.tasks import Retrieval
 
 FACTOR = {"keys": 16, "text": 4}

@@ -12,8 +12,9 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.loss import score_tokens
-from experiments.lab import Claim, Stake, Study, drawing, markdown_table, mean_spread
+from experiments.lab import Claim, Stake, Study, drawing
 from experiments.lab.measuring import skip_top
+from experiments.lab.tables import markdown_table, mean_spread
 
 TOP_OFF = (1, 2, 4, 8)  # experts with the highest scores that a token may not use
 # Most tokens of context; the second half of each window is scored.

@@ -18,20 +18,9 @@ from dsv3_jax.config import replace
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.stats.token_rows import rows_of
-from experiments.lab import (
-    Claim,
-    Column,
-    Number,
-    Stake,
-    Study,
-    drawing,
-    ln,
-    logit,
-    markdown_table,
-    mean_spread,
-)
+from experiments.lab import Claim, Column, Number, Stake, Study, drawing, ln, logit
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.tables import results_table
+from experiments.lab.tables import markdown_table, mean_spread, results_table
 
 BIAS, SWITCH, UNBALANCED = "loss-free, γ 3e-3", "Switch loss, α 1e-2", "none"
 METHODS = {  # as in 09_specialisation

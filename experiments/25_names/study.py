@@ -7,10 +7,10 @@ Published: two-token prediction raises the induction of models up to 30M (arXiv 
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Claim, Column, Stake, Study, drawing, format_number, ln
+from experiments.lab import Claim, Column, Stake, Study, drawing, ln
 from experiments.lab.measuring import BITS, first_below, unknown_bits
 from experiments.lab.statistics import estimate
-from experiments.lab.tables import results_table
+from experiments.lab.tables import format_number, results_table
 from experiments.lab.tasks import Names
 
 TASK = Names(names=3, tokens=40, share=1.0)

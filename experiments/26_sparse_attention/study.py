@@ -23,17 +23,8 @@ from dsv3_jax.model.stack import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.runs.evaluate import evaluate
-from experiments.lab import (
-    Claim,
-    Column,
-    FollowUp,
-    Number,
-    OnTask,
-    Stake,
-    Study,
-    drawing,
-    logit,
-)
+from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing
+from experiments.lab.claims import logit
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.tables import results_table
 from experiments.lab.tasks import Retrieval

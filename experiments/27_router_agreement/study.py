@@ -14,9 +14,10 @@ from passes import Pass, read
 from dsv3_jax.config import replace
 from dsv3_jax.model.moe import NEAR
 from dsv3_jax.ops import routing
-from experiments.lab import Claim, Number, Stake, Study, drawing, ln, markdown_table, mean_spread
+from experiments.lab import Claim, Number, Stake, Study, drawing, ln
 from experiments.lab.bases import NO_BALANCE, lasting
 from experiments.lab.matching import FACTORS, scaled
+from experiments.lab.tables import markdown_table, mean_spread
 
 STEPS = 180
 CHOICES = 60_000  # that a pass makes, at least

@@ -10,20 +10,10 @@ import numpy as np
 
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
-from experiments.lab import (
-    Claim,
-    FollowUp,
-    Number,
-    Stake,
-    Study,
-    drawing,
-    ln,
-    logit,
-    markdown_table,
-    mean_spread,
-)
+from experiments.lab import Claim, FollowUp, Number, Stake, Study, drawing, ln, logit
 from experiments.lab.bases import lasting
 from experiments.lab.claims import percent_of
+from experiments.lab.tables import markdown_table, mean_spread
 
 BEFORE, TEXT, EXACT = "start", "more text", "float32"
 RIGHT_ALONE, COIN = "right answers alone", "a coin"

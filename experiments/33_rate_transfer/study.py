@@ -9,19 +9,11 @@ import math
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import (
-    Claim,
-    FollowUp,
-    Number,
-    Stake,
-    Study,
-    drawing,
-    markdown_table,
-    mean_spread,
-)
+from experiments.lab import Claim, FollowUp, Number, Stake, Study, drawing
 from experiments.lab.bases import at_rate, lasting
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
+from experiments.lab.tables import markdown_table, mean_spread
 
 DENSE, MIXTURE = "dense", "mixture"
 ADAMW, MUP, MUON = "AdamW", "muP", "Muon"

@@ -9,7 +9,7 @@ from experiments.lab.bases import RUNS_FOLDER
 from experiments.lab.claims import Claim, Stake, ln, logit
 from experiments.lab.results import Number, Results, write_figure
 from experiments.lab.study import FollowUp, OnTask, Study
-from experiments.lab.tables import Column, format_number, markdown_table, mean_spread
+from experiments.lab.tables import Column
 from experiments.lab.trained import TrainedRun
 
 __all__ = [
@@ -23,10 +23,7 @@ __all__ = [
     "Stake",
     "Study",
     "TrainedRun",
-    "format_number",
     "ln",
     "logit",
-    "markdown_table",
-    "mean_spread",
     "write_figure",
 ]
