@@ -89,9 +89,7 @@ STUDY = Study(
     columns=(
         Column("validation loss", "val_loss", 4, paired=True),
         Column("MaxVio, training mix", "max_vio_training_mix", 2),
-        Column("MaxVio, equal shares of the domains", "max_vio_global", 2),
         Column("MaxVio of a domain, mean", Number(in_domains, ""), 2),
-        Column("MaxVio of a step, last fifth", late_mean("max_vio"), 2),
         Column("range of biases", "bias_range", 3),
         Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
         Column("dropped of held-out text, %", "dropped_held_out", 2, scale=100.0),

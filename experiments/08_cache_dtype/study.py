@@ -80,36 +80,19 @@ def change(kind, dtype):
     return lambda numbers: numbers[kind][dtype]["val_loss"] - numbers[kind][EXACT]["val_loss"]
 
 
-def cells(results):
-    """Yield (variant, cache, dtype, bytes per token, loss − loss with the exact cache [seeds])."""
+def table(results):
+    rows = []
     for variant in results.variants:
         for kind in CACHES[variant]:
+            exact = results.values(variant, f"{kind}/{EXACT}/val_loss")
             for dtype in results.records(variant)[0]["numbers"][kind]:
                 size = results.values(variant, f"{kind}/{dtype}/bytes_per_token")[0]
                 changed = results.values(variant, change(kind, dtype))
-                yield variant, kind, dtype, float(size), changed
-
-
-def table(results):
-    rows = []
-    for variant, kind, dtype, size, changed in cells(results):
-        exact = results.values(variant, f"{kind}/{EXACT}/val_loss")
-        try:
-            agreement = mean_spread(results.values(variant, f"{kind}/{dtype}/agreement") * 100, 2)
-        except KeyError:
-            agreement = "–"
-        change_of_loss = mean_spread(changed, 5, sign=True)
-        percent = mean_spread(changed / exact * 100, 3, sign=True)
-        rows.append([variant, kind, dtype, f"{size:,.0f}", change_of_loss, percent, agreement])
-    header = [
-        "model",
-        "cache",
-        "dtype",
-        "bytes per token",
-        f"loss against {EXACT}, paired",
-        "change, % of the loss",
-    ]
-    return markdown_table([*header, "same most likely token, %"], rows)
+                percent = mean_spread(changed / exact * 100, 3, sign=True)
+                changed = mean_spread(changed, 5, sign=True)
+                rows.append([variant, kind, dtype, f"{size:,.0f}", changed, percent])
+    header = ["model", "cache", "dtype", "bytes per token", f"loss against {EXACT}, paired"]
+    return markdown_table([*header, "change, % of the loss"], rows)
 
 
 ROWS = {

@@ -81,7 +81,6 @@ COLUMNS = (
     Column("at half width", at("half"), 2),
     Column("at double width", at("double"), 2),
     Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
-    Column("MaxVio", "max_vio_global", 2),
 )
 
 

@@ -3,8 +3,6 @@
 Published: batch-wise loss and bias 2.253, sequence-wise 2.258 (1B, V3 report, section 4.5.3).
 """
 
-import numpy as np
-
 from dsv3_jax import stats
 from dsv3_jax.config import replace
 from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
@@ -38,15 +36,10 @@ def variants(base):
 
 
 def measure(trained):
-    """Measure I(expert; domain) of the asked tokens x, and the bits of the expert itself."""
+    """Measure I(expert; domain) of the asked tokens x."""
     if not trained.run.model.num_sparse_layers:
         return {}
-    counts = asked_load(trained)
-    load = counts.sum(0) / counts.sum()
-    return {
-        "information": float(stats.mutual_information(counts)),
-        "entropy": float(-(load[load > 0] * np.log2(load[load > 0])).sum()),
-    }
+    return {"information": float(stats.mutual_information(asked_load(trained)))}
 
 
 INFORMATION = Number("information", "bits")
@@ -69,7 +62,6 @@ STUDY = Study(
     columns=(
         Column("bits unknown, of 7.8", unknown_bits, 2, paired=True),
         Column("I(expert; domain), bits", "information", 2),
-        Column("bits of the expert", "entropy", 2),
         Column("MaxVio", "max_vio_global", 2),
     ),
     draw=drawing.claims_and_variants("information", "I(expert; domain), bits of 4"),

@@ -34,7 +34,6 @@ STUDY = Study(
     columns=(
         Column("learning rate", lambda results, variant: results.values(variant, "rate"), 4),
         Column("validation loss", "val_loss", 4),
-        Column("bits per byte", "val_bits_per_byte", 4),
     ),
     measure=lambda trained: {"rate": trained.run.optim.learning_rate},
     claims=(
