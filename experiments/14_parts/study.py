@@ -30,10 +30,8 @@ def measure(trained):
     model, batches = trained.model, trained.held_out()
     cfg, state = model.cfg, nnx.state(model)
 
-    def loss(state, *, off=0, **changes):
+    def loss(state, **changes):
         shapes = abstract(replace(cfg, **changes), trained.run.execution)
-        if off:
-            skip_top(shapes, off)
         return loss_of(nnx.merge(nnx.graphdef(shapes), state), batches)
 
     whole = loss_of(model, batches)
@@ -49,7 +47,7 @@ def measure(trained):
         "half as many routed experts": loss(state, experts_per_token=k // 2),
     }
     for off in TOP_OFF:
-        removed[f"top {off} off"] = loss(state, off=off, experts_per_token=k + off)
+        removed[f"top {off} off"] = loss_of(skip_top(model, off), batches)
     costs = {name: loss - whole for name, loss in removed.items()}
     for w in WINDOWS:
         cost_of_cut = loss_of(model, batches, w, cut=True) - loss_of(model, batches, w)

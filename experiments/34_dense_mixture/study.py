@@ -4,10 +4,7 @@ Published: loss 1.867 with 2 of 16 experts, 1.806 with all of them (2B, Pile); w
 experts DeepSeekMoE loses more than GShard (arXiv 2401.06066).
 """
 
-from flax import nnx
-
 from dsv3_jax.config import replace
-from dsv3_jax.model.transformer import abstract
 from experiments.lab import Claim, Column, Number, Stake, Study, drawing
 from experiments.lab.bases import NO_BALANCE
 from experiments.lab.ladder import DENSE, FINE_4, GSHARD, ladder
@@ -40,10 +37,7 @@ def measure(trained):
         return {}
     whole, cost = fact_bits(model).mean(), {}
     for share in SHARES:
-        off = round(share * cfg.num_experts)
-        wider = replace(cfg, experts_per_token=cfg.experts_per_token + off)
-        shapes = skip_top(abstract(wider, trained.run.execution), off)
-        without = nnx.merge(nnx.graphdef(shapes), nnx.state(model))
+        without = skip_top(model, round(share * cfg.num_experts))
         cost[name_of(share)] = float(fact_bits(without).mean() - whole)
     return {"cost": cost}
 

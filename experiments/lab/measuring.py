@@ -185,16 +185,19 @@ def _last_choice(model, tokens):
 
 
 def skip_top(model: Transformer, off: int) -> Transformer:
-    """Have the routers send a token to its K experts after the first `off`, of the highest scores.
+    """Return the model with routers that skip the `off` experts with a token's highest scores.
 
-    Args: model: with experts_per_token = K + off.
+    A token goes to the K experts after these.
+
     Source: DeepSeekMoE (arXiv 2401.06066), section 4.5, which masks the top routed experts.
     """
+    model = nnx.clone(model)
     moe = model.sparse.moe
     whole = moe.router
 
     def route(x: routing.Inputs, cfg: ModelConfig) -> routing.Routing:
-        picked = whole.route(x, replace(cfg, normalize_gates=False))
+        wider = replace(cfg, experts_per_token=cfg.experts_per_token + off, normalize_gates=False)
+        picked = whole.route(x, wider)
         gates = picked.gates[:, off:]
         if cfg.normalize_gates:
             gates = gates / (gates.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scale

@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from dsv3_jax.config import replace
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.balance import load
 from dsv3_jax.ops.dispatch import capacity_swiglu
-from experiments.lab.measuring import first_below, overflow, steps_until
+from dsv3_jax.presets import recipe
+from experiments.lab.measuring import expert_ids, first_below, overflow, skip_top, steps_until
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.25, 2.0])
@@ -40,3 +44,13 @@ def test_steps_until_by_looking_at_each_step():
     rows = [{"step": step, "loss": 1.3} for step in (10, 20, 30)]
     trained = SimpleNamespace(metrics=lambda: rows, run=SimpleNamespace(steps=30))
     assert first_below(trained, bits=1.25) == 30  # 0.87 nats
+
+
+def test_skip_top_routes_to_the_experts_after_the_best():
+    """The first sparse layer has the same inputs: its first choice is the model's second one."""
+    cfg = replace(recipe("lab").model, num_layers=2, num_dense_layers=1, mtp_depth=0)
+    model = Transformer(cfg, rngs=nnx.Rngs(0))
+    batch = {"tokens": jnp.arange(8)[None], "segment_ids": None, "positions": None}
+    own, after = (expert_ids(one, batch)[0] for one in (model, skip_top(model, 1)))
+    assert (after[..., :-1] == own[..., 1:]).all()
+    assert not (after[..., -1:] == own).any()
