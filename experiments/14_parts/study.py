@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import replace
-from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
 from dsv3_jax.training.loss import score_tokens
 from experiments.lab import Claim, Stake, Study, drawing
@@ -28,54 +27,47 @@ def variants(base):
 def measure(trained):
     """Measure the loss of held-out text without each part, minus that of the whole model."""
     model, batches = trained.model, trained.held_out()
-    cfg, state = model.cfg, nnx.state(model)
+    k = model.cfg.experts_per_token
 
-    def loss(state, **changes):
-        shapes = abstract(replace(cfg, **changes), trained.run.execution)
-        return loss_of(nnx.merge(nnx.graphdef(shapes), state), batches)
+    def with_experts(model, chosen):
+        """Return the model with other experts a token."""
+        shapes = abstract(replace(model.cfg, experts_per_token=chosen), trained.run.execution)
+        return nnx.merge(nnx.graphdef(shapes), nnx.state(model))
 
-    whole = loss_of(model, batches)
-    k = cfg.experts_per_token
-    removed = {
-        "shared expert off": loss(without(state, "shared")),
-        "shared expert off, one more routed": loss(
-            without(state, "shared"), experts_per_token=k + 1
-        ),
-        "routed experts off": loss(without(state, "experts")),
-        "all tokens to the same experts": loss(same_experts(state, trained.numbers["load"], k)),
-        "one routed expert fewer": loss(state, experts_per_token=k - 1),
-        "half as many routed experts": loss(state, experts_per_token=k // 2),
+    unshared = without(model, "shared")
+    changed = {
+        "shared expert off": unshared,
+        "shared expert off, one more routed": with_experts(unshared, k + 1),
+        "routed experts off": without(model, "experts"),
+        "all tokens to the same experts": same_experts(model, trained.numbers["load"]),
+        "one routed expert fewer": with_experts(model, k - 1),
+        "half as many routed experts": with_experts(model, k // 2),
+        **{f"top {off} off": skip_top(model, off) for off in TOP_OFF},
     }
-    for off in TOP_OFF:
-        removed[f"top {off} off"] = loss_of(skip_top(model, off), batches)
-    costs = {name: loss - whole for name, loss in removed.items()}
+    whole = loss_of(model, batches)
+    costs = {name: loss_of(one, batches) - whole for name, one in changed.items()}
     for w in WINDOWS:
         cost_of_cut = loss_of(model, batches, w, cut=True) - loss_of(model, batches, w)
         costs[f"context of {w} tokens at most"] = cost_of_cut
     return {"whole": whole, "cost": costs}
 
 
-def without(state, part):
-    """Return the state with the last matrices of a part at zero, so that the part adds nothing."""
-    flat = dict(nnx.to_flat_state(state))
-    last = [path for path in flat if part in path and "w_down" in path]
-    assert last
-    changed = {path: flat[path].replace(jnp.zeros_like(flat[path][...])) for path in last}
-    return nnx.from_flat_state(flat | changed)
+def without(model, part):
+    """Return the model with the last matrices of a part at zero, so that the part adds nothing."""
+    model = nnx.clone(model)
+    last = getattr(model.sparse.moe, part).w_down
+    last[...] = jnp.zeros_like(last[...])
+    return model
 
 
-def same_experts(state, load, k):
-    """Return the state with router biases that send all tokens to a layer's k busiest experts."""
-    busiest = np.argsort(load, axis=-1)[:, -k:]
+def same_experts(model, load):
+    """Return the model with router biases that send all tokens to a layer's K busiest experts."""
+    model = nnx.clone(model)
+    busiest = np.argsort(load, axis=-1)[:, -model.cfg.experts_per_token :]
     bias = np.zeros(np.shape(load), np.float32)
     np.put_along_axis(bias, busiest, 1e3, axis=-1)
-
-    def changed(path, leaf):
-        if not isinstance(leaf, RouterBias):
-            return leaf
-        return leaf.replace(jnp.asarray(bias.reshape(leaf[...].shape)))
-
-    return nnx.map_state(changed, state)
+    model.sparse.moe.bias[...] = jnp.asarray(bias)
+    return model
 
 
 def loss_of(model, batches, window=None, *, cut=False):

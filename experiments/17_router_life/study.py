@@ -15,7 +15,6 @@ from flax import nnx
 
 from dsv3_jax import stats
 from dsv3_jax.config import replace
-from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.stats.token_rows import rows_of
 from experiments.lab import Claim, Column, Number, Stake, Study, drawing, ln, logit
@@ -141,43 +140,33 @@ def least(rank, share):
 def loss_without(model, batches, removed, load=None):
     """Return the loss where removed experts [L, E] are never chosen, and others take their places.
 
-    Args: load: by which matrices are merged before, see `merged`; None means that they are not.
+    Args: load: by which they are merged into kept ones before; None means that they are not.
     """
-    graph, params, bias, rest = nnx.split(model, nnx.Param, RouterBias, ...)
-
-    def never(path, b):
-        return b.replace(jnp.where(removed, NEVER, b[...]).reshape(b[...].shape))
-
-    bias = nnx.map_state(never, bias)
+    model = nnx.clone(model)
+    moe = model.sparse.moe
+    moe.bias[...] = jnp.where(removed, NEVER, moe.bias[...])
     if load is not None:
-        params = merged(params, removed, load)
-    return float(stats.tokens(nnx.merge(graph, params, bias, rest), batches, ()).loss)
+        mixing = mixing_of(np.asarray(moe.w_router[...]), removed, load)
+        for weight in (moe.experts.w_gate, moe.experts.w_up, moe.experts.w_down):
+            w = np.asarray(weight[...])
+            weight[...] = np.einsum("lij,lj...->li...", mixing, w).astype(w.dtype)
+    return float(stats.tokens(model, batches, ()).loss)
 
 
-def merged(params, removed, load):
-    """Average each removed expert's matrices into the kept expert whose router vector is nearest.
+def mixing_of(w_router, removed, load):
+    """Return what each expert is made of, [L, E, E], after the merging.
 
-    The weights are those of the load.
+    A removed expert is averaged into the kept one whose router vector is nearest, weighted by load.
     """
-    flat = dict(nnx.to_flat_state(params))
-    (router,) = [path for path in flat if path[-1] == "w_router"]
-    vectors = np.asarray(flat[router][...]).swapaxes(-1, -2)  # [L, E, D]
+    vectors = w_router.swapaxes(-1, -2)  # [L, E, D]
     vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-    # [L, E, E]: row i is what expert i is made of
     mixing = np.zeros((*removed.shape, removed.shape[1]))
     for layer, gone in enumerate(removed):
         near = vectors[layer] @ vectors[layer].T
         near[:, gone] = -np.inf
         goes_to = np.where(gone, near.argmax(1), np.arange(len(gone)))
         np.add.at(mixing[layer], (goes_to, np.arange(len(gone))), load[layer] + 1e-9)
-    mixing /= np.maximum(mixing.sum(-1, keepdims=True), 1e-30)
-
-    for path, weight in flat.items():
-        if "experts" in path:
-            w = np.asarray(weight[...])
-            flat[path] = weight.replace(np.einsum("lij,lj...->li...", mixing, w).astype(w.dtype))
-    return nnx.from_flat_state(flat)
+    return mixing / np.maximum(mixing.sum(-1, keepdims=True), 1e-30)
 
 
 # The tables and the picture
