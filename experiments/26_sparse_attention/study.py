@@ -197,7 +197,7 @@ def best(scores, k):
     return chosen & np.isfinite(scores)
 
 
-# The tables
+# The table
 
 
 def of_choice(numbers, key):
@@ -205,37 +205,29 @@ def of_choice(numbers, key):
     return [number for k, number in numbers[key].items() if k != "all"].pop()
 
 
-def column(title, key, number=lambda found: found, **how):
-    """Return a column of the k tokens' numbers under `key`."""
-
-    def values(results, variant):
-        return results.values(variant, lambda numbers: number(of_choice(numbers, key)))
-
-    return Column(title, values, **how)
+def mass(numbers):
+    """Return the share of dense attention's mass in the choice of k tokens."""
+    return of_choice(numbers, "recall")["mass"]
 
 
-IN_PERCENT = dict(digits=1, scale=100)
-COLUMNS = {
-    "text": (
-        Column("nats a byte, all tokens", "loss/all", 4),
-        column("nats a byte, k tokens", "loss", digits=4),
-        column("of dense attention's mass: chosen, %", "recall", lambda x: x["mass"], **IN_PERCENT),
-        column("in the latest k, %", "recall", lambda x: x["latest"], **IN_PERCENT),
-    ),
-    "keys": (
-        Column("keys found in rows of 4L, all tokens, %", "far/all", **IN_PERCENT),
-        column("keys found, k tokens, %", "far", **IN_PERCENT),
-    ),
-}
+def latest(numbers):
+    """Return the share of that mass in the latest k tokens."""
+    return of_choice(numbers, "recall")["latest"]
+
+
+COLUMNS = (
+    Column("nats a byte, all tokens", "loss/all", 4),
+    Column("nats a byte, k tokens", Number(partial(of_choice, key="loss"), ""), 4),
+    Column("of dense attention's mass: chosen, %", Number(mass, "%", scale=100), 1),
+    Column("in the latest k, %", Number(latest, "%", scale=100), 1),
+    Column("keys found in rows of 4L, all tokens, %", "far/all", 1, scale=100),
+    Column("keys found, k tokens, %", Number(partial(of_choice, key="far"), "%", scale=100), 1),
+)
 
 
 def table(results):
-    tables = []
-    for task, columns in COLUMNS.items():
-        if names := [variant for variant in results.variants if variant.startswith(task)]:
-            tables.append(results_table(results, columns, names))
     chance = f"Chance finds {100 / Retrieval().values:.1f} % of the keys."
-    return "\n\n".join([*tables, chance, costs()])
+    return "\n\n".join([results_table(results, COLUMNS), chance, costs()])
 
 
 def costs():
@@ -260,22 +252,21 @@ FAR_KEYS = QUESTIONS * len(DEPTHS)  # questions at 4L of a run
 MASSES = 10_000  # tokens whose attention is looked at, at least
 
 
-def chosen_mass(numbers):
-    """Dense attention's mass in the choice, in %, of a model that was trained with it."""
+def trained_mass(numbers):
+    """Return the mass in the choice of a model that was trained with it. Raises: KeyError."""
     numbers["final"]["text"]
-    return 100 * of_choice(numbers, "recall")["mass"]
+    return mass(numbers)
 
 
 def beyond_latest(numbers):
-    """How much more of that mass it is than in the latest k tokens, in logits."""
-    latest = logit("latest", MASSES, 1.0)(of_choice(numbers, "recall"))
-    return logit(chosen_mass, MASSES)(numbers) - latest
+    """Return how much more of that mass it is than in the latest k tokens, in logits."""
+    return CHOSEN(numbers) - logit(latest, MASSES, 1.0)(numbers)
 
 
 LOSS = "final/text"
 FOUND = Number("final/keys", "points", 1)
 FAR = logit("final/keys", FAR_KEYS)
-CHOSEN, BEYOND = logit(chosen_mass, MASSES), Number(beyond_latest, "logits")
+CHOSEN, BEYOND = logit(trained_mass, MASSES, 1.0), Number(beyond_latest, "logits")
 RANDOM_LOSS = Number(lambda numbers: numbers["loss"]["16"] - numbers["loss"]["all"], "nats", 3)
 RANDOM_KEYS = Number(lambda numbers: numbers["far"]["all"] - numbers["far"]["8"], "points", 1, 100)
 STUDY = Study(
