@@ -19,7 +19,7 @@ from dsv3_jax.model import transformer
 from dsv3_jax.model.counting import size
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.training.loss import score_tokens
-from experiments.lab import Claim, FollowUp, Number, Stake, Study, drawing, logit
+from experiments.lab import Claim, MeasuredWith, Number, Stake, Study, drawing, logit
 from experiments.lab.claims import percent_of
 from experiments.lab.prompts import held_out_prompts
 from experiments.lab.tables import markdown_table, mean_spread
@@ -44,11 +44,11 @@ def variants(base):
 
     def on_trunk(depth, kind):
         model = replace(cfg, mtp_depth=depth, mtp_kind=kind)
-        return FollowUp(("trunk",), lambda folder: replace(base, model=model, trunk=folder))
+        return replace(base, model=model, trunk="trunk")
 
     return {
         "trunk": replace(base, model=cfg),
-        INDEPENDENT: FollowUp(("trunk",), lambda _: replace(base, model=small)),
+        INDEPENDENT: MeasuredWith(("trunk",), replace(base, model=small)),
         JOINT: replace(base, model=replace(cfg, mtp_depth=1)),
         MTP: on_trunk(1, "deepseek"),
         EAGLE: on_trunk(1, "eagle"),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from dsv3_jax.config import Yarn, replace
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.cross_entropy import token_scores
-from experiments.lab import Claim, FollowUp, Number, OnTask, Stake, Study, drawing, logit
+from experiments.lab import Claim, Number, OnTask, Stake, Study, drawing, logit
 from experiments.lab.bases import RUNS_FOLDER, text_beside
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.results import write_figure
@@ -80,7 +80,7 @@ def of(kind, short, warmup):
         return run if kind == "text" else OnTask(Retrieval(tokens=run.data.seq_len), run)
 
     def after(run):
-        return FollowUp((name_of(kind, AT_L),), lambda folder: on(replace(run, start=folder)))
+        return on(replace(run, start=name_of(kind, AT_L)))
 
     short = replace(short, model=replace(short.model, yarn=Yarn()))
     rows = replace(

@@ -23,7 +23,7 @@ from dsv3_jax.model.stack import unstack
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.ops.indexer import index_scores
 from dsv3_jax.runs.evaluate import evaluate
-from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing
+from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
 from experiments.lab.claims import logit
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
 from experiments.lab.tables import results_table
@@ -72,20 +72,18 @@ def variants(base):
 def of_task(name, task, first, base):
     """Return the variants of a task. Args: first: the dense run that all others continue."""
 
-    def on_task(run):
-        return run if task is None else OnTask(task, run)
-
     def begun(parent, k=None, **changes):
         model = first.model if k is None else replace(first.model, **INDEX, index_topk=k)
-        return FollowUp(
-            (parent,), lambda folder: on_task(replace(first, model=model, start=folder, **changes))
-        )
+        return OnTask(task, replace(first, model=model, start=parent, **changes))
 
     dense, many = f"{name}: dense", base.steps
     fast = replace(base.optim, warmup_steps=2)
     slow = replace(fast, learning_rate=fast.learning_rate / 3)
     few = max(many // 2, 2)
-    found = {dense: on_task(first), f"{dense}, more steps": begun(dense, optim=slow, steps=few)}
+    found = {
+        dense: OnTask(task, first),
+        f"{dense}, more steps": begun(dense, optim=slow, steps=few),
+    }
     for kind, steps in {"short": max(many // 16, 2), "long": many}.items():
         found[f"{name}: {kind} warm-up"] = begun(
             dense, K[name], optim=fast, steps=steps, indexer_stage="warm"

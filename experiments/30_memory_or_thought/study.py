@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import size
-from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing
+from experiments.lab import Claim, Column, MeasuredWith, Number, OnTask, Stake, Study, drawing
 from experiments.lab.bases import at_rate
 from experiments.lab.tasks import Facts, TwoHops
 
@@ -110,7 +110,7 @@ def on_task(base, name, kind, budget=1):
 
 def after(others, one):
     """Return a run that reads the results of others; it does not start from them."""
-    return FollowUp(others, lambda *folders: one)
+    return MeasuredWith(others, one)
 
 
 def measure(trained):

@@ -4,13 +4,12 @@ Published: copies lead at first, train more slowly than from scratch and stay al
 their units at random they do not (2502.19261).
 """
 
-from functools import partial
 from pathlib import Path
 
 from dsv3_jax.config import replace
 from dsv3_jax.model.upcycle import Upcycling, upcycled_config
 from dsv3_jax.runs.convert import convert
-from experiments.lab import Claim, Column, FollowUp, Number, OnTask, Stake, Study, drawing
+from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
 from experiments.lab.bases import lasting, make_tokenizer, text_beside
 from experiments.lab.measuring import BITS, alike, fact_bits, fact_rows
 from experiments.lab.tasks import Facts
@@ -57,42 +56,33 @@ def variants(base):
     narrow = replace(
         base.model, num_experts=8, experts_per_token=2, num_shared_experts=0, expert_dim=8
     )
-    found = {
-        DENSE: OnTask(FIRST_HALF, replace(base, model=dense)),
-        SMALL: OnTask(FIRST_HALF, replace(base, model=narrow)),
+    ways = {  # the model, and what it starts with
+        FURTHER: (dense, DENSE),
+        SCRATCH: (upcycled_config(dense, WAYS[COPIES]), None),
+        SCRATCH_32: (upcycled_config(narrow, WAYS[GROWN]), None),
     }
+    for way, how in WAYS.items():
+        model, parent = (narrow, SMALL) if way == GROWN else (dense, DENSE)
+        ways[way] = upcycled_config(model, how), place_of(parent, how)
+
+    found = {DENSE: OnTask(FIRST_HALF, dense), SMALL: OnTask(FIRST_HALF, narrow)}
     pairs = [(way, budget) for budget in BUDGETS for way in MOST]
     for way, budget in (*pairs, *((way, "× 1") for way in ONCE)):
-        one = partial(on_facts, within(base, budget), dense, narrow, way)
-        parent = SMALL if way == GROWN else DENSE
-        scratch = way in (SCRATCH, SCRATCH_32)
-        found[f"{way}, {budget}"] = one(None) if scratch else FollowUp((parent,), one)
+        model, start = ways[way]
+        found[f"{way}, {budget}"] = replace(within(base, budget), model=model, start=start)
     return found | on_text(base)
-
-
-def on_facts(run, dense, narrow, way, parent):
-    """A run on all facts that begins with what `way` makes of a parent; None is from scratch."""
-    before = narrow if way in (GROWN, SCRATCH_32) else dense
-    how = WAYS.get({SCRATCH: COPIES, SCRATCH_32: GROWN}.get(way, way))
-    return OnTask(FACTS, begun(run, before, how, parent))
-
-
-def begun(run, before, how, parent):
-    model = before if how is None else upcycled_config(before, how)
-    start = parent if parent is None or how is None else place_of(parent, how)
-    return replace(run, model=model, start=start)
 
 
 def on_text(base):
     """The dense model of the text's recipe, copies of it, and the same from scratch."""
     run = text_beside(base)
     dense = replace(run.model, num_dense_layers=run.model.num_layers, dense_dim=128)
-    found = {TEXT_DENSE: replace(run, model=dense)}
+    runs = {TEXT_DENSE: replace(run, model=dense)}
     for budget in TEXT_BUDGETS:
-        one = partial(begun, within(run, budget), dense, WAYS[COPIES])
-        found[f"text: {COPIES}, {budget}"] = FollowUp((TEXT_DENSE,), one)
-        found[f"text: {SCRATCH}, {budget}"] = one(None)
-    return found
+        scratch = replace(within(run, budget), model=upcycled_config(dense, WAYS[COPIES]))
+        copies = replace(scratch, start=place_of(TEXT_DENSE, WAYS[COPIES]))
+        runs |= {f"text: {COPIES}, {budget}": copies, f"text: {SCRATCH}, {budget}": scratch}
+    return {name: OnTask(None, run) for name, run in runs.items()}
 
 
 def prepare(base, root):
@@ -128,6 +118,7 @@ HALF, ONE, TWO = BUDGETS
 STUDY = Study(
     variants=variants,
     base="facts",
+    task=FACTS,
     prepare=prepare,
     make_start=make_start,
     measure=measure,

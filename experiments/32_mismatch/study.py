@@ -4,13 +4,12 @@ Published: where samplers route otherwise RL collapses, and replay helps (arXiv 
 """
 
 import json
-from functools import partial
 
 import numpy as np
 
 from dsv3_jax.config import Grpo, replace
 from dsv3_jax.decoding.generate import generate
-from experiments.lab import Claim, FollowUp, Number, Stake, Study, drawing, ln, logit
+from experiments.lab import Claim, Number, Stake, Study, drawing, ln, logit
 from experiments.lab.bases import lasting
 from experiments.lab.claims import percent_of
 from experiments.lab.tables import markdown_table, mean_spread
@@ -47,29 +46,26 @@ def variants(base):
     steps = STEPS if base.steps > STEPS else UPDATES  # a few, to check that the study works
     if base.steps > STEPS:
         base = lasting(base, TEXT_STEPS)
-    arms = {
-        name: FollowUp((BEFORE,), partial(grpo, base, changes, steps))
-        for name, changes in (REWARDS | SAMPLERS).items()
-    }
-    return {BEFORE: base, TEXT: FollowUp((BEFORE,), partial(more, base, steps))} | arms
+    arms = {name: grpo(base, changes, steps) for name, changes in (REWARDS | SAMPLERS).items()}
+    return {BEFORE: base, TEXT: more(base, steps)} | arms
 
 
-def more(base, steps, start):
+def more(base, steps):
     """The same kind of steps on something else: text again, if nothing else changes."""
     optim = replace(
         base.optim, learning_rate=3e-4, final_learning_rate=3e-5, beta2=0.99, warmup_steps=5,
         weight_decay=0.0, bias_freeze=0.0,
     )  # fmt: skip
-    return lasting(replace(base, start=start, optim=optim, log_every=1), steps)
+    return lasting(replace(base, start=BEFORE, optim=optim, log_every=1), steps)
 
 
-def grpo(base, changes, steps, start):
+def grpo(base, changes, steps):
     how = {"group": 8, "max_new_tokens": NEW, "updates": UPDATES, "checker": "exact"} | changes
     data = replace(
         base.data, format="chat", paths=(base.data.paths[0].replace("text", "tasks"),),
         chat_template="plain", prompts="text", seq_len=16, batch_size=128, val_fraction=0.02,
     )  # fmt: skip
-    return replace(more(base, steps, start), data=data, grpo=Grpo(**how))
+    return replace(more(base, steps), data=data, grpo=Grpo(**how))
 
 
 def sums(part):

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Claim, FollowUp, Number, Stake, Study, drawing
+from experiments.lab import Claim, MeasuredWith, Number, Stake, Study, drawing
 from experiments.lab.bases import at_rate, lasting
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
@@ -51,7 +51,7 @@ def variants(base):
             made = lasting(replace(run, optim=optim), steps)
             name = cell_of(kind, arm, size)
             if times == TIMES[-1]:
-                runs[name] = FollowUp(tuple(others), lambda *_, made=made: made)
+                runs[name] = MeasuredWith(tuple(others), made)
             else:
                 others.append(f"{name}, rate {rate:g}")
                 runs[others[-1]] = made

@@ -3,14 +3,12 @@
 Published: without balance favoured experts are trained more and chosen more (arXiv 1701.06538).
 """
 
-from functools import partial
-
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import replace
 from dsv3_jax.ops import balance
-from experiments.lab import Claim, Column, FollowUp, Number, Stake, Study, drawing, ln
+from experiments.lab import Claim, Column, Number, Stake, Study, drawing, ln
 from experiments.lab.bases import NO_BALANCE, lasting
 from experiments.lab.ladder import GSHARD, ladder
 from experiments.lab.measuring import expert_ids, fact_bits, fact_rows, unknown_bits
@@ -48,16 +46,12 @@ def variants(base):
     for begun in (AHEAD, EVEN):
         for name, rule in ((NONE, NO_BALANCE), (BIAS, replace(NO_BALANCE, bias_rate=1e-3))):
             run = replace(second, model=replace(model, balance=rule))
-            found[name_of(begun, name)] = FollowUp((begun,), partial(start_from, run))
+            found[name_of(begun, name)] = replace(run, start=begun)
     return found
 
 
 def name_of(begun, name):
     return f"{begun}, then {name}"
-
-
-def start_from(run, folder):
-    return replace(run, start=folder)
 
 
 def measure(trained):

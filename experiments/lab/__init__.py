@@ -8,7 +8,7 @@ the table in README.md.
 from experiments.lab.bases import RUNS_FOLDER
 from experiments.lab.claims import Claim, Stake, ln, logit
 from experiments.lab.results import Number, Results, write_figure
-from experiments.lab.study import FollowUp, OnTask, Study
+from experiments.lab.study import MeasuredWith, OnTask, Study
 from experiments.lab.tables import Column
 from experiments.lab.trained import TrainedRun
 
@@ -16,7 +16,7 @@ __all__ = [
     "RUNS_FOLDER",
     "Claim",
     "Column",
-    "FollowUp",
+    "MeasuredWith",
     "Number",
     "OnTask",
     "Results",

@@ -110,14 +110,14 @@ def settings_of(
     }
     values["data"]["tokenizer"] = Path(run.data.tokenizer).name
     for name in ("trunk", "start"):
-        values[name] = _of_needed(values[name], needed or {})
+        values[name] = of_needed(values[name], needed or {})
     return _flat(json.loads(json.dumps(values))) | {"task": task and task.to_dict()}
 
 
-def _of_needed(place: str | None, needed: Mapping[str, str]) -> str | None:
-    """Return a start's name with the hash of the needed run in place of its folder.
+def of_needed(place: str | None, needed: Mapping[str, str]) -> str | None:
+    """Return a start with another name of the needed run, as a hash in place of its folder.
 
-    >>> _of_needed("runs/lab/1/copies", {"runs/lab/1": "ab"}), _of_needed("runs/demo", {})
+    >>> of_needed("runs/lab/1/copies", {"runs/lab/1": "ab"}), of_needed("runs/demo", {})
     ('ab/copies', 'runs/demo')
     """
     for folder, name in needed.items():

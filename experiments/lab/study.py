@@ -6,7 +6,7 @@ So studies that need the same run share it.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +15,12 @@ from dsv3_jax.config import ModelConfig, RunConfig, replace
 from experiments.lab import drawing
 from experiments.lab.bases import RUNS_FOLDER, base_run
 from experiments.lab.claims import Check, Claim, Stake, Verdict, judge
-from experiments.lab.fingerprints import Identity, changed, identify
+from experiments.lab.fingerprints import Identity, changed, identify, of_needed
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import MissingRuns, Results
 from experiments.lab.tables import Column, results_table
 from experiments.lab.tasks import Task
 from experiments.lab.trained import TrainedRun
-
-
-@dataclass(frozen=True)
-class FollowUp:
-    """A variant that starts from other variants' runs of the same seed, which are trained first."""
-
-    needs: tuple[str, ...]
-    # called with the run folders of `needs`, as strings, in the same order
-    run: Callable[..., "RunConfig | OnTask"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +31,20 @@ class OnTask:
     run: RunConfig | ModelConfig
 
 
-# A model stands for the base recipe with it.
-Variants = Mapping[str, RunConfig | ModelConfig | FollowUp | OnTask]
+# A model stands for the base recipe with it. A run's `start` or `trunk` may be an earlier variant,
+# or a folder inside one, "VARIANT/folder": that is its run of the same seed.
+Variant = RunConfig | ModelConfig | OnTask
+
+
+@dataclass(frozen=True)
+class MeasuredWith:
+    """A variant that is measured with the runs of earlier variants, of the same seed."""
+
+    needs: tuple[str, ...]
+    run: Variant
+
+
+Variants = Mapping[str, Variant | MeasuredWith]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Study:
     # (base, repository) → None: writes files that runs read
     prepare: Callable[[RunConfig, Path], None] | None = None
     # (run) → None: makes the folder that the run's `start` names, in its worker. It is inside the
-    # run folder of one of `FollowUp.needs`, and its name says all that it is made with
+    # run folder of another variant, and its name says all that it is made with
     make_start: Callable[[RunConfig], None] | None = None
     # more numbers of a run: name → number, list or dict
     measure: Callable[[TrainedRun], dict] | None = None
@@ -114,16 +117,18 @@ class Study:
         named: dict[str, str] = {}
         for seed in seeds:
             for name, variant in variants.items():
-                needed: dict[str, str] = {}
-                if isinstance(variant, FollowUp):
-                    for other in variant.needs:
-                        if (other, seed) not in runs:
-                            raise ValueError(
-                                f"variant {name!r} needs={other!r}, which is not an earlier variant"
-                            )
-                    needed = {other: runs[other, seed].folder for other in variant.needs}
-                    variant = variant.run(*needed.values())
                 task, run = self.task_and_run(variant, base)
+                needs = _parents(run, variants)
+                if isinstance(variant, MeasuredWith):
+                    needs += variant.needs
+                for other in needs:
+                    if (other, seed) not in runs:
+                        raise ValueError(
+                            f"variant {name!r} needs={other!r}, which is not an earlier variant"
+                        )
+                needed = {other: runs[other, seed].folder for other in needs}
+                for place in ("start", "trunk"):
+                    run = replace(run, **{place: of_needed(getattr(run, place), needed)})
                 run = replace(run, seed=seed, data=replace(run.data, seed=seed))
                 begun = dict(named)
                 for before in (runs[other, seed] for other in needed):
@@ -136,9 +141,11 @@ class Study:
         return runs
 
     def task_and_run(
-        self, variant: RunConfig | ModelConfig | OnTask, base: RunConfig
+        self, variant: Variant | MeasuredWith, base: RunConfig
     ) -> tuple[Task | None, RunConfig]:
         """Return the task and the run of a variant, before its seed."""
+        if isinstance(variant, MeasuredWith):
+            variant = variant.run
         found = variant if isinstance(variant, OnTask) else OnTask(self.task, variant)
         run = replace(base, model=found.run) if isinstance(found.run, ModelConfig) else found.run
         return found.task, run
@@ -163,16 +170,12 @@ class Study:
 
     def begun(self) -> dict[str, str]:
         """Return variant → the one whose run it continues, or whose frozen trunk it has."""
-        found: dict[str, str] = {}
         base = base_run(self.base)
-        for name, variant in self.variants(base).items():
-            if isinstance(variant, FollowUp):
-                # names in place of folders
-                _, run = self.task_and_run(variant.run(*variant.needs), base)
-                for parent in variant.needs:
-                    places = (f"{place}/" for place in (run.start, run.trunk))
-                    if any(place.startswith(f"{parent}/") for place in places):
-                        found[name] = parent
+        variants = self.variants(base)
+        found: dict[str, str] = {}
+        for name, variant in variants.items():
+            for parent in _parents(self.task_and_run(variant, base)[1], variants):
+                found[name] = parent
         return found
 
     def judge(self, results: Results) -> tuple[list[Verdict], list[Check]]:
@@ -188,6 +191,12 @@ class Study:
             with suppress(MissingRuns):
                 return self.table(results)
         return results_table(results, self.columns)
+
+
+def _parents(run: RunConfig, variants: Iterable[str]) -> tuple[str, ...]:
+    """Return the variants that a run's `start` or `trunk` names."""
+    places = [f"{place}/" for place in (run.start, run.trunk)]
+    return tuple(v for v in variants if any(place.startswith(f"{v}/") for place in places))
 
 
 def load(folder: Path) -> Study:

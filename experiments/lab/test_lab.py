@@ -17,7 +17,7 @@ from runs import HERE, environment
 
 from dsv3_jax.config import Layout, replace
 from dsv3_jax.presets import recipe
-from experiments.lab import FollowUp, OnTask, Results, Study, fingerprints, runner, running, work
+from experiments.lab import OnTask, Results, Study, fingerprints, runner, running, work
 from experiments.lab.__main__ import main
 from experiments.lab.fingerprints import RECIPE_OF_TEXT, identify, settings_of
 from experiments.lab.measuring import alike
@@ -28,14 +28,13 @@ from experiments.lab.tasks import Facts
 STUDY = """"A question?"
 
 from dsv3_jax.config import replace
-from experiments.lab import FollowUp, Study
+from experiments.lab import Study
 from experiments.lab.claims import Claim
 
 def variants(base):
     model = replace(base.model, mtp_depth=1)
-    heads = lambda trunk: replace(base, steps=9, model=model, trunk=trunk)
     return {"first": base, "second": replace(base, steps=7), "bad": replace(base, steps=8),
-            "heads": FollowUp(("bad",), heads)}
+            "heads": replace(base, steps=9, model=model, trunk="bad")}
 
 CLAIM = Claim("the second is lower", "second", "first")
 STUDY = Study(variants, claims=(CLAIM,))
@@ -201,7 +200,7 @@ def test_a_task_of_a_study_of_its_own_reaches_a_worker(lab):
 REAL = """"Why?"
 
 from dsv3_jax.config import replace
-from experiments.lab import FollowUp, OnTask, Study
+from experiments.lab import OnTask, Study
 from experiments.lab.tasks import Facts
 
 def variants(base):
@@ -209,7 +208,7 @@ def variants(base):
     base = replace(base, model=model, steps=20, save_every=20, eval_every=20, eval_batches=1)
     return {"a": OnTask(Facts(), base), "b": OnTask(Facts(), replace(base, steps=40)),
             "bad": OnTask(Facts(), replace(base, start="nowhere")),
-            "c": FollowUp(("bad",), lambda folder: OnTask(Facts(), replace(base, start=folder)))}
+            "c": OnTask(Facts(), replace(base, start="bad"))}
 
 STUDY = Study(variants, base="facts",
               measure=lambda run: {"rows": len(run.metrics()), "layers": run.model.cfg.num_layers})
@@ -349,11 +348,8 @@ def test_the_identity_of_a_run(tmp_path, monkeypatch):
     assert again[0] == again[1]
     monkeypatch.setattr(fingerprints, "_corpus_hash", lambda data: "a text")
 
-    def child(folder):
-        return OnTask(Facts(), replace(run, start=folder))
-
     parents = {str(seed): OnTask(Facts(table_seed=seed), run) for seed in (0, 1, 2)}
-    children = {f"after {name}": FollowUp((name,), child) for name in parents}
+    children = {f"after {name}": OnTask(Facts(), replace(run, start=name)) for name in parents}
     study = Study(lambda base: parents | children, folder=tmp_path / "a" / "b")
     assert len({one.folder for one in study.list_runs(run, (0,)).values()}) == 6
     old = identify(run, tmp_path)

@@ -21,7 +21,7 @@ class TrainedRun:
 
     folder: Path
     run: RunConfig
-    # run folders of the variants named in `FollowUp.needs`, same seed
+    # run folders of the variants that it starts from or is measured with, same seed
     needed_folders: dict[str, Path]
     numbers: dict  # the evaluation's numbers, arrays as lists; `measure` also gets "load" [L, E]
     task: Task | None = None
