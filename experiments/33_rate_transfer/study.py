@@ -9,11 +9,11 @@ import math
 import numpy as np
 
 from dsv3_jax.config import replace
-from experiments.lab import Claim, MeasuredWith, Number, Stake, Study, drawing
-from experiments.lab.bases import at_rate, lasting
+from experiments.lab import Claim, Column, MeasuredWith, Number, Stake, Study, drawing
+from experiments.lab.bases import at_rate, base_run, lasting
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
-from experiments.lab.tables import markdown_table, mean_spread
+from experiments.lab.tables import markdown_table, mean_spread, results_table
 
 DENSE, MIXTURE = "dense", "mixture"
 ADAMW, MUP, MUON = "AdamW", "muP", "Muon"
@@ -25,6 +25,7 @@ CELLS = (
     *((MIXTURE, MUON, size) for size in (HALF, DOUBLE)),
 )
 TIMES = (0.35, 0.7, 2.8, 5.6, 1.4)  # the base recipe's rate; the last run measures all five
+RATE = base_run("lab").optim.learning_rate
 LOG_GROWTH = math.log(FACTORS[DOUBLE] / FACTORS[HALF])
 LEAST = 0.05  # nats that a rate of four times the best should cost
 
@@ -59,7 +60,7 @@ def variants(base):
 
 
 def measure(trained):
-    """Of the run at the middle rate: all five `losses`, and ln of the cell's best rate.
+    """Measure the best rate of a cell, in the run at the middle rate, from its five `losses`.
 
     `four`: what four times the best rate costs, or a quarter of it, by the parabola.
     """
@@ -97,26 +98,21 @@ def pair_of(kind, arm):
     return cell_of(kind, arm, DOUBLE), cell_of(kind, ADAMW if arm == MUP else arm, HALF)
 
 
+def best_rate_of(numbers):
+    return 1e3 * math.exp(numbers["log_rate"])
+
+
+COLUMNS = (
+    *(Column(f"loss at {RATE * times:g}", f"losses/{i}") for i, times in enumerate(sorted(TIMES))),
+    Column("best rate, × 1e-3", Number(best_rate_of, ""), 2),
+    Column("four times that costs", "four"),
+)
+
+
 def table(results):
-    rates = results.values(cell_of(*CELLS[0]), "rates")[0]
-    header = ["model", "parameters (active)", *(f"loss at {rate:g}" for rate in rates)]
-    header += ["best rate, × 1e-3", "four times that costs"]
-    rows = []
-    for cell in CELLS:
-        name = cell_of(*cell)
-        size = results.records(name)[0]["parameters"]
-        best = 1e3 * np.exp(results.values(name, "log_rate"))
-        rows.append(
-            [
-                name,
-                f"{size['total']:,} ({size['active']:,})",
-                *(mean_spread(losses) for losses in results.values(name, "losses").T),
-                mean_spread(best, 2) + ("" if results.values(name, "inside").all() else ", an end"),
-                mean_spread(results.values(name, "four")),
-            ]
-        )
-    header_of_rules = ["rule for double width", "slope of the best rate on ln width", "it costs"]
-    return markdown_table(header, rows) + "\n\n" + markdown_table(header_of_rules, rules(results))
+    cells = results_table(results, COLUMNS, [cell_of(*cell) for cell in CELLS])
+    header = ["rule for double width", "slope of the best rate on ln width", "it costs"]
+    return f"{cells}\n\n{markdown_table(header, rules(results))}"
 
 
 def rules(results):
