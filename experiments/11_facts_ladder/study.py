@@ -21,7 +21,6 @@ from experiments.lab.ladder import (
 )
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.measuring import late_mean, unknown_bits
-from experiments.lab.tables import results_table
 from experiments.lab.tasks import Facts
 
 # The number of experts stays.
@@ -70,20 +69,6 @@ def at(size):
     return lambda results, kind: results.values(name_of(kind, size), unknown_bits)
 
 
-def table(results):
-    """Return a row for each kind of experts, with its bits at all sizes."""
-    kinds = [name for name in results.variants if "; " not in name]
-    return results_table(results, COLUMNS, kinds)
-
-
-COLUMNS = (
-    Column("bits unknown, of 6", unknown_bits, 2, against=(GSHARD,)),
-    Column("at half width", at("half"), 2),
-    Column("at double width", at("double"), 2),
-    Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
-)
-
-
 def claim(text, variant, against, expect="lower", size="base"):
     names = name_of(variant, size), name_of(against, size)
     return Claim(text, *names, unknown_bits, expect, size)
@@ -102,18 +87,27 @@ def shared_at(size):
     return name_of(SHARED, size), name_of(GSHARD, size)
 
 
-SHOWN = (
+AT_BASE = (
     *(DENSE, SWITCH, GSHARD, SHARED, FINE_2, FINE_4, UNSHARED_2, UNSHARED_4),
     *(CAPPED, CAPPED_UNBALANCED, UNBALANCED),
-    *(f"{k}; {s} width" for s in ("half", "double") for k in (GSHARD, SHARED, FINE_4, UNSHARED_4)),
+)
+SHOWN = AT_BASE + tuple(
+    name_of(kind, size)
+    for size in ("half", "double")
+    for kind in (GSHARD, SHARED, FINE_4, UNSHARED_4)
 )
 
 
 STUDY = Study(
     variants=variants,
     base="facts",
-    columns=COLUMNS,
-    table=table,
+    rows=AT_BASE,
+    columns=(
+        Column("bits unknown, of 6", unknown_bits, 2, against=(GSHARD,)),
+        Column("at half width", at("half"), 2),
+        Column("at double width", at("double"), 2),
+        Column("dropped in training, %", late_mean("dropped"), 2, scale=100.0),
+    ),
     draw=drawing.claims_and_variants(
         {name: (name, unknown_bits) for name in SHOWN}, "bits of a fact still unknown, of 6"
     ),

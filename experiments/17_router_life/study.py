@@ -19,7 +19,7 @@ from dsv3_jax.runs.checkpoint import load_run, steps_of
 from dsv3_jax.stats.token_rows import rows_of
 from experiments.lab import Claim, Column, Number, Stake, Study, drawing, ln, logit
 from experiments.lab.bases import NO_BALANCE
-from experiments.lab.tables import markdown_table, mean_spread, results_table
+from experiments.lab.tables import markdown_table, mean_spread
 
 BIAS, SWITCH, UNBALANCED = "loss-free, γ 3e-3", "Switch loss, α 1e-2", "none"
 METHODS = {  # as in 09_specialisation
@@ -191,26 +191,14 @@ def matched(what):
     return values
 
 
-COLUMNS = (
-    Column("choices made after a fifth of training", "early", 2),
-    Column("choices that the bias makes", "changed_last", 2),
-    Column("ln MaxVio without the bias over with it", "work", 2),
-    Column("MaxVio", lambda results, variant: results.values(variant, "max_vio")[:, -1], 2),
-    Column("two seeds' matched experts share", matched("shared"), 2),
-    Column("by chance", matched("by_chance"), 2),
-    Column("correlation of worth and load", "worth_load", 2),
-    Column("validation loss", "val_loss", 4),
-)
-
-
-def table(results):
+def below(results):
     header = ["balance", "removed", *(f"{100 * s:g} % of the experts, nats" for s in SHARES)]
     rows = []
     for variant in (BIAS, UNBALANCED):
         for way in (WORTH, LOAD, CHANCE, MERGED):
             costs = [results.values(variant, cost(way, share)) for share in SHARES]
             rows.append([variant, way, *(mean_spread(x, 3, sign=True) for x in costs)])
-    return f"{results_table(results, COLUMNS)}\n\n{markdown_table(header, rows)}"
+    return markdown_table(header, rows)
 
 
 SETTLED = {  # at every second checkpoint
@@ -237,8 +225,17 @@ def removed(text, variant, way, other, share):
 STUDY = Study(
     variants=variants,
     measure=measure,
-    columns=COLUMNS,
-    table=table,
+    columns=(
+        Column("choices made after a fifth of training", "early", 2),
+        Column("choices that the bias makes", "changed_last", 2),
+        Column("ln MaxVio without the bias over with it", "work", 2),
+        Column("MaxVio", "max_vio/-1", 2),
+        Column("two seeds' matched experts share", matched("shared"), 2),
+        Column("by chance", matched("by_chance"), 2),
+        Column("correlation of worth and load", "worth_load", 2),
+        Column("validation loss", "val_loss", 4),
+    ),
+    below=below,
     draw=drawing.claims_and_variants(
         SETTLED, "share of the last choices that are made after a part of training"
     ),

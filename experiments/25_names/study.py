@@ -10,7 +10,7 @@ from dsv3_jax.config import replace
 from experiments.lab import Claim, Column, Stake, Study, drawing, ln
 from experiments.lab.measuring import BITS, first_below, unknown_bits
 from experiments.lab.statistics import estimate
-from experiments.lab.tables import format_number, results_table
+from experiments.lab.tables import format_number
 from experiments.lab.tasks import Names
 
 TASK = Names(names=3, tokens=40, share=1.0)
@@ -42,8 +42,8 @@ def seconds(results, variant):
     return run_seconds(results, variant) * results.values(variant, "formed") / steps
 
 
-def table(results):
-    """The columns, and differences in ln seconds with intervals: a step with heads takes longer."""
+def below(results):
+    """Differences in ln seconds with intervals: a step with heads takes longer."""
     logs = {name: np.log(seconds(results, name)) for name in results.variants}
     sentences = []
     for name in (MODULE, PARALLEL):
@@ -53,24 +53,23 @@ def table(results):
         sentences.append(
             f"Until then, {name} against {PLAIN}: {mean} ({low} to {high}) ln seconds, {share}."
         )
-    return "\n\n".join([results_table(results, COLUMNS), *sentences])
+    return "\n\n".join(sentences)
 
 
 FORMED = ln("formed", "steps")
-COLUMNS = (
-    Column("step at which half is learnt", "formed", 0),
-    Column("seconds until then", seconds, 0),
-    Column("seconds of the run", run_seconds, 0),
-    Column("bits above the optimum", "above", 3, paired=True),
-)
 STUDY = Study(
     variants=variants,
     base="names",
     task=TASK,
     seeds=6,
     measure=measure,
-    columns=COLUMNS,
-    table=table,
+    columns=(
+        Column("step at which half is learnt", "formed", 0),
+        Column("seconds until then", seconds, 0),
+        Column("seconds of the run", run_seconds, 0),
+        Column("bits above the optimum", "above", 3, paired=True),
+    ),
+    below=below,
     draw=drawing.claims_and_variants(
         FORMED, "step at which half is learnt", shown=np.exp, ticks=(100, 200, 400, 800)
     ),

@@ -26,7 +26,6 @@ from dsv3_jax.runs.evaluate import evaluate
 from experiments.lab import Claim, Column, Number, OnTask, Stake, Study, drawing
 from experiments.lab.claims import logit
 from experiments.lab.measuring import DEPTHS, QUESTIONS, compiled, keys_found
-from experiments.lab.tables import results_table
 from experiments.lab.tasks import Retrieval
 
 FACTOR = 4
@@ -213,19 +212,9 @@ def latest(numbers):
     return of_choice(numbers, "recall")["latest"]
 
 
-COLUMNS = (
-    Column("nats a byte, all tokens", "loss/all", 4),
-    Column("nats a byte, k tokens", Number(partial(of_choice, key="loss"), ""), 4),
-    Column("of dense attention's mass: chosen, %", Number(mass, "%", scale=100), 1),
-    Column("in the latest k, %", Number(latest, "%", scale=100), 1),
-    Column("keys found in rows of 4L, all tokens, %", "far/all", 1, scale=100),
-    Column("keys found, k tokens, %", Number(partial(of_choice, key="far"), "%", scale=100), 1),
-)
-
-
-def table(results):
+def below(results):
     chance = f"Chance finds {100 / Retrieval().values:.1f} % of the keys."
-    return "\n\n".join([results_table(results, COLUMNS), chance, costs()])
+    return f"{chance}\n\n{costs()}"
 
 
 def costs():
@@ -271,7 +260,15 @@ STUDY = Study(
     variants=variants,
     base="retrieval",
     measure=measure,
-    table=table,
+    columns=(
+        Column("nats a byte, all tokens", "loss/all", 4),
+        Column("nats a byte, k tokens", Number(partial(of_choice, key="loss"), ""), 4),
+        Column("of dense attention's mass: chosen, %", Number(mass, "%", scale=100), 1),
+        Column("in the latest k, %", Number(latest, "%", scale=100), 1),
+        Column("keys found in rows of 4L, all tokens, %", "far/all", 1, scale=100),
+        Column("keys found, k tokens, %", Number(partial(of_choice, key="far"), "%"), 1, scale=100),
+    ),
+    below=below,
     draw=drawing.claims_and_variants("final/text", "nats a byte of text", linear=1.0),
     claims=(
         Claim(

@@ -13,7 +13,7 @@ from experiments.lab import Claim, Column, MeasuredWith, Number, Stake, Study, d
 from experiments.lab.bases import at_rate, base_run, lasting
 from experiments.lab.matching import FACTORS, scaled
 from experiments.lab.rates import best_rate
-from experiments.lab.tables import markdown_table, mean_spread, results_table
+from experiments.lab.tables import markdown_table, mean_spread
 
 DENSE, MIXTURE = "dense", "mixture"
 ADAMW, MUP, MUON = "AdamW", "muP", "Muon"
@@ -102,21 +102,8 @@ def best_rate_of(numbers):
     return 1e3 * math.exp(numbers["log_rate"])
 
 
-COLUMNS = (
-    *(Column(f"loss at {RATE * times:g}", f"losses/{i}") for i, times in enumerate(sorted(TIMES))),
-    Column("best rate, × 1e-3", Number(best_rate_of, ""), 2),
-    Column("four times that costs", "four"),
-)
-
-
-def table(results):
-    cells = results_table(results, COLUMNS, [cell_of(*cell) for cell in CELLS])
-    header = ["rule for double width", "slope of the best rate on ln width", "it costs"]
-    return f"{cells}\n\n{markdown_table(header, rules(results))}"
-
-
 def rules(results):
-    """Return rows: what the rate that a rule takes from half width costs at double width.
+    """Return what the rate of a rule, taken from half width, costs at double width.
 
     It is read off the fitted parabola.
     """
@@ -131,7 +118,8 @@ def rules(results):
             cost = curvature * ((slopes - wanted) * LOG_GROWTH) ** 2
             names = [f"{kind}, {arm}, {rule}", mean_spread(slopes, 2, sign=True)]
             rows.append([*names, mean_spread(cost)])
-    return rows
+    header = ["rule for double width", "slope of the best rate on ln width", "it costs"]
+    return markdown_table(header, rows)
 
 
 def claim(text, kind, arm, key, expect):
@@ -154,7 +142,13 @@ STUDY = Study(
     variants=variants,
     seeds=2,
     measure=measure,
-    table=table,
+    rows=[cell_of(*cell) for cell in CELLS],
+    columns=(
+        *(Column(f"loss at {RATE * x:g}", f"losses/{i}") for i, x in enumerate(sorted(TIMES))),
+        Column("best rate, × 1e-3", Number(best_rate_of, ""), 2),
+        Column("four times that costs", "four"),
+    ),
+    below=rules,
     draw=drawing.claims_and_variants(
         "log_rate", "best learning rate", shown=np.exp, ticks=(2e-3, 4e-3, 8e-3, 16e-3)
     ),

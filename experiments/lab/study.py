@@ -82,7 +82,9 @@ class Study:
     measure: Callable[[TrainedRun], dict] | None = None
     # the same for timings: one run at a time, on all cores
     measure_alone: Callable[[TrainedRun], dict] | None = None
-    table: Callable[[Results], str] | None = None  # Markdown that replaces the table of `columns`
+    rows: Sequence[str] = ()  # the variants that the table has; default: all
+    below: Callable[[Results], str] | None = None  # Markdown below the table
+    table: Callable[[Results], str] | None = None  # Markdown in place of both
     draw: Callable[[Results, Path], None] = drawing.claims_and_variants()
     claims: tuple[Claim, ...] = ()  # what the papers claim, judged by `claims.judge`
     # manipulation checks that claims refer to by name
@@ -186,11 +188,15 @@ class Study:
         return results.verdicts, checks
 
     def make_table(self, results: Results) -> str:
-        """Return the study's table, or that of its columns if runs for its own are missing."""
+        """Return the study's table and what is below it, without what lacks runs."""
         if self.table is not None:
             with suppress(MissingRuns):
                 return self.table(results)
-        return results_table(results, self.columns)
+        parts = [results_table(results, self.columns, self.rows)]
+        if self.below is not None:
+            with suppress(MissingRuns):
+                parts.append(self.below(results))
+        return "\n\n".join(parts)
 
 
 def _parents(run: RunConfig, variants: Iterable[str]) -> tuple[str, ...]:

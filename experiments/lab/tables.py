@@ -48,13 +48,16 @@ class Column:
 
 
 def results_table(results: Results, columns: Sequence[Column], names: Sequence[str] = ()) -> str:
-    """Return a Markdown table with a row for each variant. Args: names: of these; default: all."""
+    """Return a Markdown table with a row for each variant that has runs.
+
+    Args: names: of the variants; default: all.
+    """
     header = ["variant", "parameters (active)", "cache bytes per token"]
     for column in columns:
         header.append(column.title)
         header += [f"against {name}, paired" for name in _references(results, column)]
     rows = []
-    for variant in names or results.variants:
+    for variant in [name for name in names if name in results.runs] or results.variants:
         size = results.records(variant)[0]["parameters"]
         row = [variant, f"{size['total']:,} ({size['active']:,})", f"{size['cache_bytes']:,}"]
         for column in columns:
