@@ -75,7 +75,7 @@ def series(base, task):
     """Return all kinds on a task. The run with most experts measures the slope over all."""
     made = {name_of(task, kind): on_task(base, task, kind) for kind in models(base.model)}
     fewer = tuple(name_of(task, of(n)) for n in EXPERTS[:-1])
-    made[name_of(task, MOST)] = after(fewer, on_task(base, task, MOST))
+    made[name_of(task, MOST)] = MeasuredWith(fewer, on_task(base, task, MOST))
     return made
 
 
@@ -87,7 +87,7 @@ def budgets(base):
     for kind in PAIR:
         half, double = (name_of(FACTS, kind, budget) for budget in BUDGETS)
         made[half] = on_task(base, FACTS, kind, 0.5)
-        made[double] = after((half,), on_task(base, FACTS, kind, 2))
+        made[double] = MeasuredWith((half,), on_task(base, FACTS, kind, 2))
     return made
 
 
@@ -108,28 +108,20 @@ def on_task(base, name, kind, budget=1):
     return OnTask(task, run)
 
 
-def after(others, one):
-    """Return a run that reads the results of others; it does not start from them."""
-    return MeasuredWith(others, one)
-
-
 def measure(trained):
-    """Measure slopes of the unknown bits, where this run is the last of a series.
+    """Measure the slope of the unknown bits over a series, of which this run is the last.
 
-    `doubling`: bits for each doubling of the experts. `third`: the same, a third of it for facts.
-    `growth`: bits for each factor e of the budget. Over × ½, 1 and 2 it rests on the ends alone, as
-    the middle of evenly spaced places has no weight in a least-squares slope.
+    `third` is the slope by doublings of the experts, a third of it for facts.
     """
-    task, found = trained.task.name, {}
+    task = FACTS if trained.task.name == Facts.name else HOPS
     before = trained.needed_numbers().values()
-    key = BITS[FACTS if task == Facts.name else HOPS]
-    bits = [key(numbers) for numbers in (*before, trained.numbers)]
-    if len(bits) == 2:
-        found["growth"] = (bits[1] - bits[0]) / math.log(4)
-    elif len(bits) > 2:
-        found["doubling"] = float(np.polyfit(np.log2(EXPERTS), bits, 1)[0])
-        found["third"] = found["doubling"] / (3 if task == Facts.name else 1)
-    return found
+    bits = [BITS[task](numbers) for numbers in (*before, trained.numbers)]
+    if len(bits) == 1:
+        return {}
+    if len(bits) == 2:  # the budget × ½ and × 2; × 1 in their middle has no weight
+        return {"growth": (bits[1] - bits[0]) / math.log(4)}
+    slope = float(np.polyfit(np.log2(EXPERTS), bits, 1)[0])
+    return {"doubling": slope, "third": slope / (3 if task == FACTS else 1)}
 
 
 def claim(text, task, variant, against, expect="lower"):
@@ -153,8 +145,6 @@ STUDY = Study(
         Column("facts unknown, of 6 bits", BITS[FACTS], 2),
         Column("held-out triples, of 4", BITS[HOPS], 2),
         Column("seen triples", "bits_per_byte_by_domain/seen", 2),
-        Column("first maps", "bits_per_byte_by_domain/first map", 2),
-        Column("second maps", "bits_per_byte_by_domain/second map", 2),
         Column("bits a doubling", "doubling", 2),
         Column("bits by ln FLOPs", "growth", 2),
         Column("MaxVio", "max_vio_global", 2),
