@@ -47,10 +47,7 @@ def variants(base):
 
 
 def measure(trained):
-    """Measure the biases' range within a layer, mean over layers; with a capacity, what it drops.
-
-    `dropped_held_out` is the share of held-out text's assignments, in the evaluation's batches.
-    """
+    """Measure the range of a layer's biases; with a capacity, the share of text that it drops."""
     biases = jax.tree.leaves(nnx.state(trained.model, RouterBias))
     ranges = [np.ptp(np.asarray(b), axis=-1).ravel() for b in biases]
     numbers = {"bias_range": float(np.mean(np.concatenate(ranges)))}

@@ -61,7 +61,6 @@ def measure(folder):
     nbytes = first + later * later_rounds.sum() / layers
     return {
         "rounds": float(1 + later_rounds.mean()),
-        "slots": float(sent.mean()),
         "copies": float(copies(ids, run.model.num_experts // DEVICES).mean()),
         "bytes": float(nbytes / layers / tokens),
     }

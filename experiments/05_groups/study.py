@@ -36,37 +36,20 @@ def variants(base):
     return {name_of(kept): replace(cfg, groups_per_token=kept) for kept in KEPT}
 
 
-def groups_reached(ids, experts_in_group):
-    """Count the groups of a token's experts: ids [..., K] → counts [...]."""
-    groups = np.sort(np.asarray(ids) // experts_in_group, axis=-1)
-    return 1 + (np.diff(groups, axis=-1) != 0).sum(-1)
-
-
 def measure(trained):
     """Count groups that tokens reach, and what the model sends on a mesh of 8 devices."""
     cfg = trained.run.model
-    counts = []
-    for batch in trained.held_out():
-        ids = expert_ids(trained.model, batch)
-        reached = groups_reached(ids, cfg.num_experts // cfg.num_groups)
-        counts.append(reached[:, batch["segment_ids"] != 0])
-    numbers = {
-        "reached": float(np.concatenate(counts, axis=1).mean()),
-        "reached_if_even": mean_reach(cfg, cfg.num_groups),
-    }
+    ids = np.concatenate([expert_ids(trained.model, batch) for batch in trained.held_out()], axis=1)
+    group_of = ids // (cfg.num_experts // GROUPS)
+    reached = (group_of[..., None] == np.arange(GROUPS)).any(-2).sum(-1)
+    numbers = {"reached": float(reached.mean()), "reached_if_even": mean_reach(cfg, GROUPS)}
     if trained.run.data.batch_size % GROUPS == 0:
-        numbers |= {f"mesh_{key}": value for key, value in on_mesh(trained).items()}
+        # In a process of its own: JAX cannot add devices to this one.
+        script = Path(__file__).with_name("on_mesh.py")
+        found = apart.result([sys.executable, str(script), str(trained.folder)])
+        numbers |= {f"mesh_{key}": value for key, value in found.items()}
         numbers["mesh_least_bytes"] = wire_bytes(numbers["mesh_copies"], cfg, itemsize=4)
     return numbers
-
-
-def on_mesh(trained):
-    """Run on_mesh.py in a process of its own: JAX cannot add devices to this one."""
-    script = Path(__file__).with_name("on_mesh.py")
-    try:
-        return apart.result([sys.executable, str(script), str(trained.folder)])
-    except apart.Failed as error:
-        raise ValueError(f"{script.name} failed: {error}") from None
 
 
 def equal(kept):

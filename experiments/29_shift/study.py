@@ -63,13 +63,7 @@ def variants(base):
 
 
 def measure(trained):
-    """Measure the load around the change, and what the model knows at the end.
-
-    `before`, `after`: MaxVio of a step, mean of the 100 steps before or after the change. `back`:
-    steps until the load is even again; a run in which it never is has all that are left. `dropped`:
-    % of the assignments that experts with a capacity would drop, mean of the 100 steps after.
-    `new_bits`: bits unknown of an answer, in the mix after the change.
-    """
+    """Measure MaxVio and drops around the change, steps until even, and bits of the new mix."""
     task, loads = trained.task, trained.loads()[:, 0]  # of the one layer
     vio = loads.max(-1) / loads.mean(-1) - 1
     dropped = 100 * overflow(loads, FACTOR)
