@@ -75,9 +75,9 @@ def round_to_bits(rows, bits):
     return jnp.where(scale > 0, jnp.round(rows / jnp.where(scale > 0, scale, 1)) * scale, 0)
 
 
-def change(kind, dtype):
-    """Return a function of a run's numbers: this cache dtype's loss − the exact one's."""
-    return lambda numbers: numbers[kind][dtype]["val_loss"] - numbers[kind][EXACT]["val_loss"]
+def change(kind, dtype, digits=4):
+    """Return this cache dtype's loss − the exact one's."""
+    return Number(f"{kind}/{dtype}/val_loss", "nats", digits) - f"{kind}/{EXACT}/val_loss"
 
 
 def table(results):
@@ -104,18 +104,14 @@ ROWS = {
 
 def keeps(dtype):
     text = f"a latent of {dtype} keeps the loss, within {MARGIN} nats"
-    loss = Number(change("latent", dtype), "nats", 4)
-    return Claim(text, "MLA", 0.0, loss, "equal", "bits", MARGIN)
+    return Claim(text, "MLA", 0.0, change("latent", dtype), "equal", "bits", MARGIN)
 
 
 def more_than_keys(dtype):
     """Compare the latent with the same model's keys and values."""
-
-    def difference(numbers):
-        return change("latent", dtype)(numbers) - change("expanded", dtype)(numbers)
-
     text = f"at {dtype} the latent loses more than keys and values"
-    return Claim(text, "MLA", 0.0, Number(difference, "nats", 4), "higher", "bits")
+    more = change("latent", dtype) - change("expanded", dtype)
+    return Claim(text, "MLA", 0.0, more, "higher", "bits")
 
 
 STUDY = Study(
@@ -132,6 +128,6 @@ STUDY = Study(
         more_than_keys("int8"),
         more_than_keys("3 bits"),
     ),
-    stakes={"bits": Stake("2 bits a number", "MLA", 0.0, change("latent", "2 bits"))},
+    stakes={"bits": Stake("2 bits a number", "MLA", 0.0, change("latent", "2 bits", 3))},
     facts={"8 bits": "a format"},
 )

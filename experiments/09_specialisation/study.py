@@ -46,13 +46,8 @@ def measure(trained):
     }
 
 
-def token_against_domain(numbers):
-    """Return I(expert; token) − I(expert; domain), bits over chance."""
-    return numbers["token"] - numbers["excess_mean"]
-
-
 BITS, GIVEN = (Number(key, "bits", 3) for key in ("excess_mean", "given"))
-TOKEN = Number(token_against_domain, "bits", 3)
+TOKEN = Number("token", "bits", 3) - "excess_mean"
 
 
 def more_bits(text, against, key=BITS):

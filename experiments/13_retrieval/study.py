@@ -7,7 +7,6 @@ L is the base's row length: that of the recipe "retrieval" for keys, of "lab" fo
 """
 
 import textwrap
-from functools import partial
 
 import numpy as np
 import planted
@@ -36,7 +35,8 @@ LINES = {  # line of table and picture: (how a model is trained, how it is evalu
 LENGTHS = (1, 2, 4, 8, 16)  # of rows with keys, in L
 # Tokens of text that are read, in L. The last L/2 of them are scored, BATCH rows at once.
 CONTEXTS, BATCH = np.array([3 / 4, 1, 3 / 2, 2, 3, 4]), 16
-FAR = np.outer(LENGTHS, DEPTHS) > 1  # keys farther away than L, [lengths, depths]
+WITHIN, BEYOND = CONTEXTS <= 1, CONTEXTS > 1
+NEAR, FAR = 0, np.outer(LENGTHS, DEPTHS) > 1  # keys in rows of L; farther away, [lengths, depths]
 
 
 def name_of(kind, way):
@@ -120,19 +120,19 @@ def measure(trained):
         models["yarn"] = Transformer(cfg, trained.run.execution, rngs=nnx.Rngs(0))
         nnx.update(models["yarn"], nnx.state(trained.model))
     if kind == "keys":
-        found = {
+        shares = {
             how: [keys_found(model, trained.task, c * length) for c in LENGTHS]
             for how, model in models.items()
         }
-        return {"length": length, "found": found}
+        return {"length": length, "found": shares}
 
     # The last bytes of each document that fills the longest row; planted ones are not scored.
     tokenizer, longest = trained.tokenizer, FACTOR[kind] * length
     texts = [tokenizer.encode_array(document.text) for document in trained.corpus.val]
     rows = np.stack([tokens[-longest:] for tokens in texts if len(tokens) >= longest])
     scored = ~np.isin(rows[:, -length // 2 :], tokenizer.encode_array(planted.PLANTED))
-    loss = {how: losses(model, rows, scored, length) for how, model in models.items()}
-    return {"length": length, "documents": len(rows), "loss": loss}
+    nats = {how: losses(model, rows, scored, length) for how, model in models.items()}
+    return {"length": length, "documents": len(rows), "loss": nats}
 
 
 def losses(model, rows, scored, length):
@@ -154,26 +154,20 @@ def nats_of(model, tokens):
     return nats.reshape(targets.shape)
 
 
-def part(name, where, scale=1):
-    """Return a function of a run's numbers: the mean of a part, by how the model is evaluated."""
-    return lambda numbers, how="own": scale * float(np.mean(np.array(numbers[name][how])[where]))
+def loss(where, how="own"):
+    """Return a text's loss, mean over contexts; `how` the model is evaluated."""
+    return Number(lambda numbers: np.mean(np.array(numbers["loss"][how])[where]), "nats", 3)
 
 
-loss_within, loss_beyond = (part("loss", where) for where in (CONTEXTS <= 1, CONTEXTS > 1))
-within = part("found", 0, 100)  # % of keys in rows of L
-beyond = part("found", FAR, 100)  # % of keys farther away than L
+def found(where, how="own"):
+    """Return the share of keys found, mean over lengths and depths."""
+    return Number(
+        lambda numbers: 100 * np.mean(np.array(numbers["found"][how])[where]), "points", 1
+    )
 
 
-def out_of_reach(numbers):
-    """Return how many points fewer of the far keys the unchanged model finds."""
-    return within(numbers) - beyond(numbers)
-
-
-def far_logit(numbers, how="own"):
-    return logit(partial(beyond, how=how), QUESTIONS * int(FAR.sum()))(numbers)
-
-
-FAR_KEYS = Number(far_logit, "logits")
+def far_keys(how="own"):
+    return logit(found(FAR, how), QUESTIONS * int(FAR.sum()))
 
 
 def loss_of_extended(numbers):
@@ -183,12 +177,7 @@ def loss_of_extended(numbers):
     """
     if "yarn" in numbers["loss"]:
         raise KeyError("own")
-    return loss_beyond(numbers)
-
-
-def gain(key, unit="nats", digits=3):
-    """Return how much more YaRN alone has of a number than the unchanged model."""
-    return Number(lambda numbers: key(numbers, "yarn") - key(numbers), unit, digits)
+    return loss(BEYOND)(numbers)
 
 
 def table(results):
@@ -197,9 +186,9 @@ def table(results):
     rows = []
     for line, (way, how) in LINES.items():
         keys, text = name_of("keys", way), name_of("text", way)
-        nats = [results.values(text, partial(key, how=how)) for key in (loss_within, loss_beyond)]
+        nats = [results.values(text, loss(where, how)) for where in (WITHIN, BEYOND)]
         shares = 100 * results.values(keys, f"found/{how}").mean(2)  # by length of the row
-        farther = results.values(keys, partial(beyond, how=how))
+        farther = results.values(keys, found(FAR, how))
         cells = [mean_spread(x, 3) for x in nats]
         rows.append([line, *cells, *(mean_spread(x, 1) for x in (*shares.T, farther))])
     documents = results.values("text: L", "documents").min()
@@ -222,8 +211,8 @@ def draw(results, path):
         heat.set_title(textwrap.fill(line, 22), fontsize=9)
         heat.set_xticks(range(len(LENGTHS)), [f"{c}L" for c in LENGTHS])
         heat.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
-        loss = results.values(name_of("text", way), f"loss/{how}").mean(0)
-        ax.plot(CONTEXTS, loss, "o-", label=line, markersize=4)
+        nats = results.values(name_of("text", way), f"loss/{how}").mean(0)
+        ax.plot(CONTEXTS, nats, "o-", label=line, markersize=4)
     above.supxlabel("tokens in the row", fontsize=10)
     above.supylabel("distance to the key, of the row", fontsize=10)
     above.colorbar(image, ax=axes, label="keys found, %")
@@ -242,24 +231,24 @@ STUDY = Study(
     claims=(
         Claim(
             "YaRN without more steps finds more far keys than nothing",
-            "keys: L", 0.0, gain(far_logit, "logits", 2), "higher", "keys",
+            "keys: L", 0.0, far_keys("yarn") - far_keys(), "higher", "keys",
         ),
         Claim(
             "YaRN without more steps keeps near keys, within 2 points",
-            "keys: L", 0.0, gain(within, "points", 1), "equal", "keys", 2.0,
+            "keys: L", 0.0, found(NEAR, "yarn") - found(NEAR), "equal", "keys", 2.0,
             questions=QUESTIONS * len(DEPTHS),
         ),
         Claim(
             "after a tenth more steps, YaRN finds more far keys than none",
-            "keys: L, then 16L with YaRN", "keys: L, then 16L", FAR_KEYS, "higher", "keys",
+            "keys: L, then 16L with YaRN", "keys: L, then 16L", far_keys(), "higher", "keys",
         ),
         Claim(
             "a tenth more steps with YaRN find more than 16L from the start",
-            "keys: L, then 16L with YaRN", "keys: 16L", FAR_KEYS, "higher", "keys",
+            "keys: L, then 16L with YaRN", "keys: 16L", far_keys(), "higher", "keys",
         ),
         Claim(
             "text beyond L: YaRN without more steps has a lower loss than nothing",
-            "text: L", 0.0, gain(loss_beyond),
+            "text: L", 0.0, loss(BEYOND, "yarn") - loss(BEYOND),
         ),
         Claim(
             "text beyond L: more steps with YaRN have a lower loss than without",
@@ -273,7 +262,7 @@ STUDY = Study(
     stakes={
         "keys": Stake(
             "no reach: far keys, against near keys",
-            "keys: L", 0.0, Number(out_of_reach, "points", 1),
+            "keys: L", 0.0, found(NEAR) - found(FAR),
         )
     },
     facts={

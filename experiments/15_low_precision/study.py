@@ -39,10 +39,9 @@ def variants(base):
 
 
 def measure(trained):
-    """Measure `late_loss`, the mean training loss of the last quarter.
+    """Measure the training loss of the last quarter; of float32 runs, what rounding does to them.
 
-    For float32 runs also `gradient_error` of each execution: ‖g − g₃₂‖ / ‖g₃₂‖ of all parameters
-    together, at the last checkpoint on held-out text; and `val_loss_int3`, with matrices of 3 bits.
+    `gradient_error` is ‖g − g₃₂‖ / ‖g₃₂‖ of all parameters together, at the last checkpoint.
     """
     rows = [row for row in trained.metrics() if "loss" in row]
     late = rows[-max(len(rows) // 4, 1) :]
@@ -110,11 +109,6 @@ def keeps(variant, key, what):
     return Claim(text, variant, EXACT, percent(key), "equal", "bits", BOUND)
 
 
-def rounding(numbers):
-    """Return what 3 bits for each number of the matrices cost, in percent of the loss."""
-    return percent("val_loss_int3")(numbers) - percent("val_loss")(numbers)
-
-
 STUDY = Study(
     variants=variants,
     seeds=6,
@@ -136,7 +130,7 @@ STUDY = Study(
             "float32's matrices rounded to 3 bits after training",
             EXACT,
             0.0,
-            Number(rounding, "%", 3),
+            percent("val_loss_int3") - percent("val_loss"),
         )
     },
     facts={

@@ -60,11 +60,9 @@ def measure(trained):
 
 
 def choices(trained):
-    """Measure choices and biases by checkpoint, in the mean over layers.
+    """Measure which choices are settled by checkpoint, and which of them the bias makes.
 
-    `settled` is the share of the last checkpoint's choices that are made already. Of runs with a
-    bias: `changed`, the share of choices that the bias makes, and `max_vio` with and
-    `max_vio_without` it on held-out text.
+    All are of held-out text, in the mean over layers.
     """
     batches = trained.held_out(min(8, trained.run.eval_batches))
     steps = steps_of(trained.folder / "checkpoints")
@@ -103,11 +101,7 @@ def max_vio(load):
 
 
 def removals(trained):
-    """Measure `full`, the loss of all experts, and `without`, by way of choosing and share.
-
-    The experts are chosen on one half of the held-out batches, and the losses are of the other
-    half. `worth_load`: the correlation of an expert's worth with its load.
-    """
+    """Measure the loss without some experts, which are chosen on the other half of the text."""
     batches = trained.held_out()
     half = max(len(batches) // 2, 1)
     reads, scored = batches[:half], batches[half:] or batches
@@ -173,9 +167,8 @@ def mixing_of(w_router, removed, load):
 
 
 def cost(way, share):
-    """Return a function: nats that removing this share of the experts costs."""
-    index = SHARES.index(share)
-    return lambda numbers: numbers["without"][way][index] - numbers["full"]
+    """Return the nats that removing this share of the experts costs."""
+    return Number(f"without/{way}/{SHARES.index(share)}", "nats", 3) - "full"
 
 
 def matched(what):
@@ -215,11 +208,7 @@ SETTLED_EARLY = logit("early", CHOICES, 1.0)
 
 def removed(text, variant, way, other, share):
     """A claim that this way of choosing the removed experts costs more than the other."""
-
-    def gap(numbers):
-        return cost(way, share)(numbers) - cost(other, share)(numbers)
-
-    return Claim(text, variant, 0.0, gap, "higher", "experts")
+    return Claim(text, variant, 0.0, cost(way, share) - cost(other, share), "higher", "experts")
 
 
 STUDY = Study(

@@ -245,17 +245,13 @@ def trained_mass(numbers):
     return mass(numbers)
 
 
-def beyond_latest(numbers):
-    """Return how much more of that mass it is than in the latest k tokens, in logits."""
-    return CHOSEN(numbers) - logit(latest, MASSES, 1.0)(numbers)
-
-
 LOSS = "final/text"
 FOUND = Number("final/keys", "points", 1)
 FAR = logit("final/keys", FAR_KEYS)
-CHOSEN, BEYOND = logit(trained_mass, MASSES, 1.0), Number(beyond_latest, "logits")
-RANDOM_LOSS = Number(lambda numbers: numbers["loss"]["16"] - numbers["loss"]["all"], "nats", 3)
-RANDOM_KEYS = Number(lambda numbers: numbers["far"]["all"] - numbers["far"]["8"], "points", 1, 100)
+CHOSEN = logit(trained_mass, MASSES, 1.0)
+BEYOND = CHOSEN - logit(latest, MASSES, 1.0)  # more of that mass than in the latest k tokens
+RANDOM_LOSS = Number("loss/16", "nats", 3) - "loss/all"
+RANDOM_KEYS = Number("far/all", "points", 1, 100) - Number("far/8", "points", 1, 100)
 STUDY = Study(
     variants=variants,
     base="retrieval",

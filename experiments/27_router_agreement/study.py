@@ -213,10 +213,7 @@ def replay(text, key):
     return Claim(text, BASE, 50.0, left, "lower", "experts")
 
 
-def neighbours(numbers):
-    return numbers["shifted"] - numbers["loss"]
-
-
+NEIGHBOURS = Number("shifted", "nats", 3) - "loss"
 CHANGES = ln(of(BFLOAT16, "choices"), "choices")
 STUDY = Study(
     variants=variants,
@@ -265,5 +262,5 @@ STUDY = Study(
         "81 %": lambda results: results.values(BASE, of(BFLOAT16, "near")).mean(),
         "57 %": lambda results: results.values(GROUPS, of(BFLOAT16, "near")).mean(),
     },
-    stakes={"experts": Stake("each token with its neighbour's experts", BASE, 0.0, neighbours)},
+    stakes={"experts": Stake("each token with its neighbour's experts", BASE, 0.0, NEIGHBOURS)},
 )  # fmt: skip

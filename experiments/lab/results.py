@@ -35,8 +35,9 @@ Key = str | Callable[[Mapping], Any]
 class Number:
     """A number of a run, with the unit and the digits that claims about it are shown with.
 
-    >>> Number("share", "%", 1, scale=100)({"share": 0.25})
-    25.0
+    >>> share = Number("share", "%", 1, scale=100)
+    >>> share({"share": 0.25}), (share - "half")({"share": 0.25, "half": 12.5})
+    (25.0, 12.5)
     """
 
     key: Key
@@ -47,6 +48,12 @@ class Number:
     def __call__(self, numbers: Mapping) -> Any:
         found = lookup(numbers, self.key)
         return found if self.scale == 1 else found * self.scale
+
+    def __sub__(self, other: Key) -> "Number":
+        """Return the difference to another number of the same run."""
+        return Number(
+            lambda numbers: self(numbers) - lookup(numbers, other), self.unit, self.digits
+        )
 
 
 def shown_with(key: Key) -> tuple[str, int]:
