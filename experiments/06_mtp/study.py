@@ -5,8 +5,6 @@ Published: equal bits per byte (0.729, 0.729; 0.658, 0.657) and gains on tasks a
 models can lose; λ 0.3, then 0.1 (V3), with no comparison.
 """
 
-import numpy as np
-
 from dsv3_jax.config import replace
 from dsv3_jax.model.counting import train_flops_per_token
 from experiments.lab import Claim, Column, Number, Stake, Study, logit
@@ -50,15 +48,6 @@ def measure(trained):
     return {"train_flops": train_flops_per_token(trained.run.model)}
 
 
-def tokens_per_step(results, variant):
-    """Return 1 + the mean number of accepted drafts, one number per seed.
-
-    `mtp_acceptance` is the accepted share of drafts whose predecessors were accepted.
-    """
-    acceptance = results.values(variant, "mtp_acceptance")  # [seeds, depth]
-    return 1 + np.cumprod(acceptance, axis=1).sum(axis=1)
-
-
 def accepted(position):
     """Return the accepted share of drafts at a position, in points."""
     return Number(f"mtp_acceptance/{position}", "points", 1, scale=100)
@@ -76,7 +65,6 @@ STUDY = Study(
         Column("validation loss", "val_loss", 4, paired=True),
         Column("first draft accepted, %", "mtp_acceptance/0", 1, scale=100.0),
         Column("second draft accepted if the first was, %", "mtp_acceptance/1", 1, scale=100.0),
-        Column("tokens per step", tokens_per_step, 2),
     ),
     claims=(
         # The papers expect no direction: equal at scale, worse in small models.

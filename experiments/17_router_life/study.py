@@ -87,7 +87,6 @@ def choices(trained):
         numbers |= {
             "changed": changed,
             "max_vio_without": without,
-            "changed_last": changed[-1],
             "work": np.log(without[-1] / max_vios[-1]),
         }
     return numbers
@@ -216,7 +215,7 @@ STUDY = Study(
     measure=measure,
     columns=(
         Column("choices made after a fifth of training", "early", 2),
-        Column("choices that the bias makes", "changed_last", 2),
+        Column("choices that the bias makes", "changed/-1", 2),
         Column("ln MaxVio without the bias over with it", "work", 2),
         Column("MaxVio", "max_vio/-1", 2),
         Column("two seeds' matched experts share", matched("shared"), 2),
