@@ -7,7 +7,7 @@ Published: 15.6K cached numbers per token against MHA's 110.6K, at equal or bett
 from dsv3_jax.config import replace
 from experiments.lab import Claim, Column, Study
 from experiments.lab.matching import matched
-from experiments.lab.parts import part
+from experiments.lab.parts import CONTEXT
 
 
 def variants(base):
@@ -52,7 +52,7 @@ STUDY = Study(
         claim("GQA has a higher loss than MHA", "GQA", "MHA", "higher"),
         claim("MQA has a higher loss than GQA", "MQA", "GQA", "higher"),
     ),
-    stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
+    stakes={"context": CONTEXT},
     facts={
         "18 %": "480 / 2,688",
         "1.9 %": "0.0688 / 3.6011",

@@ -7,7 +7,7 @@ Published: MLA better than MHA at 16B and 250B (DeepSeek-V2); more tokens ahead 
 from dsv3_jax.config import replace
 from experiments.lab import Claim, Column, Study
 from experiments.lab.matching import FACTORS, scaled
-from experiments.lab.parts import part
+from experiments.lab.parts import CONTEXT
 
 
 def name_of(kind, size):
@@ -53,6 +53,6 @@ STUDY = Study(
             for size in FACTORS
         ),
     ),
-    stakes={"context": part("no context but the token before", "context of 2 tokens at most")},
+    stakes={"context": CONTEXT},
     facts={"0.4": "371,400 / 1000000", "4.7": "4,706,592 / 1000000"},
 )  # fmt: skip

@@ -12,7 +12,7 @@ from dsv3_jax.config import replace
 from experiments.lab import Claim, Column, OnTask, Stake, Study, drawing, ln
 from experiments.lab.bases import at_rate
 from experiments.lab.matching import FACTORS, scaled
-from experiments.lab.measuring import BITS, formed, unknown_bits
+from experiments.lab.measuring import induction, unknown_bits
 from experiments.lab.tasks import Chains
 
 TOKENS = Chains()  # the last token chooses what follows
@@ -52,13 +52,6 @@ def variants(base):
     }
 
 
-def measure(trained):
-    return {
-        "formed": formed(trained),
-        "above": trained.numbers["val_loss"] * BITS - trained.task.best_bits,
-    }
-
-
 FORMED = ln("formed", "steps")
 
 
@@ -69,7 +62,7 @@ def sooner(text, variant, against):
 STUDY = Study(
     variants=variants,
     base="chains",
-    measure=measure,
+    measure=induction,
     columns=(
         Column("step at which half is learnt", "formed", 0),
         Column("bits above the optimum", "above", 3, paired=True, against=(MUON,)),

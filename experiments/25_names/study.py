@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv3_jax.config import replace
 from experiments.lab import Claim, Column, Stake, Study, drawing, ln
-from experiments.lab.measuring import BITS, first_below, unknown_bits
+from experiments.lab.measuring import induction, unknown_bits
 from experiments.lab.statistics import estimate
 from experiments.lab.tables import format_number
 from experiments.lab.tasks import Names
@@ -20,15 +20,6 @@ PLAIN, MODULE, PARALLEL = "next token alone", "a module", "two parallel heads"
 def variants(base):
     changes = {PLAIN: {}, MODULE: {"mtp_depth": 1}, PARALLEL: {"mtp_depth": 2, "mtp_kind": "meta"}}
     return {name: replace(base.model, **change) for name, change in changes.items()}
-
-
-def measure(trained):
-    """`formed`: the step at which half of what a row's pairs are worth is learnt."""
-    half = (TASK.bits_without_pairs + TASK.best_bits) / 2
-    return {
-        "formed": first_below(trained, half),
-        "above": trained.numbers["val_loss"] * BITS - TASK.best_bits,
-    }
 
 
 def run_seconds(results, variant):
@@ -62,7 +53,7 @@ STUDY = Study(
     base="names",
     task=TASK,
     seeds=6,
-    measure=measure,
+    measure=induction,
     columns=(
         Column("step at which half is learnt", "formed", 0),
         Column("seconds until then", seconds, 0),

@@ -52,13 +52,17 @@ def first_below(trained: Any, bits: float) -> int:
 
 
 def formed(trained: Any) -> int:
-    """Return the step at which half of what a chain's order is worth is learnt.
+    """Return the step at which half of what pairs are worth is learnt, of a chain or of names.
 
-    The other half is as far from the bits of a model that looks back one token less. A run that
-    never learns it has its own number of steps.
+    A run that never learns it has its own number of steps.
     """
-    task = trained.task
-    return first_below(trained, (task.bits_of_order(task.order - 1) + task.best_bits) / 2)
+    return first_below(trained, (trained.task.bits_without_pairs + trained.task.best_bits) / 2)
+
+
+def induction(trained: Any) -> dict:
+    """Measure when induction formed, and the bits above the optimum at the end."""
+    above = unknown_bits(trained.numbers) - trained.task.best_bits
+    return {"formed": formed(trained), "above": above}
 
 
 def alike(model: Transformer) -> float:

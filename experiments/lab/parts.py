@@ -1,4 +1,4 @@
-"""Costs of taking parts away, as study 14 measures them: manipulation checks of other studies."""
+"""The cost of taking context away, as study 14 measures it: a manipulation check of others."""
 
 from pathlib import Path
 
@@ -10,13 +10,8 @@ from experiments.lab.results import Results
 PATH = Path(__file__).resolve().parents[1] / "14_parts" / "results.json"
 
 
-def part(text: str, name: str) -> Stake:
-    """Return the manipulation check that takes a part away from the trained base model.
+def _cost(_results: Results) -> np.ndarray:
+    return Results(PATH).values("base", "cost/context of 2 tokens at most")
 
-    Args: name: of a cost in study 14.
-    """
 
-    def cost(_results: Results) -> np.ndarray:
-        return Results(PATH).values("base", f"cost/{name}")
-
-    return Stake(f"{text} (study 14)", cost=cost)
+CONTEXT = Stake("no context but the token before (study 14)", cost=_cost)

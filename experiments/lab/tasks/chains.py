@@ -55,6 +55,11 @@ class Chains(Task):
     def best_bits(self) -> float:
         return self.bits_of_order(self.order)
 
+    @property
+    def bits_without_pairs(self) -> float:
+        """Mean bits of an asked token for a model that looks back one token less."""
+        return self.bits_of_order(self.order - 1)
+
     def bits_of_order(self, order: int) -> float:
         """Mean bits of an asked token by counts of what followed a row's last `order` tokens.
 
