@@ -35,10 +35,10 @@ def seconds(results, variant):
 
 def below(results):
     """Differences in ln seconds with intervals: a step with heads takes longer."""
-    logs = {name: np.log(seconds(results, name)) for name in results.variants}
     sentences = []
     for name in (MODULE, PARALLEL):
-        found = estimate((logs[name] - logs[PLAIN]).tolist())
+        logs = [np.log(seconds(results, variant)) for variant in (name, PLAIN)]
+        found = estimate(np.subtract(*logs).tolist())
         mean, low, high = (format_number(x, 2, sign=True) for x in (found.mean, *found.interval))
         share = f"{100 * np.exp(found.mean):.0f} % of the seconds"
         sentences.append(

@@ -12,6 +12,7 @@ from experiments.lab.statistics import (
     Difference,
     Noise,
     Table,
+    TooFewSeeds,
     estimate,
     holm,
     paired,
@@ -267,7 +268,7 @@ def judge(
             continue
         try:
             judged.append((claim, difference_of(claim, table, noise_of)))
-        except ValueError:  # too few seeds
+        except TooFewSeeds:
             continue
     adjusted = holm([found.p(claim.margin) for claim, found in judged])
     verdicts = []
@@ -283,7 +284,7 @@ def judge(
 def difference_of(claim: Claim, table: Table, noise_of: NoiseOf) -> Difference:
     """Return a claim's difference, whose variance is shrunk to that of its kind.
 
-    Raises: ValueError for too few seeds.
+    Raises: TooFewSeeds.
     """
     if isinstance(claim.against, str):
         noise = noise_of(claim.key, (claim.variant, claim.against))
@@ -317,7 +318,7 @@ def _check(stake: Stake, results: Results) -> Check:
     """Check by the paired cost's own interval."""
     try:
         return Check(stake, estimate(stake.by_seed(results).tolist()))
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, TooFewSeeds):
         return Check(stake, None)
 
 

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from experiments.lab.claims import Claim, Verdict, difference_of, noise_within, table_of
 from experiments.lab.results import Key, Results, write_figure
+from experiments.lab.statistics import TooFewSeeds
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str) -> None:
@@ -184,5 +185,5 @@ def half_interval(results: Results, variant: str, against: str | float, key: Key
     noise, table = results.noise or noise_within(results), table_of(results, key)
     try:
         return difference_of(Claim("", variant, against, key), table, noise).half
-    except ValueError:
+    except TooFewSeeds:
         return 0.0

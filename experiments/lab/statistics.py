@@ -102,6 +102,10 @@ def _root(squares: float, dof: int) -> float:
     return float(np.sqrt(squares / dof)) if dof > 0 else float("nan")
 
 
+class TooFewSeeds(ValueError):
+    """Differences that leave no degree of freedom."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """A difference with its 95 % interval."""
@@ -148,7 +152,7 @@ def estimate(
         prior: d0.
         least: half of the interval at least, as of a share that rests on few questions.
 
-    Raises: ValueError without a difference or a degree of freedom.
+    Raises: TooFewSeeds without a difference or a degree of freedom.
 
     >>> alone, shrunk = estimate([0.1, 0.2, 0.4]), estimate([0.1, 0.2, 0.4], 0.01, 100, 40)
     >>> round(alone.half, 2), round(shrunk.half, 2), alone.dof, round(shrunk.dof, 1)
@@ -160,7 +164,9 @@ def estimate(
         weight = 1 / (1 / prior + 1 / dof)
     total = weight + count - 1
     if count == 0 or total <= 0:
-        raise ValueError(f"differences={count} leave no degree of freedom; a claim needs two seeds")
+        raise TooFewSeeds(
+            f"differences={count} leave no degree of freedom; a claim needs two seeds"
+        )
     squares = squares_of(differences) + (weight * variance if weight else 0.0)
     error = float(np.sqrt(squares / total / count))
     factor = interval_factor(total)

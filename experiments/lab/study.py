@@ -18,6 +18,7 @@ from experiments.lab.claims import Check, Claim, Stake, Verdict, judge
 from experiments.lab.fingerprints import Identity, changed, identify, of_needed
 from experiments.lab.pooling import noise_for
 from experiments.lab.results import MissingRuns, Results
+from experiments.lab.statistics import TooFewSeeds
 from experiments.lab.tables import Column, results_table
 from experiments.lab.tasks import Task
 from experiments.lab.trained import TrainedRun
@@ -194,7 +195,7 @@ class Study:
                 return self.table(results)
         parts = [results_table(results, self.columns, self.rows)]
         if self.below is not None:
-            with suppress(MissingRuns):
+            with suppress(MissingRuns, TooFewSeeds):
                 parts.append(self.below(results))
         return "\n\n".join(parts)
 

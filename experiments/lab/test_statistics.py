@@ -5,7 +5,7 @@ from statistics import NormalDist
 import pytest
 from runs import HERE
 
-from experiments.lab import Results, bases, fingerprints, overview
+from experiments.lab import Results, Study, bases, fingerprints, overview
 from experiments.lab.claims import Claim, Stake, answer_to, judge, noise_within, verdict_table
 from experiments.lab.fingerprints import RECIPE_OF_TASKS, RECIPE_OF_TEXT
 from experiments.lab.pooling import noise_for
@@ -56,6 +56,14 @@ def test_a_failed_manipulation_check_gives_no_verdict(tmp_path):
     assert [check.passed for check in checks] == [False, True]
     with pytest.raises(ValueError, match="differences=1 leave no degree of freedom"):
         estimate([0.1])
+
+
+def test_a_table_is_shown_without_what_one_seed_cannot_tell(tmp_path):
+    results = Results(tmp_path / "results.json")
+    size = {"total": 1, "active": 1, "cache_bytes": 1}
+    results.runs = {"base": {"0": {"numbers": {"val_loss": 3.0}, "parameters": size}}}
+    study = Study(dict, below=lambda results: str(estimate([0.1])))
+    assert study.make_table(results).endswith("| base | 1 (1) | 1 | 3.0000 |  |")
 
 
 def test_copies_have_a_noise_of_their_own_for_the_loss_too(tmp_path):
