@@ -116,6 +116,15 @@ def whole(root):
     return finished(root)
 
 
+@pytest.fixture(scope="session")
+def server():
+    """A bucket server: one for the process, because TensorStore reads its address only once."""
+    from buckets import serve
+
+    with serve() as found:
+        yield found
+
+
 @pytest.fixture
 def whole_compiles():
     """Compile with all of XLA's optimisations, for tests that inspect the compiled program."""

@@ -12,11 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 import runs
-from buckets import serve
 from models import arrays_of
 from runs import (
     assert_bitwise,
-    assert_near,
     by_command,
     flags,
     fresh_state,
@@ -27,10 +25,9 @@ from runs import (
     rows_of,
     start,
 )
-from test_cluster import pair
 
 import dsv3_jax as ds
-from dsv3_jax.config import Layout, OptimConfig
+from dsv3_jax.config import Layout
 from dsv3_jax.host import lease
 from dsv3_jax.host.bucket import Bucket, Changed
 from dsv3_jax.host.lease import Lease
@@ -48,15 +45,8 @@ pytestmark = pytest.mark.long
 RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1, mtp_depth=0), keep=2)
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serve() as found:
-        yield found
-
-
 @pytest.fixture
 def url(server, request) -> str:
-    """A place of the test's own."""
     return f"gs://bucket/runs/{request.node.name.replace('[', '-').strip(']')}"
 
 
@@ -87,7 +77,6 @@ def save(place, *steps):
 
 
 def contents(url: str) -> dict[str, bytes]:
-    """All objects below a URL."""
     bucket = Bucket(url)
     return {name: bucket.read(name)[0] for name in bucket.names()}
 
@@ -97,7 +86,6 @@ def index_of(url: str) -> dict:
 
 
 def assert_same_run(run, url, disk):
-    """Rows, state, data position, steps and settings are equal."""
     folder = fetched(url)
     assert rows_of(folder) == rows_of(disk)
     assert_bitwise(last_state(folder, run), last_state(disk))
@@ -113,7 +101,6 @@ def test_a_write_is_refused_after_another_one(url):
     absent = bucket.read("a")
     assert absent[0] is None
     first = bucket.write("a", b"1", absent[1])
-    assert bucket.read("a") == (b"1", first)
     with pytest.raises(Changed, match=f"^{url}/a was changed by another process$"):
         bucket.write("a", b"2", absent[1])
     assert bucket.write("a", b"1", absent[1]) == first  # its own, whose answer was lost
@@ -129,7 +116,7 @@ def test_objects_under_a_path_are_not_those_beside_it(url):
     names = ["a", "c/8/a", "c/8/b/c", "c/80/a"]
     for name in names:
         bucket.write(name, b"x")
-    assert bucket.names() == names and bucket.names("c/8") == names[1:3]
+    assert bucket.names("c/8") == names[1:3]
     bucket.delete("c/8")
     assert bucket.names() == [names[0], names[3]]
 
@@ -144,7 +131,6 @@ def other_lock(**changes) -> bytes:
 
 
 def test_two_writers(url, trained):
-    """The second is refused in a sentence, and changes nothing; another one may begin later."""
     mirror = mirror_of(fetched(url))
     with mirror.writing() as lock:
         before = contents(url)
@@ -170,7 +156,8 @@ def test_a_lock_is_taken_over_when_it_is_old_or_its_process_has_ended(url):
         lock = Lease(bucket)
         assert "is taken over: it has ended" in lock.sentence
         lock.close()
-    for alive in ({"boot": dead["boot"], "pid": dead["pid"]}, dead | {"pid": os.getpid()}):
+    others = dead | {"host": "other"}, dead | {"boot": "another start"}
+    for alive in (*others, dead | {"pid": os.getpid()}):
         bucket.write(LOCK_FILE, other_lock(**alive))
         with pytest.raises(FolderInUse):
             Lease(bucket)
@@ -205,7 +192,6 @@ def either(request, url, tmp_path) -> str:
 
 
 def test_checkpoints_are_independent_of_the_mesh(either):
-    """Saved from a mesh of "data" and "expert", restored without one and on another: same bits."""
     run = replace(RUN, execution=replace(RUN.execution, layout=Layout(fsdp=True)))
     state = fresh_state(run, step=3)
     with writing(either, run) as checkpoints:
@@ -234,14 +220,6 @@ def test_a_state_may_be_donated_while_it_is_written(either):
     assert_bitwise(last_state(either)[0], fresh_state(RUN, step=3))
 
 
-def remove_settings(place, folder):
-    """Delete what the checkpoint in the folder holds beside the arrays."""
-    if place.startswith("gs:"):
-        Bucket(place).write(f"checkpoints/{folder}.2/{SETTINGS}", None)
-    else:
-        (Path(place) / "checkpoints" / folder / "config" / "metadata").unlink()
-
-
 def test_a_step_can_be_chosen_and_damage_is_refused_by_readers_and_passed_over(either):
     save(either, 4, 8)
     with writing(either) as checkpoints:
@@ -255,7 +233,10 @@ def test_a_step_can_be_chosen_and_damage_is_refused_by_readers_and_passed_over(e
         checkpoints.save(fresh_state(RUN, 8), {"offset": 9}, wait=True)
         assert checkpoints.restore()[1] == {"offset": 9}
 
-    remove_settings(either, "8")
+    if either.startswith("gs:"):
+        Bucket(either).write(f"checkpoints/8.2/{SETTINGS}", None)
+    else:
+        (Path(either) / "checkpoints" / "8" / "config" / "metadata").unlink()
     with refused(r"^step=8: file='.*/checkpoints/8.* is absent; `dsv3 runs check` says"):
         load_run(either)
     assert load_run(either, step=4).step == 4
@@ -282,24 +263,18 @@ def test_a_flipped_bit_or_an_absent_object_is_refused_and_never_read(url):
     bucket = Bucket(url)
     arrays = {name: data for name, data in contents(url).items() if "/0/d/" in name}
     name, content = max(arrays.items(), key=lambda pair: len(pair[1]))
-    places = (3 * len(content) // 8, 5 * len(content) // 8)
-    damaged = [content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :] for at in places]
-    refusals = 0
-    for data in (*damaged, None):
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
+    for data in (flipped, None):
         bucket.write(name, data)
-        try:
-            assert_bitwise(last_state(url)[0], fresh_state(RUN, 4))  # nothing reads the bit
-        except ValueError as error:
-            assert str(error).startswith("step=4: the checkpoint in "), error
-            refusals += 1
-    assert refusals >= 2
+        with refused("^step=4: the checkpoint in "):
+            last_state(url)
 
 
 # training and reading
 
 
 def test_a_run_in_a_bucket_is_that_on_a_disk(trained, tmp_path):
-    """To the bit, after a stop too; and every reader opens it."""
     run, url, disk = trained
     assert_same_run(run, url, disk)
     options = ["--prompt", "a", "--max-new-tokens", 4, "--temperature", 0]
@@ -326,24 +301,6 @@ def test_a_run_that_is_killed_while_it_writes_ends_as_the_uninterrupted_one(
         assert process.wait(300) == -signal.SIGKILL, process.communicate()
     assert fit(run, url, quiet=True).resumed_from == 4
     assert_same_run(run, url, disk)
-
-
-@pytest.mark.rare
-def test_each_of_two_processes_writes_its_shards(server, url, root, tmp_path):
-    """What they have written is one process's run, and one resumes it."""
-    optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
-    run = make_run(runs.write_text(tmp_path / "text"), model=RUN.model, optim=optim, steps=8)
-    with pair(root, Path(url), run) as both:
-        for process in both:
-            assert process.wait(400) == 0, process.communicate()
-    fit(run, tmp_path / "alone", quiet=True)
-    for process in range(2):
-        assert any(name.startswith(f"checkpoints/8.1/{process}/d/") for name in contents(url))
-    (state, position), (expected, expected_position) = map(last_state, (url, tmp_path / "alone"))
-    assert position == expected_position
-    assert_bitwise(state.bias, expected.bias)  # every count of every step was the same
-    assert_near(state.params, expected.params)
-    assert fit(replace(run, steps=9), url, quiet=True).resumed_from == 8
 
 
 # what is refused
