@@ -17,9 +17,9 @@ from models import DENSE, random_model
 from runs import assert_bitwise, by_command, make_run, refused
 
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.runs import checkpoint, checksums
+from dsv3_jax.runs import checksums
 from dsv3_jax.runs.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed, load_run
-from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, read_manifest, write_manifest
+from dsv3_jax.runs.checksums import LATE, MANIFEST, find_damage, write_manifest
 from dsv3_jax.runs.folder import REPLACED, RUN_FILE, claim, read_run, settled
 from dsv3_jax.runs.loop import fit
 from dsv3_jax.training import optim
@@ -72,8 +72,6 @@ def last(run: Path) -> Path:
 
 
 def test_a_checkpoint_is_never_half_there(run, monkeypatch):
-    """A run that dies in writing or deleting leaves whole checkpoints; the next start cleans up."""
-
     def one_file_only(path, **_):
         for file in Path(path).rglob("_METADATA"):
             file.unlink()
@@ -90,26 +88,15 @@ def test_a_checkpoint_is_never_half_there(run, monkeypatch):
     assert steps_in(run) == {"8", "9"}
 
 
-def test_a_save_that_fails_in_the_background_is_named(run, monkeypatch):
-    def fail(self):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(Checkpoints, "_sync", fail)
-    sentence = "^the checkpoint of step 9 cannot be written to .*: the disk is gone;"
-    with pytest.raises(SaveFailed, match=sentence):
-        save(run, 9)
-    assert steps_in(run) == {"4", "8"}
-
-
-def test_a_path_that_orbax_takes_for_a_pattern(saved, tmp_path):
-    """A run trained elsewhere is read there; none begins there, and no save counts older ones."""
+def test_a_save_that_fails_in_the_background_is_named(saved, tmp_path):
+    """Orbax takes the path for a pattern. Such a run is read, and no save counts older ones."""
     run = Path(shutil.copytree(saved, tmp_path / "in[1]" / "run"))
-    with pytest.raises(SaveFailed, match="^the checkpoint of step 9 .* Orbax has not written"):
+    sentence = "^the checkpoint of step 9 cannot be written to .*: Orbax has not written .*;"
+    with pytest.raises(SaveFailed, match=sentence):
         save(run, 9, run=replace(RUN, keep=1))
     assert steps_in(run) == {"8"} and load_run(run).step == LAST
-    for name in ("a[1]", "a*", "a?"):
-        with refused(f"^out='{re.escape(str(tmp_path / name))}/run' holds '.', which Orbax"):
-            fit(RUN, tmp_path / name / "run")
+    with refused(f"^out='{re.escape(str(tmp_path))}/a\\*/run' holds '.', which Orbax"):
+        fit(RUN, tmp_path / "a*" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"in[1]"}
 
 
@@ -117,7 +104,6 @@ def test_a_path_that_orbax_takes_for_a_pattern(saved, tmp_path):
 
 
 def flip(path: Path, bit: int | None = None) -> None:
-    """Flip one bit, by default in the middle."""
     content = bytearray(path.read_bytes())
     bit = 4 * len(content) if bit is None else bit
     content[bit // 8] ^= 1 << bit % 8
@@ -149,45 +135,23 @@ def test_a_flipped_bit_in_any_file_is_found_or_changes_nothing(run):
 
 
 def array_file(folder: Path) -> Path:
-    """The largest file of the arrays."""
     return max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
-DAMAGES = (
-    lambda folder: array_file(folder).unlink(),
-    lambda folder: (folder / "state" / "other").write_text("x"),
-    lambda folder: os.mkfifo(folder / "state" / "pipe"),
-    lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
-    lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: array_file(folder).unlink(),
+        lambda folder: (folder / "state" / "other").write_text("x"),
+        lambda folder: os.mkfifo(folder / "state" / "pipe"),
+        lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:99]),
+        lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    ],
 )
-
-
-@pytest.mark.parametrize("number", range(len(DAMAGES)))
-def test_damage_is_named_by_file(run, number):
-    DAMAGES[number](last(run))
+def test_damage_is_named_by_file(run, damage):
+    damage(last(run))
     found = find_damage(last(run))
     assert f"{last(run)}/" in found and "\n" not in found and len(found) < 300
-    assert ("the guide to training says how to make another" in found) == (number == 3)
-
-
-def test_each_process_lists_and_checks_its_share(run):
-    """Each file is in one share, where its damage is found. Without a share nothing is checked."""
-    folder, count = last(run), 3
-    listed = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).unlink()
-    for index in range(count):
-        assert read_manifest(folder) is None
-        write_manifest(folder, index, count)
-    assert read_manifest(folder) == listed
-    for name in (next(iter(listed)), array_file(folder).relative_to(folder).as_posix()):
-        flip(folder / name)
-        found = [find_damage(folder, index, count) for index in range(count)]
-        assert sorted(found) == [""] * (count - 1) + [find_damage(folder)] and name in max(found)
-        flip(folder / name)
-    array_file(folder).unlink()
-    assert find_damage(folder)
-    (folder / f"checksums.1-of-{count}.json").unlink()
-    assert find_damage(folder) == "" and read_manifest(folder) is None
 
 
 def test_a_checkpoint_without_checksums_is_there(run):
@@ -199,22 +163,7 @@ def test_a_checkpoint_without_checksums_is_there(run):
     assert code == 0 and "step 4: whole" in said and "step 8: not checked" in said
 
 
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(run, monkeypatch):
-    """Else a save would list no checksums, and training would begin beside its checkpoints."""
-
-    def refuse(path):
-        raise PermissionError(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError):
-        checkpoint.write_manifest(last(run))
-    monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(PermissionError):
-        Checkpoints(run, RUN, read_only=True).rewind()
-
-
 def test_a_damaged_checkpoint_is_not_chosen(run):
-    """Neither by its step, nor where no other is left. test_buckets.py has what is passed over."""
     for step in (EARLIER, LAST):
         flip(run / "checkpoints" / str(step) / "config" / "metadata")
     with Checkpoints(run, RUN) as checkpoints:
@@ -227,7 +176,6 @@ def test_a_damaged_checkpoint_is_not_chosen(run):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_reader_beside_a_trainer_takes_the_next_newest_checkpoint(run, monkeypatch, when):
-    """The trainer deletes the checkpoint while it is read."""
     read, steps = Checkpoints._read_state, []
 
     def train(moment):
@@ -255,22 +203,21 @@ def test_check_passes_over_what_a_trainer_deletes(run, monkeypatch):
     assert code == 0 and "step" not in said
 
 
-TWO = [[8, 260], "uint8"], [[1, 260], "float32"]
-NO_DTYPE = [[8, 260], "x"], TWO[1]
-UNPACKED = [[8, 260], "float8_e4m3fn"], TWO[1]  # of the right shape, and not what was saved
-NO_PACKED = [5, [[["nowhere"], TWO]], *([[["head"], x]] for x in (TWO, 3, NO_DTYPE, UNPACKED))]
-
-
 def test_a_changed_checkpoint_that_is_sealed_again_is_refused_in_a_sentence(run):
     """Anyone can write checksums, and edit run.json. The sentence names the checkpoint's step."""
     config, data = (last(run) / name / "metadata" for name in ("config", "data"))
     values = json.loads(config.read_text())
     edited = (run / RUN_FILE).read_text().replace('"mtp_depth": 0', '"mtp_depth": 1')
     unreadable = f"the checkpoint in {run}/checkpoints cannot be read: "
-    changes = [(config, json.dumps(values | {"packed": x}), unreadable) for x in NO_PACKED]
-    changes += [(config, text, unreadable) for text in ("[]", "{}", "null")]
-    changes += [(data, "3", unreadable), (data, '{"a": 1', f".*{data} is not JSON: ")]
-    changes += [(run / RUN_FILE, edited, ".*: model.mtp_depth=1 is not that of the checkpoint, 0$")]
+    two = [[8, 260], "uint8"], [[1, 260], "float32"]
+    changes = [
+        (config, json.dumps(values | {"packed": 5}), unreadable),
+        (config, json.dumps(values | {"packed": [[["nowhere"], two]]}), unreadable),
+        (config, "[]", unreadable),
+        (data, "3", unreadable),
+        (data, '{"a": 1', f".*{data} is not JSON: "),
+        (run / RUN_FILE, edited, ".*: model.mtp_depth=1 is not that of the checkpoint, 0$"),
+    ]
     for file, text, sentence in changes:
         before = file.read_text()
         file.write_text(text)
@@ -325,10 +272,9 @@ def test_a_run_is_not_written_through_a_link(saved, run, tmp_path, name):
     """A stranger's folder may link to the user's files. checkpoints/ may link to a larger disk."""
     own = tmp_path / "own"
     own.mkdir()
-    target = saved / name if name == "checkpoints" else own / name
     shutil.rmtree(run / "checkpoints")
     (run / name).unlink(missing_ok=True)
-    (run / name).symlink_to(target)
+    (run / name).symlink_to(saved / name if name == "checkpoints" else own / name)
     with refused(f"{run / name}'? is a link .*{'the run' if name == 'checkpoints' else own}"):
         claim(run, RUN)
     assert steps_in(saved) == {"4", "8"} and list(own.iterdir()) == []
