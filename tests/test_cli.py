@@ -43,9 +43,7 @@ BAD = {
     "train tiny --out {new} layout.fsdp=no": "execution.layout.fsdp=no is neither true nor false",
     "train tiny --out {new} --steps": "Missing value for argument '--steps'",
     "train tiny --out {new} --steps abc": "--steps: invalid literal for int() with base 10: 'abc'",
-    "train tiny --out {new} --model.num-groups 3": "dsv3: num_groups=3 does not divide num_experts",
     "train tiny --config {run} --out {new}": "takes the place of PRESET 'tiny'; leave one out",
-    "train --config {one} --out {new}": "folder='{one}' holds no run: there is no run.json in it",
     "train tiny --out {new} --report wandb": "not installed: pip install wandb",
     "eval {run} --paths {absent} --paths {text}": "--paths is given twice; name all after one",
     "info tiny --kernels --check": "choose one",
@@ -54,8 +52,6 @@ BAD = {
     "runs list {absent}": "is no folder; name one with runs",
     "runs chek {run}": "subcommand 'chek' is not one of list, check; did you mean 'check'?",
     "train v3 --out {new}": "training state of 8.192 TB does not fit in this host's memory of ",
-    "CUDA train tiny --out {new} --execution.kernels cpu": "'cpu' is not available on cuda in",
-    "demo --out {text}": "out='{text}' holds other files and no run.json",
     "plan tiny --memory 80": "memory='80'",
     "train sft --out {new}": "preset 'sft' fine-tunes a model",
     "train sft --start {run} --out {new}": "has no chat template; train with one, --data",
@@ -82,10 +78,8 @@ BAD = {
     "generate {text}": "folder='{text}' is neither a run (no run.json) nor released",
     "chat {run}": "{run} has no chat template",
     "data tokenize {one} --format chat --start {run} --tokenizer {words} --out {new}": "choose one",
-    "data tokenize --out {new}": "argument PATHS is missing",
     "convert {run} {text}": "{text} exists and is not an empty folder",
     "convert {run} {new} --parts 2": "parts=2 is for a mixture; give --experts too",
-    "convert {run} {new} --experts 3": "experts=3 is not 2, 3, … times the num_experts=",
     "tokenizer {one} --paths {text}": "out='{one}' exists already",
     "tokenizer {new} --paths {text} --vocab-size 100": "vocab_size=100",
 }
@@ -167,7 +161,6 @@ def test_a_help_text_fits_two_screens(answers):
     verbose, out = answers["long help"][1], answers["help of train"][1]
     assert "--optim.learning-rate" in verbose and "  learning-rate=0.003" in out
     assert "--model.qk-norm" in verbose and "  no-qk-norm" in out
-    assert "largest learning rate" in verbose and "largest learning rate" not in out
 
 
 def test_options_have_several_spellings():
@@ -183,7 +176,6 @@ def test_options_have_several_spellings():
 
 
 def test_the_value_of_an_option_is_no_setting():
-    """Nor are the variables of a template."""
     names = options.names_of(train.Train)
     for line in ("--out steps=50", "--data.template thinking=true", "--out=steps=50"):
         assert options.spelled(line.split(), names) == line.split()
@@ -192,7 +184,6 @@ def test_the_value_of_an_option_is_no_setting():
 
 
 def test_a_runs_file_is_a_recipe(whole):
-    """Its settings are the defaults, its text, rows and steps too."""
     run = read_run(whole.folder)
     for place in (whole.folder, whole.folder / "run.json"):
         words = ["--config", str(place), "--out", "new"]
@@ -213,15 +204,13 @@ def test_every_command_is_a_file_and_in_the_usage(answers):
 def test_info_is_the_reports_model(answers):
     code, out, err = answers["info"]
     assert (code, err) == (0, "")
-    for name, text in (
-        ("total parameters", "671B\n"),
-        ("routed experts", "653.9B\n"),
-        ("active parameters", "36.63B a token (5.5%)"),
-        ("MTP modules", "11.61B more"),
-        ("cache", "70.27KB a token (bfloat16"),
-        ("cache, as MHA", "71.1 times as much"),
+    for words in (
+        "total parameters  .*671B\n",
+        r"active parameters  .*36\.63B a token \(5\.5%\)",
+        r"MTP modules  .*11\.61B more",
+        r"cache  .*70\.27KB a token \(bfloat16",
     ):
-        assert re.search(rf"^ *{name}  .*{re.escape(text)}", out, re.MULTILINE), name
+        assert re.search(rf"^ *{words}", out, re.MULTILINE), words
     code, out, err = answers["changed info"]
     assert (code, err) == (0, "") and "v3, changed" in out and "MTP" not in out
     assert re.search(r"cache +140\.5KB a token \(float32", out)
@@ -256,7 +245,6 @@ def test_eval_says_what_training_said(answers, whole):
 
 
 def test_eval_reads_all_of_other_text(answers, whole):
-    """None of it is left for training: one document is enough."""
     row = one_row([*b"one document", ByteTokenizer().eos_id])
     loss = evaluate(load_run(whole.folder).model, [row], ByteTokenizer())["val_loss"]
     assert f"val_loss                  {loss:.4f}\n" in answers["eval of a document"][1]
@@ -291,31 +279,38 @@ def test_a_platform_without_devices_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("dsv3: JAX_PLATFORMS='cuda' finds no device here")
 
 
-def test_absent_devices_are_left_out_where_only_their_compilers_are(monkeypatch):
-    """The CPU is chosen if there is a compiler, no device, and no wish of the user's."""
+CACHE, PLATFORMS = "JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS"
+MEMORY, OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MOST, KEPT = {MEMORY: "0.92"}, "dsv3_jax/programs"
+SETTINGS = [  # an installed compiler, device files, the user's variables, ours
+    (None, [], {}, MOST),
+    ("libtpu", [], {}, MOST | {PLATFORMS: "cpu"}),  # JAX would look for the device
+    ("libtpu", [], {PLATFORMS: "tpu"}, MOST),
+    ("libtpu", ["/dev/accel0"], {}, MOST | {CACHE: KEPT}),
+    (None, ["/dev/nvidia0"], {OLD: ".5"}, {CACHE: KEPT}),  # JAX refuses to start with both names
+    (None, ["/dev/nvidia0"], {MEMORY: ".5", CACHE: "mine"}, {}),
+    (None, ["/dev/nvidia0"], {PLATFORMS: "cpu"}, MOST),
+]
+
+
+@pytest.mark.parametrize("compiler, nodes, given, ours", SETTINGS)
+def test_what_jax_reads_at_its_start_is_set_unless_the_user_says_otherwise(
+    monkeypatch, tmp_path, compiler, nodes, given, ours
+):
+    before, given = jax.config.jax_compilation_cache_dir, {"XDG_CACHE_HOME": str(tmp_path)} | given
     monkeypatch.setattr(cli.sys, "platform", "linux")
-    monkeypatch.setattr(cli.sys, "modules", {k: v for k, v in sys.modules.items() if k != "jax"})
-    for installed, nodes, wish, chosen in (
-        ("libtpu", [], "", "cpu"),
-        (None, [], "", None),
-        ("libtpu", ["/dev/accel0"], "", None),
-        ("libtpu", [], "tpu", "tpu"),
-    ):
-        found = lambda name, only=installed: name == only or None  # noqa: E731
-        monkeypatch.setattr(cli.importlib.util, "find_spec", found)
-        monkeypatch.setattr(cli.glob, "glob", lambda pattern, nodes=nodes: nodes)
-        monkeypatch.setattr(cli.os, "environ", {"JAX_PLATFORMS": wish} if wish else {})
-        cli.leave_out_absent_devices()
-        assert cli.os.environ.get("JAX_PLATFORMS") == chosen
-
-
-def test_jax_takes_most_of_a_gpus_memory_unless_the_user_says_otherwise(monkeypatch):
-    """JAX refuses to start where both names are set."""
-    new, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    for given, want in ({}, {new: "0.92"}), ({old: ".5"}, {old: ".5"}), ({new: ".5"}, {new: ".5"}):
-        monkeypatch.setattr(cli.os, "environ", dict(given))
-        cli.take_gpu_memory()
-        assert cli.os.environ == want
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == compiler or None)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: nodes)
+    monkeypatch.setattr(cli.os, "environ", dict(given))
+    jax.config.update("jax_compilation_cache_dir", given.get(CACHE))
+    try:
+        for settle in (cli.leave_out_absent_devices, cli.take_gpu_memory, cli.keep_programs):
+            settle()
+        assert jax.config.jax_compilation_cache_dir == cli.os.environ.get(CACHE)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    expected = {name: value.replace(KEPT, f"{tmp_path}/{KEPT}") for name, value in ours.items()}
+    assert cli.os.environ == given | expected
 
 
 def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
@@ -327,25 +322,3 @@ def test_training_takes_all_devices_but_a_cpus(monkeypatch, capsys):
     odd = replace(tiny, optim=replace(tiny.optim, microbatches=2))
     with pytest.raises(ConfigError, match="batch_size/microbatches=4 rows"):
         all_devices(odd)
-
-
-def test_programs_of_accelerators_are_kept(monkeypatch, tmp_path):
-    """A setting of the user's has the last word, and on a CPU nothing is kept."""
-    name, folder = "JAX_COMPILATION_CACHE_DIR", str(tmp_path / "dsv3_jax" / "programs")
-    before = jax.config.jax_compilation_cache_dir
-    for nodes, platforms, given, want in (
-        (["/dev/nvidia0"], "", None, folder),
-        (["/dev/nvidia0"], "", "mine", None),
-        (["/dev/nvidia0"], "cpu", None, None),
-        ([], "", None, None),
-    ):
-        monkeypatch.setattr(cli.glob, "glob", lambda pattern, nodes=nodes: nodes)
-        environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": platforms}
-        monkeypatch.setattr(cli.os, "environ", environment)
-        jax.config.update("jax_compilation_cache_dir", given)
-        try:
-            cli.keep_programs()
-            found = jax.config.jax_compilation_cache_dir, cli.os.environ.get(name)
-            assert found == (want or given, want)
-        finally:
-            jax.config.update("jax_compilation_cache_dir", before)
