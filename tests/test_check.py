@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import by_command
-from test_grouped_product import gpu_interpreter
+from test_dispatch import gpu_interpreter
 
 from dsv3_jax.config import Execution
 from dsv3_jax.kernels import check, check_apart, table, verdicts

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_grouped_product import gpu_interpreter
+from test_dispatch import gpu_interpreter
 
 from dsv3_jax.kernels.choose import Target
 from dsv3_jax.ops.cached_attention import Stored, cached_attention
