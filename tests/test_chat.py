@@ -20,7 +20,6 @@ from texts import (
     Clock,
     message,
     settings_of,
-    tiktoken_lines,
     write_text_files,
 )
 
@@ -63,7 +62,6 @@ GREEDY = ("--temperature", 0, "--max-new-tokens", 9)
 
 @pytest.mark.long
 def test_chat_continues_the_conversation(talker):
-    """With a system message; drafts change nothing. A message that is too long is left out."""
     lines = 'hello\n\nthe\\\n<|im_end|>\n/clear\n/help\n"""\nhello\n"""\n'
     lines += "x" * 150 + "\n/exit\nno\n"
     how = ("--system", "the system", "--draft", "mtp")
@@ -87,7 +85,6 @@ def test_chat_continues_the_conversation(talker):
 
 @pytest.mark.long
 def test_a_file_of_messages_is_answered_as_chat_answers(talker, tmp_path):
-    """Also without the last answer of a chat, and beside a text that has no template."""
     records = [{"messages": [USER]}, {"prompt": "hello"}, {"prompt": [USER], "answer": "2"}]
     records += [{"messages": [USER, ANSWER]}]
     asked, out = write_lines(tmp_path / "asked.jsonl", records), tmp_path / "out.jsonl"
@@ -106,7 +103,6 @@ def test_a_file_of_messages_is_answered_as_chat_answers(talker, tmp_path):
 
 @pytest.mark.parametrize("name", ["GLM", "R1, thinking"])
 def test_grpo_asks_what_chat_asks(talker, tmp_path, monkeypatch, name):
-    """A task's prompt is what the command feeds, with generation prompt and variables."""
     fed = []
     words = ("thinking=true",) if name != "GLM" else ()
     r1 = replace(TEXTS["V3"], jinja=(TEMPLATES / "r1.jinja").read_text())
@@ -147,14 +143,12 @@ def test_a_prompt_of_text_is_encoded_without_its_answer():
 
 
 def test_tools_are_those_of_training(talker, tmp_path, monkeypatch):
-    """The prompt with --tools is that of a record with `tools`; /tool is a message of that role."""
     fed, text, file = [], load_text(talker), tmp_path / "tools.json"
     tokens = [[*text.tokenizer.encode("the"), text.stop_ids[0]]]
-    answer = SimpleNamespace(tokens=tokens, decode_seconds=0, acceptance=())
 
     def parts(model, prompts, config):
         fed.extend(prompts)
-        yield answer
+        yield SimpleNamespace(tokens=tokens, decode_seconds=0, acceptance=())
 
     monkeypatch.setattr(generate, "generate_in_parts", parts)
     tools = [{"name": "add"}]  # the context is short
@@ -168,11 +162,6 @@ def test_tools_are_those_of_training(talker, tmp_path, monkeypatch):
     called = [USER, message("assistant", "the"), message("tool", "2 é")]
     assert fed[1:] == [text.chat.render(called, tools=tools, add_generation_prompt=True).ids]
 
-    # If the model ends a prefill at once, the prefill is its answer.
-    answer.tokens = [[text.stop_ids[0]]]
-    lines = "hello world\n/tool 2\n"
-    code, _, err = by_command("chat", talker, "--prefill", "the", lines=lines)
-    assert code == 0 and "/tool TEXT" not in err
     file.write_text("{}")
     code, out, err = by_command("chat", talker, "--tools", file)
     assert (code, out) == (2, "") and f"{file} cannot be read: tools='{{}}'" in err
@@ -224,19 +213,19 @@ def test_an_argument_of_render_is_no_variable_of_a_template(talker):
         assert (code, out) == (2, "") and f"{name}=True is no variable of the chat template" in err
 
 
-def test_defaults_of_the_sampling():
-    """The command's own, where the folder says nothing; options come first."""
-    for said, given, expected in (
+@pytest.mark.parametrize(
+    "said, given, expected",
+    [
         ({}, {}, (0.8, None, 0.95)),
         ({"temperature": 0.6, "top_p": 0.9}, {"top_k": 3, "top_p": 0.5}, (0.6, 3, 0.5)),
-    ):
-        text = SimpleNamespace(sampling=said, stop_ids=(1,))
-        options = command.Generate(Path("m"), **given)
-        assert tuple(command.decode_config(options, text, None, 5).sampling) == expected
+    ],
+)
+def test_options_come_before_the_folders_sampling_and_that_before_ours(said, given, expected):
+    text, options = SimpleNamespace(sampling=said, stop_ids=(1,)), command.Generate(Path(), **given)
+    assert tuple(command.decode_config(options, text, None, 5).sampling) == expected
 
 
 def test_a_converted_folder_keeps_its_text(talker, tmp_path):
-    """Released → run → released: prompts, templates, stops, sampling, dtype and files stay."""
     talker = Path(shutil.copytree(talker, tmp_path / "talker"))
     config = json.loads((talker / "config.json").read_text())
     config |= {"torch_dtype": "bfloat16", "bos_token_id": 3, "eos_token_id": [4, 5]}
@@ -254,7 +243,6 @@ def test_a_converted_folder_keeps_its_text(talker, tmp_path):
 
 
 def test_a_run_reads_text_as_it_was_trained(tmp_path):
-    """No BOS, and names of specials stay text; a released folder's stop tokens are copied."""
     claim(tmp_path / "run", make_run(str(tmp_path)))
     text = load_text(tmp_path / "run")
     assert text.encode("<eos>") == text.encode("<eos>", raw=True) == list(b"<eos>")
@@ -265,16 +253,3 @@ def test_a_run_reads_text_as_it_was_trained(tmp_path):
     claim(tmp_path / "tuned", replace(run, data=replace(run.data, tokenizer=str(folder))))
     copy_to_run(folder, tmp_path / "tuned")
     assert load_text(tmp_path / "tuned").stop_ids == load_text(folder).stop_ids
-
-    # Nor with Kimi's tokenizer, whose names are in a file of released folders.
-    pytest.importorskip("tiktoken")
-    lines = tiktoken_lines()
-    added = {str(lines.count(b"\n")): {"content": "[EOS]"}}
-    kimi = tmp_path / "kimi" / "tiktoken.model"
-    kimi.parent.mkdir()
-    kimi.write_bytes(lines)
-    names = {"added_tokens_decoder": added, "bos_token": "[EOS]", "eos_token": "[EOS]"}
-    write_json(kimi.with_name("tokenizer_config.json"), names | {"add_bos_token": True})
-    claim(tmp_path / "own", replace(run, data=replace(run.data, tokenizer=str(kimi))))
-    text = load_text(tmp_path / "own")
-    assert text.encode("[EOS]") == text.tokenizer.encode("[EOS]")

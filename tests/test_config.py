@@ -14,6 +14,7 @@ from dsv3_jax.config import (
     ConfigError,
     DataConfig,
     Execution,
+    Grpo,
     Lora,
     OptimConfig,
     RunConfig,
@@ -67,6 +68,7 @@ def test_a_field_outside_its_interval_or_of_another_type_is_refused():
 
 
 MUP = OptimConfig(base_width=8)
+CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
 TWO_HEADS, DENSE_ADAPTERS = model(mtp_depth=2), Lora(2, on=("dense",))
 TOGETHER = [  # what makes a configuration, the words of the error, the changes
     (model, "num_dense_layers=4 num_layers=3", dict(num_dense_layers=4)),
@@ -92,6 +94,12 @@ TOGETHER = [  # what makes a configuration, the words of the error, the changes
     (run, "rank=2 start=None", dict(lora=Lora(rank=2))),
     (run, "on='dense'", dict(model=model(num_dense_layers=0), lora=DENSE_ADAPTERS, start="here")),
     (run, "execution=None Execution", dict(execution=None)),
+    (run, "updates=3 steps=4", dict(data=CHATS, steps=4, grpo=Grpo(group=2, updates=3))),
+    (
+        run,
+        "model.capacity_factor=1.5 group=2",  # sampling would have other experts than training
+        dict(data=CHATS, model=model(capacity_factor=1.5), grpo=Grpo(group=2)),
+    ),
 ]
 
 

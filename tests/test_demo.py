@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import jax
 import pytest
 from flax import nnx
-from runs import make_run
 
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.cli import demo_end as demo
@@ -69,7 +68,6 @@ def test_the_program_is_named_as_this_shell_calls_it(called, found, want, monkey
 
 
 def test_the_commands_are_good(whole):
-    """Their options are there, and the run is a recipe for a longer one."""
     lines = demo.commands("dsv3", whole.folder)
     generate, stats, longer = (shlex.split(line, comments=True)[1:] for line in lines)
     kinds = {"generate": Generate, "stats": Stats}
@@ -77,15 +75,6 @@ def test_the_commands_are_good(whole):
         assert parse(kinds[name], words, name)
     run = train.options(longer[1:]).run
     assert run.steps == 800 and run.data == whole.run.data
-
-
-def test_the_estimate_is_of_the_steps_that_are_left(capsys):
-    run = make_run("text", steps=100)  # of 64 tokens
-    estimate = demo.Estimate()
-    estimate.on_start(run, None, 0)
-    for row in ({"step": 1}, {"step": 10, "tokens_per_s": 64.0}, {"step": 20, "tokens_per_s": 1.0}):
-        estimate.on_step(row)
-    assert capsys.readouterr().out == "at this speed the 100 steps end in about 90 seconds\n"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ def blocks(page: Path, language: str) -> str:
 
 
 def lines(page: Path) -> list[tuple[str, list[str]]]:
-    """The shell's lines of a page, each with its words."""
     text = blocks(page, "bash").replace("\\\n", " ")
     pairs = [(line, shlex.split(line, comments=True)) for line in text.splitlines()]
     return [pair for pair in pairs if pair[1]]
@@ -228,9 +227,8 @@ def test_a_card_holds_what_was_measured_and_the_site_says_what_has_not_run(tmp_p
     card = partial(write_card, tmp_path, "mini", **made)
     card(task="speed", figures={"MFU": 0.25})
     card(task="speed", figures={"MFU": 0.5, "step, s": 2.0})  # in the place of the first
-    for task, mfu, said in (("sped", 0.5, "task='sped'"), ("speed", float("nan"), "'MFU': nan")):
-        with refused(said):
-            card(task=task, figures={"MFU": mfu})
+    with refused("'MFU': nan"):
+        card(task="speed", figures={"MFU": float("nan")})
     page = generate.cards(read_cards(tmp_path))
     for line in ("| speed | not run | 1 | not run |", "| mini | 0.5 |", "## TPU\n\nNot run."):
         assert line in page
@@ -308,11 +306,6 @@ def test_a_search_shows_where_each_page_has_the_word(site, browser):
     browser.open(site / "search.html", "?q=tokens")
     browser.wait_for("document.querySelectorAll('#search-results .excerpt').length > 1")
     assert all("tokens" in text.lower() for text in browser.texts("#search-results .excerpt"))
-    scores = browser.run(
-        """["docs/guides/decoding", "experiments/01_attention/README", "docs/generated/api/ops"]
-        .map(page => Scorer.score([page, "", "", null, 5]))"""
-    )
-    assert scores == sorted({*scores}, reverse=True)  # guides, studies, the API
     assert_alone(browser)
 
 
@@ -337,16 +330,14 @@ def test_the_readme_is_short_and_its_tree_is_there():
     assert len(named) > 10 and [path for path in named if not path.exists()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs", "experiments", "notebooks"])
-def test_links_lead_to_files(page):
-    pages = [ROOT / page] if page.endswith(".md") else (ROOT / page).rglob("*.md")
+def test_links_lead_to_files():
     targets = []
-    for path in pages:
+    folders = ("docs", "experiments", "notebooks")
+    for path in [ROOT / "README.md", *(p for f in folders for p in (ROOT / f).rglob("*.md"))]:
         if not {"generated", "_build"} & set(path.parts):
-            text = path.read_text(encoding="utf-8")
-            links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
+            links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8"))
             targets += [path.parent / link for link in links if "generated/" not in link]
-    assert targets and [target for target in targets if not target.exists()] == []
+    assert len(targets) > 99 and [target for target in targets if not target.exists()] == []
 
 
 @pytest.mark.parametrize("page", ["AGENTS.md", "CONTRIBUTING.md"])

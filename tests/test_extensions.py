@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, LIGHT, parameters, random_model
+from models import DENSE, LIGHT, random_model
 from runs import (
     MODEL,
     by_command,
@@ -25,33 +25,19 @@ from runs import (
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import (
-    HEAD_KINDS,
     Balance,
-    HeadKind,
-    ModelConfig,
     check_inputs,
-    from_dict,
-    to_dict,
 )
-from dsv3_jax.decoding.generate import generate
 from dsv3_jax.host import imports
-from dsv3_jax.model import counting
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.model.mtp import HEADS, Head
-from dsv3_jax.model.parameters import param
 from dsv3_jax.ops import balance, routing
 from dsv3_jax.runs.folder import read_made
-from dsv3_jax.training.loss import compute_loss
 from dsv3_jax.training.router_bias import updated_bias
 from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
 PLAIN = replace(MODEL, num_layers=1, mtp_depth=0, num_groups=1, groups_per_token=1)
 SEGMENTS = np.array([[1] * 9 + [2] * 7, [1] * 16, [1] * 12 + [0] * 4, [1] * 5 + [2] * 3 + [0] * 8])
-
-
-def make_batch():
-    return packed_batch(np.random.default_rng(0), SEGMENTS)
 
 
 # The router takes experts in turn, by the token's id; the rule adds the load up.
@@ -95,9 +81,9 @@ def forget():
 
 @pytest.mark.long
 @pytest.mark.usefixtures("forget")
-def test_a_new_router_and_a_new_rule_are_a_row_each():
+def test_a_new_router_and_a_new_rule_are_a_row_each(rng):
     exec(PROGRAM, {})
-    run, batch = make_run("nowhere", model=EXTENDED), make_batch()
+    run, batch = make_run("nowhere", model=EXTENDED), packed_batch(rng, SEGMENTS)
     before = fresh_state(run)
     bias = np.asarray(before.bias["sparse"]["moe"]["bias"][...])
     after, metrics = make_step(Job(run))(before, batch)
@@ -119,7 +105,6 @@ OPENING = {
 
 @pytest.mark.long
 def test_a_run_of_registered_names_is_opened_by_all_commands(tmp_path, monkeypatch, forget):
-    """Its run.json keeps the program's name; without `--import` it is named, and does not run."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(PROGRAM)
     settings = flags(make_run(write_text(Path("text")), model=EXTENDED, steps=2))
@@ -145,7 +130,6 @@ def test_a_run_of_registered_names_is_opened_by_all_commands(tmp_path, monkeypat
 
 
 def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path):
-    """A failing file leaves no module; a file may not take the name of another module."""
     files = {name: tmp_path / f"{name}.py" for name in ("failing", "ending", "json")}
     for name, text in {"failing": "1 / 0", "ending": "raise SystemExit(0)", "json": ""}.items():
         files[name].write_text(text)
@@ -161,65 +145,20 @@ def test_a_program_that_cannot_be_imported_is_one_sentence(tmp_path):
     assert not {"failing", "ending"} & sys.modules.keys()
 
 
-class HydraHead(Head):
-    """h^k = h^{k-1} + silu([e, h^{k-1}] W_1) W_2, e: token i+k's embedding. arXiv 2402.05109."""
-
-    remembers = False
-
-    def __init__(self, cfg, *, rngs):
-        self.w_1 = param(rngs, (2 * cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-        self.w_2 = param(rngs, (cfg.dim, cfg.dim), ("dim", None), cfg.init_std)
-
-    def __call__(self, h, ctx, embedded=None):
-        hidden = ctx.run("product", jnp.concatenate([embedded, h], axis=-1), self.w_1[...])
-        return h + ctx.run("product", jax.nn.silu(hidden), self.w_2[...]), ctx, {}
-
-
-@pytest.mark.long
-def test_a_new_kind_of_head_is_a_class_and_two_rows(monkeypatch):
-    """Its losses are the equation's, and its drafts, beyond its depth too, change no text."""
-    kind = HeadKind("Hydra heads", reads_tokens=True, has_experts=False, reads_raw=False)
-    monkeypatch.setitem(HEAD_KINDS, "hydra", kind)
-    monkeypatch.setitem(HEADS, "hydra", HydraHead)
-    # so few tokens that drafts are right at times
-    cfg = replace(LIGHT, vocab_size=4, mtp_kind="hydra", mtp_depth=2)
-    assert from_dict(ModelConfig, to_dict(cfg)) == cfg
-    assert counting.size(cfg).mtp == 2 * (2 * 16 * 16 + 16 * 16)
-    batch = make_batch()
-    batch["tokens"] %= 4
-    model = random_model(cfg, seed=2, execution=DENSE)
-    found = jax.jit(lambda batch: compute_loss(model, batch, 0.3).mtp)(batch)
-    params, arrays = parameters(model), jax.tree.map(np.asarray, batch)
-    ctx = reference.Context(replace(cfg, mtp_depth=0), arrays["positions"], arrays["segment_ids"])
-    h, wanted = reference.transformer(ctx, params, arrays["tokens"]).hidden, []
-    for k, p in enumerate(params["mtp"].values(), start=1):
-        h = h[:, : 16 - k]
-        gate = np.concatenate([params["embed"][arrays["tokens"][:, k:]], h], axis=-1) @ p["w_1"]
-        h = h + gate / (1 + np.exp(-gate)) @ p["w_2"]
-        wanted.append(reference.cross_entropy(ctx, h @ params["head"], arrays["tokens"], k + 1))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    prompts = [[1], [2, 3, 0, 1, 1], [0, 3]]
-    drafted = generate(model, prompts, 20, draft="mtp", draft_length=3)
-    assert drafted.tokens == generate(model, prompts, 20).tokens
-    assert len(drafted.acceptance) == 3 and 0 < drafted.acceptance[2] <= drafted.acceptance[0] < 1
-
-
 # names, loops and meshes of one's own
 
 
 def test_names_are_added_once(monkeypatch):
     monkeypatch.delitem(routing.ROUTERS, "hash")
     ds.register_router("hash", routing.Router(lambda x, cfg: x))
-    with refused("router='hash' is taken"):
-        ds.register_router("hash", routing.Router(lambda x, cfg: x))
-    with refused("rule='sign' is taken"):
-        ds.register_rule("sign", None)
-    for register, sentence in (
-        (ds.register_router, "router='own': <function .* is no Router"),
-        (ds.register_rule, "rule='own': <function .* is no Rule"),
+    for register, name, row, sentence in (
+        (ds.register_router, "hash", routing.ROUTERS["hash"], "router='hash' is taken"),
+        (ds.register_rule, "sign", balance.RULES["sign"], "rule='sign' is taken"),
+        (ds.register_router, "own", len, "router='own': <built-in function len> is no Router"),
+        (ds.register_rule, "own", len, "rule='own': <built-in function len> is no Rule"),
     ):
         with refused(sentence):
-            register("own", lambda x, cfg: x)
+            register(name, row)
 
 
 def changed(**arrays):
@@ -285,15 +224,19 @@ def test_a_mesh_of_other_axes_is_refused_in_one_sentence(names):
         jax.eval_shape(moe, jnp.ones((2, 4, LIGHT.dim)))
 
 
-def test_inputs_of_another_shape_or_kind_are_refused_in_one_sentence():
-    ids = np.ones((2, 4), np.int32)
-    of_tokens, same = "is not an array [B, T] of integers", "shape (2, 4), as tokens is"
-    for inputs, sentence in (
-        ({"tokens": [[1, 2]]}, f"tokens of type list {of_tokens}"),
-        ({"tokens": ids[0]}, f"tokens of shape (4,) {of_tokens}"),
-        ({"tokens": ids.astype(float)}, f"tokens of shape (2, 4) {of_tokens}"),
-        ({"tokens": ids, "segment_ids": ids[:1]}, "segment_ids is not an array of " + same),
-    ):
-        with refused(f"^{re.escape(sentence)}$"):
-            check_inputs(None, **inputs)
-    check_inputs(None, tokens=ids, segment_ids=ids, positions=None)
+IDS = np.ones((2, 4), np.int32)
+INPUTS = [
+    ({"tokens": [[1, 2]]}, "tokens of type list is not an array [B, T] of integers"),
+    ({"tokens": IDS[0]}, "tokens of shape (4,) is not an array [B, T] of integers"),
+    ({"tokens": IDS * 1.0}, "tokens of shape (2, 4) is not an array [B, T] of integers"),
+    (
+        {"tokens": IDS, "segment_ids": IDS[:1]},
+        "segment_ids is not an array of shape (2, 4), as tokens is",
+    ),
+]
+
+
+@pytest.mark.parametrize("inputs, sentence", INPUTS)
+def test_inputs_of_another_shape_or_kind_are_refused_in_one_sentence(inputs, sentence):
+    with refused(f"^{re.escape(sentence)}$"):
+        check_inputs(None, **inputs)

@@ -19,7 +19,6 @@ from runs import (
     last_state,
     make_run,
     packed_batch,
-    refused,
     rows_of,
     save_run,
     write_lines,
@@ -147,7 +146,6 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
 
 @pytest.mark.long
 def test_a_step_without_answers_moves_nothing(rng):
-    """Neither by the means of the step before nor by weight decay; it counts as a step."""
     run = make_run("nowhere", model=ONE_LAYER, grpo=Grpo(group=2), data=CHATS)
     batch, step = packed_batch(rng, np.ones((4, 16), np.int32)), make_step(Job(run))
     batch |= {"loss_mask": batch["positions"] > 9, "old_logprobs": jnp.zeros((4, 16))}
@@ -161,19 +159,19 @@ def test_a_step_without_answers_moves_nothing(rng):
     assert_bitwise(replace(after, step=before.step), before)
 
 
-def test_checkpoints_between_batches_and_other_experts_than_those_of_sampling_are_refused():
-    with refused("grpo updates=3 does not divide steps=4"):
-        make_run("nowhere", grpo=Grpo(group=2, updates=3), data=CHATS, steps=4)
-    model = replace(MODEL, capacity_factor=1.5)
-    with refused("capacity_factor=1.5 drops tokens in .* grpo group=2"):
-        make_run("nowhere", model=model, grpo=Grpo(group=2), data=CHATS)
-
-
 CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
-JUDGE = "import sys\nleft = 1\ndef even(text, row):\n global left\n left -= 1\n"
-JUDGE += " return len(text) % 2 == 0 if left else sys.exit()\n"
-JUDGE += "def odd(text, row):\n return sum(text.encode()) % 2 == 1\n"
-JUDGE += "def part(text, row):\n return sum(text.encode()) % 7 / 7"
+JUDGE = """
+import sys
+left = 1
+def even(text, row):
+    global left
+    left -= 1
+    return len(text) % 2 == 0 if left else sys.exit()
+def odd(text, row):
+    return sum(text.encode()) % 2 == 1
+def part(text, row):
+    return sum(text.encode()) % 7 / 7
+"""
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +189,6 @@ def asked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ready(asked):
-    """The same with a run of one layer as START."""
     root, argv = asked
     save_run(root / "start", make_run(write_text(root / "text"), model=ONE_LAYER))
     return root, [*argv, "--start", str(root / "start")]
