@@ -33,7 +33,6 @@ DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_rounding_is_within_half_a_step_of_a_rows_own_scale(rng, dtype):
-    """Also of zeros, and of numbers so large or small that a scale would overflow or vanish."""
     sizes = 10.0 ** np.arange(-3, 3)[:, None, None]
     x = (rng.standard_normal((6, 3, 14)) * sizes).astype(np.float32)
     tiny = np.finfo(np.float32).tiny
@@ -146,7 +145,6 @@ PLACES = [
 
 @pytest.mark.parametrize("platform, dtype, by_layer", PLACES)
 def test_rows_go_to_their_slots_and_nothing_else_changes(rng, platform, dtype, by_layer):
-    """By each platform's implementation, plain XLA here; bitwise. Arrays may have any name."""
     lengths, kernels = [6, 2, 1, 13], prepare(platform=platform)
     # rows may end in zeros
     wide = {name: (heads, -(-width // 16) * 16) for name, (heads, width) in THREE.items()}

@@ -35,7 +35,6 @@ def make_corpus(train=30, val=12):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A source of each kind."""
     root = tmp_path_factory.mktemp("data")
     chats = [{"prompt": f"{i}+1=", "completion": "x" * (i % 9)} for i in range(80)]
     texts = [{"text": f"{i}: {'xyz' * (i % 25)}"} for i in range(40)]
@@ -63,13 +62,11 @@ def take(batches, count):
 
 
 def epoch(source, passes=1):
-    """Passes, as rows in their order."""
     return take(Batches(source.train_batches()._order, 1), passes * source.rows_per_epoch())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stop_and_resume_continues_the_same_rows_on_any_number_of_processes(sources, kind):
-    """From any position, through JSON, over a pass's end; reading the position changes nothing."""
     source = sources[kind]
     whole = take(source.train_batches(), 12)
     parts = [source.train_batches(rows) for rows in ([0, 3], [1], [2])]
@@ -163,7 +160,6 @@ def test_fill_in_the_middle_keeps_the_text_and_the_rate():
 
 
 def test_held_out_rows_are_fixed_and_have_as_much_of_each_domain(sources):
-    """And every token once, whatever the seed; a window of each document comes first."""
     for source in sources.values():
         everything = source.val_batches(1000)
         assert_bitwise(everything[:1], source.val_batches(1))

@@ -29,7 +29,6 @@ REQUEST = dict(draft="mtp", draft_length=2, seed=3, **LAW)
 
 
 def model_of(mesh=None, cfg=CFG, fsdp=False):
-    """A random model, sharded over a mesh if there is one."""
     model = random_model(cfg, execution=replace(DENSE, layout=Layout(fsdp=fsdp)))
     return model if mesh is None else on_mesh(model, mesh, fsdp)
 
@@ -60,7 +59,6 @@ def test_a_draft_is_on_the_models_mesh():
 
 
 def test_each_layers_arrays_lie_where_the_stack_has_them():
-    """Under fsdp they stay in the stack, whose layers are gathered one by one."""
     mesh, cfg = sharding.make_mesh(2, 2, 2), replace(CFG, num_layers=2, num_dense_layers=1)
     with jax.set_mesh(mesh):
         layers = decode.prepare_decode(model_of(mesh, cfg))

@@ -127,7 +127,6 @@ def drafts_by_hand(text, count):
 
 
 def test_drafts_are_those_of_a_search_by_hand(rng):
-    """Slots beyond the newest token hold arbitrary numbers."""
     count, slots = 5, 64
     # three tokens: long runs occur, and ties
     text = rng.integers(3, size=(9, slots)).astype(np.int32)

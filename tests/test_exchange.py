@@ -126,7 +126,6 @@ HOPS = {
 @pytest.mark.long
 @pytest.mark.parametrize("sizes, nodes, tokens, backend, layout", HOPS.values(), ids=HOPS)
 def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layout):
-    """All choices are on one device, on one node, or on every one; the first hop sends less."""
     layout, senders = replace(layout, expert_nodes=nodes), sizes[0] * sizes[1]
     n = tokens // senders
     size = rounds.round_size(CFG, layout, n, nodes)

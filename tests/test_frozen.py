@@ -115,7 +115,6 @@ def plan(monkeypatch):
 
 @pytest.mark.long
 def test_a_step_on_a_frozen_trunk_gives_the_digits_of_float32_weights(folder, plan):
-    """Each use casts to one dtype; with remat frozen stacks are not in float32."""
     run = run_from(folder, "bfloat16", "trunk")
     state, batch = begin(run), batch_of(run)
     trained, frozen = split_trainable(run, state.params)
@@ -158,7 +157,6 @@ def without_tokenizer(monkeypatch):
 
 @pytest.mark.usefixtures("without_tokenizer")
 def test_fp8_and_4_bits_are_bfloat16_and_4_bits_do_not_train(folder, tmp_path):
-    """They are rounded once; float32 beside them stays."""
     fp8, int4 = Path(folder).with_name("fp8"), str(write_folder(tmp_path / "int4", KIMI))
     ds.hf.convert(folder, fp8, dtype="fp8", quiet=True)
     read = [load(fp8, dtype, quiet=True) for dtype in (None, jnp.bfloat16)]
@@ -193,7 +191,6 @@ INT4 = pytest.param("int4", {"w_gate": 4, "w_down": 3}, marks=pytest.mark.rare)
 @pytest.mark.usefixtures("without_tokenizer")
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", {"w_gate": 2, "w_up": 2}), INT4])
 def test_packed_weights_give_the_digits_of_bfloat16(tmp_path, plan, kind, groups):
-    """In steps, checkpoints and their readers only a layer is unpacked; plans count these bytes."""
     run = claim(tmp_path / "run", packed_run(tmp_path / "model", kind))
     state = begin(run)
     experts = state.params["sparse"]["moe"]["experts"]

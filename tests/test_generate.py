@@ -55,7 +55,6 @@ def greedy(model):
 
 
 def test_cached_greedy_decoding_equals_the_teacher_forced_forward(model, greedy):
-    """And each prompt alone gives the same."""
     assert [len(row) for row in greedy] == [NEW] * 3 and not any(UNUSED in row for row in greedy)
     assert_best(model, PROMPTS, greedy)
     for prompt, row in zip(PROMPTS[:2], greedy, strict=False):
@@ -138,7 +137,6 @@ DRAWN = dict(temperature=1.5, top_k=30, top_p=0.95)
 
 @pytest.mark.long
 def test_a_text_depends_on_seed_prompt_and_sample_alone(light, monkeypatch):
-    """Not on the batch, prompts' order or earlier rows; a prompt is read once for all samples."""
     reads = Mock(wraps=_pad)
     monkeypatch.setattr("dsv3_jax.decoding.batch._pad", reads)
     how = dict(samples=3, stop_tokens=[4, 9], logprobs=True, return_routing=True, **DRAWN)
@@ -178,7 +176,6 @@ def test_decoding_copies_neither_experts_nor_cache(whole_compiles):
 
 @pytest.mark.long
 def test_scores_of_pairs_are_the_teacher_forced_pass_also_on_a_mesh(light, dropping):
-    """Batches by length keep the pairs' order; nothing is dropped: a score is of its pair."""
     rng = np.random.default_rng(0)
     contexts, texts = ([rng.integers(37, size=n).tolist() for n in of] for of in SIZES)
     texts[3] = [teacher_logits(light, contexts, texts)[3][0].argmax().item()]
@@ -242,14 +239,14 @@ def test_arrays_and_requests_up_to_the_last_position_are_taken():
     assert config.stop_tokens == (UNUSED,)
 
 
-PAIRS = [
-    (([1], []), "the continuation of pair 0 is empty"),
-    (([1], [37]), "the continuation of pair 0 holds token 37"),
-    (([1] * 128, [2]), "pair 0 has 129 tokens, over max_positions=128"),
-]
-
-
-def test_a_bad_pair_is_refused():
-    for pair, sentence in PAIRS:
-        with refused(sentence):
-            ds.loglikelihood(abstract(CFG), [pair])
+@pytest.mark.parametrize(
+    "pair, sentence",
+    [
+        (([1], []), "the continuation of pair 0 is empty"),
+        (([1], [37]), "the continuation of pair 0 holds token 37"),
+        (([1] * 128, [2]), "pair 0 has 129 tokens, over max_positions=128"),
+    ],
+)
+def test_a_bad_pair_is_refused(pair, sentence):
+    with refused(sentence):
+        ds.loglikelihood(abstract(CFG), [pair])
