@@ -42,7 +42,6 @@ def of_sharegpt(asked, answer):
 
 
 def seen(i):
-    """A call of a tool, its result, and the answer."""
     called = turn("assistant", None, tool_calls=CALL), turn("tool", "2")
     return [pair(i)[0], *called, pair(i)[1]]
 
@@ -124,7 +123,6 @@ def test_chats_of_all_kinds_of_files_are_read_or_counted(tmp_path, capsys):
 
 
 def test_records_of_other_forms_are_the_same_conversation():
-    """ShareGPT's, Alpaca's, other names of roles in any letters, and further keys."""
     hello = [turn("user", "hi"), turn("assistant", "hey")]
     human, gpt = of_sharegpt("hi", "hey")
     turns = [turn("human", "hi"), turn("bot", "hey")]
@@ -161,20 +159,6 @@ def test_a_records_own_system_message_comes_first():
     assert asked == PLAIN.chat.render([first, turns[0]], add_generation_prompt=True).ids
 
 
-def test_unread_keys_are_looked_for_in_the_first_records(tmp_path, monkeypatch):
-    """A key is read if one of the first records that have it needs it; functions are tools."""
-    monkeypatch.setattr("dsv3_jax.report.unread_keys._LOOKED_AT", 50)
-    tools = {"tools": ADD, "functions": ADD}
-    records = [{"messages": pair(i)} | (tools if i % 2 else {}) for i in range(60)]
-    cfg = chats_of(write(tmp_path / "chats.jsonl", records))
-    assert unread_keys(cfg, PLAIN) == {"tools": 25, "functions": 25}
-    assert 'give functions as "tools"' in unread_line(cfg, PLAIN)
-    assert unread_keys(replace(cfg, max_documents=10), PLAIN) == {"tools": 5, "functions": 5}
-    (template := tmp_path / "template.jinja").write_text(TEMPLATE)
-    assert unread_keys(cfg, with_template(PLAIN, str(template))) == {"functions": 25}
-    assert unread_line(chats_of(write(tmp_path / "a.jsonl", [{"text": "a"}])), PLAIN) == ""
-
-
 def test_a_broken_file_and_an_unsafe_template_end_the_run(tmp_path, monkeypatch):
     """What is no record is nobody's bad record."""
     file = tmp_path / "a.json"
@@ -200,16 +184,6 @@ def test_a_broken_file_and_an_unsafe_template_end_the_run(tmp_path, monkeypatch)
             load_examples(cfg, with_template(PLAIN, str(template)))
 
 
-def test_a_json_file_may_also_hold_lines(tmp_path):
-    """Alone: in a folder it may be about the data, and only lists are read."""
-    records = [{"messages": pair(i)} for i in range(20)]
-    listed = load_examples(chats_of(write(tmp_path / "chats.json", records)), PLAIN)
-    write_lines(tmp_path / "chats.json", records)
-    assert load_examples(chats_of(tmp_path / "chats.json"), PLAIN).fingerprint == listed.fingerprint
-    with refused("give no example"):
-        load_examples(chats_of(tmp_path), PLAIN)
-
-
 def test_tasks_that_cannot_be_asked_are_left_out(tmp_path):
     records = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
     bad = [{"prompt": "1+1=", "answer": "two"}, {"prompt": "1+1="}, {"messages": pair(0)}]
@@ -225,7 +199,6 @@ def test_tasks_that_cannot_be_asked_are_left_out(tmp_path):
 
 
 def test_the_sft_recipe_goes_by_the_examples_and_the_width():
-    """Few have more passes and smaller steps; many, and wide models, have the report's schedule."""
     recipe = ds.recipe("sft")
     wide = replace(recipe, model=ds.preset("v3"))
 
@@ -235,25 +208,16 @@ def test_the_sft_recipe_goes_by_the_examples_and_the_width():
         return epochs, run.data.batch_size, optim.learning_rate, optim.final_learning_rate, sentence
 
     assert sized(wide, 5000, 4000) == (2, 16, 5e-6, 1e-6, "")
-    assert sized(wide, 1000, 900)[:4] == (10, 16, 5e-6, 1e-6)
     *few, sentence = sized(recipe, 48, 24)
     assert few == [20, 2, 1e-3, 2e-4]
     assert "48 examples and a model of dim=128: --epochs 20 --data.batch-size 2 " in sentence
-    lora = replace(recipe, start="x", lora=replace(recipe.lora, rank=4))
-    assert sized(lora, 48, 24)[2] == 3e-3
-    # What is named stays, and so does what is no longer the recipe's.
+    # What is named stays.
     names = ("data.batch_size", "optim.learning_rate", "optim.final_learning_rate")
     assert sized(recipe, 48, 24, *names, epochs=2.0) == (2, 16, 5e-6, 1e-6, "")
-    own = replace(recipe, optim=replace(recipe.optim, learning_rate=3e-4))
-    assert sized(own, 48, 24)[2:4] == (3e-4, 1e-6)
-    four = replace(recipe, optim=replace(recipe.optim, microbatches=4))
-    assert sized(four, 48, 24)[1] == 16
 
 
 def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
-    """Their tasks are none of the chats, and the checker of GRPO's recipe can use all of them."""
-    for _ in range(2):
-        assert by_command("data", "example", tmp_path / "new")[0] == 0
+    assert by_command("data", "example", tmp_path / "new")[0] == 0
     chats, tasks = write_chats(tmp_path / "new")
     source, asked = load_tasks(chats_of(tasks), PLAIN, Checker("exact").look_at)[:2]
     assert counts_of(source.summary) == [len(asked), 200 - len(asked)]
@@ -261,9 +225,6 @@ def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
     records = map(json.loads, chats.read_text().splitlines())
     questions = {record["messages"][0]["content"] for record in records}
     assert len(questions) == 50 and not questions & {task.record["prompt"] for task in asked}
-    for task in asked:
-        number = int(task.record["prompt"].split()[1])
-        assert task.record["answer"] == ("even", "odd")[number % 2] and number > 99
     tasks.write_text("mine")
     chats.unlink()
     with refused(r"tasks\.jsonl' exists and holds something else; move it away"):
@@ -271,30 +232,17 @@ def test_the_examples_are_made_once_and_overwrite_nothing(tmp_path):
     assert not chats.exists() and tasks.read_text() == "mine"
 
 
-def test_an_own_checker_sees_all_keys_of_a_row_of_parquet(tmp_path, monkeypatch):
+def test_an_own_checker_sees_all_keys_also_beside_messages_of_another_name(tmp_path, monkeypatch):
     (tmp_path / "own_judge.py").write_text("def reward(text, row):\n    return len(row['tests'])\n")
     monkeypatch.syspath_prepend(tmp_path)
-    records = [{"prompt": f"{i}?", "answer": "", "tests": ["a", "b"]} for i in range(20)]
+    records = [{"chat": pair(i)[:1], "answer": "", "tests": ["a", "b"]} for i in range(20)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "tasks.parquet")
-    data = replace(chats_of(tmp_path / "tasks.parquet"), batch_size=8, seq_len=300)
+    data = chats_of(tmp_path / "tasks.parquet", text_column="chat", batch_size=8, seq_len=300)
     run = replace(ds.recipe("grpo"), data=data, start="start")
     run = replace(run, grpo=replace(run.grpo, checker="own_judge:reward"))
     start = Start("start", run, PLAIN, False, lambda job: ...)
     [task, *_] = read_chats(run, tmp_path / "out", start).tasks.asked
     assert Checker("own_judge:reward").check("", task.record, task.location) == 2
-
-
-def test_messages_of_another_name_keep_the_answer_and_other_keys(tmp_path):
-    records = [{"chat": [turn("user", f"{i}?")], "answer": "", "tests": i} for i in range(20)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
-    look_at = Checker("exact").look_at
-    for file in (write(tmp_path / "a.jsonl", records), tmp_path / "b.parquet"):
-        cfg = chats_of(file, text_column="chat")
-        asked = load_tasks(cfg, PLAIN, look_at, whole=True)[1]
-        assert asked and all(f"{task.record['tests']}?" in str(task.record) for task in asked)
-    write(tmp_path / "a.jsonl", [*records, {"chat": None, "answer": ""}])
-    with refused("a.jsonl, line 21, has no 'chat'; it has "):
-        load_tasks(chats_of(tmp_path / "a.jsonl", text_column="chat"), PLAIN, look_at)
 
 
 def test_tasks_may_have_a_long_answer_or_one_without_a_target(tmp_path):

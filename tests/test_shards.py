@@ -1,7 +1,6 @@
 """Shards hold every document once, are written where absent, and damage is named with its file."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def config(shards, **changes):
 
 
 def documents_in(batches):
-    """The arrays of each document's part of a row, in any order."""
     for batch in batches:
         for row, segments in enumerate(batch["segment_ids"]):
             for segment in range(1, segments.max() + 1):
@@ -67,7 +65,6 @@ def documents_in(batches):
 
 
 def test_every_document_is_in_a_pass_once(folder, shards):
-    """Corpora in memory are the oracle: pieces have a document's tokens, as often as it does."""
     source = open_shards(config(shards), BYTES)
     file = folder / "text.jsonl"
     corpus = load_corpus(DataConfig((str(file),), val_fraction=0.2, text_column="body"))
@@ -123,7 +120,6 @@ def counted(monkeypatch, limit=10_000):
 
 
 def interrupt(job):
-    """Tokenize until Ctrl-C. No manifest is there, so nothing reads the shards."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, 50)
         tokenize(job)
@@ -132,24 +128,17 @@ def interrupt(job):
 
 
 def test_interrupted_tokenizing_goes_on(folder, shards, monkeypatch):
-    """Complete shards are not written again, damaged ones and marks are, to the same end."""
     job = job_of(folder, "interrupted")
     job.out.mkdir()
     (job.out / ".settings.json.1.part").touch()  # of a killed process
     interrupt(job)
     assert not list(job.out.glob(".*"))
-    complete = {file: file.stat().st_mtime_ns for file in sorted(job.out.glob("*.array_record"))}
-    torn, hole, *_ = complete
+    torn = min(job.out.glob("*.array_record"))
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
-    os.truncate(hole, 1 << 42)
-    marks = sorted(job.out.glob("shard-*.json"))
-    for i, damage in enumerate((sealed({}).replace("{", '{"files": {},'), "", sealed({}))):
-        marks[i + 1].write_text(damage)
+    sorted(job.out.glob("shard-*.json"))[1].write_text(sealed({}))
     calls = counted(monkeypatch)
     tokenize(job)
     assert 0 < len(calls) < 60
-    kept = [file for file, when in complete.items() if file.stat().st_mtime_ns == when]
-    assert kept and not {torn, hole} & {*kept}
     for file in [*shards.glob("*.array_record"), shards / MANIFEST]:
         assert file.read_bytes() == (job.out / file.name).read_bytes()
 
@@ -178,12 +167,6 @@ def test_shards_of_other_settings_or_another_process_are_refused(folder):
         tokenize(replace(job, row_tokens=64))
     with acquire(job.out, LOCK), refused("is in use by process"):
         tokenize(job)
-    settings = job.out / SETTINGS
-    settings.write_text(settings.read_text().replace("chat_template", "chat_templa"))
-    with refused(f"chat_templa=None is not what .*{SETTINGS} has"):
-        tokenize(job)
-    with refused("shard_mb=inf is .* no finite number"):
-        tokenize(job_of(folder, "inf", shard_mb=float("inf")))
 
 
 def test_damaged_shards_are_named(folder):
@@ -244,27 +227,17 @@ def test_any_change_of_a_manifest_is_one_sentence(shards, tmp_path):
             open_shards(config(tmp_path), BYTES)
 
 
-def test_a_printed_command_quotes_its_path_and_one_shard_is_no_shards(folder, capsys):
-    with refused("run dsv3 data tokenize PATHS --out '.*none out'$"):
-        read_manifest(folder / "none out")
-    tokenize(job_of(folder, "one", shard_mb=1.0))
-    assert capsys.readouterr().out.startswith("1 shard, 60 documents, ")
-
-
-def with_tokens(record, more):
-    return record._replace(tokens=np.resize(record.tokens, len(record.tokens) + more))
-
-
 RECORDS = {
     "text, id 260": lambda r: r._replace(tokens=r.tokens + 4),
     "text, starts": lambda r: r._replace(starts=r.starts + 1),
     "text, another domain": lambda r: r._replace(domains=(r.domains + 1) % 3),
-    "text, shorter": lambda r: with_tokens(r, -1),
+    "text, longer": lambda r: r._replace(tokens=np.resize(r.tokens, len(r.tokens) + R)),
     "text, a mask": lambda r: r._replace(loss_mask=np.ones(len(r.tokens), bool)),
     "chat, no mask": lambda r: r._replace(loss_mask=None),
+    "chat, longer": lambda r: r._replace(
+        tokens=np.resize(r.tokens, len(r.tokens) + R), loss_mask=np.ones(len(r.tokens) + R) > 0
+    ),
     "chat, a mask of 2": lambda r: r._replace(loss_mask=r.loss_mask.view(np.uint8) * 2),
-    "chat, shorter": lambda r: with_tokens(r, -1)._replace(loss_mask=r.loss_mask[:-1]),
-    "chat, longer": lambda r: with_tokens(r, R)._replace(loss_mask=np.ones(r.tokens.size + R) > 0),
 }
 
 
@@ -279,9 +252,8 @@ def test_records_that_no_tokenizer_wrote(folder, tmp_path, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(Record, "to_bytes", lambda self: to_bytes(RECORDS[name](self)))
         tokenize(job)
-    if name != "chat, shorter":  # only their sum is known
-        with refused(r"array_record' is damaged in record 0: .* are not possible"):
-            open_shards(config(job.out, seq_len=R), BYTES)
+    with refused(r"array_record' is damaged in record 0: .* are not possible"):
+        open_shards(config(job.out, seq_len=R), BYTES)
     manifest = read_manifest(job.out)
     assert len(list(check_files(manifest, wholly=True))) == len(manifest.files)
 
@@ -297,7 +269,6 @@ def test_refusals(shards, tmp_path):
 
 
 def test_chats_by_command_are_those_in_memory(tmp_path):
-    """With their masks, uncut, and held out by what is learnt: equal chats are on one side."""
     chats = [[message("user", f"{i}?"), message("assistant", f"{i}.")] for i in range(100)]
     lines = [{"id": f"{i}{x}", "messages": chat} for x in "ab" for i, chat in enumerate(chats)]
     lines.append({"prompt": "too long", "completion": "p" * R})

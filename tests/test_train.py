@@ -28,7 +28,6 @@ from tensorboardX.proto.event_pb2 import Event
 from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batches import Batches
 from dsv3_jax.data.source import open_source
-from dsv3_jax.report import speed
 from dsv3_jax.report.metrics_files import numbers_beside, parse_rows
 from dsv3_jax.runs import loop, steps
 from dsv3_jax.runs.checkpoint import load_run
@@ -63,14 +62,6 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert (folder / "load.jsonl").read_text() == (whole / "load.jsonl").read_text()
 
 
-def test_the_peak_of_mfu_is_measured_with_random_numbers(monkeypatch):
-    """On a GPU a product of equal numbers needs less power and is faster than a model's."""
-    seen = []
-    monkeypatch.setattr(jax, "jit", lambda product: lambda a: seen.append(a) or product(a))
-    SECONDS[speed, "gemm_flops"](size=8, seconds=1e-3)
-    assert len(np.unique(seen[0])) == 64
-
-
 def test_a_run_folder_holds_what_it_should(whole):
     rows = rows_of(whole.folder)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
@@ -97,19 +88,6 @@ def test_tensorboard_holds_the_same_scalars(whole):
     for row in rows_of(whole.folder):
         for name in {"loss", "grad_norm", "max_vio", "val_bits_per_byte"} & row.keys():
             assert found[row["step"], name] == np.float32(row[name])
-
-
-def test_an_error_before_the_first_step_saves_nothing_and_does_not_say_so(
-    whole, tmp_path, monkeypatch, capsys
-):
-    def fails(self):
-        raise ValueError("record 0 is damaged")
-
-    monkeypatch.setattr(Batches, "__next__", fails)
-    with refused("record 0 is damaged"):
-        loop.fit(whole.run, tmp_path / "run", report=False)
-    assert not any((tmp_path / "run" / "checkpoints").iterdir())
-    assert "saved" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +157,6 @@ def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun, capfd):
 
 @pytest.mark.long
 def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole, tmp_path):
-    """It resumes from the checkpoint before, and keeps later rows; then from a given step."""
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     (folder / "checkpoints" / "12" / "data" / "metadata").write_text("{}")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -196,7 +173,6 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
 
 
 def error_of(run, folder) -> str:
-    """The sentence of a command that is to fail."""
     code, _, err = by_command("train", "tiny", "--out", folder, *flags(run))
     (said,) = err.splitlines()
     assert code == 2
@@ -254,7 +230,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, begun, monkeypatch):
 
 
 def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun, monkeypatch):
-    """The run saves the steps before the bad record. With a good record it continues."""
     good = Batches.__next__
 
     def read(self):
@@ -324,7 +299,6 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     monkeypatch.chdir(text.parent)
     words = str(tmp_path / "words" / TOKENIZER_FILE)
     data = replace(whole.run.data, paths=("text",), tokenizer=words)
-    # the specials first: no id means what a byte's does
     tokenizer.train_bpe(["no merges"], 260, data.tokenizer)
     run = replace(whole.run, data=data)
     loop.fit(run, there / "renamed", stop_after=BEGUN, quiet=True, report=False)
@@ -335,13 +309,9 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     assert (written["tokenizer"], written["paths"]) == (TOKENIZER_FILE, [str(text)])
     assert load_run(moved).step == BEGUN
 
-    def reading_by(name):
-        return replace(read_run(moved), data=replace(read_run(moved).data, tokenizer=name))
-
+    by_bytes = replace(read_run(moved), data=replace(read_run(moved).data, tokenizer="bytes"))
     with refused(r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"):
-        claim(moved, reading_by("bytes"))
-    # the same ids are the same tokenizer
-    claim(moved, reading_by(str(shutil.copy(moved / TOKENIZER_FILE, tmp_path / "copy.json"))))
+        claim(moved, by_bytes)
     run = replace(run, data=replace(data, paths=(f"{text}/../text",)))  # another spelling
     again = loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False)
     assert again.resumed_from == BEGUN
@@ -351,8 +321,7 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
 def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
     whole, begun, monkeypatch
 ):
-    """JAX refuses transfers that are not asked for, from a batch to the start of a step."""
-    run, events, put = replace(whole.run, eval_every=20, save_every=9), [], steps.processes.put
+    events, put = [], steps.processes.put
 
     def make(job):
         step = steps.make_step(job)
@@ -364,17 +333,11 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
 
         return started
 
-    def noted(*args):
-        events.append("put")
-        return put(*args)
-
     monkeypatch.setattr(steps, "AHEAD", {})  # as on an accelerator
     monkeypatch.setattr(steps, "_compiled_step", make)
-    monkeypatch.setattr(steps.processes, "put", noted)
-    rows = Recorder()
-    rows.on_step = lambda row: events.append(f"row {row['step']}")
-    loop.fit(run, begun, stop_after=10, quiet=True, callbacks=[rows])
+    monkeypatch.setattr(steps.processes, "put", lambda *of: events.append("put") or put(*of))
+    run = replace(whole.run, eval_every=20, save_every=9)
+    loop.fit(run, begun, stop_after=10, quiet=True)
     # Step 9 is saved: no batch is made ahead of it, so the data position is that of the steps.
-    to_9 = "put start put start put start row 6 put start row 7 row 8 row 9"
-    assert " ".join(events) == f"{to_9} put start row 10"
+    assert events == ["put", "start"] * 5
     assert rows_of(begun) == [row for row in rows_of(whole.folder) if "loss" in row][:10]
