@@ -86,7 +86,6 @@ def test_an_indexer_that_rounds_chooses_as_deepseeks_own_code(x64, rng):
 
 @pytest.mark.parametrize("name", GRID)
 def test_a_folder_survives_loading_and_saving_bitwise(folders, name, tmp_path):
-    """Folder → model → folder, in the file's dtype; FP8 with scales of 24 bits."""
     file = GRID[name].file
     dtype = "bfloat16" if file == "bfloat16" else None
     hf.save(hf.load(folders[name]), tmp_path / "out", file == "fp8", dtype=dtype)
@@ -111,10 +110,6 @@ def test_a_wrapped_model_is_read_by_the_names_that_transformers_saves(folders, t
 
 
 def test_a_mesh_changes_no_number_and_each_tensor_is_read_once(folders, tmp_path, monkeypatch):
-    """Also where devices have parts of one matrix, and where a tensor fills two parameters.
-
-    A process reads only its shards.
-    """
     names, read = [], ReleasedFolder.read
 
     def noted(self, entry, dtype):

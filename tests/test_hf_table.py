@@ -69,7 +69,6 @@ GLM = V32 | {"model_type": "glm_moe_dsa", "num_hidden_layers": 8, "n_routed_expe
 
 
 def test_indexers():
-    """Layers that have one, by transformers' GlmMoeDsaConfig; tensors, as V3.2 was released."""
     of_v3 = hf.config_from_dict(RELEASED_V3)
     v32 = replace(of_v3, attention="dsa", index_topk=2048, index_heads=64, index_dim=128)
     assert hf.config_from_dict(V32) == v32

@@ -5,7 +5,6 @@
 
 import json
 import re
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -31,7 +30,6 @@ from dsv3_jax.chat.template import ChatTemplate
 from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, plain_settings, read_settings, with_template
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
-from dsv3_jax.host.signals import handled
 
 PLAIN = plain_settings()
 EOS = {"eos_token": "<eos>"}
@@ -47,7 +45,6 @@ def clock(monkeypatch, soon):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_prompts_and_conversations_are_transformers(name):
-    """Text, ids, generation prompt, tools, mask; and where transformers refuses, we do."""
     text = settings_of(name)
     assert [text.encode(prompt) for prompt in PROMPTS] == THEIRS[name]["prompts"]
     assert [text.encode(prompt, raw=True) for prompt in PROMPTS] == THEIRS[name]["raw"]
@@ -124,7 +121,6 @@ def test_a_continued_message_and_wrong_options():
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_message_can_end_a_turn(name):
-    """By default a message adds no id that the template writes, and loses no character."""
     text = settings_of(name)
     specials, source = text.tokenizer.specials, text.chat.source
     added = text.tokenizer.added.items()
@@ -185,7 +181,6 @@ def test_add_bos_token_adds_bos(tmp_path):
 
 @pytest.mark.parametrize("source", [PLAIN_TEMPLATE, WITHOUT_MARKS])
 def test_a_turn_of_weight_0_is_no_target(source):
-    """With blocks that mark the assistant's turns, and without."""
     chat = ChatTemplate(source, PLAIN.tokenizer, PLAIN.chat.special_tokens)
 
     def targets(*weights):
@@ -203,13 +198,6 @@ def test_a_turn_of_weight_0_is_no_target(source):
             targets(1, weight)
 
 
-def test_a_weight_needs_one_mark_a_turn():
-    twice = "{% for m in messages %}" + "{% generation %}a{% endgeneration %}" * 2 + "{% endfor %}"
-    messages = [message("user", "a"), message("assistant", "b", weight=0)]
-    with refused("for each of the 4 that the chat template marks"):
-        ChatTemplate(twice, PLAIN.tokenizer).render(messages, assistant_mask=True)
-
-
 LOOP = "{% for i in range(99999) %}"
 TREES = "{% set n = namespace(s=[0], i=[0]) %}{% for i in range(40) %}"
 TREES += "{% set n.s = [n.s, n.s] %}{% set n.i = [n.i, n.i] %}{% endfor %}"
@@ -225,7 +213,6 @@ UNBOUNDED = {  # a template → the sentence that refuses it
 
 @pytest.mark.parametrize(("source", "sentence"), UNBOUNDED.items(), ids=range(len(UNBOUNDED)))
 def test_a_template_ends(monkeypatch, source, sentence):
-    """Loops, recursion, large values, in any thread; at a part of the limits."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(sandbox, "MAX_BYTES", 2**25)
     template = ChatTemplate(source, ByteTokenizer(), EOS)
@@ -233,15 +220,6 @@ def test_a_template_ends(monkeypatch, source, sentence):
         pool.submit(template.text, [USER]).result()
     monkeypatch.undo()
     assert PLAIN.chat.text([USER])  # the next one has a process that lives
-
-
-def test_an_interrupted_template_answers_no_later_question(monkeypatch):
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 5)
-    slow = ChatTemplate(LOOP + LOOP + "{% endfor %}{% endfor %}a", ByteTokenizer())
-    with handled(signal.default_int_handler, signal.SIGALRM), pytest.raises(KeyboardInterrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        slow.text([USER])
-    assert ChatTemplate("b", ByteTokenizer()).text([USER]) == "b"
 
 
 @pytest.mark.parametrize("source", [PLAIN_TEMPLATE, WITHOUT_MARKS])

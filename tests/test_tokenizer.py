@@ -20,7 +20,10 @@ BASE = len(tiktoken_lines().splitlines())
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    return tok.train_bpe([TEXT] * 20, 400, str(tmp_path_factory.mktemp("bpe") / "tokenizer.json"))
+    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    made = tok.train_bpe(iter([TEXT] * 20), 300, str(file))
+    assert (made.vocab_size, made.eos_id, made.fim_ids) == (300, 0, (1, 2, 3))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,6 @@ each = pytest.mark.parametrize("words", NAMES, indirect=True)
 
 @each
 def test_round_trip_and_bytes(words, monkeypatch):
-    """decode(encode) is the text; byte lengths sum to its bytes."""
     text = TEXT + "ʘ"  # several tokens in every vocabulary
     ids = words.encode(text)
     prefix = " " if words.puts_space_before else ""
@@ -126,26 +128,21 @@ def test_kimis_pattern(tiktoken):
 
 
 def test_kimis_special_tokens(tiktoken, tmp_path):
-    """256 ids after the ranks, some of them named; more if names need it. Damage is refused."""
     assert (tiktoken.vocab_size, tiktoken.eos_id) == (BASE + 256, BASE + 1)
     assert tiktoken.specials["<|im_end|>"] == BASE + 2
-    assert tiktoken.specials[f"<|reserved_token_{BASE + 4}|>"] == BASE + 4
     assert tiktoken.encode_with_specials("the<|im_user|>")[0] == [*tiktoken.encode("the"), BASE + 3]
     folder = kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 300): {"content": "[EOS]"}})
     assert tok.load(str(folder / "tiktoken.model")).vocab_size == BASE + 301
     with refused("has no fill-in-the-middle"):
         _ = tiktoken.fim_ids
-    good = tiktoken_lines()
-    twice = good.replace(b" 255\n", b" 254\n")
+    twice = tiktoken_lines().replace(b" 255\n", b" 254\n")
     for lines in (b"YQ== 0\nYg==\n", b"!! 0\n", twice, b"", b"YQ== 0\nYg== 1\n"):
         (folder / "tiktoken.model").write_bytes(lines)
         with refused(r"tiktoken\.model' .*cannot be read"):
             tok.load(str(folder))
-    (folder / "tiktoken.model").write_bytes(good)
-    for name in (5, None, ["[EOS]"]):
-        kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 1): {"content": name}})
-        with refused(r"tokenizer_config\.json has content=.* not the name of a token"):
-            tok.load(str(folder))
+    kimi_folder(tmp_path, added_tokens_decoder={str(BASE + 1): {"content": None}})
+    with refused(r"tokenizer_config\.json has content=.* not the name of a token"):
+        tok.load(str(folder))
 
 
 def inner_of(*specials):
@@ -189,7 +186,6 @@ def test_the_files_beside_a_tokenizer_name_the_end(tmp_path):
 
 
 def test_deepseek_names(tmp_path):
-    """DeepSeek's specials are found by name, in PSM order; added tokens have their text's bytes."""
     names = "begin▁of▁sentence end▁of▁sentence fim▁hole fim▁begin fim▁end"
     inner = inner_of(*(f"<｜{name}｜>" for name in names.split()))
     inner.add_tokens(["<think>"])
@@ -199,14 +195,7 @@ def test_deepseek_names(tmp_path):
     assert t.byte_lengths.tolist() == [1, 0, 0, 0, 0, 0, 7]
 
 
-def test_train_bpe_has_as_many_ids_as_it_is_told(tmp_path, bpe):
-    t = tok.train_bpe(iter([TEXT] * 20), 300, str(tmp_path / "new" / "tokenizer.json"))
-    assert t.vocab_size == 300 and t.eos_id == 0 and t.fim_ids == (1, 2, 3)
-    assert len(bpe.encode(TEXT)) < len(t.encode(TEXT)) < len(TEXT.encode())
-
-
 def test_a_copy_keeps_the_end_of_a_document(tmp_path):
-    """A copy has what a file beside the tokenizer says of the tokenizer, and nothing else."""
     source = tmp_path / "source"
     source.mkdir()
     inner_of("<eos>", "<x>").save(str(source / "tokenizer.json"))
@@ -228,7 +217,6 @@ def with_parts(folder, **parts):
 
 
 def test_a_normalizer_that_makes_a_book_of_a_letter(tmp_path):
-    """Those of released models pass."""
     made, regex = tokenizers.normalizers, tokenizers.Regex
     doubles = made.Sequence([made.Replace(regex("(?=q)"), "q")] * 30)
     for normalizer in (made.Replace("", "a" * 1000), doubles, made.Prepend("a" * 1000)):
