@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from released import GOLDEN
 from runs import refused
 
 from dsv3_jax.planning.hlo import compile_with_hlo
@@ -50,7 +51,6 @@ def test_each_kind_by_its_formula():
 
 
 def test_loops_multiply_and_one_of_unknown_length_counts_once():
-    """Of the branches of a condition the larger one counts, and no loop without collectives."""
     over_data, over_all = (lambda x, axes=axes: jax.lax.psum(x, axes) for axes in ("data", ALL))
 
     def inner(x, _):
@@ -95,51 +95,8 @@ def test_an_all_reduce_that_is_only_sliced_is_a_reduce_scatter():
     assert by_kind(rows, whole)[1]["all-reduce"] == 2 * nbytes * 7 / 8
 
 
-ASYNC = """
-HloModule asynchronous, num_partitions=8
-
-%wrapped (p: bf16[8,4]) -> bf16[8,4] {
-  %p = bf16[8,4]{1,0} parameter(0)
-  ROOT %exchanged = bf16[8,4]{1,0} all-to-all(%p), replica_groups=[2,4]<=[8], dimensions={0}
-}
-
-%limit (p: (s32[], f32[4])) -> pred[] {
-  %n = s32[]{:T(128)} constant(7)
-  %p = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  %m = s32[]{:T(128)} copy(%n)
-  ROOT %lt = pred[]{:T(512)} compare(%i, %m), direction=LT
-}
-
-%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %p = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
-  %x = f32[4]{0:T(128)} get-tuple-element(%p), index=1
-  %r = f32[4]{0:T(128)} all-reduce-start(%x), \
-replica_groups=mesh['data'=2,'expert'=4] {'data'}, to_apply=%sum
-  %d = f32[4]{0:T(128)} all-reduce-done(%r)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  ROOT %t = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%i, %d)
-}
-
-ENTRY %main (x: bf16[8,4], y: (s32[], f32[4])) -> bf16[32,4] {
-  %x = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
-  %y = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(1)
-  %w = (s32[]{:T(128)}, f32[4]{0:T(128)}) while(%y), condition=%limit, body=%body
-  %s = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]) collective-permute-start(%x), \
-source_target_pairs={{0,4},{4,0}}
-  %sd = bf16[8,4]{1,0} collective-permute-done(%s)
-  %b = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}, u32[]) async-start(%sd), calls=%wrapped
-  %u = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}, u32[]) async-update(%b), calls=%wrapped
-  %bd = bf16[8,4]{1,0} async-done(%u), calls=%wrapped
-  %two = ((bf16[8,4]{1,0}, /*index=1*/s8[2,4]{1,0}), (bf16[32,4]{1,0}, s8[8,4]{1,0})) \
-all-gather-start(%bd, %z), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-  ROOT %twod = bf16[32,4]{1,0} all-gather-done(%two)
-}
-""".replace("\\\n", "")
-
-
 def test_an_asynchronous_collective_counts_once_in_an_accelerators_hlo():
-    counted = traffic(ASYNC, SIZES)
+    counted = traffic((GOLDEN / "asynchronous.hlo").read_text(), SIZES)
     assert [(c.kind, c.nbytes, len(c.devices), c.axes, c.runs) for c in counted.collectives] == [
         ("all-reduce", 16, 2, ("data",), 7),  # the loop's length is only in its condition
         ("collective-permute", 64, 2, ("data",), 1),
