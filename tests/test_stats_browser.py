@@ -1,7 +1,6 @@
 """The page of `dsv3 stats` in headless Chromium: clicks, search, sorting, addresses, themes."""
 
 import contextlib
-import re
 from functools import cache
 
 import numpy as np
@@ -54,13 +53,11 @@ def tiny(browser, pages):
 
 
 def quiet(browser, page) -> None:
-    """No error, no warning, no request but the page's own."""
     assert browser.errors == []
     assert {request.split("#")[0] for request in browser.requests} <= {page.absolute().as_uri()}
 
 
 def sideways(browser) -> list[str]:
-    """Elements that make the page wider than its window."""
     return browser.run(
         "document.documentElement.scrollWidth <= document.documentElement.clientWidth ? [] : "
         "[...document.body.querySelectorAll('*')]"
@@ -111,32 +108,6 @@ def test_a_click_opens_an_expert_and_its_address_opens_it_again(tiny, pages):
         assert tiny.run("document.getElementById('panel').hidden")
 
 
-def test_the_slider_and_the_texts(tiny):
-    texts = numbers()["texts"]
-
-    def firsts() -> list[int]:
-        return [int(e) for e in tiny.texts(".tokens sub")]
-
-    assert tiny.text("#texts-charts .chart > .dim") == "Colours: first expert in layer 1."
-    assert firsts() == [chosen[0] for chosen in texts[0]["experts"][0]]
-    tiny.run("document.getElementById('layer').focus()")
-    tiny.press("ArrowRight")
-    assert tiny.text("#layer-name") == "layer 2"
-    assert firsts() == [chosen[0] for chosen in texts[0]["experts"][1]]
-    buttons = "[...document.querySelectorAll('#texts-charts button')]"
-    tiny.run(f"{buttons}.find(b => b.textContent === 'next ›').click()")
-    tiny.settle()
-    assert firsts() == [chosen[0] for chosen in texts[1]["experts"][1]]
-    tiny.run("document.querySelector('.tokens').focus()")
-    tiny.press("ArrowRight", "ArrowRight")
-    tip, ids = tiny.text("#tip"), texts[1]["experts"][1][1]
-    assert f"loss {texts[1]['nll'][1]:.2f} nats" in tip and "layer 2" in tip
-    assert [int(e) for e in re.findall(r"expert (\d+)", tip)] == ids
-    assert [float(g) for g in re.findall(r"gate ([\d.]+)", tip)] == texts[1]["gates"][1][1]
-    tiny.press("Enter")
-    assert tiny.run("location.hash") == f"#layer=2&expert={ids[0]}&text=1"
-
-
 def test_search_and_the_sorted_table(tiny):
     tiny.type("#search", "e")
     found = "[...document.querySelectorAll('#found tbody tr')]"
@@ -149,19 +120,14 @@ def test_search_and_the_sorted_table(tiny):
     tiny.run("document.querySelector('#found tbody button').click()")
     assert tiny.text("#panel h2") == f"{found[0][1]}, {found[0][2]}"
 
-    def column(name):
-        heads = tiny.texts("#all-experts th")
-        place = next(i for i, head in enumerate(heads) if head.startswith(name))
+    # By load, then by load the other way round.
+    load = np.array(numbers()["load"])
+    ratio = sorted((load / load.mean(-1, keepdims=True)).ravel().round(2))
+    place = next(i for i, x in enumerate(tiny.texts("#all-experts th")) if x.startswith("load"))
+    for wanted in (ratio[::-1], ratio):
         tiny.run(f"document.querySelectorAll('#all-experts th button')[{place}].click()")
         tiny.settle()
-        return tiny.texts(f"#all-experts tbody tr td:nth-child({place + 1})")
-
-    load = np.array(numbers()["load"])
-    ratio = load / load.mean(-1, keepdims=True)
-    loads = [float(x.removeprefix("× ")) for x in column("load")]
-    assert loads == sorted(loads, reverse=True) and loads[0] == round(ratio.max(), 2)
-    assert tiny.text("th[aria-sort=descending]") == "load ▼"
-    lowest = sorted(ratio.ravel().round(2))[:50]
-    assert [float(x.removeprefix("× ")) for x in column("load")] == lowest
+        loads = tiny.texts(f"#all-experts tbody tr td:nth-child({place + 1})")
+        assert [float(x.removeprefix("× ")) for x in loads] == wanted[:50]
     tiny.type("#filter", "mtp 1")
     assert len(tiny.texts("#all-experts tbody tr")) == 16

@@ -20,7 +20,6 @@ from dsv3_jax.stats import (
     worth,
 )
 from dsv3_jax.stats.bits import WIDE
-from dsv3_jax.stats.page import findings
 from dsv3_jax.stats.token_rows import TokenRows, first_rows, rows_of
 
 E, K, N = 6, 2, 400
@@ -66,18 +65,7 @@ def test_information_equals_the_definitions(rng):
         assert found.entropy[layer] == pytest.approx(-(load * np.log2(load)).sum())
 
 
-def test_independent_choices_give_no_information(rng):
-    """Even where most tokens occur once or twice, and the plug-in estimate is above half a bit."""
-    rows = random_rows(rng, n=3000, tokens=2000, documents=60)
-    found = information(rows, E, 2, draws=10, resamples=50)
-    for part in (found.token, found.domain, found.domain_given_token):
-        assert (np.abs(part.bits) < 0.02).all()
-        assert ((part.low < 0.01) & (part.high > -0.01)).all()
-    assert (found.token.chance > 0.5).all()
-
-
 def test_intervals_resample_documents(rng):
-    """Documents that differ make the interval wide: its width is the spread over documents."""
     # one expert a document
     experts, document = rng.integers(0, 4, 30), np.repeat(np.arange(30), 200)
     rows = rows_of(experts[document][None, :, None], document)
@@ -118,7 +106,6 @@ def test_transitions_repeats_and_heads_equal_the_definitions(rng):
 
 
 def test_matched_experts_share_the_most_choices(rng):
-    """The match is the best of all one-to-one maps; permuted experts are found again."""
     rows, others = random_rows(rng, experts=5), random_rows(rng, experts=5)
     found = match_experts(rows, others, 5)
     shared = np.einsum("lna,lnb->lab", chosen(rows, 5), chosen(others, 5))
@@ -185,24 +172,3 @@ def test_what_the_domain_tells_beyond_the_token(rng, pull):
         errors.append(found.bits[0] - truth)
     assert abs(np.mean(errors)) < 0.012
     assert np.mean(covered) >= 0.75  # 95 % of texts; six of eight leave room for chance
-
-
-def test_the_largest_of_many_is_partly_luck():
-    """The page counts the experts that it chose among, and what chance alone would give."""
-    worth = dict(loss=3.0, without=[[3.1, 3.0], [3.02, None]], documents=40)
-    worth |= dict(low=[[0.05, -0.1], [-0.1, None]], high=[[0.2, 0.1], [0.1, None]])
-    numbers = {"layers": ["layer 1", "layer 2"], "load": [[1, 1], [1, 1]], "worth": worth}
-    found = findings(numbers)["worth"]
-    assert "Without expert 0 of layer 1 the loss of 3.000 nats is 0.1000 higher" in found
-    assert "the largest of 3 and so partly luck. For 2 of 3 experts the interval holds 0" in found
-    assert "2.5% (0.1) would lie above 0 by chance" in found and "documents" not in found
-    few = findings(numbers | {"worth": worth | {"documents": 8}})["worth"]
-    assert few == f"{found} The intervals are percentiles of 8 documents, and may be too narrow."
-
-
-def test_a_trunk_without_experts_leaves_the_sentences_to_its_heads():
-    bias = {"changed_choices": [0.2, 0.4], "max_vio": [0.5, 0.5], "max_vio_without": [2.0, 3.0]}
-    numbers = {"layers": ["MTP 1", "MTP 2"], "load": [[3, 1], [2, 2]], "bias": bias}
-    assert "changes 30% of the choices; without it, MaxVio is 2.50" in findings(numbers)["bias"]
-    of_trunk = findings(numbers | {"layers": ["layer 1", "MTP 1"]})["bias"]
-    assert "changes 20% of the choices" in of_trunk
