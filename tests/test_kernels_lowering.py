@@ -109,13 +109,6 @@ def test_the_cpu_calls_cpp(program, names):
     assert not [name for name in names if CPP + name not in text]
 
 
-@pytest.mark.long
-def test_the_cpu_without_cpp_loops_over_blocks():
-    """So the test of accelerators can see such loops."""
-    traced = train_step(Execution(kernels="xla"), "cpu")
-    assert CPP not in text_of(traced, "cpu") and LOOP in str(traced.jaxpr)
-
-
 # the order of additions, and what is exact
 
 

@@ -26,7 +26,6 @@ with acquire(sys.argv[1]):
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(HERE)}, **pipes) as process:
@@ -40,7 +39,6 @@ def record_of(folder) -> dict:
 
 
 def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(other, tmp_path):
-    """Also by a process that Ctrl-Z has stopped."""
     other.send_signal(signal.SIGSTOP)
     name = f"process {other.pid} on {socket.gethostname()}, which started at 2"
     for out in (None, tmp_path / "a.jsonl"):
@@ -57,31 +55,19 @@ def test_the_second_writer_is_refused_and_takes_over_when_the_first_is_dead(othe
         lock.check()
 
 
-@pytest.mark.parametrize("name", ["EOPNOTSUPP", "ENOSYS", "EIO"])
+@pytest.mark.parametrize("name", ["EOPNOTSUPP", "ENOSYS"])
 def test_where_locks_fail_a_living_writer_is_not_robbed(tmp_path, monkeypatch, name):
-    """Nobody knows if it lives. Without locks the first is admitted; their errors are named."""
+    """Nobody knows if it lives. Without locks the first is admitted."""
 
     def fail(*_):
         raise OSError(getattr(errno, name), "it fails")
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    if name == "EIO":
-        with pytest.raises(OSError, match=f"it fails: '{tmp_path / LOCK_FILE}'"), acquire(tmp_path):
-            pass
-        return
     with acquire(tmp_path) as lock:
         sentence = f"is of process {os.getpid()} .* delete it"
         with pytest.raises(FolderInUse, match=sentence), acquire(tmp_path):
             pass
         lock.check()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("text", ["", '{"pid": "7"}'])
-def test_a_lock_that_was_not_written_to_its_end_is_taken_over(tmp_path, text):
-    (tmp_path / LOCK_FILE).write_text(text)
-    with acquire(tmp_path):
-        assert record_of(tmp_path)["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, flat, random_model, small
-from runs import assert_near, documents, make_run, new_state, on_mesh
+from runs import documents, make_run, new_state
 
-from dsv3_jax.config import Execution, Layout, Lora, OptimConfig, RunConfig
-from dsv3_jax.mesh import sharding
+from dsv3_jax.config import Execution, Lora, OptimConfig, RunConfig
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.training import lora
 from dsv3_jax.training.loss import compute_loss
@@ -60,7 +59,6 @@ def state_of(run: RunConfig) -> TrainState:
 
 
 def merged_by_hand(params: dict) -> dict:
-    """All weights in float64, each with its A B added."""
     merged = {path: np.asarray(w, np.float64) for path, w in params.items() if path[0] != "lora"}
     for path in merged:
         if ("lora", *path, "a") in params:
@@ -118,20 +116,3 @@ def test_a_step_follows_the_gradient_of_the_merged_model():
     assert metrics["finite"] and new.step == 1
     moved = jax.tree.map(lambda a, b: (a != b).any(), old.bias, new.bias)
     assert all(jax.tree.leaves(moved))
-
-
-@pytest.mark.rare  # test_mesh has a step of all weights
-def test_a_step_on_a_mesh_is_a_single_devices():
-    """Each of the mesh's axes shards some of the adapters."""
-    model = small(num_layers=1, num_dense_layers=0, num_heads=4)
-    execution = replace(DENSE, layout=Layout(fsdp=True))
-    on = ("attention", "shared", "routed")
-    run = replace(RUN, model=model, execution=execution, lora=Lora(RANK, ALPHA, on))
-    want, metrics = jax.device_get(make_step(Job(run))(state_of(run), BATCH))
-    mesh = sharding.make_mesh(2, 2, 2)
-    rows = jax.device_put(BATCH, sharding.batch_sharding(mesh))
-    state = on_mesh(state_of(run), mesh, fsdp=True)
-    with jax.set_mesh(mesh):
-        got, metrics_there = jax.device_get(make_step(Job(run))(state, rows))
-    np.testing.assert_array_equal(metrics_there["load"], metrics["load"])
-    assert_near(got.opt.mu, want.opt.mu, 3e-5)

@@ -54,7 +54,6 @@ EAGLE = dict(num_layers=1, mtp_kind="eagle", mtp_depth=1, **GQA)
     ],
 )
 def test_losses_and_gradients_equal_the_reference(changes, kernels, remat):
-    """In C++, in plain XLA's loops, with `ragged_dot`, and with every expert on every token."""
     cfg = small(**changes)
     model = random_model(cfg, execution=Execution(kernels=kernels, remat=remat))
     tokens = tokens_of(cfg, BATCH, LENGTH)
@@ -117,7 +116,6 @@ def test_losses_of_the_model_and_of_its_heads_equal_the_reference(kind):
 
 
 def test_a_new_medusa_head_says_what_the_trunks_own_head_says():
-    """Bit by bit."""
     cfg = KINDS["medusa"][0]
     model = random_model(cfg)
     for head, new in zip(model.mtp, make_heads(cfg, nnx.Rngs(0)), strict=True):

@@ -16,7 +16,6 @@ from models import DENSE, LIGHT, SMALL, random_model, value_and_gradients
 from runs import MODEL, documents
 
 from dsv3_jax.config import Execution
-from dsv3_jax.decoding.generate import generate
 from dsv3_jax.kernels import low_precision as lp
 from dsv3_jax.kernels.choose import Kernels, Target
 from dsv3_jax.kernels.low_precision import FP8, FP8_UE8M0, MXFP8
@@ -202,14 +201,6 @@ def test_the_door_gives_8_bits_to_linear_layers_only(name):
         first = Target(platform, precision=name).rows("product")[0]
         program = jax.make_jaxpr(first.run)(jnp.ones((2, 8)), jnp.ones((8, 4)))
         assert ("bf16" in str(program)) == (platform != "cpu" and name != "fp8")
-
-
-@pytest.mark.long
-def test_decoding_does_without():
-    low, plain = (random_model(LIGHT, execution=how) for how in (IN_FP8, Execution()))
-    found = [generate(model, [[1, 2, 3]], 8, logprobs=True) for model in (low, plain)]
-    assert found[0].model_logprobs == found[1].model_logprobs
-    assert low.kernels.target.precision == "fp8"  # the model itself is as it was
 
 
 @pytest.mark.long

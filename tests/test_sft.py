@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from functools import partial
 
 import jax
@@ -12,24 +11,19 @@ from flax import nnx
 from models import DENSE, LIGHT, parameters, random_model
 from runs import MODEL, by_command, refused, rows_of, save_run, write_lines
 
-import dsv3_jax as ds
 from dsv3_jax import hf, reference
 from dsv3_jax.chat.examples import encode, load_examples
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.config import DataConfig, replace
 from dsv3_jax.data.batches import model_inputs, stack
-from dsv3_jax.data.file_tokenizers import FileTokenizer
 from dsv3_jax.data.packing import PackedRows, Piece
 from dsv3_jax.data.tokenizer import byte_tokenizer_json
-from dsv3_jax.hf import released_folder
 from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.model.moe import RouterBias
-from dsv3_jax.runs import steps
 from dsv3_jax.runs.callbacks import KeepOrigin
 from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.runs.folder import read_run
 from dsv3_jax.runs.open_model import load_text
-from dsv3_jax.scores.made_chats import write_chats
 from dsv3_jax.training.loss import compute_loss, target_counts
 
 PLAIN = plain_settings()
@@ -82,7 +76,6 @@ def test_what_is_too_long_or_has_no_answer_is_counted_and_a_bad_record_is_named(
 
 
 def test_rows_fit_the_examples(tmp_path):
-    """The smallest multiple of 64 that holds 99 % of them, at most the context."""
     records = [{"messages": chat(i)} for i in range(199)]
     file = write(tmp_path, [*records, {"text": "x" * 100}])
     cfg = DataConfig(paths=(file,), format="chat", val_fraction=0.3)
@@ -155,7 +148,6 @@ def tuned(base, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_learns_its_answers(tuned, base):
-    """The bias rests; the same command resumes; the prompt is what preceded training's targets."""
     out, said, argv = tuned
     losses = [row["loss"] for row in rows_of(out) if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
@@ -173,35 +165,8 @@ def test_a_run_learns_its_answers(tuned, base):
     assert prompt == ids[: mask.index(True)] and text.stop_ids == (256,)
 
 
-@pytest.mark.rare
-def test_fifty_chats_are_learnt_by_default(tmp_path):
-    """Without a word on passes, batch and rate; the same command then finds nothing to do."""
-    start = tmp_path / "start"
-    run = ds.recipe("tiny")
-    data = replace(run.data, seq_len=128, max_documents=60, val_fraction=0.2)
-    ds.train.fit(replace(run, data=data, steps=100), start, quiet=True)
-    file = write_chats(tmp_path)[0]
-    argv = ["train", "sft", "--start", start, "--data.paths", file]
-    argv += ["--data.chat-template", "plain", "--out", tmp_path / "run"]
-    code, said, _ = by_command(*argv)
-    assert code == 0 and "a model of dim=128: --epochs 20 --data.batch-size 4" in said, said
-    tuned = read_run(tmp_path / "run")
-    assert tuned.optim.learning_rate == 1e-3 and tuned.data.batch_size == 4
-
-    asked = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
-    model, text = ds.load_model(tmp_path / "run"), load_text(tmp_path / "run")
-    prompts = [text.chat.render(turns[:1], add_generation_prompt=True).ids for turns in asked]
-    answers = ds.generate(model, prompts, 16, stop_tokens=text.stop_ids).tokens
-    wanted = [turns[1]["content"] for turns in asked]
-    right = map(str.__eq__, map(text.tokenizer.decode, answers), wanted)
-    assert sum(right) >= 40
-    code, said, _ = by_command(*argv)
-    assert code == 0 and f"finished at step {tuned.steps}; nothing to do" in said, said
-
-
 @pytest.mark.long
 def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, tmp_path):
-    """Released → SFT → any other run: dtype, BOS and the ids that end a text stay."""
     child = tmp_path / "child"
     run = save_run(child, replace(read_run(tuned[0]), start=str(tuned[0])))
     KeepOrigin().on_start(run, child, 0)
@@ -214,7 +179,6 @@ def test_a_run_made_of_a_run_is_converted_as_the_released_folder(tuned, tmp_path
 
 @pytest.mark.long
 def test_heads_learn_the_chats_of_their_frozen_trunk(tuned, tmp_path):
-    """Its text, template and stop tokens come along; a policy that is frozen learns nothing."""
     out, argv = tmp_path / "run", ["--trunk", tuned[0], "--model.mtp-kind", "medusa"]
     code, _, err = by_command("train", "tiny", *argv, "--steps", 2, "--out", out)
     assert code == 0, err
@@ -223,35 +187,3 @@ def test_heads_learn_the_chats_of_their_frozen_trunk(tuned, tmp_path):
     assert load_text(out).chat.render(HELLO) == load_text(tuned[0]).chat.render(HELLO)
     code, _, err = by_command("train", "grpo", *argv, "--out", tmp_path / "grpo")
     assert code == 2 and "grpo group=8 is not supported on a frozen trunk" in err
-
-
-@pytest.mark.parametrize(
-    "words", ["sft", "sft --lora.rank 2", "grpo --grpo.group 4 --grpo.max-new-tokens 4"]
-)
-def test_a_start_is_opened_once(base, tmp_path, monkeypatch, words):
-    """From the command's options to its weights: its tokenizer is parsed once, and its headers."""
-    calls = Counter()
-
-    def count(owner, name):
-        inner = getattr(owner, name)
-
-        def counted(*args, **options):
-            calls[name] += 1
-            return inner(*args, **options)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    def enough(job):
-        raise ValueError("the weights are read")
-
-    count(FileTokenizer, "__init__")
-    count(released_folder, "open_folder")
-    monkeypatch.setattr(steps, "_compiled_step", enough)
-    tasks = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(24)]
-    file = base[1] if "sft" in words else write(tmp_path, tasks)
-    argv = ["train", *words.split(), "--start", base[0], "--out", tmp_path / "run"]
-    argv += ["--data.paths", file]
-    argv += ["--data.chat-template", "plain", "--data.seq-len", 48, "--data.batch-size", 8]
-    code, _, err = by_command(*argv)
-    assert code == 2 and "the weights are read" in err
-    assert calls == {"__init__": 1, "open_folder": 1}

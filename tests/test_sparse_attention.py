@@ -72,7 +72,6 @@ def test_the_choice_is_the_best_that_a_query_sees(x64, rng, dtype):
 
 
 def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng):
-    """With gradients, all queries at once and in blocks; two heads for each of two keys."""
     groups, heads, widths, seen = 2, 4, (7, 2), oracles.causal_mask(SEGMENTS)
 
     def chosen_of(row):
@@ -102,7 +101,6 @@ def test_attention_to_a_choice_is_dense_attention_under_its_mask(x64, rng):
 
 @pytest.mark.long
 def test_what_the_indexer_learns_from(x64, rng):
-    """Over all seen tokens, and over a choice; with the indexer's gradients, none for attention."""
     heads, widths, seen = 4, (7, 2), oracles.causal_mask(SEGMENTS)
     q, w, k = (rng.standard_normal(shape) for shape in ((B, T, N, X), (B, T, N), (B, T, X)))
     queries = [rng.standard_normal((B, T, heads, width)) for width in widths]
@@ -159,7 +157,6 @@ SHARED = replace(
 
 @pytest.mark.long
 def test_decoding_gives_the_tokens_of_the_forward():
-    """With every cache and draft, in ragged batches; the second layer shares the first's choice."""
     model = random_model(SHARED, execution=DENSE)
     want = generate(model, PROMPTS, 10, cache="none").tokens
     assert len({t for row in want for t in row}) > 5  # else it could not fail

@@ -96,7 +96,6 @@ def test_greedy_speculation_gives_the_tokens_of_plain_decoding(case, length, dty
 
 
 def test_a_stop_token_within_a_run_ends_its_row_and_no_other():
-    """In runs of up to 9 tokens."""
     model, _ = drafting("partly right heads")
     rows = generate(model, PROMPTS, NEW, stop_tokens=[UNUSED]).tokens
     assert not any(UNUSED in row for row in rows)
@@ -141,17 +140,6 @@ def three_tokens(model, prompt, how):
 
 
 # Requests
-
-
-@pytest.mark.rare  # a draft model is one of the cases above
-def test_a_draft_model_may_be_of_another_kind_and_shorter():
-    """Its positions end before those that the prompts are padded to."""
-    cfg = small(num_layers=1, num_dense_layers=1)
-    model = random_model(cfg)
-    draft = random_model(replace(cfg, attention="mqa", max_positions=41), seed=1)
-    prompt = tokens_of(LIGHT, 1, 35, seed=2)[0].tolist()
-    want = generate(model, [prompt], 4).tokens
-    assert generate(model, [prompt], 4, draft=draft, draft_length=2).tokens == want
 
 
 MODEL = abstract(LIGHT)

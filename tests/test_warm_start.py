@@ -103,22 +103,7 @@ def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
     assert_bitwise(jax.device_get(there), jax.device_get(state))
 
 
-def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
-    """Nothing is written there: a half-written checkpoint may be a run's that is training."""
-    sparse = make_run(text_in(tmp_path / "text"), model=replace(TRUNK, num_dense_layers=0))
-    trunk = save(tmp_path / "sparse", sparse)
-    half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
-    half.mkdir()
-    state, sentence = begin(run_on(trunk))
-    said = f"the trunk is that of step 7 in {trunk}; only the multi-token heads"
-    assert half.exists() and sentence.startswith(said)
-    frozen = cut(state)[1]
-    assert_bitwise(frozen, cut(fresh_state(sparse))[1])
-    assert frozen["sparse", "moe", "bias"].all()
-
-
 def test_it_resumes_without_the_other(trunk, tmp_path):
-    """Stopped, the other's folder gone, resumed: bitwise an unbroken run, data position too."""
     mine = shutil.copytree(trunk, tmp_path / "mine")
     run = run_on(str(mine))
     assert loop.fit(run, tmp_path / "whole", quiet=True).finished
@@ -169,7 +154,6 @@ def test_heads_learn_and_the_trunk_is_frozen(trunk):
 
 
 def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, tmp_path):
-    """Options not given are the other's; its tokenizer is copied; without the other it resumes."""
     mine, out, run = tmp_path / "mine", tmp_path / "out", read_run(trunk)
     words = str(mine / "tokenizer.json")
     tokenizer.train_bpe(["a b c d e f g h i j k l m n o p " * 9], 260, words)
