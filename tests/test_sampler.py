@@ -179,32 +179,6 @@ def test_a_cache_that_grows_holds_long_prompts_and_rows_that_come_and_go(model, 
 
 
 @pytest.mark.long
-def test_random_arrivals_and_cancellations_lose_nothing(model, wants):
-    """Texts wait, decode or have ended; a row that is free takes another one."""
-    draw = random.Random(1)
-    sampler = OpenSampler(model, rows=4, context=CONTEXT, stop_tokens=(3,))
-    numbers, found, cancelled = {}, {}, set()
-    for i in range(60):
-        numbers[sampler.add(ASKS[i % 6])] = ASKS[i % 6]
-        if draw.random() < 0.4:
-            victim = draw.choice(list(numbers))
-            sampler.cancel(victim)
-            cancelled.add(victim)
-        for number, new in sampler.step(part=draw.randrange(1, 6)).items():
-            assert number not in cancelled
-            found.setdefault(number, []).append(new)
-        assert len(sampler.rows) <= 4
-    finish(sampler, found)
-    sampler.cancel(99)  # nothing is there
-
-    complete = {n for n, news in found.items() if news[-1].ended}
-    assert complete >= set(numbers) - cancelled
-    for number in complete:
-        assert [t for new in found[number] for t in new.tokens] == wants[numbers[number]][0]
-    assert not sampler.rows and not sampler.waiting
-
-
-@pytest.mark.long
 def test_reading_gives_log_p_alternatives_experts_and_gates(two_layers):
     model = two_layers
     tokens = [*prompt(8), 1, 2]

@@ -173,15 +173,16 @@ def test_an_expert_off_adds_nothing_and_one_may_be_forced(page, folder):
     assert [token[2] for token in new[:at]] == [token[2] for token in before[:at]]
 
 
-def test_no_width_scrolls_sideways(page):
-    ask(page, HOSTILE * 3)
-    intervene(page, 12, "#change [value=bias]")
-    window = {"height": 900, "deviceScaleFactor": 1, "mobile": False}
-    for width in (420, 900, 1600):
-        page.send("Emulation.setDeviceMetricsOverride", width=width, **window)
-        page.settle()
-        assert page.run("document.documentElement.scrollWidth") == width
-        assert page.run("$('side').scrollWidth <= $('side').clientWidth")
+def test_another_temperature_and_the_routers_bias_off(page, folder):
+    model, unbiased, text = ds.load_model(folder), ds.load_model(folder), ds.load_text(folder)
+    before = ask(page, "the user")
+    ids, at = [token[0] for token in before], len(before) - NEW + 4
+    bias = unbiased.sparse.moe.bias
+    bias[...] = np.zeros_like(bias[...])
+    equal(intervene(page, at, "#change [value=bias]"), ids[: at + 1], unbiased, text)
+    page.click(f"{TURN} .pair .row button")
+    new = intervene(page, at, "#change [value=temperature]")
+    equal(new, ids[: at + 1], model, text, temperature=1.0)
 
 
 def test_errors_are_sentences_and_the_stop_button_stops(page):
