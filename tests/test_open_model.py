@@ -55,16 +55,12 @@ def test_text_needs_a_tokenizer_and_weights_do_not(folder, model, tmp_path):
     assert_bitwise(arrays_of(load_model(tmp_path / "model")), arrays_of(model))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.JSON", "a.jsonl.gz", "a.parquet"])
-def test_a_run_of_chats_is_measured_on_files_of_chats(name):
-    """As they are trained on: a list in a .json file is no text."""
-    assert with_paths(DataConfig(format="chat"), (f"notes/{name}",)).format == "chat"
-    assert with_paths(DataConfig(), (name,)).format == "text"
-
-
-def test_a_run_of_chats_is_measured_on_folders_of_chats(tmp_path):
-    """A folder with another file is text: it may hold notes beside its tables."""
+def test_a_run_of_chats_is_measured_on_chats(tmp_path):
+    """As it is trained; a folder with another file is text, notes beside its tables."""
+    chats = DataConfig(format="chat")
     (tmp_path / "a.jsonl").write_text('{"messages": []}')
-    assert with_paths(DataConfig(format="chat"), (str(tmp_path),)).format == "chat"
+    for place in ("a.jsonl", "a.JSON", "a.jsonl.gz", "notes/a.parquet", str(tmp_path)):
+        assert with_paths(chats, (place,)).format == "chat"
+    assert with_paths(DataConfig(), ("a.jsonl",)).format == "text"
     (tmp_path / "notes.md").write_text("no chats")
-    assert with_paths(DataConfig(format="chat"), (str(tmp_path),)).format == "text"
+    assert with_paths(chats, (str(tmp_path),)).format == "text"

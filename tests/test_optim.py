@@ -83,9 +83,11 @@ def test_adamw_is_the_equations(rng, monkeypatch, name):
     dtype = "bfloat16" if name == "bfloat16" else "float32"
     cfg = replace(OPTIM, warmup_steps=3, moments_dtype=dtype)
     w, m, v = rng.standard_normal(shape), np.zeros(shape), np.zeros(shape)
+    scale = w
 
     def state(array):
-        return nnx.State({"w": nnx.Param(jnp.asarray(array, jnp.float32))})
+        array = jnp.asarray(array, jnp.float32)
+        return nnx.State({"w": nnx.Param(array), "scale": nnx.Param(array, decay=False)})
 
     by_optax = adamw_by_optax(cfg, STEPS) if name == "optax" else None
     optimizer = optim.make(cfg, STEPS, kernels, by_optax)
@@ -100,9 +102,12 @@ def test_adamw_is_the_equations(rng, monkeypatch, name):
         params, adam = step_fn(at, params, adam, state(g))
         g, t = g * min(1.0, cfg.clip_norm / norm), step + 1
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        move = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + cfg.eps) + cfg.weight_decay * w
-        w = w - 0.1 * min(1.0, t / 3) * move
-        np.testing.assert_allclose(params["w"][...], w, atol=2e-6)  # float32, numbers of about 1
+        move = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + cfg.eps)
+        w = w - 0.1 * min(1.0, t / 3) * (move + cfg.weight_decay * w)
+        scale = scale - 0.1 * min(1.0, t / 3) * move
+        for key, wanted in {"w": w, "scale": scale}.items():
+            # float32, numbers of about 1
+            np.testing.assert_allclose(params[key][...], wanted, atol=2e-6)
         if name == "bfloat16":
             # half-way between bfloat16 numbers float32 may round elsewhere: the same from here on
             rounded = [np.asarray(mean["w"][...], np.float64) for mean in adam]
@@ -175,6 +180,7 @@ def test_two_steps_of_muon_are_the_equations():
         for step, norm in enumerate(norms):
             g = grads[step] if name == "muon" else optim.split_matrices(grads[step])[1]
             at = AtStep(jnp.asarray(step, jnp.int32), jnp.asarray(norm, jnp.float32), TRUE)
+            assert_bitwise(step_fn(at._replace(keep=FALSE), p, state, g), (p, state))
             p, state = step_fn(at, p, state, g)
             found[name].append(flat(p))
     after, grads, before, dims = found["muon"], [flat(g) for g in grads], flat(params), set()

@@ -6,7 +6,6 @@ Its page: one file, every name escaped, and small for V3's shape.
 import json
 import re
 from dataclasses import replace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -125,22 +124,11 @@ def test_checkpoints_and_load_over_time_agree_with_rows_and_metrics(whole, repor
     np.testing.assert_allclose(history["value"][-1], bias["value"], rtol=1e-5)
 
 
-@pytest.mark.long
-def test_a_folder_is_replaced_in_one_step_or_not_at_all(whole, tmp_path, monkeypatch):
-    out, options = tmp_path / "stats", ReportOptions(batches=1, draws=2)
-    assert report(whole.folder, out, options).folder == out
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(
-            "dsv3_jax.stats.reporting.render_page", Mock(side_effect=OSError("disk full"))
-        )
-        report(whole.folder, out, options)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [out]
-    (out / "notes.txt").write_text("notes")
-    with refused(r"out='.*stats' holds other files .*notes\.txt"):
-        report(whole.folder, out, options)
+def test_a_folder_of_other_files_is_no_report(whole, tmp_path):
+    """test_files has how an earlier report is replaced."""
+    (tmp_path / "notes.txt").write_text("notes")
+    with refused(rf"out='{tmp_path}' holds other files .*notes\.txt"):
+        report(whole.folder, tmp_path, ReportOptions(batches=1, draws=2))
 
 
 def test_the_page_needs_no_other_file_and_holds_the_numbers():
