@@ -109,6 +109,15 @@ def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draf
         drawn = [ask for ask in ASKS if ask.sampling == LAWS[1]]
         wants = {ASKS[0]: wants[ASKS[0]]} | alone(model, drawn, draft=draft)
     sampler = OpenSampler(model, rows=4, context=CONTEXT, stop_tokens=(3,), draft=draft)
+    runs, gone = sampler.add(ASKS[4]), sampler.add(ASKS[5])
+    while len(sampler.rows) < 2:
+        sampler.step(part=1)
+    waits, also_gone = sampler.add(ASKS[3]), sampler.add(ASKS[3])
+    for number in (gone, also_gone, 99):
+        sampler.cancel(number)
+    left = [text.number for text in (*sampler.rows.values(), *sampler.waiting)]
+    assert left == [runs, waits]
+
     # They come while others decode.
     found, numbers = {}, {}
     for ask in ASKS:
@@ -116,6 +125,7 @@ def test_a_text_is_that_of_generate_whatever_shares_its_batch(model, wants, draf
         for number, new in sampler.step(part=2).items():
             found.setdefault(number, []).append(new)
     finish(sampler, found)
+    assert not {gone, also_gone} & found.keys()
     for ask, want in wants.items():
         assert_same(found[numbers[ask]], want)
 
