@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import DENSE, forward, parameters, random_model, small, tokens_of
+from models import DENSE, LIGHT, forward, parameters, random_model, small, tokens_of
 from runs import refused
 
 import dsv3_jax as ds
 from dsv3_jax import reference
 from dsv3_jax.config import Execution, Yarn
 from dsv3_jax.model import moe
+from dsv3_jax.model.context import from_zero, make_context
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.model.transformer import Transformer, abstract
 
@@ -220,3 +221,16 @@ def test_near_ties_are_counted_among_the_allowed_experts():
     near = jax.jit(lambda bias: moe.near_ties(scores, bias, cfg))
     assert near(np.zeros(6, np.float32)).tolist() == [False, True, False]
     assert not near(0.01 * np.eye(6, dtype=np.float32)[1]).any()  # of the scores that choose
+
+
+def test_near_ties_are_a_share_of_the_tokens_that_count(monkeypatch):
+    monkeypatch.setattr(moe, "near_ties", lambda scores, bias, cfg: jnp.arange(len(scores)) < 3)
+    layer, x = ds.MoE(LIGHT, rngs=nnx.Rngs(0)), jnp.ones((1, 4, LIGHT.dim))
+
+    @jax.jit
+    def share(segment_ids):
+        _, metrics = layer.route(x, make_context(LIGHT, from_zero(1, 4), segment_ids))
+        return metrics["near_ties"]
+
+    found = [share(np.array([ids], np.int32)) for ids in ([1, 1, 1, 1], [0, 0, 1, 1], [0] * 4)]
+    assert found == [0.75, 0.5, 0.0]
