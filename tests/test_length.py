@@ -25,8 +25,9 @@ from test_compiled import GPU8, as_libraries_do, mesh_of
 from dsv3_jax.config import Balance, Execution, Grpo, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.length import by_layout
+from dsv3_jax.model.attention import MLA
 from dsv3_jax.model.blocks import Block
-from dsv3_jax.model.context import How, make_context
+from dsv3_jax.model.context import How, how_of, make_context
 from dsv3_jax.planning.cost import check_decode, choose_kernels, train_cost
 from dsv3_jax.training.loss import score_tokens
 from dsv3_jax.training.state import Job, model_of
@@ -179,3 +180,24 @@ def test_what_cannot_be_sharded_is_refused():
         sharding.check_run(sharding.make_mesh(8), run)
     with refused("^layout.length='expert' shards no cache, and mesh data=1"):
         check_decode(CFG, run.execution, mesh, 8, 16)
+
+
+class Own(MLA):
+    """An attention of one's own, whose heads may see one another."""
+
+    def attend_to_rows(self, q, ctx):
+        return super().attend_to_rows(q, ctx)
+
+
+def test_an_attention_that_cannot_be_split_is_refused():
+    execution = Execution(layout=LENGTH)
+    x = jnp.ones((1, 8, CFG.dim))
+    ctx = make_context(CFG, jnp.zeros((1, 8), jnp.int32), how=how_of(execution))
+    decoding = ctx._replace(how=replace(ctx.how, mode="decode"))
+    attend = by_layout(lambda model, kind, ctx: kind(CFG, rngs=nnx.Rngs(0)).attend(x, ctx))
+    for kind, asked, sentence in (
+        (Own, ctx, "attention='mla' needs complete rows on a device"),
+        (MLA, decoding, "layout.length='expert' shards no cache"),
+    ):
+        with jax.set_mesh(sharding.make_mesh(1, 8)), refused(f"^{sentence}"):
+            attend(SimpleNamespace(execution=execution), kind, asked)
