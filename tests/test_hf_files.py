@@ -1,5 +1,6 @@
 """A broken released folder gives a sentence naming file and tensor; failures leave no files."""
 
+import json
 import os
 import shutil
 from filecmp import cmpfiles
@@ -225,3 +226,21 @@ def test_a_hub_cache_is_read_by_path_and_by_id(good, tmp_path, monkeypatch):
         hf.load("deep/small@v2")
     monkeypatch.chdir(repo.parent)
     assert find(f"{repo.name}/none") == Path(repo.name, "none")  # a path with a typing error
+
+
+@pytest.mark.parametrize("where", ["wrapper", "text_config"])
+def test_a_wrappers_ids_and_dtype_stay_wherever_they_are(folder, tmp_path, where):
+    """As a run that is written back, and in another dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    ids = {"bos_token_id": 5, "eos_token_id": [256, 7]}
+    inner = {k: v for k, v in config.items() if k not in {*ids, "torch_dtype"}}
+    outer = {"model_type": "kimi_k25", "text_config": inner}
+    (outer if where == "wrapper" else inner).update(ids | {"dtype": "bfloat16"})
+    tensor_files.write_json(folder / "config.json", outer)
+    hf.convert(folder, tmp_path / "run")
+    hf.convert(tmp_path / "run", tmp_path / "back")
+    hf.convert(folder, tmp_path / "half", dtype="bfloat16")
+    for name in ("back", "half"):
+        found = json.loads((tmp_path / name / "config.json").read_text())
+        assert ids | {"torch_dtype": "bfloat16"} == {k: found[k] for k in (*ids, "torch_dtype")}
+    assert load_text(folder).stop_ids == load_text(tmp_path / "run").stop_ids == (256, 7)

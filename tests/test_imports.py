@@ -7,6 +7,7 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import jedi
 import pytest
 
 import dsv3_jax
@@ -185,3 +186,22 @@ def test_importing_changes_no_setting_and_touches_no_device():
     command = [sys.executable, "-W", "error", "-c", LOOK, *names]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_editor_completes_the_names_and_their_arguments():
+    """Those that are imported when they are first used, too."""
+
+    def asked(line):
+        return jedi.Script(f"import dsv3_jax as ds\n{line}", project=jedi.Project(ROOT.parent))
+
+    assert set(dsv3_jax.__all__) - {"__version__"} <= {c.name for c in asked("ds.").complete()}
+    for call, argument in {
+        "ds.train.fit(": "stop_after",
+        "ds.load_model(": "folder",
+        "ds.hf.load(": "packed",
+        "ds.register_router(": "row",
+        "ds.score_tasks(": "shots",
+        "ds.balance.update(": "model",
+    }.items():
+        (signature,) = asked(call).get_signatures()
+        assert argument in [p.name for p in signature.params], (call, signature)

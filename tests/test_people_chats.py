@@ -256,3 +256,13 @@ def test_tasks_may_have_a_long_answer_or_one_without_a_target(tmp_path):
     source, asked, held_out = load_tasks(cfg, text, Checker("exact").look_at)
     assert len(asked) + len(held_out) == 20 and source.val_batches(1)[0]["tokens"].shape == (2, 16)
     assert {len(task.prompt) for task in asked} == {3, 4}
+
+
+def test_a_json_file_may_also_hold_lines(tmp_path):
+    """Alone: in a folder it may be about the data, and only lists are read."""
+    records = [{"messages": pair(i)} for i in range(20)]
+    listed = load_examples(chats_of(write(tmp_path / "chats.json", records)), PLAIN)
+    write_lines(tmp_path / "chats.json", records)
+    assert load_examples(chats_of(tmp_path / "chats.json"), PLAIN).fingerprint == listed.fingerprint
+    with refused("give no example"):
+        load_examples(chats_of(tmp_path), PLAIN)

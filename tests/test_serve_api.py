@@ -379,3 +379,10 @@ def test_the_command_refuses_in_a_sentence(whole, monkeypatch):
     assert "queue=0 is not an int of 1 or above" in said("--queue", 0)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install starlette uvicorn" in said()
+
+
+def test_tokens_that_are_written_alike_keep_their_own_log_p():
+    told = {"id": 5, "text": "a", "logprob": -2.0, "offset": 0}
+    told["alternatives"] = [[6, "a", -1.0], [5, "a", -2.0], [7, "b", -3.0]]
+    (top,) = answers._logprobs([told], 3, SPELLING)["top_logprobs"]
+    assert top == {"a": -2.0, "token_id:6": -1.0, "b": -3.0}

@@ -166,3 +166,17 @@ def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, t
     run = read_run(out)
     assert run.model == replace(TRUNK, mtp_depth=1, mtp_kind="medusa") and run.trunk == str(mine)
     assert run.data == replace(data, tokenizer=str(out / "tokenizer.json"))
+
+
+def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
+    """Nothing is written there: a half-written checkpoint may be a run's that is training."""
+    sparse = make_run(text_in(tmp_path / "text"), model=replace(TRUNK, num_dense_layers=0))
+    trunk = save(tmp_path / "sparse", sparse)
+    half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
+    half.mkdir()
+    state, sentence = begin(run_on(trunk))
+    said = f"the trunk is that of step 7 in {trunk}; only the multi-token heads"
+    assert half.exists() and sentence.startswith(said)
+    frozen = cut(state)[1]
+    assert_bitwise(frozen, cut(fresh_state(sparse))[1])
+    assert frozen["sparse", "moe", "bias"].all()
