@@ -149,7 +149,7 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path):
     ):
         with refused("is not UTF-8"):
             work()
-    with refused("paths='.*udcff' holds"):
+    with refused("paths='.* holds a control character"):
         tokenize(replace(tokenizing, paths=(str(out),)))
     assert not out.exists()
 

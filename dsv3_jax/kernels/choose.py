@@ -178,7 +178,7 @@ class Kernels:
         """The implementation of each op for large arrays of a dtype on so many devices, by name.
 
         Example:
-            >>> Kernels(Target("cpu", "xla")).chosen()["product"]
+            >>> Kernels(Target("cpu", "xla")).chosen()["exact_product"]
             'xla'
         """
         names = {}
@@ -256,7 +256,7 @@ def prepare(
         the mesh, or that cannot be compiled here.
 
     Example:
-        >>> prepare(Execution(kernels="xla")).chosen()["product"]
+        >>> prepare(Execution(kernels="xla")).chosen()["exact_product"]
         'xla'
     """
     execution = execution or Execution()
