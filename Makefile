@@ -35,7 +35,7 @@ demo: $(VENV)/.with-base$(ACCELERATOR:%=-%) ## train a small model, evaluate it 
 demo-short: $(VENV)/.with-base$(ACCELERATOR:%=-%) ## the same with a few steps, to see that everything runs: a minute
 	$(FIND_DEVICE)
 	$(BIN)/dsv3 demo --short --out runs/demo-short
-lab: $(VENV)/.with-base ## run the studies that have no results yet; LAB_ARGS=--fresh: all, in about six hours
+lab: $(VENV)/.with-base ## run the studies that have no results yet; LAB_ARGS=--fresh: all, in about five hours
 	$(BIN)/python -m experiments.lab run all $(LAB_ARGS)
 notebooks: $(VENV)/.with-notebooks ## execute the notebooks and keep their outputs: some minutes
 	$(BIN)/python notebooks/execute.py
