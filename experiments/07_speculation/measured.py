@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from prompts import held_out_prompts
 from when_it_pays import Setting, step_cost
 
 from dsv3_jax.config import replace
@@ -46,7 +47,6 @@ from dsv3_jax.runs.start import on_trunk, open_start
 from experiments.bench.copying import copy_bandwidth
 from experiments.lab.bases import lasting
 from experiments.lab.measuring import expert_ids
-from experiments.lab.prompts import held_out_prompts
 from experiments.lab.results import replace_block
 from experiments.lab.running import machine
 from experiments.lab.tables import markdown_table, mean_spread

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from prompts import held_out_prompts
 
 from dsv3_jax.config import replace
 from dsv3_jax.data.batches import model_inputs
@@ -21,7 +22,6 @@ from dsv3_jax.runs.checkpoint import load_run
 from dsv3_jax.training.loss import score_tokens
 from experiments.lab import Claim, Column, MeasuredWith, Number, Stake, Study, drawing, logit
 from experiments.lab.claims import percent_of
-from experiments.lab.prompts import held_out_prompts
 from experiments.lab.tables import markdown_table, mean_spread
 
 INDEPENDENT, JOINT = "independent", "MTP"

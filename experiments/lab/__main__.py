@@ -102,14 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     text = "Train experiments/board/RECIPE.py beside the best of each of its tracks."
     race = commands.add_parser("board", help=text, description=text, allow_abbrev=False)
     race.add_argument("recipe", metavar="RECIPE", help="a file's name without .py, as two_of_16")
-    race.add_argument(
-        "--workers",
-        type=_positive,
-        help="runs at a time; default: one per core, or 1 on an accelerator",
-    )
-    race.add_argument(
-        "--short", action="store_true", help="run a few steps in a temporary folder, as a check"
-    )
     text = "Train and measure the runs that results.json lacks, then write tables and pictures."
     parser = commands.add_parser("run", help=text, description=text, allow_abbrev=False)
     parser.add_argument(
@@ -128,14 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="VARIANT", help="run these variants; default: all"
     )
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        help="runs at a time; default: one per core, or 1 on an accelerator",
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="run a few steps in a temporary folder, as a check"
-    )
+    for trains in (race, parser):
+        trains.add_argument(
+            "--workers",
+            type=_positive,
+            help="runs at a time; default: one per core, or 1 on an accelerator",
+        )
+        trains.add_argument(
+            "--short", action="store_true", help="run a few steps in a temporary folder, as a check"
+        )
     one = parser.add_mutually_exclusive_group()
     one.add_argument(
         "--fresh", action="store_true", help="delete results and runs, then train and measure again"

@@ -188,12 +188,10 @@ def _corpus_hash(data: DataConfig) -> str:
 
 
 def _tokenizer(root: Path, data: DataConfig) -> str:
+    if data.tokenizer == "bytes":
+        return _tokenizer_hash("bytes", 0)
     path = root / data.tokenizer
-    return (
-        _tokenizer_hash("bytes", 0)
-        if data.tokenizer == "bytes"
-        else _tokenizer_hash(str(path), path.stat().st_mtime_ns)
-    )
+    return _tokenizer_hash(str(path), path.stat().st_mtime_ns)
 
 
 @lru_cache

@@ -43,12 +43,10 @@ def first_below(trained: Any, bits: float) -> int:
 
     Args: trained: what a study's `measure` is given.
     """
-    rows = [(row["step"], row["loss"]) for row in trained.metrics() if "loss" in row]
-    if len(rows) < WINDOW:
-        return trained.run.steps
-    means = np.convolve([loss for _, loss in rows], np.ones(WINDOW) / WINDOW, "valid")
-    below = np.flatnonzero(means < bits / BITS)
-    return rows[below[0] + WINDOW - 1][0] if len(below) else trained.run.steps
+    rows = [row for row in trained.metrics() if "loss" in row]
+    first = steps_until(np.array([row["loss"] for row in rows]), bits / BITS)
+    last = first + WINDOW - 2  # of the window's rows
+    return rows[last]["step"] if last < len(rows) else trained.run.steps
 
 
 def formed(trained: Any) -> int:

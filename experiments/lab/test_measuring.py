@@ -44,6 +44,8 @@ def test_steps_until_by_looking_at_each_step():
     rows = [{"step": step, "loss": 1.3} for step in (10, 20, 30)]
     trained = SimpleNamespace(metrics=lambda: rows, run=SimpleNamespace(steps=30))
     assert first_below(trained, bits=1.25) == 30  # 0.87 nats
+    rows += [{"step": step, "loss": loss} for step, loss in ((40, 0.1), (50, 0.1), (60, 0.0))]
+    assert first_below(trained, bits=1.25) == 50  # the last of the first five with a lower mean
 
 
 def test_skip_top_routes_to_the_experts_after_the_best():

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
-
 from dsv3_jax.config import RunConfig
 from dsv3_jax.host.files import write_atomic
 from experiments.lab.results import thin_curves
@@ -142,11 +140,7 @@ def _jsonable(value):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
-    return (
-        value.tolist()
-        if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "tolist")
-        else value
-    )
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @contextmanager
