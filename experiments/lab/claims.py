@@ -65,6 +65,11 @@ class Claim:
             raise ValueError(f"expect={self.expect!r} of claim={self.text!r} is not one of {words}")
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """The variants that it is about: two, or one if it is against a constant."""
+        return (self.variant, self.against) if isinstance(self.against, str) else (self.variant,)
+
+    @property
     def unit(self) -> str:
         """The unit of the number."""
         return shown_with(self.key)[0]
@@ -263,8 +268,7 @@ def judge(
     judged: list[tuple[Claim, Difference]] = []
     for claim in claims:
         table = table_of(results, claim.key)
-        needed = [name for name in (claim.variant, claim.against) if isinstance(name, str)]
-        if any(name not in table for name in needed):
+        if not table.keys() >= set(claim.compared):
             continue
         try:
             judged.append((claim, difference_of(claim, table, noise_of)))
@@ -286,12 +290,11 @@ def difference_of(claim: Claim, table: Table, noise_of: NoiseOf) -> Difference:
 
     Raises: TooFewSeeds.
     """
+    noise = noise_of(claim.key, claim.compared)
     if isinstance(claim.against, str):
-        noise = noise_of(claim.key, (claim.variant, claim.against))
         differences = paired(table[claim.variant], table[claim.against])
         variance, dof = 2 * noise.sd**2, noise.dof
     else:
-        noise = noise_of(claim.key, (claim.variant,))
         differences = [value - claim.against for value in table[claim.variant].values()]
         variance, dof = noise.within_sd**2, noise.within_dof
     prior = LOSS_PRIOR if claim.key == LOSS else PRIOR
@@ -322,8 +325,15 @@ def _check(stake: Stake, results: Results) -> Check:
         return Check(stake, None)
 
 
-def verdict_table(verdicts: Sequence[Verdict], checks: Sequence[Check]) -> str:
-    """Return Markdown: a row for each claim, sentences on manipulation checks and few seeds."""
+def verdict_table(
+    verdicts: Sequence[Verdict], checks: Sequence[Check], begun: Mapping[str, str]
+) -> str:
+    """Return Markdown: a row for each claim, then sentences on what the verdicts rest on.
+
+    They name the manipulation checks, claims on few seeds, and claims on copies of one run.
+
+    Args: begun: variant → its parent.
+    """
     rows = []
     for v in verdicts:
         digits = v.claim.digits
@@ -346,6 +356,11 @@ def verdict_table(verdicts: Sequence[Verdict], checks: Sequence[Check]) -> str:
     if few := sum(v.difference.dof < FEW for v in verdicts):
         sentences.append(
             f"{few} of {len(verdicts)} claims rest on fewer than {FEW} degrees of freedom (d.o.f.)."
+        )
+    if copies := sum(related(begun, v.claim.compared) for v in verdicts):
+        sentences.append(
+            f"{copies} of {len(verdicts)} claims compare runs that share a parent: "
+            "they are not independent, and their noise is that of such pairs."
         )
     return "\n\n".join([markdown_table(header, rows), *sentences])
 

@@ -158,26 +158,12 @@ def _plot_row(
 
     Args: shown: from the numbers to the axis, as np.exp where the noise is that of logarithms.
     """
-    mean = values.mean()
+    mean, dots = values.mean(), shown(values)
     low, middle, high = shown(np.array([mean - half, mean, mean + half])).tolist()
-    ax.plot(
-        shown(values),
-        np.full(len(values), row),
-        "o",
-        color=VARIANT_COLOUR,
-        alpha=0.45,
-        markersize=5,
-        markeredgewidth=0,
-    )
+    bars = [[middle - low], [high - middle]]
+    ax.plot(dots, [row] * len(dots), "o", color=VARIANT_COLOUR, alpha=0.45, ms=5, mew=0)
     ax.plot([middle], [row], "|", color=VARIANT_COLOUR, markersize=14, markeredgewidth=2)
-    ax.errorbar(
-        [middle],
-        [row],
-        xerr=[[middle - low], [high - middle]],
-        color=VARIANT_COLOUR,
-        linewidth=2,
-        capsize=4,
-    )
+    ax.errorbar([middle], [row], xerr=bars, color=VARIANT_COLOUR, linewidth=2, capsize=4)
 
 
 def half_interval(results: Results, variant: str, against: str | float, key: Key) -> float:

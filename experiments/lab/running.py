@@ -194,7 +194,7 @@ def _publish(study: Study, results: Results, *, kept: bool) -> None:
     if is_own:
         results.title = overview.headline(study.folder)
     if verdicts:
-        text = f"{verdict_table(verdicts, checks)}\n\n{text}"
+        text = f"{verdict_table(verdicts, checks, results.begun)}\n\n{text}"
     picture = results.path.with_name(f"{study.folder.name.partition('_')[2]}.png")
     try:
         study.draw(results, picture)

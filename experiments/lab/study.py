@@ -154,13 +154,18 @@ class Study:
         return found.task, run
 
     def check_claims(self, names: Sequence[str]) -> None:
-        """Raise ValueError for a claim that names a variant or a check that the study lacks.
+        """Raise ValueError for claims without a check, or on what the study lacks.
 
         Args: names: of the variants.
         """
+        if self.claims and not self.stakes:
+            raise ValueError(
+                f"{self.folder.name}/study.py has claims and no manipulation check: give it "
+                'stakes={"name": Stake("what is taken away", variant, against)}'
+            )
         for claim in self.claims:
-            for name in (claim.variant, claim.against):
-                if isinstance(name, str) and name not in names:
+            for name in claim.compared:
+                if name not in names:
                     raise ValueError(
                         f"claim={claim.text!r} compares {name!r}, which is not one of the variants "
                         f"{', '.join(names)}"
@@ -168,7 +173,7 @@ class Study:
             if claim.stake and claim.stake not in self.stakes:
                 raise ValueError(
                     f"stake={claim.stake!r} of claim={claim.text!r} is not one of the study's "
-                    f"stakes: {', '.join(self.stakes) or 'it has none'}"
+                    f"stakes: {', '.join(self.stakes)}"
                 )
 
     def begun(self) -> dict[str, str]:

@@ -29,7 +29,7 @@ STUDY = """"A question?"
 
 from dsv3_jax.config import replace
 from experiments.lab import Study
-from experiments.lab.claims import Claim
+from experiments.lab.claims import Claim, Stake
 
 def variants(base):
     model = replace(base.model, mtp_depth=1)
@@ -37,7 +37,7 @@ def variants(base):
             "heads": replace(base, steps=9, model=model, trunk="bad")}
 
 CLAIM = Claim("the second is lower", "second", "first")
-STUDY = Study(variants, claims=(CLAIM,))
+STUDY = Study(variants, claims=(CLAIM,), stakes={"steps": Stake("a step more", "bad", "first")})
 """
 PAGE = (
     "# A question?\n\n<!-- results -->\nold\n<!-- /results -->\n\n"
@@ -173,9 +173,23 @@ def test_a_claim_that_names_nothing_is_refused(lab, capsys, claim, sentence):
     assert "key='bits' is no number of these runs; they have " in capsys.readouterr().out
     page = (lab.folder / "README.md").read_text()
     assert 'Without runs, numbers or seeds for a verdict: "the second is lower".' in page
-    (lab.folder / "study.py").write_text(STUDY.replace('"second", "first"', claim))
-    assert lab(*arguments, "--fresh") == (2, []) and sentence in capsys.readouterr().err
+    unchecked = STUDY.replace("stakes=", "**{} and ")
+    for study, said in (
+        (STUDY.replace('"second", "first"', claim), sentence),
+        (unchecked, "01_fake/study.py has claims and no manipulation check: give it stakes="),
+    ):
+        (lab.folder / "study.py").write_text(study)
+        assert lab(*arguments, "--fresh") == (2, []) and said in capsys.readouterr().err
     assert lab.results().variants == ["first", "second"]
+
+
+def test_claims_about_runs_that_share_a_parent_are_counted_below_the_table(lab):
+    claim = STUDY.replace('"second", "first")', '"heads", "bad")')
+    (lab.folder / "study.py").write_text(claim)
+    lab.fixed = True
+    assert lab("--seeds", "0", "1")[0] == 0
+    sentence = "1 of 1 claims compare runs that share a parent: they are not independent"
+    assert sentence in (lab.folder / "README.md").read_text()
 
 
 def test_a_new_study_is_a_folder_that_lists_its_runs(lab, capsys):
@@ -278,7 +292,7 @@ def test_a_start_is_made_before_a_run_and_belongs_to_the_run_that_it_is_made_of(
             assert work.do(job, None, make_start) == 1
     assert made == [start] and capsys.readouterr().err.endswith("/made' cannot be made\n")
 
-    inside = STUDY.replace("trunk=trunk)", "trunk=trunk + '/made')")
+    inside = STUDY.replace('trunk="bad"', 'trunk="bad/made"')
     (lab.folder / "study.py").write_text(inside)
     assert load(lab.folder).begun() == {"heads": "bad"}
 

@@ -131,4 +131,5 @@ def test_every_study_is_complete(folder, monkeypatch, tmp_path):
     assert f"({folder.name}/README.md)" in (HERE / "experiments" / "README.md").read_text()
     study.draw(results, tmp_path / "picture.png")
     assert drawn[0].axes
-    assert f"{verdict_table(verdicts, checks)}\n\n{study.make_table(results)}" in page
+    table = verdict_table(verdicts, checks, results.begun)
+    assert f"{table}\n\n{study.make_table(results)}" in page
