@@ -26,11 +26,17 @@ class Trial(NamedTuple):
     kills: Sequence[float] = ()  # seconds: it ends as usual after these
 
 
+def kind_of(path: Path) -> str:
+    """A file's name without the digits, decimal or hexadecimal, that tell it from others."""
+    return re.sub(r"[0-9a-f]{8,}|[0-9]+", "", path.name)
+
+
 def files(home: Home, rng: Random, command: Command) -> Trial | None:
     """Change the content of a file that a command reads."""
     inputs = home.inputs(command)
-    suffix = rng.choice(sorted({path.suffix for path in inputs}))
-    path = rng.choice([path for path in inputs if path.suffix == suffix])
+    # One kind is often many files, as checkpoints' arrays and shards: their names differ in digits.
+    kind = rng.choice(sorted({kind_of(path) for path in inputs}))
+    path = rng.choice([path for path in inputs if kind_of(path) == kind])
     file = home.folder / path
     how, content = grammar.change(file.read_bytes(), rng)
     file.write_bytes(content)
