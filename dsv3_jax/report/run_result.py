@@ -10,7 +10,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.batches import Batch, Source
 from dsv3_jax.data.byte_tokenizer import Tokenizer
 from dsv3_jax.report.ngram import Order2
-from dsv3_jax.report.run_plots import routing_heatmap, training_curves
 
 
 def order2_of(source: Source, tokenizer: Tokenizer, held_out: Sequence[Batch]) -> float | None:
@@ -33,6 +32,9 @@ def draw(
     out: Path, evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cfg: ModelConfig
 ) -> list[Path]:
     """Draw the routing, if there is any, and the curves of training. Returns the pictures."""
+    # Matplotlib takes a sixth of the time in which a run starts, and only its end draws.
+    from dsv3_jax.report.run_plots import routing_heatmap, training_curves
+
     load = np.asarray(evaluation["load"])
     routing = out / "routing.png"
     training = out / "training.png"
