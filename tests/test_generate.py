@@ -230,6 +230,8 @@ def test_logits_that_are_not_finite_are_refused(light, factor, how):
     broken.head[...] *= factor
     with refused("prompt [01]: the model's logits are NaN or infinite"):
         generate(broken, [[1], [2]], 3, **how)
+    with refused("pair [01]: the model's logits are NaN or infinite"):
+        ds.loglikelihood(broken, [([1], [2]), ([3], [4])])
 
 
 def test_arrays_and_requests_up_to_the_last_position_are_taken():

@@ -1,5 +1,6 @@
 """How likely a model takes given texts to be: what task scores are made of."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,8 +40,8 @@ def loglikelihood(
         batch_size: pairs that are read at once.
     Returns: for each pair (log p(continuation | context) in nats, whether each of its tokens is the
         likeliest one).
-    Raises: ValueError for an empty context or continuation, a token outside the vocabulary, or a
-        pair beyond max_positions.
+    Raises: ValueError for an empty context or continuation, a token outside the vocabulary, a
+        pair beyond max_positions, or logits that are NaN or infinite.
 
     Example:
         >>> import jax.numpy as jnp, dsv3_jax as ds
@@ -89,6 +90,8 @@ def loglikelihood(
             stop = sum(map(len, pairs[i])) - 1
             likeliest = best[row, start:stop] == tokens[row, start + 1 : stop + 1]
             scores[i] = -float(nats[row, start:stop].sum(dtype=np.float64)), bool(likeliest.all())
+            if not math.isfinite(scores[i][0]):
+                raise NotFinite(f"pair {i}")
     return scores
 
 
