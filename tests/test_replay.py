@@ -183,3 +183,14 @@ def test_experts_of_another_text_or_shifted_by_one_are_noticed():
             inputs_of(*routed)
     with refused("without routed_tokens"):
         stack([right])
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "meta"])
+def test_a_heads_router_reads_the_tokens_that_the_head_reads(kind):
+    """The hash router chooses by the token alone; DeepSeek's head k reads token i + k at i."""
+    cfg = replace(CFG, mtp_depth=2, router="hash", mtp_kind=kind)
+    out = run(random_model(cfg, execution=DENSE), {"tokens": tokens_of(cfg, 2, 12)})
+    of_trunk = out.routing.expert_ids[0]
+    for k, of_head in enumerate(out.mtp_routing, start=1):
+        read = of_trunk[:, k:] if kind == "deepseek" else of_trunk[:, :-k]
+        np.testing.assert_array_equal(of_head.expert_ids, read)
