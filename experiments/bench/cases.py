@@ -25,7 +25,6 @@ from experiments.bench.harness import Rows
 
 CASES: dict[str, Callable[..., Rows]] = {
     "step": train_step.against_peer,
-    "sizes": train_step.sizes,
     "caches": decode.caches,
     "commits": commits.commits,
     "serving": serving.serving,

@@ -21,7 +21,6 @@ TOY_RUN = ds.replace(TINY, model=LIGHT, data=ds.replace(TINY.data, seq_len=8, ba
 TOY_CASES = {
     "commits": dict(against=[], cells=["16x2", "step"], rounds=2),
     "step": dict(rounds=2),
-    "sizes": dict(names=["1 x 8"], rounds=1),
     "caches": dict(cells=["16x2", "8x1"], rounds=1),
     "serving": dict(name="tiny", prompt=3, new=4, rows=2, rounds=1),
 }
@@ -48,7 +47,6 @@ def toy(monkeypatch, tmp_path):
     cfg = ds.replace(LIGHT, max_positions=512)
     monkeypatch.setattr(ds, "preset", lambda name: cfg)
     monkeypatch.setattr(train_step, "MINI", cfg)
-    monkeypatch.setitem(train_step.SIZES, "1 x 8", (cfg, 1, 8))
     monkeypatch.setattr(decode, "MINI", cfg)
     monkeypatch.setattr(commits, "MINI", cfg)
     monkeypatch.setattr(decode, "TOGETHER", 8)

@@ -1,13 +1,13 @@
-"""Training steps in turns: ours against transformers', and by the model's sizes."""
+"""Training steps in turns: ours against transformers'."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from typing import Any
 
 from dsv3_jax.config import ModelConfig, replace, to_dict
-from dsv3_jax.model.counting import size, train_flops_per_token
+from dsv3_jax.model.counting import train_flops_per_token
 from dsv3_jax.presets import preset
 from experiments.apart import Worker
 from experiments.bench import harness
@@ -15,17 +15,6 @@ from experiments.bench.harness import KEEP_MEMORY, Rows, in_turns
 
 MINI = preset("mini")
 TOKENS = 4 * 512
-# Of `sizes`: model, sequences, tokens of each. With 32 layers only few experts fit.
-SIZES = {
-    f"{experts} experts, {batch} x 512": (replace(MINI, num_experts=experts), batch, 512)
-    for batch in (4, 16)
-    for experts in (16, 64, 256)
-}
-SIZES |= {f"1 x {tokens}": (MINI, 1, tokens) for tokens in (512, 1024, 2048, 4096, 8192)}
-SIZES |= {
-    f"{layers} layers": (replace(MINI, num_layers=layers, num_experts=16), 4, 512)
-    for layers in (4, 8, 16, 32)
-}
 
 
 def start_ours(cfg: ModelConfig, **options: Any) -> Worker:
@@ -75,30 +64,5 @@ def against_peer(rounds: int = 4, python: str | None = None) -> Rows:
             "gemm_gflops": peak / 1e9,
             "peak_memory_gb": found[-1]["peak_rss_bytes"] / 1e9,
             "loss": [found[0]["loss"][0], found[-1]["loss"][-1]],
-        }
-        yield name, row
-
-
-def sizes(names: Sequence[str] = tuple(SIZES), rounds: int = 4) -> Rows:
-    """How do a step's time and memory grow with experts, the length of a sequence, and layers?
-
-    The experts' active parameters are equal but for the router's, and with more tokens AdamW's work
-    on all parameters weighs less.
-
-    Args: names: of SIZES, which are measured one after the other.
-    """
-    for name in names:
-        cfg, batch, length = SIZES[name]
-        with start_ours(cfg, batch=batch, length=length) as worker:
-            worker.ask(steps=1)  # uncounted
-            reply, info = worker.ask(steps=rounds), worker.info
-        row = {
-            "seconds": median(reply["seconds"]),
-            "tokens_per_s": batch * length / median(reply["seconds"]),
-            "parameters": info["parameters"],
-            "active": size(cfg).active,
-            "compile_seconds": info["compile_seconds"],
-            "temporary_gb": info["temporary_bytes"] / 1e9,
-            "peak_memory_gb": reply["peak_rss_bytes"] / 1e9,
         }
         yield name, row
