@@ -9,6 +9,7 @@ import uvicorn
 from dsv3_jax.chat.text_settings import plain_settings
 from dsv3_jax.ops.sampling import Sampling
 from dsv3_jax.serve import app, requests
+from dsv3_jax.serve.engine import Engine
 
 TEXT = plain_settings()
 
@@ -29,6 +30,14 @@ def served(engine, **options):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def served_model(model, **options):
+    """What `served` gives, of an engine of this model."""
+    engine = Engine(model, stop_tokens=TEXT.stop_ids, **options)
+    with contextlib.closing(engine), served(engine) as found:
+        yield found
 
 
 def wait_for(condition):

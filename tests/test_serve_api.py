@@ -15,7 +15,7 @@ import openai
 import pytest
 from models import LIGHT, random_model
 from runs import by_command, start
-from serving import TEXT, served, wait_for
+from serving import TEXT, served, served_model, wait_for
 
 import dsv3_jax as ds
 from dsv3_jax.decoding.sampler import New
@@ -214,10 +214,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def real(model):
-    engine = Engine(model, stop_tokens=TEXT.stop_ids, rows=2)
-    with served(engine) as (address, _):
+    with served_model(model, rows=2) as (address, _):
         yield address
-    engine.close()
 
 
 def text_of(tokens):

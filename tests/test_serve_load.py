@@ -6,7 +6,7 @@ import json
 import random
 import threading
 import tracemalloc
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 
 import httpx2
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from models import LIGHT, random_model
-from serving import TEXT, served, wait_for
+from serving import TEXT, served_model, wait_for
 
 from dsv3_jax.decoding.generate import generate
 from dsv3_jax.decoding.sampler import Ask
@@ -35,32 +35,17 @@ def model():
     return random_model(replace(LIGHT, vocab_size=260), seed=4)
 
 
-@contextmanager
-def serving_model(model, **options):
-    """(port, engine, service) of a server of a model, with the programs of test_serve_api."""
-    engine = Engine(model, stop_tokens=STOP, **options)
-    with closing(engine), served(engine) as (address, service):
-        yield int(address.rpartition(":")[2]), engine, service
-
-
-async def ask(port, body, parts=None):
+async def ask(address, body, parts=None):
     """The ids of a streamed text; `parts` events are read, then the client is gone."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data = json.dumps(body | {"stream": True, "glass": {}}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(data)}\r\n"
-    writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + data)
-    ids, events, done = [], 0, False
-    try:
-        status = int((await reader.readline()).split()[1])
-        while not done and events != parts and (line := await reader.readline()):
-            if line.startswith(b"data: "):
-                events += 1
-                done = line.strip() == b"data: [DONE]"
-                glass = {} if done else json.loads(line[6:]).get("glass", {})
-                ids += [token["id"] for token in glass.get("tokens", ())]
-    finally:
-        writer.close()
-    return status, ids, done
+    url, body = f"http://{address}/v1/completions", body | {"stream": True, "glass": {}}
+    client, events = httpx2.AsyncClient(timeout=90, verify=False), []
+    async with client, client.stream("POST", url, json=body) as response:
+        lines = response.aiter_lines()
+        while len(events) != parts and (line := await anext(lines, None)) is not None:
+            events += [line[6:]] * line.startswith("data: ")
+    told = [json.loads(event)["glass"] for event in events if event != "[DONE]"]
+    ids = [token["id"] for glass in told for token in glass.get("tokens", ())]
+    return response.status_code, ids, "[DONE]" in events
 
 
 def pool_of(model):
@@ -86,28 +71,27 @@ def kept_bytes():
 def test_eighty_requests_with_clients_that_vanish(model):
     pool = list(pool_of(model))
 
-    async def storm(port, draw):
-        """80 requests; a third of the clients leave after a few events, some before any."""
-        leaves = [draw.randrange(4) if draw.random() < 0.33 else None for _ in range(80)]
-        asked = [ask(port, pool[i % 12][0], parts) for i, parts in enumerate(leaves)]
-        return await asyncio.gather(*asked), leaves
+    async def storm(address, leaves):
+        asked = [ask(address, pool[i % 12][0], parts) for i, parts in enumerate(leaves)]
+        return await asyncio.gather(*asked)
 
-    with serving_model(model, rows=4, queue=256) as (port, engine, service):
+    with served_model(model, rows=4) as (address, service):
 
         def is_empty():
-            samplers = engine.samplers.values()
-            asked = engine.asked or engine.listeners or service._running
-            return not asked and all(sampler.is_idle for sampler in samplers)
+            engine = service.engine
+            idle = all(sampler.is_idle for sampler in engine.samplers.values())
+            return idle and not (engine.asked or engine.listeners or service._running)
 
         kept = []
         for round_ in range(3):  # the first ones compile
-            answers, leaves = asyncio.run(storm(port, random.Random(round_)))
+            # A third of the clients leave after a few events, some before any.
+            draw = random.Random(round_)
+            leaves = [draw.randrange(4) if draw.random() < 0.33 else None for _ in range(80)]
+            answers = asyncio.run(storm(address, leaves))
             for i, ((status, ids, done), parts) in enumerate(zip(answers, leaves, strict=True)):
                 want = pool[i % 12][1]
-                if parts is None:
-                    assert (status, ids, done) == (200, want, True)
-                else:
-                    assert status == 200 and ids == want[: len(ids)]
+                assert status == 200 and ids == want[: len(ids)]
+                assert parts is not None or (ids, done) == (want, True)
 
             wait_for(is_empty)  # rows of those who left are free, and nothing of a request is kept
             if not tracemalloc.is_tracing():
@@ -116,23 +100,18 @@ def test_eighty_requests_with_clients_that_vanish(model):
         tracemalloc.stop()  # it slows all tests after this one, and their peaks would hold its own
         assert kept[2] - kept[1] < 80_000  # a kilobyte a request
 
-        # One more is answered as before.
-        assert asyncio.run(ask(port, pool[1][0]))[1] == pool[1][1]
-
 
 @pytest.mark.long
 def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
     body = {"prompt": [1, 2, 3], "max_tokens": 40, "temperature": 0}
 
-    async def three(port):
-        return await asyncio.gather(*(ask(port, body) for _ in range(3)))
+    async def three(address):
+        return await asyncio.gather(*(ask(address, body) for _ in range(3)))
 
-    with serving_model(model, rows=1, queue=2) as (port, engine, _):
-        found = asyncio.run(three(port))
-        assert sorted(status for status, *_ in found) == [200, 200, 429]
-        status, ids, done = asyncio.run(ask(port, body))
-        assert (status, done, engine.asked) == (200, True, 0)
-        assert ids == generate(model, [[1, 2, 3]], 40, stop_tokens=STOP).tokens[0]
+    with served_model(model, rows=4, queue=2) as (address, service):  # programs of the test above
+        refused, *answered = sorted(asyncio.run(three(address)), key=lambda found: found[2])
+        assert refused[0] == 429 and answered[0] == answered[1] and answered[0][2]
+        assert asyncio.run(ask(address, body)) == answered[0] and service.engine.asked == 0
 
 
 @pytest.mark.long
@@ -190,9 +169,9 @@ def test_a_text_of_logits_that_are_nan_is_an_error_of_the_server(model):
     broken = nnx.merge(*nnx.split(model), copy=True)
     broken.head[...] *= jnp.nan
     body = {"prompt": "ab", "max_tokens": 3, "logprobs": 2}
-    with serving_model(broken, rows=1) as (port, _, _):
+    with served_model(broken, rows=1) as (address, _):
         for more in ({}, {"stream": True}, {"echo": True}):
-            url = f"http://127.0.0.1:{port}/v1/completions"
+            url = f"http://{address}/v1/completions"
             answer = httpx2.post(url, json=body | more, timeout=90)
             error = answer.json()["error"]
             assert (answer.status_code, error["type"]) == (500, "server_error")
