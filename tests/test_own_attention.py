@@ -64,31 +64,23 @@ def summed():
     del ATTENTION_KINDS["summed"], blocks.ATTENTION["summed"]
 
 
-def added(ctx, x):
-    """Content and rotated part; the page has the first numbers of all pairs first."""
-    content, rotated = np.split(reference.rotate(ctx, x), 2, axis=-1)
-    pairs = np.stack(np.split(rotated, 2, axis=-1), axis=-1)
-    return content + pairs.reshape(content.shape)
+def test_its_output_is_its_equation(summed, rng, monkeypatch):
+    """The page's MLA, whose rotated part is added; there the first numbers of pairs come first."""
+    rotate = reference.rotate
 
+    def added(ctx, x):
+        content, rotated = np.split(rotate(ctx, x), 2, axis=-1)
+        pairs = np.stack(np.split(rotated, 2, axis=-1), axis=-1)
+        return content + pairs.reshape(content.shape)
 
-def test_its_output_is_its_equation(summed, rng):
+    monkeypatch.setattr(reference, "rotate", added)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Summed(summed, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda a: 0.3 * rng.standard_normal(a.shape, np.float32), state)
     p, x = parameters(nnx.merge(graphdef, state)), rng.standard_normal((1, 9, summed.dim))
     ctx = reference.Context(summed, np.arange(9)[None], np.ones((1, 9), int))
-
-    q = np.einsum("btq,qhx->bthx", reference.rms_norm(x @ p["w_dq"], p["q_norm"]), p["w_uq"])
-    c_kv, k_rope = np.split(x @ p["w_dkv"], [summed.kv_latent_dim], axis=-1)
-    c_kv = reference.rms_norm(c_kv, p["kv_norm"])
-    k = np.einsum("btc,hnc->bthn", c_kv, p["w_uk"])
-    k = np.concatenate([k, np.repeat(k_rope[:, :, None], summed.num_heads, axis=2)], axis=-1)
-    scores = np.einsum("bthx,bshx->bhts", added(ctx, q), added(ctx, k)) / np.sqrt(WIDTH)
-    probs = reference.softmax(np.where(np.tri(9), scores, -np.inf), np)
-    means = np.einsum("bhts,bsc->bthc", probs, c_kv)
-    wanted = np.einsum("bthc,hvc,hvd->btd", means, p["w_uv"], p["w_o"])
-
     found = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, np.float32(x))
-    np.testing.assert_allclose(found, wanted, atol=1e-5)  # float32 beside float64
+    # float32 beside float64
+    np.testing.assert_allclose(found, reference.mla(ctx, p, x), atol=1e-5)
 
 
 @pytest.mark.long
