@@ -94,47 +94,32 @@ def by_load(rng, run, tokens):
 
 ONE = Layout(expert_comm="all_to_all")
 MANY = replace(ONE, capacity_slack=1.0)
-# (data, expert, tensor), tokens, layout, (size of a round, of a later one, most of these)
+# (data, expert, tensor), tokens, layout, kernel, (size of a round, of a later one, most of these).
+# With nodes along "expert" there are two hops, and several rounds in both.
 CASES = {
-    "one token a device": ((1, 8, 1), 8, ONE, ((1, 2), (1, 2), 0)),
-    "fsdp": ((2, 2, 2), 64, replace(MANY, fsdp=True), ((12, 16), (3, 4), 4)),
+    "one token a device": ((1, 8, 1), 8, ONE, "ragged_dot", ((1, 2), (1, 2), 0)),
+    "fsdp": ((2, 2, 2), 64, replace(MANY, fsdp=True), "ragged_dot", ((12, 16), (3, 4), 4)),
+    "2 of 2 x 2, fsdp": ((2, 4, 1), 64, replace(MANY, fsdp=True, expert_nodes=2), "blocks", None),
+    "2 x 2, tensor": ((1, 4, 2), 32, replace(MANY, expert_nodes=2), "ragged_dot", None),
 }
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes, tokens, layout, expected", CASES.values(), ids=CASES)
-def test_every_load_is_a_single_devices(rng, sizes, tokens, layout, expected):
-    peers, senders = sizes[1], sizes[0] * sizes[1]
+@pytest.mark.parametrize("sizes, tokens, layout, backend, expected", CASES.values(), ids=CASES)
+def test_every_load_is_a_single_devices(rng, sizes, tokens, layout, backend, expected):
+    senders, hops = sizes[0] * sizes[1], expected is None
+    peers = layout.expert_nodes if hops else sizes[1]
     n, further = tokens // senders, {}
     size = rounds.round_size(CFG, layout, n, peers)
     later = rounds.later_size(size, rounds.most_choices(K, E // peers))
-    run = sharded(CFG, layout, sharding.make_mesh(*sizes), "ragged_dot")
-    for load, ids, (sent, _) in by_load(rng, run, tokens):
-        further[load] = count_rounds(ids, senders, peers, size, later)
-        slots = size.tokens + further[load] * later.tokens
-        assert sent == pytest.approx(slots * (peers - 1) / n, rel=1e-6), load
-    assert further["even"] == 0 and (size, later, further["one device"]) == expected
-
-
-# Nodes along "expert", tokens, kernel. Several rounds, in both hops.
-HOPS = {
-    "2 of 2 x 2, fsdp": ((2, 4, 1), 2, 64, "blocks", replace(MANY, fsdp=True)),
-    "2 x 2, tensor": ((1, 4, 2), 2, 32, "ragged_dot", MANY),
-}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("sizes, nodes, tokens, backend, layout", HOPS.values(), ids=HOPS)
-def test_two_hops_are_a_single_devices(rng, sizes, nodes, tokens, backend, layout):
-    layout, senders = replace(layout, expert_nodes=nodes), sizes[0] * sizes[1]
-    n = tokens // senders
-    size = rounds.round_size(CFG, layout, n, nodes)
-    later = rounds.later_size(size, rounds.most_choices(K, E // nodes))
     run = sharded(CFG, layout, sharding.make_mesh(*sizes), backend)
     for load, ids, (sent, far) in by_load(rng, run, tokens):
-        slots = size.tokens + count_rounds(ids, senders, nodes, size, later) * later.tokens
-        assert far == pytest.approx(slots * (nodes - 1) / n, rel=1e-6), load
-        assert sent > far
+        further[load] = count_rounds(ids, senders, peers, size, later)
+        slots = size.tokens + further[load] * later.tokens
+        counted = pytest.approx(slots * (peers - 1) / n, rel=1e-6)
+        assert (far if hops else sent) == counted and (not hops or sent > far), load
+    if not hops:
+        assert further["even"] == 0 and (size, later, further["one device"]) == expected
 
 
 # "Tensor" has parts of hidden units. For a TPU experts gathered along "data" are transposed.
