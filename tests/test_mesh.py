@@ -18,50 +18,76 @@ from runs import (
     refused,
 )
 
-from dsv3_jax.config import Execution, Layout, OptimConfig
+from dsv3_jax.config import Balance, Execution, Layout, OptimConfig
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.logits import score_by_rows
 from dsv3_jax.mesh.shape import parse_mesh
+from dsv3_jax.training.loss import score_tokens
 from dsv3_jax.training.state import Job, model_of
 from dsv3_jax.training.step import make_step
 
-B, T = 16, 12
+B, T = 8, 16
 # eps: AdamW then does not turn the rounding of gradients near 0 into whole steps of either sign
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
-# the experts are in the head's block
-HEAD = replace(MODEL, num_layers=1, num_dense_layers=1)
-RUN = make_run("nowhere", model=HEAD, optim=OPTIM)
+# A dense layer and a head with experts; eight heads of attention, one for each device.
+BALANCE = Balance(bias_rate=1e-2, sequence_alpha=1e-2, switch_alpha=1e-2, z_alpha=1e-3)
+CFG = replace(MODEL, num_layers=1, num_dense_layers=1, num_heads=8, balance=BALANCE)
+NO_SWITCH = replace(CFG, balance=replace(BALANCE, switch_alpha=0.0))  # it is of a microbatch
+PLAIN = replace(CFG, attention="gqa", num_kv_heads=2, mtp_kind="meta", mtp_depth=2, qk_norm=True)
+RUN = make_run("nowhere", model=CFG, optim=OPTIM)
 RUN = replace(RUN, data=replace(RUN.data, batch_size=B, seq_len=T))
-# The last row is padding but for two tokens, so that no two devices have equal work.
-BATCH = documents(B, T, padding=[(-1, T - 2)])
+# Documents extend over several parts of a row; the last row is padding but for 3 tokens.
+BATCH = documents(B, T, padding=[(-1, T - 3)])
+GATHERED = Layout(expert_comm="gather", fsdp=True)
+ROUNDS = Layout(expert_comm="all_to_all", capacity_slack=1.0)  # so few slots: several rounds
+
+
+def of_step(run, mesh=None, scored=False):
+    """(A step's state and metrics; scores or None) of one device, or of a mesh."""
+    state, batch, job, layout = fresh_state(run), dict(BATCH), Job(run), run.execution.layout
+    if mesh is not None:
+        sharding.check_run(mesh, run)
+        state = on_mesh(state, mesh, layout.fsdp)
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh, B))
+    where = jax.tree.map(lambda x: x.sharding, state)
+    with sharding.use_mesh(mesh):
+        scores = jax.jit(lambda state, batch: score_tokens(model_of(job, state), batch))
+        found = scores(state, batch) if scored else None
+        new, metrics = make_step(job)(state, batch)
+    for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+    return jax.device_get(((new, metrics), found))
+
+
+STEPS = {  # test_exchange sends tokens; tests/pairs has other settings
+    "fsdp, microbatches": ((2, 2, 2), NO_SWITCH, GATHERED, 2),
+    "length": ((2, 2, 2), CFG, replace(ROUNDS, length="expert"), 1),
+    "length, gqa, meta, fsdp": pytest.param(
+        (2, 4, 1), PLAIN, Layout(length="expert", fsdp=True), 1, marks=pytest.mark.rare
+    ),
+}
 
 
 @pytest.mark.long
-def test_a_step_is_a_single_devices():
-    """With fsdp and microbatches. test_exchange sends tokens; tests/pairs has other settings."""
-    execution = Execution(layout=Layout(expert_comm="gather", fsdp=True))
-    run = replace(RUN, execution=execution, optim=replace(OPTIM, microbatches=2))
+@pytest.mark.parametrize("sizes, cfg, layout, microbatches", STEPS.values(), ids=STEPS)
+def test_a_step_is_a_single_devices(sizes, cfg, layout, microbatches):
     # Alone, every expert reads every token, which compiles fastest, and the complete batch at once.
-    want = jax.device_get(make_step(Job(RUN))(fresh_state(RUN), dict(BATCH)))
-
-    mesh = sharding.make_mesh(2, 2, 2)
-    state = on_mesh(fresh_state(run), mesh, fsdp=True)
-    where = jax.tree.map(lambda x: x.sharding, state)
-    with jax.set_mesh(mesh):
-        batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
-        new, metrics = make_step(Job(run))(state, batch)
-    for leaf, at in zip(jax.tree.leaves(new), jax.tree.leaves(where), strict=True):
-        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
-    got = jax.device_get((new, metrics))
+    alone, optim = replace(RUN, model=cfg), replace(OPTIM, microbatches=microbatches)
+    run = replace(alone, execution=Execution(layout=layout), optim=optim)
+    scored = layout.length == "expert"
+    want, want_scores = of_step(alone, None, scored)
+    got, scores = of_step(run, sharding.make_mesh(*sizes), scored)
     assert_same_step(got, want)
     assert_bitwise(got[0].bias, want[0].bias)
+    if scored:
+        assert_bitwise(scores._replace(nll=0), want_scores._replace(nll=0))
+        np.testing.assert_allclose(scores.nll, want_scores.nll, rtol=1e-5)
 
 
 @pytest.mark.long
 def test_experts_are_chosen_as_on_a_single_device():
     """Also in a second layer, whose input depends on the first one's experts, wherever they are."""
     run = replace(RUN, model=replace(MODEL, mtp_depth=0))
-    rounds = Layout(expert_comm="all_to_all", capacity_slack=1.0)  # so few slots: several rounds
     tokens, state, mesh = BATCH["tokens"], fresh_state(run), sharding.make_mesh(2, 4)
 
     @partial(jax.jit, static_argnums=0)
@@ -71,7 +97,7 @@ def test_experts_are_chosen_as_on_a_single_device():
     want = np.asarray(chosen(run, state, tokens))
     with jax.set_mesh(mesh):
         rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
-        got = chosen(replace(run, execution=Execution(layout=rounds)), on_mesh(state, mesh), rows)
+        got = chosen(replace(run, execution=Execution(layout=ROUNDS)), on_mesh(state, mesh), rows)
     np.testing.assert_array_equal(got, want)
 
 
