@@ -8,7 +8,16 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import DENSE, INDEXED, flat, random_model, scratch_bytes, small, value_and_gradients
+from models import (
+    DENSE,
+    INDEXED,
+    assert_best,
+    flat,
+    random_model,
+    scratch_bytes,
+    small,
+    value_and_gradients,
+)
 from runs import (
     MODEL,
     assert_bitwise,
@@ -158,11 +167,9 @@ SHARED = replace(
 @pytest.mark.long
 def test_decoding_gives_the_tokens_of_the_forward():
     model = random_model(SHARED, execution=DENSE)
-    want = generate(model, PROMPTS, 10, cache="none").tokens
-    assert len({t for row in want for t in row}) > 5  # else it could not fail
     for cache, draft in (("expanded", "lookup"), ("latent", "mtp")):
         how = dict(cache=cache, draft=draft, draft_length=3)
-        assert generate(model, PROMPTS, 10, **how).tokens == want, how
+        assert_best(model, PROMPTS, generate(model, PROMPTS, 10, **how).tokens)
 
 
 NO_INDEXER = {
