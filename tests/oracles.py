@@ -31,47 +31,22 @@ def attention_jnp(q, k, v, mask, *, scale):
     return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v)
 
 
-# the indexer, as DeepSeek's own inference code computes it
+# the indexer, as DeepSeek's own inference code rounds it
 
 
-def rounded_to_e4m3(x):
-    """Return (numbers, scales [..., 1]) of rows of 128: e4m3, powers of two above max / 448."""
-    scale = np.exp2(np.ceil(np.log2(np.maximum(np.abs(x).max(-1, keepdims=True), 1e-4) / 448)))
-    return np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(float), scale
+def rounded(x, cfg):
+    """Return rows [..., 128] of `reference.rotate` times a Hadamard matrix, rounded to e4m3.
 
-
-def deepseek_index_scores(w, x, c_q, cos, sin):
-    """Return the index scores [T, S] of one text, before the mask.
-
-    transformers leaves out the Hadamard matrix and the rounding: it differs where scores nearly
-    tie. The code's first version rotated neighbours (2i, 2i + 1); a later one rotates halves, as
-    transformers does. Here is no bfloat16.
-
-    Args:
-        w: the indexer's released tensors by their last names.
-        x, c_q: [T, D] and [T, Q].
-        cos, sin: of the rotary angles, [T, R/2].
+    Scales are powers of two above max / 448. The code rotates a row's first numbers, the page its
+    last. Halves are rotated: the page would move neighbours (2i, 2i + 1), and so the columns.
     """
-    width, half = len(w["wk.weight"]), cos.shape[1]
+    first = np.roll(x, cfg.rope_head_dim, axis=-1)
     hadamard = np.ones((1, 1))
-    while len(hadamard) < width:
+    while len(hadamard) < x.shape[-1]:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-
-    def rotated(y, cos, sin):
-        first, second, rest = np.split(y, [half, 2 * half], axis=-1)
-        return np.concatenate(
-            [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
-        )
-
-    k = x @ w["wk.weight"].T
-    k = (k - k.mean(-1, keepdims=True)) / np.sqrt(k.var(-1, keepdims=True) + 1e-6)
-    k = rotated(k * w["k_norm.weight"] + w["k_norm.bias"], cos, sin)
-    q = (c_q @ w["wq_b.weight"].T).reshape(len(x), -1, width)
-    q = rotated(q, cos[:, None], sin[:, None])
-    (q, q_scale), (k, k_scale) = (rounded_to_e4m3(y @ hadamard * width**-0.5) for y in (q, k))
-    weights = x @ w["weights_proj.weight"].T * q.shape[1] ** -0.5
-    products = np.maximum(np.einsum("tix,sx->tis", q, k), 0)
-    return (products * (weights[..., None] * q_scale * width**-0.5)).sum(1) * k_scale[:, 0]
+    y = first @ hadamard * x.shape[-1] ** -0.5
+    scale = np.exp2(np.ceil(np.log2(np.maximum(np.abs(y).max(-1, keepdims=True), 1e-4) / 448)))
+    return np.clip(y / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(float) * scale
 
 
 # routing: sets of experts
