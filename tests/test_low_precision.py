@@ -153,16 +153,11 @@ IN_FP8 = Execution(precision="fp8")
 IN_8_BITS = {"product", "swiglu", "expand", "grouped_swiglu", "capacity_swiglu"}
 
 
-def loss_of(cfg, execution, rows=2, length=9):
-    """(A batch's loss as a function of parameters, random ones.)"""
-    graphdef, params, rest = nnx.split(random_model(cfg, execution=execution), nnx.Param, ...)
-    batch = documents(rows, length, 1, vocab_size=cfg.vocab_size)
-    return lambda params: compute_loss(nnx.merge(graphdef, params, rest), batch, 0.3).total, params
-
-
 def rounded_in_training(cfg, execution) -> set[tuple[int, ...]]:
     """Shapes of all arrays that a loss and its gradient round to e4m3's three bits of mantissa."""
-    loss, params = loss_of(cfg, execution)
+    graphdef, params, rest = nnx.split(random_model(cfg, execution=execution), nnx.Param, ...)
+    batch = documents(2, 9, 1, vocab_size=cfg.vocab_size)
+    loss = lambda params: compute_loss(nnx.merge(graphdef, params, rest), batch, 0.3).total  # noqa: E731
     program = str(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
     rounding = re.findall(r"\w\[([\d,]*)\] = reduce_precision\[[^\]]*mantissa_bits=3\b", program)
     return {tuple(map(int, shape.split(","))) for shape in rounding}
