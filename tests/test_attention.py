@@ -243,10 +243,8 @@ def test_blocks_serve_every_length():
 
 def test_why_a_library_is_not_in_use(monkeypatch):
     monkeypatch.setattr(tokamax_library, "flash_attention", Mock())
-    for version, wrong in (
-        ("0.0.12", "tokamax 0.0.12 is not supported: pip install"),
-        ("0.0.17", ""),
-    ):
+    unsupported = "tokamax 0.0.12 is not supported: pip install"
+    for version, wrong in (("0.0.12", unsupported), ("0.0.17", "")):
         monkeypatch.setattr(metadata, "version", Mock(return_value=version))
         said = tokamax_library.why_not(Target("cuda", chip="9.0"))
         assert wrong in said and bool(said) == bool(wrong)
