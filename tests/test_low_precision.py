@@ -157,7 +157,10 @@ def rounded_in_training(cfg, execution) -> set[tuple[int, ...]]:
     """Shapes of all arrays that a loss and its gradient round to e4m3's three bits of mantissa."""
     graphdef, params, rest = nnx.split(random_model(cfg, execution=execution), nnx.Param, ...)
     batch = documents(2, 9, 1, vocab_size=cfg.vocab_size)
-    loss = lambda params: compute_loss(nnx.merge(graphdef, params, rest), batch, 0.3).total  # noqa: E731
+
+    def loss(params):
+        return compute_loss(nnx.merge(graphdef, params, rest), batch, 0.3).total
+
     program = str(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
     rounding = re.findall(r"\w\[([\d,]*)\] = reduce_precision\[[^\]]*mantissa_bits=3\b", program)
     return {tuple(map(int, shape.split(","))) for shape in rounding}

@@ -112,6 +112,7 @@ def test_a_full_queue_is_said_and_the_next_request_is_answered(model):
         refused, *answered = sorted(asyncio.run(three(address)), key=lambda found: found[2])
         assert refused[0] == 429 and answered[0] == answered[1] and answered[0][2]
         assert asyncio.run(ask(address, body)) == answered[0] and service.engine.asked == 0
+    assert answered[0][1] == generate(model, [[1, 2, 3]], 40, stop_tokens=STOP).tokens[0]
 
 
 @pytest.mark.long
