@@ -1,7 +1,7 @@
 """The benchmarks on the CPU by name.
 
 python experiments/bench/cases.py                              # lists the cases
-python experiments/bench/cases.py step serving                 # measures some, and stores the rows
+python experiments/bench/cases.py step                         # measures one, and stores its rows
 python experiments/bench/cases.py caches 'cells=["1024x1"]'    # with another setting
 python experiments/bench/cases.py --table                      # prints all that is stored
 
@@ -20,14 +20,13 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository
 
-from experiments.bench import commits, decode, harness, serving, train_step
+from experiments.bench import commits, decode, harness, train_step
 from experiments.bench.harness import Rows
 
 CASES: dict[str, Callable[..., Rows]] = {
     "step": train_step.against_peer,
     "caches": decode.caches,
     "commits": commits.commits,
-    "serving": serving.serving,
 }
 
 

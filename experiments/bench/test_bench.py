@@ -16,13 +16,10 @@ from experiments.bench import cases, commits, decode, harness, train_step
 from experiments.bench.copying import decode_bytes
 from experiments.scale import plans
 
-TINY = ds.recipe("tiny")
-TOY_RUN = ds.replace(TINY, model=LIGHT, data=ds.replace(TINY.data, seq_len=8, batch_size=2))
 TOY_CASES = {
     "commits": dict(against=[], cells=["16x2", "step"], rounds=2),
     "step": dict(rounds=2),
     "caches": dict(cells=["16x2", "8x1"], rounds=1),
-    "serving": dict(name="tiny", prompt=3, new=4, rows=2, rounds=1),
 }
 
 
@@ -62,7 +59,6 @@ def toy(monkeypatch, tmp_path):
 )
 @pytest.mark.long
 def test_cases_measure_and_store_rows(case, toy, monkeypatch):
-    monkeypatch.setattr(ds, "recipe", lambda name: TOY_RUN)
     words = [f"{key}={json.dumps(value)}" for key, value in TOY_CASES[case].items()]
     monkeypatch.setattr("sys.argv", ["cases.py", case, *words])
     cases.main()
