@@ -1,6 +1,6 @@
 """The parts that measure a whole model: training, decoding, drafts, numbers that must be equal.
 
-Defaults are the shapes for a device with 80 GB or more. Smaller ones skip what does not fit.
+Defaults are the shapes for a device with 80 GB or more.
 """
 
 import operator
@@ -33,7 +33,6 @@ from experiments.accel.measuring import (
     ran,
     seconds_of,
 )
-from experiments.apart import sentence
 from experiments.bench.copying import decode_bytes
 from experiments.random_data import batch_of, filled, filled_cache, keys
 
@@ -44,11 +43,6 @@ SMALL = replace(preset("mini"), num_layers=2, mtp_depth=1)
 BATCH_OF_BAR = 64  # of `decode`, whose bar is held
 
 
-def does_not_fit(error: BaseException) -> bool:
-    """Say whether the device ran out of memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
 def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
     """A run of a model, computed as V2-Lite's recipe says, in bfloat16."""
     execution = replace(recipe("v2_lite").execution, compute_dtype="bfloat16")
@@ -57,20 +51,7 @@ def train_run(cfg: ModelConfig, rows: int, length: int) -> RunConfig:
 
 
 def step(cfg: ModelConfig = FEW_LAYERS, rows: int = 8, length: int = 4096) -> Part:
-    """A training step: time, MFU, and memory against the plan. Fewer rows where it does not fit."""
-    tried = rows
-    while True:
-        try:
-            yield from _step(cfg, tried, length, is_first=tried == rows)
-            return
-        except jax.errors.JaxRuntimeError as error:
-            if not does_not_fit(error) or tried == 1:
-                raise
-        yield f"{tried} rows do not fit; {tried // 2} are tried"
-        tried //= 2
-
-
-def _step(cfg: ModelConfig, rows: int, length: int, *, is_first: bool) -> Part:
+    """A training step: time, MFU, memory against the plan, and the bits of two runs."""
     run = train_run(cfg, rows, length)
     shape = (rows, length)
     batch = batch_of(jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab_size, jnp.int32))
@@ -98,13 +79,12 @@ def _step(cfg: ModelConfig, rows: int, length: int, *, is_first: bool) -> Part:
     yield Figure(f"{label}, a step", took, "s", ran=chosen, note=note)
     yield Figure(f"{label}, speed", rows * length / took, "tokens/s")
     rate = train_flops_per_token(cfg) * rows * length / took
-    limits = dict(against="sheet flops", bar="mfu")
-    note = "MFU: 6 FLOPs a token and active parameter"
-    yield Figure(f"{label}, useful work", rate, "FLOP/s", **limits, note=note)
+    limits = dict(against="sheet flops", bar="mfu", note="6 FLOPs a token and active parameter")
+    yield Figure(f"{label}, useful work", rate, "FLOP/s", **limits)
     limits = dict(bound="planned memory", note="state and the compiler's temporaries")
     yield Figure(f"{label}, planned memory", planned, "B", **limits)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if peak and is_first:  # else a larger batch, which was tried, counts too
+    if peak:
         yield Figure(f"{label}, most memory used", peak, "B", against="planned memory")
 
     yield f"{label}: the same bits twice"
@@ -185,13 +165,7 @@ def decode(
         label = f"{cfg.num_layers} layers, batch {batch}, {context} cached"
         yield label
         ran()
-        try:
-            took = seconds_of_step(batch)
-        except jax.errors.JaxRuntimeError as error:
-            if not does_not_fit(error):
-                raise
-            yield Figure(label, None, why=f"does not fit in memory: {sentence(error)}")
-            continue
+        took = seconds_of_step(batch)
         yield Figure(f"{label}, a step", took, "s", ran=ran(), note=f"{batch / took:,.0f} tokens/s")
         held = bytes_per_token(cfg, kind, "bfloat16")
         must = decode_bytes(cfg, batch, context + count // 2, held, weight_bytes=2)
@@ -231,8 +205,8 @@ def drafts(
                 note = f"{accepted:.0%} of the drafts accepted"
             name = f"{cfg.num_layers} layers, {label}"
             yield Figure(name, rates[draft], "tokens/s", ran=ran(), note=note)
-        note = f"batch {batch}: a step with a draft takes {steps['mtp'] / steps[None]:.2f} times "
-        note += f"as long, and {accepted:.0%} are accepted"
+        longer = steps["mtp"] / steps[None]
+        note = f"batch {batch}: a step takes {longer:.2f} times as long, {accepted:.0%} accepted"
         gains.append((rates["mtp"] / rates[None], note))
     gain, note = max(gains)
     yield Figure("drafts over none, best batch", gain, "times", bar="drafts", note=note)
@@ -252,7 +226,7 @@ def exact(cfg: ModelConfig = SMALL, new: int = 64) -> Part:
             yield f"greedy ids: {name}"
             found = generate(model, prompts, new, draft=draft, draft_length=2)
             note = f"{found.mean_accepted:.2f} tokens a step, float32"
-            differ = _different_ids(plain, found.tokens)
+            differ = int(np.sum(np.not_equal(plain, found.tokens)))
             label = f"greedy ids that differ with {name}"
             yield Figure(label, differ, "ids", bar="equal", note=note)
 
@@ -261,9 +235,5 @@ def exact(cfg: ModelConfig = SMALL, new: int = 64) -> Part:
     first, second = (
         generate(model, prompts, new, temperature=1.0, seed=1).tokens for _ in range(2)
     )
-    differ = _different_ids(first, second)
+    differ = int(np.sum(np.not_equal(first, second)))
     yield Figure("sampled ids that differ, same seed", differ, "ids", bar="equal", ran=ran())
-
-
-def _different_ids(left: list[list[int]], right: list[list[int]]) -> int:
-    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))

@@ -77,25 +77,17 @@ SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
-
-
-# In a part's process
 
 
 def card() -> dict[str, Any]:
-    """The device, its driver and the versions of the packages."""
+    """The device and the versions of the packages, in a part's process as `said_by`."""
     device = jax.devices()[0]
-    drivers = [
-        Path(name).read_text().split("\n")[0] for name in DRIVER_FILES if Path(name).exists()
-    ]
     return {
         "kind": device.device_kind,
         "platform": choose.platform_of(),
         "devices": jax.local_device_count(),
         "memory": (device.memory_stats() or {}).get("bytes_limit"),
         "runtime": " ".join(device.client.platform_version.split()),
-        "driver": " ".join(drivers[0].split()) if drivers else None,
         "versions": {"python": platform.python_version(), **verdicts.versions()},
     }
 
@@ -113,9 +105,6 @@ def said_by(name: str) -> Iterator[dict]:
 def said(part: Part) -> Iterator[dict]:
     for found in part:
         yield {"figure": asdict(found)} if isinstance(found, Figure) else {"doing": found}
-
-
-# In the command's
 
 
 def replies_of(name: str, seconds: float) -> Iterator[Any]:

@@ -148,8 +148,6 @@ def report(results: dict, path: Path, asked: list[str]) -> int:
     """Print the table, what is missing and the verdict; return the exit code."""
     card, rows, parts = results["card"], rows_of(results), results["parts"]
     print(f"{card['kind']}, " + ", ".join(f"{name} {v}" for name, v in card["versions"].items()))
-    if card.get("driver"):
-        print(f"driver: {card['driver']}")
     header = ["part", "figure", "value", "bound", "ratio", "bar"]
     print(f"\n{markdown_table(header, list(map(cells, rows)))}\n")
     whys = {name: parts[name]["why"] if name in parts else "the time was over" for name in asked}

@@ -18,8 +18,6 @@ from experiments import apart, cards
 from experiments.accel import measuring, model_parts, op_parts, run, table
 
 ROOT = Path(__file__).parents[2]
-
-
 FIGURES = {
     "bounds": [dict(name="product", value=800e12, unit="FLOP/s", bound="product")],
     "right": [dict(name="product=xla", value=0.5, unit="times", bar="right", note="why")],

@@ -76,26 +76,21 @@ def case(step: str, folder: str) -> list[float]:
     return [seconds, apart.peak_memory() / 1e9]
 
 
-def convert(folder: Path) -> str:
-    """Measure STEPS. The first one, importing the package, is taken off the others' memory."""
-    rows, base = [], 0.0
-    for step in STEPS:
-        seconds, peak = apart.result(apart.command(__file__, step=step, folder=str(folder)))
-        base = base or peak
-        rows.append([step, f"{seconds:.1f}", f"{peak - base:.2f}"])
-    return markdown_table(["step", "seconds", "peak memory, GB"], rows)
-
-
 def main() -> None:
+    """Measure STEPS. The first one, importing the package, is taken off the others' memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", help="parent of the temporary folder, which takes 6 GB at most")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.root) as root:
+    rows, base = [], 0.0
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().root) as root:
         folder = Path(root) / "bf16"
         print(f"{write_folder(folder):.2f} GB in bfloat16, {size(CFG).total:,} parameters\n")
-        print(convert(folder))
+        for step in STEPS:
+            seconds, peak = apart.result(apart.command(__file__, step=step, folder=str(folder)))
+            base = base or peak
+            rows.append([step, f"{seconds:.1f}", f"{peak - base:.2f}"])
+    print(markdown_table(["step", "seconds", "peak memory, GB"], rows))
 
 
 if __name__ == "__main__":

@@ -294,11 +294,6 @@ def _kernel(
 def add() -> None:
     """Enter the table as "latent"."""
     row = table.Implementation(
-        "latent",
-        latent_attention,
-        ("cuda",),
-        ("bfloat16",),
-        fits=fits,
-        why_not=why_not,
+        "latent", latent_attention, ("cuda",), ("bfloat16",), fits=fits, why_not=why_not
     )
     table.add("cached_attention", row)
