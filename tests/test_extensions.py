@@ -11,23 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import DENSE, LIGHT, random_model
-from runs import (
-    MODEL,
-    by_command,
-    flags,
-    fresh_state,
-    make_run,
-    packed_batch,
-    refused,
-    write_text,
-)
+from runs import MODEL, by_command, flags, fresh_state, make_run, packed_batch, refused, write_text
 
 import dsv3_jax as ds
 from dsv3_jax import reference
-from dsv3_jax.config import (
-    Balance,
-    check_inputs,
-)
+from dsv3_jax.config import Balance, check_inputs
 from dsv3_jax.host import imports
 from dsv3_jax.model.moe import RouterBias
 from dsv3_jax.ops import balance, routing

@@ -10,15 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
-from models import (
-    DENSE,
-    LIGHT,
-    assert_best,
-    decode_program,
-    random_model,
-    small,
-    teacher_logits,
-)
+from models import DENSE, LIGHT, assert_best, decode_program, random_model, small, teacher_logits
 from runs import on_mesh, refused
 
 import dsv3_jax as ds
