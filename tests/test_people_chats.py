@@ -122,41 +122,37 @@ def test_chats_of_all_kinds_of_files_are_read_or_counted(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+HELLO = [turn("user", "hi"), turn("assistant", "hey")]
+HUMAN, GPT = of_sharegpt("hi", "hey")
+CALLED = [{"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}]
+TOLD = [turn("system", "s"), *HELLO]
+FORMS = [  # a record, and the same conversation
+    ({"messages": HELLO, "prompt": "hi", "prompt_id": "7", "text": "a", "source": None}, HELLO),
+    ({"conversations": [HUMAN, GPT], "id": 1}, HELLO),
+    ({"messages": [turn("human", "hi"), turn("bot", "hey")]}, HELLO),
+    ({"instruction": "hi", "input": "", "output": "hey", "text": "Below is an instruction"}, HELLO),
+    # a task whose messages end in an answer has its answer already
+    ({"messages": [turn("User", "hi"), turn(" GPT", "hey")], "answer": "hey"}, HELLO),
+    ({"system": "s", "messages": HELLO}, TOLD),
+    ({"system": "another", "messages": TOLD}, TOLD),
+    ({"system": "s", "prompt": HELLO[:1], "completion": HELLO[1:]}, TOLD),
+    ({"system": "s", "question": HELLO[:1], "answer": "hey"}, TOLD),
+    (
+        {"system": "s", "conversations": [HUMAN, *CALLED, GPT]},
+        [*TOLD[:2], turn("assistant", "add(1)"), turn("tool", "2"), TOLD[2]],
+    ),
+    ({"messages": [turn("developer", "s"), *HELLO]}, TOLD),
+]
+
+
 def test_records_of_other_forms_are_the_same_conversation():
-    hello = [turn("user", "hi"), turn("assistant", "hey")]
-    human, gpt = of_sharegpt("hi", "hey")
-    turns = [turn("human", "hi"), turn("bot", "hey")]
-    for record in (
-        {"messages": hello, "prompt": "hi", "prompt_id": "7", "text": "hi hey", "source": None},
-        {"conversations": [human, gpt], "id": 1},
-        {"messages": turns},
-        {"instruction": "hi", "input": "", "output": "hey", "text": "Below is an instruction"},
-        # a task whose messages end in an answer has its answer already
-        {"messages": [turn("User", "hi"), turn(" GPT", "hey")], "answer": "hey"},
-    ):
-        assert encode(record, PLAIN) == encode({"messages": hello}, PLAIN), record
-    assert not any(encode({"conversations": [human, gpt | {"weight": 0}]}, PLAIN)[1])
-    call, seen = {"from": "function_call", "value": "add(1)"}, {"from": "observation", "value": "2"}
-    record = {"system": "s", "conversations": [human, call, seen, gpt]}
-    spoken = turn("assistant", "add(1)"), turn("tool", "2")
-    same = [turn("developer", "s"), hello[0], *spoken, hello[1]]
-    assert encode(record, PLAIN) == encode({"messages": same}, PLAIN)
+    for record, messages in FORMS:
+        assert encode(record, PLAIN) == encode({"messages": messages}, PLAIN), record
+    assert not any(encode({"conversations": [HUMAN, GPT | {"weight": 0}]}, PLAIN)[1])
     task = encode({"instruction": "add", "input": "1 2", "output": "3"}, PLAIN)
     assert PLAIN.tokenizer.decode(i for i, m in zip(*task, strict=True) if m) == "3"
-
-
-def test_a_records_own_system_message_comes_first():
-    first, *turns = same = [turn("system", "s"), turn("user", "hi"), turn("assistant", "hey")]
-    want = encode({"messages": same}, PLAIN)
-    for record in (
-        {"system": "s", "messages": turns},
-        {"system": "another", "messages": same},
-        {"system": "s", "prompt": turns[:1], "completion": turns[1:]},
-        {"system": "s", "question": turns[:1], "answer": "hey"},
-    ):
-        assert encode(record, PLAIN) == want, record
-    asked = asked_ids({"system": "s", "messages": turns}, PLAIN)
-    assert asked == PLAIN.chat.render([first, turns[0]], add_generation_prompt=True).ids
+    asked = asked_ids({"system": "s", "messages": HELLO}, PLAIN)
+    assert asked == PLAIN.chat.render(TOLD[:2], add_generation_prompt=True).ids
 
 
 def test_a_broken_file_and_an_unsafe_template_end_the_run(tmp_path, monkeypatch):
