@@ -3,6 +3,7 @@
 pyproject.toml also makes warnings errors.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -100,6 +101,25 @@ def soon():
         signal.alarm(60)
         yield
         signal.alarm(0)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, for tests with `browser.needs_browser`."""
+    from browser import Browser
+
+    with contextlib.closing(Browser()) as browser:
+        yield browser
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Templates read `texts.NOW`."""
+    from texts import Clock
+
+    from dsv3_jax.chat import sandbox
+
+    monkeypatch.setattr(sandbox, "datetime", Clock)
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,12 @@ from texts import (
     TEXTS,
     USER,
     V3,
-    Clock,
     message,
     settings_of,
     write_text_files,
 )
 
 import dsv3_jax as ds
-from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.examples import read_example
 from dsv3_jax.chat.text_settings import copy_to_run, with_template
 from dsv3_jax.cli import generate as command
@@ -34,10 +32,7 @@ from dsv3_jax.hf.tensor_files import write_json
 from dsv3_jax.runs.folder import claim
 from dsv3_jax.runs.open_model import load_text
 
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    monkeypatch.setattr(sandbox, "datetime", Clock)
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import nbformat
 import pytest
 import tyro
-from browser import Browser, needs_browser
+from browser import needs_browser
 from released import GRID, Cell, write_folder
 from runs import MODEL, by_command, environment, flags, make_run, refused, write_lines, write_text
 from texts import ANSWER, TEMPLATES, TEXTS, TOOLS, USER, write_text_files
@@ -269,12 +269,6 @@ def site(root, tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environment(root), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with contextlib.closing(Browser()) as browser:
-        yield browser
 
 
 def assert_alone(browser):

@@ -1,11 +1,10 @@
 """The page of `dsv3 serve` in headless Chromium: what it shows is what `ds.generate` gives."""
 
-import contextlib
 import re
 
 import numpy as np
 import pytest
-from browser import Browser, needs_browser
+from browser import needs_browser
 from released import GRID, Cell, write_folder
 from runs import start
 from texts import TEXTS, write_text_files
@@ -42,12 +41,6 @@ def address(folder, root):
         server.terminate()
         server.communicate(timeout=30)
     assert server.returncode == 143
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with contextlib.closing(Browser()) as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """The page of `dsv3 stats` in headless Chromium: clicks, search, sorting, addresses, themes."""
 
-import contextlib
 from functools import cache
 
 import numpy as np
 import pytest
-from browser import Browser, needs_browser
+from browser import needs_browser
 from routing_reports import hostile, made_up, version_three
 
 from dsv3_jax.stats.page import render_page
@@ -22,12 +21,6 @@ SHAPES = {
     "hostile": lambda: hostile(numbers()),
 }
 MAP = "#load-charts .map canvas:last-child"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with contextlib.closing(Browser()) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

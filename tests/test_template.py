@@ -19,7 +19,6 @@ from texts import (
     TEXTS,
     TOOLS,
     USER,
-    Clock,
     message,
     settings_of,
     write_text_files,
@@ -31,16 +30,13 @@ from dsv3_jax.chat.text_settings import PLAIN_TEMPLATE, plain_settings, read_set
 from dsv3_jax.config import replace
 from dsv3_jax.data.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.usefixtures("clock", "soon")
+
 PLAIN = plain_settings()
 EOS = {"eos_token": "<eos>"}
 WITHOUT_MARKS = re.sub("{% (end)?generation %}", "", PLAIN_TEMPLATE)
 
 THEIRS = json.loads(GOLDEN.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch, soon):
-    monkeypatch.setattr(sandbox, "datetime", Clock)
 
 
 @pytest.mark.parametrize("name", TEXTS)

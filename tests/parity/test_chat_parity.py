@@ -16,21 +16,15 @@ from texts import (
     TEXTS,
     TOOLS,
     WORDS,
-    Clock,
     tiktoken_lines,
     write_text_files,
 )
 
-from dsv3_jax.chat import sandbox
 from dsv3_jax.chat.text_settings import read_settings
 
 # torch and transformers warn
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    monkeypatch.setattr(sandbox, "datetime", Clock)
+pytestmark += [pytest.mark.usefixtures("clock")]
 
 
 @pytest.mark.parametrize("name", TEXTS)
