@@ -146,17 +146,6 @@ def test_messages_out_of_order_are_one_sentence():
     assert "<|tool|>" in settings_of("GLM").chat.text(called)
 
 
-def test_a_template_reaches_nothing_and_its_errors_are_one_sentence():
-    for source in (
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{% include '/etc/passwd' %}",
-        "{% for m in messages %}",
-    ):
-        with refused("^the chat template [^\n]*$"):
-            ChatTemplate(source, ByteTokenizer()).text([USER])
-
-
 def test_stop_tokens_and_sampling_come_from_the_files():
     v3, kimi, glm = (settings_of(name).tokenizer.added for name in ("V3", "Kimi", "GLM"))
     assert settings_of("V3").stop_ids == (v3["<｜end▁of▁sentence｜>"],)
@@ -197,7 +186,11 @@ def test_a_turn_of_weight_0_is_no_target(source):
 LOOP = "{% for i in range(99999) %}"
 TREES = "{% set n = namespace(s=[0], i=[0]) %}{% for i in range(40) %}"
 TREES += "{% set n.s = [n.s, n.s] %}{% set n.i = [n.i, n.i] %}{% endfor %}"
-UNBOUNDED = {  # a template → the sentence that refuses it
+REFUSED = {  # a template → the sentence that refuses it
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "fails with SecurityError",
+    "{{ messages.append(1) }}": "fails with SecurityError",
+    "{% include '/etc/passwd' %}": "fails with TypeError",
+    "{% for m in messages %}": "fails with TemplateSyntaxError",
     "{% set s = 'a' * 10**6 %}" + LOOP + "{% if 'b' in s %}{% endif %}{% endfor %}": "runs for",
     # C code that no signal interrupts: it compares two trees of 2^40 leaves
     TREES + "{{ n.s == n.i }}": "runs for",
@@ -207,13 +200,12 @@ UNBOUNDED = {  # a template → the sentence that refuses it
 }
 
 
-@pytest.mark.parametrize(("source", "sentence"), UNBOUNDED.items(), ids=range(len(UNBOUNDED)))
-def test_a_template_ends(monkeypatch, source, sentence):
+@pytest.mark.parametrize(("source", "sentence"), REFUSED.items(), ids=range(len(REFUSED)))
+def test_a_template_ends_and_reaches_nothing(monkeypatch, source, sentence):
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(sandbox, "MAX_BYTES", 2**25)
-    template = ChatTemplate(source, ByteTokenizer(), EOS)
-    with ThreadPoolExecutor(1) as pool, refused(f"^the chat template {sentence}"):
-        pool.submit(template.text, [USER]).result()
+    with ThreadPoolExecutor(1) as pool, refused(f"^the chat template {sentence}[^\n]*$"):
+        pool.submit(lambda: ChatTemplate(source, ByteTokenizer(), EOS).text([USER])).result()
     monkeypatch.undo()
     assert PLAIN.chat.text([USER])  # the next one has a process that lives
 
