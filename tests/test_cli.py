@@ -33,13 +33,9 @@ BAD = {
     "--fly": "command '--fly' is not one of demo",
     "stats": "Missing from dsv3 stats: RUN a folder that",
     "generate {run} --promt abc": "option --promt is unknown; did you mean --prompt or --prompts?",
-    "train tiny --out {new} --optim.rate 3": (
-        "option --optim.rate is unknown; did you mean --optim.learning-rate"
-    ),
+    "train tiny --optim.rate 3": "--optim.rate is unknown; did you mean --optim.learning-rate",
     "train tiny --out {new} stesp=5": "'stesp=5' is no option, and no argument is left for it; did",
-    "train tiny --out {new} --temperature 3": (
-        "option --temperature may be --data.temperature or --grpo.temperature; name one"
-    ),
+    "train tiny --temperature 3": "may be --data.temperature or --grpo.temperature; name one",
     "train tiny --out {new} layout.fsdp=no": "execution.layout.fsdp=no is neither true nor false",
     "train tiny --out {new} --steps": "Missing value for argument '--steps'",
     "train tiny --out {new} --steps abc": "--steps: invalid literal for int() with base 10: 'abc'",
@@ -58,9 +54,7 @@ BAD = {
     "train tiny --out {new} --processes 2": "--processes and --process-id need --cluster",
     "train tiny --out {new} --profile 5:2": "profile='5:2' is not START:STOP",
     "train tiny --out {new} --profile 9:12 --steps 9": "profile=(9, 12) begins after the last",
-    "train tiny --out {new} --data.paths {text} --data.tokenizer {words}": (
-        "vocab_size=260 is below the tokenizer's"
-    ),
+    "train tiny --out {new} --tokenizer {words}": "vocab_size=260 is below the tokenizer's",
     "eval {run} --batches 0": "batches=0",
     "eval {run} --limit 2": "shots, limit and out are for tasks; add --tasks FOLDER or --lm-eval",
     "eval {run} --lm-eval piqa --tasks {text}": "choose one",
