@@ -64,6 +64,8 @@ def serve() -> Iterator[type[Conditions]]:
     read = server._read_data  # None where there is no content, which an upload cannot be
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "Router", Conditions)
+        # its answers have two parts, and the second waits 40 ms for the first one's receipt
+        patch.setattr(server.RequestHandler, "disable_nagle_algorithm", True)
         patch.setattr(server, "_read_data", lambda *of: read(*of) or b"")
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
         logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)

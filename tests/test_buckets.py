@@ -51,11 +51,16 @@ def url(server, request) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(server, whole):
-    """A run that was trained in the bucket, in two parts, and the same run on the disk."""
+def trained(server, whole, root):
+    """A run that was trained in the bucket, in two parts, and the same run on the disk.
+
+    The server kills the first when the arrays of its second checkpoint are there, and nothing else.
+    """
     url = "gs://bucket/trained"
-    fit(whole.run, url, stop_after=6, quiet=True)
-    assert fit(whole.run, url, quiet=True).resumed_from == 6
+    with start(["train", "tiny", "--out", url, *flags(whole.run)], root) as process:
+        server.at_write[f"trained/checkpoints/8.1/{SETTINGS}"] = process.kill
+        assert process.wait(300) == -signal.SIGKILL, process.communicate()
+    assert fit(whole.run, url, quiet=True).resumed_from == 4
     return whole.run, url, whole.folder
 
 
@@ -83,14 +88,6 @@ def contents(url: str) -> dict[str, bytes]:
 
 def index_of(url: str) -> dict:
     return json.loads(Bucket(url).read(INDEX)[0])
-
-
-def assert_same_run(run, url, disk):
-    folder = fetched(url)
-    assert rows_of(folder) == rows_of(disk)
-    assert_bitwise(last_state(folder, run), last_state(disk))
-    assert steps_of(folder / "checkpoints") == steps_of(disk / "checkpoints")
-    assert read_run(folder) == read_run(disk)
 
 
 # objects
@@ -274,9 +271,13 @@ def test_a_flipped_bit_or_an_absent_object_is_refused_and_never_read(url):
 # training and reading
 
 
-def test_a_run_in_a_bucket_is_that_on_a_disk(trained, tmp_path):
+def test_a_run_that_is_killed_while_it_writes_in_a_bucket_ends_as_that_on_a_disk(trained):
     run, url, disk = trained
-    assert_same_run(run, url, disk)
+    folder = fetched(url)
+    assert rows_of(folder) == rows_of(disk)
+    assert_bitwise(last_state(folder, run), last_state(disk))
+    assert steps_of(folder / "checkpoints") == steps_of(disk / "checkpoints")
+    assert read_run(folder) == read_run(disk)
     options = ["--prompt", "a", "--max-new-tokens", 4, "--temperature", 0]
     ours, theirs = (by_command("generate", place, *options)[:2] for place in (url, disk))
     assert ours == theirs and ours[0] == 0
@@ -288,19 +289,6 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(trained, tmp_path):
     ours, theirs = (start.load(Job(replace(run, start=start.place))) for start in starts)
     assert_bitwise(arrays_of(ours[0]), arrays_of(theirs[0]))
     assert ours[1] == theirs[1] and starts[0].run.data == starts[1].run.data
-
-
-def test_a_run_that_is_killed_while_it_writes_ends_as_the_uninterrupted_one(
-    trained, server, url, root
-):
-    """The server kills it when the arrays of its second checkpoint are there, and nothing else."""
-    run, _, disk = trained
-    last = f"{url.removeprefix('gs://bucket/')}/checkpoints/8.1/{SETTINGS}"
-    with start(["train", "tiny", "--out", url, *flags(run)], root) as process:
-        server.at_write[last] = process.kill
-        assert process.wait(300) == -signal.SIGKILL, process.communicate()
-    assert fit(run, url, quiet=True).resumed_from == 4
-    assert_same_run(run, url, disk)
 
 
 # what is refused
