@@ -36,7 +36,7 @@ from dsv3_jax.training.step import make_step
 
 pytestmark = pytest.mark.long
 
-TRUNK = replace(MODEL, num_layers=1, num_dense_layers=1)  # compiles fastest
+TRUNK = replace(MODEL, num_layers=1)
 LONGER = {"yarn": Yarn(factor=4.0, original_max_positions=16), "balance": Balance(bias_rate=3e-3)}
 
 
@@ -48,7 +48,7 @@ def other(root) -> str:
 
 @pytest.fixture(scope="module")
 def trunk(root) -> str:
-    """A run folder as `other`, with one dense layer."""
+    """A run folder as `other`, with one layer."""
     return save(root / "frozen" / "trunk", make_run(text_in(root / "frozen" / "text"), model=TRUNK))
 
 
@@ -104,16 +104,25 @@ def test_weights_and_biases_are_the_others_and_all_else_is_new(other):
 
 
 def test_it_resumes_without_the_other(trunk, tmp_path):
+    """Its trunk is the other's last checkpoint, with the biases.
+
+    Nothing is written there: a half-written checkpoint may be a run's that is training.
+    """
     mine = shutil.copytree(trunk, tmp_path / "mine")
+    (half := mine / "checkpoints" / "9.orbax-checkpoint-tmp-1").mkdir()
     run = run_on(str(mine))
-    assert loop.fit(run, tmp_path / "whole", quiet=True).finished
+    sentence = begin(run)[1]
+    assert sentence.startswith(f"the trunk is that of step 7 in {mine}; only the multi-token heads")
+    assert loop.fit(run, tmp_path / "whole", quiet=True).finished and half.exists()
     assert loop.fit(run, tmp_path / "parts", stop_after=2, quiet=True).step == 2
     shutil.rmtree(mine)
     assert loop.fit(run, tmp_path / "parts", quiet=True).resumed_from == 2
     (whole, position), (parts, again) = (last_state(tmp_path / x) for x in ("whole", "parts"))
     assert_bitwise(parts, whole)
     assert again == position and rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
-    assert_bitwise(cut(whole)[1], cut(fresh_state(read_run(trunk)))[1])
+    frozen = cut(whole)[1]
+    assert_bitwise(frozen, cut(fresh_state(read_run(trunk)))[1])
+    assert frozen["sparse", "moe", "bias"].all()
     assert load_run(tmp_path / "whole").model.cfg == run.model
 
 
@@ -130,7 +139,7 @@ def test_a_model_that_does_not_fit_is_refused(other, tmp_path):
 
 
 def test_heads_learn_and_the_trunk_is_frozen(trunk):
-    run = run_on(trunk, mtp_kind="deepseek", mtp_depth=1, num_dense_layers=0)
+    run = run_on(trunk, mtp_kind="deepseek", mtp_depth=1)
     step, state, rows = make_step(Job(run)), fresh_state(run), []
     batch = documents(4, 16, most=2)
     heads, frozen = cut(state)
@@ -166,17 +175,3 @@ def test_the_command_line_takes_model_text_and_tokenizer_from_the_other(trunk, t
     run = read_run(out)
     assert run.model == replace(TRUNK, mtp_depth=1, mtp_kind="medusa") and run.trunk == str(mine)
     assert run.data == replace(data, tokenizer=str(out / "tokenizer.json"))
-
-
-def test_the_trunk_is_the_others_last_checkpoint_with_its_biases(tmp_path):
-    """Nothing is written there: a half-written checkpoint may be a run's that is training."""
-    sparse = make_run(text_in(tmp_path / "text"), model=replace(TRUNK, num_dense_layers=0))
-    trunk = save(tmp_path / "sparse", sparse)
-    half = Path(trunk) / "checkpoints" / "9.orbax-checkpoint-tmp-1"
-    half.mkdir()
-    state, sentence = begin(run_on(trunk))
-    said = f"the trunk is that of step 7 in {trunk}; only the multi-token heads"
-    assert half.exists() and sentence.startswith(said)
-    frozen = cut(state)[1]
-    assert_bitwise(frozen, cut(fresh_state(sparse))[1])
-    assert frozen["sparse", "moe", "bias"].all()
