@@ -1,34 +1,19 @@
 """Two processes over the loopback address train what one trains; a process's part of a batch."""
 
-import contextlib
 import re
 import shlex
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import (
-    MODEL,
-    SPEND_NO_SECONDS,
-    assert_bitwise,
-    assert_near,
-    dsv3,
-    flags,
-    last_state,
-    make_run,
-    refused,
-    rows_of,
-    start,
-    write_text,
-)
+import runs
 
-from dsv3_jax.config import Layout, OptimConfig, RunConfig
+from dsv3_jax.config import Layout, OptimConfig
 from dsv3_jax.host.bucket import Bucket
 from dsv3_jax.host.mirror import fetched
 from dsv3_jax.mesh import processes, sharding
@@ -38,29 +23,10 @@ from dsv3_jax.runs import loop
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """With a large eps, AdamW does not turn rounding of gradients near 0 into full steps."""
-    model = replace(MODEL, num_layers=1, mtp_depth=0)
+    model = replace(runs.MODEL, num_layers=1, mtp_depth=0)
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, eps=0.1)
-    text = write_text(tmp_path_factory.mktemp("text"))
-    return make_run(text, model=model, optim=optim, steps=12, eval_every=12, save_every=2)
-
-
-@contextlib.contextmanager
-def pair(
-    root: Path, out: Path | str, run: RunConfig, more: tuple[str, ...], before: str
-) -> Iterator[list[subprocess.Popen]]:
-    """Start `dsv3 train` as two processes, each with half of the experts, after `before`."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    argv = ["train", "tiny", "--out", str(out), "--mesh", "expert=2", *flags(run)]
-    argv += ["--cluster", address, "--processes", "2", "--process-id"]
-    program = dsv3(SPEND_NO_SECONDS + before)
-    both = [start([*argv, str(i), *more], root, program) for i in range(2)]
-    try:
-        yield both
-    finally:
-        for process in both:
-            with process:  # closes its pipes
-                process.kill()
+    text = runs.write_text(tmp_path_factory.mktemp("text"))
+    return runs.make_run(text, model=model, optim=optim, steps=12, eval_every=12, save_every=2)
 
 
 # The second process is killed when it saves step 8.
@@ -87,15 +53,26 @@ def out(request, tmp_path) -> Path | str:
 
 @pytest.mark.long
 def test_two_processes_train_as_one(run, root, out, tmp_path):
+    """Each has half of the experts."""
     alone = tmp_path / "alone"
     loop.fit(run, out, stop_after=2, quiet=True)
-    rounds = "--execution.layout.expert-comm", "all_to_all"
-    rounds += "--execution.layout.capacity-slack", "1"
-    with pair(root, out, run, rounds, before=KILLED) as both:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    argv = ["train", "tiny", "--out", str(out), "--mesh", "expert=2", *runs.flags(run)]
+    argv += ["--execution.layout.expert-comm", "all_to_all"]
+    argv += ["--execution.layout.capacity-slack", "1"]
+    argv += ["--cluster", address, "--processes", "2", "--process-id"]
+    program = runs.dsv3(runs.SPEND_NO_SECONDS + KILLED)
+    both = [runs.start([*argv, str(i)], root, program) for i in range(2)]
+    try:
         assert both[1].wait(300) == -signal.SIGKILL, both[1].stderr.read()
         said, errors = both[0].communicate(timeout=300)
-        assert both[0].returncode in (75, -signal.SIGABRT), errors
-        assert "resumed from the checkpoint of step 2" in said
+    finally:
+        for process in both:
+            with process:  # closes its pipes
+                process.kill()
+    assert both[0].returncode in (75, -signal.SIGABRT), errors
+    assert "resumed from the checkpoint of step 2" in said
     if isinstance(out, Path):
         lists = {path.name for path in out.glob("checkpoints/[46]/checksums.*")}
         assert lists == {"checksums.0-of-2.json", "checksums.1-of-2.json"}
@@ -104,11 +81,11 @@ def test_two_processes_train_as_one(run, root, out, tmp_path):
         assert {name.split("/")[2] for name in arrays} >= {"0", "1"}  # the processes
     assert loop.fit(run, out, quiet=True).resumed_from in (4, 6)
     loop.fit(run, alone, quiet=True)
-    saved, expected = last_state(out), last_state(alone)
+    saved, expected = runs.last_state(out), runs.last_state(alone)
     assert saved[1] == expected[1]  # where the data continues
-    assert_bitwise(saved[0].bias, expected[0].bias)  # every count of every step was the same
-    assert_near(saved[0].params, expected[0].params)
-    rows, expected_rows = rows_of(fetched(out)), rows_of(alone)
+    runs.assert_bitwise(saved[0].bias, expected[0].bias)  # every count of every step was the same
+    runs.assert_near(saved[0].params, expected[0].params)
+    rows, expected_rows = runs.rows_of(fetched(out)), runs.rows_of(alone)
     assert any("tokens_sent" in row for row in rows)
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert row.keys() - {"tokens_sent", "wire_bytes"} == expected_row.keys()
@@ -119,7 +96,7 @@ def test_two_processes_train_as_one(run, root, out, tmp_path):
 
 def test_processes_with_different_runs_are_named(monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda text: [text, text.replace(b"4", b"3")])
-    with refused("^run.batch_size=3 in process 1 differs from run.batch_size=4 in process 0"):
+    with runs.refused("^run.batch_size=3 in process 1 differs from run.batch_size=4 in process 0"):
         processes.agree({"run": {"steps": 12, "batch_size": 4}})
 
 
@@ -131,10 +108,10 @@ def test_invalid_settings_are_refused(monkeypatch):
         ({"address": "auto", "index": None}, unknown),
     ):
         settings = {"address": "host0:1234", "count": None, "index": 0, "devices": 4} | changes
-        with refused(f"^{re.escape(named)}"):
+        with runs.refused(f"^{re.escape(named)}"):
             processes.join(**settings)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with refused("^layout.fsdp=True with 8 CPU devices in each process can deadlock"):
+    with runs.refused("^layout.fsdp=True with 8 CPU devices in each process can deadlock"):
         processes.check_layout(Layout(fsdp=True))
 
 
@@ -152,7 +129,7 @@ def test_an_error_in_one_process_is_raised_in_all(monkeypatch):
     with pytest.raises(OSError, match="no room"):
         processes.by_first(lambda: (_ for _ in ()).throw(OSError("no room")))
     monkeypatch.setattr(processes, "gather", lambda message: [message, b"", b"there is no text"])
-    with refused("^process 2 of 3: there is no text$"):
+    with runs.refused("^process 2 of 3: there is no text$"):
         processes.by_each(lambda: "done")
 
 

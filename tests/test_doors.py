@@ -16,12 +16,7 @@ from runs import refused, start, write_lines
 
 from dsv3_jax.chat.checkers import CHECKERS, Checker
 from dsv3_jax.chat.examples import load_examples
-from dsv3_jax.chat.text_settings import (
-    TEXT_FILES,
-    plain_settings,
-    read_settings,
-    with_template,
-)
+from dsv3_jax.chat.text_settings import TEXT_FILES, plain_settings, read_settings, with_template
 from dsv3_jax.cli import common
 from dsv3_jax.cli import main as cli
 from dsv3_jax.cli.tokenize import Tokenize, tokenize

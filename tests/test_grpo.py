@@ -8,22 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from flax import nnx
 from models import random_model
 from released import GRID, write_folder
-from runs import (
-    MODEL,
-    assert_bitwise,
-    by_command,
-    fresh_state,
-    last_state,
-    make_run,
-    packed_batch,
-    rows_of,
-    save_run,
-    write_lines,
-    write_text,
-)
 
 import dsv3_jax as ds
 from dsv3_jax.config import DataConfig, Grpo
@@ -38,7 +26,7 @@ from dsv3_jax.training.rounding import rounded
 from dsv3_jax.training.state import Job
 from dsv3_jax.training.step import make_step
 
-ONE_LAYER = replace(MODEL, num_layers=1, mtp_depth=0)
+ONE_LAYER = replace(runs.MODEL, num_layers=1, mtp_depth=0)
 DENSE_LAYER = replace(ONE_LAYER, num_dense_layers=1)  # compiles fastest
 
 
@@ -113,7 +101,7 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
     """−Σ A ∇ ln π / N, summed over two parts; N are the answers' tokens, or the most they have."""
     settings = Grpo(group=2, form=form, max_new_tokens=9, temperature=0.5)
     graph, params, rest = nnx.split(random_model(DENSE_LAYER), nnx.Param, ...)
-    batch = packed_batch(rng, np.ones((4, 12), np.int32))
+    batch = runs.packed_batch(rng, np.ones((4, 12), np.int32))
     batch["loss_mask"] = mask = jnp.arange(12)[None] >= jnp.array([[3], [5], [8], [11]])
     batch["advantages"] = gains = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(mask))
 
@@ -146,17 +134,17 @@ def test_at_ratio_1_it_is_the_policy_gradient(rng, form):
 
 @pytest.mark.long
 def test_a_step_without_answers_moves_nothing(rng):
-    run = make_run("nowhere", model=ONE_LAYER, grpo=Grpo(group=2), data=CHATS)
-    batch, step = packed_batch(rng, np.ones((4, 16), np.int32)), make_step(Job(run))
+    run = runs.make_run("nowhere", model=ONE_LAYER, grpo=Grpo(group=2), data=CHATS)
+    batch, step = runs.packed_batch(rng, np.ones((4, 16), np.int32)), make_step(Job(run))
     batch |= {"loss_mask": batch["positions"] > 9, "old_logprobs": jnp.zeros((4, 16))}
     batch["advantages"] = jnp.float32(rng.normal(0, 1, (4, 1)) * np.asarray(batch["loss_mask"]))
-    state, metrics = step(fresh_state(run), batch)
+    state, metrics = step(runs.fresh_state(run), batch)
     before = jax.tree.map(np.array, state)
     assert metrics["grad_norm"] > 0
     assert max(np.abs(x).max() for x in jax.tree.leaves(before.opt.mu)) > 0
     after, metrics = step(state, jax.tree.map(jnp.zeros_like, batch))
     assert (metrics["loss"], metrics["grad_norm"], metrics["finite"], after.step) == (0, 0, True, 2)
-    assert_bitwise(replace(after, step=before.step), before)
+    runs.assert_bitwise(replace(after, step=before.step), before)
 
 
 CHATS = DataConfig(paths=("nowhere",), seq_len=16, batch_size=4, format="chat")
@@ -179,7 +167,7 @@ def asked(tmp_path_factory):
     """(A folder with a checker and tasks, arguments of the command without START and OUT.)"""
     root = tmp_path_factory.mktemp("grpo")
     records = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
-    tasks = write_lines(root / "tasks.jsonl", records)
+    tasks = runs.write_lines(root / "tasks.jsonl", records)
     (root / "judge.py").write_text(JUDGE)
     words = "--data.chat-template plain --data.seq-len 32 --data.batch-size 8 "
     words += "--data.val-fraction 0.3 --eval-batches 1 --grpo.group 4 --grpo.max-new-tokens 6 "
@@ -190,7 +178,7 @@ def asked(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ready(asked):
     root, argv = asked
-    save_run(root / "start", make_run(write_text(root / "text"), model=ONE_LAYER))
+    runs.save_run(root / "start", runs.make_run(runs.write_text(root / "text"), model=ONE_LAYER))
     return root, [*argv, "--start", str(root / "start")]
 
 
@@ -214,7 +202,7 @@ def test_a_run_that_its_checker_ends_resumes_as_if_it_had_not(ready, monkeypatch
         importlib.import_module("judge").left = left
         (root / "judge.py").write_text(JUDGE + f"\n# {left}")
         monkeypatch.setattr(Answers, "measured", measure)
-        code, *texts = by_command(*argv, "--out", root / out)
+        code, *texts = runs.by_command(*argv, "--out", root / out)
         said = "".join(texts)
         assert all(words in said for words in wanted), said
         return code
@@ -228,14 +216,14 @@ def test_a_run_that_its_checker_ends_resumes_as_if_it_had_not(ready, monkeypatch
     assert train("again", ended, measure=fails) == 2
     assert train("again", ["resumed from the checkpoint of step 3"]) == 0
 
-    assert_bitwise(last_state(root / "run"), last_state(root / "again"))
+    runs.assert_bitwise(runs.last_state(root / "run"), runs.last_state(root / "again"))
     answers, again = (read_rows(root / out / "answers.jsonl") for out in ("run", "again"))
     assert answers == again and {row["step"] for row in answers} == {1, 2, 3, 4}
-    rows = rows_of(root / "run")
+    rows = runs.rows_of(root / "run")
     assert [row["step"] for row in rows if "val_reward" in row] == [2, 4]
     for row in (row for row in rows if row["step"] == 2):
         row.pop("val_reward", None)
-    assert rows_of(root / "again") == rows
+    assert runs.rows_of(root / "again") == rows
     rows = [row for row in rows if "reward" in row]
     for row in rows:
         assert row["max_mismatch"] < 1e-5 and row["clipped"] == 0 < row["reward"] < 1, rows
@@ -259,14 +247,14 @@ def test_a_batch_of_answers_is_used_for_several_updates_and_a_run_stops_after_th
 
     monkeypatch.setattr(Answers, "_answered", noted)
     words = "--grpo.checker judge:part --grpo.updates 2 --grpo.sampler-weights int4 --log-every 1"
-    code, _, said = by_command(*argv, *words.split(), "--out", root / "two")
+    code, _, said = runs.by_command(*argv, *words.split(), "--out", root / "two")
     assert code == 0, said
     run = read_run(root / "two")
     assert ds.train.fit(run, root / "parts", stop_after=1, quiet=True).step == 2
     assert ds.train.fit(run, root / "parts", quiet=True).resumed_from == 2
     assert steps == [0, 2, 0, 2]
-    assert_bitwise(last_state(root / "two"), last_state(root / "parts"))
-    first, *_, last = rows_of(root / "two")
+    runs.assert_bitwise(runs.last_state(root / "two"), runs.last_state(root / "parts"))
+    first, *_, last = runs.rows_of(root / "two")
     assert first["sampler_kl"] > 1e-6, first  # by the rounding: there was no update yet
 
     part = importlib.import_module("judge").part
@@ -321,8 +309,8 @@ def test_a_released_start_is_sampled_as_it_is_trained_by_public_names(
     write(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text(byte_tokenizer_json())
     folders = ("--start", tmp_path / "model", "--out", tmp_path / "run")
-    code, _, said = by_command(*argv, "--grpo.checker", "judge:odd", *folders, *words.split())
-    rows = [row for row in rows_of(tmp_path / "run") if "reward" in row]
+    code, _, said = runs.by_command(*argv, "--grpo.checker", "judge:odd", *folders, *words.split())
+    rows = [row for row in runs.rows_of(tmp_path / "run") if "reward" in row]
     assert code == 0 and len(rows) == 4, said
     assert all(row["max_mismatch"] < 1e-5 for row in rows), rows
     assert 0 < sum(row["reward"] for row in rows) < 4 and rows[-1]["grad_norm"] > 0
