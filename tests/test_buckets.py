@@ -13,18 +13,6 @@ import jax
 import pytest
 import runs
 from models import arrays_of
-from runs import (
-    assert_bitwise,
-    by_command,
-    flags,
-    fresh_state,
-    last_state,
-    make_run,
-    on_mesh,
-    refused,
-    rows_of,
-    start,
-)
 
 import dsv3_jax as ds
 from dsv3_jax.config import Layout
@@ -42,7 +30,7 @@ from dsv3_jax.training.state import Job
 
 pytestmark = pytest.mark.long
 
-RUN = make_run("some text", model=replace(runs.MODEL, num_layers=1, mtp_depth=0), keep=2)
+RUN = runs.make_run("some text", model=replace(runs.MODEL, num_layers=1, mtp_depth=0), keep=2)
 
 
 @pytest.fixture
@@ -57,7 +45,7 @@ def trained(server, whole, root):
     The server kills the first when the arrays of its second checkpoint are there, and nothing else.
     """
     url = "gs://bucket/trained"
-    with start(["train", "tiny", "--out", url, *flags(whole.run)], root) as process:
+    with runs.start(["train", "tiny", "--out", url, *runs.flags(whole.run)], root) as process:
         server.at_write[f"trained/checkpoints/8.1/{SETTINGS}"] = process.kill
         assert process.wait(300) == -signal.SIGKILL, process.communicate()
     assert fit(whole.run, url, quiet=True).resumed_from == 4
@@ -78,7 +66,7 @@ def writing(place, run=RUN):
 def save(place, *steps):
     with writing(place) as checkpoints:
         for step in steps:
-            checkpoints.save(fresh_state(RUN, step), {"offset": step})
+            checkpoints.save(runs.fresh_state(RUN, step), {"offset": step})
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -134,7 +122,7 @@ def test_two_writers(url, trained):
         name = f"process {os.getpid()} on {socket.gethostname()}, which started at"
         with pytest.raises(FolderInUse, match=f"^out='{url}' is in use by {name}.*10 minutes"):
             Lease(Bucket(url))
-        code, *_ = by_command("train", "tiny", "--out", url, *flags(trained[0]))
+        code, *_ = runs.by_command("train", "tiny", "--out", url, *runs.flags(trained[0]))
         assert code == 2 and contents(url) == before
         lock.check()
     assert LOCK_FILE not in contents(url)
@@ -190,15 +178,15 @@ def either(request, url, tmp_path) -> str:
 
 def test_checkpoints_are_independent_of_the_mesh(either):
     run = replace(RUN, execution=replace(RUN.execution, layout=Layout(fsdp=True)))
-    state = fresh_state(run, step=3)
+    state = runs.fresh_state(run, step=3)
     with writing(either, run) as checkpoints:
-        checkpoints.save(on_mesh(state, sharding.make_mesh(2, 4, 1), fsdp=True), {"piece": 5})
+        checkpoints.save(runs.on_mesh(state, sharding.make_mesh(2, 4, 1), fsdp=True), {"piece": 5})
         assert checkpoints.latest == 3
     for sizes in (None, (1, 4, 2)):
         mesh = sizes and sharding.make_mesh(*sizes)
         with open_checkpoints(fetched(either), run, read_only=True) as checkpoints:
             restored, position = checkpoints.restore(mesh)
-        assert_bitwise(restored, state)
+        runs.assert_bitwise(restored, state)
         assert position == {"piece": 5}
         expected = sharding.state_sharding(state, mesh, fsdp=True)
         for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
@@ -207,34 +195,34 @@ def test_checkpoints_are_independent_of_the_mesh(either):
 
 
 def test_a_state_may_be_donated_while_it_is_written(either):
-    state = fresh_state(RUN, step=3)
+    state = runs.fresh_state(RUN, step=3)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     with writing(either) as checkpoints:
         checkpoints.save(state, {})
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
-    assert_bitwise(last_state(either)[0], fresh_state(RUN, step=3))
+    runs.assert_bitwise(runs.last_state(either)[0], runs.fresh_state(RUN, step=3))
 
 
 def test_a_step_can_be_chosen_and_damage_is_refused_by_readers_and_passed_over(either):
     save(either, 4, 8)
     with writing(either) as checkpoints:
-        with refused(r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
+        with runs.refused(r"^step=5 has no checkpoint in .*; there are those of 4, 8$"):
             checkpoints.rewind(5)
         assert checkpoints.rewind(8) == checkpoints.rewind() == []
         (sentence,) = checkpoints.rewind(4)
         kept = "the checkpoint of step 8 is kept as 8.superseded"
         assert sentence == f"{kept}: training resumes from step 4"
         assert checkpoints.latest == 4
-        checkpoints.save(fresh_state(RUN, 8), {"offset": 9}, wait=True)
+        checkpoints.save(runs.fresh_state(RUN, 8), {"offset": 9}, wait=True)
         assert checkpoints.restore()[1] == {"offset": 9}
 
     if either.startswith("gs:"):
         Bucket(either).write(f"checkpoints/8.2/{SETTINGS}", None)
     else:
         (Path(either) / "checkpoints" / "8" / "config" / "metadata").unlink()
-    with refused(r"^step=8: file='.*/checkpoints/8.* is absent; `dsv3 runs check` says"):
+    with runs.refused(r"^step=8: file='.*/checkpoints/8.* is absent; `dsv3 runs check` says"):
         load_run(either)
     assert load_run(either, step=4).step == 4
     with writing(either) as checkpoints:
@@ -242,7 +230,7 @@ def test_a_step_can_be_chosen_and_damage_is_refused_by_readers_and_passed_over(e
         assert sentence.startswith("the checkpoint of step 8 is kept as 8.damaged: file='")
         state, position = checkpoints.restore()
         assert position == {"offset": 4}
-        assert_bitwise(state, fresh_state(RUN, 4))
+        runs.assert_bitwise(state, runs.fresh_state(RUN, 4))
 
 
 def test_old_checkpoints_and_what_a_dead_process_left_are_deleted(url):
@@ -264,8 +252,8 @@ def test_a_flipped_bit_or_an_absent_object_is_refused_and_never_read(url):
     flipped = content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
     for data in (flipped, None):
         bucket.write(name, data)
-        with refused("^step=4: the checkpoint in "):
-            last_state(url)
+        with runs.refused("^step=4: the checkpoint in "):
+            runs.last_state(url)
 
 
 # training and reading
@@ -274,20 +262,20 @@ def test_a_flipped_bit_or_an_absent_object_is_refused_and_never_read(url):
 def test_a_run_that_is_killed_while_it_writes_in_a_bucket_ends_as_that_on_a_disk(trained):
     run, url, disk = trained
     folder = fetched(url)
-    assert rows_of(folder) == rows_of(disk)
-    assert_bitwise(last_state(folder, run), last_state(disk))
+    assert runs.rows_of(folder) == runs.rows_of(disk)
+    runs.assert_bitwise(runs.last_state(folder, run), runs.last_state(disk))
     assert steps_of(folder / "checkpoints") == steps_of(disk / "checkpoints")
     assert read_run(folder) == read_run(disk)
     options = ["--prompt", "a", "--max-new-tokens", 4, "--temperature", 0]
-    ours, theirs = (by_command("generate", place, *options)[:2] for place in (url, disk))
+    ours, theirs = (runs.by_command("generate", place, *options)[:2] for place in (url, disk))
     assert ours == theirs and ours[0] == 0
-    code, said, _ = by_command("runs", "check", url)
+    code, said, _ = runs.by_command("runs", "check", url)
     assert code == 0 and "step 12: in a bucket, where arrays are checked" in said
     assert "metrics.jsonl: 14 rows" in said
 
     starts = [ds.train.open_start(place) for place in (url, str(disk))]
-    ours, theirs = (start.load(Job(replace(run, start=start.place))) for start in starts)
-    assert_bitwise(arrays_of(ours[0]), arrays_of(theirs[0]))
+    ours, theirs = (begin.load(Job(replace(run, start=begin.place))) for begin in starts)
+    runs.assert_bitwise(arrays_of(ours[0]), arrays_of(theirs[0]))
     assert ours[1] == theirs[1] and starts[0].run.data == starts[1].run.data
 
 
@@ -299,11 +287,11 @@ def test_what_is_no_bucket_of_ours_is_refused_in_a_sentence(trained, server, url
     run, finished, _ = trained
 
     def refuse(sentence, *argv):
-        code, _, said = by_command(*argv)
+        code, _, said = runs.by_command(*argv)
         assert code == 2 and said.count("\n") == 1 and sentence in said, said
 
     def refuse_training(sentence, out, run=run):
-        refuse(sentence, "train", "tiny", "--out", out, *flags(run))
+        refuse(sentence, "train", "tiny", "--out", out, *runs.flags(run))
 
     refuse_training("gs://absent/run/run.lock cannot be written: NOT_FOUND", "gs://absent/run")
     refuse_training("gs://BAD_/run/ cannot be opened: ", "gs://BAD_/run")
