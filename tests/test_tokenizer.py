@@ -14,7 +14,6 @@ from dsv3_jax.data.kimi_pattern import KIMI_PATTERN
 from dsv3_jax.data.special_tokens import named_specials
 
 TEXT = "def f(x):\n    return 'naïve €5 🚀' + \"日本語\"  # e\u0301\r\n\t\0 end"
-NAMES = ["bytes", "bpe", "sentencepiece", "tiktoken"]
 BASE = len(tiktoken_lines().splitlines())
 
 
@@ -50,16 +49,12 @@ def kimi_folder(folder, **config):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(params=["bytes", "bpe", "sentencepiece", "tiktoken"])
 def words(request):
     name = request.param
     return tok.load("bytes") if name == "bytes" else request.getfixturevalue(name)
 
 
-each = pytest.mark.parametrize("words", NAMES, indirect=True)
-
-
-@each
 def test_round_trip_and_bytes(words, monkeypatch):
     text = TEXT + "ʘ"  # several tokens in every vocabulary
     ids = words.encode(text)
@@ -80,7 +75,6 @@ def test_decode_of_broken_text(bpe):
         assert bpe.decode(ids) == bpe.inner.decode(ids, skip_special_tokens=True)
 
 
-@each
 def test_specials_have_no_bytes_and_text_cannot_contain_them(words):
     specials = [words.eos_id, *words.specials.values()]
     assert not words.byte_lengths[specials].any() and words.decode(specials) == ""
@@ -90,7 +84,6 @@ def test_specials_have_no_bytes_and_text_cannot_contain_them(words):
         assert words.decode(ids) == text
 
 
-@each
 def test_names_of_specials_are_read_where_they_are_asked_for(words):
     """An id has its bytes' characters, specials their names'; text between is encoded alike."""
     special = next(name for name, i in words.specials.items() if i == words.eos_id)
