@@ -11,18 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import (
-    CLOCK,
-    SECONDS,
-    STEPS,
-    assert_bitwise,
-    by_command,
-    flags,
-    last_state,
-    refused,
-    rows_of,
-    said_by,
-)
+import runs
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.data import tokenizer
@@ -42,9 +31,10 @@ BEGUN = 5  # steps taken in the folders that are begun
 def stopped(whole, root):
     """`whole`, stopped at step BEGUN: what `fit` returned and printed. `begun` copies it."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in SECONDS:
+        for module, name in runs.SECONDS:
             patch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-        return said_by(lambda: loop.fit(whole.run, root / "begun", stop_after=BEGUN, report=False))
+        how = {"stop_after": BEGUN, "report": False}
+        return runs.said_by(lambda: loop.fit(whole.run, root / "begun", **how))
 
 
 @pytest.fixture
@@ -54,17 +44,17 @@ def begun(stopped, root, tmp_path) -> Path:
 
 def assert_same_run(folder: Path, whole: Path) -> None:
     """Compare parameters, optimizer, biases, data position, and all metrics."""
-    (state, place), (want, want_place) = last_state(folder), last_state(whole)
-    assert int(state.step) == STEPS
-    assert_bitwise(state, want)
+    (state, place), (want, want_place) = runs.last_state(folder), runs.last_state(whole)
+    assert int(state.step) == runs.STEPS
+    runs.assert_bitwise(state, want)
     assert place == want_place
-    assert rows_of(folder) == rows_of(whole)
+    assert runs.rows_of(folder) == runs.rows_of(whole)
     assert (folder / "load.jsonl").read_text() == (whole / "load.jsonl").read_text()
 
 
 def test_a_run_folder_holds_what_it_should(whole):
-    rows = rows_of(whole.folder)
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    rows = runs.rows_of(whole.folder)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, runs.STEPS + 1))
     assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
     steps = [row for row in rows if "loss" in row]
     assert all(np.isfinite(row["loss"]) and len(row["mtp_loss"]) == 1 for row in steps)
@@ -73,7 +63,7 @@ def test_a_run_folder_holds_what_it_should(whole):
     for name in ("routing.png", "training.png"):
         assert (whole.folder / name).read_bytes().startswith(PNG)
     fitted = whole.fitted
-    assert (fitted.finished, fitted.step, fitted.resumed_from) == (True, STEPS, None)
+    assert (fitted.finished, fitted.step, fitted.resumed_from) == (True, runs.STEPS, None)
     assert f", against {fitted.order2_bits_per_byte:.3f} of an order-2 byte model" in whole.said
 
 
@@ -85,7 +75,7 @@ def test_tensorboard_holds_the_same_scalars(whole):
         event = Event.FromString(blob[at + 12 : at + 12 + length])
         found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
         at += 16 + length
-    for row in rows_of(whole.folder):
+    for row in runs.rows_of(whole.folder):
         for name in {"loss", "grad_norm", "max_vio", "val_bits_per_byte"} & row.keys():
             assert found[row["step"], name] == np.float32(row[name])
 
@@ -100,7 +90,7 @@ def test_tensorboard_holds_the_same_scalars(whole):
 )
 def test_a_source_that_does_not_fit_the_run_is_refused(whole, tmp_path, data, others, sentence):
     source = open_source(replace(whole.run.data, **data), tokenizer.load("bytes"))
-    with refused(f"^{sentence}"):
+    with runs.refused(f"^{sentence}"):
         loop.fit(whole.run, tmp_path / "run", source=replace(source, **others), quiet=True)
     assert not any((tmp_path / "run").glob("checkpoints/*"))
 
@@ -144,11 +134,11 @@ def test_stopped_and_resumed_is_never_stopped(whole, stopped, begun, capfd):
     second = loop.fit(whole.run, begun, quiet=True, report=False, callbacks=[stop])
     assert "stopping when this step" in capfd.readouterr().err
     assert (second.step, second.finished, second.resumed_from) == (7, False, BEGUN)
-    again, said = said_by(lambda: loop.fit(whole.run, begun, stop_after=7, report=False))
+    again, said = runs.said_by(lambda: loop.fit(whole.run, begun, stop_after=7, report=False))
     assert (again.step, again.finished, again.resumed_from) == (7, False, 7)
     assert "compiling" not in said
-    third, said = said_by(lambda: loop.fit(whole.run, begun, report=False))
-    assert (third.step, third.finished, third.resumed_from) == (STEPS, True, 7)
+    third, said = runs.said_by(lambda: loop.fit(whole.run, begun, report=False))
+    assert (third.step, third.finished, third.resumed_from) == (runs.STEPS, True, 7)
     assert "resumed from the checkpoint of step 7" in said
     assert_same_run(begun, whole.folder)
     assert third.evaluation["val_loss"] == whole.fitted.evaluation["val_loss"]
@@ -162,7 +152,7 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     lines[2:2] = "", "12", "{}", '{"step'
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    result, said = said_by(loop.fit, whole.run, folder)
+    result, said = runs.said_by(loop.fit, whole.run, folder)
     assert result.resumed_from == 8
     assert "the checkpoint of step 12 is kept as 12.damaged: file=" in said
     assert "data/metadata' is damaged" in said
@@ -173,7 +163,7 @@ def test_a_run_with_a_damaged_checkpoint_and_damaged_metrics_ends_the_same(whole
 
 
 def error_of(run, folder) -> str:
-    code, _, err = by_command("train", "tiny", "--out", folder, *flags(run))
+    code, _, err = runs.by_command("train", "tiny", "--out", folder, *runs.flags(run))
     (said,) = err.splitlines()
     assert code == 2
     return said
@@ -196,7 +186,7 @@ def test_what_an_update_spoiled_is_not_saved(whole, begun):
             good = part[name]
             part[name] = good.replace(good[...] * factor)
             kept = f"the last good checkpoint is step {BEGUN} in {begun}"
-            with refused(f"^step 8 has {what}, whose norm is not finite; .*; {kept}"):
+            with runs.refused(f"^step 8 has {what}, whose norm is not finite; .*; {kept}"):
                 training.save()
             part[name] = good
     assert not (begun / "checkpoints" / "8").exists()
@@ -242,7 +232,7 @@ def test_a_bad_record_in_the_middle_ends_the_run_after_it_is_saved(whole, begun,
         patch.setattr(steps, "AHEAD", {"cpu": 2})
         said = error_of(whole.run, begun)
     assert said == "dsv3: shard 'a' is damaged in record 82"
-    assert rows_of(begun) == rows_of(whole.folder)[:8]  # 7 steps, and an evaluation
+    assert runs.rows_of(begun) == runs.rows_of(whole.folder)[:8]  # 7 steps, and an evaluation
     assert loop.fit(whole.run, begun, quiet=True).resumed_from == 7
     assert_same_run(begun, whole.folder)
 
@@ -272,11 +262,12 @@ def test_a_callback_that_fails_ends_the_run_after_it_is_saved(whole, begun):
     assert second.calls[:2] == [("start", 8), ("step", 9)]
     assert second.calls[-3:] == [("evaluation", 12), ("checkpoint", 12), ("end", 12)]
 
-    plain, rows = rows_of(whole.folder), rows_of(begun)
+    plain, rows = runs.rows_of(whole.folder), runs.rows_of(begun)
     added = [{"twice": 2 * row["loss"]} if "loss" in row else {"rank": 3} for row in plain[BEGUN:]]
     wanted = [row | more for row, more in zip(plain[BEGUN:], added, strict=True)]
     assert rows == plain[:BEGUN] + wanted
-    kept = [{k: v for k, v in row.items() if k not in CLOCK} for row in first.rows + second.rows]
+    seen = first.rows + second.rows
+    kept = [{k: v for k, v in row.items() if k not in runs.CLOCK} for row in seen]
     assert kept == wanted and parse_rows(begun / "metrics.jsonl")[1] == []
 
 
@@ -288,7 +279,7 @@ def test_numbers_of_a_callback_that_cannot_join_are_refused():
         ({"x": math.nan}, "metric x=nan is no finite number"),
         ({"x": "3"}, "metric x='3' is no finite number"),
     ):
-        with refused(sentence):
+        with runs.refused(sentence):
             numbers_beside({"step": 1}, found)
 
 
@@ -310,7 +301,7 @@ def test_a_moved_folder_continues_without_the_tokenizers_file(whole, tmp_path, m
     assert load_run(moved).step == BEGUN
 
     by_bytes = replace(read_run(moved), data=replace(read_run(moved).data, tokenizer="bytes"))
-    with refused(r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"):
+    with runs.refused(r"^data\.tokenizer='bytes' is not that of the run in renamed, 'renamed"):
         claim(moved, by_bytes)
     run = replace(run, data=replace(data, paths=(f"{text}/../text",)))  # another spelling
     again = loop.fit(run, moved, stop_after=BEGUN + 1, quiet=True, report=False)
@@ -340,4 +331,4 @@ def test_the_next_batch_is_copied_while_a_step_runs_and_nothing_is_by_accident(
     loop.fit(run, begun, stop_after=10, quiet=True)
     # Step 9 is saved: no batch is made ahead of it, so the data position is that of the steps.
     assert events == ["put", "start"] * 5
-    assert rows_of(begun) == [row for row in rows_of(whole.folder) if "loss" in row][:10]
+    assert runs.rows_of(begun) == [row for row in runs.rows_of(whole.folder) if "loss" in row][:10]
