@@ -21,29 +21,14 @@ from dsv3_jax.model.transformer import Transformer, abstract
 
 # No two sizes are alike, so that no axis can pass for another.
 SMALL = ModelConfig(
-    vocab_size=37,
-    dim=16,
-    num_layers=3,
-    num_dense_layers=1,
-    dense_dim=20,
-    num_heads=3,
-    q_latent_dim=12,
-    kv_latent_dim=10,
-    nope_head_dim=6,
-    rope_head_dim=4,
-    v_head_dim=5,
-    num_experts=8,
-    experts_per_token=3,
-    num_shared_experts=1,
-    expert_dim=7,
-    num_groups=4,
-    groups_per_token=2,
-    routed_scale=2.5,
+    vocab_size=37, dim=16, num_layers=3, num_dense_layers=1, dense_dim=20, num_heads=3,
+    q_latent_dim=12, kv_latent_dim=10, nope_head_dim=6, rope_head_dim=4, v_head_dim=5,
+    num_experts=8, experts_per_token=3, num_shared_experts=1, expert_dim=7,
+    num_groups=4, groups_per_token=2, routed_scale=2.5, max_positions=128,
     balance=Balance(sequence_alpha=0.02, switch_alpha=0.03),
     norm_eps=0.05,  # far from the latent norms' 1e-6
-    max_positions=128,
     init_std=0.3,  # scores, gates and attention are far from even
-)
+)  # fmt: skip
 
 
 # Sparse attention, as a change of a small configuration.
@@ -85,26 +70,17 @@ def parameters(model: Transformer) -> dict:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), arrays_of(model))
 
 
-def decode_program(  # noqa: PLR0913 - as generate
-    model,
-    draft=None,
-    length=0,
-    batch=2,
-    width=32,
-    new=16,
-    capacity=4096,
-    dtype="float32",
-    cache="latent",
-    **asked,
+def decode_program(
+    model, draft=None, length=0, batch=2, new=16, capacity=4096, dtype="float32", cache="latent"
 ):
     """A request's programs, its decoder's leaves and its loop, as shapes; draft may be a model."""
     models = [model, draft] if isinstance(draft, Transformer) else [model]
     with_weights = tuple((m, jax.eval_shape(prepare_decode, m)) for m in models)
     tokens, rows, stops = (
-        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, width), (batch,), (1,))
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, 16), (batch,), (1,))
     )
     draft = "model" if len(models) > 1 else draft
-    config = DecodeConfig(new, cache=cache, cache_dtype=pick_dtype("float32", dtype), **asked)
+    config = DecodeConfig(new, cache=cache, cache_dtype=pick_dtype("float32", dtype))
     decoder = Decoder(with_weights, stops, draft, length, config, capacity, capacity)
     leaves, form = jax.tree.flatten(decoder)
     made = Programs(form)

@@ -47,7 +47,7 @@ def train_step(execution: Execution, platform: str, cfg=CFG, microbatches: int =
 def decode_loop(execution: Execution, platform: str):
     """All of a request after the prompt, with the model's own heads as drafters."""
     model = abstract(CFG, execution, prepare(execution, platform=platform))
-    sizes = BATCH, LENGTH, 5, 32, execution.compute_dtype
+    sizes = BATCH, 5, 32, execution.compute_dtype
     made, leaves, loop = decode_program(model, "mtp", 2, *sizes)
     return made.decode.trace(leaves, loop, jax.ShapeDtypeStruct((), jnp.int32))
 

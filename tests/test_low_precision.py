@@ -56,7 +56,10 @@ def by_oracle(recipe, x, w, dy):
     """(y, dx, dw) of one product, in float64 from rounded operands."""
     t, pow2 = recipe.tile, recipe.power_of_two
     w_tiles = ((t, t), (t, t)) if t == 128 else ((t, 1), (1, t))
-    q = lambda a, tile: rounded(a, tile, pow2)[0].astype(np.float64)  # noqa: E731
+
+    def q(a, tile):
+        return rounded(a, tile, pow2)[0].astype(np.float64)
+
     y = q(x, (1, t)) @ q(w, w_tiles[0])
     dx = q(dy, (1, t)) @ q(w, w_tiles[1]).T
     return y, dx, q(x, (t, 1)).T @ q(dy, (t, 1))
