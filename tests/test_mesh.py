@@ -159,9 +159,9 @@ NO_MESH = {
     "data=2,expert=2,data=4": "names data twice",
 }
 NOT_SHARDED = [
-    ((1, 8), {"optim": replace(OPTIM, microbatches=4)}, "batch_size/microbatches=4 rows"),
+    ((1, 8), {"optim": replace(OPTIM, microbatches=4)}, "batch_size/microbatches=2 rows"),
     ((1, 8), {"model": replace(MODEL, num_experts=12)}, "num_experts=12 is not divisible by"),
-    ((1, 1, 4), {}, "num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"),
+    ((1, 1, 4), {"model": MODEL}, "num_heads=2 is not divisible by mesh data=1,expert=1,tensor=4"),
 ]
 
 
