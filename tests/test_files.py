@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from runs import fresh_state, make_run
 
+from dsv3_jax.cli import sample
 from dsv3_jax.cli.tokenize import Tokenize, tokenize
 from dsv3_jax.hf.tensor_files import write_shards
 from dsv3_jax.host.files import PART, atomic_folder, sync, write_atomic
+from dsv3_jax.report import metrics_files
 from dsv3_jax.runs.checkpoint import Checkpoints
 from dsv3_jax.runs.checksums import LATE
 
@@ -51,6 +53,21 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with named, atomic_folder(folder) as part:
         (part / "content").write_bytes(b"new content")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_named_where_a_file_grows(tmp_path, monkeypatch):
+    """A file's own error names no file, when it is flushed or closed; /dev/full is a full disk."""
+    path = tmp_path / "rows"
+    named = f"No space left on device: '{path}'"
+    with pytest.raises(OSError, match=named), sample.resumed(path, {}, 1):
+        raise OSError(28, "No space left on device")
+
+    path.unlink()
+    rows = metrics_files.JsonLines(path, after=0)
+    full = partial(os.open, "/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(metrics_files, "never_through_a_link", lambda *_: full())
+    with pytest.raises(OSError, match=named):
+        rows.write({"step": 1})
 
 
 def test_a_link_stays_a_link_and_a_pipe_is_written_directly(tmp_path):
