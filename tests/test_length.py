@@ -1,12 +1,10 @@
 """Rows whose length a mesh shards: what it sends, and what is refused; test_mesh compares steps."""
 
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from models import INDEXED, small
@@ -17,9 +15,8 @@ from dsv3_jax.config import Balance, Execution, Grpo, Layout
 from dsv3_jax.mesh import sharding
 from dsv3_jax.mesh.length import by_layout
 from dsv3_jax.model.attention import MLA
-from dsv3_jax.model.blocks import Block
-from dsv3_jax.model.context import How, how_of, make_context
-from dsv3_jax.planning.cost import check_decode, choose_kernels, train_cost
+from dsv3_jax.model.context import how_of, make_context
+from dsv3_jax.planning.cost import check_decode, train_cost
 
 # Eight heads of attention, one for each device.
 CFG = replace(MODEL, num_layers=1, num_dense_layers=1, num_heads=8)
@@ -35,64 +32,35 @@ def run_of(cfg=CFG, layout=LENGTH):
 HEADS, LATENT, LENGTH_OF_ROW = 16, 576, 1536
 RARE = (pytest.param(name, marks=pytest.mark.rare) for name in (GPU8, "tpu:v6e:2x4"))
 on_devices = pytest.mark.parametrize("target", ["cpu", *RARE])
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
-)
 
 
-def layer_program(mesh):
-    """The text of a layer's forward and backward pass, compiled for a mesh."""
-    cfg = small(
-        dim=256, num_heads=HEADS, nope_head_dim=128, rope_head_dim=64, v_head_dim=128,
-        kv_latent_dim=512, q_latent_dim=None, num_experts=8, expert_dim=128, max_positions=4096,
-    )  # fmt: skip
-    execution = Execution(compute_dtype="bfloat16", layout=LENGTH)
-    how = How(choose_kernels(execution, mesh), LENGTH)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Block(cfg, sparse=True, rngs=nnx.Rngs(0))))
-
-    @by_layout
-    def gradients(model, state, x, segment_ids, positions):
-        def loss(state, x):
-            ctx = make_context(cfg, positions, segment_ids, how=how)
-            x = sharding.constrain(x, "batch", None, None)
-            return nnx.merge(graph, state)(x, ctx)[0].astype(jnp.float32).sum()
-
-        return jax.grad(loss, (0, 1))(state, x)
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-
-    where = sharding.state_sharding(state, mesh)
-    state = jax.tree.map(lambda s, at: s.update(sharding=at), state, where)
-    x, ids = array("bfloat16", 1, LENGTH_OF_ROW, cfg.dim), array("int32", 1, LENGTH_OF_ROW)
-    step = jax.jit(lambda *args: gradients(SimpleNamespace(execution=execution), *args))
-    with jax.set_mesh(mesh), as_libraries_do():
-        return step.lower(state, x, ids, ids).compile().as_text()
-
-
-def sent_around_attention(text):
-    """Collectives of attention: (kind, is it of the backward pass, size of its largest result)."""
-    for line in text.splitlines():
-        if (found := COLLECTIVE.search(line)) and "MLA" in line:
-            shapes = re.findall(r"\[([\d,]+)\]", found[1])
-            sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
-            yield found[2], "transpose(" in line, max(sizes, default=0)
+def sent_by(run, target, **sizes):
+    """The collectives of a training step on eight devices."""
+    mesh = sharding.make_mesh(**sizes) if target == "cpu" else mesh_of(target, **sizes)
+    with as_libraries_do():
+        return train_cost(run, mesh, target=None if target == "cpu" else target).sent.collectives
 
 
 @pytest.mark.long
 @on_devices
 def test_a_layer_gathers_latents_alone(target):
-    """One gather of latents, and two all-to-alls of heads in each direction.
+    """One gather of latents, and two all-to-alls of heads in each direction, in bfloat16.
 
-    Each device computes its heads' part of the gradients of w_uk and w_uv, which are gathered too.
+    Each device computes its heads' part of the gradients of w_uk and w_uv, which are gathered too,
+    in float32.
     """
-    mesh = sharding.make_mesh(1, 8) if target == "cpu" else mesh_of(target, expert=8)
-    sent = list(sent_around_attention(layer_program(mesh)))
-    gathers = [(back, size) for kind, back, size in sent if kind == "all-gather"]
-    assert [size for back, size in gathers if not back] == [LENGTH_OF_ROW * LATENT]
-    assert {size for back, size in gathers if back} == {HEADS * 128 * 512}
-    exchanges = [back for kind, back, _ in sent if kind == "all-to-all"]
-    assert sorted(exchanges) == [False, False, True, True]
+    cfg = small(
+        dim=256, num_heads=HEADS, nope_head_dim=128, rope_head_dim=64, v_head_dim=128,
+        kv_latent_dim=512, q_latent_dim=None, num_layers=1, max_positions=4096,
+    )  # fmt: skip
+    run = replace(run_of(cfg), execution=Execution(compute_dtype="bfloat16", layout=LENGTH))
+    run = replace(run, data=replace(run.data, batch_size=1, seq_len=LENGTH_OF_ROW))
+    sent = sent_by(run, target, expert=8)
+    latents, *gradients = sorted(c.nbytes for c in sent if c.kind == "all-gather")
+    assert latents == LENGTH_OF_ROW * LATENT * 2 and set(gradients) == {HEADS * 128 * 512 * 4}
+    exchanged = [c.nbytes for c in sent if c.kind == "all-to-all"]
+    of_a_head = LENGTH_OF_ROW * 2  # a device has two heads
+    assert sorted(exchanged) == [2 * of_a_head * width for width in (128, 128, 192, 192)]
 
 
 @pytest.mark.long
@@ -103,10 +71,8 @@ def test_a_step_gathers_no_scores_and_no_gradient_of_all_heads(target):
     cfg = replace(CFG, balance=balance, max_positions=1024, **sizes)
     run = run_of(cfg, replace(FSDP, expert_comm="all_to_all"))
     run = replace(run, data=replace(run.data, seq_len=1024))
-    mesh = sharding.make_mesh(2, 4) if target == "cpu" else mesh_of(target, data=2, expert=4)
-    with as_libraries_do():
-        cost = train_cost(run, mesh, target=None if target == "cpu" else target)
-    sent = [c for c in cost.sent.collectives if "expert" in c.axes and c.kind == "all-gather"]
+    sent = sent_by(run, target, data=2, expert=4)
+    sent = [c for c in sent if "expert" in c.axes and c.kind == "all-gather"]
     # of two rows on a device, in float32 but on TPUs; scores have 64 numbers, all heads' keys 32
     latents = 2 * 1024 * (cfg.kv_latent_dim + cfg.rope_head_dim) * 4
     assert latents / 2 <= max(c.nbytes for c in sent) < 2 * latents
