@@ -33,9 +33,13 @@ BAD = {
     "--fly": "command '--fly' is not one of demo",
     "stats": "Missing from dsv3 stats: RUN a folder that",
     "generate {run} --promt abc": "option --promt is unknown; did you mean --prompt or --prompts?",
-    "train tiny --optim.rate 3": "--optim.rate is unknown; did you mean --optim.learning-rate",
+    "train tiny --out {new} --optim.rate 3": (
+        "option --optim.rate is unknown; did you mean --optim.learning-rate"
+    ),
     "train tiny --out {new} stesp=5": "'stesp=5' is no option, and no argument is left for it; did",
-    "train tiny --temperature 3": "may be --data.temperature or --grpo.temperature; name one",
+    "train tiny --out {new} --temperature 3": (
+        "option --temperature may be --data.temperature or --grpo.temperature; name one"
+    ),
     "train tiny --out {new} layout.fsdp=no": "execution.layout.fsdp=no is neither true nor false",
     "train tiny --out {new} --steps": "Missing value for argument '--steps'",
     "train tiny --out {new} --steps abc": "--steps: invalid literal for int() with base 10: 'abc'",

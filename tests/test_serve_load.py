@@ -42,7 +42,8 @@ async def ask(address, body, parts=None):
     async with client, client.stream("POST", url, json=body) as response:
         lines = response.aiter_lines()
         while len(events) != parts and (line := await anext(lines, None)) is not None:
-            events += [line[6:]] * line.startswith("data: ")
+            if line.startswith("data: "):
+                events.append(line[6:])
     told = [json.loads(event)["glass"] for event in events if event != "[DONE]"]
     ids = [token["id"] for glass in told for token in glass.get("tokens", ())]
     return response.status_code, ids, "[DONE]" in events
